@@ -1,0 +1,61 @@
+"""How an engine is opened: frozen, resolved once; unknown keys raise."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine_core.errors import ConfigurationError
+
+BACKENDS = ("auto", "tensorrt", "cuda", "onnxruntime")
+QUANTIZATIONS = ("auto", "fp32", "fp16", "fp8", "int8", "int4", "int4_awq", "nvfp4")
+KV_CACHE_TYPES = ("auto", "fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What is fixed while an engine is open. ``auto`` and 0 become values when it is opened."""
+
+    engine_dir: Path
+    backend: str = "auto"
+    quantization: str = "auto"
+    vocab_map: str = "auto"  # auto: the engine's, if it has one; none; or a path
+    max_context: int = 0  # tokens, prompt and answer together; 0 = what the engine was built for
+    max_batch: int = 1
+    kv_cache_type: str = "auto"
+    use_cuda_graph: bool = True
+    prefill_chunk: int = 0  # tokens per prefill step; 0 = the backend's choice
+    prompt_cache_entries: int = 2  # saved prefixes (system prompts); their memory is part of the plan
+    prompt_cache_tokens: int = 512  # tokens each saved prefix can hold
+    num_threads: int = 0  # CPU threads; 0 = the backend's choice
+    verify_files: bool = True  # check the SHA-256 of every file, not only its size
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "engine_dir", Path(self.engine_dir).expanduser())
+        for name, choices in (
+            ("backend", BACKENDS),
+            ("quantization", QUANTIZATIONS),
+            ("kv_cache_type", KV_CACHE_TYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigurationError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}.")
+        for name, minimum in (
+            ("max_context", 0),
+            ("max_batch", 1),
+            ("prefill_chunk", 0),
+            ("prompt_cache_entries", 0),
+            ("prompt_cache_tokens", 1),
+            ("num_threads", 0),
+        ):
+            if getattr(self, name) < minimum:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}, expected {minimum} or more.")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> EngineConfig:
+        """Raises ConfigurationError on a key this version does not know."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigurationError(f"Unknown engine option {unknown[0]!r}; known are {', '.join(sorted(known))}.")
+        return cls(**values)

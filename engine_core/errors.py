@@ -1,0 +1,92 @@
+"""Every error the inference core raises on purpose.
+
+One exception is one wire code: the table that maps these classes to the constants of
+``edgellm_ros/msg/ErrorCode`` stands in ``edgellm_ros/conversions.py``. A message says what was found,
+what was expected and what to do, in one sentence.
+"""
+
+
+class EdgeLLMError(Exception):
+    """Base of all errors of the inference core."""
+
+
+# --- what configure and build can meet ------------------------------------------------------------
+
+
+class ConfigurationError(EdgeLLMError):
+    """A configuration value that no engine could honour (unknown key, out of range, contradictory)."""
+
+
+class EngineDirectoryError(EdgeLLMError):
+    """The engine directory is missing, incomplete, damaged, or not made for this version."""
+
+
+class IntegrityError(EngineDirectoryError):
+    """A file of the engine directory does not have the size or SHA-256 its manifest records."""
+
+
+class SchemaVersionError(EngineDirectoryError):
+    """The manifest was written by a newer version of this package."""
+
+
+class UnsupportedModelError(EdgeLLMError):
+    """The checkpoint's architecture, RoPE scaling or another trait is not implemented."""
+
+
+class CheckpointError(EdgeLLMError):
+    """The checkpoint directory lacks a file or a tensor, or a tensor has an unexpected shape."""
+
+
+class BuildError(EdgeLLMError):
+    """The engine could not be built or written (disk full, say); nothing half-written is left behind."""
+
+
+class BackendUnavailableError(EdgeLLMError):
+    """The backend asked for is unknown, not installed, or cannot run this engine on this machine."""
+
+
+class InsufficientMemoryError(EdgeLLMError):
+    """The memory plan does not fit; the message carries the numbers and what would make it fit."""
+
+
+# --- what a request can meet ----------------------------------------------------------------------
+
+
+class RequestError(EdgeLLMError):
+    """Base of all errors that concern one request and leave the engine as it was."""
+
+
+class InvalidRequestError(RequestError):
+    """The request contradicts itself or the interface: both or neither of prompt and messages, unknown role."""
+
+
+class EmptyPromptError(InvalidRequestError):
+    """There is nothing to answer."""
+
+
+class InvalidTextError(InvalidRequestError):
+    """A text of the request is not valid Unicode (its bytes were not UTF-8)."""
+
+
+class InvalidSamplingError(InvalidRequestError):
+    """A sampling option is NaN, infinite or outside its range."""
+
+
+class InvalidSchemaError(InvalidRequestError):
+    """The JSON schema does not parse or uses what the constraint engine does not support."""
+
+
+class PromptTooLongError(RequestError):
+    """The prompt does not fit into max_context; the message has both numbers."""
+
+
+class QueueFullError(RequestError):
+    """The node is busy and its policy or its queue admits no further request."""
+
+
+class NotActiveError(RequestError):
+    """The engine is not accepting requests (inactive, shutting down, or stopped by a fault)."""
+
+
+class EngineFaultError(EdgeLLMError):
+    """The engine itself failed while it ran; it has to be configured again."""

@@ -1,0 +1,231 @@
+"""The engine directory: its manifest, its integrity, and how one is written so that half of one never counts.
+
+A variant directory holds ``engine.json`` and the files it lists. An engine directory is either one variant
+itself or has one variant per subdirectory (``fp16/``, ``int4/``, …); ``select_variant`` picks. The manifest is
+written last, into a temporary sibling directory that is renamed when it is whole: a directory without a
+valid ``engine.json`` is not an engine, whatever else it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine_core.errors import BuildError, EngineDirectoryError, IntegrityError, SchemaVersionError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "engine.json"
+# Best first: what "quantization: auto" takes when a directory holds several variants.
+AUTO_ORDER = ("int4_awq", "int4", "int8", "fp8", "nvfp4", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """The numbers that size everything."""
+
+    architecture: str  # Hugging Face class name, for instance LlamaForCausalLM
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int  # positions the model was made for
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    size: int  # bytes
+    sha256: str  # hexadecimal
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``engine.json`` says about one variant."""
+
+    model_name: str
+    geometry: ModelGeometry
+    backend: str  # onnxruntime, tensorrt or cuda
+    quantization: str
+    kv_cache_type: str  # the type it was built for
+    max_context: int  # tokens; what the RoPE table covers
+    max_batch: int
+    eos_token_ids: tuple[int, ...]
+    reduced_vocab_size: int = 0  # rows of the LM head with a vocab map; 0 = no map
+    group_size: int = 0  # weights per scale of a group-wise quantization; 0 = none
+    use_cuda_graph: bool = False
+    gpu_arch: str = ""  # for instance sm_90; empty where any will do
+    builder: dict[str, str] = field(default_factory=dict)  # package → version
+    options: dict = field(default_factory=dict)  # what only the backend reads
+    files: dict[str, FileRecord] = field(default_factory=dict)  # relative path → record
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def hash_file(path: Path) -> FileRecord:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return FileRecord(size=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def read_manifest(variant_dir: Path, *, verify_hashes: bool = True) -> Manifest:
+    """Reads and checks one variant directory: the manifest, then every file's size and (optionally) SHA-256.
+
+    Raises EngineDirectoryError, IntegrityError or SchemaVersionError.
+    """
+    manifest = _parse(variant_dir)
+    for name, record in manifest.files.items():
+        path = variant_dir / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise EngineDirectoryError(f"{variant_dir / MANIFEST_NAME} lists {name!r}, a path outside its directory.")
+        if not path.is_file():
+            raise EngineDirectoryError(
+                f"{path} is missing, though {MANIFEST_NAME} lists it; build the engine again with 'edgellm build'."
+            )
+        size = path.stat().st_size
+        if size != record.size:
+            raise IntegrityError(
+                f"{path} has {size} bytes, but its manifest says {record.size}; copy or build the engine again."
+            )
+        if verify_hashes and (found := hash_file(path).sha256) != record.sha256:
+            raise IntegrityError(
+                f"{path} has SHA-256 {found[:12]}…, but its manifest says {record.sha256[:12]}…; "
+                "copy or build the engine again."
+            )
+    return manifest
+
+
+def _parse(variant_dir: Path) -> Manifest:
+    path = variant_dir / MANIFEST_NAME
+    if not variant_dir.is_dir():
+        raise EngineDirectoryError(
+            f"The engine directory {variant_dir} does not exist; make one with 'edgellm build CHECKPOINT {variant_dir}'."
+        )
+    if not path.is_file():
+        raise EngineDirectoryError(
+            f"{variant_dir} has no {MANIFEST_NAME}, so it is not an engine directory; make one with 'edgellm build'."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineDirectoryError(f"{path} cannot be read as JSON ({error}); build the engine again.") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if not isinstance(version, int):
+        raise EngineDirectoryError(f"{path} has no schema_version, so it is not a manifest; build the engine again.")
+    if version > SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{path} has schema version {version}, but this version reads up to {SCHEMA_VERSION}; "
+            "update edgellm_ros or build the engine again."
+        )
+    try:
+        values["geometry"] = ModelGeometry(**values["geometry"])
+        values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+        values["eos_token_ids"] = tuple(values["eos_token_ids"])
+        return Manifest(**values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EngineDirectoryError(f"{path} is not a whole manifest ({error}); build the engine again.") from error
+
+
+def list_variants(engine_dir: Path) -> dict[str, Path]:
+    """Quantization → variant directory. Only the manifests are read.
+
+    Raises EngineDirectoryError if there is none, SchemaVersionError if all are too new.
+    """
+    if not engine_dir.is_dir() or (engine_dir / MANIFEST_NAME).is_file():
+        return {_parse(engine_dir).quantization: engine_dir}
+    found: dict[str, Path] = {}
+    refused: Exception | None = None
+    for child in sorted(engine_dir.iterdir()):
+        if not child.name.startswith(".") and (child / MANIFEST_NAME).is_file():
+            try:
+                found[_parse(child).quantization] = child
+            except EngineDirectoryError as error:
+                refused = error
+    if not found:
+        if refused is not None:
+            raise refused
+        _parse(engine_dir)  # says what is missing
+    return found
+
+
+def select_variant(engine_dir: Path, quantization: str = "auto") -> Path:
+    """The variant directory of ``quantization``; with ``auto``, the first of AUTO_ORDER that is there.
+
+    Raises EngineDirectoryError naming what the directory does hold.
+    """
+    variants = list_variants(engine_dir)
+    if quantization == "auto":
+        return variants[min(variants, key=lambda q: AUTO_ORDER.index(q) if q in AUTO_ORDER else len(AUTO_ORDER))]
+    if quantization not in variants:
+        raise EngineDirectoryError(
+            f"{engine_dir} has no variant {quantization!r}; it has {', '.join(sorted(variants))}. "
+            f"Build it with 'edgellm build --quantization {quantization}'."
+        )
+    return variants[quantization]
+
+
+@contextlib.contextmanager
+def write_variant(variant_dir: Path) -> Iterator[Path]:
+    """Gives a temporary directory to fill; on success it takes the place of ``variant_dir``, else it is removed.
+
+    The body has to end with ``seal``. An existing engine at ``variant_dir`` is replaced; any other non-empty
+    directory is refused. Raises BuildError, also for an OSError of the body (disk full).
+    """
+    variant_dir = variant_dir.absolute()
+    if variant_dir.exists() and not _replaceable(variant_dir):
+        raise BuildError(f"{variant_dir} exists and is not an engine directory; name another one.")
+    temporary = None
+    try:
+        variant_dir.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{variant_dir.name}.", dir=variant_dir.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        assert (temporary / MANIFEST_NAME).is_file(), "write_variant: the body did not call seal"
+        old = None
+        if variant_dir.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{variant_dir.name}.old.", dir=variant_dir.parent))
+            os.replace(variant_dir, old)
+        os.replace(temporary, variant_dir)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise BuildError(
+            f"The engine could not be written to {variant_dir} ({error.strerror or error}); nothing was left behind."
+        ) from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replaceable(directory: Path) -> bool:
+    return directory.is_dir() and ((directory / MANIFEST_NAME).is_file() or not any(directory.iterdir()))
+
+
+def seal(directory: Path, manifest: Manifest) -> Manifest:
+    """Hashes every file of ``directory``, writes the manifest last and flushes all of it to disk."""
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_NAME):
+        files[path.relative_to(directory).as_posix()] = hash_file(path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    manifest = dataclasses.replace(manifest, files=files)
+    path = directory / MANIFEST_NAME
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    return manifest

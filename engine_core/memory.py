@@ -1,0 +1,71 @@
+"""The memory plan: what an engine takes when it is opened, said before it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine_core.errors import InsufficientMemoryError
+
+_DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+
+
+def format_bytes(count: int) -> str:
+    """``count`` in the largest binary unit that leaves a number of at least 1, such as ``1.50 GiB``."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            return f"{int(value)} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def kv_cache_bytes(
+    *, num_layers: int, num_kv_heads: int, head_dim: int, max_context: int, max_batch: int = 1, kv_cache_type: str
+) -> int:
+    """Bytes of the linear KV cache ``[layers][batch][K, V][kv_heads][max_context][head_dim]``.
+
+    An int8 cache has one fp16 scale for each token and head of K and of V beside the values.
+    """
+    vectors = num_layers * max_batch * 2 * num_kv_heads * max_context
+    scales = vectors * 2 if kv_cache_type == "int8" else 0
+    return vectors * head_dim * _DTYPE_BYTES[kv_cache_type] + scales
+
+
+@dataclass(frozen=True)
+class MemoryItem:
+    name: str  # weights, kv_cache, prefix_cache, scratch, rope, io, runtime
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What ``load`` is going to take and what is free on the device it takes it from."""
+
+    items: tuple[MemoryItem, ...]
+    available: int  # bytes free before anything is taken
+    device: str  # "CPU" or the GPU's name
+
+    @property
+    def total(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+    def item(self, name: str) -> int:
+        """Bytes of the item ``name``; 0 if the plan has none."""
+        return sum(item.bytes for item in self.items if item.name == name)
+
+    def table(self) -> str:
+        """The plan as aligned lines, for a log or a terminal."""
+        rows = [(item.name, item.bytes) for item in self.items]
+        rows += [("total", self.total), ("free", self.available)]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {format_bytes(count):>11}" for name, count in rows)
+
+    def check(self, advice: str = "") -> None:
+        """Raises InsufficientMemoryError with the numbers, and ``advice`` on what would fit, if it does not fit."""
+        if self.total <= self.available:
+            return
+        parts = ", ".join(f"{item.name} {format_bytes(item.bytes)}" for item in self.items)
+        raise InsufficientMemoryError(
+            f"The engine needs {format_bytes(self.total)} ({parts}), but {self.device} has "
+            f"{format_bytes(self.available)} free{'; ' + advice if advice else ''}."
+        )
