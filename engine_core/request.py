@@ -89,6 +89,7 @@ class GenerationRequest:
     json_schema: str = ""  # "" = free text; otherwise the answer is one JSON value of this schema
     priority: int = 0  # the highest waiting goes first; equal ones in order of arrival
     timeout: float = 0.0  # seconds from arrival, waiting included; 0 = none
+    stream_interval: float = 0.0  # seconds; pieces are coalesced to at most one per interval, 0 = one per token
 
     def validate(self) -> None:
         """Checks all that needs no tokenizer.
