@@ -42,7 +42,8 @@ class PendingToken(Protocol):
     def result(self) -> int | None:
         """Waits for the full-vocabulary id. None: the sequence had ended before (the step did nothing).
 
-        Raises EngineFaultError if the step failed.
+        Raises EngineFaultError if the step failed, InvalidSamplingError if no token was left to sample; the
+        sequence has ended then, and steps queued behind give None.
         """
 
 
@@ -87,7 +88,8 @@ class Backend(Protocol):
         layout of llguidance and xgrammar); None = all. A mask is read before the call returns."""
 
     def interrupt(self) -> None:
-        """Makes a running ``prefill`` or queued steps end early (their tokens become None). From any thread."""
+        """Makes a running ``prefill`` and all steps queued or still to come end early: their tokens become None.
+        Holds until the next ``begin`` or ``extend``. From any thread; returns at once."""
 
     def save_prefix(self, slot: int, length: int) -> None:
         """Copies the KV of positions 0 … length-1 to prefix slot ``slot`` (< prompt_cache_entries)."""
