@@ -31,11 +31,11 @@ class ConstraintFactory:
         self._vocab_size = vocab_size
         self._ll_tokenizer: LLTokenizer | None = None
         try:
-            from llguidance import LLTokenizer
+            import llguidance
         except ImportError:
             return
         eos = list(eos_token_ids) or tokenizer.eos_token_id
-        self._ll_tokenizer = LLTokenizer(tokenizer.fast.to_str(), n_vocab=vocab_size, eos_token=eos)
+        self._ll_tokenizer = llguidance.LLTokenizer(tokenizer.fast.to_str(), n_vocab=vocab_size, eos_token=eos)
 
     def compile(self, schema: str) -> JsonConstraint:
         """Raises InvalidSchemaError if ``schema`` is not JSON, not a supported schema, or cannot be used here."""
