@@ -155,8 +155,8 @@ class Engine:
         start = time.monotonic()
         variant_dir = select_variant(config.engine_dir, config.quantization)
         manifest = read_manifest(variant_dir, verify_hashes=config.verify_files)
-        config = _resolve(config, manifest)
         backend_type = backend_class(manifest.backend)
+        config = _resolve(config, manifest)
         plan = backend_type.plan(variant_dir, manifest, config)
         report(f"Memory plan of {manifest.model_name} ({manifest.quantization}, {manifest.backend}):\n{plan.table()}")
         plan.check(_advice(config, plan))
@@ -364,7 +364,6 @@ def _resolve(config: EngineConfig, manifest: Manifest) -> EngineConfig:
             )
     return dataclasses.replace(
         config,
-        backend=manifest.backend,
         quantization=manifest.quantization,
         max_context=config.max_context or manifest.max_context,
     )

@@ -142,19 +142,16 @@ class Worker:
 
     def _admit(self, priority: int) -> list[_Job]:
         """Decides by the busy policy; returns the jobs that make room. Called under the lock."""
-        if self._running is None and not self._waiting:
-            return []
+        others = [*self._waiting, *([self._running] if self._running else [])]
         preempted = []
-        if self._busy_policy == "reject":
+        if others and self._busy_policy == "reject":
             raise QueueFullError("A request is running and busy_policy is reject; try again when it is done.")
         if self._busy_policy == "preempt":
-            others = [*self._waiting, *([self._running] if self._running else [])]
             preempted = [other for other in others if other.priority <= priority]
-        waiting = sum(1 for other in self._waiting if other not in preempted)
-        starts_next = not waiting and (self._running is None or self._running in preempted)
-        if waiting >= self._queue_depth and not starts_next:
+        staying = len(others) - len(preempted)  # one of them runs or is about to
+        if staying > self._queue_depth:
             raise QueueFullError(
-                f"{waiting} requests are waiting and queue_depth is {self._queue_depth}; try again later."
+                f"{staying - 1} requests are waiting and queue_depth is {self._queue_depth}; try again later."
             )
         return preempted
 

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import fakes
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    fakes.write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def open_engine(tokenizer_dir):
+    """Makes engines on a ScriptedBackend and closes them."""
+    engines = []
+
+    def make(script=None, *, config=None, **backend):
+        engines.append(fakes.make_engine(fakes.ScriptedBackend(script, **backend), tokenizer_dir, **(config or {})))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()

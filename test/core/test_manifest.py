@@ -1,0 +1,166 @@
+"""The engine directory: what is refused, and that half of one never counts as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+
+import pytest
+from engine_core.config import EngineConfig
+from engine_core.engine import Engine
+from engine_core.errors import (
+    BackendUnavailableError,
+    BuildError,
+    ConfigurationError,
+    EngineDirectoryError,
+    IntegrityError,
+    SchemaVersionError,
+)
+from engine_core.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ModelGeometry,
+    list_variants,
+    read_manifest,
+    seal,
+    select_variant,
+    write_variant,
+)
+
+GEOMETRY = ModelGeometry("LlamaForCausalLM", 2, 64, 128, 4, 2, 16, 300, 128, 12345)
+MANIFEST = Manifest("tiny", GEOMETRY, "onnxruntime", "fp32", "fp32", 128, 1, (2,), options={"graph": "model.onnx"})
+
+
+def write(directory, **changes):
+    with write_variant(directory) as temporary:
+        (temporary / "model.onnx").write_bytes(b"graph")
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "weights").write_bytes(bytes(1000))
+        seal(temporary, dataclasses.replace(MANIFEST, **changes))
+    return directory
+
+
+def edit(directory, change):
+    path = directory / MANIFEST_NAME
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    manifest = read_manifest(write(tmp_path / "engine"))
+    assert dataclasses.replace(manifest, files={}) == MANIFEST
+    assert set(manifest.files) == {"model.onnx", "sub/weights"}
+    assert os.listdir(tmp_path) == ["engine"]
+
+
+def truncate(d):
+    (d / "sub" / "weights").write_bytes(bytes(999))
+
+
+def flip(d):
+    (d / "sub" / "weights").write_bytes(bytes(999) + b"\1")
+
+
+DAMAGE = [
+    (lambda d: (d / "model.onnx").unlink(), EngineDirectoryError, "is missing"),
+    (truncate, IntegrityError, "has 999 bytes, but its manifest says 1000"),
+    (flip, IntegrityError, "SHA-256"),
+    (lambda d: (d / MANIFEST_NAME).unlink(), EngineDirectoryError, "has no engine.json"),
+    (lambda d: (d / MANIFEST_NAME).write_text("{"), EngineDirectoryError, "cannot be read as JSON"),
+    (lambda d: (d / MANIFEST_NAME).write_bytes(b"\xff\xfe"), EngineDirectoryError, "cannot be read as JSON"),
+    (lambda d: (d / MANIFEST_NAME).write_text("[]"), EngineDirectoryError, "not a manifest"),
+    (lambda d: edit(d, lambda v: v.pop("geometry")), EngineDirectoryError, "geometry"),
+    (lambda d: edit(d, lambda v: v.update(surprise=1)), EngineDirectoryError, "surprise"),
+    (lambda d: edit(d, lambda v: v.update(schema_version=99, surprise=1)), SchemaVersionError, "version 99"),
+    (lambda d: edit(d, lambda v: v["files"].update({"../x": v["files"]["model.onnx"]})), EngineDirectoryError, "outside"),
+]
+
+
+@pytest.mark.parametrize(("damage", "error", "words"), DAMAGE)
+def test_a_damaged_directory_is_refused_with_one_sentence(tmp_path, damage, error, words):
+    directory = write(tmp_path / "engine")
+    damage(directory)
+    with pytest.raises(error, match=words) as raised:
+        Engine.open(EngineConfig(directory))
+    assert "\n" not in str(raised.value)
+
+
+def test_sizes_are_checked_even_when_hashes_are_not(tmp_path):
+    directory = write(tmp_path / "engine")
+    flip(directory)
+    read_manifest(directory, verify_hashes=False)
+    truncate(directory)
+    with pytest.raises(IntegrityError):
+        read_manifest(directory, verify_hashes=False)
+
+
+def test_a_missing_directory_says_how_to_make_one(tmp_path):
+    with pytest.raises(EngineDirectoryError, match="does not exist.*edgellm build"):
+        Engine.open(EngineConfig(tmp_path / "nowhere"))
+
+
+def test_variants_are_listed_and_selected(tmp_path):
+    for quantization in ("fp32", "int8", "int4"):
+        write(tmp_path / "engine" / quantization, quantization=quantization)
+    (tmp_path / "engine" / "notes").mkdir()
+    assert set(list_variants(tmp_path / "engine")) == {"fp32", "int8", "int4"}
+    assert select_variant(tmp_path / "engine").name == "int4"
+    assert select_variant(tmp_path / "engine", "int8").name == "int8"
+    assert select_variant(tmp_path / "engine" / "int8").name == "int8"
+    with pytest.raises(EngineDirectoryError, match="no variant 'fp8'; it has fp32, int4, int8"):
+        select_variant(tmp_path / "engine", "fp8")
+    edit(tmp_path / "engine" / "int4", lambda v: v.update(schema_version=99))
+    assert select_variant(tmp_path / "engine").name == "int8"
+
+
+def test_what_an_engine_was_not_built_for_is_refused(tmp_path):
+    directory = write(tmp_path / "engine")
+    with pytest.raises(BackendUnavailableError, match="built for onnxruntime, not for tensorrt"):
+        Engine.open(EngineConfig(directory, backend="tensorrt"))
+    with pytest.raises(ConfigurationError, match="max_context is 129, but this engine was built for 128"):
+        Engine.open(EngineConfig(directory, max_context=129))
+    with pytest.raises(ConfigurationError, match="max_batch is 2"):
+        Engine.open(EngineConfig(directory, max_batch=2))
+    write(directory, backend="abacus")
+    with pytest.raises(BackendUnavailableError, match="'abacus'"):
+        Engine.open(EngineConfig(directory))
+
+
+@pytest.mark.parametrize(
+    "values", [{"backend": "abacus"}, {"quantization": "int3"}, {"max_context": -1}, {"max_batch": 0}, {"num_threads": -1}]
+)
+def test_configuration_values_are_checked(values, tmp_path):
+    with pytest.raises(ConfigurationError, match=str(next(iter(values)))):
+        EngineConfig(tmp_path, **values)
+
+
+def test_unknown_configuration_keys_raise(tmp_path):
+    with pytest.raises(ConfigurationError, match="'max_contxt'"):
+        EngineConfig.from_dict({"engine_dir": tmp_path, "max_contxt": 5})
+
+
+def test_a_failure_leaves_nothing_and_keeps_the_old_engine(tmp_path):
+    directory = write(tmp_path / "engine")
+    with pytest.raises(BuildError, match="No space left"), write_variant(directory) as temporary:
+        (temporary / "model.onnx").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(KeyboardInterrupt), write_variant(directory) as temporary:
+        (temporary / "model.onnx").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["engine"]
+    read_manifest(directory)
+
+
+def test_an_engine_is_replaced_and_anything_else_is_not(tmp_path):
+    directory = write(tmp_path / "engine")
+    write(directory, quantization="int8")
+    assert read_manifest(directory).quantization == "int8"
+    assert os.listdir(tmp_path) == ["engine"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("1")
+    with pytest.raises(BuildError, match="is not an engine directory"):
+        write(tmp_path / "thesis")
+    assert os.listdir(tmp_path / "thesis") == ["chapter"]
