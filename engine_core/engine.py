@@ -138,7 +138,7 @@ class Engine:
         self.backend_reason = f"The engine directory was built for {manifest.backend}."
         self.max_context = backend.max_context
         self.vocab_size = manifest.geometry.vocab_size
-        self.reduced_vocab_size = getattr(backend, "reduced_vocab_size", 0) or self.vocab_size
+        self.reduced_vocab_size = backend.reduced_vocab_size
         self.device: str = plan.device
         self._eos_ids = frozenset(manifest.eos_token_ids)
         self._backend: Backend | None = backend

@@ -55,6 +55,7 @@ class ScriptedBackend:
     def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, slots=2):
         self.script, self.step_time, self.fail_at = script, step_time, fail_at
         self.max_context, self.vocab_size = max_context, VOCAB_SIZE
+        self.reduced_vocab_size = VOCAB_SIZE
         self.kv = np.full(max_context, -1, dtype=np.int32)
         self.slots = [np.full(max_context, -1, dtype=np.int32) for _ in range(slots)]
         self.calls: list[tuple] = []
