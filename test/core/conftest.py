@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import fakes
 import pytest
+
+import fakes
 
 
 @pytest.fixture(scope="session")

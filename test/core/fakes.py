@@ -7,6 +7,7 @@ import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+
 from engine_core.backends import TokenSampling
 from engine_core.config import EngineConfig
 from engine_core.engine import Engine

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+
 from engine_core.engine import CancelToken
 from engine_core.errors import (
     EmptyPromptError,

@@ -8,6 +8,7 @@ import json
 import os
 
 import pytest
+
 from engine_core.config import EngineConfig
 from engine_core.engine import Engine
 from engine_core.errors import (

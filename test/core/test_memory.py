@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from engine_core.errors import InsufficientMemoryError
 from engine_core.memory import MemoryItem, MemoryPlan, format_bytes, kv_cache_bytes
 

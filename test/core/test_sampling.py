@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from engine_core.backends import TokenSampling
 from engine_core.errors import EngineFaultError, InvalidSamplingError
 from engine_core.sampling import Sampler, philox4x32, uniform
-
 
 NUM_DRAWS = 6_000
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from engine_core.sentences import SentenceSplitter
 
 CASES = [

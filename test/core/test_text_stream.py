@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from engine_core.text_stream import Detokenizer, StopStrings
 from engine_core.tokenizer import Tokenizer
 from fakes import text_ids

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+
 from engine_core.errors import ConfigurationError, EmptyPromptError, EngineFaultError, NotActiveError, QueueFullError
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
 from engine_core.worker import Worker

@@ -1,0 +1,26 @@
+# Everything a clone needs is set up by the targets themselves; see tools/workspace.py.
+#   PYTHON=python3.12   the interpreter, from 3.10 to 3.13 (default: the first that will do)
+#   PYTEST_ARGS="-k x"  handed to pytest
+#   REFERENCE=0         without torch, and without the tests that compare with it
+.PHONY: help demo test lint setup clean
+
+export PYTHON
+
+help:
+	@echo "make demo   a lifecycle node answers robot commands, token by token"
+	@echo "make test   all tests that need no GPU"
+	@echo "make lint   the style check alone"
+	@echo "make clean  remove everything these made"
+
+demo:
+	@tools/start demo
+
+test:
+	@tools/start test $(if $(filter 0,$(REFERENCE)),--no-reference) $(PYTEST_ARGS)
+
+lint setup:
+	@tools/start $@ $(if $(filter 0,$(REFERENCE)),--no-reference)
+
+clean:
+	rm -rf build install log .venv .venv-* .demo .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,66 @@
+"""What holds for all tests: a ROS domain of their own, the installed package, and GPU tests that say why they rest."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+import isolation
+
+ROOT = Path(__file__).resolve().parent.parent
+
+isolation.isolate()  # before any test initialises rclpy; child processes inherit it
+
+
+@lru_cache(maxsize=1)
+def why_no_gpu() -> str:
+    """Empty if the CUDA driver has a device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA driver (libcuda.so.1) on this machine"
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "the CUDA driver finds no GPU"
+    return ""
+
+
+@lru_cache(maxsize=1)
+def why_no_ros() -> str:
+    """Empty if rclpy and the built interfaces can be imported."""
+    if importlib.util.find_spec("rclpy") is None:
+        return "rclpy is not installed; 'make test' provides it"
+    if importlib.util.find_spec("edgellm_ros") is None:
+        return "edgellm_ros is not built; 'make test' builds it"
+    return ""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    spec = importlib.util.find_spec("edgellm_ros")
+    if spec is not None and spec.origin is not None and Path(spec.origin).parent == ROOT / "edgellm_ros":
+        raise pytest.UsageError(
+            "The source folder edgellm_ros hides the installed package with its interfaces; run 'make test', or "
+            "pytest from another directory with ./install sourced."
+        )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The ROS tests import the interfaces at the top; without a ROS the core's tests still run."""
+    return True if collection_path == ROOT / "test" / "ros" and why_no_ros() else None
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if reason := why_no_ros():
+        terminalreporter.write_line(f"test/ros was not run: {reason}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if reason := why_no_gpu():
+        skip = pytest.mark.skip(reason=f"needs a GPU: {reason}")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
