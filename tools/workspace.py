@@ -278,6 +278,7 @@ def main() -> int:
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    env["EDGELLM_REQUIRE_ROS"] = "1"  # tests that find no ROS fail here instead of being skipped
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a sourced ROS brings plugins made for its own, older pytest
     status = 0
     for command in commands:  # all of them: a finding of the linter does not hide the tests' results

@@ -1,0 +1,127 @@
+"""Starts the node: ``ros2 launch edgellm_ros llm.launch.py [name:=value …]``; ``-s`` lists the arguments.
+
+Without engine_dir, in the arguments or in the params_file, the engine of the demo model is built on first use.
+Works on ROS 2 Humble and Jazzy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext, LaunchDescription
+from launch.actions import (
+    DeclareLaunchArgument,
+    ExecuteProcess,
+    LogInfo,
+    OpaqueFunction,
+    RegisterEventHandler,
+    Shutdown,
+)
+from launch.event_handlers import OnProcessExit
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import LifecycleNode
+
+from edgellm_ros import demo_engine
+
+# name → (default, description). An empty default leaves the value to params_file, and without one there to the node.
+ARGUMENTS = {
+    "engine_dir": ("", "Engine directory made by 'edgellm build'. Empty: params_file's, else the demo model's."),
+    "backend": ("", "auto, tensorrt, cuda or onnxruntime."),
+    "quantization": ("", "Variant of the engine: auto, fp32, fp16, fp8, int8, int4, int4_awq or nvfp4."),
+    "vocab_map": ("", "auto (the engine's, if it has one), none, or a path."),
+    "max_context": ("", "Tokens of prompt and answer together; 0 = what the engine was built for."),
+    "params_file": (
+        str(Path(get_package_share_directory("edgellm_ros")) / "config" / "llm.yaml"),
+        "YAML file with the node's parameters; the arguments above come before it.",
+    ),
+    "namespace": ("", "Namespace of the node."),
+    "name": ("llm", "Name of the node."),
+    "autostart": ("true", "Configure and activate the node by itself: true or false."),
+    "log_level": ("info", "debug, info, warn, error or fatal."),
+}
+
+
+def generate_launch_description() -> LaunchDescription:
+    declared = [
+        DeclareLaunchArgument(name, default_value=default, description=description)
+        for name, (default, description) in ARGUMENTS.items()
+    ]
+    return LaunchDescription([*declared, OpaqueFunction(function=start)])
+
+
+def start(context: LaunchContext) -> list:
+    """The node at once, or after the demo engine has been built."""
+    given = {name: LaunchConfiguration(name).perform(context).strip() for name in ARGUMENTS}
+    if given["engine_dir"] or file_names_engine(Path(given["params_file"])):
+        return [make_node(given)]
+    checkpoint = demo_engine.checkpoint_dir()
+    options = {name: given[name] or "auto" for name in ("backend", "quantization")}
+    directory = demo_engine.engine_dir(checkpoint, **options)
+    node = make_node({**given, "engine_dir": str(directory)})
+    if demo_engine.is_built(directory):
+        return [node]
+    build = ExecuteProcess(
+        cmd=demo_engine.build_command(checkpoint, directory, **options), name="build_demo_engine", output="screen"
+    )
+
+    def after_build(event, _context: LaunchContext) -> list:
+        return [node if event.returncode == 0 else Shutdown(reason="the demo engine could not be built")]
+
+    return [
+        LogInfo(msg=f"No engine_dir was given: building the demo model's engine into {directory}, once."),
+        RegisterEventHandler(OnProcessExit(target_action=build, on_exit=after_build)),
+        build,
+    ]
+
+
+def make_node(given: dict[str, str]) -> LifecycleNode:
+    """The node activates itself (its parameter autostart). Doing that from here would need the transition events of a
+    process that is just starting: a first event sent before launch has discovered the topic is lost, and with it the
+    activation."""
+    values: dict[str, str | int | bool] = {"autostart": as_bool("autostart", given["autostart"])}
+    for name in ("engine_dir", "backend", "quantization", "vocab_map"):
+        if given[name]:
+            values[name] = given[name]
+    if given["max_context"]:
+        values["max_context"] = as_int("max_context", given["max_context"])
+    return LifecycleNode(
+        package="edgellm_ros",
+        executable="llm_node",
+        name=given["name"],
+        namespace=given["namespace"],
+        parameters=[given["params_file"], values] if given["params_file"] else [values],
+        ros_arguments=["--log-level", given["log_level"]],
+        output="screen",
+    )
+
+
+def file_names_engine(params_file: Path) -> bool:
+    """Whether any section of the file sets engine_dir to something. Raises RuntimeError if it cannot be read."""
+    if params_file == Path():
+        return False
+    try:
+        tree = yaml.safe_load(params_file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RuntimeError(f"params_file {params_file} cannot be read: {error}") from error
+
+    def search(value: object) -> bool:
+        if not isinstance(value, dict):
+            return False
+        return bool(value.get("engine_dir")) or any(search(child) for child in value.values())
+
+    return search(tree)
+
+
+def as_bool(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise RuntimeError(f"The launch argument {name} is {text!r}, expected true or false.")
+    return text.lower() == "true"
+
+
+def as_int(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RuntimeError(f"The launch argument {name} is {text!r}, expected a whole number.") from None

@@ -1,0 +1,76 @@
+"""Who may import what: torch in the builder, CUDA and TensorRT where devices are handled, ROS never in the core."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = ROOT / "engine_core"
+TORCH = {"torch"}
+DEVICE = {"cuda", "cupy", "pycuda", "tensorrt", "torch_tensorrt", "pynvml"}
+ROS = {"rclpy", "ament_index_python", "diagnostic_updater", "edgellm_ros", "launch", "launch_ros"}
+ROS |= {f"{name}_msgs" for name in ("action", "diagnostic", "lifecycle", "std")}
+ROS |= {f"{name}_interfaces" for name in ("builtin", "rcl")}
+TENSORS = TORCH | DEVICE | {"numpy", "onnx", "onnxruntime", "tokenizers", "transformers", "safetensors", "llguidance"}
+
+
+def imports(path: Path) -> dict[str, int]:
+    """Top-level package → line, for every import anywhere in the file, those inside functions included."""
+    found: dict[str, int] = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        for name in names:
+            found.setdefault(name.split(".")[0], node.lineno)
+    return found
+
+
+def forbidden_in(path: Path) -> set[str]:
+    if CORE not in path.parents:
+        return TENSORS  # the ROS layer never sees a tensor
+    inside = path.relative_to(CORE)
+    forbidden = set(ROS)
+    if inside.parts[0] != "build":
+        forbidden |= TORCH
+    if inside.parts[0] not in ("backends", "kernels") and inside.name != "device.py":
+        forbidden |= DEVICE
+    return forbidden
+
+
+SOURCES = sorted([*CORE.rglob("*.py"), *(ROOT / "edgellm_ros").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_stay_inside_the_walls(path):
+    crossing = {name: line for name, line in imports(path).items() if name in forbidden_in(path)}
+    assert not crossing, f"{path.relative_to(ROOT)} must not import {crossing}"
+
+
+def test_the_walls_see_imports_of_every_form(tmp_path):
+    source = "def f():\n    import torch.nn as nn\nfrom tensorrt import Logger\nimport_module('cuda.bindings')\n"
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    assert imports(path) == {"torch": 2, "tensorrt": 3, "cuda": 4}
+
+
+def test_importing_the_core_loads_nothing_heavy(tmp_path):
+    """The node imports these before it is configured: a robot without a GPU or torch has to get that far."""
+    heavy = TORCH | DEVICE | ROS | {"onnxruntime", "transformers"}
+    program = (
+        "import sys, engine_core.engine, engine_core.worker, engine_core.backends\n"
+        f"print(sorted({heavy!r} & sys.modules.keys()))"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert (result.stdout.strip(), result.stderr, result.returncode) == ("[]", "", 0)

@@ -1,0 +1,208 @@
+"""The demo: a lifecycle node loads the demo model and answers robot commands, token by token, over ROS 2.
+
+Run by "make demo", which sets up what it needs. The node is a process of its own; this one is a client that knows it
+only by its lifecycle services, its action and its topic of tokens. Ctrl-C stops both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import rclpy
+from edgellm_ros.action import Generate
+from edgellm_ros.msg import ChatMessage, TokenPiece
+from edgellm_ros.srv import GetInfo
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+from rclpy.action import ActionClient
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+
+import isolation
+from edgellm_ros import demo_engine
+
+ROOT = Path(__file__).resolve().parent.parent
+CONVERSATIONS = (
+    ("please bring me the red cup from the kitchen", "and now put it on the table in the living room"),
+    ("go to the garage and wait two minutes",),
+    ("wash my car and do my taxes",),
+)
+
+
+class DemoError(Exception):
+    """One sentence: what went wrong."""
+
+
+class NodeProcess:
+    """The node, started on entry; on exit asked to stop, and made to if it does not."""
+
+    def __init__(self, engine: Path, log: Path) -> None:
+        self._engine, self.log = engine, log
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> NodeProcess:
+        executable = next(
+            path for prefix in os.environ["AMENT_PREFIX_PATH"].split(os.pathsep)
+            if (path := Path(prefix) / "lib" / "edgellm_ros" / "llm_node").exists()
+        )  # fmt: skip
+        with open(self.log, "wb") as output:
+            # A session of its own: Ctrl-C reaches only this process, which then stops the node in good order.
+            self._process = subprocess.Popen(
+                [str(executable), "--ros-args", "-r", "__node:=llm", "-p", f"engine_dir:={self._engine}"],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        return self
+
+    def check(self) -> None:
+        if self._process.poll() is not None:
+            raise DemoError(f"The node ended by itself with exit status {self._process.returncode}.")
+
+    def __exit__(self, kind, *_exception) -> None:
+        for sign, patience in ((signal.SIGINT, 10.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
+            if self._process.poll() is None:
+                self._process.send_signal(sign)
+                try:
+                    self._process.wait(patience)
+                except subprocess.TimeoutExpired:
+                    print(f"The node did not stop on {sign.name} within {patience:.0f} s.", file=sys.stderr)
+        if kind is None and self._process.returncode != 0:
+            raise DemoError(f"The node ended with exit status {self._process.returncode} when asked to stop.")
+
+
+class Client:
+    """Calls the node; every wait has an end and notices when the node is gone."""
+
+    def __init__(self, process: NodeProcess) -> None:
+        self._process = process
+        self._node = rclpy.create_node("edgellm_demo")
+        self._lifecycle = self._node.create_client(ChangeState, "/llm/change_state")
+        self._info = self._node.create_client(GetInfo, "/llm/get_info")
+        self._action = ActionClient(self._node, Generate, "/llm/generate")
+        self._stream_id, self._stream_done = "", False
+        qos = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
+        self._node.create_subscription(TokenPiece, "/llm/tokens", self._on_piece, qos)
+
+    def _on_piece(self, piece: TokenPiece) -> None:
+        if piece.request_id == self._stream_id:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+            self._stream_done = piece.done
+
+    def _spin_until(self, done, what: str, limit: float) -> None:
+        end = time.monotonic() + limit
+        while not done():
+            self._process.check()
+            if time.monotonic() > end:
+                raise DemoError(f"{what} took longer than {limit:.0f} s.")
+            rclpy.spin_once(self._node, timeout_sec=0.1)
+
+    def _wait(self, future, what: str, limit: float):
+        self._spin_until(future.done, what, limit)
+        return future.result()
+
+    def change_state(self, transition: int, name: str, limit: float = 120.0) -> None:
+        self._spin_until(self._lifecycle.service_is_ready, "Starting the node", 30.0)
+        request = ChangeState.Request(transition=Transition(id=transition))
+        if not self._wait(self._lifecycle.call_async(request), name, limit).success:
+            raise DemoError(f"The node refused to {name}.")
+
+    def info(self) -> GetInfo.Response:
+        return self._wait(self._info.call_async(GetInfo.Request()), "get_info", 10.0)
+
+    def ask(self, messages: list[ChatMessage], request_id: str) -> Generate.Result:
+        """Prints the answer as it is generated and returns it with its figures."""
+        self._stream_id, self._stream_done = request_id, False
+        self._spin_until(self._action.server_is_ready, "Finding the action", 10.0)
+        goal = Generate.Goal(request_id=request_id, messages=messages)
+        handle = self._wait(self._action.send_goal_async(goal), "Sending the command", 10.0)
+        if not handle.accepted:
+            raise DemoError("The node did not accept the command.")
+        result = self._wait(handle.get_result_async(), "The answer", 60.0).result
+        if result.error_code:
+            raise DemoError(f"The node answered with error {result.error_code}: {result.error_message}")
+        self._spin_until(lambda: self._stream_done, "The last token", 5.0)
+        return result
+
+
+def build_engine(log: Path) -> Path:
+    """The demo engine, built on the first run."""
+    checkpoint = demo_engine.checkpoint_dir()
+    directory = demo_engine.engine_dir(checkpoint)
+    if not demo_engine.is_built(directory):
+        print(f"building the engine of the demo model into {directory}", flush=True)
+        with open(log, "wb") as output:
+            command = demo_engine.build_command(checkpoint, directory)
+            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT).returncode
+        if code:
+            raise DemoError(f"The demo engine could not be built (exit status {code}).")
+    return directory
+
+
+def talk(client: Client) -> None:
+    info = client.info()
+    print(f"{info.model_name}: {info.parameters / 1e6:.1f} M parameters, {info.backend}, {info.quantization}, "
+          f"{info.memory.total / 2**20:.0f} MiB planned, loaded in {info.load_time:.2f} s")  # fmt: skip
+    for number, commands in enumerate(CONVERSATIONS):
+        messages: list[ChatMessage] = []
+        for turn, command in enumerate(commands):
+            messages.append(ChatMessage(role="user", content=command))
+            print(f"\nyou    {command}\nrobot  ", end="", flush=True)
+            result = client.ask(messages, f"demo-{number}-{turn}")
+            messages.append(ChatMessage(role="assistant", content=result.text))
+            print(f"\n       time to first token {result.time_to_first_token * 1e3:.1f} ms, "
+                  f"{result.generated_tokens} tokens at {result.tokens_per_second:.0f} tokens/s")  # fmt: skip
+
+
+def run(work: Path) -> None:
+    engine = build_engine(work / "build.log")
+    print(f"starting the node (its log: {work / 'node.log'})", flush=True)
+    with NodeProcess(engine, work / "node.log") as process:
+        client = Client(process)
+        client.change_state(Transition.TRANSITION_CONFIGURE, "configure")
+        client.change_state(Transition.TRANSITION_ACTIVATE, "activate")
+        talk(client)
+        client.change_state(Transition.TRANSITION_DEACTIVATE, "deactivate")
+        client.change_state(Transition.TRANSITION_CLEANUP, "clean up")
+    print("\nThe node has stopped.")
+
+
+def show_log(work: Path) -> None:
+    for name in ("build.log", "node.log"):
+        if (work / name).is_file():
+            lines = (work / name).read_text(encoding="utf-8", errors="replace").splitlines()
+            print("\n".join([f"--- end of {work / name}", *lines[-40:]]), file=sys.stderr)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=ROOT / ".demo", help="directory for the engine and the logs")
+    work = parser.parse_args().work
+    work.mkdir(parents=True, exist_ok=True)
+    for name in ("build.log", "node.log"):
+        (work / name).unlink(missing_ok=True)
+    os.environ["ROS_HOME"] = str(work)  # the engine and ROS's own logs stay in the clone
+    isolation.isolate()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped in good order, as by Ctrl-C
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        run(work)
+    except DemoError as error:
+        show_log(work)
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    finally:
+        rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
