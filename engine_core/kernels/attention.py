@@ -1,0 +1,158 @@
+"""Attention over the linear KV cache: one token (decode) and many (prefill)."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+from engine_core.device import DeviceArray, Launch
+from engine_core.kernels import KernelArgumentError, Kernels, check, float_define
+
+_MAX_GROUP = 8  # query heads of a KV head whose values fit the registers of attention_decode.cu
+_TILE_Q = 64
+_PREFILL_THREADS = 128
+_ROPE_THREADS = 128
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of one attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int
+    norm_eps: float = 0.0
+    qk_norm: bool = False
+
+    @property
+    def qkv_width(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def splits(self, num_sms: int) -> int:
+        """CTAs per KV head in decode: as many as fill the GPU once."""
+        return max(1, min(64, num_sms // self.num_kv_heads))
+
+    def partial_floats(self, num_sms: int) -> int:
+        """float32 values the splits of a decode step leave to be merged."""
+        return self.splits(num_sms) * self.num_heads * (self.head_dim + 2)
+
+    def validate(self) -> None:
+        """Raises KernelArgumentError if the kernels do not cover these sizes."""
+        if self.head_dim % 16 or not 16 <= self.head_dim <= 256:
+            raise KernelArgumentError(f"head_dim is {self.head_dim}; the kernels take multiples of 16 up to 256.")
+        if self.num_heads % self.num_kv_heads or self.group > _MAX_GROUP:
+            raise KernelArgumentError(
+                f"{self.num_heads} query heads share {self.num_kv_heads} KV heads; at most {_MAX_GROUP} may."
+            )
+
+    def defines(self, num_sms: int) -> dict[str, int | str]:
+        return {
+            "HEADS": self.num_heads,
+            "KV_HEADS": self.num_kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "CONTEXT": self.max_context,
+            "SPLITS": self.splits(num_sms),
+            "QK_NORM": int(self.qk_norm),
+            "NORM_EPS": float_define(self.norm_eps),
+            "SCALE_LOG2E": float_define(math.log2(math.e) / math.sqrt(self.head_dim)),
+        }
+
+
+def _check(kernels: Kernels, shape: AttentionShape, cache: DeviceArray, rope: DeviceArray, norms: tuple) -> None:
+    shape.validate()
+    check("cache", cache, (2, shape.num_kv_heads, shape.max_context, shape.head_dim), kernels.dtype)
+    check("rope", rope, (shape.max_context, shape.head_dim // 2, 2), "fp32")
+    for norm in norms if shape.qk_norm else ():
+        check("head norm", norm, (shape.head_dim,), kernels.dtype)
+
+
+def attention_decode(
+    kernels: Kernels,
+    shape: AttentionShape,
+    qkv: DeviceArray,
+    cache: DeviceArray,
+    rope: DeviceArray,
+    state: DeviceArray,
+    partial: DeviceArray,
+    counters: DeviceArray,
+    output: DeviceArray,
+    norms: tuple[DeviceArray, DeviceArray] | None = None,
+) -> Launch:
+    """One token at the state's position: rotates, appends to the cache and attends; output 16-bit [heads × head_dim].
+
+    ``counters``: uint32 [kv_heads], zeros. ``norms``: weights of the query and key norms. Raises KernelArgumentError.
+    """
+    num_sms = kernels.device.num_sms
+    _check(kernels, shape, cache, rope, norms or ())
+    check("qkv", qkv, (shape.qkv_width,), kernels.dtype)
+    check("partial", partial, (shape.partial_floats(num_sms),), "fp32")
+    check("counters", counters, (shape.num_kv_heads,), "uint32")
+    check("output", output, (shape.num_heads * shape.head_dim,), kernels.dtype)
+    defines = shape.defines(num_sms)
+    function = kernels.function("attention_decode", "attention_decode", defines)
+    q_norm, k_norm = norms or (0, 0)
+    warps = 4 if shape.group * shape.head_dim > 1024 else 8
+    args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output]
+    grid = (shape.num_kv_heads, shape.splits(num_sms))
+    return Launch(kernels.device, function, grid, 32 * warps, args)
+
+
+def rope_append(
+    kernels: Kernels,
+    shape: AttentionShape,
+    qkv: DeviceArray,
+    cache: DeviceArray,
+    rope: DeviceArray,
+    position: ctypes.c_int,
+    count: ctypes.c_int,
+    norms: tuple[DeviceArray, DeviceArray] | None = None,
+) -> Launch:
+    """Rotates q of the first ``count`` rows of qkv [n, width] in place; writes their K and V from ``position`` on."""
+    _check(kernels, shape, cache, rope, norms or ())
+    check("qkv", qkv, (qkv.shape[0], shape.qkv_width), kernels.dtype)
+    function = kernels.function("rope_append", "rope_append", shape.defines(kernels.device.num_sms))
+    q_norm, k_norm = norms or (0, 0)
+    args = [qkv, cache, rope, q_norm, k_norm, position, count]
+    grid = (rope_append_blocks(shape, qkv.shape[0]),)
+    return Launch(kernels.device, function, grid, _ROPE_THREADS, args, overlap=False)
+
+
+def rope_append_blocks(shape: AttentionShape, count: int) -> int:
+    """CTAs for ``count`` tokens."""
+    lanes = next(n for n in (4, 8, 16, 32) if 8 * n >= shape.head_dim)
+    vectors = count * (shape.num_heads + 2 * shape.num_kv_heads)
+    return -(-vectors * lanes // _ROPE_THREADS)
+
+
+def attention_prefill(
+    kernels: Kernels,
+    shape: AttentionShape,
+    qkv: DeviceArray,
+    cache: DeviceArray,
+    output: DeviceArray,
+    start: ctypes.c_int,
+    count: ctypes.c_int,
+) -> Launch:
+    """Causal attention of the first ``count`` rows of qkv [n, width], at ``start`` on; output [n, heads × head_dim]."""
+    shape.validate()
+    rows = qkv.shape[0]
+    check("qkv", qkv, (rows, shape.qkv_width), kernels.dtype)
+    check("cache", cache, (2, shape.num_kv_heads, shape.max_context, shape.head_dim), kernels.dtype)
+    check("output", output, (rows, shape.num_heads * shape.head_dim), kernels.dtype)
+    tile_k = 32 if shape.head_dim > 128 else 64
+    shared = 2 * 2 * tile_k * (shape.head_dim + 8) * 2
+    function = kernels.function("attention_prefill", "attention_prefill", shape.defines(kernels.device.num_sms), shared)
+    grid = (attention_prefill_tiles(rows), shape.num_heads)
+    args = [qkv, cache, output, start, count]
+    return Launch(kernels.device, function, grid, _PREFILL_THREADS, args, shared, overlap=False)
+
+
+def attention_prefill_tiles(count: int) -> int:
+    """Tiles of queries for ``count`` tokens."""
+    return -(-count // _TILE_Q)

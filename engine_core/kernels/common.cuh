@@ -1,0 +1,117 @@
+// What every kernel shares: the 16-bit type of weights and activations, loads, asynchronous copies, reductions.
+// No CUDA header is included, so that NVRTC alone suffices. BF16 (0 or 1) chooses the 16-bit type.
+#pragma once
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifndef BF16
+#define BF16 0
+#endif
+
+typedef u16 half_t;  // the bits of an fp16 or bf16 value
+
+struct State {       // of the running sequence; written by the last kernel of a step only
+    int token;       // full-vocabulary id to feed next; negative after a failed step
+    int position;    // of that token in the KV cache
+    u64 step;        // number of tokens sampled since the request began
+    u64 best;        // order key << 32 | ~row of the largest score of this step
+    u32 nan_seen;
+    u32 unused;
+};
+
+// --- programmatic dependent launch -------------------------------------------------------------------------------
+// A kernel may start while the one before it still runs. Until wait_for_previous it may read weights and nothing else.
+
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// --- 16-bit values ------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float2 unpack2(u32 v) {
+    float2 f;
+#if BF16
+    f.x = __uint_as_float(v << 16);
+    f.y = __uint_as_float(v & 0xffff0000u);
+#else
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(f.x), "=f"(f.y) : "r"(v));
+#endif
+    return f;
+}
+
+__device__ __forceinline__ u32 pack2(float low, float high) {
+    u32 v;
+#if BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+    return v;
+}
+
+__device__ __forceinline__ half_t to_half(float value) { return (half_t)pack2(value, 0.f); }
+__device__ __forceinline__ float to_float(half_t value) { return unpack2(value).x; }
+
+__device__ __forceinline__ void unpack8(uint4 v, float* f) {
+    float2 a = unpack2(v.x), b = unpack2(v.y), c = unpack2(v.z), d = unpack2(v.w);
+    f[0] = a.x, f[1] = a.y, f[2] = b.x, f[3] = b.y, f[4] = c.x, f[5] = c.y, f[6] = d.x, f[7] = d.y;
+}
+
+__device__ __forceinline__ uint4 pack8(const float* f) {
+    return make_uint4(pack2(f[0], f[1]), pack2(f[2], f[3]), pack2(f[4], f[5]), pack2(f[6], f[7]));
+}
+
+// --- memory -------------------------------------------------------------------------------------------------------
+// Activations are read through L2 only: with overlapping kernels a line in L1 may be older than what was written.
+
+__device__ __forceinline__ uint4 load16(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float4 load16f(const float* p) {
+    uint4 v = load16(p);
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+}
+
+__device__ __forceinline__ u32 load4(const void* p) {
+    u32 v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float load4f(const float* p) { return __uint_as_float(load4(p)); }
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// 16 bytes from global to shared memory; only the first ``bytes`` are read, the rest becomes zero.
+__device__ __forceinline__ void copy16_async(void* shared, const void* global, u32 bytes = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// --- reductions ---------------------------------------------------------------------------------------------------
+
+template <int WIDTH>  // over aligned groups of WIDTH lanes
+__device__ __forceinline__ float group_sum(float v) {
+#pragma unroll
+    for (int offset = WIDTH / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+    return v;
+}

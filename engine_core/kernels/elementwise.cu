@@ -1,0 +1,32 @@
+// The small steps around the matrix products.
+#include "common.cuh"
+
+constexpr int THREADS = 256;
+
+// float32 [gridDim.x][COLS] from the rows of table [vocab][COLS] named by tokens; a failed step's token reads row 0.
+extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table, const int* tokens, float* output) {
+    let_next_start();
+    wait_for_previous();
+    const int token = max(0, (int)load4(tokens + blockIdx.x));
+    for (int c = threadIdx.x * 8; c < COLS; c += THREADS * 8) {
+        float v[8];
+        unpack8(*(const uint4*)(table + (u64)token * COLS + c), v);
+        float4* y = (float4*)(output + (u64)blockIdx.x * COLS + c);
+        y[0] = make_float4(v[0], v[1], v[2], v[3]);
+        y[1] = make_float4(v[4], v[5], v[6], v[7]);
+    }
+}
+
+// [pairs] 16-bit from [pairs] (gate, up).
+extern "C" __global__ void __launch_bounds__(THREADS) silu_multiply(const u32* gate_up, half_t* output, u32 pairs) {
+    for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < pairs; i += gridDim.x * THREADS) {
+        const float2 v = unpack2(load4(gate_up + i));
+        output[i] = to_half(v.x / (1.f + __expf(-v.x)) * v.y);
+    }
+}
+
+// [rows][width] += bias [width], 16-bit.
+extern "C" __global__ void __launch_bounds__(THREADS) add_bias(half_t* values, const half_t* bias, u32 count, u32 width) {
+    for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < count; i += gridDim.x * THREADS)
+        values[i] = to_half(to_float(values[i]) + to_float(bias[i % width]));
+}

@@ -1,0 +1,174 @@
+// y = W x for one vector: W [ROWS][COLS] 16-bit row-major, x [COLS], one CTA per share of the rows.
+//
+// The time is that of reading W, so all else serves to keep loads in flight. The columns are split over K_WARPS warps, so
+// that each lane's part of x stays in registers; each lane copies its own 16-byte pieces of W through its own slots of a ring
+// in shared memory (cp.async: DEPTH stages of BATCH rows, no registers, no barriers). The ring is filled before the kernel waits for
+// the one that computes x. NORM: x is RMS-normalised on the way; the factor 1/rms is applied to the sums.
+//
+// EPILOGUE 0: y 16-bit, plus bias with BIAS; 1: y float32 +=, the residual stream; 2: rows are (gate, up) pairs and
+// y[i] = silu(gate) * up, 16-bit; 3: y float32, the logits.
+#include "common.cuh"
+
+constexpr int CHUNK = 256;  // columns a warp takes at once: 8 per lane
+constexpr int PARTS = (COLS + CHUNK * K_WARPS - 1) / (CHUNK * K_WARPS);  // chunks of a warp
+constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = 32 * WARPS;
+constexpr int SEGMENT = 64;                                      // rows of the CTA between two barriers
+constexpr int SEGMENT_BATCHES = SEGMENT / (BATCH * ROW_WARPS);  // stages of a row-warp between two barriers
+constexpr int GRAIN = EPILOGUE == 2 ? 2 : 1;                    // rows that stay together
+static_assert(BATCH == 1 || BATCH == 2 || BATCH == 4, "BATCH is 1, 2 or 4");
+static_assert(COLS % 8 == 0 && ROWS % GRAIN == 0 && SEGMENT % (BATCH * ROW_WARPS) == 0, "unsupported shape");
+
+struct Share {  // the rows of this CTA, as this warp walks them
+    const half_t* weight;
+    int begin, count, column, row_warp;
+
+    __device__ __forceinline__ int row(int batch) const {  // of its first row, relative to begin
+        return batch / SEGMENT_BATCHES * SEGMENT + (batch % SEGMENT_BATCHES * ROW_WARPS + row_warp) * BATCH;
+    }
+
+    __device__ __forceinline__ void load(uint4* slots, int batch) const {
+#pragma unroll
+        for (int r = 0; r < BATCH; ++r) {
+            const int local = row(batch) + r;
+            if (local < count) {
+                const half_t* source = weight + (u64)(begin + local) * COLS;
+#pragma unroll
+                for (int p = 0; p < PARTS; ++p) {
+                    const int c = column + p * CHUNK;
+                    const bool inside = COLS % (CHUNK * K_WARPS) == 0 || c < COLS;
+                    copy16_async(slots + (r * PARTS + p) * THREADS, source + (inside ? c : 0), inside ? 16 : 0);
+                }
+            }
+        }
+        commit_copies();
+    }
+};
+
+__device__ __forceinline__ float load_input(float x[PARTS][8], const void* input, const half_t* norm_weight, int column) {
+    float squares = 0.f;
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        const int c = column + p * CHUNK;
+        if (c < COLS) {
+#if NORM
+            float g[8];
+            unpack8(*(const uint4*)(norm_weight + c), g);
+            const float4 a = load16f((const float*)input + c), b = load16f((const float*)input + c + 4);
+            const float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+            for (int j = 0; j < 8; ++j) squares += v[j] * v[j], x[p][j] = v[j] * g[j];
+#else
+            unpack8(load16((const half_t*)input + c), x[p]);
+#endif
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) x[p][j] = 0.f;
+        }
+    }
+    return squares;
+}
+
+constexpr int SPREAD = 32 / BATCH;
+
+// Sums BATCH values over the warp, halving the lanes a value is on at each step; lane i SPREAD gets the sum of acc[i].
+__device__ __forceinline__ float batch_sum(const float* acc, int lane) {
+    float v = acc[0];
+    if constexpr (BATCH == 4) {
+        const bool high = lane & 16, odd = lane & 8;
+        const float v0 = (high ? acc[2] : acc[0]) + __shfl_xor_sync(0xffffffffu, high ? acc[0] : acc[2], 16);
+        const float v1 = (high ? acc[3] : acc[1]) + __shfl_xor_sync(0xffffffffu, high ? acc[1] : acc[3], 16);
+        v = (odd ? v1 : v0) + __shfl_xor_sync(0xffffffffu, odd ? v0 : v1, 8);
+    } else if constexpr (BATCH == 2) {
+        const bool high = lane & 16;
+        v = (high ? acc[1] : acc[0]) + __shfl_xor_sync(0xffffffffu, high ? acc[0] : acc[1], 16);
+    }
+    return group_sum<SPREAD>(v);
+}
+
+__device__ __forceinline__ void finish(float sum, float next, int row, const half_t* bias, void* output) {
+#if EPILOGUE == 0
+#if BIAS
+    sum += to_float(bias[row]);
+#endif
+    ((half_t*)output)[row] = to_half(sum);
+#elif EPILOGUE == 1
+    float* y = (float*)output + row;
+    *y = load4f(y) + sum;
+#elif EPILOGUE == 2
+    ((half_t*)output)[row / 2] = to_half(sum / (1.f + __expf(-sum)) * next);
+#else
+    ((float*)output)[row] = sum;
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gemv(const half_t* weight, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
+    extern __shared__ uint4 ring[];  // [DEPTH][BATCH][PARTS][THREADS]
+    __shared__ float partial[2][K_WARPS][SEGMENT];
+    __shared__ float squares[K_WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS;
+    Share share;
+    share.weight = weight;
+    share.begin = (int)((u64)(ROWS / GRAIN) * blockIdx.x / gridDim.x) * GRAIN;
+    share.count = (int)((u64)(ROWS / GRAIN) * (blockIdx.x + 1) / gridDim.x) * GRAIN - share.begin;
+    share.column = k_warp * PARTS * CHUNK + lane * 8;
+    share.row_warp = warp / K_WARPS;
+    uint4* slots = ring + threadIdx.x;
+    constexpr int STAGE = BATCH * PARTS * THREADS;
+
+    let_next_start();
+#pragma unroll
+    for (int stage = 0; stage < DEPTH; ++stage) share.load(slots + stage * STAGE, stage);
+    wait_for_previous();
+    float x[PARTS][8];
+    const float own_squares = load_input(x, input, norm_weight, share.column);
+    if (NORM && share.row_warp == 0) {
+        const float sum = group_sum<32>(own_squares);
+        if (lane == 0) squares[k_warp] = sum;
+    }
+
+    int batch = 0, stage = 0;
+    float scale = 1.f;
+    for (int segment = 0; segment * SEGMENT < share.count; ++segment) {
+        float(*sums)[SEGMENT] = partial[segment % 2];
+        for (int i = 0; i < SEGMENT_BATCHES; ++i, ++batch) {
+            wait_copies<DEPTH - 1>();
+            const uint4* w = slots + stage * STAGE;
+            float acc[BATCH] = {};
+#pragma unroll
+            for (int r = 0; r < BATCH; ++r)
+#pragma unroll
+                for (int p = 0; p < PARTS; ++p) {
+                    float v[8];
+                    unpack8(w[(r * PARTS + p) * THREADS], v);
+#pragma unroll
+                    for (int j = 0; j < 8; ++j) acc[r] += v[j] * x[p][j];
+                }
+            const float sum = batch_sum(acc, lane);
+            share.load(slots + stage * STAGE, batch + DEPTH);
+            stage = stage + 1 == DEPTH ? 0 : stage + 1;
+            if (lane % SPREAD == 0) sums[k_warp][(i * ROW_WARPS + share.row_warp) * BATCH + lane / SPREAD] = sum;
+            if (share.row(batch + 1) >= share.count) {
+                ++batch;
+                break;
+            }
+        }
+        __syncthreads();
+        if (NORM && segment == 0) {
+            float total = 0.f;
+            for (int k = 0; k < K_WARPS; ++k) total += squares[k];
+            scale = rsqrtf(total / COLS + NORM_EPS);
+        }
+        for (int local = threadIdx.x * GRAIN; local < SEGMENT; local += THREADS * GRAIN) {
+            const int row = segment * SEGMENT + local;
+            if (row >= share.count) break;
+            float sum = 0.f, next = 0.f;
+            for (int k = 0; k < K_WARPS; ++k) {
+                sum += sums[k][local];
+                if (GRAIN == 2) next += sums[k][local + 1];
+            }
+            finish(sum * scale, next * scale, share.begin + row, bias, output);
+        }
+    }
+    wait_copies<0>();
+}

@@ -1,0 +1,153 @@
+"""Matrix × vector, RMSNorm and the small steps around the matrix products."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from engine_core.device import DeviceArray, Launch
+from engine_core.kernels import KernelArgumentError, Kernels, check, float_define
+
+# EPILOGUE of gemv.cu.
+STORE, RESIDUAL, SILU, LOGITS = range(4)
+
+_CHUNK = 256  # columns of a warp's load
+_MAX_WARPS = 16
+_THREADS = 256
+
+
+@dataclass(frozen=True)
+class GemvShape:
+    """How the columns and rows of a matrix are spread over the warps of a CTA; see gemv.cu."""
+
+    k_warps: int
+    row_warps: int
+    batch: int
+    depth: int
+    ctas_per_sm: int = 1
+
+    def shared(self, cols: int) -> int:
+        """Bytes of the ring."""
+        parts = -(-cols // (_CHUNK * self.k_warps))
+        return self.depth * self.batch * parts * 32 * self.k_warps * self.row_warps * 16
+
+
+def gemv_shape(cols: int, shared_budget: int) -> GemvShape:
+    """The spread for ``cols`` columns: least waste along the columns, most warps, then the deepest ring that fits."""
+    chunks = -(-cols // _CHUNK)
+
+    def waste(k_warps: int) -> tuple[int, int]:
+        parts = -(-chunks // k_warps)
+        return k_warps * parts - chunks, -k_warps
+
+    k_warps = min(range(1, min(chunks, _MAX_WARPS) + 1), key=waste)
+    row_warps = 1
+    while row_warps * 2 * k_warps <= _MAX_WARPS:
+        row_warps *= 2
+    for batch in (4, 2, 1):
+        stage = GemvShape(k_warps, row_warps, batch, 1).shared(cols)
+        if 3 * stage <= shared_budget:
+            break
+    return GemvShape(k_warps, row_warps, batch, max(1, min(8, shared_budget // stage)))
+
+
+def gemv(
+    kernels: Kernels,
+    weight: DeviceArray,
+    vector: DeviceArray,
+    output: DeviceArray,
+    epilogue: int,
+    *,
+    norm_weight: DeviceArray | None = None,
+    bias: DeviceArray | None = None,
+    norm_eps: float = 0.0,
+    shape: GemvShape | None = None,
+) -> Launch:
+    """output ← weight [rows, cols] · vector [cols], with what follows fused (``epilogue``).
+
+    STORE: 16-bit [rows], plus ``bias`` [rows]; RESIDUAL: float32 [rows], added to; SILU: 16-bit [rows / 2] of rows that
+    are (gate, up) in turn; LOGITS: float32 [rows]. With ``norm_weight`` [cols] the vector is float32 and RMS-normalised
+    first, else 16-bit. Raises KernelArgumentError.
+    """
+    rows, cols = weight.shape
+    if cols % 8 or (epilogue == SILU and rows % 2):
+        raise KernelArgumentError(
+            f"The weight is {list(weight.shape)}; the columns must be a multiple of 8, pairs even."
+        )
+    check("weight", weight, (rows, cols), kernels.dtype)
+    check("vector", vector, (cols,), "fp32" if norm_weight is not None else kernels.dtype)
+    check(
+        "output",
+        output,
+        (rows // 2 if epilogue == SILU else rows,),
+        "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype,
+    )
+    if norm_weight is not None:
+        check("norm_weight", norm_weight, (cols,), kernels.dtype)
+    if bias is not None:
+        assert epilogue == STORE
+        check("bias", bias, (rows,), kernels.dtype)
+    shape = shape or gemv_shape(cols, kernels.shared_budget)
+    shared = shape.shared(cols)
+    defines = {
+        "ROWS": rows,
+        "COLS": cols,
+        "K_WARPS": shape.k_warps,
+        "ROW_WARPS": shape.row_warps,
+        "BATCH": shape.batch,
+        "DEPTH": shape.depth,
+        "EPILOGUE": epilogue,
+        "NORM": int(norm_weight is not None),
+        "BIAS": int(bias is not None),
+        "NORM_EPS": float_define(norm_eps),
+    }
+    function = kernels.function("gemv", "gemv", defines, shared)
+    grid = min(kernels.device.num_sms * shape.ctas_per_sm, rows // 2)
+    args = [weight, vector, norm_weight or 0, bias or 0, output]
+    return Launch(kernels.device, function, (max(1, grid),), 32 * shape.k_warps * shape.row_warps, args, shared)
+
+
+def rms_norm(kernels: Kernels, rows: DeviceArray, weight: DeviceArray, output: DeviceArray, norm_eps: float) -> Launch:
+    """output [max_rows, cols] 16-bit ← RMSNorm of rows [max_rows, cols] float32; the grid is the number of rows."""
+    num_rows, cols = rows.shape
+    if cols % 8:
+        raise KernelArgumentError(f"Rows of {cols} values; the kernel reads a multiple of 8.")
+    check("rows", rows, (num_rows, cols), "fp32")
+    check("weight", weight, (cols,), kernels.dtype)
+    check("output", output, (num_rows, cols), kernels.dtype)
+    function = kernels.function("rms_norm", "rms_norm", {"COLS": cols, "NORM_EPS": float_define(norm_eps)})
+    return Launch(kernels.device, function, (num_rows,), _THREADS, [rows, weight, output], overlap=False)
+
+
+def embed(
+    kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: DeviceArray, overlap: bool = False
+) -> Launch:
+    """output [n, cols] float32 ← rows of table [vocab, cols] named by tokens, int32 [n]; the grid is n."""
+    vocab, cols = table.shape
+    if cols % 8:
+        raise KernelArgumentError(f"Rows of {cols} values; the kernel reads a multiple of 8.")
+    check("table", table, (vocab, cols), kernels.dtype)
+    check("output", output, (*tokens.shape, cols), "fp32")
+    function = kernels.function("elementwise", "embed", {"COLS": cols})
+    return Launch(kernels.device, function, (tokens.shape[0],), _THREADS, [table, tokens, output], overlap=overlap)
+
+
+def silu_multiply(kernels: Kernels, gate_up: DeviceArray, output: DeviceArray, pairs: ctypes.c_uint32) -> Launch:
+    """output [n, width] ← silu(gate) · up of gate_up [n, 2 width], (gate, up) in turn; the first ``pairs`` of them."""
+    rows, width = output.shape
+    check("gate_up", gate_up, (rows, 2 * width), kernels.dtype)
+    check("output", output, (rows, width), kernels.dtype)
+    function = kernels.function("elementwise", "silu_multiply", {"COLS": 8})
+    return Launch(
+        kernels.device, function, (8 * kernels.device.num_sms,), _THREADS, [gate_up, output, pairs], overlap=False
+    )
+
+
+def add_bias(kernels: Kernels, values: DeviceArray, bias: DeviceArray, count: ctypes.c_uint32) -> Launch:
+    """values [n, width] += bias [width], 16-bit; the first ``count`` values."""
+    rows, width = values.shape
+    check("values", values, (rows, width), kernels.dtype)
+    check("bias", bias, (width,), kernels.dtype)
+    function = kernels.function("elementwise", "add_bias", {"COLS": 8})
+    args = [values, bias, count, ctypes.c_uint32(width)]
+    return Launch(kernels.device, function, (8 * kernels.device.num_sms,), _THREADS, args, overlap=False)

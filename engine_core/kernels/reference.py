@@ -1,0 +1,42 @@
+"""The slow twins: what each kernel computes, in float64 with numpy, one obvious line after the other.
+
+Arrays are float64 whose values are exact in the kernel's input type. Tests compare the kernels with these.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def rms_norm(rows: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """[..., cols] normalised along the last axis, times weight [cols]."""
+    return rows / np.sqrt((rows**2).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+def silu_multiply(gate_up: np.ndarray) -> np.ndarray:
+    """[..., width] of [..., 2 width], (gate, up) in turn."""
+    gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def rotate(vectors: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """RoPE of [n, heads, head_dim] by table [n, head_dim / 2, 2] (cos, sin), halves rotated."""
+    half = vectors.shape[-1] // 2
+    cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+    first, second = vectors[..., :half], vectors[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
+    """Causal attention: queries [n, heads, head_dim] at positions ``start`` … over keys and values
+    [kv_heads, start + n, head_dim]; returns [n, heads, head_dim]."""
+    num_queries, heads, head_dim = queries.shape
+    group = heads // keys.shape[0]
+    output = np.empty_like(queries)
+    for i in range(num_queries):
+        for h in range(heads):
+            k, v = keys[h // group, : start + i + 1], values[h // group, : start + i + 1]
+            scores = k @ queries[i, h] / np.sqrt(head_dim)
+            weights = np.exp(scores - scores.max())
+            output[i, h] = weights @ v / weights.sum()
+    return output

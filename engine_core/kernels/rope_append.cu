@@ -1,0 +1,27 @@
+// Prefill: rotates q in place and writes the rotated K and the V of ``count`` tokens into the linear KV cache.
+// qkv: [count][(HEADS + 2 KV_HEADS) HEAD_DIM]; cache, rope as in attention_decode.cu. One head vector per LANES_PER_HEAD lanes.
+#include "rope.cuh"
+
+constexpr int THREADS = 128;
+constexpr int ALL_HEADS = HEADS + 2 * KV_HEADS;
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    rope_append(half_t* qkv, half_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm, int position, int count) {
+    const int lane = threadIdx.x % 32, part = lane % LANES_PER_HEAD, d = 8 * part;
+    const int index = ((blockIdx.x * THREADS + threadIdx.x) / 32) * HEAD_SLOTS + lane / LANES_PER_HEAD;
+    const bool inside = index < count * ALL_HEADS;
+    const int token = inside ? index / ALL_HEADS : 0, head = inside ? index % ALL_HEADS : 0;
+    half_t* vector = qkv + ((u64)token * ALL_HEADS + head) * HEAD_DIM;
+    const float2* angles = rope + (u64)(position + token) * (HEAD_DIM / 2);
+    float rotated[8];
+    load_rotated(rotated, vector, head < HEADS ? q_norm : k_norm, angles, part);
+    __syncwarp();  // every lane has read before one writes
+    if (!inside || d >= HEAD_DIM) return;
+    if (head < HEADS) {
+        *(uint4*)(vector + d) = pack8(rotated);
+        return;
+    }
+    const bool is_value = head >= HEADS + KV_HEADS;
+    const int row = head - HEADS;  // K heads, then V heads, as in the cache
+    *(uint4*)(cache + ((u64)row * CONTEXT + position + token) * HEAD_DIM + d) = is_value ? load16(vector + d) : pack8(rotated);
+}

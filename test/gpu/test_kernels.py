@@ -1,0 +1,198 @@
+"""Each kernel against its float64 twin, over tables of shapes with odd sizes. Outputs are poisoned first."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+from gpu_bench import error
+
+from engine_core.device import DeviceArray
+from engine_core.kernels import KernelArgumentError, attention, linear, reference, sampling
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {"fp16": 1e-3, "bf16": 6e-3, "fp32": 2e-5}  # of outputs rounded to the type
+EPS = 1e-5
+# Columns: below one load of a warp, no multiple of one, one, several, more than a row of warps.
+SHAPES = [(8, 8), (6, 96), (130, 264), (384, 256), (1000, 1536), (2048, 2048), (3072, 4096), (512, 14336), (34, 28672)]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("rows, cols", SHAPES)
+@pytest.mark.parametrize("normed", [False, True])
+def test_gemv_with_every_epilogue(bench, rows, cols, normed, dtype):
+    kernels = bench.kernels(dtype)
+    weight, w = bench.normal((rows, cols), dtype, cols**-0.5)
+    vector, x = bench.normal((cols,), "fp32" if normed else dtype, 3.0)
+    norm_weight, g = bench.normal((cols,), dtype)
+    bias, b = bench.normal((rows,), dtype)
+    before, residual = bench.normal((rows,), "fp32")
+    norm = {"norm_weight": norm_weight, "norm_eps": EPS} if normed else {}
+    sums = w @ (reference.rms_norm(x, g, EPS) if normed else x)
+
+    cases = {
+        linear.STORE: (bench.poisoned((rows,), dtype), {"bias": bias}, sums + b),
+        linear.RESIDUAL: (before, {}, residual + sums),
+        linear.SILU: (bench.poisoned((rows // 2,), dtype), {}, reference.silu_multiply(sums)),
+        linear.LOGITS: (bench.poisoned((rows,), "fp32"), {}, sums),
+    }
+    for epilogue, (output, more, expected) in cases.items():
+        linear.gemv(kernels, weight, vector, output, epilogue, **norm, **more)(bench.stream)
+        assert error(bench.get(output), expected) < TOLERANCE[output.dtype], epilogue
+
+
+@pytest.mark.parametrize(
+    "shape", [linear.GemvShape(4, 4, 4, 2), linear.GemvShape(2, 1, 1, 8, 2), linear.GemvShape(3, 2, 2, 3)]
+)
+def test_gemv_in_other_spreads(bench, shape):
+    weight, w = bench.normal((1031, 2056), "fp16", 0.02)
+    vector, x = bench.normal((2056,), "fp16")
+    output = bench.poisoned((1031,), "fp32")
+    linear.gemv(bench.kernels("fp16"), weight, vector, output, linear.LOGITS, shape=shape)(bench.stream)
+    assert error(bench.get(output), w @ x) < TOLERANCE["fp32"]
+
+
+def test_gemv_refuses_what_it_cannot_read(bench):
+    weight, _ = bench.normal((16, 64), "fp16")
+    vector, _ = bench.normal((64,), "fp16")
+    output = bench.poisoned((16,), "fp32")
+    kernels = bench.kernels("fp16")
+    with pytest.raises(KernelArgumentError, match="vector"):
+        linear.gemv(kernels, weight, vector, output, linear.LOGITS, norm_weight=vector)
+    shifted = DeviceArray(vector.address + 2, (64,), "fp16")
+    with pytest.raises(KernelArgumentError, match="16 bytes"):
+        linear.gemv(kernels, weight, shifted, output, linear.LOGITS)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("rows, cols", [(1, 8), (3, 264), (65, 4096)])
+def test_rms_norm_embed_silu_bias(bench, rows, cols, dtype):
+    kernels, stream = bench.kernels(dtype), bench.stream
+    hidden, h = bench.normal((rows, cols), "fp32", 3.0)
+    weight, g = bench.normal((cols,), dtype)
+    output = bench.poisoned((rows, cols), dtype)
+    linear.rms_norm(kernels, hidden, weight, output, EPS)(stream)
+    assert error(bench.get(output), reference.rms_norm(h, g, EPS)) < TOLERANCE[dtype]
+
+    table, t = bench.normal((50, cols), dtype)
+    tokens = bench.random.integers(0, 50, rows).astype(np.int32)
+    embedded = bench.poisoned((rows, cols), "fp32")
+    linear.embed(kernels, table, bench.put(tokens, "int32"), embedded)(stream)
+    assert (bench.get(embedded) == t[tokens]).all()
+
+    pairs, p = bench.normal((rows, 2 * cols), dtype)
+    output = bench.poisoned((rows, cols), dtype)
+    linear.silu_multiply(kernels, pairs, output, ctypes.c_uint32(rows * cols))(stream)
+    assert error(bench.get(output), reference.silu_multiply(p)) < TOLERANCE[dtype]
+
+    values, v = bench.normal((rows, cols), dtype)
+    linear.add_bias(kernels, values, weight, ctypes.c_uint32(rows * cols))(stream)
+    assert error(bench.get(values), v + g) < TOLERANCE[dtype]
+
+
+# heads, KV heads, head_dim, query and key norms
+ATTENTION = [
+    (32, 8, 128, False),
+    (32, 8, 64, False),
+    (14, 2, 64, False),
+    (16, 8, 128, True),
+    (8, 8, 32, False),
+    (6, 2, 96, False),
+    (8, 1, 48, True),
+    (4, 2, 256, False),
+    (3, 3, 16, False),
+]
+
+
+def _table(shape: attention.AttentionShape) -> np.ndarray:
+    frequencies = 10000.0 ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
+    angles = np.arange(shape.max_context)[:, None] * frequencies
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+
+
+class _Attention:
+    """One layer's arrays and, in float64, what the kernels should make of them."""
+
+    def __init__(
+        self, bench, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, dtype: str, count: int, context: int
+    ):
+        self.bench, self.count = bench, count
+        self.kernels = bench.kernels(dtype)
+        self.shape = attention.AttentionShape(heads, kv_heads, head_dim, context, EPS, qk_norm)
+        self.table = _table(self.shape)
+        self.rope = bench.put(self.table, "fp32")
+        self.cache, self.cached = bench.normal((2, kv_heads, context, head_dim), dtype)
+        self.qkv, values = bench.normal((count, self.shape.qkv_width), dtype)
+        self.heads = values.reshape(count, heads + 2 * kv_heads, head_dim)
+        self.output = bench.poisoned((count, heads * head_dim), dtype)
+        norms = [bench.normal((head_dim,), dtype) for _ in range(2)]
+        self.norms = (norms[0][0], norms[1][0]) if qk_norm else None
+        self.norm_values = (norms[0][1], norms[1][1])
+
+    def expected(self, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """(output [n, heads × head_dim], cache afterwards)."""
+        shape, n = self.shape, self.count
+        q, k, v = np.split(self.heads, [shape.num_heads, shape.num_heads + shape.num_kv_heads], axis=1)
+        if shape.qk_norm:
+            q, k = (reference.rms_norm(x, g, EPS) for x, g in zip((q, k), self.norm_values, strict=True))
+        angles = self.table[start : start + n].astype(np.float64)
+        q, k = reference.rotate(q, angles), reference.rotate(k, angles)
+        cache = self.cached.copy()
+        cache[0, :, start : start + n] = k.swapaxes(0, 1)
+        cache[1, :, start : start + n] = v.swapaxes(0, 1)
+        output = reference.attention(q, cache[0, :, : start + n], cache[1, :, : start + n], start)
+        return output.reshape(n, -1), cache
+
+    def check(self, start: int, tolerance: float) -> None:
+        output, cache = self.expected(start)
+        assert error(self.bench.get(self.cache), cache) < tolerance
+        assert error(self.bench.get(self.output), output) < tolerance
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("heads, kv_heads, head_dim, qk_norm", ATTENTION)
+@pytest.mark.parametrize("position", [0, 1, 63, 64, 200, 1498, 1499])
+def test_attention_decode(bench, heads, kv_heads, head_dim, qk_norm, position, dtype):
+    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, 1, 1500)
+    state = np.zeros((), dtype=sampling.STATE)
+    state["position"] = position
+    num_sms = bench.device.num_sms
+    launch = attention.attention_decode(
+        case.kernels,
+        case.shape,
+        case.qkv.reshape(case.shape.qkv_width),
+        case.cache,
+        case.rope,
+        bench.put(np.frombuffer(state.tobytes(), dtype=np.uint8), "uint8"),
+        bench.poisoned((case.shape.partial_floats(num_sms),), "fp32"),
+        bench.put(np.zeros(kv_heads, dtype=np.uint32), "uint32"),
+        case.output.reshape(heads * head_dim),
+        norms=case.norms,
+    )
+    launch(bench.stream)
+    launch(bench.stream)  # the counters are as before: a second launch gives the same
+    case.check(position, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("heads, kv_heads, head_dim, qk_norm", ATTENTION)
+@pytest.mark.parametrize("start, count", [(0, 1), (0, 7), (5, 64), (0, 130), (200, 33)])
+def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, count, dtype):
+    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, count, 300)
+    position, number = ctypes.c_int(start), ctypes.c_int(count)
+    attention.rope_append(
+        case.kernels, case.shape, case.qkv, case.cache, case.rope, position, number, norms=case.norms
+    )(bench.stream)
+    attention.attention_prefill(case.kernels, case.shape, case.qkv, case.cache, case.output, position, number)(
+        bench.stream
+    )
+    # The weights of the keys are rounded to the type here, too.
+    case.check(start, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 72), (8, 8, 272), (18, 2, 64), (5, 2, 64)])
+def test_attention_refuses_sizes_it_does_not_cover(sizes):
+    with pytest.raises(KernelArgumentError):
+        attention.AttentionShape(*sizes, max_context=64).validate()
