@@ -214,7 +214,7 @@ def build_package(workspace: Workspace, steps: Steps) -> None:
     command = [
         *colcon_command(workspace), "--log-base", str(LOGS), "build", "--paths", str(ROOT),
         "--build-base", str(build), "--install-base", str(install), "--event-handlers", "console_direct+",
-        "--cmake-args", f"-DPython3_EXECUTABLE={workspace.python}",
+        "--cmake-args", f"-DPython3_EXECUTABLE={workspace.python}", "-DBUILD_TESTING=OFF",
     ]  # fmt: skip
     steps.run("colcon", command, env, "The package could not be built")
     (build / STAMP).write_text(environment_key, encoding="utf-8")
