@@ -13,11 +13,12 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import debian_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
@@ -155,7 +156,13 @@ def make_environment(workspace: Workspace, testing: bool, steps: Steps) -> None:
         steps.start(f"Virtual environment {venv.name} {what}")
         remove_generated(venv, marker="pyvenv.cfg")
         options = ["--system-site-packages"] if workspace.sourced else []
+        if not debian_parts.has_pip():
+            options.append("--without-pip")
         steps.run("venv", [sys.executable, "-m", "venv", *options, str(venv)], env, "The environment could not be made")
+        if not debian_parts.has_pip():
+            wheel = debian_parts.pip_wheel(venv / "debian")
+            command = [str(workspace.python), f"{wheel}/pip", "install", "--no-index", "--no-cache-dir", str(wheel)]
+            steps.run("pip", command, env, "pip could not be installed")
         (venv / "COLCON_IGNORE").touch()  # its package.xml files are not ours to build
         if not workspace.sourced:
             files = ["-r", str(TOOLS / "requirements-ros.txt")]
@@ -208,13 +215,18 @@ def build_package(workspace: Workspace, steps: Steps) -> None:
         return
     steps.start("Interfaces and package: colcon build (one to two minutes the first time)")
     check_build_tools()
+    python_options = [f"-DPython3_EXECUTABLE={workspace.python}"]
+    if not debian_parts.has_headers():
+        include, *further = debian_parts.headers(workspace.venv / "debian")
+        python_options.append(f"-DPython3_INCLUDE_DIR={include}")
+        env["CPATH"] = os.pathsep.join(filter(None, [*map(str, further), env.get("CPATH", "")]))
     if not is_current(build, environment_key):  # CMake's cache remembers another Python
         remove_generated(build, marker="COLCON_IGNORE")
         remove_generated(install, marker=".colcon_install_layout")
     command = [
         *colcon_command(workspace), "--log-base", str(LOGS), "build", "--paths", str(ROOT),
         "--build-base", str(build), "--install-base", str(install), "--event-handlers", "console_direct+",
-        "--cmake-args", f"-DPython3_EXECUTABLE={workspace.python}", "-DBUILD_TESTING=OFF",
+        "--cmake-args", *python_options, "-DBUILD_TESTING=OFF",
     ]  # fmt: skip
     steps.run("colcon", command, env, "The package could not be built")
     (build / STAMP).write_text(environment_key, encoding="utf-8")
@@ -231,13 +243,10 @@ def colcon_command(workspace: Workspace) -> list[str]:
 
 def check_build_tools() -> None:
     """Raises SetupError naming the Debian package of what is missing."""
-    why = "and the message types have to be compiled"
     for program in ("gcc", "g++", "make"):
         if shutil.which(program) is None:
+            why = "and the message types have to be compiled"
             raise SetupError(f"{program} was not found, {why}: sudo apt install {program}")
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.is_file():
-        raise SetupError(f"{header} was not found, {why}: sudo apt install python3-dev")
 
 
 def run_environment(workspace: Workspace) -> dict[str, str]:
@@ -275,7 +284,7 @@ def main() -> int:
         make_environment(workspace, testing, steps)
         build_package(workspace, steps)
         env = run_environment(workspace)
-    except SetupError as error:
+    except (SetupError, debian_parts.PartsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     env["EDGELLM_REQUIRE_ROS"] = "1"  # tests that find no ROS fail here instead of being skipped
