@@ -1,0 +1,96 @@
+"""One ONNX Runtime session with everything it reads and writes bound once: inputs, logits and the KV cache in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from engine_core.manifest import ModelGeometry
+
+MODEL_NAME = "model.onnx"
+_ERROR, _FATAL = 3, 4  # ONNX Runtime's log severities
+
+
+class OrtSession:
+    """The model and its KV cache, float32 [layers, 1, 2 (K, V), kv_heads, max_context, head_dim].
+
+    Past and present of a layer are bound to the same memory, so a step writes its own positions and copies nothing.
+    ``logits``: float32 [rows], overwritten by every step. Not thread-safe, but for ``terminate``.
+    """
+
+    def __init__(self, variant_dir: Path, geometry: ModelGeometry, rows: int, max_context: int, chunk: int, threads: int):
+        self.max_context = max_context
+        self.chunk = chunk
+        self._session = ort.InferenceSession(
+            str(variant_dir / MODEL_NAME), session_options(threads), providers=["CPUExecutionProvider"]
+        )
+        shape = (geometry.num_layers, 1, 2, geometry.num_kv_heads, max_context, geometry.head_dim)
+        self.kv_cache = np.empty(shape, dtype=np.float32)
+        self.kv_cache.fill(0)  # takes the pages now rather than token by token
+        self.logits = np.zeros(rows, dtype=np.float32)
+        self._last_position = np.zeros(1, dtype=np.int32)
+        self._length = np.zeros((), dtype=np.int32)
+        self._token = np.zeros((1, 1), dtype=np.int64)
+        self._tokens = np.zeros(chunk, dtype=np.int64)
+        self._decode = self._bind(self._token)
+        self._prefill = self._bind(self._tokens[None])
+        self._bound_tokens = chunk
+        self._decode_options = ort.RunOptions()
+        self._prefill_options = ort.RunOptions()
+        self._prefill_options.log_severity_level = _FATAL  # being ended by ``terminate`` is no error worth a line
+
+    def _bind(self, token_ids: np.ndarray) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        _bind_input(binding, "input_ids", token_ids)
+        _bind_input(binding, "last_position", self._last_position)
+        _bind_input(binding, "length", self._length)
+        for layer in range(self.kv_cache.shape[0]):
+            for index, kind in enumerate(("key", "value")):
+                cache = self.kv_cache[layer, :, index]
+                _bind_input(binding, f"past_{kind}.{layer}", cache)
+                _bind_output(binding, f"present_{kind}.{layer}", cache)
+        _bind_output(binding, "logits", self.logits[None])
+        return binding
+
+    def decode(self, token_id: int, position: int) -> None:
+        """Feeds one token at ``position``; its logits are in ``logits`` afterwards."""
+        self._token[0, 0] = token_id
+        self._last_position[0] = position
+        self._length[...] = position + 1
+        self._session.run_with_iobinding(self._decode, self._decode_options)
+
+    def prefill(self, token_ids: np.ndarray, position: int) -> None:
+        """Feeds 1 to ``chunk`` tokens, integers [n], at ``position`` and on; ``logits`` are those after the last."""
+        count = len(token_ids)
+        self._tokens[:count] = token_ids
+        if count != self._bound_tokens:
+            _bind_input(self._prefill, "input_ids", self._tokens[None, :count])
+            self._bound_tokens = count
+        self._last_position[0] = position + count - 1
+        self._length[...] = position + count
+        self._session.run_with_iobinding(self._prefill, self._prefill_options)
+
+    def terminate(self, stop: bool) -> None:
+        """True: a ``prefill`` that runs or comes ends, with an exception, at its next node. From any thread."""
+        self._prefill_options.terminate = stop
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _ERROR
+    return options
+
+
+def _bind_input(binding: ort.IOBinding, name: str, array: np.ndarray) -> None:
+    assert array.flags.c_contiguous
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: ort.IOBinding, name: str, array: np.ndarray) -> None:
+    assert array.flags.c_contiguous
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -1,0 +1,152 @@
+"""Builds an engine variant for the CPU from a Hugging Face checkpoint directory; needs no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from engine_core.build.checkpoint import Checkpoint
+from engine_core.build.model import ModelSpec, check_tensors, read_spec
+from engine_core.build.onnx_graph import write_decoder
+from engine_core.build.onnx_writer import GraphWriter
+from engine_core.build.ort_dialect import OrtDialect, Precision
+from engine_core.build.weights import Weights
+from engine_core.errors import BuildError, CheckpointError
+from engine_core.manifest import Manifest, seal, write_variant
+from engine_core.safetensors_file import write_safetensors
+from engine_core.vocab import TENSOR_NAME, VOCAB_MAP_NAME, read_vocab_map
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_MAX_CONTEXT = 4096  # tokens; less where the model was made for less
+QUANTIZATIONS = ("fp32", "int8", "int4")
+GROUP_SIZES = (16, 32, 64, 128, 256)
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def build_engine(
+    checkpoint_dir: Path,
+    out_dir: Path,
+    *,
+    quantization: str = "fp32",
+    max_context: int = 0,
+    group_size: int = 0,
+    head_bits: int = 0,
+    vocab_map: Path | None = None,
+    model_name: str = "",
+    report: Callable[[str], None] = _log.info,
+) -> Manifest:
+    """Writes the variant directory ``out_dir`` and returns its manifest.
+
+    ``quantization``: fp32, int8 or int4. ``max_context``: tokens the RoPE table covers, 0 = the model's own up to
+    DEFAULT_MAX_CONTEXT. ``group_size``: weights per scale, 0 = 32. ``head_bits``: 4 or 8 for the LM head and the
+    embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows
+    keeps; a file of that name in the checkpoint is used by itself.
+
+    Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.
+    """
+    precision = _precision(quantization, group_size, head_bits)
+    checkpoint = Checkpoint(checkpoint_dir)
+    spec = read_spec(checkpoint)
+    num_parameters = check_tensors(spec, checkpoint)
+    max_context = _max_context(max_context, spec)
+    kept = _vocab_map(vocab_map, checkpoint, spec)
+    weights = Weights(checkpoint, spec, kept)
+    report(f"Building {spec.architecture} with {num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}")
+    with write_variant(Path(out_dir)) as directory:
+        with GraphWriter(directory, spec.architecture) as writer:
+            write_decoder(spec, OrtDialect(writer, weights, precision, max_context))
+        for name in _COPIED:
+            if (checkpoint.directory / name).is_file():
+                shutil.copyfile(checkpoint.directory / name, directory / name)
+        if kept is not None:
+            write_safetensors(directory / VOCAB_MAP_NAME, {TENSOR_NAME: kept})
+        manifest = Manifest(
+            model_name=model_name or _model_name(checkpoint),
+            geometry=spec.geometry(num_parameters),
+            backend="onnxruntime",
+            quantization=quantization,
+            kv_cache_type="fp32",
+            max_context=max_context,
+            max_batch=1,
+            eos_token_ids=_eos_token_ids(checkpoint),
+            reduced_vocab_size=0 if kept is None else len(kept),
+            group_size=precision.group_size,
+            builder=_versions(),
+            options={"head_bits": precision.head_bits, "rope_dims": [rope.dim for rope in spec.ropes]},
+        )
+        manifest = seal(directory, manifest)
+    report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
+    return manifest
+
+
+def _precision(quantization: str, group_size: int, head_bits: int) -> Precision:
+    if quantization not in QUANTIZATIONS:
+        raise BuildError(
+            f"The onnxruntime backend has no {quantization!r} weights; choose one of {', '.join(QUANTIZATIONS)}."
+        )
+    if quantization == "fp32":
+        if group_size or head_bits:
+            raise BuildError("group_size and head_bits belong to int8 and int4; an fp32 variant has neither.")
+        return Precision(32, 32, 32)
+    if group_size not in (0, *GROUP_SIZES):
+        raise BuildError(f"group_size is {group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
+    if head_bits not in (0, 4, 8):
+        raise BuildError(f"head_bits is {head_bits}, expected 4 or 8.")
+    head = head_bits or 8
+    return Precision({"int8": 8, "int4": 4}[quantization], head, head, group_size or 32)
+
+
+def _max_context(asked: int, spec: ModelSpec) -> int:
+    if asked < 0 or asked > spec.max_position:
+        raise BuildError(f"max_context is {asked}, but the model was made for 1 to {spec.max_position} tokens.")
+    return asked or min(DEFAULT_MAX_CONTEXT, spec.max_position)
+
+
+def _vocab_map(path: Path | None, checkpoint: Checkpoint, spec: ModelSpec) -> np.ndarray | None:
+    """int32 [rows], ascending full ids with every end-of-sequence id among them."""
+    if path is None:
+        path = checkpoint.directory / VOCAB_MAP_NAME
+        if not path.is_file():
+            return None
+    kept = read_vocab_map(Path(path), spec.vocab_size)
+    missing = sorted(set(_eos_token_ids(checkpoint)) - set(kept.tolist()))
+    if missing:
+        raise CheckpointError(f"{path} lacks the end-of-sequence token {missing[0]}; without it no answer could end.")
+    return kept
+
+
+def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Those of generation_config.json and of config.json: both are in use, and they may differ."""
+    ids: set[int] = set()
+    for config in (checkpoint.generation_config, checkpoint.config):
+        value = config.get("eos_token_id")
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return tuple(sorted(int(token_id) for token_id in ids))
+
+
+def _model_name(checkpoint: Checkpoint) -> str:
+    name = str(checkpoint.config.get("_name_or_path") or "")
+    return Path(name).name or checkpoint.directory.resolve().name
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in ("edgellm_ros", "onnx", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

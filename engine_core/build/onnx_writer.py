@@ -1,0 +1,103 @@
+"""Writes an ONNX model node by node; weights go straight to the external data file, never through the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+MODEL_NAME = "model.onnx"
+DATA_NAME = "model.onnx.data"
+_ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
+_INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
+
+
+class GraphWriter:
+    """Collects nodes and streams tensors to ``directory``; ``save`` writes the model. A context manager."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._directory = directory
+        self._name = name
+        self._data = open(directory / DATA_NAME, "wb")
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def __enter__(self) -> GraphWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._data.close()
+
+    # --- the graph ----------------------------------------------------------------------------------
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def node(self, op: str, inputs: Sequence[str], output: str | Sequence[str], domain: str = "", **attributes) -> str:
+        """Adds a node; returns the name of its first output."""
+        outputs = [output] if isinstance(output, str) else list(output)
+        name = outputs[0].replace("/output", "")
+        self._nodes.append(helper.make_node(op, list(inputs), outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    # --- tensors ------------------------------------------------------------------------------------
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        """A tensor that is there as a whole. The same name twice is the same tensor."""
+        if name in self._initializers:
+            return name
+        value = np.asarray(value, order="C")
+        if value.nbytes > _INLINE_BYTES:
+            return self.stream(name, value.dtype, value.shape, [value])
+        self._initializers[name] = onnx.numpy_helper.from_array(value, name)
+        return name
+
+    def stream(self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray]) -> str:
+        """A tensor that arrives in blocks along its first axis; only one of them is in memory at a time."""
+        assert name not in self._initializers
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        offset = self._data.tell()
+        for block in blocks:
+            self._data.write(np.ascontiguousarray(block, dtype=dtype).data)
+        length = self._data.tell() - offset
+        assert length == int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, f"{name} has {length} bytes"
+        self._initializers[name] = _external(name, dtype, shape, offset, length)
+        return name
+
+    def alias(self, name: str, of: str, shape: Sequence[int]) -> str:
+        """The bytes of the streamed tensor ``of`` under another name and shape."""
+        place = {entry.key: entry.value for entry in self._initializers[of].external_data}
+        dtype = helper.tensor_dtype_to_np_dtype(self._initializers[of].data_type)
+        self._initializers[name] = _external(name, dtype, shape, int(place["offset"]), int(place["length"]))
+        return name
+
+    def save(self, opsets: dict[str, int]) -> None:
+        graph = helper.make_graph(
+            self._nodes, self._name, self._inputs, self._outputs, initializer=list(self._initializers.values())
+        )
+        model = helper.make_model(
+            graph,
+            producer_name="edgellm_ros",
+            opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
+            ir_version=9,  # what ONNX Runtime 1.17 and TensorRT 10 read
+        )
+        self._data.flush()
+        (self._directory / MODEL_NAME).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _external(name: str, dtype: np.dtype, shape: Sequence[int], offset: int, length: int) -> onnx.TensorProto:
+    tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dims=list(shape))
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", DATA_NAME), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor

@@ -1,0 +1,249 @@
+"""The decoder in ONNX Runtime's fused CPU operators (domain com.microsoft); chosen by measurement, see docs/cpu_backend.md.
+
+GroupQueryAttention applies RoPE, appends to the cache in place (past and present are bound to one buffer) and attends.
+MatMulNBits multiplies with group-wise int4 or int8 weights; GatherBlockQuantized looks tokens up in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import TensorProto
+
+from engine_core.build.model import LayerSpec, LinearSpec
+from engine_core.build.onnx_writer import GraphWriter
+from engine_core.build.quantize import quantize_rows
+from engine_core.build.weights import Weights
+from engine_core.errors import UnsupportedModelError
+
+_MS = "com.microsoft"
+_OPSETS = {"": 17, _MS: 1}
+_HEAD_DIM_STEP = 16
+_ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, products are integers
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of the weights; 32 = float32. A group is ``group_size`` weights of a row that share a scale."""
+
+    linear_bits: int
+    head_bits: int
+    embedding_bits: int
+    group_size: int = 0
+    accuracy_level: int = _ACCURACY_INT8
+
+
+class OrtDialect:
+    """Implements ``onnx_graph.Dialect``. ``max_context``: positions of the RoPE table."""
+
+    def __init__(self, writer: GraphWriter, weights: Weights, precision: Precision, max_context: int) -> None:
+        self._writer = writer
+        self._weights = weights
+        self._precision = precision
+        self._max_context = max_context
+        self._spec = weights.spec
+        if self._spec.head_dim % _HEAD_DIM_STEP:
+            raise UnsupportedModelError(
+                f"The CPU's attention operator needs a head_dim that is a multiple of {_HEAD_DIM_STEP}, "
+                f"but this model's is {self._spec.head_dim}."
+            )
+        self._tied_head = ""  # the embedding's tensor, where the head can use the same bytes
+
+    def begin(self) -> None:
+        spec, writer = self._spec, self._writer
+        writer.input("input_ids", TensorProto.INT64, [1, "tokens"])
+        # Positions already in the cache plus those of this call, less one; and their sum.
+        writer.input("last_position", TensorProto.INT32, [1])
+        writer.input("length", TensorProto.INT32, [])
+        for i in range(len(spec.layers)):
+            for kind in ("key", "value"):
+                shape = [1, spec.num_kv_heads, "max_context", spec.head_dim]
+                writer.input(f"past_{kind}.{i}", TensorProto.FLOAT, shape)
+                writer.output(f"present_{kind}.{i}", TensorProto.FLOAT, shape)
+        for i, rope in enumerate(spec.ropes):
+            cos, sin = rope.table(self._max_context)
+            writer.constant(f"rope_cos.{i}", cos)
+            writer.constant(f"rope_sin.{i}", sin)
+
+    def embed(self) -> str:
+        spec, writer, precision = self._spec, self._writer, self._precision
+        shares = spec.tied and self._weights.vocab_map is None and precision.head_bits == precision.embedding_bits
+        shape = (spec.vocab_size, spec.hidden_size)
+        if precision.embedding_bits == 32:
+            table = writer.stream("embedding", np.dtype(np.float32), shape, self._weights.embedding())
+            self._tied_head = table if shares else ""
+            embedded = writer.node("Gather", [table, "input_ids"], "embed/output", axis=0)
+        else:
+            bits = precision.embedding_bits
+            values, scales = self._quantized("embedding", shape, self._weights.embedding(), bits, flat=True)
+            if shares:
+                self._tied_head = writer.alias("head.weight", values, self._packed_shape(shape, bits))
+            embedded = writer.node(
+                "GatherBlockQuantized",
+                [values, "input_ids", scales],
+                "embed/output",
+                domain=_MS,
+                bits=bits,
+                block_size=precision.group_size,
+                gather_axis=0,
+                quantize_axis=1,
+            )
+        if spec.embedding_scale == 1.0:
+            return embedded
+        scale = writer.constant("embedding_scale", np.float32(spec.embedding_scale))
+        return writer.node("Mul", [embedded, scale], "embed_scaled/output")
+
+    def norm(self, name: str, value: str, weight: str) -> str:
+        inputs = [value, self._norm_weight(weight)]
+        return self._writer.node(
+            "SimplifiedLayerNormalization", inputs, f"{name}/output", axis=-1, epsilon=self._spec.norm_eps, stash_type=1
+        )
+
+    def add_norm(self, name: str, residual: str, value: str, weight: str) -> tuple[str, str]:
+        outputs = [f"{name}/output", "", "", f"{name}/sum"]
+        inputs = [residual, value, self._norm_weight(weight)]
+        normed = self._writer.node(
+            "SkipSimplifiedLayerNormalization", inputs, outputs, domain=_MS, epsilon=self._spec.norm_eps
+        )
+        return normed, outputs[3]
+
+    def linear(self, name: str, value: str, linear: LinearSpec) -> str:
+        shape = self._weights.linear_shape(linear)
+        bias = self._weights.bias(linear)
+        bits = self._precision.linear_bits
+        if bits == 32:
+            weight = self._writer.stream(f"{name}.weight", np.dtype(np.float32), shape, self._weights.linear(linear))
+            return self._matmul(name, value, weight, bias)
+        values, scales = self._quantized(f"{name}.weight", shape, self._weights.linear(linear), bits)
+        return self._matmul_nbits(name, value, values, scales, shape, bits, bias)
+
+    def attention(self, index: int, qkv: str, layer: LayerSpec) -> str:
+        spec = self._spec
+        query, key, value = (self._head_norms(index, qkv, layer) if layer.q_norm else (qkv, "", ""))
+        inputs = [query, key, value, f"past_key.{index}", f"past_value.{index}", "last_position", "length"]
+        inputs += [f"rope_cos.{layer.rope}", f"rope_sin.{layer.rope}"]
+        attributes: dict[str, float | int] = {"scale": spec.attention_scale}
+        if spec.attention_softcap:
+            attributes["softcap"] = spec.attention_softcap
+        if layer.window and layer.window < self._max_context:
+            attributes["local_window_size"] = layer.window
+        return self._writer.node(
+            "GroupQueryAttention",
+            inputs,
+            [f"layer{index}/attention/output", f"present_key.{index}", f"present_value.{index}"],
+            domain=_MS,
+            num_heads=spec.num_heads,
+            kv_num_heads=spec.num_kv_heads,
+            do_rotary=1,
+            **attributes,
+        )
+
+    def gated(self, name: str, gate_up: str) -> str:
+        writer = self._writer
+        size = self._spec.intermediate_size
+        sizes = writer.constant("gate_up_sizes", np.array([size, size], dtype=np.int64))
+        gate, up = f"{name}/gate", f"{name}/up"
+        writer.node("Split", [gate_up, sizes], [gate, up], axis=-1)
+        if self._spec.activation == "silu":
+            active = writer.node("QuickGelu", [gate], f"{name}/active", domain=_MS, alpha=1.0)  # x * sigmoid(x)
+        else:
+            active = writer.node("FastGelu", [gate], f"{name}/active", domain=_MS)  # the tanh approximation
+        return writer.node("Mul", [active, up], f"{name}/output")
+
+    def last_token(self, name: str, value: str) -> str:
+        last = self._writer.constant("last", np.array(-1, dtype=np.int64))
+        return self._writer.node("Gather", [value, last], f"{name}/output", axis=1)
+
+    def head(self, value: str) -> None:
+        spec, precision, weights = self._spec, self._precision, self._weights
+        shape = (weights.head_rows, spec.hidden_size)
+        bias = weights.head_bias()
+        if precision.head_bits == 32:
+            weight = self._tied_head or self._writer.stream("head.weight", np.dtype(np.float32), shape, weights.head())
+            logits = self._matmul("head", value, weight, bias)
+        else:
+            values = self._tied_head
+            scales = "embedding.scales"
+            if not values:
+                values, scales = self._quantized("head.weight", shape, weights.head(), precision.head_bits)
+            logits = self._matmul_nbits("head", value, values, scales, shape, precision.head_bits, bias)
+        if spec.logits_softcap:
+            cap = self._writer.constant("logits_softcap", np.float32(spec.logits_softcap))
+            scaled = self._writer.node("Div", [logits, cap], "softcap/scaled")
+            logits = self._writer.node("Mul", [self._writer.node("Tanh", [scaled], "softcap/tanh"), cap], "softcap/output")
+        self._writer.node("Identity", [logits], "logits")
+        self._writer.output("logits", TensorProto.FLOAT, [1, shape[0]])
+
+    def finish(self) -> None:
+        self._writer.save(_OPSETS)
+
+    # --- helpers ------------------------------------------------------------------------------------
+
+    def _norm_weight(self, name: str) -> str:
+        return self._writer.constant(name, self._weights.norm(name))
+
+    def _matmul(self, name: str, value: str, weight: str, bias: np.ndarray | None) -> str:
+        """``weight``: [out, in], as the checkpoint has it."""
+        result = self._writer.node("FusedMatMul", [value, weight], f"{name}/product", domain=_MS, transB=1)
+        if bias is None:
+            return result
+        return self._writer.node("Add", [result, self._writer.constant(f"{name}.bias", bias)], f"{name}/output")
+
+    def _matmul_nbits(
+        self, name: str, value: str, values: str, scales: str, shape: tuple[int, int], bits: int, bias: np.ndarray | None
+    ) -> str:
+        inputs = [value, values, scales]
+        if bias is not None:
+            inputs += ["", "", self._writer.constant(f"{name}.bias", bias)]
+        return self._writer.node(
+            "MatMulNBits",
+            inputs,
+            f"{name}/output",
+            domain=_MS,
+            N=shape[0],
+            K=shape[1],
+            bits=bits,
+            block_size=self._precision.group_size,
+            accuracy_level=self._precision.accuracy_level,
+        )
+
+    def _packed_shape(self, shape: tuple[int, int], bits: int) -> tuple[int, int, int]:
+        group_size = self._precision.group_size
+        return shape[0], -(-shape[1] // group_size), group_size * bits // 8
+
+    def _quantized(
+        self, name: str, shape: tuple[int, int], blocks: Iterator[np.ndarray], bits: int, flat: bool = False
+    ) -> tuple[str, str]:
+        """Streams uint8 values [rows, groups, bytes] (``flat``: [rows, groups * bytes], as the lookup wants them) and
+        float32 scales [rows, groups]; names of the two."""
+        group_size = self._precision.group_size
+        packed = rows, groups, size = self._packed_shape(shape, bits)
+        scales: list[np.ndarray] = []
+
+        def values() -> Iterator[np.ndarray]:
+            for block in blocks:
+                quantized = quantize_rows(block, bits, group_size)
+                scales.append(quantized.scales)
+                yield quantized.values
+
+        self._writer.stream(name, np.dtype(np.uint8), (rows, groups * size) if flat else packed, values())
+        stem = name[: -len(".weight")] if name.endswith(".weight") else name
+        self._writer.stream(f"{stem}.scales", np.dtype(np.float32), (rows, groups), scales)
+        return name, f"{stem}.scales"
+
+    def _head_norms(self, index: int, qkv: str, layer: LayerSpec) -> tuple[str, str, str]:
+        """Splits Q, K and V and normalizes every head of Q and K."""
+        spec, writer, prefix = self._spec, self._writer, f"layer{index}"
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        sizes = writer.constant("qkv_sizes", np.array([q_size, kv_size, kv_size], dtype=np.int64))
+        names = [f"{prefix}/query", f"{prefix}/key", f"{prefix}/value"]
+        writer.node("Split", [qkv, sizes], names, axis=-1)
+        normed = []
+        for name, weight, size in ((names[0], layer.q_norm, q_size), (names[1], layer.k_norm, kv_size)):
+            heads = writer.constant(f"heads_of_{size}", np.array([0, 0, size // spec.head_dim, spec.head_dim], np.int64))
+            flat = writer.constant(f"flat_{size}", np.array([0, 0, size], dtype=np.int64))
+            split = writer.node("Reshape", [name, heads], f"{name}/heads")
+            normed.append(writer.node("Reshape", [self.norm(f"{name}/norm", split, weight), flat], f"{name}/normed"))
+        return normed[0], normed[1], names[2]

@@ -1,0 +1,113 @@
+"""Rotary position embeddings: the frequencies of each scaling method and the table made of them.
+
+RoPE: Su et al. 2021 (arXiv 2104.09864). Linear interpolation: Chen et al. 2023 (arXiv 2306.15595). YaRN: Peng et al.
+2023 (arXiv 2309.00071). LongRoPE: Ding et al. 2024 (arXiv 2402.13753). The Llama 3 scaling is the one published with
+Llama 3.1. Parameter names are those of ``transformers`` (modeling_rope_utils.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine_core.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """One rotary embedding; a model has one or two (Gemma 3: local and global layers)."""
+
+    dim: int  # elements of a head that are rotated; the rest pass through
+    theta: float
+    kind: str = "default"  # default, linear, llama3, yarn, longrope
+    original_max_position: int = 0  # positions before scaling
+    max_position: int = 0
+    parameters: dict = field(default_factory=dict, hash=False)
+
+    def table(self, max_context: int) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin, float32 [max_context, dim / 2] each.
+
+        LongRoPE has two sets of factors; the long one is taken when ``max_context`` exceeds the original length, since
+        the keys in the cache are rotated already and cannot change sides.
+        """
+        frequencies, attention_factor = self._frequencies(max_context)
+        angles = np.arange(max_context, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
+        factor = np.float32(attention_factor)
+        return np.cos(angles) * factor, np.sin(angles) * factor
+
+    def _frequencies(self, max_context: int) -> tuple[np.ndarray, float]:
+        exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
+        base = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
+        if self.kind == "default":
+            return base, 1.0
+        if self.kind == "linear":
+            return base / np.float32(self._value("factor")), 1.0
+        if self.kind == "llama3":
+            return self._llama3(base), 1.0
+        if self.kind == "yarn":
+            return self._yarn(base)
+        if self.kind == "longrope":
+            return self._longrope(base, max_context)
+        raise UnsupportedModelError(
+            f"The RoPE scaling {self.kind!r} is not implemented; default, linear, llama3, yarn and longrope are."
+        )
+
+    def _value(self, name: str, default: float | None = None) -> float:
+        value = self.parameters.get(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise UnsupportedModelError(f"The RoPE scaling {self.kind!r} has no usable value of {name!r} (it is {value!r}).")
+        return float(value)
+
+    def _llama3(self, base: np.ndarray) -> np.ndarray:
+        factor, low, high = (self._value(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+        original = self._value("original_max_position_embeddings", self.original_max_position or None)
+        wavelength = 2 * math.pi / base
+        smooth = (original / wavelength - low) / (high - low)
+        blended = (1 - smooth) * base / factor + smooth * base
+        scaled = np.where(wavelength > original / low, base / factor, base)
+        between = (wavelength <= original / low) & (wavelength >= original / high)
+        return np.where(between, blended, scaled)
+
+    def _yarn(self, base: np.ndarray) -> tuple[np.ndarray, float]:
+        factor = self._value("factor")
+        original = self._value("original_max_position_embeddings", self.original_max_position or None)
+
+        def correction(rotations: float) -> float:
+            """The dimension whose wavelength fits ``rotations`` times into the original context."""
+            return self.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low = correction(self._value("beta_fast", 32.0))
+        high = correction(self._value("beta_slow", 1.0))
+        if self.parameters.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.dim - 1)
+        ramp = (np.arange(self.dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+        extrapolated = 1 - np.clip(ramp, 0, 1)
+        frequencies = base / factor * (1 - extrapolated) + base * extrapolated
+        return frequencies, self._yarn_attention(factor)
+
+    def _yarn_attention(self, factor: float) -> float:
+        def mscale(scale: float, by: float) -> float:
+            return 1.0 if scale <= 1 else 0.1 * by * math.log(scale) + 1.0
+
+        if self.parameters.get("attention_factor") is not None:
+            return self._value("attention_factor")
+        if self.parameters.get("mscale") and self.parameters.get("mscale_all_dim"):
+            return mscale(factor, self._value("mscale")) / mscale(factor, self._value("mscale_all_dim"))
+        return mscale(factor, 1.0)
+
+    def _longrope(self, base: np.ndarray, max_context: int) -> tuple[np.ndarray, float]:
+        original = self._value("original_max_position_embeddings", self.original_max_position or None)
+        name = "long_factor" if max_context > original else "short_factor"
+        factors = np.asarray(self.parameters.get(name, ()), dtype=np.float32)
+        if factors.shape != base.shape:
+            raise UnsupportedModelError(
+                f"The RoPE scaling 'longrope' has {factors.size} values in {name}, expected {base.size}."
+            )
+        if self.parameters.get("attention_factor") is not None:
+            return base / factors, self._value("attention_factor")
+        stretch = self._value("factor", self.max_position / original)
+        attention = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
+        return base / factors, attention

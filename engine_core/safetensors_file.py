@@ -1,0 +1,117 @@
+"""Reads and writes safetensors files with numpy alone: a length, a JSON header, then the tensors' bytes.
+
+The format is specified at https://github.com/huggingface/safetensors. Files are memory-mapped: a tensor costs
+memory only while it is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine_core.errors import CheckpointError
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_BF16 = "BF16"  # no numpy type: the upper half of a float32, read as uint16
+_MAX_HEADER = 100 << 20  # bytes; the limit of the reference implementation
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    stop: int
+
+
+class SafetensorsFile:
+    """One memory-mapped file. Raises CheckpointError if it is missing or damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}).") from error
+        self._entries = self._read_header()
+
+    def _read_header(self) -> dict[str, _Entry]:
+        try:
+            length = int.from_bytes(bytes(self._bytes[:8]), "little")
+            if len(self._bytes) < 8 or not 2 <= length <= min(_MAX_HEADER, len(self._bytes) - 8):
+                raise ValueError(f"its header cannot have {length} bytes")
+            header = json.loads(bytes(self._bytes[8 : 8 + length]))
+            return {name: self._entry(value, 8 + length) for name, value in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.path} is not a whole safetensors file ({error}); fetch it again.") from error
+
+    def _entry(self, value: dict, base: int) -> _Entry:
+        start, stop = (base + int(offset) for offset in value["data_offsets"])
+        entry = _Entry(value["dtype"], tuple(int(n) for n in value["shape"]), start, stop)
+        itemsize = 2 if entry.dtype == _BF16 else np.dtype(_DTYPES.get(entry.dtype, np.uint8)).itemsize
+        known = entry.dtype == _BF16 or entry.dtype in _DTYPES
+        if not base <= start <= stop <= len(self._bytes) or (
+            known and stop - start != itemsize * int(np.prod(entry.shape, dtype=np.int64))
+        ):
+            raise ValueError("a tensor lies outside the file or has the wrong number of bytes")
+        return entry
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        """The format's name of the type: F32, BF16, …"""
+        return self._entries[name].dtype
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor as a read-only view of the mapped file; BF16 as uint16. Raises CheckpointError."""
+        entry = self._entries[name]
+        if entry.dtype != _BF16 and entry.dtype not in _DTYPES:
+            raise CheckpointError(f"The tensor {name!r} of {self.path} has the type {entry.dtype}, which is not read here.")
+        dtype = np.uint16 if entry.dtype == _BF16 else _DTYPES[entry.dtype]
+        return self._bytes[entry.start : entry.stop].view(dtype).reshape(entry.shape)
+
+    def read(self, name: str, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """Rows (a slice or indices) of a floating-point tensor as float32, copied. Raises CheckpointError."""
+        raw = self.raw(name)[rows]
+        if self.dtype(name) == _BF16:
+            return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if raw.dtype.kind != "f":
+            raise CheckpointError(f"The tensor {name!r} of {self.path} has the type {self.dtype(name)}, expected floats.")
+        return np.array(raw, dtype=np.float32)
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes ``tensors`` (any of the types above) in the order given. Raises OSError."""
+    names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor).tobytes())
