@@ -8,6 +8,8 @@ a stamp with a hash of all that it depends on, so that it is done again exactly 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,6 +265,19 @@ def run_environment(workspace: Workspace) -> dict[str, str]:
     return env
 
 
+@contextlib.contextmanager
+def only_one() -> Iterator[None]:
+    """A second make in the same clone waits for the set-up of the first."""
+    LOGS.mkdir(exist_ok=True)
+    with open(LOGS / ".setup.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print("waiting for another set-up in this folder to end", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=("setup", "demo", "test", "lint", "run"))
@@ -280,8 +296,9 @@ def main() -> int:
     }[options.task]
     steps = Steps(total=3 + len(commands))
     try:
-        make_environment(workspace, testing, steps)
-        build_package(workspace, steps)
+        with only_one():
+            make_environment(workspace, testing, steps)
+            build_package(workspace, steps)
         env = run_environment(workspace)
     except (SetupError, debian_parts.PartsError) as error:
         print(f"error: {error}", file=sys.stderr)
