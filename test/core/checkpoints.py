@@ -1,0 +1,166 @@
+"""Small random checkpoints of each architecture, with the odd sizes and traits that real ones have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+SIZES = dict(vocab_size=331, hidden_size=96, intermediate_size=208, num_hidden_layers=3, max_position_embeddings=256)
+SIZES |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+def _rope(kind: str = "default", theta: float = 10000.0, **values) -> dict:
+    return {"rope_type": kind, "rope_theta": theta, **values}
+
+
+_LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+_FACTORS = [1.0 + 0.3 * i for i in range(16)]
+
+# name → (architecture, config class, config values). head_dim is never hidden_size / heads where the family allows it.
+CASES: dict[str, tuple[str, str, dict]] = {
+    "llama3": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        dict(num_attention_heads=6, num_key_value_heads=2, head_dim=32, rope_parameters=_rope("llama3", 500.0, **_LLAMA3)),
+    ),
+    "llama-tied-bias": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        dict(
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            head_dim=16,
+            tie_word_embeddings=True,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters=_rope("linear", factor=4.0),
+        ),
+    ),
+    "llama-yarn": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=48,
+            rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=64),
+        ),
+    ),
+    "mistral-window": (
+        "MistralForCausalLM",
+        "MistralConfig",
+        dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=11),
+    ),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        dict(num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=_rope(theta=1e6)),
+    ),
+    "qwen2-window": (
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        dict(num_attention_heads=6, num_key_value_heads=1, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    ),
+    "qwen3": (
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        dict(num_attention_heads=5, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True),
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            sliding_window=10,
+            query_pre_attn_scalar=40,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=2.0,
+        ),
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=48,
+            sliding_window=8,
+            query_pre_attn_scalar=48,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={
+                "full_attention": _rope("linear", 1e6, factor=8.0),
+                "sliding_attention": _rope(theta=10000.0),
+            },
+        ),
+    ),
+    "phi3": (
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        dict(num_attention_heads=6, num_key_value_heads=3, sliding_window=13, original_max_position_embeddings=256),
+    ),
+    "phi3-longrope": (
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        dict(
+            hidden_size=128,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            original_max_position_embeddings=64,
+            rope_parameters=_rope(
+                "longrope",
+                short_factor=_FACTORS,
+                long_factor=[2 * f for f in _FACTORS],
+                partial_rotary_factor=0.5,
+            ),
+        ),
+    ),
+}
+
+
+def write(directory: Path, name: str, *, shard_size: str = "1GB", dtype: str = "float32", **overrides) -> Path:
+    """Writes the random checkpoint of case ``name``; norm weights and biases are random too."""
+    import torch
+    import transformers
+
+    architecture, config_class, values = CASES[name]
+    config = getattr(transformers, config_class)(**{**SIZES, **values, **overrides})
+    torch.manual_seed(7)
+    model = getattr(transformers, architecture)(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.dim() == 1 else 0.09
+            base = 1.0 if "norm" in parameter_name and "gemma" not in name else 0.0
+            parameter.normal_(base, scale)
+    model.to(getattr(torch, dtype)).save_pretrained(str(directory), max_shard_size=shard_size)
+    return directory
+
+
+def reference(directory: Path):
+    """The checkpoint in transformers, float32."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(directory), dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def reference_logits(model, token_ids: np.ndarray) -> np.ndarray:
+    """float32 [n, vocab] for token ids [n], in one pass."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(token_ids.astype(np.int64))[None]).logits[0].numpy()
+
+
+def reference_greedy(model, token_ids: np.ndarray, count: int) -> list[int]:
+    import torch
+
+    with torch.no_grad():
+        ids = torch.from_numpy(token_ids.astype(np.int64))[None]
+        out = model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(token_ids) :].tolist()
