@@ -1,0 +1,149 @@
+"""Between the interfaces and the core: requests, results, and the one table from exception to error code."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from array import array
+from typing import Any
+
+from edgellm_ros import msg
+from edgellm_ros.msg import ErrorCode
+from engine_core import errors
+from engine_core.errors import InvalidSamplingError
+from engine_core.memory import MemoryPlan
+from engine_core.request import ChatMessage, FinishReason, GenerationRequest, GenerationResult, SamplingParams
+
+from edgellm_ros.parameters import Settings
+
+# Class → code. The nearest base class counts; what is not in the table is a defect of ours.
+_ERROR_CODES: dict[type[Exception], int] = {
+    errors.InvalidRequestError: ErrorCode.INVALID_REQUEST,
+    errors.EmptyPromptError: ErrorCode.EMPTY_PROMPT,
+    errors.InvalidTextError: ErrorCode.INVALID_TEXT,
+    errors.InvalidSamplingError: ErrorCode.INVALID_SAMPLING,
+    errors.InvalidSchemaError: ErrorCode.INVALID_SCHEMA,
+    errors.PromptTooLongError: ErrorCode.PROMPT_TOO_LONG,
+    errors.NotActiveError: ErrorCode.NOT_ACTIVE,
+    errors.QueueFullError: ErrorCode.QUEUE_FULL,
+    errors.ConfigurationError: ErrorCode.CONFIGURATION,
+    errors.EngineDirectoryError: ErrorCode.ENGINE_DIRECTORY,
+    errors.IntegrityError: ErrorCode.INTEGRITY,
+    errors.SchemaVersionError: ErrorCode.SCHEMA_VERSION,
+    errors.UnsupportedModelError: ErrorCode.UNSUPPORTED_MODEL,
+    errors.BackendUnavailableError: ErrorCode.BACKEND_UNAVAILABLE,
+    errors.InsufficientMemoryError: ErrorCode.INSUFFICIENT_MEMORY,
+    errors.EngineFaultError: ErrorCode.ENGINE_FAULT,
+}
+
+_FINISH_REASONS = {
+    FinishReason.STOP: msg.FinishReason.STOP,
+    FinishReason.LENGTH: msg.FinishReason.LENGTH,
+    FinishReason.CANCELLED: msg.FinishReason.CANCELLED,
+    FinishReason.TIMEOUT: msg.FinishReason.TIMEOUT,
+    FinishReason.PREEMPTED: msg.FinishReason.PREEMPTED,
+    FinishReason.ERROR: msg.FinishReason.ERROR,
+}
+
+_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens")
+_COUNTS = ("prompt_tokens", "cached_tokens", "generated_tokens")
+_TIMES = ("queue_time", "time_to_first_token", "tokens_per_second", "total_time")
+
+
+def error_code(error: Exception | None) -> int:
+    """The constant of ``ErrorCode`` for ``error``; NONE for None, INTERNAL for what nobody foresaw."""
+    if error is None:
+        return ErrorCode.NONE
+    for cls in type(error).__mro__:
+        if cls in _ERROR_CODES:
+            return _ERROR_CODES[cls]
+    return ErrorCode.INTERNAL
+
+
+def error_message(error: Exception | None) -> str:
+    """One sentence for a person; the class is named where the error is not one of ours."""
+    if error is None:
+        return ""
+    if isinstance(error, errors.EdgeLLMError):
+        return str(error)
+    return f"Internal error ({type(error).__name__}: {error}); please report it."
+
+
+def finish_reason(reason: FinishReason) -> int:
+    return _FINISH_REASONS[reason]
+
+
+def to_messages(messages: Any) -> tuple[ChatMessage, ...]:
+    return tuple(ChatMessage(message.role, message.content) for message in messages)
+
+
+def to_request(message: Any, settings: Settings) -> GenerationRequest:
+    """The request of a ``Generate`` service request or action goal; what it leaves open comes from ``settings``.
+
+    Raises InvalidSamplingError if the logit bias has no value for each id.
+    """
+    messages = to_messages(message.messages)
+    if messages and settings.system_prompt and all(m.role != "system" for m in messages):
+        messages = (ChatMessage("system", settings.system_prompt), *messages)
+    return GenerationRequest(
+        request_id=message.request_id or uuid.uuid4().hex,
+        messages=messages,
+        prompt=message.prompt,
+        sampling=_to_sampling(message.sampling, settings.sampling),
+        stop=tuple(message.stop) or settings.stop,
+        json_schema=message.json_schema,
+        priority=message.priority,
+        timeout=message.deadline if message.deadline != 0 else settings.request_timeout,
+        stream_interval=settings.stream_interval,
+    )
+
+
+def _to_sampling(options: Any, defaults: SamplingParams) -> SamplingParams:
+    given = {name: getattr(options, name)[0] for name in _OPTIONS if len(getattr(options, name))}
+    ids, values = options.logit_bias_token_ids, options.logit_bias_values
+    if len(ids) != len(values):
+        raise InvalidSamplingError(
+            f"logit_bias_token_ids has {len(ids)} entries and logit_bias_values has {len(values)}; give one value "
+            "for each id."
+        )
+    return dataclasses.replace(
+        defaults,
+        ignore_eos=options.ignore_eos,
+        stop_token_ids=tuple(options.stop_token_ids),
+        logit_bias=tuple(zip(ids, values)),
+        **given,
+    )
+
+
+def fill_answer(answer: Any, result: GenerationResult) -> Any:
+    """Writes ``result`` into a ``Generate`` service response or action result and returns it."""
+    answer.request_id = result.request_id
+    answer.text = result.text
+    answer.token_ids = array("i", result.token_ids)
+    _fill_figures(answer, result)
+    answer.error_message = error_message(result.error)
+    return answer
+
+
+def fill_stats(stats: Any, result: GenerationResult) -> Any:
+    """Writes the figures of ``result`` into a ``GenerationStats`` message and returns it."""
+    stats.request_id = result.request_id
+    _fill_figures(stats, result)
+    return stats
+
+
+def _fill_figures(message: Any, result: GenerationResult) -> None:
+    message.finish_reason = finish_reason(result.finish_reason)
+    message.error_code = error_code(result.error)
+    for name in (*_COUNTS, *_TIMES):
+        setattr(message, name, getattr(result, name))
+
+
+def refused(request_id: str, error: Exception) -> GenerationResult:
+    """What a request that was never accepted is answered with."""
+    return GenerationResult(request_id, finish_reason=FinishReason.ERROR, error=error)
+
+
+def to_memory_plan(plan: MemoryPlan) -> msg.MemoryPlan:
+    items = [msg.MemoryItem(name=item.name, bytes=item.bytes) for item in plan.items]
+    return msg.MemoryPlan(items=items, total=plan.total, available=plan.available)

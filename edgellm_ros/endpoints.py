@@ -1,0 +1,117 @@
+"""The services, the action and the prompt topic: one small callback each, on the executor's thread, none of them waiting."""
+
+from __future__ import annotations
+
+from array import array
+from functools import partial
+
+from rclpy.action import ActionServer, CancelResponse, GoalResponse
+from rclpy.action.server import ServerGoalHandle
+from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.node import Node
+from std_msgs.msg import String
+
+from edgellm_ros import qos
+from edgellm_ros.action import Generate as GenerateAction
+from edgellm_ros.conversions import error_code, error_message, fill_answer
+from edgellm_ros.intake import Intake
+from edgellm_ros.msg import ChatMessage
+from edgellm_ros.srv import Generate, Tokenize
+from engine_core.request import FinishReason, Piece
+from engine_core.worker import Ticket
+
+# Seconds a finished goal's result is kept for a client that has not asked for it yet. rclpy's default of 15 minutes
+# would let clients pile up memory.
+RESULT_TIMEOUT = 30
+
+
+class GenerateService:
+    """~/generate: answered when the whole text is there; any number of clients may wait."""
+
+    def __init__(self, node: Node, intake: Intake) -> None:
+        self._intake = intake
+        group = ReentrantCallbackGroup()
+        node.create_service(Generate, "~/generate", self._generate, callback_group=group)
+        node.create_service(Tokenize, "~/tokenize", self._tokenize, callback_group=group)
+
+    async def _generate(self, request: Generate.Request, response: Generate.Response) -> Generate.Response:
+        return fill_answer(response, await self._intake.answer(request))
+
+    async def _tokenize(self, request: Tokenize.Request, response: Tokenize.Response) -> Tokenize.Response:
+        try:
+            response.token_ids, response.tokens = await self._intake.tokenize(request.text, request.messages)
+        except Exception as error:
+            response.error_code, response.error_message = error_code(error), error_message(error)
+        return response
+
+
+class GenerateActionServer:
+    """~/generate: feedback per piece. While the node is not active goals are rejected; what else cannot be accepted is
+    aborted with its error code, because a rejection carries no reason."""
+
+    def __init__(self, node: Node, intake: Intake) -> None:
+        self._intake = intake
+        self._tickets: dict[bytes, Ticket] = {}
+        self._server = ActionServer(
+            node,
+            GenerateAction,
+            "~/generate",
+            self._execute,
+            callback_group=ReentrantCallbackGroup(),
+            goal_callback=lambda goal: GoalResponse.ACCEPT if intake.accepts else GoalResponse.REJECT,
+            cancel_callback=self._cancel,
+            feedback_pub_qos_profile=qos.FEEDBACK,
+            result_timeout=RESULT_TIMEOUT,
+        )
+
+    def destroy(self) -> None:
+        self._server.destroy()
+
+    async def _execute(self, goal: ServerGoalHandle) -> GenerateAction.Result:
+        goal_id = bytes(goal.goal_id.uuid)
+        feedback = GenerateAction.Feedback()
+
+        def on_piece(piece: Piece) -> None:
+            feedback.sequence = piece.sequence
+            feedback.text = piece.text
+            feedback.token_ids = array("i", piece.token_ids)
+            goal.publish_feedback(feedback)
+
+        try:
+            result = await self._intake.answer(goal.request, on_ticket=partial(self._accepted, goal), on_piece=on_piece)
+        finally:
+            self._tickets.pop(goal_id, None)
+        if result.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            goal.succeed()
+        elif goal.is_cancel_requested:
+            goal.canceled()
+        else:
+            goal.abort()
+        return fill_answer(GenerateAction.Result(), result)
+
+    def _accepted(self, goal: ServerGoalHandle, ticket: Ticket) -> None:
+        self._tickets[bytes(goal.goal_id.uuid)] = ticket
+        if goal.is_cancel_requested:  # while the request was being prepared
+            ticket.cancel()
+
+    def _cancel(self, goal: ServerGoalHandle) -> CancelResponse:
+        if (ticket := self._tickets.get(bytes(goal.goal_id.uuid))) is not None:
+            ticket.cancel()
+        return CancelResponse.ACCEPT
+
+
+class PromptTopic:
+    """~/prompt → ~/response, for the command line: a user's message in, the whole text (or the error) out."""
+
+    def __init__(self, node: Node, intake: Intake) -> None:
+        self._intake = intake
+        self._responses = node.create_publisher(String, "~/response", qos.COMMAND)
+        node.create_subscription(
+            String, "~/prompt", self._prompt, qos.COMMAND, callback_group=ReentrantCallbackGroup()
+        )
+
+    async def _prompt(self, prompt: String) -> None:
+        request = Generate.Request(messages=[ChatMessage(role="user", content=prompt.data)])
+        result = await self._intake.answer(request)
+        text = result.text if result.error is None else f"Error: {error_message(result.error)}"
+        self._responses.publish(String(data=text))

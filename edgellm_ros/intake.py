@@ -1,0 +1,98 @@
+"""From a message to an accepted request and its awaited result: what service, action and topic have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from rclpy.node import Node
+
+from edgellm_ros.conversions import error_message, refused, to_messages, to_request
+from edgellm_ros.parameters import Settings
+from edgellm_ros.streams import RequestStream, Topics
+from edgellm_ros.threads import SerialThread, complete, new_future
+from engine_core.engine import Engine
+from engine_core.errors import NotActiveError
+from engine_core.request import GenerationResult, Piece
+from engine_core.worker import Ticket, Worker
+
+
+class Intake:
+    """Takes requests while ``worker`` is set; used from the executor's thread only.
+
+    Templates, long texts and JSON schemas are worked on in a thread of its own: the executor stays free.
+    """
+
+    def __init__(self, node: Node, topics: Topics, settings: Settings) -> None:
+        self._node = node
+        self._topics = topics
+        self._thread = SerialThread(node, "edgellm-intake")
+        self.engine: Engine | None = None  # set while configured
+        self.worker: Worker | None = None  # set while active
+        self.settings = settings
+        self.num_open = 0  # requests whose answer has not been returned yet
+        self.num_refused = 0
+
+    @property
+    def accepts(self) -> bool:
+        return self.worker is not None
+
+    async def answer(
+        self,
+        message: Any,
+        *,
+        on_ticket: Callable[[Ticket], None] | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> GenerationResult:
+        """The result of a ``Generate`` request or goal; what cannot be accepted is answered with its error.
+
+        ``on_ticket`` gets the accepted request, for cancelling; ``on_piece`` each piece, in the worker's thread.
+        """
+        self.num_open += 1
+        try:
+            return await self._answer(message, on_ticket, on_piece)
+        except Exception as error:
+            self.num_refused += 1
+            self._node.get_logger().warning(f"Request refused: {error_message(error)}")
+            return refused(message.request_id, error)
+        finally:
+            self.num_open -= 1
+
+    async def _answer(self, message, on_ticket, on_piece) -> GenerationResult:
+        worker = self._worker_or_raise()
+        request = to_request(message, self.settings)
+        stream = RequestStream(self._topics, request.request_id, on_piece)
+        done = new_future(self._node)
+
+        def on_done(result: GenerationResult) -> None:
+            try:
+                stream.done(result)
+            finally:
+                complete(self._node, done, result)
+
+        ticket = await self._thread.run(partial(worker.submit, request, on_piece=stream.piece, on_done=on_done))
+        if on_ticket is not None:
+            on_ticket(ticket)
+        return await done
+
+    async def tokenize(self, text: str, messages: Sequence[Any]) -> tuple[list[int], list[str]]:
+        """Token ids and the text of each. Raises RequestError; NotActiveError while nothing is configured."""
+        engine = self.engine
+        if engine is None:
+            raise NotActiveError("Nothing is configured; configure the node first.")
+
+        def work() -> tuple[list[int], list[str]]:
+            ids = engine.tokenize(text, to_messages(messages))
+            return ids, engine.token_texts(ids)
+
+        return await self._thread.run(work)
+
+    def close(self) -> None:
+        self._thread.close()
+
+    def _worker_or_raise(self) -> Worker:
+        if self.worker is None:
+            state = "unconfigured; configure and activate" if self.engine is None else "inactive; activate"
+            raise NotActiveError(f"The node is {state} it first.")
+        return self.worker

@@ -1,0 +1,221 @@
+"""The lifecycle node: transitions and wiring. The executable ``llm_node`` is ``main``."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.clock import Clock, ClockType
+from rclpy.lifecycle import LifecycleNodeMixin, LifecycleState, TransitionCallbackReturn
+from rclpy.node import Node
+
+from edgellm_ros import qos
+from edgellm_ros.conversions import error_message
+from edgellm_ros.diagnostics import Diagnostics, Health
+from edgellm_ros.endpoints import GenerateActionServer, GenerateService, PromptTopic
+from edgellm_ros.intake import Intake
+from edgellm_ros.msg import EngineStatus
+from edgellm_ros.parameters import (
+    check_declared,
+    check_parameters,
+    declare_parameters,
+    read_engine_config,
+    read_settings,
+)
+from edgellm_ros.process import run_node
+from edgellm_ros.reports import fill_info, make_health, make_status
+from edgellm_ros.srv import GetInfo
+from edgellm_ros.streams import Topics
+from edgellm_ros.transitions import Transitions
+from engine_core.engine import Engine
+from engine_core.errors import ConfigurationError, EdgeLLMError, EngineFaultError
+from engine_core.worker import Worker
+
+SUCCESS, FAILURE, ERROR = (
+    TransitionCallbackReturn.SUCCESS,
+    TransitionCallbackReturn.FAILURE,
+    TransitionCallbackReturn.ERROR,
+)
+
+
+class LlmNode(LifecycleNodeMixin, Node):
+    """``unconfigured`` → configure loads the engine → ``inactive`` → activate takes requests → ``active``.
+
+    Three threads: the executor's answers everything and never waits, one runs transitions, the worker's alone
+    touches the engine. LifecycleNode itself would put its services into a group in which a transition that runs
+    keeps get_state from being answered; hence the mixin with a group of our own.
+    """
+
+    def __init__(self, node_name: str = "llm", **options) -> None:
+        """Raises rclpy's parameter exceptions or ConfigurationError for a value the node cannot be started with."""
+        Node.__init__(self, node_name, **options)
+        LifecycleNodeMixin.__init__(self, callback_group=ReentrantCallbackGroup())
+        declare_parameters(self)
+        if problem := check_declared(self):
+            raise ConfigurationError(problem)
+        self._error: Exception | None = None  # of the last failed configure, or the engine's fault
+        self._topics = Topics(self)
+        self._intake = Intake(self, self._topics, read_settings(self))
+        self._transitions = Transitions(self, after=self._refresh)
+        self._transitions.take_over(self._service_change_state)
+        self._status = self.create_publisher(EngineStatus, "~/status", qos.LATCHED)
+        # Any thread asks for a look at parameters and status; it happens on the executor, once for many requests.
+        self._look = self.create_guard_condition(self._on_look)
+        self.create_service(
+            GetInfo, "~/get_info", lambda _, response: fill_info(response, self._intake.engine),
+            callback_group=ReentrantCallbackGroup(),
+        )  # fmt: skip
+        self._service = GenerateService(self, self._intake)
+        self._action = GenerateActionServer(self, self._intake)
+        self._prompt = PromptTopic(self, self._intake)
+        self._diagnostics = Diagnostics(self, self._health)
+        self.add_on_set_parameters_callback(self._on_set_parameters)
+        self._refresh()
+        if self.get_parameter("autostart").value:
+            self._autostart_timer = self.create_timer(0.0, self._autostart, clock=Clock(clock_type=ClockType.STEADY_TIME))
+
+    # --- transitions: in their own thread -----------------------------------------------------------
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """FAILURE leads back to unconfigured, with nothing left allocated and the reason in ~/status."""
+        self._error = None
+        try:
+            self._intake.engine = Engine.open(read_engine_config(self), report=self.get_logger().info)
+        except Exception as error:
+            self._fail("configure", error)
+            return FAILURE
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        settings = read_settings(self)
+        self._topics.reset_totals()
+        worker = Worker(
+            self._intake.engine, queue_depth=settings.queue_depth, busy_policy=settings.busy_policy,
+            on_change=self._refresh, on_fault=self._on_fault,
+        )  # fmt: skip
+        worker.warm_system_prompt(settings.system_prompt)
+        result = super().on_activate(state)
+        self._intake.worker = worker
+        return result
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """ERROR, and with it error processing, if the engine has failed or hangs."""
+        settings = self._intake.settings
+        finish = settings.deactivate_policy == "finish"
+        stopped = self._stop_worker(drain=finish, timeout=settings.deactivate_timeout)
+        result = super().on_deactivate(state)
+        return result if stopped and self._error is None else ERROR
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._close_engine()
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self._stop_worker()
+        self._close_engine()
+        return super().on_shutdown(state)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """SUCCESS leads to unconfigured, from where configure brings the node back."""
+        self._stop_worker()
+        self._close_engine()
+        return super().on_error(state)
+
+    def _stop_worker(self, *, drain: bool = False, timeout: float = 2.0) -> bool:
+        """Answers every request. False if the engine hangs in a step; it is then left to its thread."""
+        worker, self._intake.worker = self._intake.worker, None
+        # One second of the worker's limit is for cancelling what has not finished by then.
+        if worker is None or worker.close(drain=drain, timeout=timeout + 1.0):
+            return True
+        self._intake.engine = None
+        self._error = EngineFaultError("The engine hangs in a step; start the node again.")
+        self.get_logger().error(str(self._error))
+        return False
+
+    def _close_engine(self) -> None:
+        engine, self._intake.engine = self._intake.engine, None
+        if engine is not None:
+            engine.close()
+        gc.collect()  # sessions and arenas now, not at some later allocation
+
+    def _on_fault(self, error: Exception) -> None:
+        """Called by the worker, with every request answered: takes the node to unconfigured."""
+        self._fail("the engine", error)
+        self._transitions.run("Error processing", lambda: self._process_fault(error))
+
+    def _process_fault(self, error: Exception) -> None:
+        """An active node reaches error processing through a deactivate that ends in ERROR."""
+        if self._error is error and self._intake.worker is not None:
+            self.trigger_deactivate()
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self._error = error
+        self.get_logger().error(f"{what} failed: {error_message(error)}")
+        if not isinstance(error, EdgeLLMError):
+            self.get_logger().error("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+
+    def _autostart(self) -> None:
+        """Configures and activates; a failure leaves the node unconfigured, to be configured by hand."""
+        self._autostart_timer.cancel()
+
+        def start() -> None:
+            if self.trigger_configure() == SUCCESS:
+                self.trigger_activate()
+
+        self._transitions.run("Autostart", start)
+
+    # --- the executor's thread ------------------------------------------------------------------------
+
+    def _on_set_parameters(self, parameters) -> SetParametersResult:
+        result = check_parameters(parameters, configured=self._state_machine.current_state[1] != "unconfigured")
+        if result.successful:
+            self._refresh()  # looked at after they have been set: Humble has no callback for that
+        return result
+
+    def _refresh(self) -> None:
+        """Asks for ``_on_look``; from any thread."""
+        self._look.trigger()
+
+    def _on_look(self) -> None:
+        """Takes over changed parameters and says how the node is."""
+        settings, before = read_settings(self), self._intake.settings
+        self._intake.settings = settings
+        if (worker := self._intake.worker) is not None and settings != before:
+            worker.update(queue_depth=settings.queue_depth, busy_policy=settings.busy_policy)
+            if settings.system_prompt != before.system_prompt:
+                worker.warm_system_prompt(settings.system_prompt)
+        status = make_status(self._intake, self._error)
+        status.header.stamp = self.get_clock().now().to_msg()
+        self._status.publish(status)
+
+    def _health(self) -> Health:
+        return make_health(self._intake, self._topics, self._error)
+
+    # --- the end --------------------------------------------------------------------------------------
+
+    def stop(self, timeout: float = 3.0) -> bool:
+        """Shuts the node down: running and waiting requests are answered as cancelled, the engine is closed.
+
+        The executor has to go on spinning for the answers to leave. From another thread. False: something hangs.
+        """
+        self._transitions.run("Shutdown", self.trigger_shutdown)
+        return self._transitions.close(timeout)
+
+    @property
+    def num_open_requests(self) -> int:
+        return self._intake.num_open
+
+    def destroy_node(self) -> None:
+        self._intake.close()
+        self._action.destroy()
+        super().destroy_node()
+
+
+def main(args: list[str] | None = None) -> None:
+    raise SystemExit(run_node(LlmNode, args))
+
+
+if __name__ == "__main__":
+    main()

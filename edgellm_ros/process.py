@@ -1,0 +1,106 @@
+"""The node as a process: signals, the executor's thread, and an orderly end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import rclpy
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.logging import get_logger
+from rclpy.signals import SignalHandlerOptions
+
+from engine_core.errors import ConfigurationError
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds from the last answer to the end of the context: what Fast DDS still has to send.
+_LINGER = 0.15
+
+
+class _RosHandler(logging.Handler):
+    """Brings what the core logs to the ROS log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger = get_logger("edgellm")
+        # rclpy wants one severity per line of code.
+        if record.levelno >= logging.ERROR:
+            logger.error(self.format(record))
+        elif record.levelno >= logging.WARNING:
+            logger.warning(self.format(record))
+        else:
+            logger.info(self.format(record))
+
+
+def run_node(make_node: Callable[[], object], args: list[str] | None) -> int:
+    """Runs the node until SIGINT or SIGTERM; returns the exit code.
+
+    rclpy's own signal handling ends the context at once, and with it the way of every answer. Here the context
+    lives until the running request has been answered. The executor has a thread of its own because only the main
+    thread can be woken by a signal. One thread is enough for it: no callback waits.
+    """
+    # A publish hands its message to Fast DDS's thread instead of sending it itself: the decode loop publishes.
+    os.environ.setdefault("RMW_FASTRTPS_PUBLICATION_MODE", "ASYNCHRONOUS")
+    stop = threading.Event()
+
+    def on_signal(signum, frame) -> None:
+        if stop.is_set():
+            os._exit(128 + signum)  # asked twice
+        stop.set()
+
+    for signum in _STOP_SIGNALS:
+        signal.signal(signum, on_signal)
+    core_log = logging.getLogger("engine_core")
+    core_log.addHandler(_RosHandler())
+    core_log.propagate = False
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        node = make_node()
+    except (ConfigurationError, InvalidParameterTypeException, InvalidParameterValueException) as error:
+        print(f"The node cannot start with these parameters: {error}", file=sys.stderr)
+        rclpy.shutdown()
+        return 1
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    ended = threading.Event()
+    thread = threading.Thread(target=_spin, args=(executor, ended), name="edgellm-executor", daemon=True)
+    thread.start()
+    stop.wait()
+    if not _end(node, executor, thread, ended):
+        sys.stderr.write("The engine did not stop in time; leaving it.\n")
+        sys.stderr.flush()
+        os._exit(0)  # no destructor may run under a thread that still uses the engine
+    return 0
+
+
+def _spin(executor: SingleThreadedExecutor, ended: threading.Event) -> None:
+    """A callback that raises (a client that vanished while it was answered) is logged and costs nobody else."""
+    while not ended.is_set():
+        try:
+            executor.spin_once()
+        except Exception:
+            get_logger("edgellm").error(f"A callback raised:\n{traceback.format_exc()}")
+
+
+def _end(node, executor: SingleThreadedExecutor, thread: threading.Thread, ended: threading.Event) -> bool:
+    """False if the engine or the executor hangs."""
+    stopped = node.stop()
+    limit = time.monotonic() + 1.0
+    while node.num_open_requests and time.monotonic() < limit:
+        time.sleep(0.01)
+    time.sleep(_LINGER)
+    ended.set()
+    executor.wake()
+    thread.join(2.0)
+    if thread.is_alive() or not stopped:
+        return False
+    node.destroy_node()
+    executor.shutdown()
+    rclpy.shutdown()
+    return True

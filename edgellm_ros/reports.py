@@ -1,0 +1,109 @@
+"""What the node says about itself: ~/status, ~/get_info and the health behind /diagnostics."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from functools import lru_cache
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticStatus
+
+from edgellm_ros.conversions import error_code, error_message, to_memory_plan
+from edgellm_ros.diagnostics import Health
+from edgellm_ros.intake import Intake
+from edgellm_ros.msg import EngineStatus
+from edgellm_ros.srv import GetInfo
+from edgellm_ros.streams import Topics
+from engine_core import __version__
+from engine_core.engine import Engine
+from engine_core.errors import NotActiveError
+from engine_core.memory import format_bytes
+
+_PACKAGES = ("rclpy", "numpy", "onnxruntime", "tensorrt", "tokenizers", "transformers", "llguidance")
+_STATE_NAMES = {EngineStatus.UNCONFIGURED: "unconfigured", EngineStatus.INACTIVE: "inactive", EngineStatus.ACTIVE: "active"}
+
+
+def state_of(intake: Intake) -> int:
+    """A constant of EngineStatus."""
+    if intake.engine is None:
+        return EngineStatus.UNCONFIGURED
+    return EngineStatus.INACTIVE if intake.worker is None else EngineStatus.ACTIVE
+
+
+def make_status(intake: Intake, error: Exception | None) -> EngineStatus:
+    """``error``: of the last failed configure or the engine's fault."""
+    status = EngineStatus(state=state_of(intake), error_code=error_code(error), error_message=error_message(error))
+    if (worker := intake.worker) is not None:
+        status.busy, status.queued = worker.busy, worker.queued
+    if (engine := intake.engine) is not None:
+        status.model_name = engine.manifest.model_name
+        status.backend = engine.backend_name
+        status.quantization = engine.manifest.quantization
+        status.max_context = engine.max_context
+        status.memory_total = engine.plan.total
+    return status
+
+
+def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response:
+    info.versions = list(_versions())
+    if engine is None:
+        error = NotActiveError("Nothing is configured; configure the node first.")
+        info.error_code, info.error_message = error_code(error), str(error)
+        return info
+    manifest, config = engine.manifest, engine.config
+    info.model_name = manifest.model_name
+    info.architecture = manifest.geometry.architecture
+    info.engine_dir = str(config.engine_dir)
+    info.backend, info.backend_reason = engine.backend_name, engine.backend_reason
+    info.quantization = manifest.quantization
+    info.kv_cache_type = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
+    info.device = engine.device
+    info.cuda_graph = config.use_cuda_graph and manifest.use_cuda_graph
+    info.max_context, info.max_batch = engine.max_context, config.max_batch
+    info.vocab_size, info.reduced_vocab_size = engine.vocab_size, engine.reduced_vocab_size
+    info.parameters = manifest.geometry.num_parameters
+    info.load_time = engine.load_time
+    info.memory = to_memory_plan(engine.plan)
+    return info
+
+
+def make_health(intake: Intake, topics: Topics, error: Exception | None) -> Health:
+    state = _STATE_NAMES[state_of(intake)]
+    engine, worker, last = intake.engine, intake.worker, topics.last
+    values = {
+        "state": state,
+        "requests": str(topics.requests_total),
+        "refused": str(intake.num_refused),
+        "tokens": str(topics.tokens_total),
+    }
+    if engine is not None:
+        values["model"] = engine.manifest.model_name
+        values["backend"] = engine.backend_name
+        values["quantization"] = engine.manifest.quantization
+        values["memory"] = format_bytes(engine.plan.total)
+    if worker is not None:
+        values["busy"], values["queued"] = str(worker.busy), str(worker.queued)
+    if last is not None:
+        values["last finish reason"] = last.finish_reason.value
+        values["last time to first token"] = f"{last.time_to_first_token * 1e3:.1f} ms"
+        values["last tokens per second"] = f"{last.tokens_per_second:.1f}"
+    level, message = DiagnosticStatus.OK, state
+    if error is not None:
+        level, message = DiagnosticStatus.ERROR, error_message(error)
+    elif worker is not None and worker.queued >= max(1, intake.settings.queue_depth):
+        level, message = DiagnosticStatus.WARN, f"the queue is full ({worker.queued} requests wait)"
+    device = engine.device if engine is not None else "no engine"
+    return Health(level, message, f"{platform.node()}: {device}", values)
+
+
+@lru_cache(maxsize=1)
+def _versions() -> tuple[str, ...]:
+    found = [f"edgellm_ros {__version__}", f"python {platform.python_version()}"]
+    found.append(f"rmw {rclpy.get_rmw_implementation_identifier()}")
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return tuple(found)

@@ -1,0 +1,99 @@
+"""What goes out on topics while a request runs, called from the worker's thread: small, and only where someone reads."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Callable
+
+from rclpy.lifecycle import LifecycleNode
+
+from edgellm_ros import qos
+from edgellm_ros.conversions import error_code, fill_stats, finish_reason
+from edgellm_ros.msg import GenerationStats, Sentence, TokenPiece
+from engine_core.request import GenerationResult, Piece
+from engine_core.sentences import SentenceSplitter
+
+
+class Topics:
+    """The topics of all answers, and the totals since the node was activated."""
+
+    def __init__(self, node: LifecycleNodeMixin) -> None:
+        self.clock = node.get_clock()
+        self.tokens = node.create_lifecycle_publisher(TokenPiece, "~/tokens", qos.STREAM)
+        self.sentences = node.create_lifecycle_publisher(Sentence, "~/sentences", qos.STREAM)
+        self._stats = node.create_lifecycle_publisher(GenerationStats, "~/stats", qos.COMMAND)
+        self._lock = threading.Lock()
+        self.reset_totals()
+
+    def reset_totals(self) -> None:
+        with self._lock:
+            self.requests_total = self.tokens_total = 0
+            self.last: GenerationResult | None = None
+
+    def publish_stats(self, result: GenerationResult) -> None:
+        stats = fill_stats(GenerationStats(), result)
+        with self._lock:
+            self.requests_total += 1
+            self.tokens_total += result.generated_tokens
+            self.last = result
+            stats.requests_total, stats.tokens_total = self.requests_total, self.tokens_total
+        stats.header.stamp = self.clock.now().to_msg()
+        self._stats.publish(stats)
+
+
+class RequestStream:
+    """One answer on its way: pieces, sentences and the final ``done`` of each. Messages are reused piece after piece.
+
+    ``on_piece``: a further reader, the action's feedback.
+    """
+
+    def __init__(self, topics: Topics, request_id: str, on_piece: Callable[[Piece], None] | None = None) -> None:
+        self._topics = topics
+        self._on_piece = on_piece
+        self._splitter = SentenceSplitter()
+        self._token_piece = TokenPiece(request_id=request_id)
+        self._sentence = Sentence(request_id=request_id)
+        self._num_pieces = 0
+
+    def piece(self, piece: Piece) -> None:
+        self._num_pieces = piece.sequence + 1
+        if self._on_piece is not None:
+            self._on_piece(piece)
+        if self._topics.tokens.get_subscription_count():
+            message = self._token_piece
+            message.sequence = piece.sequence
+            message.text = piece.text
+            message.token_ids = array("i", piece.token_ids)
+            self._stamp(message)
+            self._topics.tokens.publish(message)
+        for text in self._splitter.feed(piece.text):
+            self._publish_sentence(text)
+
+    def done(self, result: GenerationResult) -> None:
+        """Ends every stream of the request. To be called once."""
+        last = self._token_piece
+        last.sequence = self._num_pieces
+        last.text = ""
+        last.token_ids = array("i")
+        last.done = True
+        last.finish_reason = finish_reason(result.finish_reason)
+        last.error_code = error_code(result.error)
+        self._stamp(last)
+        self._topics.tokens.publish(last)
+        rest = self._splitter.flush()
+        self._sentence.done = True
+        self._publish_sentence(rest[0] if rest else "")
+        self._topics.publish_stats(result)
+
+    def _publish_sentence(self, text: str) -> None:
+        if self._topics.sentences.get_subscription_count():
+            self._sentence.text = text
+            self._stamp(self._sentence)
+            self._topics.sentences.publish(self._sentence)
+        self._sentence.sequence += 1
+
+    def _stamp(self, message: TokenPiece | Sentence) -> None:
+        seconds, nanoseconds = self._topics.clock.now().seconds_nanoseconds()
+        message.header.stamp.sec = seconds
+        message.header.stamp.nanosec = nanoseconds
