@@ -104,6 +104,7 @@ class Backend(Protocol):
 
 # name → (module, class); imported only when asked for.
 _BACKENDS = {
+    "cuda": ("engine_core.backends.cuda", "CudaBackend"),
     "onnxruntime": ("engine_core.backends.onnxruntime", "OnnxRuntimeBackend"),
 }
 

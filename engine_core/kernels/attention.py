@@ -10,6 +10,7 @@ from engine_core.device import DeviceArray, Launch
 from engine_core.kernels import KernelArgumentError, Kernels, check, float_define
 
 _MAX_GROUP = 8  # query heads of a KV head whose values fit the registers of attention_decode.cu
+_DECODE_DEPTH = 4  # stages of the ring of attention_decode.cu
 _TILE_Q = 64
 _PREFILL_THREADS = 128
 _ROPE_THREADS = 128
@@ -94,13 +95,16 @@ def attention_decode(
     check("partial", partial, (shape.partial_floats(num_sms),), "fp32")
     check("counters", counters, (shape.num_kv_heads,), "uint32")
     check("output", output, (shape.num_heads * shape.head_dim,), kernels.dtype)
-    defines = shape.defines(num_sms)
-    function = kernels.function("attention_decode", "attention_decode", defines)
     q_norm, k_norm = norms or (0, 0)
     warps = 4 if shape.group * shape.head_dim > 1024 else 8
+    stage = 2 * 2 * 32 * warps * 16
+    depth = max(1, min(_DECODE_DEPTH, kernels.shared_budget // stage))
+    shared = max(depth * stage, warps * shape.group * shape.head_dim * 4)
+    defines = {**shape.defines(num_sms), "DEPTH": depth}
+    function = kernels.function("attention_decode", "attention_decode", defines, shared)
     args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output]
     grid = (shape.num_kv_heads, shape.splits(num_sms))
-    return Launch(kernels.device, function, grid, 32 * warps, args)
+    return Launch(kernels.device, function, grid, 32 * warps, args, shared)
 
 
 def rope_append(

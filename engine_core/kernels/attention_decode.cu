@@ -7,128 +7,183 @@
 // output: [HEADS][HEAD_DIM]. Grid (KV_HEADS, SPLITS); how many splits work is decided by the position.
 #include "rope.cuh"
 
+//
+// Each lane copies its 16-byte pieces of K and V through its own slots of a ring in shared memory. The ring is filled
+// before the kernel waits for the one that computes qkv: the position and the cache before it changed a step ago, and the
+// first kernel of a step starts after the last one of the step before has ended.
 constexpr int GROUP = HEADS / KV_HEADS;  // query heads of a KV head
 constexpr int WARPS = GROUP * HEAD_DIM > 1024 ? 4 : 8, THREADS = 32 * WARPS;
-constexpr int UNROLL = 4;                // keys of a slot in flight
-constexpr int MIN_KEYS = 64;             // of a split: below, more CTAs bring nothing
-constexpr float LOWEST = -1e30f;         // stands for -infinity without its NaNs
+constexpr int UNROLL = 2;                          // keys of a slot in a stage
+constexpr int STRIDE = WARPS * HEAD_SLOTS;         // keys between two of a slot
+constexpr int STAGE_KEYS = UNROLL * STRIDE;
+constexpr int MIN_KEYS = 256;                      // of a split: below, merging costs more than it brings
+constexpr float LOWEST = -1e30f;                   // stands for -infinity without its NaNs
 
-struct Merge {  // running maximum (base 2), sum and weighted values of one query head
+struct Merge {  // running maximum (base 2) and sum of one query head
     float peak, sum;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_decode(const half_t* qkv, half_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm,
-                     const State* state, float* partial, u32* counters, half_t* output) {
-    __shared__ float values[WARPS][GROUP][HEAD_DIM];
-    __shared__ Merge merges[WARPS][GROUP];
-    __shared__ bool is_last;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, kv_head = blockIdx.x;
-    const int slot = lane / LANES_PER_HEAD, part = lane % LANES_PER_HEAD, d = 8 * part;
-    half_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
-    half_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
+struct Running {  // online softmax of this lane's slot
+    float acc[GROUP][8], peak[GROUP], sum[GROUP];
 
-    let_next_start();
-    wait_for_previous();
-    const int position = (int)load4(&state->position);
-    if (position >= CONTEXT) return;  // a step queued past the end writes nothing
-    const int length = position + 1;
-    const int share = max(MIN_KEYS, (length + SPLITS - 1) / SPLITS);
-    const int active = (length + share - 1) / share;
-    if (blockIdx.y >= active) return;
-    const int begin = blockIdx.y * share, end = min(length, begin + share);
-    const float2* angles = rope + (u64)position * (HEAD_DIM / 2);
-
-    if (end == length) {  // this CTA's share holds the new token
-        if (warp == 0) {
-            float k[8];
-            load_rotated(k, qkv + (HEADS + kv_head) * HEAD_DIM, k_norm, angles, part);
-            if (slot == 0 && d < HEAD_DIM) *(uint4*)(keys + (u64)position * HEAD_DIM + d) = pack8(k);
-        } else if (warp == 1 && slot == 0 && d < HEAD_DIM) {
-            *(uint4*)(vals + (u64)position * HEAD_DIM + d) = load16(qkv + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + d);
-        }
-        __syncthreads();
-    }
-    float q[GROUP][8], acc[GROUP][8] = {}, peak[GROUP], sum[GROUP] = {};
-#pragma unroll
-    for (int g = 0; g < GROUP; ++g) {
-        load_rotated(q[g], qkv + (kv_head * GROUP + g) * HEAD_DIM, q_norm, angles, part);
-        peak[g] = LOWEST;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) q[g][j] *= SCALE_LOG2E;
-    }
-
-    constexpr int STRIDE = WARPS * HEAD_SLOTS;
-    for (int base = begin + warp * HEAD_SLOTS + slot; __any_sync(0xffffffffu, base < end); base += STRIDE * UNROLL) {
-        uint4 k[UNROLL], v[UNROLL];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            const int key = base + u * STRIDE;
-            const bool inside = key < end && d < HEAD_DIM;
-            k[u] = inside ? load16(keys + (u64)key * HEAD_DIM + d) : make_uint4(0, 0, 0, 0);
-            v[u] = inside ? load16(vals + (u64)key * HEAD_DIM + d) : make_uint4(0, 0, 0, 0);
-        }
-        float scores[UNROLL][GROUP];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            float f[8];
-            unpack8(k[u], f);
-#pragma unroll
-            for (int g = 0; g < GROUP; ++g) {
-                float dot = 0.f;
-#pragma unroll
-                for (int j = 0; j < 8; ++j) dot += q[g][j] * f[j];
-                dot = group_sum<LANES_PER_HEAD>(dot);
-                scores[u][g] = base + u * STRIDE < end ? dot : LOWEST;
-            }
-        }
+    template <int KEYS>  // scores: base 2, LOWEST = not there
+    __device__ __forceinline__ void add(float scores[KEYS][GROUP], const uint4* values) {
 #pragma unroll
         for (int g = 0; g < GROUP; ++g) {
             float top = peak[g];
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) top = fmaxf(top, scores[u][g]);
+            for (int u = 0; u < KEYS; ++u) top = fmaxf(top, scores[u][g]);
             const float shrink = exp2f(peak[g] - top);
             peak[g] = top;
             sum[g] *= shrink;
 #pragma unroll
             for (int j = 0; j < 8; ++j) acc[g][j] *= shrink;
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
+            for (int u = 0; u < KEYS; ++u) {
                 scores[u][g] = scores[u][g] == LOWEST ? 0.f : exp2f(scores[u][g] - top);
                 sum[g] += scores[u][g];
             }
         }
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
+        for (int u = 0; u < KEYS; ++u) {
             float f[8];
-            unpack8(v[u], f);
+            unpack8(values[u], f);
 #pragma unroll
             for (int g = 0; g < GROUP; ++g)
 #pragma unroll
                 for (int j = 0; j < 8; ++j) acc[g][j] += scores[u][g] * f[j];
         }
     }
+};
+
+__device__ __forceinline__ float dot8(const float* a, const float* b) {
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += a[j] * b[j];
+    return group_sum<LANES_PER_HEAD>(sum);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_decode(const half_t* qkv, half_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm,
+                     const State* state, float* partial, u32* counters, half_t* output) {
+    extern __shared__ uint4 ring[];  // [DEPTH][UNROLL][K, V][THREADS]; afterwards the warps' values to be merged
+    __shared__ Merge merges[WARPS][GROUP];
+    __shared__ bool is_last;
+    float(*values)[GROUP][HEAD_DIM] = (float(*)[GROUP][HEAD_DIM])ring;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, kv_head = blockIdx.x;
+    const int slot = lane / LANES_PER_HEAD, part = lane % LANES_PER_HEAD, d = 8 * part;
+    half_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
+    half_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
+
+    let_next_start();
+    const int position = (int)load4(&state->position);
+    const int length = position + 1;
+    const int share = max(MIN_KEYS, (length + SPLITS - 1) / SPLITS);
+    const int active = (length + share - 1) / share;
+    // A step queued past the end writes nothing. Leaving counts as an end: wait first, as every kernel does.
+    if (position >= CONTEXT || blockIdx.y >= active) {
+        wait_for_previous();
+        return;
+    }
+    const int begin = blockIdx.y * share, end = min(position, begin + share);  // of the keys in the cache
+    const bool has_new = blockIdx.y == active - 1;                             // this share ends with the new token
+    const int own = begin + warp * HEAD_SLOTS + slot;
+
+    auto load_stage = [&](int stage, int first) {
+        uint4* slots = ring + stage * UNROLL * 2 * THREADS + threadIdx.x;
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            const int key = own + first + u * STRIDE;
+            if (key < end && d < HEAD_DIM) {
+                copy16_async(slots + 2 * u * THREADS, keys + (u64)key * HEAD_DIM + d);
+                copy16_async(slots + (2 * u + 1) * THREADS, vals + (u64)key * HEAD_DIM + d);
+            }
+        }
+        commit_copies();
+    };
+#pragma unroll
+    for (int stage = 0; stage < DEPTH; ++stage) load_stage(stage, stage * STAGE_KEYS);
+    Angles angles;
+    angles.load(rope + (u64)position * (HEAD_DIM / 2), part);
+
+    wait_for_previous();
+    HeadVector raw[GROUP], raw_k;
+    uint4 new_v = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) raw[g].load(qkv + (kv_head * GROUP + g) * HEAD_DIM, part);
+    raw_k.load(qkv + (HEADS + kv_head) * HEAD_DIM, part);
+    if (d < HEAD_DIM) new_v = load16(qkv + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + d);
+    float q[GROUP][8];
+    Running run = {};
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+        raw[g].rotate(q[g], q_norm, angles, part);
+        run.peak[g] = LOWEST;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) q[g][j] *= SCALE_LOG2E;
+    }
+    if (has_new && warp == 0) {  // its first slot takes the new token
+        float k[8], scores[1][GROUP];
+        raw_k.rotate(k, k_norm, angles, part);
+        const uint4 packed = pack8(k);
+        unpack8(packed, k);  // as the cache will give it back
+#pragma unroll
+        for (int g = 0; g < GROUP; ++g) {
+            const float score = dot8(q[g], k);
+            scores[0][g] = slot == 0 ? score : LOWEST;
+        }
+        run.add<1>(scores, &new_v);
+        if (slot == 0 && d < HEAD_DIM) {
+            *(uint4*)(keys + (u64)position * HEAD_DIM + d) = packed;
+            *(uint4*)(vals + (u64)position * HEAD_DIM + d) = new_v;
+        }
+    }
+
+    int stage = 0;
+    for (int first = 0; begin + first < end; first += STAGE_KEYS) {
+        wait_copies<DEPTH - 1>();
+        const uint4* slots = ring + stage * UNROLL * 2 * THREADS + threadIdx.x;
+        uint4 v[UNROLL];
+        float scores[UNROLL][GROUP];
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            const bool inside = own + first + u * STRIDE < end;
+            float k[8];
+            unpack8(inside && d < HEAD_DIM ? slots[2 * u * THREADS] : make_uint4(0, 0, 0, 0), k);
+            v[u] = inside && d < HEAD_DIM ? slots[(2 * u + 1) * THREADS] : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int g = 0; g < GROUP; ++g) {
+                const float score = dot8(q[g], k);
+                scores[u][g] = inside ? score : LOWEST;
+            }
+        }
+        run.add<UNROLL>(scores, v);
+        load_stage(stage, first + DEPTH * STAGE_KEYS);
+        stage = stage + 1 == DEPTH ? 0 : stage + 1;
+    }
+    wait_copies<0>();
+    __syncthreads();  // the ring is free
 
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) {  // merge the slots of the warp
-        float top = peak[g];
+        float top = run.peak[g];
 #pragma unroll
         for (int offset = LANES_PER_HEAD; offset < 32; offset *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
-        const float shrink = exp2f(peak[g] - top);
-        sum[g] *= shrink;
+        const float shrink = exp2f(run.peak[g] - top);
+        run.sum[g] *= shrink;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) acc[g][j] *= shrink;
+        for (int j = 0; j < 8; ++j) run.acc[g][j] *= shrink;
 #pragma unroll
         for (int offset = LANES_PER_HEAD; offset < 32; offset *= 2) {
-            sum[g] += __shfl_xor_sync(0xffffffffu, sum[g], offset);
+            run.sum[g] += __shfl_xor_sync(0xffffffffu, run.sum[g], offset);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) acc[g][j] += __shfl_xor_sync(0xffffffffu, acc[g][j], offset);
+            for (int j = 0; j < 8; ++j) run.acc[g][j] += __shfl_xor_sync(0xffffffffu, run.acc[g][j], offset);
         }
         if (slot == 0 && d < HEAD_DIM) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) values[warp][g][d + j] = acc[g][j];
+            for (int j = 0; j < 8; ++j) values[warp][g][d + j] = run.acc[g][j];
         }
-        if (lane == 0) merges[warp][g] = {top, sum[g]};
+        if (lane == 0) merges[warp][g] = {top, run.sum[g]};
     }
     __syncthreads();
 

@@ -13,6 +13,7 @@ STORE, RESIDUAL, SILU, LOGITS = range(4)
 
 _CHUNK = 256  # columns of a warp's load
 _MAX_WARPS = 16
+_MIN_CTA_BYTES = 96 * 1024  # of weights: with less, a second CTA per multiprocessor only costs its start
 _THREADS = 256
 
 
@@ -32,23 +33,32 @@ class GemvShape:
         return self.depth * self.batch * parts * 32 * self.k_warps * self.row_warps * 16
 
 
-def gemv_shape(cols: int, shared_budget: int) -> GemvShape:
-    """The spread for ``cols`` columns: least waste along the columns, most warps, then the deepest ring that fits."""
+def gemv_shape(rows: int, cols: int, num_sms: int, shared_budget: int) -> GemvShape:
+    """The spread for a matrix, by what was fastest on an H200 (benchmarks/results/kernels.md).
+
+    Up to eight warps along the columns with the least waste, sixteen in all; two CTAs per multiprocessor where
+    each has enough to read; then the deepest ring that fits.
+    """
     chunks = -(-cols // _CHUNK)
 
     def waste(k_warps: int) -> tuple[int, int]:
         parts = -(-chunks // k_warps)
         return k_warps * parts - chunks, -k_warps
 
-    k_warps = min(range(1, min(chunks, _MAX_WARPS) + 1), key=waste)
+    k_warps = min(range(1, min(chunks, _MAX_WARPS // 2) + 1), key=waste)
+    ctas = 2 if rows * cols * 2 >= 2 * num_sms * _MIN_CTA_BYTES else 1
+    ring = shared_budget if ctas == 1 else shared_budget * 2 // 3
     row_warps = 1
     while row_warps * 2 * k_warps <= _MAX_WARPS:
         row_warps *= 2
-    for batch in (4, 2, 1):
-        stage = GemvShape(k_warps, row_warps, batch, 1).shared(cols)
-        if 3 * stage <= shared_budget:
-            break
-    return GemvShape(k_warps, row_warps, batch, max(1, min(8, shared_budget // stage)))
+    while True:
+        for batch in (4, 2, 1) if ctas == 1 else (2, 1):
+            stage = GemvShape(k_warps, row_warps, batch, 1).shared(cols)
+            if (2 if ctas == 2 else 3) * stage <= ring:
+                return GemvShape(k_warps, row_warps, batch, min(8, ring // stage), ctas)
+        if row_warps == 1:
+            return GemvShape(k_warps, 1, 1, max(1, ring // stage), ctas)
+        row_warps //= 2
 
 
 def gemv(
@@ -87,7 +97,7 @@ def gemv(
     if bias is not None:
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
-    shape = shape or gemv_shape(cols, kernels.shared_budget)
+    shape = shape or gemv_shape(rows, cols, kernels.device.num_sms, kernels.shared_budget)
     shared = shape.shared(cols)
     defines = {
         "ROWS": rows,
@@ -119,17 +129,18 @@ def rms_norm(kernels: Kernels, rows: DeviceArray, weight: DeviceArray, output: D
     return Launch(kernels.device, function, (num_rows,), _THREADS, [rows, weight, output], overlap=False)
 
 
-def embed(
-    kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: DeviceArray, overlap: bool = False
-) -> Launch:
-    """output [n, cols] float32 ← rows of table [vocab, cols] named by tokens, int32 [n]; the grid is n."""
+def embed(kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: DeviceArray) -> Launch:
+    """output [n, cols] float32 ← rows of table [vocab, cols] named by tokens, int32 [n]; the grid is n.
+
+    It does not start before the kernel before it has ended: attention_decode relies on that.
+    """
     vocab, cols = table.shape
     if cols % 8:
         raise KernelArgumentError(f"Rows of {cols} values; the kernel reads a multiple of 8.")
     check("table", table, (vocab, cols), kernels.dtype)
     check("output", output, (*tokens.shape, cols), "fp32")
     function = kernels.function("elementwise", "embed", {"COLS": cols})
-    return Launch(kernels.device, function, (tokens.shape[0],), _THREADS, [table, tokens, output], overlap=overlap)
+    return Launch(kernels.device, function, (tokens.shape[0],), _THREADS, [table, tokens, output], overlap=False)
 
 
 def silu_multiply(kernels: Kernels, gate_up: DeviceArray, output: DeviceArray, pairs: ctypes.c_uint32) -> Launch:

@@ -7,36 +7,49 @@ constexpr int LANES_PER_HEAD = HEAD_DIM <= 32 ? 4 : HEAD_DIM <= 64 ? 8 : HEAD_DI
 constexpr int HEAD_SLOTS = 32 / LANES_PER_HEAD;  // head vectors a warp holds side by side
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head_dim must be a multiple of 16 up to 256");
 
-// vector: [HEAD_DIM]; weight: [HEAD_DIM] of the head norm; rope: [HEAD_DIM / 2] (cos, sin) of the position.
-// All lanes of a warp call it; lanes past HEAD_DIM get zeros.
-__device__ __forceinline__ void load_rotated(float* out, const half_t* vector, const half_t* weight, const float2* rope, int part) {
-    float own[8] = {}, other[8] = {};
-    const int d = 8 * part, half_dim = HEAD_DIM / 2;
-    const bool inside = d < HEAD_DIM, first = d < half_dim;
-    const int partner = first ? d + half_dim : d - half_dim;
-    if (inside) {
-        unpack8(load16(vector + d), own);
-        unpack8(load16(vector + partner), other);
+struct Angles {  // (cos, sin) of this lane's 8 elements
+    float2 values[8];
+
+    __device__ __forceinline__ void load(const float2* rope, int part) {  // rope: [HEAD_DIM / 2] of the position
+        const int d = 8 * part, first = d % (HEAD_DIM / 2);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) values[j] = d < HEAD_DIM ? rope[first + j] : make_float2(0.f, 0.f);
     }
-#if QK_NORM
-    float squares = 0.f;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) squares += own[j] * own[j];
-    const float scale = rsqrtf(group_sum<LANES_PER_HEAD>(squares) / HEAD_DIM + NORM_EPS);
-    if (inside) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) own[j] *= scale * to_float(weight[d + j]), other[j] *= scale * to_float(weight[partner + j]);
-    }
-#endif
-    if (inside) {
-        const float2* angles = rope + (first ? d : partner);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const float2 angle = angles[j];
-            out[j] = own[j] * angle.x + (first ? -other[j] : other[j]) * angle.y;
+};
+
+struct HeadVector {  // this lane's 8 elements of a head vector and their partners half a head away; zeros past the end
+    uint4 own, other;
+
+    __device__ __forceinline__ void load(const half_t* vector, int part) {
+        const int d = 8 * part;
+        own = other = make_uint4(0, 0, 0, 0);
+        if (d < HEAD_DIM) {
+            own = load16(vector + d);
+            other = load16(vector + partner(d));
         }
-    } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) out[j] = 0.f;
     }
-}
+
+    static __device__ __forceinline__ int partner(int d) { return d < HEAD_DIM / 2 ? d + HEAD_DIM / 2 : d - HEAD_DIM / 2; }
+
+    // weight: [HEAD_DIM] of the head norm. All lanes of a warp call it.
+    __device__ __forceinline__ void rotate(float* out, const half_t* weight, const Angles& angles, int part) const {
+        const int d = 8 * part;
+        float a[8], b[8];
+        unpack8(own, a);
+        unpack8(other, b);
+#if QK_NORM
+        float squares = 0.f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) squares += a[j] * a[j];
+        const float scale = rsqrtf(group_sum<LANES_PER_HEAD>(squares) / HEAD_DIM + NORM_EPS);
+        if (d < HEAD_DIM) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                a[j] *= scale * to_float(weight[d + j]), b[j] *= scale * to_float(weight[partner(d) + j]);
+        }
+#endif
+        const float sign = d < HEAD_DIM / 2 ? -1.f : 1.f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) out[j] = a[j] * angles.values[j].x + sign * b[j] * angles.values[j].y;
+    }
+};

@@ -13,8 +13,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int token = inside ? index / ALL_HEADS : 0, head = inside ? index % ALL_HEADS : 0;
     half_t* vector = qkv + ((u64)token * ALL_HEADS + head) * HEAD_DIM;
     const float2* angles = rope + (u64)(position + token) * (HEAD_DIM / 2);
+    HeadVector raw;
+    Angles lane_angles;
+    raw.load(vector, part);
+    lane_angles.load(angles, part);
     float rotated[8];
-    load_rotated(rotated, vector, head < HEADS ? q_norm : k_norm, angles, part);
+    raw.rotate(rotated, head < HEADS ? q_norm : k_norm, lane_angles, part);
     __syncwarp();  // every lane has read before one writes
     if (!inside || d >= HEAD_DIM) return;
     if (head < HEADS) {
@@ -23,5 +27,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     const bool is_value = head >= HEADS + KV_HEADS;
     const int row = head - HEADS;  // K heads, then V heads, as in the cache
-    *(uint4*)(cache + ((u64)row * CONTEXT + position + token) * HEAD_DIM + d) = is_value ? load16(vector + d) : pack8(rotated);
+    *(uint4*)(cache + ((u64)row * CONTEXT + position + token) * HEAD_DIM + d) = is_value ? raw.own : pack8(rotated);
 }

@@ -1,0 +1,285 @@
+"""How fast does the CUDA backend decode, and how far is that from the memory limit?
+
+    python3 benchmarks/gpu_decode.py [--shapes NAME ...] [--contexts N ...] [--transformers] [--output FILE]
+
+Models of published shapes with random weights on the GPU that is there. The floor of a step is the bytes it has to
+read (every weight but the embedding's rows, and the KV cache) over the read bandwidth measured in the same run. Decode
+is timed as the engine drives it: one step queued ahead, each token read on the host. Prints a table, then one JSON line
+per measurement, which --output appends to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine_core.backends import TokenSampling
+from engine_core.backends.cuda import CudaBackend
+from engine_core.backends.cuda_layout import ROW_GRAIN, CudaSpec, weight_arrays
+from engine_core.device import Arena, Device, DeviceArray, Event, Launch, Module, Stream, compile_kernel
+from engine_core.kernels.attention import AttentionShape
+
+GENERATED = 128
+GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
+READ_SOURCE = """
+extern "C" __global__ void read(const uint4* data, unsigned long long count, unsigned* sink) {
+    unsigned sum = 0;
+    const unsigned long long stride = (unsigned long long)gridDim.x * blockDim.x;
+    #pragma unroll 8
+    for (unsigned long long i = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x; i < count; i += stride) {
+        uint4 v = __ldcs(data + i);
+        sum += v.x ^ v.y ^ v.z ^ v.w;
+    }
+    if (sum == 0x12345678u) *sink = sum;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    qk_norm: bool = False
+
+
+SHAPES = {
+    "tinyllama-1.1b": Shape(22, 2048, 5632, 32, 4, 64, 32000, False),
+    "llama-3.2-1b": Shape(16, 2048, 8192, 32, 8, 64, 128256, True),
+    "llama-3.1-8b": Shape(32, 4096, 14336, 32, 8, 128, 128256, False),
+    "qwen3-0.6b": Shape(28, 1024, 3072, 16, 8, 128, 151936, True, qk_norm=True),
+}
+
+
+def make_spec(shape: Shape, max_context: int, chunk: int) -> CudaSpec:
+    return CudaSpec(
+        num_layers=shape.layers,
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        attention=AttentionShape(shape.heads, shape.kv_heads, shape.head_dim, max_context, 1e-5, shape.qk_norm),
+        vocab_size=shape.vocab,
+        head_rows=shape.vocab,
+        dtype="fp16",
+        norm_eps=1e-5,
+        qkv_bias=False,
+        tied=shape.tied,
+        chunk=-(-chunk // ROW_GRAIN) * ROW_GRAIN,
+        prefix_slots=0,
+        prefix_tokens=0,
+    )
+
+
+class RandomWeights:
+    """A weight source: norms are one, the rest comes from one block of normal values, a different part each time."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._block = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32).astype(np.float16)
+
+    def __call__(self, name: str, array: DeviceArray) -> None:
+        count = array.nbytes // 2
+        if name.endswith("norm"):
+            self._device.upload(array, np.ones(count, dtype=np.float16))
+            return
+        block = self._block * np.float16(0.5 * array.shape[-1] ** -0.5 if array.shape[-1] > 1 else 1)
+        first = min(count, len(block))
+        self._device.upload(DeviceArray(array.address, (first,), "fp16"), block[:first])
+        done = first
+        while done < count:  # doubling, on the device
+            step = min(done, count - done)
+            self._device.call("cuMemcpyDtoD", array.address + 2 * done, array.address, 2 * step)
+            done += step
+
+
+def read_bandwidth(device: Device) -> float:
+    """Bytes per second of a kernel that only reads, over 4 GiB; the best of a few runs."""
+    num_bytes = 4 << 30
+    stream, arena = Stream(device), Arena(device, num_bytes + 256)
+    data, sink = arena.take((num_bytes // 4,), "uint32"), arena.take((1,), "uint32")
+    stream.zero(data)
+    module = Module(device, compile_kernel(READ_SOURCE, name="read", arch=device.arch, headers={}, defines={}))
+    args = [data, num_bytes // 16, sink]
+    launch = Launch(device, module.function("read"), (device.num_sms * 8,), 256, args, overlap=False)
+    best = float("inf")
+    for _ in range(8):
+        start, end = Event(device, timing=True), Event(device, timing=True)
+        start.record(stream)
+        launch(stream)
+        end.record(stream)
+        end.wait()
+        best = min(best, end.elapsed(start))
+        start.close()
+        end.close()
+    module.close()
+    arena.close()
+    stream.close()
+    return num_bytes / best
+
+
+def step_bytes(spec: CudaSpec, context: int) -> int:
+    """What one decode step has to read with ``context`` tokens in the KV cache."""
+    weights = sum(array.nbytes for name, array in weight_arrays(spec).items() if name != "embed" or spec.tied)
+    attention = spec.attention
+    return weights + spec.num_layers * 2 * attention.num_kv_heads * attention.head_dim * 2 * context
+
+
+def measure(backend: CudaBackend, prompt_tokens: int, generated: int) -> tuple[float, float]:
+    """(s to the first token, s per token after it), driven as Engine.generate drives it."""
+    prompt = np.random.default_rng(1).integers(0, backend.vocab_size, prompt_tokens).astype(np.int32)
+    backend.begin(GREEDY, prompt)
+    start = time.perf_counter()
+    pending = backend.prefill(prompt, 0)
+    ahead = backend.decode()
+    assert pending.result() is not None
+    first = time.perf_counter()
+    for _ in range(generated - 1):
+        pending, ahead = ahead, backend.decode()
+        assert pending.result() is not None
+    end = time.perf_counter()
+    ahead.result()
+    return first - start, (end - first) / (generated - 1)
+
+
+def median_of(runs: list[tuple[float, float]]) -> tuple[float, float]:
+    return statistics.median(a for a, _ in runs), statistics.median(b for _, b in runs)
+
+
+def bench_ours(name: str, contexts: list[int], bandwidth: float) -> list[dict]:
+    shape = SHAPES[name]
+    spec = make_spec(shape, max(contexts) + GENERATED + 2, 512)
+    device = Device()
+    angles = np.arange(spec.max_context)[:, None] * 500000.0 ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
+    rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+    start = time.perf_counter()
+    backend = CudaBackend(device, spec, RandomWeights(device), rope)
+    load = time.perf_counter() - start
+    rows = []
+    for context in contexts:
+        measure(backend, context, 8)
+        ttft, per_token = median_of([measure(backend, context, GENERATED) for _ in range(5)])
+        floor = step_bytes(spec, context + GENERATED // 2) / bandwidth
+        rows.append(record(name, "cuda", "fp16", context, ttft, per_token, floor) | {"load_s": round(load, 2)})
+    backend.close()
+    return rows
+
+
+def bench_transformers(name: str, contexts: list[int], bandwidth: float) -> list[dict]:
+    """transformers with a static cache, its decode step compiled into CUDA graphs."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    shape = SHAPES[name]
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=max(contexts) + GENERATED + 2,
+    )
+    torch.set_grad_enabled(False)
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.float16)
+        model = LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+    step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    spec = make_spec(shape, max(contexts) + GENERATED + 2, 512)
+    rows = []
+    for context in contexts:
+        runs = []
+        for run in range(4):
+            cache = StaticCache(config, max_cache_len=context + GENERATED + 2)
+            prompt = torch.randint(0, shape.vocab, (1, context), device="cuda")
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            logits = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            token.item()
+            first = time.perf_counter()
+            position = torch.tensor([context], device="cuda")
+            for _ in range(GENERATED - 1):
+                out = step(
+                    token, past_key_values=cache, cache_position=position, position_ids=position[None], use_cache=True
+                )
+                token = out.logits[:, -1].argmax(-1, keepdim=True).clone()
+                position = position + 1
+            token.item()
+            if run:
+                runs.append((first - start, (time.perf_counter() - first) / (GENERATED - 1)))
+        floor = step_bytes(spec, context + GENERATED // 2) / bandwidth
+        rows.append(
+            record(
+                name, f"transformers {__import__('transformers').__version__}", "fp16", context, *median_of(runs), floor
+            )
+        )
+    return rows
+
+
+def record(shape: str, engine: str, weights: str, context: int, ttft: float, per_token: float, floor: float) -> dict:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "shape": shape,
+        "engine": engine,
+        "weights": weights,
+        "prompt_tokens": context,
+        "generated_tokens": GENERATED,
+        "ttft_ms": round(1e3 * ttft, 3),
+        "ms_per_token": round(1e3 * per_token, 4),
+        "floor_ms": round(1e3 * floor, 4),
+        "share_of_floor_speed": round(floor / per_token, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"], choices=sorted(SHAPES))
+    parser.add_argument("--contexts", nargs="+", type=int, default=[32, 512, 2048, 8192])
+    parser.add_argument("--transformers", action="store_true", help="measure transformers beside it")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    device = Device()
+    bandwidth = read_bandwidth(device)
+    machine = {"device": device.name, "read_bandwidth_tb_s": round(bandwidth / 1e12, 3)}
+    device.close()
+    print(f"{machine['device']}: reads {machine['read_bandwidth_tb_s']} TB/s")
+    print(
+        f"{'shape':<16}{'engine':<22}{'weights':<9}{'prompt':>7}{'TTFT ms':>9}{'ms/token':>10}{'tok/s':>8}{'floor':>7}"
+    )
+    rows = []
+    for name in options.shapes:
+        found = bench_ours(name, options.contexts, bandwidth)
+        if options.transformers:
+            found += bench_transformers(name, options.contexts, bandwidth)
+        for row in found:
+            print(
+                f"{row['shape']:<16}{row['engine']:<22}{row['weights']:<9}{row['prompt_tokens']:>7}{row['ttft_ms']:>9.2f}"
+                f"{row['ms_per_token']:>10.4f}{1e3 / row['ms_per_token']:>8.1f}{row['share_of_floor_speed']:>7.0%}"
+            )
+        rows += found
+    lines = [json.dumps({**machine, **row}) for row in rows]
+    print("\n".join(lines))
+    if options.output:
+        with open(options.output, "a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What the CUDA backend keeps in device memory: every array, its shape and its purpose.
+
+The memory plan adds these up and ``load`` takes exactly these, so that the plan cannot be wrong about itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from engine_core.config import EngineConfig
+from engine_core.device import ITEM_BYTES, aligned
+from engine_core.errors import EngineDirectoryError, UnsupportedModelError
+from engine_core.kernels.attention import AttentionShape
+from engine_core.kernels.sampling import PARAMS, STATE
+from engine_core.manifest import Manifest
+
+BLAS_WORKSPACE = 32 << 20  # bytes; what cuBLAS asks for on Hopper, more than it needs elsewhere
+PREFILL_CHUNK = 512  # tokens per prefill step unless configured: near the best rate, an interrupt within milliseconds
+ROW_GRAIN = 64  # rows of a prefill product are rounded up to this, so that few cuBLAS kernels serve every length
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    purpose: str  # the memory plan's item
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return aligned(math.prod(self.shape) * ITEM_BYTES[self.dtype])
+
+
+@dataclass(frozen=True)
+class CudaSpec:
+    """One model as this backend runs it."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    attention: AttentionShape
+    vocab_size: int
+    head_rows: int  # rows of the LM head: vocab_size, or fewer with a vocabulary map
+    dtype: str  # fp16 or bf16: weights, activations, KV cache
+    norm_eps: float
+    qkv_bias: bool
+    tied: bool  # the LM head is the embedding
+    chunk: int  # tokens of a prefill step
+    prefix_slots: int
+    prefix_tokens: int
+
+    @property
+    def max_context(self) -> int:
+        return self.attention.max_context
+
+    @classmethod
+    def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
+        """Raises UnsupportedModelError or EngineDirectoryError."""
+        geometry, options = manifest.geometry, manifest.options
+        if config.max_batch != 1:
+            raise UnsupportedModelError(
+                f"max_batch is {config.max_batch}, but the cuda backend runs one sequence; set it to 1."
+            )
+        if config.kv_cache_type not in ("auto", "fp16"):
+            raise UnsupportedModelError(
+                f"kv_cache_type is {config.kv_cache_type!r}, but the cuda backend has 'fp16' only; set it to that."
+            )
+        try:
+            dtype, norm_eps = options["dtype"], float(options["norm_eps"])
+            qk_norm, qkv_bias, tied = (bool(options[key]) for key in ("qk_norm", "qkv_bias", "tied"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineDirectoryError(f"The manifest's options lack {error}; build the engine again.") from error
+        max_context = config.max_context or manifest.max_context
+        chunk = min(config.prefill_chunk or PREFILL_CHUNK, max_context)
+        return cls(
+            num_layers=geometry.num_layers,
+            hidden=geometry.hidden_size,
+            intermediate=geometry.intermediate_size,
+            attention=AttentionShape(
+                geometry.num_heads, geometry.num_kv_heads, geometry.head_dim, max_context, norm_eps, qk_norm
+            ),
+            vocab_size=geometry.vocab_size,
+            head_rows=manifest.reduced_vocab_size or geometry.vocab_size,
+            dtype=dtype,
+            norm_eps=norm_eps,
+            qkv_bias=qkv_bias,
+            tied=tied,
+            chunk=-(-chunk // ROW_GRAIN) * ROW_GRAIN,
+            prefix_slots=config.prompt_cache_entries,
+            prefix_tokens=min(config.prompt_cache_tokens, max_context),
+        )
+
+
+def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
+    """Name in ``weights.safetensors`` → array. Of gate_up the rows are (gate, up) in turn; of qkv q, k, v in a row."""
+    attention, dtype = spec.attention, spec.dtype
+    heads_width = attention.num_heads * attention.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab_size, spec.hidden), "norm": (spec.hidden,)}
+    if not spec.tied:
+        shapes["head"] = (spec.head_rows, spec.hidden)
+    for i in range(spec.num_layers):
+        layer: dict[str, tuple[int, ...]] = {
+            "input_norm": (spec.hidden,),
+            "qkv": (attention.qkv_width, spec.hidden),
+            "o": (spec.hidden, heads_width),
+            "post_norm": (spec.hidden,),
+            "gate_up": (2 * spec.intermediate, spec.hidden),
+            "down": (spec.hidden, spec.intermediate),
+        }
+        if spec.qkv_bias:
+            layer["qkv_bias"] = (attention.qkv_width,)
+        if attention.qk_norm:
+            layer["q_norm"] = layer["k_norm"] = (attention.head_dim,)
+        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
+    return {name: ArraySpec("weights", shape, dtype) for name, shape in shapes.items()}
+
+
+def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
+    """Everything that is not a weight. Decode uses the first rows of what prefill uses."""
+    attention, dtype, chunk, rows = spec.attention, spec.dtype, spec.chunk, spec.head_rows
+    kv_heads, head_dim = attention.num_kv_heads, attention.head_dim
+    arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
+        "kv_cache": ("kv_cache", (spec.num_layers, 2, kv_heads, spec.max_context, head_dim), dtype),
+        "rope": ("rope", (spec.max_context, head_dim // 2, 2), "fp32"),
+        "hidden": ("scratch", (chunk, spec.hidden), "fp32"),
+        "normed": ("scratch", (chunk, spec.hidden), dtype),
+        "qkv": ("scratch", (chunk, attention.qkv_width), dtype),
+        "attended": ("scratch", (chunk, attention.num_heads * head_dim), dtype),
+        "gate_up": ("scratch", (chunk, 2 * spec.intermediate), dtype),
+        "activated": ("scratch", (chunk, spec.intermediate), dtype),
+        "partial": ("scratch", (attention.partial_floats(num_sms),), "fp32"),
+        "counters": ("scratch", (kv_heads,), "uint32"),
+        "blas": ("scratch", (BLAS_WORKSPACE,), "uint8"),
+        "scores": ("scratch", (rows,), "fp32"),
+        "logits": ("io", (rows,), "fp32"),
+        "tokens": ("io", (chunk,), "int32"),
+        "state": ("io", (STATE.itemsize,), "uint8"),
+        "params": ("io", (PARAMS.itemsize,), "uint8"),
+        "seen": ("io", (-(-rows // 32),), "uint32"),
+        "bias": ("io", (rows,), "fp32"),
+        "mask": ("io", (-(-spec.vocab_size // 32),), "uint32"),
+    }
+    if rows != spec.vocab_size:
+        arrays["vocab_map"] = ("io", (rows,), "int32")
+    if spec.prefix_slots:
+        shape = (spec.prefix_slots, spec.num_layers * 2 * kv_heads, spec.prefix_tokens, head_dim)
+        arrays["prefixes"] = ("prefix_cache", shape, dtype)
+    return {name: ArraySpec(*values) for name, values in arrays.items()}
+
+
+def bytes_by_purpose(*groups: dict[str, ArraySpec]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for group in groups:
+        for array in group.values():
+            totals[array.purpose] = totals.get(array.purpose, 0) + array.nbytes
+    return totals
+
+
+def options_of(*, dtype: str, norm_eps: float, qk_norm: bool, qkv_bias: bool, tied: bool) -> dict[str, Any]:
+    """What a builder writes into the manifest's ``options`` for this backend."""
+    return {"dtype": dtype, "norm_eps": norm_eps, "qk_norm": qk_norm, "qkv_bias": qkv_bias, "tied": tied}

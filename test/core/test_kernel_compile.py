@@ -1,0 +1,79 @@
+"""Every kernel compiles for every architecture the package names. Needs NVRTC, but no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine_core.device import KernelCompileError, compile_kernel
+from engine_core.kernels import kernel_source
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
+
+
+def _architectures() -> list[str]:
+    """Those of ours that this NVRTC knows; none without its library."""
+    from cuda.bindings import nvrtc
+
+    try:
+        code, known = nvrtc.nvrtcGetSupportedArchs()
+    except RuntimeError:
+        return []
+    wanted = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+    return [f"sm_{arch}" for arch in wanted if int(code) == 0 and arch in known]
+
+
+ATTENTION = dict(
+    HEADS=8, KV_HEADS=2, HEAD_DIM=64, CONTEXT=512, SPLITS=4, QK_NORM=1, NORM_EPS="1e-5f", SCALE_LOG2E="0.18f"
+)
+GEMV = dict(ROWS=512, COLS=1024, K_WARPS=4, ROW_WARPS=4, BATCH=4, DEPTH=3, EPILOGUE=2, NORM=1, BIAS=0, NORM_EPS="1e-5f")
+KERNELS = {
+    "gemv": GEMV,
+    "attention_decode": {**ATTENTION, "DEPTH": 4},
+    "attention_prefill": ATTENTION,
+    "rope_append": ATTENTION,
+    "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f"),
+    "elementwise": dict(COLS=1024),
+    "sample": dict(ROWS=1000, RING=8),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGELLM_KERNEL_CACHE", str(tmp_path))
+
+
+def _compile(name: str, arch: str, **defines) -> bytes:
+    source, headers = kernel_source(name)
+    return compile_kernel(source, name=name, arch=arch, headers=headers, defines={**KERNELS[name], **defines})
+
+
+@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+def test_every_kernel_compiles(arch):
+    for name in KERNELS:
+        binary = _compile(name, arch, BF16=int(arch != "sm_80"))
+        assert binary[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+def test_the_cache_is_keyed_by_all_that_matters(tmp_path):
+    first = _compile("rms_norm", "sm_80")
+    (cached,) = tmp_path.iterdir()
+    cached.write_bytes(b"from the cache")
+    assert _compile("rms_norm", "sm_80") == b"from the cache"
+    assert _compile("rms_norm", "sm_80", COLS=2048) != b"from the cache"
+    assert _compile("rms_norm", "sm_86") != b"from the cache"
+    assert len(list(tmp_path.iterdir())) == 3
+    assert first[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+def test_an_unwritable_cache_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EDGELLM_KERNEL_CACHE", str(tmp_path / "file" / "below"))
+    assert _compile("rms_norm", "sm_80")[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+def test_a_compile_error_carries_the_log():
+    with pytest.raises(KernelCompileError, match="unknown_type"):
+        compile_kernel("unknown_type x;", name="broken", arch="sm_80", headers={}, defines={})

@@ -1,0 +1,156 @@
+"""Whole small random models against transformers: the logits of prefill and of every decode step, and greedy tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from gpu_bench import error
+
+from engine_core.backends import TokenSampling
+from engine_core.backends.cuda import CudaBackend
+from engine_core.build.cuda import build_cuda
+from engine_core.config import EngineConfig
+from engine_core.manifest import read_manifest
+
+pytestmark = pytest.mark.gpu
+transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+
+GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
+# How far from transformers in float32 the logits may be, as a multiple of what transformers itself loses in the same
+# 16-bit type. Ours keep the residual stream in float32, so they are nearer as a rule; the sums' order differs.
+TOLERANCE = 1.2
+
+SMALL = dict(
+    vocab_size=1003,
+    hidden_size=96,
+    intermediate_size=200,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.1,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+    rope_theta=10000.0,
+)
+MODELS = {
+    "llama": ("Llama", dict(head_dim=16, tie_word_embeddings=False)),
+    "llama3 tied, scaled RoPE": ("Llama", dict(head_dim=32, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
+    "mistral": ("Mistral", dict(head_dim=64, sliding_window=None)),
+    "qwen2": ("Qwen2", dict(hidden_size=128, num_attention_heads=8, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(head_dim=64, tie_word_embeddings=False)),
+    "llama, wide": ("Llama", dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64)),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    """A random model in float32 whose weights are exact in bf16, and so in both types up to fp16's range."""
+    torch.manual_seed(7)
+    family, changes = MODELS[request.param]
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases start as ones and zeros
+                torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+            parameter.copy_(parameter.to(torch.bfloat16).float())
+    return model
+
+
+@pytest.fixture(params=["fp16", "bf16"])
+def engine_dir(model, request, tmp_path):
+    model.save_pretrained(tmp_path / "checkpoint")
+    build_cuda(tmp_path / "checkpoint", tmp_path / "engine", max_context=256, dtype=request.param)
+    return tmp_path / "engine"
+
+
+def load(engine_dir, **changes) -> CudaBackend:
+    config = EngineConfig(engine_dir=engine_dir, **{"max_context": 256, "prompt_cache_tokens": 64, **changes})
+    return CudaBackend.load(engine_dir, read_manifest(engine_dir), config)
+
+
+def logits_of(backend: CudaBackend) -> np.ndarray:
+    return backend._device.download(backend._model.work["logits"]).astype(np.float64)
+
+
+@torch.no_grad()
+def expected_logits(model, ids: list[int], dtype: str) -> tuple[np.ndarray, float]:
+    """(logits of every position in float32, the largest error transformers makes in ``dtype``)."""
+    tokens = torch.tensor([ids])
+    exact = model(tokens).logits[0].double().numpy()
+    rounded = copy.deepcopy(model).to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+    return exact, max(map(error, rounded(tokens).logits[0].double().numpy(), exact))
+
+
+def test_logits_and_greedy_tokens(model, engine_dir):
+    dtype = read_manifest(engine_dir).options["dtype"]
+    prompt = np.random.default_rng(3).integers(0, 1003, 70).astype(np.int32)
+    backend = load(engine_dir)
+    try:
+        backend.begin(GREEDY, prompt)
+        ids, rows = prompt.tolist(), []
+        pending = backend.prefill(prompt, 0)
+        for _ in range(40):
+            token = pending.result()
+            rows.append(logits_of(backend))
+            assert token == int(rows[-1].argmax())
+            ids.append(token)
+            pending = backend.decode()
+    finally:
+        backend.close()
+    expected, allowed = expected_logits(model, ids, dtype)
+    expected = expected[len(prompt) - 1 : -1]
+    assert max(map(error, rows, expected)) < TOLERANCE * allowed
+    # A greedy token may differ from transformers' only where its logit is within the error of the best.
+    for row, want in zip(rows, expected, strict=True):
+        assert want.max() - want[row.argmax()] <= 2 * np.abs(row - want).max()
+
+
+def generate(backend: CudaBackend, prompt: np.ndarray, count: int, sampling: TokenSampling = GREEDY) -> list[int]:
+    backend.begin(sampling, prompt)
+    pending, tokens = backend.prefill(prompt, 0), []
+    for _ in range(count):
+        ahead = backend.decode()
+        tokens.append(pending.result())
+        pending = ahead
+    pending.result()
+    return tokens
+
+
+def test_graph_and_eager_give_the_same_tokens(engine_dir):
+    prompt = np.arange(3, 40, dtype=np.int32)
+    sampled = TokenSampling(0.9, 0.95, 40, 0.0, 1.2, 5, ((11, 1.0),), frozenset())
+    found = []
+    for use_cuda_graph in (True, False):
+        backend = load(engine_dir, use_cuda_graph=use_cuda_graph)
+        found.append([generate(backend, prompt, 60, options) for options in (GREEDY, sampled)])
+        backend.close()
+    assert found[0] == found[1]
+    assert len(set(found[0][1])) > 10
+
+
+@pytest.mark.parametrize("chunk", [64, 128])
+def test_a_prompt_in_chunks_and_in_parts_gives_the_same_logits(model, engine_dir, chunk):
+    dtype = read_manifest(engine_dir).options["dtype"]
+    prompt = np.random.default_rng(4).integers(0, 1003, 200).astype(np.int32)
+    expected, allowed = expected_logits(model, prompt.tolist(), dtype)
+    backend = load(engine_dir, prefill_chunk=chunk)
+    try:
+        backend.begin(GREEDY, prompt)
+        for cut in (0, 1, 77, 199):
+            if cut:
+                backend.extend(prompt[:cut], 0)
+            backend.begin(GREEDY, prompt)
+            backend.prefill(prompt[cut:], cut).result()
+            assert error(logits_of(backend), expected[-1]) < TOLERANCE * allowed
+    finally:
+        backend.close()
