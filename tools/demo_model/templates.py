@@ -31,7 +31,7 @@ CLAUSES: dict[str, tuple[str, ...]] = {
         "find {o}", "look for {o}", "search for {o}", "locate {o}", "go find {o}", "go look for {o}", "try to find {o}",
         "help me find {o}", "see if you can find {o}", "hunt for {o}", ">I lost {o}, look for it", ">I can't find {o}",
         ">have you seen {o}", ">I am looking for {o}", ">I wonder where {o} is", "~try to locate {o}", "~help me look for {o}",
-        "~go and search for {o}", "~>I am trying to find {o}",
+        "~go and search for {o}", "~>I am looking to find {o}",
     ),
     "find.s": (
         "find {o} {s}", "look for {o} {s}", "search for {o} {s}", "look {s} for {o}", "search {s} for {o}",
