@@ -9,7 +9,20 @@ from random import Random
 from tools.demo_model import talk, templates, words
 from tools.demo_model.wording import Wording, clause, duration, is_plural
 from tools.demo_model.world import (
-    DEFAULT_REL, USER, Intent, Place, State, Step, ask, named, plan_text, refusal_of, refuse, say, steps_of, to_json,
+    DEFAULT_REL,
+    USER,
+    Intent,
+    Place,
+    State,
+    Step,
+    ask,
+    named,
+    plan_text,
+    refusal_of,
+    refuse,
+    say,
+    steps_of,
+    to_json,
 )  # fmt: skip
 
 Turn = tuple[str, str, str, str]  # role, what is said, the answer, the category
