@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -57,6 +58,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
+    """Why tests were skipped, each reason once: pytest's own list has a line for every place."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:4d} {reason}")
     if reason := why_no_ros():
         terminalreporter.write_line(f"test/ros was not run: {reason}")
 

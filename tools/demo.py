@@ -15,9 +15,6 @@ import time
 from pathlib import Path
 
 import rclpy
-from edgellm_ros.action import Generate
-from edgellm_ros.msg import ChatMessage, TokenPiece
-from edgellm_ros.srv import GetInfo
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rclpy.action import ActionClient
@@ -25,14 +22,13 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 
 import isolation
+from demo_model.conversations import CONVERSATIONS
 from edgellm_ros import demo_engine
+from edgellm_ros.action import Generate
+from edgellm_ros.msg import ChatMessage, TokenPiece
+from edgellm_ros.srv import GetInfo
 
 ROOT = Path(__file__).resolve().parent.parent
-CONVERSATIONS = (
-    ("please bring me the red cup from the kitchen", "and now put it on the table in the living room"),
-    ("go to the garage and wait two minutes",),
-    ("wash my car and do my taxes",),
-)
 
 
 class DemoError(Exception):
@@ -188,7 +184,8 @@ def main() -> int:
         (work / name).unlink(missing_ok=True)
     os.environ["ROS_HOME"] = str(work)  # the engine and ROS's own logs stay in the clone
     isolation.isolate()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped in good order, as by Ctrl-C
+    for sign in (signal.SIGINT, signal.SIGTERM):  # both end it in good order, also where a shell had SIGINT ignored
+        signal.signal(sign, signal.default_int_handler)
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     try:
         run(work)

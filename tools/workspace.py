@@ -278,6 +278,15 @@ def only_one() -> Iterator[None]:
         yield
 
 
+def wait_for(process: subprocess.Popen) -> int:
+    """Ctrl-C reaches the process too: it ends in its own good order, and is waited for as long as that takes."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=("setup", "demo", "test", "lint", "run"))
@@ -310,7 +319,7 @@ def main() -> int:
         steps.start(" ".join(Path(part).name for part in command[:2] if part != "-m"))
         # In test/: the working directory comes first on sys.path, and the source folder edgellm_ros would hide the
         # installed package, which alone has the generated msg, srv and action.
-        code = subprocess.run([str(workspace.python), *command], env=env, cwd=ROOT / "test").returncode
+        code = wait_for(subprocess.Popen([str(workspace.python), *command], env=env, cwd=ROOT / "test"))
         status = status or (code if code >= 0 else 128 - code)
     return status
 
