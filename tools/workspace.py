@@ -265,6 +265,13 @@ def run_environment(workspace: Workspace) -> dict[str, str]:
     return env
 
 
+def pytest_arguments(arguments: list[str]) -> list[str]:
+    """All tests, unless some are named; paths are meant from the root."""
+    paths = [argument for argument in arguments if (ROOT / argument.partition("::")[0]).exists()]
+    absolute = [str(ROOT / argument) if argument in paths else argument for argument in arguments]
+    return absolute if paths else [str(ROOT / "test"), *arguments]
+
+
 @contextlib.contextmanager
 def only_one() -> Iterator[None]:
     """A second make in the same clone waits for the set-up of the first."""
@@ -300,7 +307,7 @@ def main() -> int:
         "setup": [],
         "demo": [[str(TOOLS / "demo.py"), *options.arguments]],
         "lint": [lint],
-        "test": [lint, ["-m", "pytest", str(ROOT / "test"), *options.arguments]],
+        "test": [lint, ["-m", "pytest", *pytest_arguments(options.arguments)]],
         "run": [options.arguments],
     }[options.task]
     steps = Steps(total=3 + len(commands))
