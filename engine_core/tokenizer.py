@@ -6,6 +6,7 @@ from the ``tokenizers`` library underneath, without the state that ``transformer
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,8 @@ class Tokenizer:
     """Raises EngineDirectoryError if ``directory`` has no usable tokenizer.json."""
 
     def __init__(self, directory: Path) -> None:
+        # It would advise installing PyTorch, which nothing here needs.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import PreTrainedTokenizerFast
 
         if not (directory / "tokenizer.json").is_file():
