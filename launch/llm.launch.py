@@ -17,7 +17,6 @@ from launch.actions import (
     LogInfo,
     OpaqueFunction,
     RegisterEventHandler,
-    Shutdown,
 )
 from launch.event_handlers import OnProcessExit
 from launch.substitutions import LaunchConfiguration
@@ -67,7 +66,9 @@ def start(context: LaunchContext) -> list:
     )
 
     def after_build(event, _context: LaunchContext) -> list:
-        return [node if event.returncode == 0 else Shutdown(reason="the demo engine could not be built")]
+        if event.returncode != 0:  # an exception, unlike a Shutdown, gives ros2 launch an exit status
+            raise RuntimeError("The demo engine could not be built; its builder says why above.")
+        return [node]
 
     return [
         LogInfo(msg=f"No engine_dir was given: building the demo model's engine into {directory}, once."),
