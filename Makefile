@@ -5,6 +5,7 @@
 .PHONY: help demo test lint setup clean
 
 export PYTHON
+NO_REFERENCE = $(if $(filter 0,$(REFERENCE)),--no-reference)
 
 help:
 	@echo "make demo   a lifecycle node answers robot commands, token by token"
@@ -16,10 +17,10 @@ demo:
 	@tools/start demo
 
 test:
-	@tools/start test $(if $(filter 0,$(REFERENCE)),--no-reference) $(PYTEST_ARGS)
+	@tools/start $(NO_REFERENCE) test $(PYTEST_ARGS)
 
 lint setup:
-	@tools/start $@ $(if $(filter 0,$(REFERENCE)),--no-reference)
+	@tools/start $(NO_REFERENCE) $@
 
 clean:
 	rm -rf build install log .venv .venv-* .demo .pytest_cache .ruff_cache

@@ -21,7 +21,11 @@ from engine_core.errors import NotActiveError
 from engine_core.memory import format_bytes
 
 _PACKAGES = ("rclpy", "numpy", "onnxruntime", "tensorrt", "tokenizers", "transformers", "llguidance")
-_STATE_NAMES = {EngineStatus.UNCONFIGURED: "unconfigured", EngineStatus.INACTIVE: "inactive", EngineStatus.ACTIVE: "active"}
+_STATE_NAMES = {
+    EngineStatus.UNCONFIGURED: "unconfigured",
+    EngineStatus.INACTIVE: "inactive",
+    EngineStatus.ACTIVE: "active",
+}
 
 
 def state_of(intake: Intake) -> int:

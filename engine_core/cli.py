@@ -44,11 +44,23 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("engine_dir", type=Path, help="where to write; several variants go to its subdirectories")
     build.add_argument("--backend", choices=("onnxruntime",), default="onnxruntime")
     build.add_argument(
-        "--quantization", default="int8", help="fp32, int8 or int4; several, with commas: one subdirectory each (default: int8)"
+        "--quantization",
+        default="int8",
+        help="fp32, int8 or int4; several, with commas: one subdirectory each (default: int8)",
     )
-    build.add_argument("--max-context", type=int, default=0, help="tokens, prompt and answer together (0: the model's, at most 4096)")
-    build.add_argument("--group-size", type=int, default=0, help="weights that share a scale, for int8 and int4 (default: 32)")
-    build.add_argument("--head-bits", type=int, default=0, choices=(0, 4, 8), help="of LM head and embedding in int8 and int4 (default: 8)")
+    build.add_argument(
+        "--max-context", type=int, default=0, help="tokens, prompt and answer together (0: the model's, at most 4096)"
+    )
+    build.add_argument(
+        "--group-size", type=int, default=0, help="weights that share a scale, for int8 and int4 (default: 32)"
+    )
+    build.add_argument(
+        "--head-bits",
+        type=int,
+        default=0,
+        choices=(0, 4, 8),
+        help="of LM head and embedding in int8 and int4 (default: 8)",
+    )
     build.add_argument("--vocab-map", type=Path, help="safetensors file of the token ids a smaller LM head keeps")
     build.add_argument("--name", default="", help="the model's name in the manifest")
     build.set_defaults(run=_build)

@@ -353,8 +353,8 @@ def _resolve(config: EngineConfig, manifest: Manifest) -> EngineConfig:
     """Replaces ``auto`` and 0 by values. Raises BackendUnavailableError or ConfigurationError."""
     if config.backend not in ("auto", manifest.backend):
         raise BackendUnavailableError(
-            f"The engine in {config.engine_dir} was built for {manifest.backend}, not for {config.backend}; set backend "
-            f"to auto or {manifest.backend}, or build it with 'edgellm build --backend {config.backend}'."
+            f"The engine in {config.engine_dir} was built for {manifest.backend}, not for {config.backend}; "
+            f"set backend to auto or {manifest.backend}, or build it with 'edgellm build --backend {config.backend}'."
         )
     for name in ("max_context", "max_batch"):
         if getattr(config, name) > getattr(manifest, name):

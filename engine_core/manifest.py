@@ -113,7 +113,8 @@ def _parse(variant_dir: Path) -> Manifest:
     path = variant_dir / MANIFEST_NAME
     if not variant_dir.is_dir():
         raise EngineDirectoryError(
-            f"The engine directory {variant_dir} does not exist; make one with 'edgellm build CHECKPOINT {variant_dir}'."
+            f"The engine directory {variant_dir} does not exist; "
+            f"make one with 'edgellm build CHECKPOINT {variant_dir}'."
         )
     if not path.is_file():
         raise EngineDirectoryError(

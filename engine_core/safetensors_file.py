@@ -83,7 +83,7 @@ class SafetensorsFile:
         """The tensor as a read-only view of the mapped file; BF16 as uint16. Raises CheckpointError."""
         entry = self._entries[name]
         if entry.dtype != _BF16 and entry.dtype not in _DTYPES:
-            raise CheckpointError(f"The tensor {name!r} of {self.path} has the type {entry.dtype}, which is not read here.")
+            raise CheckpointError(f"The tensor {name!r} of {self.path} has the type {entry.dtype}, which is not read.")
         dtype = np.uint16 if entry.dtype == _BF16 else _DTYPES[entry.dtype]
         return self._bytes[entry.start : entry.stop].view(dtype).reshape(entry.shape)
 
@@ -93,7 +93,7 @@ class SafetensorsFile:
         if self.dtype(name) == _BF16:
             return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
         if raw.dtype.kind != "f":
-            raise CheckpointError(f"The tensor {name!r} of {self.path} has the type {self.dtype(name)}, expected floats.")
+            raise CheckpointError(f"The tensor {name!r} of {self.path} has the type {self.dtype(name)}, not floats.")
         return np.array(raw, dtype=np.float32)
 
 

@@ -14,7 +14,7 @@ TENSOR_NAME = "vocab_map"
 
 
 def read_vocab_map(path: Path, vocab_size: int) -> np.ndarray:
-    """int32 [rows]. Raises CheckpointError unless the file has ids that ascend from 0 or more to below ``vocab_size``."""
+    """int32 [rows]. Raises CheckpointError unless the file has ids that ascend, from 0 to below ``vocab_size``."""
     file = SafetensorsFile(path)
     if TENSOR_NAME not in file.names():
         raise CheckpointError(f"{path} has no tensor {TENSOR_NAME!r}.")

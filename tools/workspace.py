@@ -30,7 +30,7 @@ STAMP = ".edgellm-stamp"
 # What colcon installs; a change anywhere here means another build.
 PACKAGE_SOURCES = ("package.xml", "CMakeLists.txt", "msg", "srv", "action", "edgellm_ros", "engine_core", "launch")
 PACKAGE_SOURCES += ("config", "scripts", "models")
-LINTED = ("benchmarks", "edgellm_ros", "engine_core", "launch", "setup.py", "test", "tools")
+LINTED = ("benchmarks", "edgellm_ros", "engine_core", "examples", "launch", "setup.py", "test", "tools")
 # Of a ROS that was sourced in this shell or of an outer virtual environment: neither may leak into the wheels.
 FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "_ROS_WHEELS_BOOTSTRAP_COMPLETE", "AMENT_PREFIX_PATH")
 FOREIGN_VARIABLES += ("CMAKE_PREFIX_PATH", "COLCON_PREFIX_PATH", "LD_LIBRARY_PATH", "ROS_DISTRO")

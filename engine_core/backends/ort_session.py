@@ -20,7 +20,9 @@ class OrtSession:
     ``logits``: float32 [rows], overwritten by every step. Not thread-safe, but for ``terminate``.
     """
 
-    def __init__(self, variant_dir: Path, geometry: ModelGeometry, rows: int, max_context: int, chunk: int, threads: int):
+    def __init__(
+        self, variant_dir: Path, geometry: ModelGeometry, rows: int, max_context: int, chunk: int, threads: int
+    ):
         self.max_context = max_context
         self.chunk = chunk
         self._session = ort.InferenceSession(

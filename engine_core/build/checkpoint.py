@@ -47,7 +47,8 @@ class Checkpoint:
             files[shard] = SafetensorsFile(self.directory / shard)
         missing = [name for name, shard in weight_map.items() if name not in files[shard].names()]
         if missing:
-            raise CheckpointError(f"{self.directory / weight_map[missing[0]]} lacks the tensor {missing[0]!r} its index lists.")
+            shard = self.directory / weight_map[missing[0]]
+            raise CheckpointError(f"{shard} lacks the tensor {missing[0]!r} its index lists.")
         return {name: files[shard] for name, shard in weight_map.items()}
 
     def __contains__(self, name: str) -> bool:

@@ -146,7 +146,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         )
     for trait in ("quantization_config", "use_bidirectional_attention", "head_dim_per_layer"):
         if config.get(trait):
-            raise UnsupportedModelError(f"The checkpoint sets {trait!r}, which is not supported; use the plain weights.")
+            raise UnsupportedModelError(f"The checkpoint sets {trait!r}, which is not supported; use plain weights.")
     return _Reader(checkpoint, architecture).spec()
 
 
@@ -179,12 +179,12 @@ class _Reader:
         config, gemma = self.config, self.gemma
         kv_heads = self._int("num_key_value_heads", self.num_heads)
         if self.num_heads % kv_heads:
-            raise CheckpointError(f"config.json has {self.num_heads} heads for {kv_heads} KV heads, which does not divide.")
+            raise CheckpointError(f"config.json has {self.num_heads} heads for {kv_heads} KV heads: not a multiple.")
         activation = config.get("hidden_activation") or config.get("hidden_act")
         if gemma and activation in (None, "gelu"):
             activation = "gelu_pytorch_tanh"  # what transformers makes of Gemma's early configurations
         if (activation or "silu") not in _ACTIVATIONS:
-            raise UnsupportedModelError(f"The activation {activation!r} is not supported; silu and gelu_pytorch_tanh are.")
+            raise UnsupportedModelError(f"The activation {activation!r} is not supported; silu and gelu_tanh are.")
         embedding = "model.embed_tokens.weight"
         tied = config.get("tie_word_embeddings", gemma) or "lm_head.weight" not in self.checkpoint
         kinds = self._layer_kinds()
@@ -291,7 +291,7 @@ class _Reader:
         return spec
 
     def _rope_values(self, kind: str) -> dict:
-        """theta and scaling of layers of ``kind``, from either spelling: rope_parameters, or rope_theta + rope_scaling."""
+        """theta and scaling of layers of ``kind``, as rope_parameters or as rope_theta and rope_scaling."""
         config = self.config
         values = config.get("rope_parameters")
         if values:

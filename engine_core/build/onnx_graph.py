@@ -29,7 +29,7 @@ class Dialect(Protocol):
     def linear(self, name: str, value: str, linear: LinearSpec) -> str: ...
 
     def attention(self, index: int, qkv: str, layer: LayerSpec) -> str:
-        """Head norms, RoPE, the append to the cache and attention: [1, tokens, qkv_size] → [1, tokens, heads * head_dim]."""
+        """Head norms, RoPE, append to the cache, attention: [1, tokens, qkv_size] → [1, tokens, heads * head_dim]."""
 
     def gated(self, name: str, gate_up: str) -> str:
         """activation(gate) * up of the two halves of the last axis."""

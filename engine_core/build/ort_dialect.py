@@ -1,4 +1,4 @@
-"""The decoder in ONNX Runtime's fused CPU operators (domain com.microsoft); chosen by measurement, see docs/cpu_backend.md.
+"""The decoder in ONNX Runtime's fused CPU operators (domain com.microsoft), by measurement: docs/cpu_backend.md.
 
 GroupQueryAttention applies RoPE, appends to the cache in place (past and present are bound to one buffer) and attends.
 MatMulNBits multiplies with group-wise int4 or int8 weights; GatherBlockQuantized looks tokens up in the same bytes.
@@ -172,7 +172,8 @@ class OrtDialect:
         if spec.logits_softcap:
             cap = self._writer.constant("logits_softcap", np.float32(spec.logits_softcap))
             scaled = self._writer.node("Div", [logits, cap], "softcap/scaled")
-            logits = self._writer.node("Mul", [self._writer.node("Tanh", [scaled], "softcap/tanh"), cap], "softcap/output")
+            bounded = self._writer.node("Tanh", [scaled], "softcap/tanh")
+            logits = self._writer.node("Mul", [bounded, cap], "softcap/output")
         self._writer.node("Identity", [logits], "logits")
         self._writer.output("logits", TensorProto.FLOAT, [1, shape[0]])
 
@@ -192,7 +193,14 @@ class OrtDialect:
         return self._writer.node("Add", [result, self._writer.constant(f"{name}.bias", bias)], f"{name}/output")
 
     def _matmul_nbits(
-        self, name: str, value: str, values: str, scales: str, shape: tuple[int, int], bits: int, bias: np.ndarray | None
+        self,
+        name: str,
+        value: str,
+        values: str,
+        scales: str,
+        shape: tuple[int, int],
+        bits: int,
+        bias: np.ndarray | None,
     ) -> str:
         inputs = [value, values, scales]
         if bias is not None:
@@ -242,7 +250,8 @@ class OrtDialect:
         writer.node("Split", [qkv, sizes], names, axis=-1)
         normed = []
         for name, weight, size in ((names[0], layer.q_norm, q_size), (names[1], layer.k_norm, kv_size)):
-            heads = writer.constant(f"heads_of_{size}", np.array([0, 0, size // spec.head_dim, spec.head_dim], np.int64))
+            shape = np.array([0, 0, size // spec.head_dim, spec.head_dim], np.int64)
+            heads = writer.constant(f"heads_of_{size}", shape)
             flat = writer.constant(f"flat_{size}", np.array([0, 0, size], dtype=np.int64))
             split = writer.node("Reshape", [name, heads], f"{name}/heads")
             normed.append(writer.node("Reshape", [self.norm(f"{name}/norm", split, weight), flat], f"{name}/normed"))

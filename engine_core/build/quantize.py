@@ -1,6 +1,6 @@
 """Round-to-nearest group-wise quantization of weights to int4 and int8, and the plain dequantization beside it.
 
-Symmetric, one float32 scale for ``group_size`` consecutive weights of a row. The stored form is the one of ONNX Runtime's
+Symmetric, one float32 scale for ``group_size`` consecutive weights of a row. The stored form is that of ONNX Runtime's
 MatMulNBits and GatherBlockQuantized: unsigned values around 2^(bits-1), two int4 values to a byte, low nibble first.
 """
 
@@ -22,7 +22,7 @@ class QuantizedRows:
 
 
 def quantize_rows(weights: np.ndarray, bits: int, group_size: int) -> QuantizedRows:
-    """``weights``: float32 [rows, columns]. int4 maps the value of largest magnitude to -8, which spends all 16 levels."""
+    """``weights``: float32 [rows, columns]. int4 maps the value of largest magnitude to -8: all 16 levels are used."""
     assert bits in (4, 8) and group_size % 16 == 0
     rows, columns = weights.shape
     groups = -(-columns // group_size)

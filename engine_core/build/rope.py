@@ -57,7 +57,7 @@ class RopeSpec:
     def _value(self, name: str, default: float | None = None) -> float:
         value = self.parameters.get(name, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise UnsupportedModelError(f"The RoPE scaling {self.kind!r} has no usable value of {name!r} (it is {value!r}).")
+            raise UnsupportedModelError(f"The RoPE scaling {self.kind!r} has no usable {name!r} (it is {value!r}).")
         return float(value)
 
     def _llama3(self, base: np.ndarray) -> np.ndarray:

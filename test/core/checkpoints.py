@@ -22,7 +22,12 @@ CASES: dict[str, tuple[str, str, dict]] = {
     "llama3": (
         "LlamaForCausalLM",
         "LlamaConfig",
-        dict(num_attention_heads=6, num_key_value_heads=2, head_dim=32, rope_parameters=_rope("llama3", 500.0, **_LLAMA3)),
+        dict(
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=32,
+            rope_parameters=_rope("llama3", 500.0, **_LLAMA3),
+        ),
     ),
     "llama-tied-bias": (
         "LlamaForCausalLM",
@@ -60,7 +65,13 @@ CASES: dict[str, tuple[str, str, dict]] = {
     "qwen2-window": (
         "Qwen2ForCausalLM",
         "Qwen2Config",
-        dict(num_attention_heads=6, num_key_value_heads=1, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+        dict(
+            num_attention_heads=6,
+            num_key_value_heads=1,
+            use_sliding_window=True,
+            sliding_window=9,
+            max_window_layers=1,
+        ),
     ),
     "qwen3": (
         "Qwen3ForCausalLM",

@@ -21,7 +21,8 @@ BOS, EOS, END = 256, 257, 258
 VOCAB_SIZE = 260
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}"
-    "{% endif %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% endif %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
 

@@ -194,7 +194,8 @@ def test_a_json_schema_holds_whatever_the_model_would_say(open_engine):
         "additionalProperties": False,
     }
     for seed in range(5):
-        _, result = run(open_engine(), ask(json_schema=json.dumps(schema), temperature=1.0, seed=seed, max_new_tokens=99))
+        request = ask(json_schema=json.dumps(schema), temperature=1.0, seed=seed, max_new_tokens=99)
+        _, result = run(open_engine(), request)
         value = json.loads(result.text)
         assert value["do"] in ("navigate", "pick") and 1 <= value["count"] <= 9 and set(value) == {"do", "count"}
         assert result.finish_reason is FinishReason.STOP

@@ -76,7 +76,11 @@ DAMAGE = [
     (lambda d: edit(d, lambda v: v.pop("geometry")), EngineDirectoryError, "geometry"),
     (lambda d: edit(d, lambda v: v.update(surprise=1)), EngineDirectoryError, "surprise"),
     (lambda d: edit(d, lambda v: v.update(schema_version=99, surprise=1)), SchemaVersionError, "version 99"),
-    (lambda d: edit(d, lambda v: v["files"].update({"../x": v["files"]["model.onnx"]})), EngineDirectoryError, "outside"),
+    (
+        lambda d: edit(d, lambda v: v["files"].update({"../x": v["files"]["model.onnx"]})),
+        EngineDirectoryError,
+        "outside",
+    ),
 ]
 
 
@@ -131,7 +135,8 @@ def test_what_an_engine_was_not_built_for_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values", [{"backend": "abacus"}, {"quantization": "int3"}, {"max_context": -1}, {"max_batch": 0}, {"num_threads": -1}]
+    "values",
+    [{"backend": "abacus"}, {"quantization": "int3"}, {"max_context": -1}, {"max_batch": 0}, {"num_threads": -1}],
 )
 def test_configuration_values_are_checked(values, tmp_path):
     with pytest.raises(ConfigurationError, match=str(next(iter(values)))):

@@ -30,7 +30,8 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_numbers():
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (5 * 2**20, "5.00 MiB"), (2**41, "2048.00 GiB")]
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (5 * 2**20, "5.00 MiB"), (2**41, "2048.00 GiB")],
 )
 def test_bytes_are_readable(count, text):
     assert format_bytes(count) == text

@@ -14,7 +14,14 @@ NUM_DRAWS = 6_000
 
 def sampling(**changes) -> TokenSampling:
     values = dict(
-        temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=7, logit_bias=(), stop_ids=frozenset()
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        seed=7,
+        logit_bias=(),
+        stop_ids=frozenset(),
     )
     return TokenSampling(**{**values, **changes})
 
