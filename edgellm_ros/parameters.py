@@ -111,7 +111,9 @@ SPECS: tuple[ParameterSpec, ...] = (
         choices=BUSY_POLICIES,
     ),
     ParameterSpec("queue_depth", 8, "Requests that may wait; further ones are refused at once.", range=(0, 1024)),
-    ParameterSpec("request_timeout", 0.0, "Seconds that requests without a deadline have; 0 = no limit.", (0.0, 86400.0)),
+    ParameterSpec(
+        "request_timeout", 0.0, "Seconds until a request without a deadline ends; 0 = never.", range=(0.0, 86400.0)
+    ),
     ParameterSpec(
         "deactivate_policy", "finish", "What deactivate does to the running request.", choices=DEACTIVATE_POLICIES
     ),
