@@ -69,6 +69,11 @@ def error_message(error: Exception | None) -> str:
     return f"Internal error ({type(error).__name__}: {error}); please report it."
 
 
+def wire_text(text: str) -> str:
+    """``text`` as it survives a ROS string, which ends at a NUL: that becomes its picture, U+2400."""
+    return text.replace("\0", "\u2400") if "\0" in text else text
+
+
 def finish_reason(reason: FinishReason) -> int:
     return _FINISH_REASONS[reason]
 
@@ -118,7 +123,7 @@ def _to_sampling(options: Any, defaults: SamplingParams) -> SamplingParams:
 def fill_answer(answer: Any, result: GenerationResult) -> Any:
     """Writes ``result`` into a ``Generate`` service response or action result and returns it."""
     answer.request_id = result.request_id
-    answer.text = result.text
+    answer.text = wire_text(result.text)
     answer.token_ids = array("i", result.token_ids)
     _fill_figures(answer, result)
     answer.error_message = error_message(result.error)

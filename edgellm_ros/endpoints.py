@@ -13,7 +13,7 @@ from std_msgs.msg import String
 
 from edgellm_ros import qos
 from edgellm_ros.action import Generate as GenerateAction
-from edgellm_ros.conversions import error_code, error_message, fill_answer
+from edgellm_ros.conversions import error_code, error_message, fill_answer, wire_text
 from edgellm_ros.intake import Intake
 from edgellm_ros.msg import ChatMessage
 from edgellm_ros.srv import Generate, Tokenize
@@ -31,15 +31,17 @@ class GenerateService:
     def __init__(self, node: Node, intake: Intake) -> None:
         self._intake = intake
         group = ReentrantCallbackGroup()
-        node.create_service(Generate, "~/generate", self._generate, callback_group=group)
-        node.create_service(Tokenize, "~/tokenize", self._tokenize, callback_group=group)
+        options = {"qos_profile": qos.SERVICE, "callback_group": group}
+        node.create_service(Generate, "~/generate", self._generate, **options)
+        node.create_service(Tokenize, "~/tokenize", self._tokenize, **options)
 
     async def _generate(self, request: Generate.Request, response: Generate.Response) -> Generate.Response:
         return fill_answer(response, await self._intake.answer(request))
 
     async def _tokenize(self, request: Tokenize.Request, response: Tokenize.Response) -> Tokenize.Response:
         try:
-            response.token_ids, response.tokens = await self._intake.tokenize(request.text, request.messages)
+            ids, texts = await self._intake.tokenize(request.text, request.messages)
+            response.token_ids, response.tokens = array("i", ids), [wire_text(text) for text in texts]
         except Exception as error:
             response.error_code, response.error_message = error_code(error), error_message(error)
         return response
@@ -60,6 +62,9 @@ class GenerateActionServer:
             callback_group=ReentrantCallbackGroup(),
             goal_callback=lambda goal: GoalResponse.ACCEPT if intake.accepts else GoalResponse.REJECT,
             cancel_callback=self._cancel,
+            goal_service_qos_profile=qos.SERVICE,
+            result_service_qos_profile=qos.SERVICE,
+            cancel_service_qos_profile=qos.SERVICE,
             feedback_pub_qos_profile=qos.FEEDBACK,
             result_timeout=RESULT_TIMEOUT,
         )
@@ -73,7 +78,7 @@ class GenerateActionServer:
 
         def on_piece(piece: Piece) -> None:
             feedback.sequence = piece.sequence
-            feedback.text = piece.text
+            feedback.text = wire_text(piece.text)
             feedback.token_ids = array("i", piece.token_ids)
             goal.publish_feedback(feedback)
 
@@ -113,5 +118,5 @@ class PromptTopic:
     async def _prompt(self, prompt: String) -> None:
         request = Generate.Request(messages=[ChatMessage(role="user", content=prompt.data)])
         result = await self._intake.answer(request)
-        text = result.text if result.error is None else f"Error: {error_message(result.error)}"
+        text = wire_text(result.text) if result.error is None else f"Error: {error_message(result.error)}"
         self._responses.publish(String(data=text))

@@ -17,3 +17,6 @@ LATCHED = QoSProfile(
     history=HistoryPolicy.KEEP_LAST, depth=1, reliability=ReliabilityPolicy.RELIABLE,
     durability=DurabilityPolicy.TRANSIENT_LOCAL,
 )  # fmt: skip
+# The default depth of 10 is shared by all clients: of 16 requests that arrive while the executor is busy, 6 would be
+# overwritten and never answered.
+SERVICE = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=256, reliability=ReliabilityPolicy.RELIABLE)

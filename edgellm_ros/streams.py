@@ -9,7 +9,7 @@ from collections.abc import Callable
 from rclpy.lifecycle import LifecycleNode
 
 from edgellm_ros import qos
-from edgellm_ros.conversions import error_code, fill_stats, finish_reason
+from edgellm_ros.conversions import error_code, fill_stats, finish_reason, wire_text
 from edgellm_ros.msg import GenerationStats, Sentence, TokenPiece
 from engine_core.request import GenerationResult, Piece
 from engine_core.sentences import SentenceSplitter
@@ -63,7 +63,7 @@ class RequestStream:
         if self._topics.tokens.get_subscription_count():
             message = self._token_piece
             message.sequence = piece.sequence
-            message.text = piece.text
+            message.text = wire_text(piece.text)
             message.token_ids = array("i", piece.token_ids)
             self._stamp(message)
             self._topics.tokens.publish(message)
@@ -88,7 +88,7 @@ class RequestStream:
 
     def _publish_sentence(self, text: str) -> None:
         if self._topics.sentences.get_subscription_count():
-            self._sentence.text = text
+            self._sentence.text = wire_text(text)
             self._stamp(self._sentence)
             self._topics.sentences.publish(self._sentence)
         self._sentence.sequence += 1

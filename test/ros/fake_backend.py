@@ -1,0 +1,57 @@
+"""A backend for tests of the node: the core's ScriptedBackend as an engine directory makes it.
+
+``Manifest.options``: ``script`` (text it says; else text that depends on the whole KV cache and never ends),
+``step_time`` (s), ``fault_file`` (while this file exists, every step fails), ``fail_load``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine_core.errors import EngineFaultError
+from engine_core.manifest import Manifest, ModelGeometry, seal, write_variant
+from engine_core.memory import MemoryItem, MemoryPlan
+from fakes import END, EOS, VOCAB_SIZE, ScriptedBackend, write_tokenizer
+
+MAX_CONTEXT = 2048
+
+
+class FakeBackend(ScriptedBackend):
+    @classmethod
+    def plan(cls, variant_dir, manifest, config) -> MemoryPlan:
+        return MemoryPlan((MemoryItem("kv_cache", config.max_context * 4),), 1 << 30, "fake device")
+
+    @classmethod
+    def load(cls, variant_dir, manifest, config) -> FakeBackend:
+        options = manifest.options
+        if options.get("fail_load"):
+            raise EngineFaultError("The fake device did not answer.")
+        script = options.get("script")
+        backend = cls(
+            None if script is None else [*script.encode("utf-8"), EOS],
+            max_context=config.max_context, step_time=options.get("step_time", 0.0),
+            slots=config.prompt_cache_entries,
+        )  # fmt: skip
+        backend.fault_file = Path(options["fault_file"]) if "fault_file" in options else None
+        return backend
+
+    def _run(self, token_ids, position, mask):
+        if self.fault_file is not None and self.fault_file.exists():
+            raise EngineFaultError("The fake device fell off the bus.")
+        return super()._run(token_ids, position, mask)
+
+    def _logits(self):
+        logits = super()._logits()
+        if self.script is None:
+            logits[:32] -= 100.0  # printable text: a ROS string ends at a NUL
+        return logits
+
+
+def write_engine(directory: Path, **options) -> Path:
+    """A whole engine directory for FakeBackend."""
+    geometry = ModelGeometry("FakeForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB_SIZE, MAX_CONTEXT, 1000)
+    manifest = Manifest("fake", geometry, "fake", "fp32", "fp32", MAX_CONTEXT, 1, (EOS, END), options=options)
+    with write_variant(directory) as temporary:
+        write_tokenizer(temporary)
+        seal(temporary, manifest)
+    return directory

@@ -1,0 +1,16 @@
+"""llm_node with FakeBackend registered; the product has no hook for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[1:1] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "core")]
+
+from engine_core import backends  # noqa: E402
+
+backends._BACKENDS["fake"] = ("fake_backend", "FakeBackend")
+
+from edgellm_ros.node import main  # noqa: E402
+
+main()
