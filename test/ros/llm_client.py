@@ -228,7 +228,10 @@ class LlmClient:
 
     def status(self, condition=lambda status: True) -> EngineStatus:
         """The next or last status for which ``condition`` holds."""
-        self.until(lambda: self.statuses and condition(self.statuses[-1]))
+        try:
+            self.until(lambda: self.statuses and condition(self.statuses[-1]))
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the last of {len(self.statuses)}: {self.statuses[-1:]}") from error
         return self.statuses[-1]
 
 

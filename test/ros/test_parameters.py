@@ -1,0 +1,106 @@
+"""Parameters: what is taken, what is refused and why, and that config/llm.yaml says the same."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from llm_client import ACTIVATE, CLEANUP, CONFIGURE, DEACTIVATE, HERE, UNCONFIGURED
+from rcl_interfaces.msg import ParameterType
+
+from edgellm_ros.msg import FinishReason
+from edgellm_ros.parameters import SPECS, check_parameters
+from rclpy.parameter import Parameter
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_config_file_has_every_parameter_with_its_default():
+    values = yaml.safe_load((ROOT / "config" / "llm.yaml").read_text(encoding="utf-8"))["/**"]["ros__parameters"]
+    assert values == {spec.name: spec.default for spec in SPECS}
+    assert {name: type(value) for name, value in values.items()} == {spec.name: type(spec.default) for spec in SPECS}
+
+
+def test_the_config_file_starts_the_node(nodes):
+    llm = nodes.start()
+    config = ROOT / "config" / "llm.yaml"
+    command = [sys.executable, str(HERE / "fake_llm_node.py"), "--ros-args", "--params-file", str(config)]
+    other = subprocess.Popen([*command, "-r", "__node:=from_file"], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    try:
+        llm.until(lambda: ("from_file", "/") in llm.node.get_node_names_and_namespaces())
+        assert other.poll() is None
+    finally:
+        other.terminate()
+        assert other.wait(5) == 0
+
+
+def test_every_parameter_is_described_and_numbers_have_sliders(llm):
+    for spec, descriptor in zip(SPECS, llm.describe(*(spec.name for spec in SPECS))):
+        assert descriptor.description
+        if descriptor.type == ParameterType.PARAMETER_INTEGER:
+            assert descriptor.integer_range, spec.name
+        if descriptor.type == ParameterType.PARAMETER_DOUBLE:
+            assert descriptor.floating_point_range, spec.name
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.fixed], ids=lambda spec: spec.name)
+def test_fixed_parameters_are_refused_while_configured(llm, spec):
+    [(taken, reason)] = llm.set(**{spec.name: spec.default})
+    assert not taken and reason == f"{spec.name} is fixed while the node is configured; clean up, set it and " \
+        "configure again."  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_k", -1), ("seed", -2),
+     ("max_new_tokens", 0), ("busy_policy", "panic"), ("queue_depth", -1), ("request_timeout", math.inf),
+     ("deactivate_policy", "wait"), ("autostart", True), ("temperature", "hot"), ("temperature", 1)],
+)  # fmt: skip
+def test_bad_values_are_refused_with_a_reason_and_change_nothing(llm, name, value):
+    before = llm.get(name)
+    [(taken, reason)] = llm.set(**{name: value})
+    assert not taken and llm.get(name) == before
+    assert name in reason or "expected 'Type.DOUBLE'" in reason  # rclpy's own words for another type
+
+
+def test_validation_has_its_own_reasons():
+    for spec in SPECS:
+        bad = {bool: None, int: None, float: math.nan, str: "no such choice", list: None}[type(spec.default)]
+        if spec.range and isinstance(spec.default, int):
+            bad = spec.range[0] - 1
+        if bad is not None and (spec.choices or not isinstance(bad, str)):
+            result = check_parameters([Parameter(spec.name, value=bad)], configured=False)
+            assert not result.successful and str(bad) in result.reason
+
+
+def test_dynamic_parameters_hold_from_the_next_request_on(llm):
+    llm.must_set(max_new_tokens=3)
+    assert llm.generate(sampling={"ignore_eos": False}).generated_tokens == 3
+    llm.must_set(max_new_tokens=5, stop=["\x7f", ""])
+    answer = llm.generate(sampling={"ignore_eos": False})
+    assert answer.generated_tokens == 5 and answer.finish_reason == FinishReason.LENGTH
+    assert llm.generate(sampling={"max_new_tokens": 4}).generated_tokens == 4
+    llm.must_set(stop=[""])
+
+
+def test_fixed_parameters_are_taken_at_the_next_configure(nodes, engine_dir):
+    llm = nodes.start(engine_dir).bring_up()
+    assert llm.info().max_context == 2048
+    assert llm.change(DEACTIVATE)
+    assert not llm.set(max_context=64)[0][0]
+    assert llm.change(CLEANUP)
+    llm.must_set(max_context=64)
+    assert llm.change(CONFIGURE) and llm.change(ACTIVATE)
+    assert llm.info().max_context == 64 == llm.status(lambda status: status.max_context).max_context
+    assert llm.state() != UNCONFIGURED
+
+
+@pytest.mark.parametrize("parameter", ["temperature:=-1.0", "temperature:=1", "backend:=abacus"])
+def test_a_start_with_a_bad_parameter_ends_with_one_sentence(parameter):
+    command = [sys.executable, str(HERE / "fake_llm_node.py"), "--ros-args", "-p", parameter]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and parameter.split(":")[0] in done.stderr and "Traceback" not in done.stderr
