@@ -1,0 +1,80 @@
+"""The chat as its user sees it: a process with a pipe or a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from edgellm_ros.msg import ChatMessage
+
+
+@pytest.fixture
+def start(llm):
+    processes = []
+
+    def start(*arguments, **streams):
+        command = [sys.executable, "-m", "edgellm_ros.chat", "--node", llm.name, *arguments]
+        processes.append(subprocess.Popen(command, **streams))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+def test_a_piped_conversation_keeps_its_turns(llm, start):
+    first = llm.generate("one", sampling={"max_new_tokens": 6}).text
+    turns = [("user", "one"), ("assistant", first), ("user", "two")]
+    second = llm.generate(
+        messages=[ChatMessage(role=r, content=c) for r, c in turns], sampling={"max_new_tokens": 6}
+    ).text
+    chat = start("--max-new-tokens", "6", **PIPES)
+    out, err = chat.communicate("one\ntwo\n/reset\none\n/nonsense\n/quit\nnever said\n", timeout=20)
+    assert chat.returncode == 0 and out == f"{first}\n{second}\n{first}\n"
+    assert "/nonsense" in err and "[length limit]" in err
+
+
+def test_errors_are_said_and_counted(llm, start):
+    chat = start("--temperature", "-1", **PIPES)
+    out, err = chat.communicate("hello\n", timeout=20)
+    assert chat.returncode == 1 and out == "" and "temperature is -1.0" in err and "Traceback" not in err
+    chat = start("--wait", "0.5", "--node", "nobody", **PIPES)
+    _, err = chat.communicate("hello\n", timeout=20)
+    assert chat.returncode == 1 and "/nobody/generate" in err and "Traceback" not in err
+
+
+def test_ctrl_c_cancels_then_leaves(llm, start):
+    terminal, chats_end = pty.openpty()
+    chat = start("--max-new-tokens", "2000", stdin=chats_end, stdout=chats_end, stderr=chats_end)
+    os.close(chats_end)
+    seen = b""
+
+    def until(condition, limit=15.0):
+        nonlocal seen
+        end = time.monotonic() + limit
+        while not condition():
+            assert time.monotonic() < end, seen
+            seen += os.read(terminal, 4096)
+
+    until(lambda: b"> " in seen)
+    seen = b""
+    os.write(terminal, b"talk\n")
+    until(lambda: len(seen) > 40)
+    chat.send_signal(signal.SIGINT)
+    until(lambda: b"[cancelled]" in seen)
+    until(lambda: b"> " in seen[seen.index(b"[cancelled]") :])
+    assert not llm.status(lambda status: not status.busy).busy
+    chat.send_signal(signal.SIGINT)
+    assert chat.wait(5) == 130
+    assert b"Traceback" not in seen
+    os.close(terminal)
