@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-import isolation
-
 ROOT = Path(__file__).resolve().parent.parent
 
+sys.path.insert(0, str(ROOT / "tools"))
 # Last, so that what is installed comes first: the source folder edgellm_ros has no msg, srv and action.
 sys.path.append(str(ROOT))
+
+import isolation  # noqa: E402
+
 isolation.isolate()  # before any test initialises rclpy; child processes inherit it
 
 
@@ -47,14 +49,13 @@ def why_no_ros() -> str:
     return ""
 
 
+# The ROS tests import the interfaces at the top; without a ROS the core's tests still run.
+collect_ignore = ["ros"] if why_no_ros() else []
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("EDGELLM_REQUIRE_ROS") == "1" and why_no_ros():
         raise pytest.UsageError(why_no_ros())
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The ROS tests import the interfaces at the top; without a ROS the core's tests still run."""
-    return True if collection_path == ROOT / "test" / "ros" and why_no_ros() else None
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
