@@ -1,6 +1,7 @@
 """How fast does the CUDA backend decode, and how far is that from the memory limit?
 
-    python3 benchmarks/gpu_decode.py [--shapes NAME ...] [--contexts N ...] [--transformers] [--output FILE]
+    python3 benchmarks/gpu_decode.py [--shapes NAME ...] [--weights fp16 int4] [--contexts N ...] [--transformers]
+        [--output FILE]
 
 Models of published shapes with random weights on the GPU that is there. The floor of a step is the bytes it has to
 read (every weight but the embedding's rows, and the KV cache) over the read bandwidth measured in the same run. Decode
@@ -26,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine_core.backends import TokenSampling
 from engine_core.backends.cuda import CudaBackend
 from engine_core.backends.cuda_layout import ROW_GRAIN, CudaSpec, weight_arrays
-from engine_core.device import Arena, Device, DeviceArray, Event, Launch, Module, Stream, compile_kernel
+from engine_core.device import Arena, Device, DeviceArray, Event, Launch, Module, Stream
 from engine_core.kernels.attention import AttentionShape
+from engine_core.kernels.nvrtc import compile_kernel
 
 GENERATED = 128
 GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
@@ -66,7 +68,7 @@ SHAPES = {
 }
 
 
-def make_spec(shape: Shape, max_context: int, chunk: int) -> CudaSpec:
+def make_spec(shape: Shape, max_context: int, chunk: int, weights: str = "fp16") -> CudaSpec:
     return CudaSpec(
         num_layers=shape.layers,
         hidden=shape.hidden,
@@ -78,6 +80,7 @@ def make_spec(shape: Shape, max_context: int, chunk: int) -> CudaSpec:
         norm_eps=1e-5,
         qkv_bias=False,
         tied=shape.tied,
+        int4=weights == "int4",
         chunk=-(-chunk // ROW_GRAIN) * ROW_GRAIN,
         prefix_slots=0,
         prefix_tokens=0,
@@ -85,20 +88,23 @@ def make_spec(shape: Shape, max_context: int, chunk: int) -> CudaSpec:
 
 
 class RandomWeights:
-    """A weight source: norms are one, the rest comes from one block of normal values, a different part each time."""
+    """A weight source: norms are one, the rest repeats one block of normal values."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._block = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32).astype(np.float16)
+        self._block = (0.01 * np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32)).astype(np.float16)
 
     def __call__(self, name: str, array: DeviceArray) -> None:
+        if array.dtype == "uint8":
+            array = DeviceArray(
+                array.address, (array.nbytes // 2,), "fp16"
+            )  # any bits are 4-bit weights and small scales
         count = array.nbytes // 2
         if name.endswith("norm"):
             self._device.upload(array, np.ones(count, dtype=np.float16))
             return
-        block = self._block * np.float16(0.5 * array.shape[-1] ** -0.5 if array.shape[-1] > 1 else 1)
-        first = min(count, len(block))
-        self._device.upload(DeviceArray(array.address, (first,), "fp16"), block[:first])
+        first = min(count, len(self._block))
+        self._device.upload(DeviceArray(array.address, (first,), "fp16"), self._block[:first])
         done = first
         while done < count:  # doubling, on the device
             step = min(done, count - done)
@@ -133,7 +139,7 @@ def read_bandwidth(device: Device) -> float:
 
 def step_bytes(spec: CudaSpec, context: int) -> int:
     """What one decode step has to read with ``context`` tokens in the KV cache."""
-    weights = sum(array.nbytes for name, array in weight_arrays(spec).items() if name != "embed" or spec.tied)
+    weights = sum(array.nbytes for name, array in weight_arrays(spec).items() if name != "embed" or not spec.has_head)
     attention = spec.attention
     return weights + spec.num_layers * 2 * attention.num_kv_heads * attention.head_dim * 2 * context
 
@@ -159,9 +165,9 @@ def median_of(runs: list[tuple[float, float]]) -> tuple[float, float]:
     return statistics.median(a for a, _ in runs), statistics.median(b for _, b in runs)
 
 
-def bench_ours(name: str, contexts: list[int], bandwidth: float) -> list[dict]:
+def bench_ours(name: str, weights: str, contexts: list[int], bandwidth: float) -> list[dict]:
     shape = SHAPES[name]
-    spec = make_spec(shape, max(contexts) + GENERATED + 2, 512)
+    spec = make_spec(shape, max(contexts) + GENERATED + 2, 512, weights)
     device = Device()
     angles = np.arange(spec.max_context)[:, None] * 500000.0 ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
     rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
@@ -173,7 +179,7 @@ def bench_ours(name: str, contexts: list[int], bandwidth: float) -> list[dict]:
         measure(backend, context, 8)
         ttft, per_token = median_of([measure(backend, context, GENERATED) for _ in range(5)])
         floor = step_bytes(spec, context + GENERATED // 2) / bandwidth
-        rows.append(record(name, "cuda", "fp16", context, ttft, per_token, floor) | {"load_s": round(load, 2)})
+        rows.append(record(name, "cuda", weights, context, ttft, per_token, floor) | {"load_s": round(load, 2)})
     backend.close()
     return rows
 
@@ -251,6 +257,7 @@ def record(shape: str, engine: str, weights: str, context: int, ttft: float, per
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"], choices=sorted(SHAPES))
+    parser.add_argument("--weights", nargs="+", default=["fp16", "int4"], choices=["fp16", "int4"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[32, 512, 2048, 8192])
     parser.add_argument("--transformers", action="store_true", help="measure transformers beside it")
     parser.add_argument("--output", type=Path)
@@ -265,7 +272,9 @@ def main() -> None:
     )
     rows = []
     for name in options.shapes:
-        found = bench_ours(name, options.contexts, bandwidth)
+        found = []
+        for weights in options.weights:
+            found += bench_ours(name, weights, options.contexts, bandwidth)
         if options.transformers:
             found += bench_transformers(name, options.contexts, bandwidth)
         for row in found:

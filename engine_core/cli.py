@@ -42,11 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser("build", help="make an engine from a Hugging Face checkpoint directory")
     build.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors")
     build.add_argument("engine_dir", type=Path, help="where to write; several variants go to its subdirectories")
-    build.add_argument("--backend", choices=("onnxruntime",), default="onnxruntime")
+    build.add_argument("--backend", choices=("onnxruntime", "cuda"), default="onnxruntime")
     build.add_argument(
         "--quantization",
-        default="int8",
-        help="fp32, int8 or int4; several, with commas: one subdirectory each (default: int8)",
+        default="",
+        help="fp32, int8 or int4 (cuda: fp16 or int4); several, with commas: one subdirectory each "
+        "(default: int8, cuda: fp16)",
     )
     build.add_argument(
         "--max-context", type=int, default=0, help="tokens, prompt and answer together (0: the model's, at most 4096)"
@@ -115,11 +116,13 @@ def _config(options: argparse.Namespace) -> EngineConfig:
 
 
 def _build(options: argparse.Namespace) -> int:
+    if options.backend == "cuda":
+        return _build_cuda(options)
     try:
         from engine_core.build.build import build_engine
     except ImportError as error:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
-    kinds = [kind.strip() for kind in options.quantization.split(",") if kind.strip()]
+    kinds = _kinds(options.quantization or "int8")
     for kind in kinds:
         group = {} if kind == "fp32" else {"group_size": options.group_size, "head_bits": options.head_bits}
         build_engine(
@@ -132,6 +135,30 @@ def _build(options: argparse.Namespace) -> int:
             report=print,
             **group,
         )
+    return 0
+
+
+def _kinds(quantizations: str) -> list[str]:
+    return [kind.strip() for kind in quantizations.split(",") if kind.strip()]
+
+
+def _build_cuda(options: argparse.Namespace) -> int:
+    from engine_core.build.cuda import build_cuda
+
+    if options.group_size not in (0, 128) or options.head_bits:
+        raise BuildError("The cuda backend's int4 has groups of 128 and a head in int4; leave both options out.")
+    kinds = _kinds(options.quantization or "fp16")
+    for kind in kinds:
+        engine_dir = options.engine_dir / kind if len(kinds) > 1 else options.engine_dir
+        build_cuda(
+            options.checkpoint,
+            engine_dir,
+            quantization=kind,
+            max_context=options.max_context,
+            vocab_map=options.vocab_map,
+            model_name=options.name,
+        )
+        print(f"Built {engine_dir} for the cuda backend with {kind} weights")
     return 0
 
 

@@ -24,10 +24,10 @@ from engine_core.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, S
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryItem, MemoryPlan
 from engine_core.safetensors_file import SafetensorsFile
+from engine_core.vocab import VOCAB_MAP_NAME, read_vocab_map
 
 WEIGHTS_NAME = "weights.safetensors"
 ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
-VOCAB_MAP_NAME = "vocab_map.safetensors"
 # Modules, graphs and cuBLAS's own code, measured on an H200; the context itself is taken before the plan is made.
 _RUNTIME_BYTES = 256 << 20
 
@@ -78,7 +78,7 @@ class CudaBackend:
         file = _open_weights(variant_dir, spec)
         vocab_map = None
         if spec.head_rows != spec.vocab_size:
-            vocab_map = SafetensorsFile(variant_dir / VOCAB_MAP_NAME).raw("vocab_map")
+            vocab_map = read_vocab_map(variant_dir / VOCAB_MAP_NAME, spec.vocab_size)
         device = Device()
         try:
             return cls(
@@ -336,7 +336,7 @@ class CudaBackend:
 def _open_weights(variant_dir: Path, spec: CudaSpec) -> SafetensorsFile:
     """The weights, checked to be what the kernels read. Raises EngineDirectoryError or CheckpointError."""
     file = SafetensorsFile(variant_dir / WEIGHTS_NAME)
-    stored = {"fp16": "F16", "bf16": "BF16"}
+    stored = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}
     expected = {name: (stored[array.dtype], array.shape) for name, array in weight_arrays(spec).items()}
     for name, (dtype, shape) in expected.items():
         found = (file.dtype(name), file.shape(name)) if name in file.names() else None

@@ -13,6 +13,7 @@ from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES, aligned
 from engine_core.errors import EngineDirectoryError, UnsupportedModelError
 from engine_core.kernels.attention import AttentionShape
+from engine_core.kernels.int4_layout import GROUP, records_shape
 from engine_core.kernels.sampling import PARAMS, STATE
 from engine_core.manifest import Manifest
 
@@ -46,6 +47,7 @@ class CudaSpec:
     norm_eps: float
     qkv_bias: bool
     tied: bool  # the LM head is the embedding
+    int4: bool  # the products' weights are in records of kernels/int4_layout.py, the head's too
     chunk: int  # tokens of a prefill step
     prefix_slots: int
     prefix_tokens: int
@@ -53,6 +55,11 @@ class CudaSpec:
     @property
     def max_context(self) -> int:
         return self.attention.max_context
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the LM head has an array of its own."""
+        return self.int4 or not self.tied or self.head_rows != self.vocab_size
 
     @classmethod
     def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
@@ -86,6 +93,7 @@ class CudaSpec:
             norm_eps=norm_eps,
             qkv_bias=qkv_bias,
             tied=tied,
+            int4=_is_int4(manifest),
             chunk=-(-chunk // ROW_GRAIN) * ROW_GRAIN,
             prefix_slots=config.prompt_cache_entries,
             prefix_tokens=min(config.prompt_cache_tokens, max_context),
@@ -95,25 +103,42 @@ class CudaSpec:
 def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
     """Name in ``weights.safetensors`` → array. Of gate_up the rows are (gate, up) in turn; of qkv q, k, v in a row."""
     attention, dtype = spec.attention, spec.dtype
-    heads_width = attention.num_heads * attention.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab_size, spec.hidden), "norm": (spec.hidden,)}
-    if not spec.tied:
+    if spec.has_head:
         shapes["head"] = (spec.head_rows, spec.hidden)
+    products = product_shapes(spec)
     for i in range(spec.num_layers):
         layer: dict[str, tuple[int, ...]] = {
             "input_norm": (spec.hidden,),
-            "qkv": (attention.qkv_width, spec.hidden),
-            "o": (spec.hidden, heads_width),
+            "qkv": products["qkv"],
+            "o": products["o"],
             "post_norm": (spec.hidden,),
-            "gate_up": (2 * spec.intermediate, spec.hidden),
-            "down": (spec.hidden, spec.intermediate),
+            "gate_up": products["gate_up"],
+            "down": products["down"],
         }
         if spec.qkv_bias:
             layer["qkv_bias"] = (attention.qkv_width,)
         if attention.qk_norm:
             layer["q_norm"] = layer["k_norm"] = (attention.head_dim,)
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
-    return {name: ArraySpec("weights", shape, dtype) for name, shape in shapes.items()}
+    quantized = ("head", *products) if spec.int4 else ()
+    return {
+        name: ArraySpec("weights", records_shape(*shape), "uint8")
+        if name.split(".")[-1] in quantized
+        else ArraySpec("weights", shape, dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def product_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the matrices of a layer."""
+    attention = spec.attention
+    return {
+        "qkv": (attention.qkv_width, spec.hidden),
+        "o": (spec.hidden, attention.num_heads * attention.head_dim),
+        "gate_up": (2 * spec.intermediate, spec.hidden),
+        "down": (spec.hidden, spec.intermediate),
+    }
 
 
 def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
@@ -143,10 +168,22 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     }
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
+    if spec.int4:  # one matrix at a time in 16 bits, for the products of prefill
+        arrays["dequantized"] = ("scratch", (max(map(math.prod, product_shapes(spec).values())),), dtype)
     if spec.prefix_slots:
         shape = (spec.prefix_slots, spec.num_layers * 2 * kv_heads, spec.prefix_tokens, head_dim)
         arrays["prefixes"] = ("prefix_cache", shape, dtype)
     return {name: ArraySpec(*values) for name, values in arrays.items()}
+
+
+def _is_int4(manifest: Manifest) -> bool:
+    """Raises EngineDirectoryError."""
+    if manifest.quantization not in ("fp16", "int4") or manifest.group_size not in (0, GROUP):
+        raise EngineDirectoryError(
+            f"The variant is {manifest.quantization} with groups of {manifest.group_size}, but the cuda backend reads "
+            f"fp16 and int4 with groups of {GROUP}; build the engine again."
+        )
+    return manifest.quantization == "int4"
 
 
 def bytes_by_purpose(*groups: dict[str, ArraySpec]) -> dict[str, int]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from engine_core.backends.cuda_layout import ROW_GRAIN, CudaSpec, weight_arrays, work_arrays
+from engine_core.backends.cuda_layout import ROW_GRAIN, CudaSpec, product_shapes, weight_arrays, work_arrays
 from engine_core.device import Arena, Device, DeviceArray, Launch, Stream
-from engine_core.kernels import Kernels, attention, linear, sampling
+from engine_core.kernels import Kernels, attention, linear, linear_int4, sampling
 from engine_core.kernels.blas import Blas
 
 # name, array → fills the array. From a file, or random for a benchmark.
@@ -23,18 +24,23 @@ WeightSource = Callable[[str, DeviceArray], None]
 
 
 @dataclass
+class _Product:
+    """A 16-bit matrix for cuBLAS and, where it is kept in 4 bits, what makes it."""
+
+    weight: DeviceArray
+    dequantize: Launch | None
+
+
+@dataclass
 class _Layer:
-    """The launches of one layer's prefill, and the arrays its products read."""
+    """The launches and the matrices of one layer's prefill."""
 
     input_norm: Launch
     bias: Launch | None
     rope_append: Launch
     attend: Launch
     post_norm: Launch
-    qkv: DeviceArray
-    o: DeviceArray
-    gate_up: DeviceArray
-    down: DeviceArray
+    products: dict[str, _Product]
 
 
 class CudaModel:
@@ -67,10 +73,9 @@ class CudaModel:
     def sampling_launches(self, host_tokens: int) -> list[Launch]:
         """The head on the first row of ``hidden``, then the sampler; the token also goes to ``host_tokens``."""
         w, weights = self.work, self.weights
-        head = weights["embed" if self.spec.tied else "head"]
+        head = weights["head" if self.spec.has_head else "embed"]
         launches = [
-            linear.gemv(
-                self._kernels,
+            self._gemv(
                 *(head, w["hidden"].at(0), w["logits"], linear.LOGITS),
                 norm_weight=weights["norm"],
                 norm_eps=self.spec.norm_eps,
@@ -90,14 +95,17 @@ class CudaModel:
             launches += self._decode_layer(i)
         return launches + self.sampling_launches(host_tokens)
 
+    def _gemv(self, weight: DeviceArray, *args: Any, **kwargs: Any) -> Launch:
+        gemv = linear_int4.gemv_int4 if weight.dtype == "uint8" else linear.gemv
+        return gemv(self._kernels, weight, *args, **kwargs)
+
     def _decode_layer(self, i: int) -> list[Launch]:
         kernels, spec, w = self._kernels, self.spec, self.work
         weights = {name: self.weights.get(f"layers.{i}.{name}") for name in _LAYER_WEIGHTS}
         hidden, qkv, attended, activated = (w[name].at(0) for name in ("hidden", "qkv", "attended", "activated"))
         eps = spec.norm_eps
         return [
-            linear.gemv(
-                kernels,
+            self._gemv(
                 *(weights["qkv"], hidden, qkv, linear.STORE),
                 norm_weight=weights["input_norm"],
                 bias=weights["qkv_bias"],
@@ -117,14 +125,13 @@ class CudaModel:
                 ),
                 norms=self._head_norms(i),
             ),
-            linear.gemv(kernels, weights["o"], attended, hidden, linear.RESIDUAL),
-            linear.gemv(
-                kernels,
+            self._gemv(weights["o"], attended, hidden, linear.RESIDUAL),
+            self._gemv(
                 *(weights["gate_up"], hidden, activated, linear.SILU),
                 norm_weight=weights["post_norm"],
                 norm_eps=eps,
             ),
-            linear.gemv(kernels, weights["down"], activated, hidden, linear.RESIDUAL),
+            self._gemv(weights["down"], activated, hidden, linear.RESIDUAL),
         ]
 
     def _head_norms(self, i: int) -> tuple[DeviceArray, DeviceArray] | None:
@@ -160,11 +167,14 @@ class CudaModel:
                 kernels, spec.attention, w["qkv"], cache, w["attended"], position, count
             ),
             post_norm=norm(weights["post_norm"]),
-            qkv=weights["qkv"],
-            o=weights["o"],
-            gate_up=weights["gate_up"],
-            down=weights["down"],
+            products={name: self._product(weights[name], shape) for name, shape in product_shapes(spec).items()},
         )
+
+    def _product(self, weight: DeviceArray, shape: tuple[int, int]) -> _Product:
+        if not self.spec.int4:
+            return _Product(weight, None)
+        target = DeviceArray(self.work["dequantized"].address, shape, self.spec.dtype)
+        return _Product(target, linear_int4.dequantize_int4(self._kernels, weight, target))
 
     def prefill_chunk(self, count: int, position: int) -> None:
         """Queues the forward pass of ``count`` tokens, whose ids are in ``tokens``, from ``position`` on.
@@ -184,22 +194,29 @@ class CudaModel:
             stream.copy(w["hidden"].address, w["hidden"].at(count - 1).address, spec.hidden * 4)
 
     def _run_layer(self, layer: _Layer, count: int, rows: int) -> None:
-        w, stream, matmul = self.work, self._stream, self.blas.matmul
+        w, stream = self.work, self._stream
+
+        def multiply(name: str, source: str, target: str, accumulate: bool = False) -> None:
+            product = layer.products[name]
+            if product.dequantize is not None:
+                product.dequantize(stream)
+            self.blas.matmul(w[source], product.weight, w[target], rows, accumulate)
+
         layer.input_norm.set_grid(count)
         layer.input_norm(stream)
-        matmul(w["normed"], layer.qkv, w["qkv"], rows)
+        multiply("qkv", "normed", "qkv")
         if layer.bias is not None:
             layer.bias(stream)
         layer.rope_append.set_grid(attention.rope_append_blocks(self.spec.attention, count))
         layer.rope_append(stream)
         layer.attend.set_grid(attention.attention_prefill_tiles(count), self.spec.attention.num_heads)
         layer.attend(stream)
-        matmul(w["attended"], layer.o, w["hidden"], rows, accumulate=True)
+        multiply("o", "attended", "hidden", accumulate=True)
         layer.post_norm.set_grid(count)
         layer.post_norm(stream)
-        matmul(w["normed"], layer.gate_up, w["gate_up"], rows)
+        multiply("gate_up", "normed", "gate_up")
         self._silu(stream)
-        matmul(w["activated"], layer.down, w["hidden"], rows, accumulate=True)
+        multiply("down", "activated", "hidden", accumulate=True)
 
     def close(self) -> None:
         self.blas.close()

@@ -17,7 +17,11 @@ from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec, check_tens
 from engine_core.build.tensor_writer import TensorWriter
 from engine_core.config import EngineConfig
 from engine_core.errors import BuildError, UnsupportedModelError
+from engine_core.kernels import int4_layout
+from engine_core.kernels.int4_layout import GROUP
 from engine_core.manifest import Manifest, seal, write_variant
+from engine_core.safetensors_file import write_safetensors
+from engine_core.vocab import TENSOR_NAME, VOCAB_MAP_NAME, read_vocab_map
 
 WEIGHTS_NAME, ROPE_NAME = "weights.safetensors", "rope"
 # What the tokenizer and the chat template may need; copied where the checkpoint has it.
@@ -28,13 +32,24 @@ _COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_STORED = {"fp16": "F16", "bf16": "BF16"}
+_STORED = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}
 
 
-def build_cuda(checkpoint_dir: Path, engine_dir: Path, *, max_context: int = 0, dtype: str = "auto") -> Manifest:
+def build_cuda(
+    checkpoint_dir: Path,
+    engine_dir: Path,
+    *,
+    quantization: str = "fp16",
+    max_context: int = 0,
+    dtype: str = "auto",
+    vocab_map: Path | None = None,
+    model_name: str = "",
+) -> Manifest:
     """Writes the variant ``engine_dir`` from a Hugging Face checkpoint directory.
 
+    ``quantization``: fp16 (16-bit weights of either type) or int4 (rounded to nearest, groups of 128, the LM head too).
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
+    ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps.
     Raises CheckpointError, UnsupportedModelError or BuildError; nothing half-written is left behind.
     """
     checkpoint = Checkpoint(checkpoint_dir)
@@ -44,17 +59,22 @@ def build_cuda(checkpoint_dir: Path, engine_dir: Path, *, max_context: int = 0, 
     if dtype == "auto":
         stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
         dtype = "bf16" if stored == "bfloat16" else "fp16"
-    if dtype not in _STORED:
+    if dtype not in ("fp16", "bf16"):
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
+    if quantization not in ("fp16", "int4"):
+        raise BuildError(f"The cuda backend has no {quantization!r} weights; choose fp16 or int4.")
+    kept = None if vocab_map is None else read_vocab_map(Path(vocab_map), spec.vocab_size)
     manifest = Manifest(
-        model_name=checkpoint.config.get("_name_or_path") or Path(checkpoint_dir).resolve().name,
+        model_name=model_name or checkpoint.config.get("_name_or_path") or Path(checkpoint_dir).resolve().name,
         geometry=spec.geometry(check_tensors(spec, checkpoint)),
         backend="cuda",
-        quantization="fp16",
+        quantization=quantization,
         kv_cache_type="fp16",
         max_context=max_context,
         max_batch=1,
         eos_token_ids=_eos_token_ids(checkpoint),
+        reduced_vocab_size=0 if kept is None else len(kept),
+        group_size=GROUP if quantization == "int4" else 0,
         use_cuda_graph=True,
         builder={"numpy": np.__version__},
         options=model_options(spec, dtype),
@@ -63,7 +83,9 @@ def build_cuda(checkpoint_dir: Path, engine_dir: Path, *, max_context: int = 0, 
         for name in _COMPANIONS:
             if (checkpoint.directory / name).is_file():
                 shutil.copyfile(checkpoint.directory / name, directory / name)
-        _write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest)
+        if kept is not None:
+            write_safetensors(directory / VOCAB_MAP_NAME, {TENSOR_NAME: kept})
+        _write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
         manifest = seal(directory, manifest)
     return manifest
 
@@ -106,12 +128,15 @@ def model_options(spec: ModelSpec, dtype: str) -> dict:
     )
 
 
-def fused_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[tuple[str, np.ndarray]]:
+def fused_tensors(
+    checkpoint: Checkpoint, spec: ModelSpec, kept: np.ndarray | None, has_head: bool
+) -> Iterator[tuple[str, np.ndarray]]:
     """(name in the engine's weights file, float32 values), one after the other, in the order of ``weight_arrays``."""
     yield "embed", checkpoint.read(spec.embedding)
     yield "norm", checkpoint.read(spec.final_norm)
-    if not spec.tied:
-        yield "head", checkpoint.read(spec.head)
+    if has_head:
+        head = checkpoint.read(spec.head)
+        yield "head", head if kept is None else head[kept]
     for i, layer in enumerate(spec.layers):
         for name, values in _layer_tensors(checkpoint, layer):
             yield f"layers.{i}.{name}", values
@@ -155,15 +180,39 @@ def to_16_bit(values: np.ndarray, dtype: str) -> np.ndarray:
     return result
 
 
-def _write_weights(path: Path, checkpoint: Checkpoint, spec: ModelSpec, manifest: Manifest) -> None:
+def to_int4(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 [rows, cols] rounded to nearest, symmetric, in groups of 128: records of kernels/int4_layout.py.
+
+    The value of largest magnitude becomes -8, which spends all 16 levels. The scale is rounded to ``dtype`` first, so
+    that the levels make up for it. Raises BuildError on a shape the records cannot hold.
+    """
+    rows, cols = values.shape
+    if not int4_layout.fits(rows, cols):
+        raise BuildError(
+            f"A weight is {rows} × {cols}, but int4 takes rows in multiples of {int4_layout.TILE} and columns in "
+            f"multiples of {GROUP}; build fp16 instead."
+        )
+    grouped = values.reshape(rows, cols // GROUP, GROUP)
+    peak = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
+    scales = to_16_bit(peak / np.float32(-8), dtype)
+    rounded = (scales.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else scales.astype(np.float32)
+    inverse = np.divide(1.0, rounded, out=np.zeros_like(rounded), where=rounded != 0)
+    levels = np.clip(np.rint(grouped * inverse[:, :, None]) + int4_layout.ZERO, 0, 15).astype(np.uint8)
+    return int4_layout.pack(levels.reshape(rows, cols), scales)
+
+
+def _write_weights(
+    path: Path, checkpoint: Checkpoint, spec: ModelSpec, manifest: Manifest, kept: np.ndarray | None
+) -> None:
     cuda_spec = CudaSpec.create(manifest, EngineConfig(engine_dir=path.parent, max_context=manifest.max_context))
     dtype = cuda_spec.dtype
-    tensors = {name: (_STORED[dtype], array.shape) for name, array in weight_arrays(cuda_spec).items()}
+    arrays = weight_arrays(cuda_spec)
+    tensors = {name: (_STORED[array.dtype], array.shape) for name, array in arrays.items()}
     table = rope_table(spec, manifest.max_context)
     writer = TensorWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)})
     try:
-        for name, values in fused_tensors(checkpoint, spec):
-            writer.write(name, to_16_bit(values, dtype))
+        for name, values in fused_tensors(checkpoint, spec, kept, cuda_spec.has_head):
+            writer.write(name, (to_int4 if arrays[name].dtype == "uint8" else to_16_bit)(values, dtype))
         writer.write(ROPE_NAME, table)
     except BaseException:
         writer.abandon()

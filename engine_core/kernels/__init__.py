@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine_core.device import Device, DeviceArray, DeviceError, Module, compile_kernel
+from engine_core.device import Device, DeviceArray, DeviceError, Module
+from engine_core.kernels.nvrtc import compile_kernel
 
 _DIRECTORY = Path(__file__).parent
 _SHARED_STATIC = 12 * 1024  # bytes of shared memory left for what kernels declare themselves

@@ -103,7 +103,9 @@ def attention_decode(
     defines = {**shape.defines(num_sms), "DEPTH": depth}
     function = kernels.function("attention_decode", "attention_decode", defines, shared)
     args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output]
-    grid = (shape.num_kv_heads, shape.splits(num_sms))
+    # As many CTAs as every other kernel of a step has on each multiprocessor, though some have nothing to do: with a
+    # gap somewhere the next kernel, which may start early, would be placed unevenly, and the one after it, too.
+    grid = (max(num_sms, shape.num_kv_heads * shape.splits(num_sms)),)
     return Launch(kernels.device, function, grid, 32 * warps, args, shared)
 
 

@@ -4,7 +4,8 @@
 //
 // qkv: [(HEADS + 2 KV_HEADS) HEAD_DIM]; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM]; rope: [CONTEXT][HEAD_DIM / 2]
 // (cos, sin); partial: float32 [SPLITS][KV_HEADS][GROUP][HEAD_DIM + 2]; counters: uint32 [KV_HEADS], 0 between launches;
-// output: [HEADS][HEAD_DIM]. Grid (KV_HEADS, SPLITS); how many splits work is decided by the position.
+// output: [HEADS][HEAD_DIM]. Grid: KV_HEADS * SPLITS or more, one CTA per multiprocessor; how many splits work is
+// decided by the position.
 #include "rope.cuh"
 
 //
@@ -70,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ Merge merges[WARPS][GROUP];
     __shared__ bool is_last;
     float(*values)[GROUP][HEAD_DIM] = (float(*)[GROUP][HEAD_DIM])ring;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, kv_head = blockIdx.x;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int kv_head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
     const int slot = lane / LANES_PER_HEAD, part = lane % LANES_PER_HEAD, d = 8 * part;
     half_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
     half_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
@@ -81,12 +83,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int share = max(MIN_KEYS, (length + SPLITS - 1) / SPLITS);
     const int active = (length + share - 1) / share;
     // A step queued past the end writes nothing. Leaving counts as an end: wait first, as every kernel does.
-    if (position >= CONTEXT || blockIdx.y >= active) {
+    if (position >= CONTEXT || split >= active) {
         wait_for_previous();
         return;
     }
-    const int begin = blockIdx.y * share, end = min(position, begin + share);  // of the keys in the cache
-    const bool has_new = blockIdx.y == active - 1;                             // this share ends with the new token
+    const int begin = split * share, end = min(position, begin + share);  // of the keys in the cache
+    const bool has_new = split == active - 1;                                  // this share ends with the new token
     const int own = begin + warp * HEAD_SLOTS + slot;
 
     auto load_stage = [&](int stage, int first) {
@@ -188,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
 
     constexpr int RECORD = HEAD_DIM + 2;  // values, peak, sum
-    float* mine = partial + ((u64)blockIdx.y * KV_HEADS + kv_head) * GROUP * RECORD;
+    float* mine = partial + ((u64)split * KV_HEADS + kv_head) * GROUP * RECORD;
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {  // merge the warps
         const int g = i / HEAD_DIM;
         float top = LOWEST, total = 0.f, value = 0.f;

@@ -4,17 +4,14 @@
 // that each lane's part of x stays in registers; each lane copies its own 16-byte pieces of W through its own slots of a ring
 // in shared memory (cp.async: DEPTH stages of BATCH rows, no registers, no barriers). The ring is filled before the kernel waits for
 // the one that computes x. NORM: x is RMS-normalised on the way; the factor 1/rms is applied to the sums.
-//
-// EPILOGUE 0: y 16-bit, plus bias with BIAS; 1: y float32 +=, the residual stream; 2: rows are (gate, up) pairs and
-// y[i] = silu(gate) * up, 16-bit; 3: y float32, the logits.
-#include "common.cuh"
+// EPILOGUE, BIAS: see epilogue.cuh.
+#include "epilogue.cuh"
 
 constexpr int CHUNK = 256;  // columns a warp takes at once: 8 per lane
 constexpr int PARTS = (COLS + CHUNK * K_WARPS - 1) / (CHUNK * K_WARPS);  // chunks of a warp
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = 32 * WARPS;
 constexpr int SEGMENT = 64;                                      // rows of the CTA between two barriers
 constexpr int SEGMENT_BATCHES = SEGMENT / (BATCH * ROW_WARPS);  // stages of a row-warp between two barriers
-constexpr int GRAIN = EPILOGUE == 2 ? 2 : 1;                    // rows that stay together
 static_assert(BATCH == 1 || BATCH == 2 || BATCH == 4, "BATCH is 1, 2 or 4");
 static_assert(COLS % 8 == 0 && ROWS % GRAIN == 0 && SEGMENT % (BATCH * ROW_WARPS) == 0, "unsupported shape");
 
@@ -83,22 +80,6 @@ __device__ __forceinline__ float batch_sum(const float* acc, int lane) {
         v = (high ? acc[1] : acc[0]) + __shfl_xor_sync(0xffffffffu, high ? acc[0] : acc[1], 16);
     }
     return group_sum<SPREAD>(v);
-}
-
-__device__ __forceinline__ void finish(float sum, float next, int row, const half_t* bias, void* output) {
-#if EPILOGUE == 0
-#if BIAS
-    sum += to_float(bias[row]);
-#endif
-    ((half_t*)output)[row] = to_half(sum);
-#elif EPILOGUE == 1
-    float* y = (float*)output + row;
-    *y = load4f(y) + sum;
-#elif EPILOGUE == 2
-    ((half_t*)output)[row / 2] = to_half(sum / (1.f + __expf(-sum)) * next);
-#else
-    ((float*)output)[row] = sum;
-#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -47,7 +47,8 @@ def gemv_shape(rows: int, cols: int, num_sms: int, shared_budget: int) -> GemvSh
 
     k_warps = min(range(1, min(chunks, _MAX_WARPS // 2) + 1), key=waste)
     ctas = 2 if rows * cols * 2 >= 2 * num_sms * _MIN_CTA_BYTES else 1
-    ring = shared_budget if ctas == 1 else shared_budget * 2 // 3
+    # With a single load per row the registers would let a third CTA in beside two, and the shares would be uneven.
+    ring = shared_budget * 2 // 3 if ctas == 2 and chunks > k_warps else shared_budget
     row_warps = 1
     while row_warps * 2 * k_warps <= _MAX_WARPS:
         row_warps *= 2
@@ -112,9 +113,9 @@ def gemv(
         "NORM_EPS": float_define(norm_eps),
     }
     function = kernels.function("gemv", "gemv", defines, shared)
-    grid = min(kernels.device.num_sms * shape.ctas_per_sm, rows // 2)
+    grid = kernels.device.num_sms * shape.ctas_per_sm  # some may have nothing to do; see attention_decode
     args = [weight, vector, norm_weight or 0, bias or 0, output]
-    return Launch(kernels.device, function, (max(1, grid),), 32 * shape.k_warps * shape.row_warps, args, shared)
+    return Launch(kernels.device, function, (grid,), 32 * shape.k_warps * shape.row_warps, args, shared)
 
 
 def rms_norm(kernels: Kernels, rows: DeviceArray, weight: DeviceArray, output: DeviceArray, norm_eps: float) -> Launch:

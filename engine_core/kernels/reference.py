@@ -40,3 +40,8 @@ def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, start: 
             weights = np.exp(scores - scores.max())
             output[i, h] = weights @ v / weights.sum()
     return output
+
+
+def dequantize(values: np.ndarray, scales: np.ndarray, group: int, zero: int) -> np.ndarray:
+    """[rows, cols] of values [rows, cols] (whole numbers) and scales [rows, cols / group]."""
+    return (values.astype(np.float64) - zero) * np.repeat(scales, group, axis=1)

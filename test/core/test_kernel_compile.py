@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine_core.device import KernelCompileError, compile_kernel
+from engine_core.device import KernelCompileError
 from engine_core.kernels import kernel_source
+from engine_core.kernels.nvrtc import compile_kernel
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
 
@@ -28,6 +29,7 @@ ATTENTION = dict(
 GEMV = dict(ROWS=512, COLS=1024, K_WARPS=4, ROW_WARPS=4, BATCH=4, DEPTH=3, EPILOGUE=2, NORM=1, BIAS=0, NORM_EPS="1e-5f")
 KERNELS = {
     "gemv": GEMV,
+    "gemv_int4": GEMV,
     "attention_decode": {**ATTENTION, "DEPTH": 4},
     "attention_prefill": ATTENTION,
     "rope_append": ATTENTION,

@@ -35,6 +35,7 @@ def make_backend(fill=None, *, vocab_map=None, **changes) -> CudaBackend:
         norm_eps=1e-5,
         qkv_bias=False,
         tied=False,
+        int4=False,
         chunk=64,
         prefix_slots=2,
         prefix_tokens=100,

@@ -6,13 +6,15 @@ import copy
 
 import numpy as np
 import pytest
-from gpu_bench import error
+from gpu_bench import NUMPY, error, from_bits
 
 from engine_core.backends import TokenSampling
 from engine_core.backends.cuda import CudaBackend
 from engine_core.build.cuda import build_cuda
 from engine_core.config import EngineConfig
+from engine_core.kernels import int4_layout, reference
 from engine_core.manifest import read_manifest
+from engine_core.safetensors_file import SafetensorsFile
 
 pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")
@@ -88,6 +90,7 @@ def expected_logits(model, ids: list[int], dtype: str) -> tuple[np.ndarray, floa
     tokens = torch.tensor([ids])
     exact = model(tokens).logits[0].double().numpy()
     rounded = copy.deepcopy(model).to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+    rounded.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # float32, as in a checkpoint that is loaded
     return exact, max(map(error, rounded(tokens).logits[0].double().numpy(), exact))
 
 
@@ -113,6 +116,56 @@ def test_logits_and_greedy_tokens(model, engine_dir):
     # A greedy token may differ from transformers' only where its logit is within the error of the best.
     for row, want in zip(rows, expected, strict=True):
         assert want.max() - want[row.argmax()] <= 2 * np.abs(row - want).max()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_int4_logits(tmp_path, dtype, tied):
+    """The same model, in transformers with the weights that the 4 bits stand for."""
+    torch.manual_seed(8)
+    sizes = dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_attention_heads=8, head_dim=32)
+    config = transformers.LlamaConfig(**{**SMALL, **sizes, "initializer_range": 0.06, "tie_word_embeddings": tied})
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16).float())
+    model.save_pretrained(tmp_path / "checkpoint")
+    build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization="int4", max_context=256, dtype=dtype)
+    stored = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
+
+    def restored(name: str) -> torch.Tensor:
+        values, scales = int4_layout.unpack(stored.raw(name))
+        scales = from_bits(scales.view(NUMPY[dtype]), dtype)
+        return torch.tensor(reference.dequantize(values, scales, int4_layout.GROUP, int4_layout.ZERO))
+
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(restored("head").float())  # no longer the embedding
+        for i, layer in enumerate(model.model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            q, k, v = restored(f"layers.{i}.qkv").split([256, 64, 64])
+            gate_up = restored(f"layers.{i}.gate_up")
+            for linear, values in (
+                (attention.q_proj, q),
+                (attention.k_proj, k),
+                (attention.v_proj, v),
+                (attention.o_proj, restored(f"layers.{i}.o")),
+                (mlp.gate_proj, gate_up[0::2]),
+                (mlp.up_proj, gate_up[1::2]),
+                (mlp.down_proj, restored(f"layers.{i}.down")),
+            ):
+                linear.weight.copy_(values)
+    prompt = np.random.default_rng(6).integers(0, 1008, 70).astype(np.int32)
+    backend = load(tmp_path / "engine")
+    backend.begin(GREEDY, prompt)
+    ids, rows = prompt.tolist(), []
+    pending = backend.prefill(prompt, 0)
+    for _ in range(20):
+        ids.append(pending.result())
+        rows.append(logits_of(backend))
+        pending = backend.decode()
+    backend.close()
+    expected, allowed = expected_logits(model, ids, dtype)
+    assert max(map(error, rows, expected[len(prompt) - 1 : -1])) < TOLERANCE * allowed
 
 
 def generate(backend: CudaBackend, prompt: np.ndarray, count: int, sampling: TokenSampling = GREEDY) -> list[int]:

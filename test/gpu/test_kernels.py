@@ -6,10 +6,18 @@ import ctypes
 
 import numpy as np
 import pytest
-from gpu_bench import error
+from gpu_bench import error, from_bits, to_bits
 
 from engine_core.device import DeviceArray
-from engine_core.kernels import KernelArgumentError, attention, linear, reference, sampling
+from engine_core.kernels import (
+    KernelArgumentError,
+    attention,
+    int4_layout,
+    linear,
+    linear_int4,
+    reference,
+    sampling,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -64,6 +72,53 @@ def test_gemv_refuses_what_it_cannot_read(bench):
     shifted = DeviceArray(vector.address + 2, (64,), "fp16")
     with pytest.raises(KernelArgumentError, match="16 bytes"):
         linear.gemv(kernels, weight, shifted, output, linear.LOGITS)
+
+
+# One record, one row of warps and more, groups that do not divide among warps, more tiles than CTAs.
+INT4_SHAPES = [
+    (16, 128),
+    (48, 384),
+    (1280, 256),
+    (256, 640),
+    (160, 896),
+    (1008, 2048),
+    (6144, 4096),
+    (528, 4864),
+    (256, 14336),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("rows, cols", INT4_SHAPES)
+@pytest.mark.parametrize("normed", [False, True])
+def test_gemv_int4_with_every_epilogue_and_dequantize(bench, rows, cols, normed, dtype):
+    kernels = bench.kernels(dtype)
+    values = bench.random.integers(0, 16, (rows, cols)).astype(np.uint8)
+    scales = to_bits(bench.random.standard_normal((rows, cols // 128)) * 0.2 * cols**-0.5, dtype)
+    records = bench.put(int4_layout.pack(values, scales), "uint8")
+    w = reference.dequantize(values, from_bits(scales, dtype), int4_layout.GROUP, int4_layout.ZERO)
+    vector, x = bench.normal((cols,), "fp32" if normed else dtype, 3.0)
+    norm_weight, g = bench.normal((cols,), dtype)
+    bias, b = bench.normal((rows,), dtype)
+    before, residual = bench.normal((rows,), "fp32")
+    norm = {"norm_weight": norm_weight, "norm_eps": EPS} if normed else {}
+    if normed:  # x is rounded to the type, as transformers does
+        x = from_bits(to_bits(reference.rms_norm(x, g, EPS), dtype), dtype)
+    sums = w @ x
+    cases = {
+        linear.STORE: (bench.poisoned((rows,), dtype), {"bias": bias}, sums + b),
+        linear.RESIDUAL: (before, {}, residual + sums),
+        linear.SILU: (bench.poisoned((rows // 2,), dtype), {}, reference.silu_multiply(sums)),
+        linear.LOGITS: (bench.poisoned((rows,), "fp32"), {}, sums),
+    }
+    for epilogue, (output, more, expected) in cases.items():
+        linear_int4.gemv_int4(kernels, records, vector, output, epilogue, **norm, **more)(bench.stream)
+        # A normalised value near the middle of two of the type may be rounded the other way.
+        allowed = TOLERANCE[dtype] if normed else TOLERANCE[output.dtype]
+        assert error(bench.get(output), expected) < allowed, epilogue
+    weight = bench.poisoned((rows, cols), dtype)
+    linear_int4.dequantize_int4(kernels, records, weight)(bench.stream)
+    assert (bench.get(weight) == from_bits(to_bits(w.astype(np.float32), dtype), dtype)).all()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

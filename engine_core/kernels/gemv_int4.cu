@@ -1,0 +1,211 @@
+// y = W x for one vector with W in 4 bits, dequantized on the way into tensor cores; and W back in 16 bits for prefill.
+//
+// W [ROWS][COLS] is stored as records of 16 rows by 128 columns, which share a scale in each row: [ROWS / 16][COLS / 128] of
+// 1024 bytes of values and 16 scales of 16 bits, those of rows g and g + 8 side by side (int4_layout.py). A weight is (value - 8) * scale. One record is the A
+// operand of eight m16n8k16 products: lane 4 g + t holds columns 32 t … 32 t + 31 of rows g and g + 8, as the order of the
+// columns is free as long as x has the same. All eight columns of B are x; no sum over lanes is left to do.
+//
+// As in gemv.cu the columns are split over K_WARPS warps, each warp copies its records through its own ring of DEPTH stages
+// in shared memory, filled before the kernel waits for the one that computes x. NORM: x is RMS-normalised first.
+#include "epilogue.cuh"
+
+constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = 32 * WARPS;
+constexpr int TILE = 16, GROUP = 128, RECORD = TILE * GROUP / 2 + TILE * 2;  // rows, columns, bytes
+constexpr int GROUPS = COLS / GROUP, TILES = ROWS / TILE;
+constexpr int WARP_GROUPS = (GROUPS + K_WARPS - 1) / K_WARPS;  // of each tile
+constexpr int SEGMENT_TILES = ROW_WARPS > 4 ? ROW_WARPS : 4;   // of the CTA, between two barriers
+constexpr int SEGMENT = SEGMENT_TILES * TILE;
+static_assert(COLS % GROUP == 0 && ROWS % TILE == 0 && SEGMENT_TILES % ROW_WARPS == 0, "unsupported shape");
+
+// The eight weights of a word, less 8, as four pairs of 16 bits: the nibbles n and n + 4.
+__device__ __forceinline__ void dequantize(u32 (&v)[4], u32 w) {
+#if BF16  // 0x4300 | n is 128 + n
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+            : "=r"(v[pair]) : "r"(((w >> 4 * pair) & 0x000f000fu) | 0x43004300u), "r"(0x3f803f80u), "r"(0xc308c308u));
+#else     // 0x6400 | n is 1024 + n, 0x6400 | n << 4 is 1024 + 16 n
+#pragma unroll
+    for (int byte = 0; byte < 2; ++byte) {
+        const u32 x = w >> 8 * byte;
+        asm("sub.f16x2 %0, %1, %2;" : "=r"(v[2 * byte]) : "r"((x & 0x000f000fu) | 0x64006400u), "r"(0x64086408u));
+        asm("fma.rn.f16x2 %0, %1, %2, %3;"
+            : "=r"(v[2 * byte + 1]) : "r"((x & 0x00f000f0u) | 0x64006400u), "r"(0x2c002c00u), "r"(0xd480d480u));
+    }
+#endif
+}
+
+#if BF16
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+
+__device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(MMA "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The first product of a sum.
+__device__ __forceinline__ void multiply_first(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(MMA "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
+}
+
+// x to shared memory in the order the products read it: [GROUPS][4 eights][4 lanes t][8].
+__device__ __forceinline__ void load_input(uint4* x, const void* input, const half_t* norm_weight) {
+    constexpr int PIECES = COLS / 8, OWN = (PIECES + THREADS - 1) / THREADS;
+#if NORM
+    __shared__ float sums[WARPS];
+    float v[OWN][8], squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+        const int piece = threadIdx.x + i * THREADS;
+        const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
+        const float4 a = piece < PIECES ? load16f((const float*)input + 8 * piece) : zero;
+        const float4 b = piece < PIECES ? load16f((const float*)input + 8 * piece + 4) : zero;
+        const float f[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[i][j] = f[j], squares += f[j] * f[j];
+    }
+    squares = group_sum<32>(squares);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+    __syncthreads();
+    float total = 0.f;
+    for (int w = 0; w < WARPS; ++w) total += sums[w];
+    const float scale = rsqrtf(total / COLS + NORM_EPS);
+#endif
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+        const int piece = threadIdx.x + i * THREADS;
+        if (piece >= PIECES) break;
+#if NORM
+        float g[8];
+        unpack8(*(const uint4*)(norm_weight + 8 * piece), g);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[i][j] *= scale * g[j];
+        const uint4 packed = pack8(v[i]);
+#else
+        const uint4 packed = load16((const half_t*)input + 8 * piece);
+#endif
+        x[piece / 16 * 16 + piece % 4 * 4 + piece % 16 / 4] = packed;
+    }
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gemv_int4(const unsigned char* records, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
+    extern __shared__ uint4 shared[];  // x [COLS / 8], then the rings [WARPS][DEPTH][RECORD / 16]
+    __shared__ float partial[2][K_WARPS][SEGMENT];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS, row_warp = warp / K_WARPS;
+    const int first_tile = (int)((u64)TILES * blockIdx.x / gridDim.x);
+    const int num_tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first_tile;
+    const int first_group = k_warp * WARP_GROUPS;
+    uint4* x = shared;
+    uint4* ring = shared + COLS / 8 + warp * DEPTH * (RECORD / 16);
+
+    // The records of this warp: its groups of each of its tiles, one after the other.
+    const int own_groups = min(WARP_GROUPS, GROUPS - first_group);
+    int left = max(0, (num_tiles - row_warp + ROW_WARPS - 1) / ROW_WARPS) * own_groups, next_group = 0;
+    const uint4* next = (const uint4*)(records + ((u64)(first_tile + row_warp) * GROUPS + first_group) * RECORD) + lane;
+    auto load = [&](uint4* slot) {
+        if (left > 0) {
+            copy16_async(slot + lane, next);
+            copy16_async(slot + 32 + lane, next + 32);
+            if (lane < 2) copy16_async(slot + 64 + lane, next + 64);
+            --left;
+            next += RECORD / 16;
+            if (++next_group == own_groups) next_group = 0, next += (ROW_WARPS * GROUPS - own_groups) * (RECORD / 16);
+        }
+        commit_copies();
+    };
+    let_next_start();
+#pragma unroll
+    for (int stage = 0; stage < DEPTH; ++stage) load(ring + stage * (RECORD / 16));
+    wait_for_previous();
+    load_input(x, input, norm_weight);
+
+    uint4* slot = ring;
+    for (int segment = 0; segment * SEGMENT_TILES < num_tiles; ++segment) {
+        float(*sums)[SEGMENT] = partial[segment % 2];
+        for (int tile = row_warp; tile < SEGMENT_TILES; tile += ROW_WARPS) {
+            if (segment * SEGMENT_TILES + tile >= num_tiles) break;
+            float low = 0.f, high = 0.f;  // of rows lane / 4 and lane / 4 + 8
+            const uint4* group_x = x + first_group * 16 + lane % 4;
+            for (int i = 0; i < own_groups; ++i, group_x += 16) {
+                wait_copies<DEPTH - 1>();
+                __syncwarp();  // the scales were copied by other lanes
+                const uint4 top = slot[lane], bottom = slot[32 + lane];
+                const float2 scale = unpack2(((const u32*)(slot + 64))[lane / 4]);
+                const u32 a[4] = {top.x, top.y, top.z, top.w}, b[4] = {bottom.x, bottom.y, bottom.z, bottom.w};
+                float even[4], odd[4];
+#pragma unroll
+                for (int eight = 0; eight < 4; ++eight) {
+                    const uint4 v = group_x[4 * eight];
+                    u32 u[4], w[4];
+                    dequantize(u, a[eight]);
+                    dequantize(w, b[eight]);
+                    if (eight == 0) {
+                        multiply_first(even, u[0], w[0], u[1], w[1], v.x, v.y);
+                        multiply_first(odd, u[2], w[2], u[3], w[3], v.z, v.w);
+                    } else {
+                        multiply(even, u[0], w[0], u[1], w[1], v.x, v.y);
+                        multiply(odd, u[2], w[2], u[3], w[3], v.z, v.w);
+                    }
+                }
+                low += scale.x * (even[0] + odd[0]);
+                high += scale.y * (even[2] + odd[2]);
+                __syncwarp();
+                load(slot);
+                slot = slot == ring + (DEPTH - 1) * (RECORD / 16) ? ring : slot + RECORD / 16;
+            }
+            if (lane % 4 == 0) {
+                sums[k_warp][tile * TILE + lane / 4] = low;
+                sums[k_warp][tile * TILE + lane / 4 + 8] = high;
+            }
+        }
+        __syncthreads();
+        for (int local = threadIdx.x * GRAIN; local < SEGMENT; local += THREADS * GRAIN) {
+            const int row = segment * SEGMENT + local;
+            if (row >= num_tiles * TILE) break;
+            float sum = 0.f, next = 0.f;
+            for (int k = 0; k < K_WARPS; ++k) {
+                sum += sums[k][local];
+                if (GRAIN == 2) next += sums[k][local + 1];
+            }
+            finish(sum, next, first_tile * TILE + row, bias, output);
+        }
+    }
+    wait_copies<0>();
+}
+
+// weight [ROWS][COLS] 16-bit, rounded once. One warp per record.
+extern "C" __global__ void __launch_bounds__(256) dequantize_int4(const uint4* records, half_t* weight) {
+    const u64 record = (u64)blockIdx.x * 8 + threadIdx.x / 32;
+    if (record >= (u64)TILES * GROUPS) return;
+    const int lane = threadIdx.x % 32;
+    const uint4* source = records + record * (RECORD / 16);
+    const half_t* scales = (const half_t*)(source + 64);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = lane / 4 + 8 * half;
+        const float scale = to_float(scales[lane / 4 * 2 + half]);
+        const uint4 words = source[32 * half + lane];
+        const u32 w[4] = {words.x, words.y, words.z, words.w};
+        uint4* target = (uint4*)(weight + (record / GROUPS * TILE + row) * COLS + record % GROUPS * GROUP + lane % 4 * 32);
+#pragma unroll
+        for (int eight = 0; eight < 4; ++eight) {
+            float v[8];
+            u32 pairs[4];
+            dequantize(pairs, w[eight]);
+#pragma unroll
+            for (int pair = 0; pair < 4; ++pair) {
+                const float2 f = unpack2(pairs[pair]);
+                v[2 * pair] = f.x * scale, v[2 * pair + 1] = f.y * scale;
+            }
+            target[eight] = pack8(v);
+        }
+    }
+}

@@ -1,0 +1,48 @@
+"""How gemv_int4.cu stores a matrix: packing and unpacking with numpy, for the builder and the tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+TILE = 16  # rows of a record
+GROUP = 128  # columns of a record; they share one scale in each row
+RECORD_BYTES = TILE * GROUP // 2 + TILE * 2
+ZERO = 8  # the value that stands for 0
+
+
+def records_shape(rows: int, cols: int) -> tuple[int, int, int]:
+    """Of the uint8 array that holds a matrix [rows, cols]; both must be multiples (``fits``)."""
+    return rows // TILE, cols // GROUP, RECORD_BYTES
+
+
+def fits(rows: int, cols: int) -> bool:
+    return rows % TILE == 0 and cols % GROUP == 0
+
+
+def pack(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """uint8 [rows / 16, cols / 128, RECORD_BYTES].
+
+    ``values``: uint8 [rows, cols], 0 … 15; ``scales``: [rows, cols / 128] of a 16-bit type (bf16 as uint16).
+    """
+    rows, cols = values.shape
+    assert fits(rows, cols) and scales.shape == (rows, cols // GROUP) and scales.dtype.itemsize == 2
+    # Row = half * 8 + g, column = 32 t + 8 eight + 2 pair + parity. Value 2 pair + parity of an eight is nibble
+    # pair + 4 parity of its word, so that one mask gives two neighbours in 16 bits each.
+    tiles = values.reshape(rows // TILE, 2, 8, cols // GROUP, 4, 4, 4, 2)
+    tiles = tiles.transpose(0, 3, 1, 2, 4, 5, 7, 6)  # tile, group, half, g, t, eight, parity, pair
+    nibbles = np.ascontiguousarray(tiles).reshape(rows // TILE, cols // GROUP, -1)
+    packed = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    # The scales of rows g and g + 8 lie side by side.
+    per_tile = scales.reshape(rows // TILE, 2, 8, cols // GROUP).transpose(0, 3, 2, 1)
+    scale_bytes = np.ascontiguousarray(per_tile).view(np.uint8).reshape(rows // TILE, cols // GROUP, -1)
+    return np.concatenate([packed, scale_bytes], axis=2)
+
+
+def unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(values, scales as uint16), the inverse of ``pack``."""
+    tiles, groups, _ = records.shape
+    packed, scales = records[..., : TILE * GROUP // 2], records[..., TILE * GROUP // 2 :]
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1)
+    values = nibbles.reshape(tiles, groups, 2, 8, 4, 4, 2, 4).transpose(0, 2, 3, 1, 4, 5, 7, 6)
+    per_tile = np.ascontiguousarray(scales).view(np.uint16).reshape(tiles, groups, 8, 2).transpose(0, 3, 2, 1)
+    return values.reshape(tiles * TILE, groups * GROUP), per_tile.reshape(tiles * TILE, groups)

@@ -1,0 +1,157 @@
+"""Engine directories for the CUDA backend, built without a GPU from a tiny checkpoint written with numpy."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from engine_core.build.cuda import build_cuda, to_int4
+from engine_core.errors import BuildError, UnsupportedModelError
+from engine_core.kernels import int4_layout
+from engine_core.kernels.reference import dequantize
+from engine_core.manifest import read_manifest
+from engine_core.safetensors_file import SafetensorsFile, write_safetensors
+
+CONFIG = dict(
+    architectures=["LlamaForCausalLM"],
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=320,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+    eos_token_id=[5, 2],
+    dtype="bfloat16",
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Writes a checkpoint; ``changes`` go into its config.json."""
+
+    def write(**changes):
+        config = {**CONFIG, **changes}
+        hidden, width = config["hidden_size"], config["head_dim"]
+        shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+        for i in range(config["num_hidden_layers"]):
+            layer = f"model.layers.{i}."
+            shapes |= {
+                layer + "input_layernorm.weight": (hidden,),
+                layer + "post_attention_layernorm.weight": (hidden,),
+            }
+            for name, rows, cols in (
+                ("self_attn.q_proj", 4 * width, hidden),
+                ("self_attn.k_proj", 2 * width, hidden),
+                ("self_attn.v_proj", 2 * width, hidden),
+                ("self_attn.o_proj", hidden, 4 * width),
+                ("mlp.gate_proj", config["intermediate_size"], hidden),
+                ("mlp.up_proj", config["intermediate_size"], hidden),
+                ("mlp.down_proj", hidden, config["intermediate_size"]),
+            ):
+                shapes[f"{layer}{name}.weight"] = (rows, cols)
+        random = np.random.default_rng(0)
+        directory = tmp_path / "checkpoint"
+        directory.mkdir()
+        tensors = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        write_safetensors(directory / "model.safetensors", tensors)
+        (directory / "config.json").write_text(json.dumps(config))
+        (directory / "tokenizer.json").write_text("{}")
+        return directory, tensors
+
+    return write
+
+
+def test_weights_are_fused_as_the_kernels_read_them(checkpoint, tmp_path):
+    directory, tensors = checkpoint()
+    build_cuda(directory, tmp_path / "engine", dtype="fp16")
+    manifest = read_manifest(tmp_path / "engine")
+    assert (manifest.backend, manifest.quantization, manifest.eos_token_ids) == ("cuda", "fp16", (2, 5))
+    assert manifest.options["dtype"] == "fp16" and manifest.options["tied"]
+    assert set(manifest.files) == {"tokenizer.json", "weights.safetensors"}
+    file = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
+    assert "head" not in file.names()  # tied
+    layer = "model.layers.1."
+    gate, up = (tensors[f"{layer}mlp.{name}_proj.weight"].astype(np.float16) for name in ("gate", "up"))
+    assert (file.raw("layers.1.gate_up")[0::2] == gate).all() and (file.raw("layers.1.gate_up")[1::2] == up).all()
+    parts = [tensors[f"{layer}self_attn.{name}_proj.weight"].astype(np.float16) for name in "qkv"]
+    assert (file.raw("layers.1.qkv") == np.concatenate(parts)).all()
+    rope = file.raw("rope")
+    assert rope.shape == (512, 16, 2)
+    np.testing.assert_allclose(rope[3, 0], [np.cos(3), np.sin(3)], rtol=1e-6)
+
+
+def test_bf16_is_the_checkpoints_own_and_rounded_to_even(checkpoint, tmp_path):
+    directory, tensors = checkpoint()
+    build_cuda(directory, tmp_path / "engine", max_context=64)
+    file = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
+    assert file.dtype("embed") == "BF16" and file.shape("rope")[0] == 64
+    exact, stored = tensors["model.embed_tokens.weight"], file.read("embed")
+    assert (np.abs(stored - exact) <= np.abs(exact) * 2**-8).all()
+
+
+def test_int4_has_a_head_of_its_own_and_a_vocabulary_map_its_rows(checkpoint, tmp_path):
+    directory, tensors = checkpoint()
+    kept = np.arange(2, 322 - 2, 2, dtype=np.int32)[:144]
+    write_safetensors(tmp_path / "map.safetensors", {"vocab_map": kept})
+    build_cuda(
+        directory, tmp_path / "engine", quantization="int4", dtype="fp16", vocab_map=tmp_path / "map.safetensors"
+    )
+    manifest = read_manifest(tmp_path / "engine")
+    assert (manifest.quantization, manifest.group_size, manifest.reduced_vocab_size) == ("int4", 128, 144)
+    file = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
+    expected = tensors["model.embed_tokens.weight"][kept]
+    values, scales = int4_layout.unpack(file.raw("head"))
+    restored = dequantize(values, scales.view(np.float16).astype(np.float64), int4_layout.GROUP, int4_layout.ZERO)
+    steps = np.abs(scales.view(np.float16).astype(np.float64))
+    # Half a step where the 16 levels reach; the value opposite to the largest may lose up to a whole one.
+    assert (np.abs(restored - expected) <= 1.01 * steps).all()
+    assert np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.12
+
+
+def test_packing_is_its_own_inverse():
+    random = np.random.default_rng(1)
+    values = random.integers(0, 16, (64, 512)).astype(np.uint8)
+    scales = random.integers(0, 1 << 16, (64, 4)).astype(np.uint16)
+    records = int4_layout.pack(values, scales)
+    assert records.shape == int4_layout.records_shape(64, 512)
+    found = int4_layout.unpack(records)
+    assert (found[0] == values).all() and (found[1] == scales).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_group_of_zeros_stays_zero(dtype):
+    values, _ = int4_layout.unpack(to_int4(np.zeros((16, 128), dtype=np.float32), dtype))
+    assert (values == int4_layout.ZERO).all()
+
+
+@pytest.mark.parametrize(
+    "changes, quantization, error, text",
+    [
+        (
+            dict(architectures=["Gemma2ForCausalLM"], hidden_activation="gelu_pytorch_tanh"),
+            "fp16",
+            UnsupportedModelError,
+            "Gemma2",
+        ),
+        (
+            dict(architectures=["MistralForCausalLM"], sliding_window=100),
+            "fp16",
+            UnsupportedModelError,
+            "sliding window",
+        ),
+        ({}, "nvfp4", BuildError, "nvfp4"),
+        (dict(vocab_size=330), "int4", BuildError, "330 × 128"),
+    ],
+)
+def test_what_the_kernels_cannot_run_is_refused_and_nothing_is_left(
+    checkpoint, tmp_path, changes, quantization, error, text
+):
+    directory, _ = checkpoint(**changes)
+    with pytest.raises(error, match=text):
+        build_cuda(directory, tmp_path / "engines" / "new", quantization=quantization)
+    assert not (tmp_path / "engines").exists() or not list((tmp_path / "engines").iterdir())
