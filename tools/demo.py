@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -35,11 +36,28 @@ class DemoError(Exception):
     """One sentence: what went wrong."""
 
 
+class Stopped(Exception):
+    """Ctrl-C. Raised only where waiting looks for it: a KeyboardInterrupt in the wrong place would leave the node."""
+
+
+class StopRequest:
+    """Set by SIGINT and SIGTERM, also where a shell had SIGINT ignored."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, lambda *_: self._event.set())
+
+    def check(self) -> None:
+        if self._event.is_set():
+            raise Stopped
+
+
 class NodeProcess:
     """The node, started on entry; on exit asked to stop, and made to if it does not."""
 
-    def __init__(self, engine: Path, log: Path) -> None:
-        self._engine, self.log = engine, log
+    def __init__(self, engine: Path, log: Path, stop: StopRequest) -> None:
+        self._engine, self.log, self._stop = engine, log, stop
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> NodeProcess:
@@ -56,6 +74,7 @@ class NodeProcess:
         return self
 
     def check(self) -> None:
+        self._stop.check()
         if self._process.poll() is not None:
             raise DemoError(f"The node ended by itself with exit status {self._process.returncode}.")
 
@@ -126,7 +145,7 @@ class Client:
         return result
 
 
-def build_engine(log: Path) -> Path:
+def build_engine(log: Path, stop: StopRequest) -> Path:
     """The demo engine, built on the first run."""
     checkpoint = demo_engine.checkpoint_dir()
     directory = demo_engine.engine_dir(checkpoint)
@@ -134,9 +153,17 @@ def build_engine(log: Path) -> Path:
         print(f"building the engine of the demo model into {directory}", flush=True)
         with open(log, "wb") as output:
             command = demo_engine.build_command(checkpoint, directory)
-            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT).returncode
-        if code:
-            raise DemoError(f"The demo engine could not be built (exit status {code}).")
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            with subprocess.Popen(command, start_new_session=True, **streams) as process:
+                try:
+                    while process.poll() is None:
+                        stop.check()
+                        time.sleep(0.05)
+                except Stopped:
+                    process.send_signal(signal.SIGINT)  # it removes what it has half written
+                    raise
+        if process.returncode:
+            raise DemoError(f"The demo engine could not be built (exit status {process.returncode}).")
     return directory
 
 
@@ -155,10 +182,10 @@ def talk(client: Client) -> None:
                   f"{result.generated_tokens} tokens at {result.tokens_per_second:.0f} tokens/s")  # fmt: skip
 
 
-def run(work: Path) -> None:
-    engine = build_engine(work / "build.log")
+def run(work: Path, stop: StopRequest) -> None:
+    engine = build_engine(work / "build.log", stop)
     print(f"starting the node (its log: {work / 'node.log'})", flush=True)
-    with NodeProcess(engine, work / "node.log") as process:
+    with NodeProcess(engine, work / "node.log", stop) as process:
         client = Client(process)
         client.change_state(Transition.TRANSITION_CONFIGURE, "configure")
         client.change_state(Transition.TRANSITION_ACTIVATE, "activate")
@@ -184,16 +211,15 @@ def main() -> int:
         (work / name).unlink(missing_ok=True)
     os.environ["ROS_HOME"] = str(work)  # the engine and ROS's own logs stay in the clone
     isolation.isolate()
-    for sign in (signal.SIGINT, signal.SIGTERM):  # both end it in good order, also where a shell had SIGINT ignored
-        signal.signal(sign, signal.default_int_handler)
+    stop = StopRequest()
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     try:
-        run(work)
+        run(work, stop)
     except DemoError as error:
         show_log(work)
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except Stopped:
         print("\nStopped.", file=sys.stderr)
         return 130
     finally:
