@@ -28,7 +28,7 @@ from engine_core.vocab import VOCAB_MAP_NAME, read_vocab_map
 
 WEIGHTS_NAME = "weights.safetensors"
 ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
-# Modules, graphs and cuBLAS's own code, measured on an H200; the context itself is taken before the plan is made.
+# An allowance for modules, graphs and cuBLAS's own code; the context itself is taken before the plan is made.
 _RUNTIME_BYTES = 256 << 20
 
 

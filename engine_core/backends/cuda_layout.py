@@ -17,8 +17,8 @@ from engine_core.kernels.int4_layout import GROUP, records_shape
 from engine_core.kernels.sampling import PARAMS, STATE
 from engine_core.manifest import Manifest
 
-BLAS_WORKSPACE = 32 << 20  # bytes; what cuBLAS asks for on Hopper, more than it needs elsewhere
-PREFILL_CHUNK = 512  # tokens per prefill step unless configured: near the best rate, an interrupt within milliseconds
+BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
+PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
 ROW_GRAIN = 64  # rows of a prefill product are rounded up to this, so that few cuBLAS kernels serve every length
 
 

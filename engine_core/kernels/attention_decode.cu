@@ -17,7 +17,7 @@ constexpr int WARPS = GROUP * HEAD_DIM > 1024 ? 4 : 8, THREADS = 32 * WARPS;
 constexpr int UNROLL = 2;                          // keys of a slot in a stage
 constexpr int STRIDE = WARPS * HEAD_SLOTS;         // keys between two of a slot
 constexpr int STAGE_KEYS = UNROLL * STRIDE;
-constexpr int MIN_KEYS = 256;                      // of a split: below, merging costs more than it brings
+constexpr int MIN_KEYS = 256;                      // of a split; with fewer, merging takes longer than reading them
 constexpr float LOWEST = -1e30f;                   // stands for -infinity without its NaNs
 
 struct Merge {  // running maximum (base 2) and sum of one query head
