@@ -11,7 +11,7 @@ from typing import Any
 
 from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES, aligned
-from engine_core.errors import EngineDirectoryError, UnsupportedModelError
+from engine_core.errors import ConfigurationError, EngineDirectoryError
 from engine_core.kernels.attention import AttentionShape
 from engine_core.kernels.int4_layout import GROUP, records_shape
 from engine_core.kernels.sampling import PARAMS, STATE
@@ -63,16 +63,9 @@ class CudaSpec:
 
     @classmethod
     def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
-        """Raises UnsupportedModelError or EngineDirectoryError."""
+        """Raises ConfigurationError or EngineDirectoryError."""
         geometry, options = manifest.geometry, manifest.options
-        if config.max_batch != 1:
-            raise UnsupportedModelError(
-                f"max_batch is {config.max_batch}, but the cuda backend runs one sequence; set it to 1."
-            )
-        if config.kv_cache_type not in ("auto", "fp16"):
-            raise UnsupportedModelError(
-                f"kv_cache_type is {config.kv_cache_type!r}, but the cuda backend has 'fp16' only; set it to that."
-            )
+        _check_config(manifest, config)
         try:
             dtype, norm_eps = options["dtype"], float(options["norm_eps"])
             qk_norm, qkv_bias, tied = (bool(options[key]) for key in ("qk_norm", "qkv_bias", "tied"))
@@ -174,6 +167,28 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         shape = (spec.prefix_slots, spec.num_layers * 2 * kv_heads, spec.prefix_tokens, head_dim)
         arrays["prefixes"] = ("prefix_cache", shape, dtype)
     return {name: ArraySpec(*values) for name, values in arrays.items()}
+
+
+def _check_config(manifest: Manifest, config: EngineConfig) -> None:
+    """Raises ConfigurationError on what this backend does not do."""
+    if config.max_batch != 1:
+        raise ConfigurationError(
+            f"max_batch is {config.max_batch}, but the cuda backend runs one sequence at a time; set it to 1."
+        )
+    if config.kv_cache_type not in ("auto", "fp16"):
+        raise ConfigurationError(
+            f"kv_cache_type is {config.kv_cache_type!r}, but the cuda backend has 'fp16' only; set it to that or auto."
+        )
+    if config.vocab_map == "none" and manifest.reduced_vocab_size:
+        raise ConfigurationError(
+            "vocab_map is 'none', but this engine's LM head holds only the rows of its vocab map; "
+            "build a variant without one."
+        )
+    if config.vocab_map not in ("auto", "none"):
+        raise ConfigurationError(
+            f"vocab_map is {config.vocab_map}, but the cuda backend takes a map when the engine is built; "
+            "use 'edgellm build --backend cuda --vocab-map' and choose auto."
+        )
 
 
 def _is_int4(manifest: Manifest) -> bool:

@@ -7,8 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from engine_core.backends.cuda_layout import CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
 from engine_core.build.cuda import build_cuda, to_int4
-from engine_core.errors import BuildError, UnsupportedModelError
+from engine_core.config import EngineConfig
+from engine_core.errors import BuildError, ConfigurationError, UnsupportedModelError
 from engine_core.kernels import int4_layout
 from engine_core.kernels.reference import dequantize
 from engine_core.manifest import read_manifest
@@ -155,3 +157,36 @@ def test_what_the_kernels_cannot_run_is_refused_and_nothing_is_left(
     with pytest.raises(error, match=text):
         build_cuda(directory, tmp_path / "engines" / "new", quantization=quantization)
     assert not (tmp_path / "engines").exists() or not list((tmp_path / "engines").iterdir())
+
+
+def test_the_plan_adds_up_what_is_taken(checkpoint, tmp_path):
+    directory, _ = checkpoint()
+    manifest = build_cuda(directory, tmp_path / "engine", dtype="fp16")
+    config = EngineConfig(tmp_path / "engine", max_context=100, prompt_cache_entries=3, prompt_cache_tokens=50)
+    spec = CudaSpec.create(manifest, config)
+    totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, num_sms=10))
+    assert totals["kv_cache"] == 2 * 2 * 2 * 100 * 32 * 2  # layers, K and V, heads, tokens, head_dim, bytes
+    assert totals["prefix_cache"] == 3 * 2 * 2 * 2 * 50 * 32 * 2
+    stored = sum(tensor.nbytes for tensor in _tensors(tmp_path / "engine").values())
+    assert 0 <= totals["weights"] - stored < 256 * len(weight_arrays(spec))
+    assert spec.chunk % 64 == 0 and spec.chunk >= 100
+
+
+def _tensors(engine_dir) -> dict[str, np.ndarray]:
+    file = SafetensorsFile(engine_dir / "weights.safetensors")
+    return {name: file.raw(name) for name in file.names() if name != "rope"}
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        (dict(max_batch=2), "max_batch is 2"),
+        (dict(kv_cache_type="int8"), "kv_cache_type is 'int8'"),
+        (dict(vocab_map="some.safetensors"), "when the engine is built"),
+    ],
+)
+def test_a_configuration_the_backend_does_not_do_is_refused(checkpoint, tmp_path, changes, text):
+    directory, _ = checkpoint()
+    manifest = build_cuda(directory, tmp_path / "engine")
+    with pytest.raises(ConfigurationError, match=text):
+        CudaSpec.create(manifest, EngineConfig(tmp_path / "engine", **changes))
