@@ -172,7 +172,8 @@ class LlmClient:
 
     def call_async(self, kind, service: str, request):
         if service not in self._clients:
-            self._clients[service] = self.node.create_client(kind, f"/{self.name}/{service}")
+            # The default depth of 10 would drop the oldest of many requests sent at once by this one client.
+            self._clients[service] = self.node.create_client(kind, f"/{self.name}/{service}", qos_profile=STREAM)
             self.until(self._clients[service].service_is_ready)
         return self._clients[service].call_async(request)
 

@@ -1,0 +1,231 @@
+"""What ROS adds: the same request in process and through service, action and topic, from another process.
+
+    python3 benchmarks/ros_overhead.py ENGINE_DIR [--tokens 200] [--rounds 15] [--out benchmarks/results/ros_overhead.jsonl]
+
+The paths take turns within each round, so that a slow moment of the machine meets all of them; figures are medians over
+the rounds. The client's times run from before it sends the request to when its callback has the piece:
+
+- in process: from Worker.submit to on_piece, in this process, on an engine of its own;
+- service: nothing streams, so the first token is the node's figure plus what the client waited longer than the node
+  worked; the rate is the node's. Nobody listens to the topics then;
+- action: feedback;
+- topic: ~/tokens, of a request made through the service.
+
+A table first, then one JSON line for each path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import rclpy
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+from rclpy.action import ActionClient
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+
+from edgellm_ros.action import Generate as GenerateAction
+from edgellm_ros.msg import ChatMessage, SamplingOptions, TokenPiece
+from edgellm_ros.srv import Generate
+from engine_core import __version__
+from engine_core import request as core
+from engine_core.config import EngineConfig
+from engine_core.engine import Engine
+from engine_core.worker import Worker
+
+NAME = "llm_overhead"
+PATHS = ("in process", "service", "action", "topic")
+PROMPT = "please bring me the red cup from the kitchen and put it on the table in the living room"
+LIMIT = 60.0  # s
+
+
+@dataclass
+class Times:
+    """Of one request, in seconds since it was sent: when each token came, counting pieces of several once for each."""
+
+    start: float = field(default_factory=time.perf_counter)
+    tokens: list[float] = field(default_factory=list)
+
+    def piece(self, num_tokens: int) -> None:
+        self.tokens += [time.perf_counter() - self.start] * num_tokens
+
+    @property
+    def first(self) -> float:
+        return self.tokens[0]
+
+    @property
+    def per_token(self) -> float:
+        return (self.tokens[-1] - self.tokens[0]) / (len(self.tokens) - 1)
+
+
+class InProcess:
+    """The engine and its worker without ROS."""
+
+    def __init__(self, engine_dir: Path, num_tokens: int, num_threads: int) -> None:
+        self._engine = Engine.open(EngineConfig(engine_dir, num_threads=num_threads), report=lambda text: None)
+        self.versions = f"{self._engine.manifest.model_name} {self._engine.manifest.quantization}"
+        self._worker = Worker(self._engine)
+        self._request = core.GenerationRequest(
+            "bench", (core.ChatMessage("user", PROMPT),),
+            sampling=core.SamplingParams(max_new_tokens=num_tokens, ignore_eos=True),
+        )  # fmt: skip
+
+    def measure(self) -> tuple[float, float]:
+        times, done = Times(), threading.Event()
+        self._worker.submit(
+            self._request, on_piece=lambda piece: times.piece(len(piece.token_ids)), on_done=lambda result: done.set()
+        )
+        assert done.wait(LIMIT), "the engine did not answer"
+        return times.first, times.per_token
+
+    def close(self) -> None:
+        self._worker.close()
+        self._engine.close()
+
+
+class OverRos:
+    """A client of the node, which is a process of its own."""
+
+    def __init__(self, engine_dir: Path, num_tokens: int, num_threads: int) -> None:
+        arguments = ["-r", f"__node:={NAME}", "-p", f"engine_dir:={engine_dir}", "-p", f"num_threads:={num_threads}"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "edgellm_ros.node", "--ros-args", *arguments, "--log-level", "warn"]
+        )
+        self._node: Node = rclpy.create_node("ros_overhead")
+        self._change = self._node.create_client(ChangeState, f"{NAME}/change_state")
+        self._service = self._node.create_client(Generate, f"{NAME}/generate")
+        self._action = ActionClient(self._node, GenerateAction, f"{NAME}/generate")
+        self._fields = {
+            "messages": [ChatMessage(role="user", content=PROMPT)],
+            "sampling": SamplingOptions(max_new_tokens=[num_tokens], ignore_eos=True),
+        }
+        for transition in (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE):
+            assert self._change.wait_for_service(LIMIT), "the node did not start"
+            request = ChangeState.Request(transition=Transition(id=transition))
+            assert self._wait(self._change.call_async(request)).success, "the node refused a transition"
+        assert self._service.wait_for_service(LIMIT) and self._action.wait_for_server(LIMIT)
+
+    def _wait(self, future):
+        rclpy.spin_until_future_complete(self._node, future, timeout_sec=LIMIT)
+        assert future.done(), "the node did not answer"
+        return future.result()
+
+    def service(self) -> tuple[float, float]:
+        start = time.perf_counter()
+        answer = self._wait(self._service.call_async(Generate.Request(**self._fields)))
+        transport = time.perf_counter() - start - answer.total_time
+        return answer.time_to_first_token + transport, 1.0 / answer.tokens_per_second
+
+    def action(self) -> tuple[float, float]:
+        times = Times()
+        sent = self._action.send_goal_async(
+            GenerateAction.Goal(**self._fields), feedback_callback=lambda m: times.piece(len(m.feedback.token_ids))
+        )
+        self._wait(self._wait(sent).get_result_async())
+        return times.first, times.per_token
+
+    def topic(self) -> tuple[float, float]:
+        """With a subscription for this request only, so that the other paths have none."""
+        times, done = Times(), []
+
+        def on_piece(piece: TokenPiece) -> None:
+            times.piece(len(piece.token_ids))
+            if piece.done:
+                done.append(True)
+
+        qos = QoSProfile(depth=4096, reliability=ReliabilityPolicy.RELIABLE)
+        subscription = self._node.create_subscription(TokenPiece, f"{NAME}/tokens", on_piece, qos)
+        self._spin(0.3)  # until both sides have found each other
+        times.start = time.perf_counter()
+        answer = self._service.call_async(Generate.Request(**self._fields))
+        end = time.monotonic() + LIMIT
+        while not (done and answer.done()):
+            assert time.monotonic() < end, "the stream did not end"
+            rclpy.spin_once(self._node, timeout_sec=0.1)
+        self._node.destroy_subscription(subscription)
+        self._spin(0.1)
+        return times.first, times.per_token
+
+    def _spin(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            rclpy.spin_once(self._node, timeout_sec=0.02)
+
+    def close(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(10)
+        self._action.destroy()
+        self._node.destroy_node()
+
+
+def measure(arguments: argparse.Namespace) -> tuple[dict[str, list[tuple[float, float]]], str]:
+    options = (arguments.engine_dir, arguments.tokens, arguments.threads)
+    over_ros = OverRos(*options)
+    in_process = InProcess(*options)
+    paths = dict(zip(PATHS, (in_process.measure, over_ros.service, over_ros.action, over_ros.topic)))
+    found: dict[str, list[tuple[float, float]]] = {path: [] for path in paths}
+    try:
+        for path in paths.values():  # warm: discovery, caches, the prompt's KV
+            path()
+        for _ in range(arguments.rounds):
+            for path, run in paths.items():
+                found[path].append(run())
+    finally:
+        over_ros.close()
+        in_process.close()
+    return found, in_process.versions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("engine_dir", type=Path)
+    parser.add_argument("--tokens", type=int, default=200, help="generated tokens of each request")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 = the backend's choice")
+    parser.add_argument("--out", type=Path, help="file to append the JSON lines to")
+    arguments = parser.parse_args()
+    rclpy.init()
+    found, model = measure(arguments)
+    rclpy.shutdown()
+    medians = {path: [statistics.median(column) * 1e3 for column in zip(*rows)] for path, rows in found.items()}
+    base_first, base_step = medians["in process"]
+    print(f"{model}, {arguments.tokens} tokens, {arguments.rounds} rounds, {os.cpu_count()} cores")
+    print(f"{'path':<11}{'first token':>13}{'added':>10}{'per token':>13}{'added':>9}")
+    for path, (first, step) in medians.items():
+        added = "" if path == "in process" else f"{first - base_first:+8.2f} ms"
+        print(f"{path:<11}{first:>10.2f} ms{added:>10}{step:>10.3f} ms{(step / base_step - 1) * 100:>+8.1f}%")
+    versions = {
+        "edgellm_ros": __version__, "python": platform.python_version(),
+        "rmw": rclpy.get_rmw_implementation_identifier(),
+    }  # fmt: skip
+    lines = [
+        json.dumps({
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "versions": versions,
+            "model": model, "cores": os.cpu_count(), "tokens": arguments.tokens, "rounds": arguments.rounds,
+            "threads": arguments.threads, "path": path, "ttft_ms": round(first, 3), "ms_per_token": round(step, 4),
+            "in_process_ttft_ms": round(base_first, 3), "in_process_ms_per_token": round(base_step, 4),
+        })
+        for path, (first, step) in medians.items()
+    ]  # fmt: skip
+    print("\n".join(lines))
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(arguments.out, "a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
