@@ -14,14 +14,23 @@ from edgellm_ros.streams import RequestStream, Topics
 from edgellm_ros.threads import SerialThread, complete, new_future
 from engine_core.engine import Engine
 from engine_core.errors import NotActiveError
-from engine_core.request import GenerationResult, Piece
+from engine_core.request import GenerationRequest, GenerationResult, Piece
 from engine_core.worker import Ticket, Worker
+
+
+_QUICK_CHARS = 4096
+
+
+def _is_quick(request: GenerationRequest) -> bool:
+    num_chars = len(request.prompt) + sum(len(message.content) for message in request.messages)
+    return num_chars <= _QUICK_CHARS and not request.json_schema
 
 
 class Intake:
     """Takes requests while ``worker`` is set; used from the executor's thread only.
 
-    Templates, long texts and JSON schemas are worked on in a thread of its own: the executor stays free.
+    Long texts and JSON schemas are worked on in a thread of its own, so that the executor stays free; what takes
+    less than a millisecond is not worth the way there and back.
     """
 
     def __init__(self, node: Node, topics: Topics, settings: Settings) -> None:
@@ -71,7 +80,8 @@ class Intake:
             finally:
                 complete(self._node, done, result)
 
-        ticket = await self._thread.run(partial(worker.submit, request, on_piece=stream.piece, on_done=on_done))
+        submit = partial(worker.submit, request, on_piece=stream.piece, on_done=on_done)
+        ticket = submit() if _is_quick(request) else await self._thread.run(submit)
         if on_ticket is not None:
             on_ticket(ticket)
         return await done

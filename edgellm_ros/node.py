@@ -18,6 +18,7 @@ from edgellm_ros.endpoints import GenerateActionServer, GenerateService, PromptT
 from edgellm_ros.intake import Intake
 from edgellm_ros.msg import EngineStatus
 from edgellm_ros.parameters import (
+    Settings,
     check_declared,
     check_parameters,
     declare_parameters,
@@ -55,6 +56,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         declare_parameters(self)
         if problem := check_declared(self):
             raise ConfigurationError(problem)
+        self._parameters_changed = False
         self._error: Exception | None = None  # of the last failed configure, or the engine's fault
         self._topics = Topics(self)
         self._intake = Intake(self, self._topics, read_settings(self))
@@ -87,6 +89,8 @@ class LlmNode(LifecycleNodeMixin, Node):
         except Exception as error:
             self._fail("configure", error)
             return FAILURE
+        gc.collect()
+        gc.freeze()  # no later collection walks through all that the engine's libraries brought
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -139,6 +143,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         engine, self._intake.engine = self._intake.engine, None
         if engine is not None:
             engine.close()
+        gc.unfreeze()
         gc.collect()  # sessions and arenas now, not at some later allocation
 
     def _on_fault(self, error: Exception) -> None:
@@ -172,6 +177,7 @@ class LlmNode(LifecycleNodeMixin, Node):
     def _on_set_parameters(self, parameters) -> SetParametersResult:
         result = check_parameters(parameters, configured=self._state_machine.current_state[1] != "unconfigured")
         if result.successful:
+            self._parameters_changed = True
             self._refresh()  # looked at after they have been set: Humble has no callback for that
         return result
 
@@ -181,15 +187,19 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     def _on_look(self) -> None:
         """Takes over changed parameters and says how the node is."""
-        settings, before = read_settings(self), self._intake.settings
-        self._intake.settings = settings
+        if self._parameters_changed:
+            self._parameters_changed = False
+            self._take_over(read_settings(self))
+        status = make_status(self._intake, self._error)
+        status.header.stamp = self.get_clock().now().to_msg()
+        self._status.publish(status)
+
+    def _take_over(self, settings: Settings) -> None:
+        before, self._intake.settings = self._intake.settings, settings
         if (worker := self._intake.worker) is not None and settings != before:
             worker.update(queue_depth=settings.queue_depth, busy_policy=settings.busy_policy)
             if settings.system_prompt != before.system_prompt:
                 worker.warm_system_prompt(settings.system_prompt)
-        status = make_status(self._intake, self._error)
-        status.header.stamp = self.get_clock().now().to_msg()
-        self._status.publish(status)
 
     def _health(self) -> Health:
         return make_health(self._intake, self._topics, self._error)
