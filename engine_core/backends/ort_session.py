@@ -10,6 +10,8 @@ import onnxruntime as ort
 from engine_core.manifest import ModelGeometry
 
 MODEL_NAME = "model.onnx"
+# Of models with a sliding window: the graph for runtimes whose window leaves the query's own position out.
+WINDOW_BEFORE_1_24_NAME = "model.window_before_1_24.onnx"
 _ERROR, _FATAL = 3, 4  # ONNX Runtime's log severities
 
 
@@ -26,7 +28,7 @@ class OrtSession:
         self.max_context = max_context
         self.chunk = chunk
         self._session = ort.InferenceSession(
-            str(variant_dir / MODEL_NAME), session_options(threads), providers=["CPUExecutionProvider"]
+            str(_model_path(variant_dir)), session_options(threads), providers=["CPUExecutionProvider"]
         )
         shape = (geometry.num_layers, 1, 2, geometry.num_kv_heads, max_context, geometry.head_dim)
         self.kv_cache = np.empty(shape, dtype=np.float32)
@@ -77,6 +79,12 @@ class OrtSession:
     def terminate(self, stop: bool) -> None:
         """True: a ``prefill`` that runs or comes ends, with an exception, at its next node. From any thread."""
         self._prefill_options.terminate = stop
+
+
+def _model_path(variant_dir: Path) -> Path:
+    old = variant_dir / WINDOW_BEFORE_1_24_NAME
+    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    return old if version < (1, 24) and old.is_file() else variant_dir / MODEL_NAME
 
 
 def session_options(threads: int) -> ort.SessionOptions:

@@ -81,7 +81,14 @@ class GraphWriter:
         self._initializers[name] = _external(name, dtype, shape, int(place["offset"]), int(place["length"]))
         return name
 
-    def save(self, opsets: dict[str, int]) -> None:
+    def add_to_attribute(self, attribute: str, amount: int) -> bool:
+        """Adds ``amount`` to the integer ``attribute`` of every node that has it; False if none has."""
+        found = [a for node in self._nodes for a in node.attribute if a.name == attribute]
+        for each in found:
+            each.i += amount
+        return bool(found)
+
+    def save(self, opsets: dict[str, int], name: str = MODEL_NAME) -> None:
         graph = helper.make_graph(
             self._nodes, self._name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )
@@ -92,7 +99,7 @@ class GraphWriter:
             ir_version=9,  # what ONNX Runtime 1.17 and TensorRT 10 read
         )
         self._data.flush()
-        (self._directory / MODEL_NAME).write_bytes(model.SerializeToString(deterministic=True))
+        (self._directory / name).write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _external(name: str, dtype: np.dtype, shape: Sequence[int], offset: int, length: int) -> onnx.TensorProto:

@@ -19,6 +19,7 @@ from engine_core.build.weights import Weights
 from engine_core.errors import UnsupportedModelError
 
 _MS = "com.microsoft"
+WINDOW_BEFORE_1_24_NAME = "model.window_before_1_24.onnx"
 _OPSETS = {"": 17, _MS: 1}
 _HEAD_DIM_STEP = 16
 _ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, products are integers
@@ -179,6 +180,10 @@ class OrtDialect:
 
     def finish(self) -> None:
         self._writer.save(_OPSETS)
+        # Before 1.24 the runtime's local_window_size left the query's own position out: a second graph over the same
+        # weights for those (1.23 is the last one for Python 3.10, and so for JetPack 6).
+        if self._writer.add_to_attribute("local_window_size", -1):
+            self._writer.save(_OPSETS, WINDOW_BEFORE_1_24_NAME)
 
     # --- helpers ------------------------------------------------------------------------------------
 
