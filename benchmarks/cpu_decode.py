@@ -4,7 +4,7 @@
     python benchmarks/cpu_decode.py --shape llama-3.2-1b --engines ours-int4-head4,llama.cpp-q4_0
 
 Weights are random, the shapes are the real ones. Each measurement runs in a process of its own, the engines one after
-the other within each repeat; a figure is the median over the repeats. Prints a table, then one JSON line for each engine,
+the other within each repeat; a figure is the median over the repeats. Prints a table, then a JSON line for each engine,
 appended to benchmarks/results/cpu_decode.jsonl. Peers that are not installed are left out and named.
 """
 
@@ -101,7 +101,7 @@ def compare(options: argparse.Namespace) -> None:
         except ImportError as error:
             print(f"{name} left out: {error.name} is not installed")
     figures: dict[tuple[str, int], list[dict]] = {}
-    for repeat in range(options.repeats):
+    for _repeat in range(options.repeats):
         for name in list(engines):
             results = run_child(options, name)
             if results is None:
@@ -161,8 +161,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 512])
-    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work", help="checkpoints and engines; gigabytes")
-    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="append to the results file")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "benchmarks" / "work", help="checkpoints and engines; gigabytes"
+    )
+    parser.add_argument(
+        "--save", action=argparse.BooleanOptionalAction, default=True, help="append to the results file"
+    )
     parser.add_argument("--child", choices=sorted(ENGINES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     measure(options) if options.child else compare(options)

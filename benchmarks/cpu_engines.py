@@ -46,7 +46,9 @@ def _write_checkpoint(directory: Path, config: dict) -> None:
         return
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    write_safetensors(directory / "model.safetensors", {name: _random(rng, name, shape) for name, shape in _shapes(config)})
+    write_safetensors(
+        directory / "model.safetensors", {name: _random(rng, name, shape) for name, shape in _shapes(config)}
+    )
     (directory / "config.json").write_text(json.dumps(config))
 
 
@@ -178,7 +180,9 @@ def _write_gguf(gguf, path: Path, checkpoint: Path, config: dict, kind) -> None:
     writer.add_rope_dimension_count(config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2 if arch == "qwen2" else gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH.QWEN2 if arch == "qwen2" else gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"]
+    )
     file = SafetensorsFile(checkpoint / "model.safetensors")
     for name in file.names():
         values = file.read(name)

@@ -107,7 +107,7 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     rows = layout.head_rows
     return MemoryPlan(
         (
-            MemoryItem("weights", max(0, data - rope)),
+            MemoryItem("weights", max(0, data - rope) + manifest.options.get("packed_head_bytes", 0)),
             MemoryItem("kv_cache", kv_cache_bytes(**cache, max_context=layout.max_context, kv_cache_type="fp32")),
             MemoryItem("prefix_cache", prefix),
             MemoryItem("scratch", _scratch_bytes(layout, manifest)),

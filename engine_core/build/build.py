@@ -85,7 +85,14 @@ def build_engine(
             reduced_vocab_size=0 if kept is None else len(kept),
             group_size=precision.group_size,
             builder=_versions(),
-            options={"head_bits": precision.head_bits, "rope_dims": [rope.dim for rope in spec.ropes]},
+            options={
+                "head_bits": precision.head_bits,
+                "rope_dims": [rope.dim for rope in spec.ropes],
+                # The runtime packs the head anew while the token lookup keeps the bytes the two share.
+                "packed_head_bytes": spec.vocab_size * spec.hidden_size * precision.head_bits // 8
+                if spec.tied and kept is None
+                else 0,
+            },
         )
         manifest = seal(directory, manifest)
     report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")

@@ -122,7 +122,7 @@ class OrtDialect:
 
     def attention(self, index: int, qkv: str, layer: LayerSpec) -> str:
         spec = self._spec
-        query, key, value = (self._head_norms(index, qkv, layer) if layer.q_norm else (qkv, "", ""))
+        query, key, value = self._head_norms(index, qkv, layer) if layer.q_norm else (qkv, "", "")
         inputs = [query, key, value, f"past_key.{index}", f"past_value.{index}", "last_position", "length"]
         inputs += [f"rope_cos.{layer.rope}", f"rope_sin.{layer.rope}"]
         attributes: dict[str, float | int] = {"scale": spec.attention_scale}
