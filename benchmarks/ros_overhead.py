@@ -1,6 +1,6 @@
 """What ROS adds: the same request in process and through service, action and topic, from another process.
 
-    python3 benchmarks/ros_overhead.py ENGINE_DIR [--tokens 200] [--rounds 15] [--out benchmarks/results/ros_overhead.jsonl]
+    python3 benchmarks/ros_overhead.py ENGINE_DIR [--tokens 200] [--rounds 15] [--out FILE]
 
 The paths take turns within each round, so that a slow moment of the machine meets all of them; figures are medians over
 the rounds. The client's times run from before it sends the request to when its callback has the first piece:

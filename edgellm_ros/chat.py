@@ -1,7 +1,8 @@
 """A chat in the terminal over the node's action: ``ros2 run edgellm_ros chat`` or ``python3 -m edgellm_ros.chat``.
 
-The answer appears as it is generated. Ctrl-C cancels it; a second one, or one at the prompt, leaves. ``/reset`` forgets
-the conversation, ``/system TEXT`` sets the system prompt and forgets it, ``/quit`` leaves. Lines can also come from a pipe.
+The answer appears as it is generated. Ctrl-C cancels it; a second one, or one at the prompt, leaves. ``/reset``
+forgets the conversation, ``/system TEXT`` sets the system prompt and forgets it, ``/quit`` leaves. Lines can also come
+from a pipe.
 """
 
 from __future__ import annotations

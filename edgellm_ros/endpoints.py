@@ -1,4 +1,4 @@
-"""The services, the action and the prompt topic: one small callback each, on the executor's thread, none of them waiting."""
+"""The services, the action and the prompt topic: small callbacks on the executor's thread, none of them waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The node runs in a process of its own; tests are its clients over real ROS 2. The domain is set in test/conftest.py."""
+"""The node runs in a process of its own; tests are its clients over real ROS 2. test/conftest.py sets the domain."""
 
 from __future__ import annotations
 

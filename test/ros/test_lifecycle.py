@@ -100,7 +100,10 @@ def test_a_failing_configure_says_why_and_leaves_nothing(failing, what, code):
     if what not in ("missing", "context"):
         write_engine(directory, fail_load=what == "load")
         damage(directory, what)
-    llm.must_set(engine_dir=str(good if what == "context" else directory), max_context=99999 if what == "context" else 0)
+    if what == "context":
+        llm.must_set(engine_dir=str(good), max_context=99999)
+    else:
+        llm.must_set(engine_dir=str(directory), max_context=0)
     assert not llm.change(CONFIGURE) and llm.state() == UNCONFIGURED
     status = llm.status(lambda status: status.error_code == code)
     assert status.state == EngineStatus.UNCONFIGURED and status.error_message.endswith(".")
