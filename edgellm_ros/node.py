@@ -164,7 +164,7 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     def _autostart(self) -> None:
         """Configures and activates; a failure leaves the node unconfigured, to be configured by hand."""
-        self._autostart_timer.cancel()
+        self.destroy_timer(self._autostart_timer)
 
         def start() -> None:
             if self.trigger_configure() == SUCCESS:
