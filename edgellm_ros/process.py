@@ -72,7 +72,7 @@ def run_node(make_node: Callable[[], object], args: list[str] | None) -> int:
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     ended = threading.Event()
-    thread = threading.Thread(target=_spin, args=(executor, ended), name="edgellm-executor", daemon=True)
+    thread = threading.Thread(target=_spin, args=(executor, ended, stop), name="edgellm-executor", daemon=True)
     thread.start()
     stop.wait()
     if not _end(node, executor, thread, ended):
@@ -82,13 +82,16 @@ def run_node(make_node: Callable[[], object], args: list[str] | None) -> int:
     return 0
 
 
-def _spin(executor: SingleThreadedExecutor, ended: threading.Event) -> None:
+def _spin(executor: SingleThreadedExecutor, ended: threading.Event, stop: threading.Event) -> None:
     """A callback that raises (a client that vanished while it was answered) is logged and costs nobody else."""
-    while not ended.is_set():
+    while not ended.is_set() and executor.context.ok():
         try:
             executor.spin_once()
         except Exception:
-            get_logger("edgellm").error(f"A callback raised:\n{traceback.format_exc()}")
+            if executor.context.ok():
+                get_logger("edgellm").error(f"A callback raised:\n{traceback.format_exc()}")
+            time.sleep(0.01)  # what keeps on failing must not take a core
+    stop.set()  # also when somebody else has ended the context
 
 
 def _end(node, executor: SingleThreadedExecutor, thread: threading.Thread, ended: threading.Event) -> bool:
@@ -105,5 +108,6 @@ def _end(node, executor: SingleThreadedExecutor, thread: threading.Thread, ended
         return False
     node.destroy_node()
     executor.shutdown()
-    rclpy.shutdown()
+    if rclpy.ok():
+        rclpy.shutdown()
     return True
