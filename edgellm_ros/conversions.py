@@ -9,12 +9,11 @@ from typing import Any
 
 from edgellm_ros import msg
 from edgellm_ros.msg import ErrorCode
+from edgellm_ros.parameters import Settings
 from engine_core import errors
 from engine_core.errors import InvalidSamplingError
 from engine_core.memory import MemoryPlan
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, GenerationResult, SamplingParams
-
-from edgellm_ros.parameters import Settings
 
 # Class → code. The nearest base class counts; what is not in the table is a defect of ours.
 _ERROR_CODES: dict[type[Exception], int] = {

@@ -17,7 +17,6 @@ from engine_core.errors import NotActiveError
 from engine_core.request import GenerationRequest, GenerationResult, Piece
 from engine_core.worker import Ticket, Worker
 
-
 _QUICK_CHARS = 4096
 
 

@@ -6,7 +6,7 @@ import threading
 from array import array
 from collections.abc import Callable
 
-from rclpy.lifecycle import LifecycleNode
+from rclpy.lifecycle import LifecycleNodeMixin
 
 from edgellm_ros import qos
 from edgellm_ros.conversions import error_code, fill_stats, finish_reason, wire_text

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import rclpy
 from ament_index_python.packages import get_package_share_directory
-from edgellm_ros.action import Generate
-from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason
 from rclpy.action import ActionClient
 from rclpy.node import Node
+
+from edgellm_ros.action import Generate
+from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason
 
 
 class Planner(Node):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from fake_backend import MAX_CONTEXT
-from llm_client import ABORTED, CONFIGURE, fill
 
 from edgellm_ros.msg import ChatMessage, ErrorCode
 from edgellm_ros.srv import Generate
+from fake_backend import MAX_CONTEXT
+from llm_client import ABORTED, CONFIGURE, fill
 
 USER = ChatMessage(role="user", content="hello")
 BROKEN = "\udcff"  # stands for a byte that is not UTF-8; see send_bytes

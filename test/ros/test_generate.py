@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
-from llm_client import ABORTED, CANCELED, GREEDY_LONG, STREAM, SUCCEEDED, LlmClient
 from std_msgs.msg import String
 
 from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason, GenerationStats, Sentence
+from llm_client import ABORTED, CANCELED, GREEDY_LONG, STREAM, SUCCEEDED, LlmClient
 
 LONG = {"sampling": {"max_new_tokens": GREEDY_LONG}}
 
@@ -104,8 +104,9 @@ def test_policies(llm):
     assert result.text and result.error_code == 0
     llm.must_set(busy_policy="queue", queue_depth=1)
     goal = llm.goal("a", **LONG)
+    llm.until(lambda: goal.feedback)
     waiting = llm.generate_async("b", request_id="b")
-    llm.status(lambda status: status.queued == 1)
+    llm.status(lambda status: status.busy and status.queued == 1)
     full = llm.generate("c")
     assert full.error_code == ErrorCode.QUEUE_FULL and "queue_depth is 1" in full.error_message
     goal.cancel()

@@ -8,6 +8,9 @@ import time
 
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from lifecycle_msgs.msg import State, Transition
+
+from edgellm_ros.msg import EngineStatus, ErrorCode, FinishReason
 from fake_backend import write_engine
 from llm_client import (
     ABORTED,
@@ -21,9 +24,6 @@ from llm_client import (
     UNCONFIGURED,
     LlmClient,
 )
-from lifecycle_msgs.msg import State, Transition
-
-from edgellm_ros.msg import EngineStatus, ErrorCode, FinishReason
 
 LONG = {"sampling": {"max_new_tokens": GREEDY_LONG}}
 
@@ -136,7 +136,7 @@ def test_an_engine_fault_answers_everybody_and_configure_brings_the_node_back(no
     before = llm.generate("x").text
     goal = llm.goal("a", **LONG)
     waiting = [llm.generate_async(str(i)) for i in range(3)]
-    llm.status(lambda status: status.queued == 3)
+    llm.status(lambda status: status.busy and status.queued == 3)
     fault.touch()
     status, result = goal.result()
     assert (status, result.error_code, result.finish_reason) == (ABORTED, ErrorCode.ENGINE_FAULT, FinishReason.ERROR)
@@ -157,9 +157,9 @@ def test_an_engine_fault_answers_everybody_and_configure_brings_the_node_back(no
 def test_deactivate_finishes_or_cancels_the_running_request(nodes, engine_dir, policy):
     llm = nodes.start(engine_dir, deactivate_policy=policy, deactivate_timeout=10.0).bring_up()
     goal = llm.goal("a", sampling={"max_new_tokens": 150})  # 0.6 s
-    waiting = llm.generate_async("b")
-    llm.status(lambda status: status.queued == 1)
     llm.until(lambda: goal.feedback)
+    waiting = llm.generate_async("b")
+    llm.status(lambda status: status.busy and status.queued == 1)
     assert llm.change(DEACTIVATE) and llm.state() == INACTIVE
     expected = FinishReason.LENGTH if policy == "finish" else FinishReason.CANCELLED
     assert goal.result()[1].finish_reason == expected and goal.result()[1].text
@@ -196,19 +196,20 @@ def test_autostart(nodes, engine_dir, tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_a_request_is_a_cancel_and_a_clean_exit(nodes, engine_dir, signum):
     llm = nodes.start(engine_dir).bring_up()
-    answer, goal = llm.generate_async("a", **LONG), llm.goal("b", **LONG)
+    llm.listen()
+    answer = llm.generate_async("a", request_id="a", **LONG)
+    llm.until(lambda: llm.pieces_of("a"))
+    goal = llm.goal("b", **LONG)
     llm.status(lambda status: status.busy and status.queued == 1)
-    llm.spin(0.1)
     start = time.monotonic()
     llm.node_process.process.send_signal(signum)
-    node_process, llm.node_process = llm.node_process, None  # its end is no failure here
+    llm.may_end = True
     response = llm.wait(answer)
     assert response.finish_reason == FinishReason.CANCELLED and response.text and response.error_code == 0
     status, result = goal.result()
     assert (status, result.finish_reason) == (ABORTED, FinishReason.CANCELLED)
-    assert node_process.process.wait(5) == 0 and time.monotonic() - start < 3.0
-    assert "Traceback" not in node_process.log.read_text()
-    llm.node_process = node_process
+    assert llm.node_process.process.wait(5) == 0 and time.monotonic() - start < 3.0
+    assert "Traceback" not in llm.node_process.log.read_text()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

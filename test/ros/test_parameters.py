@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from llm_client import ACTIVATE, CLEANUP, CONFIGURE, DEACTIVATE, HERE, UNCONFIGURED
 from rcl_interfaces.msg import ParameterType
+from rclpy.parameter import Parameter
 
 from edgellm_ros.msg import FinishReason
 from edgellm_ros.parameters import SPECS, check_parameters
-from rclpy.parameter import Parameter
+from llm_client import ACTIVATE, CLEANUP, CONFIGURE, DEACTIVATE, HERE, UNCONFIGURED
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

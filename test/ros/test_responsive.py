@@ -10,10 +10,10 @@ import time
 
 import pytest
 from lifecycle_msgs.srv import GetState
-from llm_client import GREEDY_LONG, HERE
 from rcl_interfaces.srv import GetParameters
 
 from edgellm_ros.srv import GetInfo
+from llm_client import GREEDY_LONG, HERE
 
 LONG = {"sampling": {"max_new_tokens": GREEDY_LONG}}
 LIMIT = 0.05  # s
@@ -29,6 +29,7 @@ llm.listen()
 goal = llm.goal("going to die", sampling={{"max_new_tokens": 500}})
 answer = llm.generate_async("and me", request_id="orphan")
 llm.until(lambda: goal.feedback)
+llm.status(lambda status: status.busy and status.queued == 1)  # the node has both
 print("streaming", flush=True)
 llm.spin(60.0)
 """
