@@ -1,0 +1,33 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from engine_core.config import BACKENDS, QUANTIZATIONS, EngineConfig
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("engine_dir", type=Path)
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="which variant (default: auto)")
+
+
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """How the engine is opened; see ``engine_config``."""
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument("--max-context", type=int, default=0, help="tokens (0: what the engine was built for)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: the backend's choice)")
+    parser.add_argument("--vocab-map", default="auto", help="auto, none or a safetensors file")
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """What ``add_engine`` and ``add_opening`` were given."""
+    return EngineConfig(
+        engine_dir=options.engine_dir,
+        backend=options.backend,
+        quantization=options.quantization,
+        max_context=options.max_context,
+        num_threads=options.threads,
+        vocab_map=options.vocab_map,
+    )

@@ -1,0 +1,84 @@
+"""``edgellm build``: an engine from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from engine_core.errors import BuildError
+
+
+def add(commands) -> None:
+    parser = commands.add_parser("build", help="make an engine from a Hugging Face checkpoint directory")
+    parser.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors")
+    parser.add_argument("engine_dir", type=Path, help="where to write; several variants go to its subdirectories")
+    parser.add_argument("--backend", choices=("onnxruntime", "cuda"), default="onnxruntime")
+    parser.add_argument(
+        "--quantization",
+        default="",
+        help="fp32, int8 or int4 (cuda: fp16 or int4); several, with commas: one subdirectory each "
+        "(default: int8, cuda: fp16)",
+    )
+    parser.add_argument(
+        "--max-context", type=int, default=0, help="tokens, prompt and answer together (0: the model's, at most 4096)"
+    )
+    parser.add_argument(
+        "--group-size", type=int, default=0, help="weights that share a scale, for int8 and int4 (default: 32)"
+    )
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        default=0,
+        choices=(0, 4, 8),
+        help="of LM head and embedding in int8 and int4 (default: 8)",
+    )
+    parser.add_argument("--vocab-map", type=Path, help="safetensors file of the token ids a smaller LM head keeps")
+    parser.add_argument("--name", default="", help="the model's name in the manifest")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.backend == "cuda":
+        return _build_cuda(options)
+    try:
+        from engine_core.build.build import build_engine
+    except ImportError as error:
+        raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
+    kinds = _kinds(options.quantization or "int8")
+    for kind in kinds:
+        group = {} if kind == "fp32" else {"group_size": options.group_size, "head_bits": options.head_bits}
+        build_engine(
+            options.checkpoint,
+            options.engine_dir / kind if len(kinds) > 1 else options.engine_dir,
+            quantization=kind,
+            max_context=options.max_context,
+            vocab_map=options.vocab_map,
+            model_name=options.name,
+            report=print,
+            **group,
+        )
+    return 0
+
+
+def _kinds(quantizations: str) -> list[str]:
+    return [kind.strip() for kind in quantizations.split(",") if kind.strip()]
+
+
+def _build_cuda(options: argparse.Namespace) -> int:
+    from engine_core.build.cuda import build_cuda
+
+    if options.group_size not in (0, 128) or options.head_bits:
+        raise BuildError("The cuda backend's int4 has groups of 128 and a head in int4; leave both options out.")
+    kinds = _kinds(options.quantization or "fp16")
+    for kind in kinds:
+        engine_dir = options.engine_dir / kind if len(kinds) > 1 else options.engine_dir
+        build_cuda(
+            options.checkpoint,
+            engine_dir,
+            quantization=kind,
+            max_context=options.max_context,
+            vocab_map=options.vocab_map,
+            model_name=options.name,
+        )
+        print(f"Built {engine_dir} for the cuda backend with {kind} weights")
+    return 0

@@ -1,0 +1,66 @@
+"""``edgellm generate``: one answer, streamed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from engine_core.commands.arguments import add_engine, add_opening, engine_config
+
+
+def add(commands) -> None:
+    parser = commands.add_parser("generate", help="answer one prompt, streamed to stdout")
+    add_engine(parser)
+    add_opening(parser)
+    parser.add_argument("prompt", help="the user's message; - reads it from stdin")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    parser.add_argument("--system", default="", help="system prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stats", action="store_true", help="token counts and times on stderr")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from engine_core.engine import CancelToken, Engine
+    from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
+
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    system = (ChatMessage("system", options.system),) if options.system else ()
+    content = {"prompt": text} if options.raw else {"messages": (*system, ChatMessage("user", text))}
+    request = GenerationRequest(
+        "cli",
+        sampling=SamplingParams(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            seed=options.seed,
+            max_new_tokens=options.max_new_tokens,
+        ),
+        **content,
+    )
+    request.validate()  # before the engine is loaded
+    report = (lambda line: print(line, file=sys.stderr)) if options.stats else (lambda line: None)
+    engine = Engine.open(engine_config(options), report)
+    try:
+        pieces = engine.generate(engine.prepare(request), CancelToken())
+        while True:
+            try:
+                print(next(pieces).text, end="", flush=True)
+            except StopIteration as end:
+                result = end.value
+                break
+        print(flush=True)
+    finally:
+        engine.close()
+    if options.stats:
+        print(
+            f"{result.prompt_tokens} prompt tokens, {result.generated_tokens} generated, first after "
+            f"{result.time_to_first_token * 1e3:.1f} ms, then {result.tokens_per_second:.1f} tokens/s "
+            f"({result.finish_reason.value})",
+            file=sys.stderr,
+        )
+    return 0
