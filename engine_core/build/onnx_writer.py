@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
-_ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
-_INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
+ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
+INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
 
 
 class GraphWriter:
@@ -57,7 +57,7 @@ class GraphWriter:
         if name in self._initializers:
             return name
         value = np.asarray(value, order="C")
-        if value.nbytes > _INLINE_BYTES:
+        if value.nbytes > INLINE_BYTES:
             return self.stream(name, value.dtype, value.shape, [value])
         self._initializers[name] = onnx.numpy_helper.from_array(value, name)
         return name
@@ -65,7 +65,7 @@ class GraphWriter:
     def stream(self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray]) -> str:
         """A tensor that arrives in blocks along its first axis; only one of them is in memory at a time."""
         assert name not in self._initializers
-        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
         offset = self._data.tell()
         for block in blocks:
             self._data.write(np.ascontiguousarray(block, dtype=dtype).data)
