@@ -92,9 +92,13 @@ class CheckpointEstimate:
 
     def plan(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> MemoryPlan:
         """Every byte by purpose, against what is free on ``device``. Raises UnsupportedModelError."""
-        items = self._cpu_items if backend == "onnxruntime" else self._gpu_items
-        found = items(quantization, backend, size, device)
+        found = self.plan_items(quantization, backend, size, device.num_sms)
         return MemoryPlan(tuple(MemoryItem(name, count) for name, count in found.items()), device.free, device.title)
+
+    def plan_items(self, quantization: str, backend: str, size: Size, num_sms: int = 0) -> dict[str, int]:
+        """Bytes by purpose. Raises UnsupportedModelError."""
+        items = self._cpu_items if backend == "onnxruntime" else self._gpu_items
+        return items(quantization, backend, size, num_sms)
 
     def why_not(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> str:
         """Empty if a backend of this version runs it on ``device``, else the first reason against it."""
@@ -121,13 +125,17 @@ class CheckpointEstimate:
             check_supported(spec, size.max_context)
         except UnsupportedModelError as error:
             return str(error)
-        if quantization == "int4":
-            for rows, columns in (*_matrices(spec), (size.head_rows or spec.vocab_size, spec.hidden_size)):
-                if not int4_layout.fits(rows, columns):
-                    return (
-                        f"a matrix is {rows} × {columns}, but int4 takes rows in multiples of {int4_layout.TILE} and "
-                        f"columns in multiples of {int4_layout.GROUP}"
-                    )
+        return self.why_not_int4(size.head_rows or spec.vocab_size) if quantization == "int4" else ""
+
+    def why_not_int4(self, head_rows: int) -> str:
+        """Empty if the cuda backend's int4 records can hold every matrix."""
+        spec = self.spec
+        for rows, columns in (*_matrices(spec), (head_rows, spec.hidden_size)):
+            if not int4_layout.fits(rows, columns):
+                return (
+                    f"a matrix is {rows} × {columns}, but int4 takes rows in multiples of {int4_layout.TILE} and "
+                    f"columns in multiples of {int4_layout.GROUP}"
+                )
         return ""
 
     def _why_not_configured(self, quantization: str, backend: str, size: Size) -> str:
@@ -144,7 +152,7 @@ class CheckpointEstimate:
 
     # --- CPU ------------------------------------------------------------------------------------------
 
-    def _cpu_items(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> dict[str, int]:
+    def _cpu_items(self, quantization: str, backend: str, size: Size, num_sms: int) -> dict[str, int]:
         manifest = self._cpu_manifest(quantization, size)
         layout, kv = _resolved(lambda config: resolve(self.directory, manifest, config), size)
         layout = dataclasses.replace(layout, head_rows=size.head_rows or self.spec.vocab_size)
@@ -175,12 +183,12 @@ class CheckpointEstimate:
 
     # --- GPU ------------------------------------------------------------------------------------------
 
-    def _gpu_items(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> dict[str, int]:
+    def _gpu_items(self, quantization: str, backend: str, size: Size, num_sms: int) -> dict[str, int]:
         stored = quantization if backend == "cuda" else "fp16"  # the scratch of 16-bit products
         manifest = self._gpu_manifest(stored, size)
         cuda, kv = _resolved(lambda config: CudaSpec.create(manifest, config), size)
         cuda = dataclasses.replace(cuda, head_rows=size.head_rows or self.spec.vocab_size)
-        items = bytes_by_purpose(weight_arrays(cuda), work_arrays(cuda, device.num_sms or 1))
+        items = bytes_by_purpose(weight_arrays(cuda), work_arrays(cuda, num_sms or 1))
         items["runtime"] = RUNTIME_BYTES
         if backend != "cuda":
             items["weights"] = format_bytes_of(self.spec, FORMATS[quantization], cuda.head_rows)
