@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends import Backend, TokenSampling, backend_class
+from engine_core.backends.ort_plan import DATA_NAME
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.manifest import Manifest, read_manifest, select_variant
@@ -58,7 +59,7 @@ class Benchmark:
         self.load_time = time.perf_counter() - start
         self.peak_resident = 0
         self.threads = _threads(directory, self.manifest, config)
-        self.bytes_per_step = step_bytes(self.manifest, self.plan, directory, config)
+        self.bytes_per_step = step_bytes(self.manifest, self.plan, config, self.backend.reduced_vocab_size)
 
     def __enter__(self) -> Benchmark:
         return self
@@ -111,8 +112,8 @@ class Benchmark:
         return times[0] - start, np.diff(times)
 
 
-def step_bytes(manifest: Manifest, plan: MemoryPlan, directory: Path, config: EngineConfig) -> int:
-    """Bytes of weights a decode step reads: all but the table that one token's embedding is looked up in.
+def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
+    """Bytes of weights a decode step reads: the layers and ``head_rows`` of the LM head, not the token lookup's table.
 
     The KV cache is not in it: it grows with the position.
     """
@@ -123,12 +124,16 @@ def step_bytes(manifest: Manifest, plan: MemoryPlan, directory: Path, config: En
         spec = CudaSpec.create(manifest, config)
         arrays = weight_arrays(spec)
         return sum(array.nbytes for name, array in arrays.items() if name != "embed" or not spec.has_head)
-    weights = plan.item("weights")
-    if options.get("packed_head_bytes"):  # the head and the lookup share one stored table
-        return weights - options["packed_head_bytes"]
+    if manifest.backend != "onnxruntime":
+        return plan.item("weights")
     bits = options.get("head_bits", 32)
-    scales = 0 if not manifest.group_size else 4 * math.ceil(geometry.hidden_size / manifest.group_size)
-    return weights - geometry.vocab_size * (geometry.hidden_size * bits // 8 + scales)
+    scales = 4 * math.ceil(geometry.hidden_size / manifest.group_size) if bits < 16 else 0
+    row = geometry.hidden_size * bits // 8 + scales
+    tables = geometry.vocab_size  # rows of the file's tables: the lookup's, and the head's where it has its own
+    if not options.get("packed_head_bytes"):
+        tables += manifest.reduced_vocab_size or geometry.vocab_size
+    layers = manifest.files[DATA_NAME].size - plan.item("rope") - tables * row
+    return layers + head_rows * row
 
 
 def _check_backend(config: EngineConfig, manifest: Manifest) -> None:

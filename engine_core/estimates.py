@@ -35,6 +35,8 @@ GPU_VARIANTS = (
     ("nvfp4", "tensorrt"),
 )
 KV_TYPES = {"onnxruntime": ("fp32", "int8"), "cuda": ("fp16", "int8", "fp8"), "tensorrt": ("fp16", "int8", "fp8")}
+# A graph for each KV type: what a builder writes for those its backend has.
+_GRAPHS = ("model.onnx", "model.kv_fp16.onnx", "model.kv_int8.onnx")
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class CheckpointEstimate:
             size,
             group_size=precision.group_size,
             options=engine_options(spec, precision, shares_head=shares_head),
-            files={DATA_NAME: FileRecord(data, "")},
+            files={DATA_NAME: FileRecord(data, "")} | {name: FileRecord(0, "") for name in _GRAPHS},
         )
 
     def _count_data(self, precision, max_context: int, head_rows: int) -> int:
@@ -209,7 +211,7 @@ class CheckpointEstimate:
             geometry=self.spec.geometry(self.num_parameters),
             backend=backend,
             quantization=quantization,
-            kv_cache_type="",
+            kv_cache_type=size.kv_cache_type or KV_TYPES[backend][0],
             max_context=size.max_context,
             max_batch=1,
             eos_token_ids=(),

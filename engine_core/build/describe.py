@@ -8,7 +8,7 @@ from pathlib import Path
 from engine_core.build.build import QUANTIZATIONS
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.cuda import check_supported
-from engine_core.build.model import ModelSpec, check_tensors
+from engine_core.build.model import ModelSpec, check_tensors, read_spec
 from engine_core.build.rope import RopeSpec
 from engine_core.build.shapes import ConfigCheckpoint, read_shapes, stored_bytes
 from engine_core.errors import CheckpointError, EdgeLLMError, UnsupportedModelError
@@ -36,12 +36,9 @@ def describe_checkpoint(directory: Path) -> dict:
     try:
         _, spec, num_parameters = read_shapes(directory)
         found |= _sizes(spec, num_parameters, config)
-        if source.stored_quantization:
-            raise UnsupportedModelError(
-                f"the checkpoint is quantized ({found['quantization']}), which the builders of this version do not read"
-            )
-        if found["weights_bytes"]:
-            check_tensors(spec, Checkpoint(directory))
+        if found["weights_bytes"]:  # what the builders do first
+            checkpoint = Checkpoint(directory)
+            check_tensors(read_spec(checkpoint), checkpoint)
         found["supported"] = True
         backends, why_not = _backends(directory, spec)
     except (UnsupportedModelError, CheckpointError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -11,8 +12,8 @@ from onnx import TensorProto, helper
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
-ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
-INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
+_ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
+_INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
 
 
 class GraphWriter:
@@ -21,11 +22,14 @@ class GraphWriter:
     def __init__(self, directory: Path, name: str) -> None:
         self._directory = directory
         self._name = name
-        self._data = open(directory / DATA_NAME, "wb")
+        self._data = self._open_data()
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
+
+    def _open_data(self) -> BinaryIO:
+        return open(self._directory / DATA_NAME, "wb")
 
     def __enter__(self) -> GraphWriter:
         return self
@@ -57,7 +61,7 @@ class GraphWriter:
         if name in self._initializers:
             return name
         value = np.asarray(value, order="C")
-        if value.nbytes > INLINE_BYTES:
+        if value.nbytes > _INLINE_BYTES:
             return self.stream(name, value.dtype, value.shape, [value])
         self._initializers[name] = onnx.numpy_helper.from_array(value, name)
         return name
@@ -65,7 +69,7 @@ class GraphWriter:
     def stream(self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray]) -> str:
         """A tensor that arrives in blocks along its first axis; only one of them is in memory at a time."""
         assert name not in self._initializers
-        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         offset = self._data.tell()
         for block in blocks:
             self._data.write(np.ascontiguousarray(block, dtype=dtype).data)

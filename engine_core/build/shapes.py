@@ -46,6 +46,9 @@ class ConfigCheckpoint:
         assert isinstance(rows, slice)
         return np.broadcast_to(np.float32(0), self._shapes[name])
 
+    def stored(self, name: str) -> None:
+        """As for a checkpoint that is not quantized."""
+
     def describe(self, spec: ModelSpec) -> None:
         """Takes the shapes of ``spec`` as its own."""
         self._shapes = spec.shapes()

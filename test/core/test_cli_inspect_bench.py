@@ -23,7 +23,6 @@ from engine_core.planning import plan_engine
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
 PARAMETERS = 6_820_096
-EMBEDDING = 2048 * 256
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +146,7 @@ def test_bytes_of_a_step(engine, tmp_path):
     for quantization, expected in (("fp16", 2 * PARAMETERS), ("int4", PARAMETERS * (0.5 + 2 / 128))):
         manifest = build_cuda(DEMO, tmp_path / quantization, quantization=quantization, max_context=64)
         config = EngineConfig(tmp_path / quantization)
-        assert step_bytes(manifest, row.plan, config.engine_dir, config) == pytest.approx(expected, rel=0.01)
+        assert step_bytes(manifest, row.plan, config, 2048) == pytest.approx(expected, rel=0.01)
 
 
 def test_interrupting_bench_leaves_no_traceback(engine):
