@@ -14,7 +14,7 @@ from pathlib import Path
 from engine_core.backends import backend_names
 from engine_core.devices import DeviceProfile
 from engine_core.errors import BackendUnavailableError
-from engine_core.estimates import GPU_VARIANTS
+from engine_core.estimates import GPU_VARIANTS, cpu_variants
 from engine_core.gpu_info import GpuReport, find_gpus
 
 # Distributions by what they are for; several names = alternatives.
@@ -179,7 +179,7 @@ def _read(path: Path) -> str:
 
 def cpu_checks(packages: dict[str, str]) -> list[Check]:
     try:
-        from engine_core.build.build import QUANTIZATIONS as quantizations
+        quantizations = cpu_variants()
     except ImportError:  # of onnx, which only the builder needs
         quantizations = ("fp32", "int8", "int4")
     why_not, install = "", ""

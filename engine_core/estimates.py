@@ -34,6 +34,8 @@ GPU_VARIANTS = (
     ("int4_awq", "tensorrt"),
     ("nvfp4", "tensorrt"),
 )
+_CPU_VARIANTS = ("fp32", "int8", "int4", "int4_awq")  # those that the runtime computes with as they are stored
+_AWQ_GROUP = 128
 KV_TYPES = {"onnxruntime": ("fp32", "int8"), "cuda": ("fp16", "int8", "fp8"), "tensorrt": ("fp16", "int8", "fp8")}
 # A graph for each KV type: what a builder writes for those its backend has.
 _GRAPHS = ("model.onnx", "model.kv_fp16.onnx", "model.kv_int8.onnx")
@@ -87,9 +89,7 @@ class CheckpointEstimate:
     def variants(self, backend: str) -> tuple[tuple[str, str], ...]:
         """(quantization, backend) of every column for ``backend``; gpu means those of all GPU backends."""
         if backend == "onnxruntime":
-            from engine_core.build.build import QUANTIZATIONS
-
-            return tuple((quantization, backend) for quantization in QUANTIZATIONS)
+            return tuple((quantization, backend) for quantization in cpu_variants())
         return tuple(pair for pair in GPU_VARIANTS if backend in ("gpu", pair[1]))
 
     def plan(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> MemoryPlan:
@@ -167,7 +167,7 @@ class CheckpointEstimate:
         spec = self.spec
         precision = precision_of(quantization)
         rows = size.head_rows or spec.vocab_size
-        data = self._data_bytes(precision, size.max_context, rows)
+        data = self._data_bytes(quantization, size.max_context, rows)
         shares_head = spec.tied and rows == spec.vocab_size
         return self._manifest(
             "onnxruntime",
@@ -178,10 +178,14 @@ class CheckpointEstimate:
             files={DATA_NAME: FileRecord(data, "")} | {name: FileRecord(0, "") for name in _GRAPHS},
         )
 
-    def _count_data(self, precision, max_context: int, head_rows: int) -> int:
+    def _count_data(self, quantization: str, max_context: int, head_rows: int) -> int:
+        from engine_core.build.build import precision_of
         from engine_core.build.ort_size import data_bytes
 
-        return data_bytes(self.checkpoint, self.spec, precision, max_context, head_rows)
+        checkpoint = self.checkpoint
+        if quantization == "int4_awq":  # its levels come with the checkpoint
+            checkpoint = checkpoint.with_levels(4, _AWQ_GROUP)
+        return data_bytes(checkpoint, self.spec, precision_of(quantization), max_context, head_rows)
 
     # --- GPU ------------------------------------------------------------------------------------------
 
@@ -231,6 +235,13 @@ class CheckpointEstimate:
         for name in ("kv_cache", "io"):
             result[name] *= size.max_batch
         return result
+
+
+def cpu_variants() -> tuple[str, ...]:
+    """What this version builds for the onnxruntime backend. Raises ImportError without onnx."""
+    from engine_core.build.build import QUANTIZATIONS
+
+    return tuple(kind for kind in _CPU_VARIANTS if kind in QUANTIZATIONS)
 
 
 def format_bytes_of(spec: ModelSpec, number_format: NumberFormat, head_rows: int) -> int:

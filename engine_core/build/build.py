@@ -67,7 +67,7 @@ def build_engine(
     report(f"Building {spec.architecture} with {num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}")
     with write_variant(Path(out_dir)) as directory:
         with GraphWriter(directory, spec.architecture) as writer:
-            write_decoder(spec, dialect_of(precision)(writer, weights, precision, max_context))
+            write_decoder(spec, OrtDialect(writer, weights, precision, max_context))
         for name in _COPIED:
             if (checkpoint.directory / name).is_file():
                 shutil.copyfile(checkpoint.directory / name, directory / name)
@@ -100,11 +100,6 @@ def engine_options(spec: ModelSpec, precision: Precision, *, shares_head: bool) 
         # The runtime packs the head anew while the token lookup keeps the bytes the two share.
         "packed_head_bytes": spec.vocab_size * spec.hidden_size * precision.head_bits // 8 if shares_head else 0,
     }
-
-
-def dialect_of(precision: Precision) -> type[OrtDialect]:
-    """What writes a graph of such weights."""
-    return OrtDialect
 
 
 def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> Precision:

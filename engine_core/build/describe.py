@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from engine_core.build.build import QUANTIZATIONS
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.cuda import check_supported
 from engine_core.build.model import ModelSpec, check_tensors, read_spec
 from engine_core.build.rope import RopeSpec
 from engine_core.build.shapes import ConfigCheckpoint, read_shapes, stored_bytes
 from engine_core.errors import CheckpointError, EdgeLLMError, UnsupportedModelError
-from engine_core.estimates import CheckpointEstimate, Size
+from engine_core.estimates import CheckpointEstimate, Size, cpu_variants
 from engine_core.kernels import int4_layout
 from engine_core.safetensors_file import SafetensorsFile
 
@@ -81,7 +80,7 @@ def _backends(directory: Path, spec: ModelSpec) -> tuple[dict[str, list[str]], d
     estimate = CheckpointEstimate(directory)
     try:
         estimate.plan_items("fp32", "onnxruntime", Size(context))
-        backends["onnxruntime"] = list(QUANTIZATIONS)
+        backends["onnxruntime"] = list(cpu_variants())
     except EdgeLLMError as error:
         why_not["onnxruntime"] = str(error)
     try:

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from engine_core.build.build import dialect_of
 from engine_core.build.model import ModelSpec
 from engine_core.build.onnx_graph import write_decoder
 from engine_core.build.onnx_writer import GraphWriter
-from engine_core.build.ort_dialect import Precision
+from engine_core.build.ort_dialect import OrtDialect, Precision
 from engine_core.build.rope import RopeSpec
 from engine_core.build.shapes import ConfigCheckpoint
 from engine_core.build.weights import Weights
@@ -74,5 +73,5 @@ def data_bytes(
     kept = None if head_rows == spec.vocab_size else np.arange(head_rows, dtype=np.int32)
     weights = Weights(checkpoint, dataclasses.replace(spec, ropes=ropes), kept)
     writer = _CountingWriter(checkpoint.directory, spec.architecture)
-    write_decoder(weights.spec, dialect_of(precision)(writer, weights, precision, max_context))
+    write_decoder(weights.spec, OrtDialect(writer, weights, precision, max_context))
     return writer.num_bytes

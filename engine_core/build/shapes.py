@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -26,6 +28,7 @@ class ConfigCheckpoint:
         # A quantized checkpoint has the same model inside: its plan is that of the variants made from it.
         self.stored_quantization = self.config.pop("quantization_config", None)
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._levels: SimpleNamespace | None = None
 
     def __contains__(self, name: str) -> bool:
         config = self.config
@@ -46,8 +49,17 @@ class ConfigCheckpoint:
         assert isinstance(rows, slice)
         return np.broadcast_to(np.float32(0), self._shapes[name])
 
-    def stored(self, name: str) -> None:
-        """As for a checkpoint that is not quantized."""
+    def stored(self, name: str) -> SimpleNamespace | None:
+        """How a weight lies in the checkpoint; None: it is not quantized."""
+        return self._levels
+
+    def with_levels(self, bits: int, group_size: int) -> ConfigCheckpoint:
+        """The same checkpoint with its matrices quantized to integers, in groups of ``group_size`` columns."""
+        other = copy.copy(self)
+        other._levels = SimpleNamespace(
+            kind=f"int{bits}", bits=bits, group_size=group_size, has_zeros=False, order=None
+        )
+        return other
 
     def describe(self, spec: ModelSpec) -> None:
         """Takes the shapes of ``spec`` as its own."""
