@@ -166,8 +166,12 @@ def test_a_reduced_vocabulary_is_planned_as_it_is_built(tmp_path):
 
 
 def test_the_plan_of_awq_is_that_of_the_engine_built_from_an_awq_checkpoint(tmp_path):
-    quantize = pytest.importorskip("engine_core.build.quantize.quantizer").quantize_checkpoint
-    quantize(ROOT / "models" / "demo", tmp_path / "checkpoint", method="int4_awq", num_samples=2, sequence_length=64)
+    pytest.importorskip("engine_core.build.quantize.quantizer")
+    from engine_core.build.quantize import quantize_checkpoint
+
+    quantize_checkpoint(
+        ROOT / "models" / "demo", tmp_path / "checkpoint", method="int4_awq", num_samples=2, sequence_length=64
+    )
     manifest = build_engine(tmp_path / "checkpoint", tmp_path / "engine", quantization="int4_awq", max_context=512)
     planned = backend_class("onnxruntime").plan(tmp_path / "engine", manifest, EngineConfig(tmp_path / "engine"))
     for directory in (ROOT / "models" / "demo", tmp_path / "checkpoint"):
