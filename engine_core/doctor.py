@@ -11,10 +11,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engine_core.backends import backend_names
 from engine_core.devices import DeviceProfile
 from engine_core.errors import BackendUnavailableError
-from engine_core.estimates import GPU_VARIANTS, cpu_variants
+from engine_core.estimates import GPU_VARIANTS, cpu_variants, why_no_builder
 from engine_core.gpu_info import GpuReport, find_gpus
 
 # Distributions by what they are for; several names = alternatives.
@@ -194,8 +193,8 @@ def cpu_checks(packages: dict[str, str]) -> list[Check]:
 def gpu_checks(packages: dict[str, str], gpus: GpuReport, on_jetson: bool) -> list[Check]:
     checks = []
     for quantization, backend in sorted(GPU_VARIANTS, key=lambda pair: pair[1]):
-        if backend not in backend_names():
-            checks.append(Check(backend, quantization, f"the {backend} backend is not part of this version"))
+        if reason := why_no_builder(quantization, backend):
+            checks.append(Check(backend, quantization, reason))
             continue
         if gpus.why_none:
             checks.append(Check(backend, quantization, gpus.why_none, _driver_line(on_jetson)))

@@ -8,6 +8,7 @@ hands it to the backend's own plan. Only what no backend of this version runs is
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ GPU_VARIANTS = (
 )
 _CPU_VARIANTS = ("fp32", "int8", "int4", "int4_awq")  # those that the runtime computes with as they are stored
 _AWQ_GROUP = 128
-KV_TYPES = {"onnxruntime": ("fp32", "int8"), "cuda": ("fp16", "int8", "fp8"), "tensorrt": ("fp16", "int8", "fp8")}
+KV_TYPES = {"onnxruntime": ("fp32", "fp16", "int8"), "cuda": ("fp16", "int8", "fp8"), "tensorrt": ("fp16", "int8", "fp8")}
 # A graph for each KV type: what a builder writes for those its backend has.
 _GRAPHS = ("model.onnx", "model.kv_fp16.onnx", "model.kv_int8.onnx")
 
@@ -90,7 +91,8 @@ class CheckpointEstimate:
         """(quantization, backend) of every column for ``backend``; gpu means those of all GPU backends."""
         if backend == "onnxruntime":
             return tuple((quantization, backend) for quantization in cpu_variants())
-        return tuple(pair for pair in GPU_VARIANTS if backend in ("gpu", pair[1]))
+        own = (("fp16", "tensorrt"),) if backend == "tensorrt" else ()  # of all GPU backends, cuda has the fp16 column
+        return own + tuple(pair for pair in GPU_VARIANTS if backend in ("gpu", pair[1]))
 
     def plan(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> MemoryPlan:
         """Every byte by purpose, against what is free on ``device``. Raises UnsupportedModelError."""
@@ -107,7 +109,7 @@ class CheckpointEstimate:
         checks: tuple[Callable[[], str], ...] = (
             lambda: device.why_not(quantization) if backend != "onnxruntime" else "",
             lambda: device.why_not(size.kv_cache_type) if backend != "onnxruntime" else "",
-            lambda: "" if backend in backend_names() else f"the {backend} backend is not part of this version",
+            lambda: why_no_builder(quantization, backend),
             lambda: self._why_not_built(quantization, backend, size),
             lambda: self._why_not_configured(quantization, backend, size),
         )
@@ -235,6 +237,20 @@ class CheckpointEstimate:
         for name in ("kv_cache", "io"):
             result[name] *= size.max_batch
         return result
+
+
+def why_no_builder(quantization: str, backend: str) -> str:
+    """Empty if this version has the backend and builds the variant for it."""
+    if backend not in backend_names():
+        return f"the {backend} backend is not part of this version"
+    if backend == "tensorrt":
+        try:
+            built = importlib.import_module("engine_core.build.tensorrt").QUANTIZATIONS
+        except ImportError as error:
+            return f"building for tensorrt needs the Python package {error.name!r}"
+        if quantization not in built:
+            return f"this version builds {' and '.join(built)} for tensorrt, not {quantization}"
+    return ""
 
 
 def cpu_variants() -> tuple[str, ...]:
