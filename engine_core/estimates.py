@@ -37,7 +37,8 @@ GPU_VARIANTS = (
 )
 _CPU_VARIANTS = ("fp32", "int8", "int4", "int4_awq")  # those that the runtime computes with as they are stored
 _AWQ_GROUP = 128
-KV_TYPES = {"onnxruntime": ("fp32", "fp16", "int8"), "cuda": ("fp16", "int8", "fp8"), "tensorrt": ("fp16", "int8", "fp8")}
+_GPU_KV_TYPES = ("fp16", "int8", "fp8")
+KV_TYPES = {"onnxruntime": ("fp32", "fp16", "int8"), "cuda": _GPU_KV_TYPES, "tensorrt": _GPU_KV_TYPES}
 # A graph for each KV type: what a builder writes for those its backend has.
 _GRAPHS = ("model.onnx", "model.kv_fp16.onnx", "model.kv_int8.onnx")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", left: int = 1) -> None:
-    """``left``: that many first columns are texts, the rest are numbers. An empty row is a rule."""
+    """``left``: that many first columns are texts, the rest are numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -20,10 +20,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index < left else "right", no_wrap=True)
     for row in rows:
-        if row:
-            table.add_row(*(Text(cell) for cell in row))
-        else:
-            table.add_section()
+        table.add_row(*(Text(cell) for cell in row))
     # As wide as the table needs: a narrow terminal wraps its lines, a pipe keeps them whole.
     console = Console(width=10_000, highlight=False, no_color=not is_terminal)
     console = Console(width=console.measure(table).maximum, highlight=False, no_color=not is_terminal)
