@@ -83,6 +83,8 @@ def _backends(directory: Path, spec: ModelSpec) -> tuple[dict[str, list[str]], d
         backends["onnxruntime"] = list(cpu_variants())
     except EdgeLLMError as error:
         why_not["onnxruntime"] = str(error)
+    except ImportError as error:
+        why_not["onnxruntime"] = f"building for the CPU needs the Python package {error.name!r}: pip install it"
     try:
         check_supported(spec, context)
         backends["cuda"] = ["fp16"]

@@ -42,6 +42,7 @@ def _print(found: dict) -> None:
     print()
     lines = dict.fromkeys(check["install"] for check in checks if check["install"])
     notes = [f"The node lacks {name}: pip install {name}" for name in found["missing"]]
+    notes += [] if found["packages"]["onnx"] else ["Building for the CPU needs onnx: pip install 'onnx>=1.17'"]
     notes += [f"For {_for(checks, line)}: {line}" for line in lines]
     print_notes([*notes, *found["hints"]])
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from engine_core.commands.tables import print_notes, print_table
 from engine_core.config import QUANTIZATIONS
-from engine_core.errors import BuildError
 from engine_core.memory import format_bytes
 
 
@@ -115,10 +114,8 @@ def _print_files(title: str, manifest, verified: bool) -> None:
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    try:
-        from engine_core.build.describe import describe_checkpoint
-    except ImportError as error:
-        raise BuildError(f"Reading a checkpoint needs the Python package {error.name!r}: pip install it.") from error
+    from engine_core.build.describe import describe_checkpoint
+
     found = describe_checkpoint(options.target)
     if options.json:
         print(json.dumps({"kind": "checkpoint", **found}, indent=2))
