@@ -19,6 +19,8 @@ COMMANDS = (
     "inspect",
     "plan",
     "generate",
+    "bench",
+    "doctor",
 )
 
 

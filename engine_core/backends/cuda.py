@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends import TokenSampling
-from engine_core.backends.cuda_layout import CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+from engine_core.backends.cuda_layout import RUNTIME_BYTES, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
 from engine_core.backends.cuda_model import CudaModel, WeightSource
 from engine_core.config import EngineConfig
 from engine_core.device import Arena, Device, DeviceArray, Event, PinnedArray, Stream
@@ -28,8 +28,6 @@ from engine_core.vocab import VOCAB_MAP_NAME, read_vocab_map
 
 WEIGHTS_NAME = "weights.safetensors"
 ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
-# An allowance for modules, graphs and cuBLAS's own code; the context itself is taken before the plan is made.
-_RUNTIME_BYTES = 256 << 20
 
 
 class _Pending:
@@ -66,7 +64,7 @@ class CudaBackend:
         device = Device()
         try:
             totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, device.num_sms))
-            totals["runtime"] = _RUNTIME_BYTES
+            totals["runtime"] = RUNTIME_BYTES
             free, _ = device.memory_info()
             return MemoryPlan(tuple(MemoryItem(name, count) for name, count in totals.items()), free, device.name)
         finally:

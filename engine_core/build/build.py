@@ -57,7 +57,7 @@ def build_engine(
 
     Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.
     """
-    precision = _precision(quantization, group_size, head_bits)
+    precision = precision_of(quantization, group_size, head_bits)
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
     num_parameters = check_tensors(spec, checkpoint)
@@ -85,21 +85,25 @@ def build_engine(
             reduced_vocab_size=0 if kept is None else len(kept),
             group_size=precision.group_size,
             builder=_versions(),
-            options={
-                "head_bits": precision.head_bits,
-                "rope_dims": [rope.dim for rope in spec.ropes],
-                # The runtime packs the head anew while the token lookup keeps the bytes the two share.
-                "packed_head_bytes": spec.vocab_size * spec.hidden_size * precision.head_bits // 8
-                if spec.tied and kept is None
-                else 0,
-            },
+            options=engine_options(spec, precision, shares_head=spec.tied and kept is None),
         )
         manifest = seal(directory, manifest)
     report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
     return manifest
 
 
-def _precision(quantization: str, group_size: int, head_bits: int) -> Precision:
+def engine_options(spec: ModelSpec, precision: Precision, *, shares_head: bool) -> dict:
+    """The manifest's ``options``. ``shares_head``: the token lookup and the whole LM head use the same bytes."""
+    return {
+        "head_bits": precision.head_bits,
+        "rope_dims": [rope.dim for rope in spec.ropes],
+        # The runtime packs the head anew while the token lookup keeps the bytes the two share.
+        "packed_head_bytes": spec.vocab_size * spec.hidden_size * precision.head_bits // 8 if shares_head else 0,
+    }
+
+
+def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> Precision:
+    """What ``build_engine`` makes of these; raises BuildError."""
     if quantization not in QUANTIZATIONS:
         raise BuildError(
             f"The onnxruntime backend has no {quantization!r} weights; choose one of {', '.join(QUANTIZATIONS)}."
