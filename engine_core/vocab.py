@@ -60,9 +60,7 @@ def own_vocab_map(variant_dir: Path, vocab_size: int) -> np.ndarray:
         raise EngineDirectoryError(str(error)) from error
 
 
-def configured_vocab_map(
-    variant_dir: Path, manifest: Manifest, config: EngineConfig
-) -> tuple[np.ndarray | None, bool]:
+def configured_vocab_map(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> tuple[np.ndarray | None, bool]:
     """(int32 [rows] or None, whether the engine's LM head is whole and has to be cut to those rows at load).
 
     Raises ConfigurationError for a parameter ``vocab_map`` that this engine cannot follow, a map that is damaged or
