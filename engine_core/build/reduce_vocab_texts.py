@@ -81,14 +81,16 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 def _paragraphs(path: Path, lines: Iterator[str]) -> Iterator[Document]:
     """Each with the blank lines behind it, which are tokens too."""
-    paragraph, start, size = [], 1, 0
+    paragraph, start, size, has_text = [], 1, 0, False
     for number, line in enumerate(lines, start=1):
-        if paragraph and line.strip() and (not paragraph[-1].strip() or size > _MAX_PARAGRAPH):
+        ended = size > _MAX_PARAGRAPH or (has_text and not paragraph[-1].strip())
+        if ended and line.strip():
             yield Document(f"{path}:{start}", text="".join(paragraph))
-            paragraph, start, size = [], number, 0
+            paragraph, start, size, has_text = [], number, 0, False
         paragraph.append(line)
         size += len(line)
-    if "".join(paragraph).strip():
+        has_text = has_text or bool(line.strip())
+    if has_text:
         yield Document(f"{path}:{start}", text="".join(paragraph))
 
 
