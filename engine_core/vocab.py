@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -40,6 +41,16 @@ def read_vocab_map(path: Path, vocab_size: int, tokenizer_dir: Path) -> np.ndarr
         raise CheckpointError(f"The ids in {path} have to ascend, from 0 or more to below {vocab_size}.")
     _check_tokenizer(file, Path(tokenizer_dir) / TOKENIZER_NAME)
     return kept.astype(np.int32)
+
+
+def check_ends(path: Path | str, kept: np.ndarray, eos_ids: Iterable[int]) -> None:
+    """Raises CheckpointError unless every end-of-sequence id is among ``kept``."""
+    missing = sorted(set(eos_ids) - set(kept.tolist()))
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks the end-of-sequence token {missing[0]}, without which no answer could end; "
+            "make a map with 'edgellm reduce-vocab'."
+        )
 
 
 def write_vocab_map(path: Path, kept: np.ndarray, metadata: dict[str, str]) -> None:
@@ -78,17 +89,12 @@ def configured_vocab_map(variant_dir: Path, manifest: Manifest, config: EngineCo
         return own, False
     try:
         given = read_vocab_map(Path(config.vocab_map).expanduser(), vocab_size, variant_dir)
+        check_ends(config.vocab_map, given, manifest.eos_token_ids)
     except CheckpointError as error:
         raise ConfigurationError(str(error)) from error
     if own is not None and not np.array_equal(own, given):
         raise ConfigurationError(
             f"vocab_map is {config.vocab_map}, but the engine's LM head was reduced with another map; choose auto."
-        )
-    missing = sorted(set(manifest.eos_token_ids) - set(given.tolist()))
-    if missing:
-        raise ConfigurationError(
-            f"{config.vocab_map} lacks the end-of-sequence token {missing[0]}, without which no answer could end; "
-            "make a map with 'edgellm reduce-vocab'."
         )
     return given, own is None
 

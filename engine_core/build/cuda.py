@@ -20,7 +20,7 @@ from engine_core.errors import BuildError, UnsupportedModelError
 from engine_core.kernels import int4_layout
 from engine_core.kernels.int4_layout import GROUP
 from engine_core.manifest import Manifest, seal, write_variant
-from engine_core.vocab import VOCAB_MAP_NAME, read_vocab_map, vocab_map_metadata, write_vocab_map
+from engine_core.vocab import VOCAB_MAP_NAME, check_ends, read_vocab_map, vocab_map_metadata, write_vocab_map
 
 WEIGHTS_NAME, ROPE_NAME = "weights.safetensors", "rope"
 # What the tokenizer and the chat template may need; copied where the checkpoint has it.
@@ -63,6 +63,8 @@ def build_cuda(
     if quantization not in ("fp16", "int4"):
         raise BuildError(f"The cuda backend has no {quantization!r} weights; choose fp16 or int4.")
     kept = None if vocab_map is None else read_vocab_map(Path(vocab_map), spec.vocab_size, checkpoint.directory)
+    if kept is not None:
+        check_ends(vocab_map, kept, _eos_token_ids(checkpoint))
     manifest = Manifest(
         model_name=model_name or checkpoint.config.get("_name_or_path") or Path(checkpoint_dir).resolve().name,
         geometry=spec.geometry(check_tensors(spec, checkpoint)),

@@ -105,15 +105,12 @@ def test_any_text_can_still_be_written(checkpoint, chats, tmp_path):
 
 def test_tags_and_json_runs_among_the_ordinary_tokens_are_kept(tmp_path, chats):
     """Of the SentencePiece kind, whose tags are no added tokens here."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import models
-
     directory = vocab_checkpoints.write_checkpoint(tmp_path / "c", "byte_fallback")
     values = json.loads((directory / "tokenizer.json").read_text())
     size = len(values["model"]["vocab"])
     tags = ["<think>", "</think>", "<tool_call>", "[TOOL_CALLS]", '▁{"', '":', '"},', "▁true", "<thinker>", "true."]
     values["model"]["vocab"].update({tag: 600 + i for i, tag in enumerate(tags)})
-    assert size < 600 and Fast(models.BPE())
+    assert size < 600
     (directory / "tokenizer.json").write_text(json.dumps(values))
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 640}))
@@ -373,13 +370,12 @@ def test_a_built_engine_carries_the_maps_metadata(byte_level, chats, tmp_path):
     own = tmp_path / "engine" / "vocab_map.safetensors"
     assert manifest.reduced_vocab_size == 400
     assert SafetensorsFile(own).metadata == SafetensorsFile(path).metadata
-    assert np.array_equal(
-        read_vocab_map(own, manifest.geometry.vocab_size, tmp_path / "engine"),
-        read_vocab_map(path, manifest.geometry.vocab_size, byte_level),
-    )
+    vocab_size = manifest.geometry.vocab_size
+    found, given = read_vocab_map(own, vocab_size, tmp_path / "engine"), read_vocab_map(path, vocab_size, byte_level)
+    assert np.array_equal(found, given)
     (tmp_path / "engine" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer.json to compare it with"):
-        read_vocab_map(own, manifest.geometry.vocab_size, tmp_path / "engine")
+        read_vocab_map(own, vocab_size, tmp_path / "engine")
 
 
 # --- the command --------------------------------------------------------------------------------------
