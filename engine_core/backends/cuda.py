@@ -24,7 +24,7 @@ from engine_core.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, S
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryItem, MemoryPlan
 from engine_core.safetensors_file import SafetensorsFile
-from engine_core.vocab import VOCAB_MAP_NAME, read_vocab_map
+from engine_core.vocab import own_vocab_map
 
 WEIGHTS_NAME = "weights.safetensors"
 ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
@@ -76,7 +76,7 @@ class CudaBackend:
         file = _open_weights(variant_dir, spec)
         vocab_map = None
         if spec.head_rows != spec.vocab_size:
-            vocab_map = read_vocab_map(variant_dir / VOCAB_MAP_NAME, spec.vocab_size)
+            vocab_map = own_vocab_map(variant_dir, spec.vocab_size)
         device = Device()
         try:
             return cls(
