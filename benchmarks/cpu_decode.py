@@ -59,7 +59,10 @@ SHAPES: dict[str, dict] = {
         hidden_act="silu",
     ),
 }
-DEFAULT_ENGINES = "ours-int4,ours-int4-head4,ours-int8,llama.cpp-q4_0,llama.cpp-q8_0,transformers-fp32,genai-int4"
+DEFAULT_ENGINES = (
+    "ours-int4-head4,ours-int4-g32-head4,ours-int4-g128-head4,ours-int4,ours-int8,"
+    "llama.cpp-q4_0,llama.cpp-q8_0,transformers-fp32,genai-int4"
+)
 MAX_CONTEXT = 1024
 
 

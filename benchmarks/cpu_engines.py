@@ -306,9 +306,11 @@ class _GenaiRunner:
 
 ENGINES: dict[str, Engine] = {
     "ours-fp32": _ours("fp32", quantization="fp32"),
-    "ours-int8": _ours("int8", quantization="int8"),
-    "ours-int4": _ours("int4", quantization="int4"),
-    "ours-int4-head4": _ours("int4 head4", quantization="int4", head_bits=4),
+    "ours-int8": _ours("int8 g32", quantization="int8", group_size=32),
+    "ours-int4": _ours("int4 g64", quantization="int4", group_size=64),
+    "ours-int4-head4": _ours("int4 g64 head4", quantization="int4", group_size=64, head_bits=4),
+    "ours-int4-g32-head4": _ours("int4 g32 head4", quantization="int4", group_size=32, head_bits=4),
+    "ours-int4-g128-head4": _ours("int4 g128 head4", quantization="int4", group_size=128, head_bits=4),
     "llama.cpp-q4_0": _llama_cpp("Q4_0"),
     "llama.cpp-q8_0": _llama_cpp("Q8_0"),
     "transformers-fp32": Engine("fp32", ("transformers", "torch"), _prepare_transformers, _open_transformers),

@@ -30,19 +30,24 @@ class ConstraintFactory:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._vocab_size = vocab_size
         self._ll_tokenizer: LLTokenizer | None = None
+        self._why_not = ""
         try:
             import llguidance
         except ImportError:
+            self._why_not = (
+                "A JSON schema needs the Python package 'llguidance', which is not installed: pip install llguidance."
+            )
             return
         eos = list(eos_token_ids) or tokenizer.eos_token_id
-        self._ll_tokenizer = llguidance.LLTokenizer(tokenizer.fast.to_str(), n_vocab=vocab_size, eos_token=eos)
+        try:
+            self._ll_tokenizer = llguidance.LLTokenizer(tokenizer.fast.to_str(), n_vocab=vocab_size, eos_token=eos)
+        except ValueError as error:  # no reason to refuse the whole engine
+            self._why_not = f"This model's tokenizer cannot be held to a JSON schema: {error}."
 
     def compile(self, schema: str) -> JsonConstraint:
         """Raises InvalidSchemaError if ``schema`` is not JSON, not a supported schema, or cannot be used here."""
         if self._ll_tokenizer is None:
-            raise InvalidSchemaError(
-                "A JSON schema needs the Python package 'llguidance', which is not installed: pip install llguidance."
-            )
+            raise InvalidSchemaError(self._why_not)
         if len(schema) > _MAX_SCHEMA_CHARS:
             raise InvalidSchemaError(
                 f"The JSON schema has {len(schema)} characters, but at most {_MAX_SCHEMA_CHARS} are accepted."

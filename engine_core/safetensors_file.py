@@ -38,7 +38,7 @@ class _Entry:
 
 
 class SafetensorsFile:
-    """One memory-mapped file. Raises CheckpointError if it is missing or damaged."""
+    """One memory-mapped file; ``metadata``: its header's texts. Raises CheckpointError if it is missing or damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,6 +54,7 @@ class SafetensorsFile:
             if len(self._bytes) < 8 or not 2 <= length <= min(_MAX_HEADER, len(self._bytes) - 8):
                 raise ValueError(f"its header cannot have {length} bytes")
             header = json.loads(bytes(self._bytes[8 : 8 + length]))
+            self.metadata = {str(key): str(value) for key, value in header.get("__metadata__", {}).items()}
             return {name: self._entry(value, 8 + length) for name, value in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path} is not a whole safetensors file ({error}); fetch it again.") from error

@@ -151,13 +151,19 @@ class Sampler:
         self._seen_rows[self._num_seen : self._num_seen + len(rows)] = rows
         self._num_seen += len(rows)
 
-    @staticmethod
-    def _check(peak: float) -> None:
+    def _check(self, peak: float) -> None:
         if peak != peak:
             raise EngineFaultError("The model's logits are NaN; the weights or the engine are damaged.")
         if peak == -np.inf:
+            reduced = ""
+            if self._map is not None:
+                reduced = (
+                    f" The vocabulary is reduced to {self.num_rows} of {self.vocab_size} tokens: "
+                    "'edgellm reduce-vocab' makes maps that keep all that JSON needs."
+                )
             raise InvalidSamplingError(
                 "No token is left to sample: the logit bias, the JSON schema and the vocabulary exclude each other."
+                + reduced
             )
 
 

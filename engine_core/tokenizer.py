@@ -49,6 +49,11 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return self._hf.eos_token_id
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Every added token and every token with a role: BOS, EOS, PAD, UNK and the like."""
+        return frozenset(self.fast.get_added_tokens_decoder()) | frozenset(self._hf.all_special_ids)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
         """``text`` as int32 [n]; with ``add_special_tokens`` the model's BOS and the like are put around it."""
         return np.array(self.fast.encode(text, add_special_tokens=add_special_tokens).ids, dtype=np.int32)
@@ -58,11 +63,16 @@ class Tokenizer:
 
         Raises InvalidRequestError if there is no template or it refuses the conversation.
         """
+        return self.apply_template([{"role": message.role, "content": message.content} for message in messages])
+
+    def apply_template(self, conversation: list[dict], *, add_generation_prompt: bool = True, **variables) -> str:
+        """The same of messages as the template knows them, tool calls included; ``variables``: what else it reads."""
         if not self.has_chat_template:
             raise InvalidRequestError("This model has no chat template; send a raw prompt instead of messages.")
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self._hf.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            return self._hf.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+            )
         except Exception as error:  # templates call raise_exception, and fail in ways of their own
             raise InvalidRequestError(f"The model's chat template refuses this conversation: {error}") from error
 

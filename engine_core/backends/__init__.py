@@ -109,6 +109,11 @@ _BACKENDS = {
 }
 
 
+def backend_names() -> tuple[str, ...]:
+    """The backends of this version, installed or not."""
+    return tuple(_BACKENDS)
+
+
 def backend_class(name: str) -> type[Backend]:
     """The class of backend ``name``. Raises BackendUnavailableError with what is missing."""
     if name not in _BACKENDS:

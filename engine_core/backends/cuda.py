@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends import TokenSampling
-from engine_core.backends.cuda_layout import CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+from engine_core.backends.cuda_layout import RUNTIME_BYTES, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
 from engine_core.backends.cuda_model import CudaModel, WeightSource
 from engine_core.config import EngineConfig
 from engine_core.device import Arena, Device, DeviceArray, Event, PinnedArray, Stream
@@ -24,12 +24,10 @@ from engine_core.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, S
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryItem, MemoryPlan
 from engine_core.safetensors_file import SafetensorsFile
-from engine_core.vocab import VOCAB_MAP_NAME, read_vocab_map
+from engine_core.vocab import own_vocab_map
 
 WEIGHTS_NAME = "weights.safetensors"
 ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
-# An allowance for modules, graphs and cuBLAS's own code; the context itself is taken before the plan is made.
-_RUNTIME_BYTES = 256 << 20
 
 
 class _Pending:
@@ -66,7 +64,7 @@ class CudaBackend:
         device = Device()
         try:
             totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, device.num_sms))
-            totals["runtime"] = _RUNTIME_BYTES
+            totals["runtime"] = RUNTIME_BYTES
             free, _ = device.memory_info()
             return MemoryPlan(tuple(MemoryItem(name, count) for name, count in totals.items()), free, device.name)
         finally:
@@ -78,7 +76,7 @@ class CudaBackend:
         file = _open_weights(variant_dir, spec)
         vocab_map = None
         if spec.head_rows != spec.vocab_size:
-            vocab_map = read_vocab_map(variant_dir / VOCAB_MAP_NAME, spec.vocab_size)
+            vocab_map = own_vocab_map(variant_dir, spec.vocab_size)
         device = Device()
         try:
             return cls(

@@ -19,6 +19,8 @@ from engine_core.manifest import Manifest
 
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
 PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
+# An allowance for modules, graphs and cuBLAS's own code; the context itself is taken before the plan is made.
+RUNTIME_BYTES = 256 << 20
 ROW_GRAIN = 64  # rows of a prefill product are rounded up to this, so that few cuBLAS kernels serve every length
 
 

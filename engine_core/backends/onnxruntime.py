@@ -58,12 +58,9 @@ class OnnxRuntimeBackend:
     def __init__(self, session: OrtSession, layout: Layout) -> None:
         self.max_context = session.max_context
         self.vocab_size = layout.vocab_size
-        self.reduced_vocab_size = layout.head_rows if layout.vocab_map is None else len(layout.vocab_map)
+        self.reduced_vocab_size = layout.head_rows
         self._session: OrtSession | None = session
         self._sampler = Sampler(layout.vocab_size, layout.vocab_map)
-        # Rows of a full head that a vocab map given at load keeps; with a head sliced at build every row is kept.
-        self._kept_rows = layout.vocab_map if layout.slice_logits else None
-        self._kept_logits = np.empty(self.reduced_vocab_size, dtype=np.float32)
         kv = session.kv_cache.shape
         self._slots = np.empty((layout.prefix_slots, *kv[:4], layout.prefix_tokens, kv[5]), dtype=np.float32)
         self._slots.fill(0)
@@ -93,8 +90,16 @@ class OnnxRuntimeBackend:
         plan_memory(layout, manifest).check()
         try:
             session = OrtSession(
-                variant_dir, manifest.geometry, layout.head_rows, layout.max_context, layout.chunk, layout.threads
+                variant_dir,
+                manifest.geometry,
+                layout.head_rows,
+                layout.max_context,
+                layout.chunk,
+                layout.threads,
+                kept=layout.vocab_map if layout.cuts_head else None,
             )
+        except EdgeLLMError:
+            raise
         except Exception as error:  # the runtime's exceptions share no base class
             raise BackendUnavailableError(
                 f"ONNX Runtime {ort.__version__} cannot load {variant_dir} ({_first_line(error)}); "
@@ -201,10 +206,7 @@ class OnnxRuntimeBackend:
         return True
 
     def _sample(self, mask: np.ndarray | None) -> int:
-        logits = self._session.logits
-        if self._kept_rows is not None:
-            logits = np.take(logits, self._kept_rows, out=self._kept_logits, mode="clip")
-        self._last = token = self._sampler.sample(logits, mask)
+        self._last = token = self._sampler.sample(self._session.logits, mask)
         if token in self._stop_ids:
             self._ended = True
         return token

@@ -12,7 +12,7 @@ from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
-from engine_core.vocab import VOCAB_MAP_NAME, read_vocab_map
+from engine_core.vocab import configured_vocab_map
 
 # Parameters below which a second thread costs more in hand-overs than it computes, see docs/cpu_backend.md.
 _SINGLE_THREAD_PARAMETERS = 20_000_000
@@ -29,9 +29,9 @@ class Layout:
     chunk: int
     threads: int
     vocab_size: int
-    head_rows: int  # rows of the LM head in the graph
+    head_rows: int  # rows of the LM head that runs
     vocab_map: np.ndarray | None  # int32 [rows]
-    slice_logits: bool  # the head is whole, and the map was given at load
+    cuts_head: bool  # the head is whole in the engine; ``vocab_map`` was given at load
     prefix_slots: int
     prefix_tokens: int
 
@@ -51,36 +51,18 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
             f"max_context is {max_context}, but the engine was built for {manifest.max_context}; "
             f"build it again with --max-context {max_context}."
         )
-    vocab_map, slice_logits = _vocab_map(variant_dir, manifest, config)
+    vocab_map, cuts_head = configured_vocab_map(variant_dir, manifest, config)
     return Layout(
         max_context=max_context,
         chunk=min(config.prefill_chunk or _CHUNK, max_context),
         threads=config.num_threads or _default_threads(manifest.geometry.num_parameters),
         vocab_size=manifest.geometry.vocab_size,
-        head_rows=manifest.reduced_vocab_size or manifest.geometry.vocab_size,
+        head_rows=manifest.geometry.vocab_size if vocab_map is None else len(vocab_map),
         vocab_map=vocab_map,
-        slice_logits=slice_logits,
+        cuts_head=cuts_head,
         prefix_slots=config.prompt_cache_entries,
         prefix_tokens=min(config.prompt_cache_tokens, max_context),
     )
-
-
-def _vocab_map(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> tuple[np.ndarray | None, bool]:
-    built = manifest.reduced_vocab_size > 0
-    if config.vocab_map == "none" and built:
-        raise ConfigurationError(
-            "vocab_map is 'none', but this engine's LM head holds only the rows of its vocab map; "
-            "build a variant without one."
-        )
-    own = read_vocab_map(variant_dir / VOCAB_MAP_NAME, manifest.geometry.vocab_size) if built else None
-    if config.vocab_map in ("auto", "none"):
-        return own, False
-    given = read_vocab_map(Path(config.vocab_map).expanduser(), manifest.geometry.vocab_size)
-    if own is not None and not np.array_equal(own, given):
-        raise ConfigurationError(
-            f"vocab_map is {config.vocab_map}, but the engine's LM head was reduced with another map; choose auto."
-        )
-    return given, own is None
 
 
 def _default_threads(num_parameters: int) -> int:
@@ -107,7 +89,7 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     rows = layout.head_rows
     return MemoryPlan(
         (
-            MemoryItem("weights", max(0, data - rope) + manifest.options.get("packed_head_bytes", 0)),
+            MemoryItem("weights", max(0, data - rope) + _extra_head_bytes(layout, manifest)),
             MemoryItem("kv_cache", kv_cache_bytes(**cache, max_context=layout.max_context, kv_cache_type="fp32")),
             MemoryItem("prefix_cache", prefix),
             MemoryItem("scratch", _scratch_bytes(layout, manifest)),
@@ -118,6 +100,21 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
         available=available_memory(),
         device="the CPU",
     )
+
+
+def _extra_head_bytes(layout: Layout, manifest: Manifest) -> int:
+    """What the LM head takes beside the data file; negative where rows of the file are not loaded.
+
+    The runtime packs a head anew where the token lookup keeps the bytes the two share, and where it was cut at load.
+    """
+    packed = manifest.options.get("packed_head_bytes", 0)  # 0: the head has bytes of its own in the file
+    if not layout.cuts_head:
+        return packed
+    geometry, bits = manifest.geometry, manifest.options.get("head_bits", 32)
+    scales = 32 / manifest.group_size if manifest.group_size else 0  # bits of a weight's share of its scale
+    row = geometry.hidden_size * (bits + scales) / 8
+    unread = 0 if packed else geometry.vocab_size * row
+    return int(layout.head_rows * (row + geometry.hidden_size * bits / 8) - unread)
 
 
 def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from engine_core.backends.ort_head import cut_head
 from engine_core.manifest import ModelGeometry
 
 MODEL_NAME = "model.onnx"
@@ -23,13 +24,21 @@ class OrtSession:
     """
 
     def __init__(
-        self, variant_dir: Path, geometry: ModelGeometry, rows: int, max_context: int, chunk: int, threads: int
+        self,
+        variant_dir: Path,
+        geometry: ModelGeometry,
+        rows: int,
+        max_context: int,
+        chunk: int,
+        threads: int,
+        kept: np.ndarray | None = None,
     ):
+        """``kept``: int32 [rows], what the model's whole LM head is cut to; None: it stays as it is."""
         self.max_context = max_context
         self.chunk = chunk
-        self._session = ort.InferenceSession(
-            str(_model_path(variant_dir)), session_options(threads), providers=["CPUExecutionProvider"]
-        )
+        options, model = session_options(threads), _model_path(variant_dir)
+        source, self._head = (str(model), None) if kept is None else cut_head(model, kept, options)
+        self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         shape = (geometry.num_layers, 1, 2, geometry.num_kv_heads, max_context, geometry.head_dim)
         self.kv_cache = np.empty(shape, dtype=np.float32)
         self.kv_cache.fill(0)  # takes the pages now rather than token by token

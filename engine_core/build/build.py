@@ -16,10 +16,9 @@ from engine_core.build.onnx_graph import write_decoder
 from engine_core.build.onnx_writer import GraphWriter
 from engine_core.build.ort_dialect import OrtDialect, Precision
 from engine_core.build.weights import Weights
-from engine_core.errors import BuildError, CheckpointError
+from engine_core.errors import BuildError
 from engine_core.manifest import Manifest, seal, write_variant
-from engine_core.safetensors_file import write_safetensors
-from engine_core.vocab import TENSOR_NAME, VOCAB_MAP_NAME, read_vocab_map
+from engine_core.vocab import VOCAB_MAP_NAME, check_ends, read_vocab_map, vocab_map_metadata, write_vocab_map
 
 _log = logging.getLogger(__name__)
 
@@ -57,12 +56,13 @@ def build_engine(
 
     Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.
     """
-    precision = _precision(quantization, group_size, head_bits)
+    precision = precision_of(quantization, group_size, head_bits)
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
     num_parameters = check_tensors(spec, checkpoint)
     max_context = _max_context(max_context, spec)
-    kept = _vocab_map(vocab_map, checkpoint, spec)
+    vocab_map = vocab_map or _own_map(checkpoint)
+    kept = None if vocab_map is None else _kept_ids(Path(vocab_map), checkpoint, spec)
     weights = Weights(checkpoint, spec, kept)
     report(f"Building {spec.architecture} with {num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}")
     with write_variant(Path(out_dir)) as directory:
@@ -72,7 +72,7 @@ def build_engine(
             if (checkpoint.directory / name).is_file():
                 shutil.copyfile(checkpoint.directory / name, directory / name)
         if kept is not None:
-            write_safetensors(directory / VOCAB_MAP_NAME, {TENSOR_NAME: kept})
+            write_vocab_map(directory / VOCAB_MAP_NAME, kept, vocab_map_metadata(Path(vocab_map)))
         manifest = Manifest(
             model_name=model_name or _model_name(checkpoint),
             geometry=spec.geometry(num_parameters),
@@ -85,21 +85,25 @@ def build_engine(
             reduced_vocab_size=0 if kept is None else len(kept),
             group_size=precision.group_size,
             builder=_versions(),
-            options={
-                "head_bits": precision.head_bits,
-                "rope_dims": [rope.dim for rope in spec.ropes],
-                # The runtime packs the head anew while the token lookup keeps the bytes the two share.
-                "packed_head_bytes": spec.vocab_size * spec.hidden_size * precision.head_bits // 8
-                if spec.tied and kept is None
-                else 0,
-            },
+            options=engine_options(spec, precision, shares_head=spec.tied and kept is None),
         )
         manifest = seal(directory, manifest)
     report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
     return manifest
 
 
-def _precision(quantization: str, group_size: int, head_bits: int) -> Precision:
+def engine_options(spec: ModelSpec, precision: Precision, *, shares_head: bool) -> dict:
+    """The manifest's ``options``. ``shares_head``: the token lookup and the whole LM head use the same bytes."""
+    return {
+        "head_bits": precision.head_bits,
+        "rope_dims": [rope.dim for rope in spec.ropes],
+        # The runtime packs the head anew while the token lookup keeps the bytes the two share.
+        "packed_head_bytes": spec.vocab_size * spec.hidden_size * precision.head_bits // 8 if shares_head else 0,
+    }
+
+
+def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> Precision:
+    """What ``build_engine`` makes of these; raises BuildError."""
     if quantization not in QUANTIZATIONS:
         raise BuildError(
             f"The onnxruntime backend has no {quantization!r} weights; choose one of {', '.join(QUANTIZATIONS)}."
@@ -122,16 +126,15 @@ def _max_context(asked: int, spec: ModelSpec) -> int:
     return asked or min(DEFAULT_MAX_CONTEXT, spec.max_position)
 
 
-def _vocab_map(path: Path | None, checkpoint: Checkpoint, spec: ModelSpec) -> np.ndarray | None:
+def _own_map(checkpoint: Checkpoint) -> Path | None:
+    path = checkpoint.directory / VOCAB_MAP_NAME
+    return path if path.is_file() else None
+
+
+def _kept_ids(path: Path, checkpoint: Checkpoint, spec: ModelSpec) -> np.ndarray:
     """int32 [rows], ascending full ids with every end-of-sequence id among them."""
-    if path is None:
-        path = checkpoint.directory / VOCAB_MAP_NAME
-        if not path.is_file():
-            return None
-    kept = read_vocab_map(Path(path), spec.vocab_size)
-    missing = sorted(set(_eos_token_ids(checkpoint)) - set(kept.tolist()))
-    if missing:
-        raise CheckpointError(f"{path} lacks the end-of-sequence token {missing[0]}; without it no answer could end.")
+    kept = read_vocab_map(path, spec.vocab_size, checkpoint.directory)
+    check_ends(path, kept, _eos_token_ids(checkpoint))
     return kept
 
 

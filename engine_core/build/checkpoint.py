@@ -24,8 +24,8 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise CheckpointError(f"The checkpoint directory {self.directory} does not exist.")
-        self.config = _read_json(self.directory / "config.json")
-        self.generation_config = _read_json(self.directory / "generation_config.json", required=False)
+        self.config = read_json(self.directory / "config.json")
+        self.generation_config = read_json(self.directory / "generation_config.json", required=False)
         self._file_of = self._open()
 
     def _open(self) -> dict[str, SafetensorsFile]:
@@ -37,7 +37,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.directory} has neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read."
             )
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map; fetch it again.")
         files = {}
@@ -68,7 +68,8 @@ class Checkpoint:
         return self._file_of[name]
 
 
-def _read_json(path: Path, *, required: bool = True) -> dict:
+def read_json(path: Path, *, required: bool = True) -> dict:
+    """The JSON object in ``path``; empty if it is missing and not ``required``. Raises CheckpointError."""
     if not path.is_file():
         if not required:
             return {}

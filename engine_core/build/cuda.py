@@ -20,8 +20,7 @@ from engine_core.errors import BuildError, UnsupportedModelError
 from engine_core.kernels import int4_layout
 from engine_core.kernels.int4_layout import GROUP
 from engine_core.manifest import Manifest, seal, write_variant
-from engine_core.safetensors_file import write_safetensors
-from engine_core.vocab import TENSOR_NAME, VOCAB_MAP_NAME, read_vocab_map
+from engine_core.vocab import VOCAB_MAP_NAME, check_ends, read_vocab_map, vocab_map_metadata, write_vocab_map
 
 WEIGHTS_NAME, ROPE_NAME = "weights.safetensors", "rope"
 # What the tokenizer and the chat template may need; copied where the checkpoint has it.
@@ -63,7 +62,9 @@ def build_cuda(
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
     if quantization not in ("fp16", "int4"):
         raise BuildError(f"The cuda backend has no {quantization!r} weights; choose fp16 or int4.")
-    kept = None if vocab_map is None else read_vocab_map(Path(vocab_map), spec.vocab_size)
+    kept = None if vocab_map is None else read_vocab_map(Path(vocab_map), spec.vocab_size, checkpoint.directory)
+    if kept is not None:
+        check_ends(vocab_map, kept, _eos_token_ids(checkpoint))
     manifest = Manifest(
         model_name=model_name or checkpoint.config.get("_name_or_path") or Path(checkpoint_dir).resolve().name,
         geometry=spec.geometry(check_tensors(spec, checkpoint)),
@@ -84,7 +85,7 @@ def build_cuda(
             if (checkpoint.directory / name).is_file():
                 shutil.copyfile(checkpoint.directory / name, directory / name)
         if kept is not None:
-            write_safetensors(directory / VOCAB_MAP_NAME, {TENSOR_NAME: kept})
+            write_vocab_map(directory / VOCAB_MAP_NAME, kept, vocab_map_metadata(Path(vocab_map)))
         _write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
         manifest = seal(directory, manifest)
     return manifest

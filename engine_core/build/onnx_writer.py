@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -21,11 +22,14 @@ class GraphWriter:
     def __init__(self, directory: Path, name: str) -> None:
         self._directory = directory
         self._name = name
-        self._data = open(directory / DATA_NAME, "wb")
+        self._data = self._open_data()
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
+
+    def _open_data(self) -> BinaryIO:
+        return open(self._directory / DATA_NAME, "wb")
 
     def __enter__(self) -> GraphWriter:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from engine_core.config import BACKENDS, QUANTIZATIONS, EngineConfig
+from engine_core.config import BACKENDS, KV_CACHE_TYPES, QUANTIZATIONS, EngineConfig
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-context", type=int, default=0, help="tokens (0: what the engine was built for)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: the backend's choice)")
     parser.add_argument("--vocab-map", default="auto", help="auto, none or a safetensors file")
+    parser.add_argument("--kv-cache-type", choices=KV_CACHE_TYPES, default="auto")
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
@@ -30,4 +31,5 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         max_context=options.max_context,
         num_threads=options.threads,
         vocab_map=options.vocab_map,
+        kv_cache_type=options.kv_cache_type,
     )

@@ -1,33 +1,138 @@
-"""``edgellm inspect``: what an engine directory holds, and whether it is whole."""
+"""``edgellm inspect``: what an engine directory or a checkpoint holds, whether it is whole, and what runs it."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
-from engine_core.commands.arguments import add_engine
-from engine_core.manifest import read_manifest, select_variant
+from engine_core.commands.tables import print_notes, print_table
+from engine_core.config import QUANTIZATIONS
+from engine_core.memory import format_bytes
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("inspect", help="check an engine's files and print its manifest")
-    add_engine(parser)
-    parser.add_argument("--json", action="store_true", help="the manifest as it is")
+    parser = commands.add_parser(
+        "inspect", help="check an engine's files and say what it is; or say what a checkpoint is and what runs it"
+    )
+    parser.add_argument("target", type=Path, help="engine or checkpoint directory")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="one variant (default: all)")
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="check the SHA-256 of every file"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document, bytes")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    directory = select_variant(options.engine_dir, options.quantization)
-    manifest = read_manifest(directory)
+    from engine_core.build.shapes import is_checkpoint
+
+    if is_checkpoint(options.target):
+        return _checkpoint(options)
+    return _engine(options)
+
+
+# --- engine -----------------------------------------------------------------------------------------------
+
+
+def _engine(options: argparse.Namespace) -> int:
+    from engine_core.config import EngineConfig
+    from engine_core.manifest import list_variants, read_manifest, select_variant
+    from engine_core.planning import plan_engine
+
+    directories = list_variants(options.target)
+    if options.quantization != "auto":
+        directories = {options.quantization: select_variant(options.target, options.quantization)}
+    manifests = {kind: read_manifest(path, verify_hashes=options.verify) for kind, path in directories.items()}
+    rows = {kind: plan_engine(path, EngineConfig(engine_dir=path), None)[0] for kind, path in directories.items()}
     if options.json:
-        print(manifest.to_json(), end="")
+        variants = [
+            {
+                "path": str(directories[kind]),
+                "manifest": dataclasses.asdict(manifest),
+                "verified": options.verify,
+                "plan": rows[kind].as_dict(),
+            }
+            for kind, manifest in manifests.items()
+        ]
+        print(json.dumps({"kind": "engine", "variants": variants}, indent=2))
         return 0
-    values = dataclasses.asdict(manifest)
-    files = values.pop("files")
-    for section in (values.pop("geometry"), values):
-        for name, value in section.items():
-            print(f"{name:20} {json.dumps(value) if isinstance(value, (dict, list, tuple)) else value}")
-    for name, record in files.items():
-        print(f"{name:28} {record['size']:>14,} bytes  sha256 {record['sha256'][:12]}…  ok")
+    _print_variants(manifests, rows)
+    for kind, manifest in manifests.items():
+        print()
+        _print_files(f"Files of {directories[kind]}", manifest, options.verify)
     return 0
+
+
+def _print_variants(manifests: dict, rows: dict) -> None:
+    def line(label: str, values: list) -> list[str]:
+        return [label, *(str(value) for value in values)]
+
+    found = list(manifests.values())
+    first = found[0]
+    lines = [
+        line("backend", [m.backend for m in found]),
+        line("group size", [m.group_size or "-" for m in found]),
+        line("max_context", [m.max_context for m in found]),
+        line("max_batch", [m.max_batch for m in found]),
+        line("KV cache", [m.kv_cache_type for m in found]),
+        line("rows of the LM head", [m.reduced_vocab_size or m.geometry.vocab_size for m in found]),
+        line("vocabulary map", ["yes" if m.reduced_vocab_size else "no" for m in found]),
+        line("GPU", [m.gpu_arch or "any" if m.backend != "onnxruntime" else "-" for m in found]),
+        line("on disk", [format_bytes(sum(record.size for record in m.files.values())) for m in found]),
+    ]
+    for name in ("weights", "kv_cache", "prefix_cache", "scratch", "rope", "io", "runtime"):
+        lines.append(line(f"memory: {name}", [_amount(rows[kind], name) for kind in manifests]))
+    lines.append(line("memory: total", [_amount(rows[kind], "") for kind in manifests]))
+    print_table([first.model_name, *manifests], lines)
+    geometry = first.geometry
+    print()
+    print_table(["Geometry", ""], [(name, _number(value)) for name, value in dataclasses.asdict(geometry).items()])
+    notes = [f"end-of-sequence ids: {', '.join(map(str, first.eos_token_ids)) or 'none'}"]
+    notes.append(
+        "built with " + (", ".join(f"{k} {v}" for k, v in sorted(first.builder.items())) or "unknown versions")
+    )
+    notes += [f"{kind}: no memory plan here: {row.why_not}." for kind, row in rows.items() if row.plan is None]
+    print()
+    print_notes(notes)
+
+
+def _amount(row, name: str) -> str:
+    if row.plan is None:
+        return "-"
+    return format_bytes(row.plan.item(name) if name else row.plan.total)
+
+
+def _print_files(title: str, manifest, verified: bool) -> None:
+    verdict = "ok" if verified else "size ok"
+    rows = [(name, f"{r.size:,}", r.sha256[:12], verdict) for name, r in manifest.files.items()]
+    print_table(["file", "bytes", "SHA-256", "check"], rows, title=title)
+
+
+# --- checkpoint -------------------------------------------------------------------------------------------
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from engine_core.build.describe import describe_checkpoint
+
+    found = describe_checkpoint(options.target)
+    if options.json:
+        print(json.dumps({"kind": "checkpoint", **found}, indent=2))
+        return 0 if found["supported"] else 1
+    backends = found.pop("backends")
+    why_not = found.pop("why_not")
+    rows = [(name.replace("_", " "), _number(value)) for name, value in found.items() if value not in ("", None)]
+    print_table([str(options.target), ""], rows)
+    print()
+    if backends:
+        print_table(["backend", "quantization"], [(name, ", ".join(kinds) or "-") for name, kinds in backends.items()])
+        print()
+    print_notes([f"{name}: {reason}" for name, reason in why_not.items()])
+    return 0 if found["supported"] else 1
+
+
+def _number(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)

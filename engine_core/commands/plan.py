@@ -1,27 +1,204 @@
-"""``edgellm plan``: what memory an engine takes."""
+"""``edgellm plan``: what fits a device, of a checkpoint or an engine; nothing is loaded."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
-from engine_core.commands.arguments import add_engine, add_opening, engine_config
-from engine_core.manifest import read_manifest, select_variant
+from engine_core.commands.tables import print_notes, print_table
+from engine_core.config import BACKENDS, QUANTIZATIONS
+
+_ITEMS = ("weights", "kv_cache", "prefix_cache", "scratch", "rope", "io", "runtime")
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("plan", help="what memory an engine would take; loads nothing")
-    add_engine(parser)
-    add_opening(parser)
+    parser = commands.add_parser(
+        "plan",
+        help="what memory the variants of a checkpoint or an engine take on a device, and what fits",
+        description="Exit status 1 if what is asked for does not fit or does not run there: the variant of "
+        "--quantization, or every variant.",
+    )
+    parser.add_argument("target", type=Path, help="a checkpoint directory (config.json is enough) or an engine")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--device", default="this", help="a Jetson by name, such as orin-nano-8gb, or this (default)")
+    where.add_argument("--memory", help="what the engine may take, such as 16GB (10⁹ bytes each) or 14GiB")
+    parser.add_argument("--reserve", help="what to hold back for all else on the device, such as 1.5GiB")
+    parser.add_argument("--max-context", type=_count, nargs="+", default=[], help="tokens (default: 4096 or built)")
+    parser.add_argument("--max-batch", type=_count, nargs="+", default=[1], help="sequences at a time (default: 1)")
+    parser.add_argument("--kv-cache-type", choices=("fp32", "fp16", "int8", "fp8"), default="")
+    parser.add_argument("--vocab-size", type=_count, default=0, help="rows of a reduced LM head (a checkpoint's plan)")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="the variant asked for")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: the GPU's where there is one")
+    parser.add_argument("--json", action="store_true", help="one JSON document, bytes")
     parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> int:
-    from engine_core.backends import backend_class
+def _count(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
 
-    config = engine_config(options)
-    directory = select_variant(config.engine_dir, config.quantization)
-    manifest = read_manifest(directory, verify_hashes=False)
-    plan = backend_class(manifest.backend).plan(directory, manifest, config)
-    print(plan.table())
-    plan.check()
-    return 0
+
+def run(options: argparse.Namespace) -> int:
+    from engine_core.build.shapes import is_checkpoint
+    from engine_core.planning import advice, is_possible
+
+    device = _device(options)
+    quantization = "" if options.quantization == "auto" else options.quantization
+    if is_checkpoint(options.target):
+        name, rows, saved = _of_checkpoint(options, device, quantization)
+    else:
+        name, rows, saved = _of_engine(options, device)
+    possible = is_possible(rows, quantization)
+    sentences = advice(rows, quantization, saved)
+    if options.json:
+        document = {
+            "model": name,
+            "device": {"name": device.name, "title": device.title, "total": device.total, "reserve": device.reserve},
+            "possible": possible,
+            "advice": sentences,
+            "variants": [row.as_dict() for row in rows],
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        _print(name, rows, device, sentences)
+    return 0 if possible else 1
+
+
+def _device(options: argparse.Namespace):
+    from engine_core import devices
+
+    if options.memory:
+        device = devices.of_memory(devices.parse_bytes(options.memory), gpu=options.backend != "onnxruntime")
+    elif options.device != "this":
+        device = devices.named(options.device)
+    else:
+        device = devices.this_cpu() if options.backend == "onnxruntime" else devices.this_machine()
+    return devices.with_reserve(device, devices.parse_bytes(options.reserve)) if options.reserve else device
+
+
+def _of_checkpoint(options: argparse.Namespace, device, quantization: str):
+    from engine_core.errors import BuildError, ConfigurationError
+    from engine_core.estimates import CheckpointEstimate, Size
+    from engine_core.planning import Asked, plan_checkpoint
+
+    estimate = CheckpointEstimate(options.target)
+    asked = Asked(
+        contexts=tuple(options.max_context),
+        batches=tuple(options.max_batch),
+        kv_cache_type=options.kv_cache_type,
+        quantization=quantization,
+        head_rows=options.vocab_size,
+        backend="" if options.backend == "auto" else options.backend,
+    )
+    vocab_size = estimate.spec.vocab_size
+    if options.vocab_size > vocab_size:
+        raise ConfigurationError(f"--vocab-size is {options.vocab_size}, but the model has {vocab_size} tokens.")
+    try:
+        rows = plan_checkpoint(estimate, device, asked)
+    except ImportError as error:
+        raise BuildError(f"A plan for the CPU needs the Python package {error.name!r}: pip install it.") from error
+    backends = {row.quantization: row.backend for row in rows}
+    if quantization and quantization not in backends:
+        raise ConfigurationError(
+            f"There is no {quantization} variant for this backend; there are {', '.join(backends)} (see --backend)."
+        )
+
+    def saved(kind: str) -> int:
+        whole, quarter = (
+            estimate.plan(kind, backends[kind], Size(64, head_rows=count), device).total
+            for count in (0, vocab_size // 4)
+        )
+        return whole - quarter
+
+    return estimate.name, rows, None if options.vocab_size or not rows else saved
+
+
+def _of_engine(options: argparse.Namespace, device):
+    from engine_core.config import EngineConfig
+    from engine_core.errors import ConfigurationError
+    from engine_core.manifest import list_variants, read_manifest
+    from engine_core.planning import plan_engine
+
+    if options.vocab_size:
+        raise ConfigurationError(
+            "--vocab-size belongs to a checkpoint's plan; an engine has the head it was built with."
+        )
+    rows = []
+    for batch in options.max_batch:
+        for context in options.max_context or [0]:
+            config = EngineConfig(
+                engine_dir=options.target,
+                quantization=options.quantization,
+                max_context=context,
+                max_batch=batch,
+                kv_cache_type=options.kv_cache_type or "auto",
+            )
+            # What is free here is the backend's own matter: it knows which memory it takes.
+            is_here = device.name == "this" and not options.reserve
+            rows += plan_engine(options.target, config, None if is_here else device)
+    first = next(iter(list_variants(options.target).values()))
+    return read_manifest(first, verify_hashes=False).model_name, rows, None
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+
+def _print(name: str, rows: list, device, sentences: list[str]) -> None:
+    sizes = list(dict.fromkeys((row.max_context, row.max_batch, row.kv_cache_type) for row in rows))
+    notes: dict[str, int] = {}
+    for context, batch, kv in sizes:
+        here = [row for row in rows if (row.max_context, row.max_batch, row.kv_cache_type) == (context, batch, kv)]
+        unit, divisor, digits = _unit(here)
+        title = f"{name}: max_context {context}, batch {batch}, {kv} KV cache ({unit})"
+        header = ["", *(row.quantization for row in here)]
+        print_table(header, _lines(here, divisor, digits, notes), title=title)
+        print()
+    numbered = [f"[{number}] {text}." for text, number in notes.items()]
+    if any(row.only_planned & {kv for _, kv in row.longest} for row in rows):
+        numbered.append("(…): would fit, but this version's backend has no such KV cache for that variant.")
+    plans = [row.plan for row in rows if row.plan is not None]
+    if plans and device.reserve:
+        from engine_core.memory import format_bytes
+
+        numbered.append(
+            f"free: {device.title} has {format_bytes(device.total)}, less {format_bytes(device.reserve)} "
+            f"{device.note}; --reserve changes it."
+        )
+    elif plans:
+        numbered.append(f"free: {plans[0].device}, {device.note}.")
+    print_notes([*numbered, *sentences])
+
+
+def _unit(rows: list) -> tuple[str, int, int]:
+    largest = max((row.plan.total for row in rows if row.plan is not None), default=0)
+    return ("GiB", 1 << 30, 2) if largest >= 1 << 30 else ("MiB", 1 << 20, 1)
+
+
+def _lines(rows: list, divisor: int, digits: int, notes: dict[str, int]) -> list[list[str]]:
+    def amount(row, count: int | None) -> str:
+        return "-" if row.plan is None or count is None else f"{count / divisor:.{digits}f}"
+
+    lines = [["backend", *(row.backend.replace("onnxruntime", "onnx") for row in rows)]]
+    lines += [[item, *(amount(row, row.plan and row.plan.item(item)) for row in rows)] for item in _ITEMS]
+    lines.append(["total", *(amount(row, row.plan and row.plan.total) for row in rows)])
+    lines.append(["free", *(amount(row, row.plan and row.plan.available) for row in rows)])
+    verdicts = []
+    for row in rows:
+        mark = f" [{notes.setdefault(row.why_not, len(notes) + 1)}]" if row.why_not else ""
+        verdicts.append("no" + mark if mark else "yes" if row.fits else "too large")
+    lines.append(["fits and runs", *verdicts])
+    several = len({batch for row in rows for batch, _ in row.longest}) > 1
+    for batch, kv in dict.fromkeys(key for row in rows for key in row.longest):
+        label = f"longest, {kv} KV" + (f", batch {batch}" if several else "")
+        lines.append([label, *(_longest(row, batch, kv) for row in rows)])
+    return lines
+
+
+def _longest(row, batch: int, kv: str) -> str:
+    count = row.longest.get((batch, kv))
+    if not count:
+        return "-"
+    return f"({count})" if kv in row.only_planned else str(count)

@@ -17,7 +17,7 @@ _COMPUTE_32F = 68
 _GEMM_DEFAULT = -1
 
 
-def _load_library() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
     """Raises DeviceUnavailableError."""
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
@@ -34,7 +34,7 @@ class Blas:
 
     def __init__(self, stream: Stream, workspace: DeviceArray) -> None:
         """Raises DeviceUnavailableError or DeviceError."""
-        self._library = _load_library()
+        self._library = load_library()
         self._handle: ctypes.c_void_p | None = ctypes.c_void_p()
         self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
         self._call("cublasCreate_v2", ctypes.byref(self._handle))

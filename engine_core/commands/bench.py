@@ -1,0 +1,130 @@
+"""``edgellm bench``: how fast an engine is on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+
+from engine_core.commands.arguments import add_engine, add_opening, engine_config
+from engine_core.commands.tables import print_notes, print_table
+from engine_core.memory import format_bytes
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "bench", help="measure time to first token and tokens per second", description="Random prompts, greedy."
+    )
+    add_engine(parser)
+    add_opening(parser)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 128, 512])
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from engine_core.bench import Benchmark
+    from engine_core.errors import ConfigurationError
+
+    if min(options.prompt_tokens) < 1 or options.new_tokens < 3 or options.repeats < 1:
+        raise ConfigurationError("bench needs at least 1 prompt token, 3 new tokens and 1 repeat.")
+    show = sys.stderr.isatty() and not options.json
+    with Benchmark(engine_config(options)) as bench:
+        bench.check(options.prompt_tokens, options.new_tokens)
+        timings = []
+        for count in options.prompt_tokens:
+            report = (lambda line: print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)) if show else None
+            timings.append(bench.measure(count, options.new_tokens, options.repeats, *([report] if show else [])))
+        if show:
+            print("\r\033[K", end="", file=sys.stderr)
+        lines = [_line(options, bench, timing) for timing in timings]
+    if options.json:
+        print(json.dumps({"kind": "bench", "results": lines}, indent=2))
+        return 0
+    _print(bench, lines)
+    return 0
+
+
+def _line(options: argparse.Namespace, bench, timing) -> dict:
+    """With the names of benchmarks/results/*.jsonl."""
+    manifest, backend = bench.manifest, bench.backend
+    return {
+        "date": datetime.date.today().isoformat(),
+        "versions": _versions(manifest.backend),
+        "device": bench.plan.device if manifest.backend != "onnxruntime" else _cpu_name(),
+        "shape": manifest.model_name,
+        "engine": manifest.backend,
+        "weights": manifest.quantization,
+        "kv_cache_type": options.kv_cache_type if options.kv_cache_type != "auto" else manifest.kv_cache_type,
+        "vocab_size": backend.reduced_vocab_size,
+        "threads": bench.threads,
+        "prompt_tokens": timing.prompt_tokens,
+        "generated_tokens": timing.new_tokens,
+        "repeats": options.repeats,
+        "ttft_ms": round(1e3 * timing.first_token, 3),
+        "ms_per_token": round(1e3 * timing.per_token, 4),
+        "p95_ms_per_token": round(1e3 * timing.per_token_p95, 4),
+        "tok_s": round(timing.tokens_per_second, 1),
+        "bytes_per_step": bench.bytes_per_step,
+        "gb_s": round(bench.bytes_per_step / timing.per_token / 1e9, 2),
+        "load_s": round(bench.load_time, 3),
+        "planned_bytes": bench.plan.total,
+        "resident_bytes": bench.peak_resident,
+    }
+
+
+def _print(bench, lines: list[dict]) -> None:
+    first = lines[0]
+    header = ["prompt", "first token ms", "ms/token", "p95", "tokens/s", "GB/s"]
+    rows = [
+        [
+            str(line["prompt_tokens"]),
+            f"{line['ttft_ms']:.1f}",
+            f"{line['ms_per_token']:.3f}",
+            f"{line['p95_ms_per_token']:.3f}",
+            f"{line['tok_s']:.1f}",
+            f"{line['gb_s']:.1f}",
+        ]
+        for line in lines
+    ]
+    print_table(
+        header,
+        rows,
+        title=f"{first['shape']}: {first['engine']}, {first['weights']}, {first['generated_tokens']} new tokens",
+        left=0,
+    )
+    print()
+    print_notes(
+        [
+            f"A step reads {format_bytes(first['bytes_per_step'])} of weights; GB/s is that over the time of a step.",
+            f"Loaded in {first['load_s']:.2f} s. Memory: {format_bytes(first['planned_bytes'])} planned, the process "
+            f"grew by {format_bytes(bench.peak_resident)}.",
+        ]
+    )
+    print()
+    for line in lines:
+        print(json.dumps(line))
+
+
+def _versions(backend: str) -> dict[str, str]:
+    import importlib.metadata
+
+    packages = {"onnxruntime": ("onnxruntime",), "cuda": ("cuda-bindings",), "tensorrt": ("tensorrt",)}
+    found = {}
+    for package in ("edgellm", *packages.get(backend, ()), "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith(("model name", "Model")):
+            return line.partition(":")[2].strip()
+    return "CPU"
