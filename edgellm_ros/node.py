@@ -61,7 +61,8 @@ class LlmNode(LifecycleNodeMixin, Node):
             raise ConfigurationError(problem)
         self._error: Exception | None = None  # of the last failed configure, or the engine's fault
         self._topics = Topics(self)
-        self._intake = Intake(self, self._topics, read_settings(self))
+        self._parameters_changed = False
+        self._intake = Intake(self, self._topics, read_settings(self), before_request=self._take_over_parameters)
         self._transitions = Transitions(self, after=self._publish_status)
         self._transitions.take_over(self._service_change_state)
         self._status = self.create_publisher(EngineStatus, "~/status", qos.LATCHED)
@@ -69,7 +70,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         # A transition is in ~/status before it is answered. What a request changes is said when its first token is
         # out, and not by the executor, which has the request to take.
         self._status_report = Soon("edgellm-status", self._publish_status, _STATUS_DELAY)
-        self._parameters_set = self.create_guard_condition(self._on_parameters_set)
+        self._parameters_set = self.create_guard_condition(self._take_over_parameters)
         self.create_service(
             GetInfo, "~/get_info", lambda _, response: fill_info(response, self._intake.engine),
             callback_group=ReentrantCallbackGroup(),
@@ -182,10 +183,15 @@ class LlmNode(LifecycleNodeMixin, Node):
     def _on_set_parameters(self, parameters) -> SetParametersResult:
         result = check_parameters(parameters, configured=self._state_machine.current_state[1] != "unconfigured")
         if result.successful:
+            self._parameters_changed = True
             self._parameters_set.trigger()  # read after they have been set: Humble has no callback for that
         return result
 
-    def _on_parameters_set(self) -> None:
+    def _take_over_parameters(self) -> None:
+        """Soon after they have been set, or when a request comes before that."""
+        if not self._parameters_changed:
+            return
+        self._parameters_changed = False
         before, settings = self._intake.settings, read_settings(self)
         self._intake.settings = settings
         if (worker := self._intake.worker) is not None and settings != before:
