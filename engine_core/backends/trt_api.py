@@ -41,8 +41,9 @@ class TensorRT:
         """``module``: a stand-in for tests. Raises BackendUnavailableError."""
         self.trt = module if module is not None else _import_tensorrt()
         self.version: str = self.trt.__version__
-        self.messages: list[str] = []
-        self._logger = _make_logger(self.trt, self.messages)
+        self.messages: list[str] = []  # errors since the last call began
+        self._warnings: list[str] = []  # a machine without a usable GPU is one of these
+        self._logger = _make_logger(self.trt, self.messages, self._warnings)
 
     # --- what exists ------------------------------------------------------------------------------------
 
@@ -81,14 +82,19 @@ class TensorRT:
             errors = "; ".join(str(parser.get_error(i)).strip() for i in range(parser.num_errors))
             raise TensorRTError(f"TensorRT {self.version} cannot parse {model.name}: {errors or self._logged()}.")
 
-    def create_config(self, builder: Any, workspace: int, level: int, report: Callable[[str], None]) -> Any:
-        """``workspace``: bytes a layer may take while it runs. ``level``: how long tactics are searched, 0 to 5."""
+    def create_config(
+        self, builder: Any, workspace: int, level: int, half: bool, report: Callable[[str], None]
+    ) -> Any:
+        """``workspace``: bytes a layer may take while it runs. ``level``: how long tactics are searched, 0 to 5.
+
+        ``half``: layers may be fp16 where TensorRT chooses types; strongly typed networks say so themselves.
+        """
         trt, config = self.trt, builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.builder_optimization_level = level
         config.max_aux_streams = 0  # one stream is captured, and layers side by side would need scratch each
-        if self.chooses_types:
+        if self.chooses_types and half:
             config.set_flag(trt.BuilderFlag.FP16)
             config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
         if hasattr(trt, "IProgressMonitor") and hasattr(config, "progress_monitor"):
@@ -99,16 +105,16 @@ class TensorRT:
         return [network.get_layer(i) for i in range(network.num_layers)]
 
     def pin_to_float32(self, network: Any, marker: str) -> int:
-        """Makes every arithmetic layer whose name contains ``marker`` compute and write float32; how many there are.
+        """Makes every layer whose name contains ``marker`` and that writes float32 also compute it; how many there are.
 
-        Only for networks whose types TensorRT chooses. Layers that move values or convert them follow their inputs.
+        Only for networks whose types TensorRT chooses. Casts and constants have their type from the model.
         """
         kinds, trt = self.trt.LayerType, self.trt
-        moving = (kinds.CAST, kinds.SHUFFLE, kinds.SLICE, kinds.CONSTANT, kinds.SHAPE, kinds.GATHER, kinds.IDENTITY)
+        typed = (kinds.CAST, kinds.IDENTITY, kinds.CONSTANT, kinds.SHAPE)
         count = 0
         for layer in self.layers(network):
             outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-            if marker not in layer.name or layer.type in moving or any(t.dtype != trt.float32 for t in outputs):
+            if marker not in layer.name or layer.type in typed or any(t.dtype != trt.float32 for t in outputs):
                 continue
             layer.precision = trt.float32
             for i in range(layer.num_outputs):
@@ -217,15 +223,15 @@ class TensorRT:
         return result
 
     def _logged(self) -> str:
-        return "; ".join(self.messages) or "it logged nothing"
+        return "; ".join(self.messages or self._warnings[-1:]) or "it logged nothing"
 
     def _out_of_memory(self) -> bool:
         text = " ".join(self.messages).lower()
         return "out of memory" in text or "outofmemory" in text
 
 
-def _make_logger(trt: Any, messages: list[str]) -> Any:
-    """Errors are kept in ``messages``, everything goes to this module's log."""
+def _make_logger(trt: Any, messages: list[str], warnings: list[str]) -> Any:
+    """Errors and warnings are kept in the two lists, everything goes to this module's log."""
     levels = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.DEBUG}
 
     class Logger(trt.ILogger):
@@ -234,9 +240,10 @@ def _make_logger(trt: Any, messages: list[str]) -> Any:
 
         def log(self, severity: Any, msg: str) -> None:
             name = getattr(severity, "name", str(severity))
-            if levels.get(name) == logging.ERROR:
-                messages.append(msg.strip())
-                del messages[:-_MAX_MESSAGES]
+            kept = {"INTERNAL_ERROR": messages, "ERROR": messages, "WARNING": warnings}.get(name)
+            if kept is not None:
+                kept.append(msg.strip().rstrip("."))
+                del kept[:-_MAX_MESSAGES]
             if name != "VERBOSE":
                 _log.log(levels.get(name, logging.DEBUG), "TensorRT: %s", msg)
 

@@ -191,7 +191,7 @@ def _write_plan(
     runtime, engine = api.deserialize(plan)
     scratch = api.scratch_bytes(engine)
     del engine, runtime
-    report(f"Built {format_bytes(len(plan))}, scratch {format_bytes(scratch)}")
+    report(f"Built {format_bytes(plan.nbytes)}, scratch {format_bytes(scratch)}")
     return scratch
 
 
@@ -210,9 +210,10 @@ def build_plan(
     api.parse(network, model)
     if not spec.native:
         api.fold_transposes(network, TRANSPOSED)
-    if api.chooses_types and spec.dtype == "fp16":
+    half = spec.dtype == "fp16"
+    if api.chooses_types and half:
         api.pin_to_float32(network, FP32)
-    config = api.create_config(builder, workspace, level, report)
+    config = api.create_config(builder, workspace, level, half, report)
     for profile in (PREFILL, DECODE):
         _add_profile(builder, config, profile_shapes(spec, profile))
     cache = api.use_timing_cache(config, cache_path.read_bytes() if cache_path.is_file() else b"")
