@@ -206,11 +206,9 @@ class TrtDialect:
         self._type_of.update(dict.fromkeys(outputs, self._type_of[value]))
         return tuple(outputs)
 
-    def _reshape(self, value: str, shape: str | Sequence[int], output: str) -> str:
-        """``shape``: sizes (one may be -1), or the name of an int64 tensor that holds them."""
-        if not isinstance(shape, str):
-            shape = self._ints("shape_" + "_".join(map(str, shape)), shape)
-        return self._moved("Reshape", [value, shape], output)
+    def _reshape(self, value: str, shape: Sequence[int], output: str) -> str:
+        """``shape``: one of the sizes may be -1. Constant, as TensorRT loses track of sizes that are computed."""
+        return self._moved("Reshape", [value, self._ints("shape_" + "_".join(map(str, shape)), shape)], output)
 
     def _transpose(self, value: str, order: Sequence[int], output: str) -> str:
         return self._moved("Transpose", [value], output, perm=list(order))

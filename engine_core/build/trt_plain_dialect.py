@@ -99,44 +99,42 @@ class TrtPlainDialect(TrtDialect):
     # --- scores ---------------------------------------------------------------------------------------
 
     def _masked(self, prefix: str, product: str, part: str, layer: LayerSpec) -> str:
-        """Scores [kv_heads, tokens * group, n] as float32 [kv_heads, tokens, group, n], hidden ones far below."""
-        spec = self._spec
-        shape = self._shape([spec.num_kv_heads, -1, spec.num_heads // spec.num_kv_heads], part)
-        value = self._reshape(product, shape, f"{prefix}_scores_groups")
-        if spec.attention_softcap:
-            value = self._softcap(f"{prefix}_scores", value, spec.attention_softcap)
+        """Scores [kv_heads, tokens * group, n] in float32, hidden ones far below."""
+        if self._spec.attention_softcap:
+            product = self._softcap(f"{prefix}_scores", product, self._spec.attention_softcap)
         window = layer.window if 0 < layer.window < self._max_context else 0
-        return self._node32("Add", [value, self._mask(part, window)], f"{prefix}{FP32}scores_masked")
-
-    def _shape(self, leading: Sequence[int], part: str) -> str:
-        """int64: ``leading`` sizes, then the number of past positions or of tokens."""
-        label = f"{part}_shape_" + "_".join(map(str, leading))
-        source = "past_index" if part == "past" else "positions"
-        length = self._once(("length", part), lambda: self._writer.node("Shape", [source], f"{part}_length"))
-        sizes = self._ints("shape_" + "_".join(map(str, leading)), leading)
-        return self._once(("shape", label), lambda: self._writer.node("Concat", [sizes, length], label, axis=0))
+        return self._node32("Add", [product, self._mask(part, window)], f"{prefix}{FP32}scores_masked")
 
     def _mask(self, part: str, window: int) -> str:
-        """float32 [tokens or 1, 1, n]: 0 where a query sees the position, far below elsewhere. Once for all layers."""
+        """float32 [n] or [tokens * group, n]: 0 where a query sees the position, far below elsewhere."""
         name, node = f"mask_{part}_{window}", self._writer.node
 
         def make() -> str:
-            column = self._positions_column()
             if part == "past":
                 start = node("Gather", ["positions", self._ints("first", [0])], f"{name}/start", axis=0)
                 others, visible = "past_index", node("Less", ["past_index", start], f"{name}/written")
             else:
-                others, later = "positions", node("Less", [column, "positions"], f"{name}/later")
+                others, later = "positions", node("Less", [self._row_positions(), "positions"], f"{name}/later")
                 visible = node("Not", [later], f"{name}/earlier")
             if window:
                 reach = self._ints(f"window_{window}", [window], np.int32)
-                near = node("Less", [node("Sub", [column, reach], f"{name}/outside"), others], f"{name}/near")
-                visible = node("And", [visible, near], f"{name}/visible")
+                first = node("Sub", [self._row_positions(), reach], f"{name}/outside")
+                visible = node("And", [visible, node("Less", [first, others], f"{name}/near")], f"{name}/visible")
             shown, hidden = self._constant32("shown", [0.0]), self._constant32("hidden", [_HIDDEN])
-            values = self._node32("Where", [visible, shown, hidden], f"{name}{FP32}values")
-            return self._reshape(values, self._shape([-1, 1], part), f"{name}{FP32}mask")
+            return self._node32("Where", [visible, shown, hidden], f"{name}{FP32}mask")
 
         return self._once(("mask", part, window), make)
+
+    def _row_positions(self) -> str:
+        """int32 [tokens * group, 1]: each token's position, once for every query of its group."""
+
+        def make() -> str:
+            group = self._spec.num_heads // self._spec.num_kv_heads
+            zeros = self._ints("group_zeros", [[0] * group], np.int32)
+            repeated = self._writer.node("Add", [self._positions_column(), zeros], "mask/positions_by_group")
+            return self._reshape(repeated, [-1, 1], "mask/row_positions")
+
+        return self._once(("row positions",), make)
 
     def _weighted_sum(self, prefix: str, scores: Sequence[str], values: Sequence[str]) -> str:
         """softmax over past and new scores together, times both parts' values: [kv_heads, tokens * group, head_dim]."""
@@ -153,7 +151,5 @@ class TrtPlainDialect(TrtDialect):
         for part, exponential, value in zip(parts, exponentials, values):
             # Divided before the product: a sum of unnormalized weights can exceed fp16 in a long context.
             weights = self._node32("Div", [exponential, total], f"{prefix}{FP32}{part}_weights")
-            shape = self._shape([self._spec.num_kv_heads, -1], part)
-            rows = self._reshape(self._as(weights, self._dtype), shape, f"{prefix}/{part}_weight_rows")
-            products.append(self._node("MatMul", [rows, value], f"{prefix}/{part}_attended", self._dtype))
+            products.append(self._node("MatMul", [weights, value], f"{prefix}/{part}_attended", self._dtype))
         return self._node("Add", products, f"{prefix}/attended_rows", self._dtype)
