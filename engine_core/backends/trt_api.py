@@ -75,16 +75,18 @@ class TensorRT:
                 flags |= 1 << int(getattr(self.trt.NetworkDefinitionCreationFlag, name))
         return self.checked("create_network", lambda: builder.create_network(flags))
 
-    def parse(self, network: Any, model: Path) -> None:
-        """Fills ``network`` from an ONNX file, whose data file lies beside it. Raises TensorRTError."""
+    def parse(self, network: Any, model: Path) -> Any:
+        """Fills ``network`` from an ONNX file, whose data file lies beside it. Raises TensorRTError.
+
+        Returns the parser, which owns the weights: it must live until the plan is built.
+        """
         parser = self.trt.OnnxParser(network, self._logger)
         if not parser.parse_from_file(str(model)):
             errors = "; ".join(str(parser.get_error(i)).strip() for i in range(parser.num_errors))
             raise TensorRTError(f"TensorRT {self.version} cannot parse {model.name}: {errors or self._logged()}.")
+        return parser
 
-    def create_config(
-        self, builder: Any, workspace: int, level: int, half: bool, report: Callable[[str], None]
-    ) -> Any:
+    def create_config(self, builder: Any, workspace: int, level: int, half: bool, report: Callable[[str], None]) -> Any:
         """``workspace``: bytes a layer may take while it runs. ``level``: how long tactics are searched, 0 to 5.
 
         ``half``: layers may be fp16 where TensorRT chooses types; strongly typed networks say so themselves.

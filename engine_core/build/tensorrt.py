@@ -207,7 +207,7 @@ def build_plan(
     """The plan of an exported model. Raises TensorRTError or InsufficientMemoryError."""
     builder = api.create_builder()
     network = api.create_network(builder)
-    api.parse(network, model)
+    parser = api.parse(network, model)
     if not spec.native:
         api.fold_transposes(network, TRANSPOSED)
     half = spec.dtype == "fp16"
@@ -218,6 +218,7 @@ def build_plan(
         _add_profile(builder, config, profile_shapes(spec, profile))
     cache = api.use_timing_cache(config, cache_path.read_bytes() if cache_path.is_file() else b"")
     plan = api.build(builder, network, config)
+    del parser  # the owner of the weights, needed until here
     with contextlib.suppress(OSError):  # a cache that cannot be kept costs time only
         _write_aside(cache_path, memoryview(cache.serialize()))
     return plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ pytest.importorskip("onnxruntime")
 
 import checkpoints
 import fake_tensorrt
+from engine_core import cli
 from engine_core.backends.trt_api import TensorRT, TensorRTError
 from engine_core.build.tensorrt import build_tensorrt, workspace_limit
 from engine_core.errors import (
@@ -223,3 +225,27 @@ def test_without_tensorrt_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", no_tensorrt)
     with pytest.raises(BackendUnavailableError, match="pip install tensorrt"):
         TensorRT()
+
+
+def test_the_command_hands_its_options_over(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "engine_core.build.tensorrt.build_tensorrt", lambda *args, **kwargs: calls.append((args, kwargs))
+    )
+    command = ["build", "CHECKPOINT", "ENGINE", "--backend", "tensorrt"]
+
+    def run(*more):
+        options = cli._parser().parse_args([*command, *more])
+        return options.run(options)
+
+    assert run("--max-context", "512", "--max-prefill", "64") == 0
+    ((args, kwargs),) = calls
+    assert args == (Path("CHECKPOINT"), Path("ENGINE"))
+    assert (kwargs["quantization"], kwargs["max_context"], kwargs["max_prefill"]) == ("fp16", 512, 64)
+    run("--quantization", "fp16,fp32")
+    assert [call[0][1] for call in calls[1:]] == [Path("ENGINE/fp16"), Path("ENGINE/fp32")]
+    with pytest.raises(BuildError, match="group_size"):
+        run("--group-size", "32")
+    command[-1] = "cuda"
+    with pytest.raises(BuildError, match="tensorrt only"):
+        run("--max-prefill", "64")
