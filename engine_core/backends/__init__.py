@@ -106,6 +106,7 @@ class Backend(Protocol):
 _BACKENDS = {
     "cuda": ("engine_core.backends.cuda", "CudaBackend"),
     "onnxruntime": ("engine_core.backends.onnxruntime", "OnnxRuntimeBackend"),
+    "tensorrt": ("engine_core.backends.tensorrt", "TensorRTBackend"),
 }
 
 

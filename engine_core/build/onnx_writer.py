@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
 _ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
+_IR_VERSION = 9  # what ONNX Runtime 1.17 and TensorRT 10 read
 _INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
 
 
@@ -36,6 +37,10 @@ class GraphWriter:
 
     def __exit__(self, *_) -> None:
         self._data.close()
+
+    @property
+    def model_path(self) -> Path:
+        return self._directory / MODEL_NAME
 
     # --- the graph ----------------------------------------------------------------------------------
 
@@ -92,7 +97,7 @@ class GraphWriter:
             each.i += amount
         return bool(found)
 
-    def save(self, opsets: dict[str, int], name: str = MODEL_NAME) -> None:
+    def save(self, opsets: dict[str, int], name: str = MODEL_NAME, ir_version: int = _IR_VERSION) -> None:
         graph = helper.make_graph(
             self._nodes, self._name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )
@@ -100,7 +105,7 @@ class GraphWriter:
             graph,
             producer_name="edgellm_ros",
             opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
-            ir_version=9,  # what ONNX Runtime 1.17 and TensorRT 10 read
+            ir_version=ir_version,
         )
         self._data.flush()
         (self._directory / name).write_bytes(model.SerializeToString(deterministic=True))

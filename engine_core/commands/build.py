@@ -12,12 +12,12 @@ def add(commands) -> None:
     parser = commands.add_parser("build", help="make an engine from a Hugging Face checkpoint directory")
     parser.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors")
     parser.add_argument("engine_dir", type=Path, help="where to write; several variants go to its subdirectories")
-    parser.add_argument("--backend", choices=("onnxruntime", "cuda"), default="onnxruntime")
+    parser.add_argument("--backend", choices=("onnxruntime", "cuda", "tensorrt"), default="onnxruntime")
     parser.add_argument(
         "--quantization",
         default="",
-        help="fp32, int8 or int4 (cuda: fp16 or int4); several, with commas: one subdirectory each "
-        "(default: int8, cuda: fp16)",
+        help="fp32, int8 or int4 (cuda: fp16 or int4; tensorrt: fp16 or fp32); several, with commas: one subdirectory "
+        "each (default: int8, cuda and tensorrt: fp16)",
     )
     parser.add_argument(
         "--max-context", type=int, default=0, help="tokens, prompt and answer together (0: the model's, at most 4096)"
@@ -33,13 +33,18 @@ def add(commands) -> None:
         help="of LM head and embedding in int8 and int4 (default: 8)",
     )
     parser.add_argument("--vocab-map", type=Path, help="safetensors file of the token ids a smaller LM head keeps")
+    parser.add_argument(
+        "--max-prefill", type=int, default=0, help="tokens of a prefill step, tensorrt only (default: 512)"
+    )
     parser.add_argument("--name", default="", help="the model's name in the manifest")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.backend == "cuda":
-        return _build_cuda(options)
+    if options.max_prefill and options.backend != "tensorrt":
+        raise BuildError("--max-prefill is fixed in the engine for tensorrt only; elsewhere set prefill_chunk.")
+    if options.backend != "onnxruntime":
+        return {"cuda": _build_cuda, "tensorrt": _build_tensorrt}[options.backend](options)
     try:
         from engine_core.build.build import build_engine
     except ImportError as error:
@@ -81,4 +86,26 @@ def _build_cuda(options: argparse.Namespace) -> int:
             model_name=options.name,
         )
         print(f"Built {engine_dir} for the cuda backend with {kind} weights")
+    return 0
+
+
+def _build_tensorrt(options: argparse.Namespace) -> int:
+    try:
+        from engine_core.build.tensorrt import build_tensorrt
+    except ImportError as error:
+        raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
+    if options.group_size or options.head_bits:
+        raise BuildError("group_size and head_bits belong to int8 and int4, which TensorRT engines are not built with.")
+    kinds = _kinds(options.quantization or "fp16")
+    for kind in kinds:
+        build_tensorrt(
+            options.checkpoint,
+            options.engine_dir / kind if len(kinds) > 1 else options.engine_dir,
+            quantization=kind,
+            max_context=options.max_context,
+            max_prefill=options.max_prefill,
+            vocab_map=options.vocab_map,
+            model_name=options.name,
+            report=print,
+        )
     return 0

@@ -36,6 +36,7 @@ KERNELS = {
     "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f"),
     "elementwise": dict(COLS=1024),
     "sample": dict(ROWS=1000, RING=8),
+    "kv_append": dict(LAYERS=3, KV_HEADS=2, VECTORS=8, CONTEXT=512, FRESH=1024),
 }
 
 
@@ -54,6 +55,11 @@ def test_every_kernel_compiles(arch):
     for name in KERNELS:
         binary = _compile(name, arch, BF16=int(arch != "sm_80"))
         assert binary[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+def test_kv_append_compiles_without_layers():
+    assert _compile("kv_append", _architectures()[0], LAYERS=0)[:4] == b"\x7fELF"
 
 
 @pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
