@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from engine_core.backends import TokenSampling
 from engine_core.backends.ort_plan import Layout, plan_memory, resolve
-from engine_core.backends.ort_session import OrtSession
+from engine_core.backends.ort_session import OrtSession, check_runtime
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, EdgeLLMError, EngineFaultError
 from engine_core.manifest import Manifest
@@ -65,7 +65,7 @@ class OnnxRuntimeBackend:
         self._kept_rows = layout.vocab_map if layout.slice_logits else None
         self._kept_logits = np.empty(self.reduced_vocab_size, dtype=np.float32)
         kv = session.kv_cache.shape
-        self._slots = np.empty((layout.prefix_slots, *kv[:4], layout.prefix_tokens, kv[5]), dtype=np.float32)
+        self._slots = np.empty((layout.prefix_slots, *kv[:4], layout.prefix_tokens, kv[5]), session.kv_cache.dtype)
         self._slots.fill(0)
         # The sequence's state belongs to the compute thread; the flag may be set from any.
         self._stop_ids: frozenset[int] = frozenset()
@@ -90,10 +90,17 @@ class OnnxRuntimeBackend:
         EngineFaultError.
         """
         layout = resolve(variant_dir, manifest, config)
+        check_runtime(layout.kv_cache_type)
         plan_memory(layout, manifest).check()
         try:
             session = OrtSession(
-                variant_dir, manifest.geometry, layout.head_rows, layout.max_context, layout.chunk, layout.threads
+                variant_dir,
+                manifest.geometry,
+                layout.head_rows,
+                layout.max_context,
+                layout.chunk,
+                layout.threads,
+                layout.kv_cache_type,
             )
         except Exception as error:  # the runtime's exceptions share no base class
             raise BackendUnavailableError(

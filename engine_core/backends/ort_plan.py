@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine_core.backends.ort_files import DATA_NAME, held_types
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.manifest import Manifest
@@ -18,7 +19,6 @@ from engine_core.vocab import VOCAB_MAP_NAME, read_vocab_map
 _SINGLE_THREAD_PARAMETERS = 20_000_000
 _CHUNK = 128  # tokens per prefill step: see docs/cpu_backend.md
 _RUNTIME_BYTES = 40 << 20  # the library itself, its graph and its thread stacks
-DATA_NAME = "model.onnx.data"
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Layout:
     """Everything ``auto`` and 0 became."""
 
     max_context: int
+    kv_cache_type: str
     chunk: int
     threads: int
     vocab_size: int
@@ -38,11 +39,6 @@ class Layout:
 
 def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layout:
     """Raises ConfigurationError for what this backend cannot do, EngineDirectoryError for a damaged vocab map."""
-    if config.kv_cache_type not in ("auto", "fp32"):
-        raise ConfigurationError(
-            f"kv_cache_type is {config.kv_cache_type!r}, but the onnxruntime backend keeps its KV cache in fp32; "
-            "choose auto or fp32."
-        )
     if config.max_batch != 1:
         raise ConfigurationError(f"max_batch is {config.max_batch}, but the onnxruntime backend works on one sequence.")
     max_context = config.max_context or manifest.max_context
@@ -54,6 +50,7 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
     vocab_map, slice_logits = _vocab_map(variant_dir, manifest, config)
     return Layout(
         max_context=max_context,
+        kv_cache_type=_kv_cache_type(manifest, config),
         chunk=min(config.prefill_chunk or _CHUNK, max_context),
         threads=config.num_threads or _default_threads(manifest.geometry.num_parameters),
         vocab_size=manifest.geometry.vocab_size,
@@ -63,6 +60,22 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
         prefix_slots=config.prompt_cache_entries,
         prefix_tokens=min(config.prompt_cache_tokens, max_context),
     )
+
+
+def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
+    kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
+    if kind == "fp8":
+        raise ConfigurationError(
+            "kv_cache_type is 'fp8', but the onnxruntime backend has no such KV cache on the CPU; a GPU of compute "
+            "capability 8.9 or more (Ada, Hopper, Thor) could compute with one. Choose fp32, fp16 or int8."
+        )
+    held = held_types(manifest.files)
+    if kind not in held:
+        raise ConfigurationError(
+            f"kv_cache_type is {kind!r}, but this engine was built for {', '.join(held)}; choose one of them, or build "
+            f"it again with --kv-cache-type {kind}."
+        )
+    return kind
 
 
 def _vocab_map(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> tuple[np.ndarray | None, bool]:
@@ -99,16 +112,22 @@ def count_cores() -> int:
 def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     """Every byte ``load`` takes, by purpose, and what the machine has free."""
     geometry = manifest.geometry
-    cache = dict(num_layers=geometry.num_layers, num_kv_heads=geometry.num_kv_heads, head_dim=geometry.head_dim)
-    rope_dims = manifest.options.get("rope_dims", [geometry.head_dim])
-    prefix = kv_cache_bytes(**cache, max_context=layout.prefix_tokens, kv_cache_type="fp32") * layout.prefix_slots
+    cache = dict(
+        num_layers=geometry.num_layers,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        kv_cache_type=layout.kv_cache_type,
+    )
+    prefix = kv_cache_bytes(**cache, max_context=layout.prefix_tokens, int8_scales="none") * layout.prefix_slots
     data = manifest.files[DATA_NAME].size if DATA_NAME in manifest.files else 0
-    rope = sum(4 * dim for dim in rope_dims) * manifest.max_context
+    tables = sum(manifest.options.get("rope_dims", [geometry.head_dim])) * manifest.max_context  # values of cos and sin
+    rope = tables * (2 if layout.kv_cache_type == "fp16" else 4)
+    stored = tables * (6 if "fp16" in held_types(manifest.files) else 4)  # those of the other type stay on the disk
     rows = layout.head_rows
     return MemoryPlan(
         (
-            MemoryItem("weights", max(0, data - rope) + manifest.options.get("packed_head_bytes", 0)),
-            MemoryItem("kv_cache", kv_cache_bytes(**cache, max_context=layout.max_context, kv_cache_type="fp32")),
+            MemoryItem("weights", max(0, data - stored) + manifest.options.get("packed_head_bytes", 0)),
+            MemoryItem("kv_cache", kv_cache_bytes(**cache, max_context=layout.max_context, int8_scales="channel")),
             MemoryItem("prefix_cache", prefix),
             MemoryItem("scratch", _scratch_bytes(layout, manifest)),
             MemoryItem("rope", rope),

@@ -7,31 +7,40 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from engine_core.backends.ort_files import graph_name
+from engine_core.errors import BackendUnavailableError
 from engine_core.manifest import ModelGeometry
 
-MODEL_NAME = "model.onnx"
-# Of models with a sliding window: the graph for runtimes whose window leaves the query's own position out.
-WINDOW_BEFORE_1_24_NAME = "model.window_before_1_24.onnx"
+DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}  # of the KV cache
+# Before 1.27 the CPU's attention operator reads no int8 cache: 1.26 opens the graph and fails in the first step.
+_FIRST_WITH_INT8_CACHE = (1, 27)
 _ERROR, _FATAL = 3, 4  # ONNX Runtime's log severities
 
 
 class OrtSession:
-    """The model and its KV cache, float32 [layers, 1, 2 (K, V), kv_heads, max_context, head_dim].
+    """The model and its KV cache, DTYPES[kv_cache_type] [layers, 1, 2 (K, V), kv_heads, max_context, head_dim].
 
     Past and present of a layer are bound to the same memory, so a step writes its own positions and copies nothing.
     ``logits``: float32 [rows], overwritten by every step. Not thread-safe, but for ``terminate``.
     """
 
     def __init__(
-        self, variant_dir: Path, geometry: ModelGeometry, rows: int, max_context: int, chunk: int, threads: int
+        self,
+        variant_dir: Path,
+        geometry: ModelGeometry,
+        rows: int,
+        max_context: int,
+        chunk: int,
+        threads: int,
+        kv_cache_type: str = "fp32",
     ):
         self.max_context = max_context
         self.chunk = chunk
         self._session = ort.InferenceSession(
-            str(_model_path(variant_dir)), session_options(threads), providers=["CPUExecutionProvider"]
+            str(_model_path(variant_dir, kv_cache_type)), session_options(threads), providers=["CPUExecutionProvider"]
         )
         shape = (geometry.num_layers, 1, 2, geometry.num_kv_heads, max_context, geometry.head_dim)
-        self.kv_cache = np.empty(shape, dtype=np.float32)
+        self.kv_cache = np.empty(shape, dtype=DTYPES[kv_cache_type])
         self.kv_cache.fill(0)  # takes the pages now rather than token by token
         self.logits = np.zeros(rows, dtype=np.float32)
         self._last_position = np.zeros(1, dtype=np.int32)
@@ -81,10 +90,23 @@ class OrtSession:
         self._prefill_options.terminate = stop
 
 
-def _model_path(variant_dir: Path) -> Path:
-    old = variant_dir / WINDOW_BEFORE_1_24_NAME
-    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
-    return old if version < (1, 24) and old.is_file() else variant_dir / MODEL_NAME
+def check_runtime(kv_cache_type: str) -> None:
+    """Raises BackendUnavailableError if the ONNX Runtime that is installed has no such KV cache."""
+    if kv_cache_type == "int8" and _version() < _FIRST_WITH_INT8_CACHE:
+        first = ".".join(map(str, _FIRST_WITH_INT8_CACHE))
+        raise BackendUnavailableError(
+            f"ONNX Runtime {ort.__version__} has no int8 KV cache on the CPU, {first} is the first with one; update "
+            "onnxruntime (Python 3.11 or newer), or set kv_cache_type to fp16 or fp32."
+        )
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in ort.__version__.split(".")[:2])
+
+
+def _model_path(variant_dir: Path, kv_cache_type: str) -> Path:
+    old = variant_dir / graph_name(kv_cache_type, window_before_1_24=True)
+    return old if _version() < (1, 24) and old.is_file() else variant_dir / graph_name(kv_cache_type)
 
 
 def session_options(threads: int) -> ort.SessionOptions:

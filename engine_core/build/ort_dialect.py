@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
+from engine_core.backends.ort_files import graph_name
 from engine_core.build.model import LayerSpec, LinearSpec
 from engine_core.build.onnx_writer import GraphWriter
+from engine_core.build.ort_kv_cache import KVScales, with_fp16_cache, with_int8_cache
 from engine_core.build.quantize import quantize_rows
 from engine_core.build.weights import Weights
 from engine_core.errors import UnsupportedModelError
 
 _MS = "com.microsoft"
-WINDOW_BEFORE_1_24_NAME = "model.window_before_1_24.onnx"
 _OPSETS = {"": 17, _MS: 1}
 _HEAD_DIM_STEP = 16
 _ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, products are integers
@@ -179,11 +180,27 @@ class OrtDialect:
         self._writer.output("logits", TensorProto.FLOAT, [1, shape[0]])
 
     def finish(self) -> None:
-        self._writer.save(_OPSETS)
+        """Writes the graphs of the KV cache types that need no calibration."""
+        self._save(self._writer, "fp32")
+        ropes = {
+            f"rope_{name}.{i}": table
+            for i, rope in enumerate(self._spec.ropes)
+            for name, table in zip(("cos", "sin"), rope.table(self._max_context))
+        }
+        self._save(with_fp16_cache(self._writer, ropes), "fp16")
+
+    def add_int8_cache(self, scales: KVScales) -> None:
+        """Writes the graph of an int8 KV cache too; after ``finish``."""
+        self._save(with_int8_cache(self._writer, scales), "int8")
+
+    def _save(self, writer: GraphWriter, kv_cache_type: str) -> None:
+        writer.save(_OPSETS, graph_name(kv_cache_type))
         # Before 1.24 the runtime's local_window_size left the query's own position out: a second graph over the same
-        # weights for those (1.23 is the last one for Python 3.10, and so for JetPack 6).
-        if self._writer.add_to_attribute("local_window_size", -1):
-            self._writer.save(_OPSETS, WINDOW_BEFORE_1_24_NAME)
+        # weights for those (1.23 is the last one for Python 3.10, and so for JetPack 6). They have no int8 cache.
+        if kv_cache_type != "int8":
+            before = writer.fork()
+            if before.add_to_attribute("local_window_size", -1):
+                before.save(_OPSETS, graph_name(kv_cache_type, window_before_1_24=True))
 
     # --- helpers ------------------------------------------------------------------------------------
 
