@@ -101,6 +101,7 @@ class OnnxRuntimeBackend:
                 layout.chunk,
                 layout.threads,
                 layout.kv_cache_type,
+                packed=manifest.quantization != "fp32",
             )
         except Exception as error:  # the runtime's exceptions share no base class
             raise BackendUnavailableError(

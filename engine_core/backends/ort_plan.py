@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends.ort_files import DATA_NAME, held_types
+from engine_core.backends.ort_session import has_flash_attention
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.manifest import Manifest
@@ -18,7 +19,10 @@ from engine_core.vocab import VOCAB_MAP_NAME, read_vocab_map
 # Parameters below which a second thread costs more in hand-overs than it computes, see docs/cpu_backend.md.
 _SINGLE_THREAD_PARAMETERS = 20_000_000
 _CHUNK = 128  # tokens per prefill step: see docs/cpu_backend.md
-_RUNTIME_BYTES = 40 << 20  # the library itself, its graph and its thread stacks
+# What loading adds to a process that has imported the library: code it had not touched yet, and the graph's objects.
+_RUNTIME_BYTES = 11 << 20
+_RUNTIME_LAYER_BYTES = 128 << 10
+_ARENA_BYTES = 512 << 10  # small tensors of a step
 
 
 @dataclass(frozen=True)
@@ -123,16 +127,18 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     tables = sum(manifest.options.get("rope_dims", [geometry.head_dim])) * manifest.max_context  # values of cos and sin
     rope = tables * (2 if layout.kv_cache_type == "fp16" else 4)
     stored = tables * (6 if "fp16" in held_types(manifest.files) else 4)  # those of the other type stay on the disk
+    # Values that the runtime packs leave the mapped file for its own memory; what is shared with the lookup stays too.
+    packed = manifest.options.get("packed_bytes", 0) - manifest.options.get("released_bytes", 0)
     rows = layout.head_rows
     return MemoryPlan(
         (
-            MemoryItem("weights", max(0, data - stored) + manifest.options.get("packed_head_bytes", 0)),
+            MemoryItem("weights", max(0, data - stored + packed)),
             MemoryItem("kv_cache", kv_cache_bytes(**cache, max_context=layout.max_context, int8_scales="channel")),
             MemoryItem("prefix_cache", prefix),
             MemoryItem("scratch", _scratch_bytes(layout, manifest)),
             MemoryItem("rope", rope),
             MemoryItem("io", 8 * layout.chunk + 4 * rows + 13 * rows),
-            MemoryItem("runtime", _RUNTIME_BYTES),
+            MemoryItem("runtime", _RUNTIME_BYTES + _RUNTIME_LAYER_BYTES * geometry.num_layers),
         ),
         available=available_memory(),
         device="the CPU",
@@ -140,14 +146,22 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
 
 
 def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:
-    """The intermediate tensors of the widest moment of a chunk: the MLP's, or attention's scores over the cache."""
+    """The regions of the runtime's arena that a chunk fills, fitted to what it takes: docs/cpu_backend.md.
+
+    The MLP's tensors are the widest moment. Quantized weights round its input beside it; attention over an fp16 cache,
+    and in older runtimes over an fp32 one, has the scores of all heads, twice.
+    """
     geometry = manifest.geometry
-    tokens = layout.chunk
-    mlp = 4 * tokens * (3 * geometry.hidden_size + 5 * geometry.intermediate_size)
-    heads = geometry.num_heads + 2 * geometry.num_kv_heads
-    attention = 4 * tokens * (2 * geometry.hidden_size + 3 * heads * geometry.head_dim)
-    attention += 4 * tokens * geometry.num_heads * layout.max_context
-    return max(mlp, attention)
+    hidden, intermediate = geometry.hidden_size, geometry.intermediate_size
+    values = 6 * hidden + 6 * intermediate  # float32, for each token
+    extra = _ARENA_BYTES
+    if manifest.quantization != "fp32":
+        values += hidden + intermediate
+        extra += 2 * _ARENA_BYTES
+    if layout.kv_cache_type == "fp16" or (layout.kv_cache_type == "fp32" and not has_flash_attention()):
+        scores = 2 * geometry.num_heads * layout.max_context
+        values = max(values, 6 * hidden + 4 * intermediate + scores)
+    return 4 * layout.chunk * values + extra
 
 
 def available_memory() -> int:

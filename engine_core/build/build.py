@@ -103,10 +103,8 @@ def build_engine(
             options={
                 "head_bits": precision.head_bits,
                 "rope_dims": [rope.dim for rope in spec.ropes],
-                # The runtime packs the head anew while the token lookup keeps the bytes the two share.
-                "packed_head_bytes": spec.vocab_size * spec.hidden_size * precision.head_bits // 8
-                if spec.tied and kept is None
-                else 0,
+                "released_bytes": dialect.released_bytes,
+                "packed_bytes": dialect.packed_bytes + dialect.largest_scales,
             },
         )
         manifest = seal(directory, manifest)

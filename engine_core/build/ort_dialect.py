@@ -23,6 +23,7 @@ from engine_core.errors import UnsupportedModelError
 _MS = "com.microsoft"
 _OPSETS = {"": 17, _MS: 1}
 _HEAD_DIM_STEP = 16
+_PACKED_GROUP_BYTES = 8  # MatMulNBits keeps the scale and the sum of each group beside its packed values, float32 both
 _ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, products are integers
 
 
@@ -51,6 +52,10 @@ class OrtDialect:
                 f"The CPU's attention operator needs a head_dim that is a multiple of {_HEAD_DIM_STEP}, "
                 f"but this model's is {self._spec.head_dim}."
             )
+        # Bytes of the weights that the runtime packs anew when it loads, before and after; see docs/cpu_backend.md.
+        self.released_bytes = 0
+        self.packed_bytes = 0
+        self.largest_scales = 0  # of one tensor; the packing keeps a buffer of this size
         self._tied_head = ""  # the embedding's tensor, where the head can use the same bytes
 
     def begin(self) -> None:
@@ -224,6 +229,10 @@ class OrtDialect:
         bits: int,
         bias: np.ndarray | None,
     ) -> str:
+        groups, group_bytes = self._packed_shape(shape, bits)[1:]
+        self.released_bytes += 0 if values == self._tied_head else shape[0] * groups * group_bytes
+        self.packed_bytes += shape[0] * groups * (group_bytes + _PACKED_GROUP_BYTES)
+        self.largest_scales = max(self.largest_scales, 4 * shape[0] * groups)
         inputs = [value, values, scales]
         if bias is not None:
             inputs += ["", "", self._writer.constant(f"{name}.bias", bias)]
