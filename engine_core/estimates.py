@@ -14,10 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine_core.backends import backend_names
 from engine_core.backends.cuda_layout import RUNTIME_BYTES, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
-from engine_core.backends.ort_plan import DATA_NAME, plan_memory, resolve
+from engine_core.backends.ort_files import DATA_NAME, KV_CACHE_TYPES, graph_name
+from engine_core.backends.ort_plan import plan_memory, resolve
 from engine_core.build.model import ModelSpec
 from engine_core.build.shapes import read_shapes
 from engine_core.config import EngineConfig
@@ -26,6 +28,9 @@ from engine_core.errors import ConfigurationError, EdgeLLMError, UnsupportedMode
 from engine_core.kernels import int4_layout
 from engine_core.manifest import FileRecord, Manifest
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
+
+if TYPE_CHECKING:
+    from engine_core.build.ort_dialect import Packing
 
 GPU_VARIANTS = (
     ("fp16", "cuda"),
@@ -40,7 +45,7 @@ _AWQ_GROUP = 128
 _GPU_KV_TYPES = ("fp16", "int8", "fp8")
 KV_TYPES = {"onnxruntime": ("fp32", "fp16", "int8"), "cuda": _GPU_KV_TYPES, "tensorrt": _GPU_KV_TYPES}
 # A graph for each KV type: what a builder writes for those its backend has.
-_GRAPHS = ("model.onnx", "model.kv_fp16.onnx", "model.kv_int8.onnx")
+_GRAPHS = tuple(map(graph_name, KV_CACHE_TYPES))
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class CheckpointEstimate:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.checkpoint, self.spec, self.num_parameters = read_shapes(self.directory)
-        self._data_bytes = lru_cache(maxsize=None)(self._count_data)
+        self._counted_data = lru_cache(maxsize=None)(self._count_data)
 
     @property
     def name(self) -> str:
@@ -170,25 +175,25 @@ class CheckpointEstimate:
         spec = self.spec
         precision = precision_of(quantization)
         rows = size.head_rows or spec.vocab_size
-        data = self._data_bytes(quantization, size.max_context, rows)
+        data, packing = self._counted_data(quantization, size.max_context, rows)
         shares_head = spec.tied and rows == spec.vocab_size
         return self._manifest(
             "onnxruntime",
             quantization,
             size,
             group_size=precision.group_size,
-            options=engine_options(spec, precision, shares_head=shares_head),
+            options=engine_options(spec, precision, packing, shares_head=shares_head),
             files={DATA_NAME: FileRecord(data, "")} | {name: FileRecord(0, "") for name in _GRAPHS},
         )
 
-    def _count_data(self, quantization: str, max_context: int, head_rows: int) -> int:
+    def _count_data(self, quantization: str, max_context: int, head_rows: int) -> tuple[int, Packing]:
         from engine_core.build.build import precision_of
-        from engine_core.build.ort_size import data_bytes
+        from engine_core.build.ort_size import count_data
 
         checkpoint = self.checkpoint
         if quantization == "int4_awq":  # its levels come with the checkpoint
             checkpoint = checkpoint.with_levels(4, _AWQ_GROUP)
-        return data_bytes(checkpoint, self.spec, precision_of(quantization), max_context, head_rows)
+        return count_data(checkpoint, self.spec, precision_of(quantization), max_context, head_rows)
 
     # --- GPU ------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from engine_core.backends import TokenSampling
 from engine_core.backends.ort_plan import Layout, plan_memory, resolve
-from engine_core.backends.ort_session import OrtSession
+from engine_core.backends.ort_session import OrtSession, check_runtime
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, EdgeLLMError, EngineFaultError
 from engine_core.manifest import Manifest
@@ -62,7 +62,7 @@ class OnnxRuntimeBackend:
         self._session: OrtSession | None = session
         self._sampler = Sampler(layout.vocab_size, layout.vocab_map)
         kv = session.kv_cache.shape
-        self._slots = np.empty((layout.prefix_slots, *kv[:4], layout.prefix_tokens, kv[5]), dtype=np.float32)
+        self._slots = np.empty((layout.prefix_slots, *kv[:4], layout.prefix_tokens, kv[5]), session.kv_cache.dtype)
         self._slots.fill(0)
         # The sequence's state belongs to the compute thread; the flag may be set from any.
         self._stop_ids: frozenset[int] = frozenset()
@@ -87,6 +87,7 @@ class OnnxRuntimeBackend:
         EngineFaultError.
         """
         layout = resolve(variant_dir, manifest, config)
+        check_runtime(layout.kv_cache_type)
         plan_memory(layout, manifest).check()
         try:
             session = OrtSession(
@@ -96,6 +97,8 @@ class OnnxRuntimeBackend:
                 layout.max_context,
                 layout.chunk,
                 layout.threads,
+                layout.kv_cache_type,
+                packed=manifest.quantization != "fp32",
                 kept=layout.vocab_map if layout.cuts_head else None,
             )
         except EdgeLLMError:

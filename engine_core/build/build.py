@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from engine_core.backends import ort_files
+from engine_core.build.calibration import NAMES, find_calibration, read_sequences
 from engine_core.build.checkpoint import Checkpoint
+from engine_core.build.kv_cache import int8_scales, measure_peaks
 from engine_core.build.model import ModelSpec, check_tensors, read_spec
 from engine_core.build.onnx_graph import write_decoder
 from engine_core.build.onnx_writer import GraphWriter
-from engine_core.build.ort_dialect import OrtDialect, Precision
+from engine_core.build.ort_dialect import OrtDialect, Packing, Precision
 from engine_core.build.weights import Weights
 from engine_core.errors import BuildError
 from engine_core.manifest import Manifest, seal, write_variant
@@ -24,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_MAX_CONTEXT = 4096  # tokens; less where the model was made for less
 QUANTIZATIONS = ("fp32", "int8", "int4")
+KV_CACHE_TYPES = ("auto", *ort_files.KV_CACHE_TYPES)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 _COPIED = (
     "tokenizer.json",
@@ -45,6 +49,8 @@ def build_engine(
     head_bits: int = 0,
     vocab_map: Path | None = None,
     model_name: str = "",
+    kv_cache_type: str = "auto",
+    calibration: Path | None = None,
     report: Callable[[str], None] = _log.info,
 ) -> Manifest:
     """Writes the variant directory ``out_dir`` and returns its manifest.
@@ -52,7 +58,9 @@ def build_engine(
     ``quantization``: fp32, int8 or int4. ``max_context``: tokens the RoPE table covers, 0 = the model's own up to
     DEFAULT_MAX_CONTEXT. ``group_size``: weights per scale, 0 = 32. ``head_bits``: 4 or 8 for the LM head and the
     embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows
-    keeps; a file of that name in the checkpoint is used by itself.
+    keeps; a file of that name in the checkpoint is used by itself. ``kv_cache_type``: what the engine opens with unless
+    told otherwise; auto = fp32. It holds fp32 and fp16 in any case, and int8 where that was asked for or there is
+    ``calibration`` text (``calibration.read_sequences``; by default the checkpoint's own calibration.jsonl or .txt).
 
     Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.
     """
@@ -63,11 +71,18 @@ def build_engine(
     max_context = _max_context(max_context, spec)
     vocab_map = vocab_map or _own_map(checkpoint)
     kept = None if vocab_map is None else _kept_ids(Path(vocab_map), checkpoint, spec)
+    calibration = _calibration(kv_cache_type, calibration, checkpoint)
     weights = Weights(checkpoint, spec, kept)
     report(f"Building {spec.architecture} with {num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}")
     with write_variant(Path(out_dir)) as directory:
         with GraphWriter(directory, spec.architecture) as writer:
-            write_decoder(spec, OrtDialect(writer, weights, precision, max_context))
+            dialect = OrtDialect(writer, weights, precision, max_context)
+            write_decoder(spec, dialect)
+            if calibration is not None:
+                sequences = read_sequences(calibration, checkpoint.directory, max_context)
+                report(f"Calibrating the int8 KV cache on {sum(map(len, sequences))} tokens of {calibration}")
+                geometry = spec.geometry(num_parameters)
+                dialect.add_int8_cache(int8_scales(measure_peaks(directory, geometry, weights.head_rows, sequences)))
         for name in _COPIED:
             if (checkpoint.directory / name).is_file():
                 shutil.copyfile(checkpoint.directory / name, directory / name)
@@ -78,27 +93,29 @@ def build_engine(
             geometry=spec.geometry(num_parameters),
             backend="onnxruntime",
             quantization=quantization,
-            kv_cache_type="fp32",
+            kv_cache_type="fp32" if kv_cache_type == "auto" else kv_cache_type,
             max_context=max_context,
             max_batch=1,
             eos_token_ids=_eos_token_ids(checkpoint),
             reduced_vocab_size=0 if kept is None else len(kept),
             group_size=precision.group_size,
             builder=_versions(),
-            options=engine_options(spec, precision, shares_head=spec.tied and kept is None),
+            options=engine_options(spec, precision, dialect.packing, shares_head=spec.tied and kept is None),
         )
         manifest = seal(directory, manifest)
     report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
     return manifest
 
 
-def engine_options(spec: ModelSpec, precision: Precision, *, shares_head: bool) -> dict:
+def engine_options(spec: ModelSpec, precision: Precision, packing: Packing, *, shares_head: bool) -> dict:
     """The manifest's ``options``. ``shares_head``: the token lookup and the whole LM head use the same bytes."""
     return {
         "head_bits": precision.head_bits,
         "rope_dims": [rope.dim for rope in spec.ropes],
-        # The runtime packs the head anew while the token lookup keeps the bytes the two share.
-        "packed_head_bytes": spec.vocab_size * spec.hidden_size * precision.head_bits // 8 if shares_head else 0,
+        "shares_head": shares_head and precision.head_bits == precision.embedding_bits,
+        "released_bytes": packing.released,
+        "packed_bytes": packing.packed + packing.largest_scales,
+        "packed_head_bytes": packing.head,
     }
 
 
@@ -118,6 +135,23 @@ def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> 
         raise BuildError(f"head_bits is {head_bits}, expected 4 or 8.")
     head = head_bits or 8
     return Precision({"int8": 8, "int4": 4}[quantization], head, head, group_size or 32)
+
+
+def _calibration(kv_cache_type: str, given: Path | None, checkpoint: Checkpoint) -> Path | None:
+    """The text to calibrate an int8 cache on; None: the engine will hold none."""
+    if kv_cache_type not in KV_CACHE_TYPES:
+        raise BuildError(
+            f"The onnxruntime backend has no {kv_cache_type!r} KV cache; choose one of {', '.join(KV_CACHE_TYPES)}."
+        )
+    if kv_cache_type in ("fp32", "fp16") and given is None:
+        return None
+    found = find_calibration(checkpoint.directory, given)
+    if found is None and kv_cache_type == "int8":
+        raise BuildError(
+            f"An int8 KV cache is calibrated on text, but {checkpoint.directory} has no {' or '.join(NAMES)}; give "
+            "--calibration FILE with conversations like those the robot will have."
+        )
+    return found
 
 
 def _max_context(asked: int, spec: ModelSpec) -> int:

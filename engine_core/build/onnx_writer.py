@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-MODEL_NAME = "model.onnx"
-DATA_NAME = "model.onnx.data"
+from engine_core.backends.ort_files import DATA_NAME, graph_name
+
 _ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
 _IR_VERSION = 9  # what ONNX Runtime 1.17 and TensorRT 10 read
 _INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
@@ -40,7 +41,7 @@ class GraphWriter:
 
     @property
     def model_path(self) -> Path:
-        return self._directory / MODEL_NAME
+        return self._directory / graph_name("fp32")
 
     # --- the graph ----------------------------------------------------------------------------------
 
@@ -58,6 +59,27 @@ class GraphWriter:
         name = outputs[0].replace("/output", "")
         self._nodes.append(helper.make_node(op, list(inputs), outputs, name=name, domain=domain, **attributes))
         return outputs[0]
+
+    def fork(self) -> GraphWriter:
+        """Another graph over the same data file: what is changed in one is not in the other."""
+        other = copy.copy(self)
+        other._nodes = copy.deepcopy(self._nodes)
+        other._inputs, other._outputs = copy.deepcopy(self._inputs), copy.deepcopy(self._outputs)
+        other._initializers = dict(self._initializers)
+        return other
+
+    def retype(self, prefixes: tuple[str, ...], dtype: int) -> None:
+        """Gives the graph's inputs and outputs whose names start so the element type ``dtype``."""
+        for value in (*self._inputs, *self._outputs):
+            if value.name.startswith(prefixes):
+                value.type.tensor_type.elem_type = dtype
+
+    def rewrite(self, op: str, replace: Callable[[onnx.NodeProto], Sequence[onnx.NodeProto]]) -> None:
+        """Puts what ``replace`` makes of each node of kind ``op`` in its place."""
+        nodes: list[onnx.NodeProto] = []
+        for node in self._nodes:
+            nodes.extend(replace(node) if node.op_type == op else (node,))
+        self._nodes = nodes
 
     # --- tensors ------------------------------------------------------------------------------------
 
@@ -97,7 +119,9 @@ class GraphWriter:
             each.i += amount
         return bool(found)
 
-    def save(self, opsets: dict[str, int], name: str = MODEL_NAME, ir_version: int = _IR_VERSION) -> None:
+    def save(
+        self, opsets: dict[str, int], name: str = graph_name("fp32"), ir_version: int = _IR_VERSION
+    ) -> None:
         graph = helper.make_graph(
             self._nodes, self._name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
+from engine_core.backends.ort_files import graph_name
 from engine_core.build.model import LayerSpec, LinearSpec
 from engine_core.build.onnx_writer import GraphWriter
+from engine_core.build.ort_kv_cache import KVScales, with_fp16_cache, with_int8_cache
 from engine_core.build.quantize import quantize_rows
 from engine_core.build.weights import Weights
 from engine_core.errors import UnsupportedModelError
 
 _MS = "com.microsoft"
-WINDOW_BEFORE_1_24_NAME = "model.window_before_1_24.onnx"
 _OPSETS = {"": 17, _MS: 1}
 _HEAD_DIM_STEP = 16
+_PACKED_GROUP_BYTES = 8  # MatMulNBits keeps the scale and the sum of each group beside its packed values, float32 both
 _ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, products are integers
 
 
@@ -34,6 +36,24 @@ class Precision:
     embedding_bits: int
     group_size: int = 0
     accuracy_level: int = _ACCURACY_INT8
+
+
+@dataclass
+class Packing:
+    """Bytes of the weights that the runtime packs anew when it loads; see docs/cpu_backend.md."""
+
+    released: int = 0  # of the file, not kept once packed
+    packed: int = 0
+    head: int = 0  # of ``packed``, the LM head's
+    largest_scales: int = 0  # of one tensor; the packing keeps a buffer of this size
+
+    def add(self, groups: int, group_bytes: int, *, is_head: bool, is_shared: bool) -> None:
+        """A matrix of so many groups. ``is_shared``: the token lookup keeps its bytes."""
+        packed = groups * (group_bytes + _PACKED_GROUP_BYTES)
+        self.released += 0 if is_shared else groups * group_bytes
+        self.packed += packed
+        self.head += packed if is_head else 0
+        self.largest_scales = max(self.largest_scales, 4 * groups)
 
 
 class OrtDialect:
@@ -50,6 +70,7 @@ class OrtDialect:
                 f"The CPU's attention operator needs a head_dim that is a multiple of {_HEAD_DIM_STEP}, "
                 f"but this model's is {self._spec.head_dim}."
             )
+        self.packing = Packing()
         self._tied_head = ""  # the embedding's tensor, where the head can use the same bytes
 
     def begin(self) -> None:
@@ -179,11 +200,27 @@ class OrtDialect:
         self._writer.output("logits", TensorProto.FLOAT, [1, shape[0]])
 
     def finish(self) -> None:
-        self._writer.save(_OPSETS)
+        """Writes the graphs of the KV cache types that need no calibration."""
+        self._save(self._writer, "fp32")
+        ropes = {
+            f"rope_{name}.{i}": table
+            for i, rope in enumerate(self._spec.ropes)
+            for name, table in zip(("cos", "sin"), rope.table(self._max_context))
+        }
+        self._save(with_fp16_cache(self._writer, ropes), "fp16")
+
+    def add_int8_cache(self, scales: KVScales) -> None:
+        """Writes the graph of an int8 KV cache too; after ``finish``."""
+        self._save(with_int8_cache(self._writer, scales), "int8")
+
+    def _save(self, writer: GraphWriter, kv_cache_type: str) -> None:
+        writer.save(_OPSETS, graph_name(kv_cache_type))
         # Before 1.24 the runtime's local_window_size left the query's own position out: a second graph over the same
-        # weights for those (1.23 is the last one for Python 3.10, and so for JetPack 6).
-        if self._writer.add_to_attribute("local_window_size", -1):
-            self._writer.save(_OPSETS, WINDOW_BEFORE_1_24_NAME)
+        # weights for those (1.23 is the last one for Python 3.10, and so for JetPack 6). They have no int8 cache.
+        if kv_cache_type != "int8":
+            before = writer.fork()
+            if before.add_to_attribute("local_window_size", -1):
+                before.save(_OPSETS, graph_name(kv_cache_type, window_before_1_24=True))
 
     # --- helpers ------------------------------------------------------------------------------------
 
@@ -207,6 +244,8 @@ class OrtDialect:
         bits: int,
         bias: np.ndarray | None,
     ) -> str:
+        groups, group_bytes = self._packed_shape(shape, bits)[1:]
+        self.packing.add(shape[0] * groups, group_bytes, is_head=name == "head", is_shared=values == self._tied_head)
         inputs = [value, values, scales]
         if bias is not None:
             inputs += ["", "", self._writer.constant(f"{name}.bias", bias)]

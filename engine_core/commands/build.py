@@ -36,6 +36,18 @@ def add(commands) -> None:
     parser.add_argument(
         "--max-prefill", type=int, default=0, help="tokens of a prefill step, tensorrt only (default: 512)"
     )
+    parser.add_argument(
+        "--kv-cache-type",
+        choices=("auto", "fp32", "fp16", "int8"),
+        default="auto",
+        help="what the engine opens with; it holds fp32 and fp16 in any case, int8 with calibration text (auto: fp32)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        help="text for the int8 KV cache: plain, or JSON lines with 'messages' (default: the checkpoint's "
+        "calibration.jsonl or .txt)",
+    )
     parser.add_argument("--name", default="", help="the model's name in the manifest")
     parser.set_defaults(run=run)
 
@@ -59,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
             max_context=options.max_context,
             vocab_map=options.vocab_map,
             model_name=options.name,
+            kv_cache_type=options.kv_cache_type,
+            calibration=options.calibration,
             report=print,
             **group,
         )
@@ -74,6 +88,8 @@ def _build_cuda(options: argparse.Namespace) -> int:
 
     if options.group_size not in (0, 128) or options.head_bits:
         raise BuildError("The cuda backend's int4 has groups of 128 and a head in int4; leave both options out.")
+    if options.kv_cache_type not in ("auto", "fp16") or options.calibration:
+        raise BuildError("The cuda backend's KV cache is fp16; leave --kv-cache-type and --calibration out.")
     kinds = _kinds(options.quantization or "fp16")
     for kind in kinds:
         engine_dir = options.engine_dir / kind if len(kinds) > 1 else options.engine_dir
