@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.config import EngineConfig
-from engine_core.errors import ConfigurationError
+from engine_core.errors import BackendUnavailableError, ConfigurationError
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
 from engine_core.vocab import VOCAB_MAP_NAME, read_vocab_map
@@ -19,6 +19,7 @@ _SINGLE_THREAD_PARAMETERS = 20_000_000
 _CHUNK = 128  # tokens per prefill step: see docs/cpu_backend.md
 _RUNTIME_BYTES = 40 << 20  # the library itself, its graph and its thread stacks
 DATA_NAME = "model.onnx.data"
+_NEEDS_GPU = {"fp8": "8.9", "nvfp4": "10.0"}  # the first generation whose tensor cores have the type
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,14 @@ class Layout:
 
 
 def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layout:
-    """Raises ConfigurationError for what this backend cannot do, EngineDirectoryError for a damaged vocab map."""
+    """Raises ConfigurationError for what this backend cannot do, BackendUnavailableError for weights in a type the CPU
+    lacks, EngineDirectoryError for a damaged vocab map."""
+    if manifest.quantization in _NEEDS_GPU:
+        raise BackendUnavailableError(
+            f"{manifest.quantization} weights need an NVIDIA GPU of compute capability "
+            f"{_NEEDS_GPU[manifest.quantization]} or newer, but the onnxruntime backend runs on the CPU; "
+            "choose int8 or int4_awq."
+        )
     if config.kv_cache_type not in ("auto", "fp32"):
         raise ConfigurationError(
             f"kv_cache_type is {config.kv_cache_type!r}, but the onnxruntime backend keeps its KV cache in fp32; "

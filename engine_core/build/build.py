@@ -15,6 +15,9 @@ from engine_core.build.model import ModelSpec, check_tensors, read_spec
 from engine_core.build.onnx_graph import write_decoder
 from engine_core.build.onnx_writer import GraphWriter
 from engine_core.build.ort_dialect import OrtDialect, Precision
+from engine_core.build.ort_weights import own_block_size
+from engine_core.build.qdq_dialect import QdqDialect
+from engine_core.build.quantize.output import MARK
 from engine_core.build.weights import Weights
 from engine_core.errors import BuildError, CheckpointError
 from engine_core.manifest import Manifest, seal, write_variant
@@ -24,7 +27,7 @@ from engine_core.vocab import TENSOR_NAME, VOCAB_MAP_NAME, read_vocab_map
 _log = logging.getLogger(__name__)
 
 DEFAULT_MAX_CONTEXT = 4096  # tokens; less where the model was made for less
-QUANTIZATIONS = ("fp32", "int8", "int4")
+QUANTIZATIONS = ("fp32", "int8", "int4", "int4_awq", "fp8", "nvfp4")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 _COPIED = (
     "tokenizer.json",
@@ -40,7 +43,7 @@ def build_engine(
     checkpoint_dir: Path,
     out_dir: Path,
     *,
-    quantization: str = "fp32",
+    quantization: str = "auto",
     max_context: int = 0,
     group_size: int = 0,
     head_bits: int = 0,
@@ -50,16 +53,21 @@ def build_engine(
 ) -> Manifest:
     """Writes the variant directory ``out_dir`` and returns its manifest.
 
-    ``quantization``: fp32, int8 or int4. ``max_context``: tokens the RoPE table covers, 0 = the model's own up to
-    DEFAULT_MAX_CONTEXT. ``group_size``: weights per scale, 0 = 32. ``head_bits``: 4 or 8 for the LM head and the
-    embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows
-    keeps; a file of that name in the checkpoint is used by itself.
+    ``quantization``: one of QUANTIZATIONS, or auto: what the checkpoint is quantized as, else fp32. A quantized
+    checkpoint's int4 or int8 weights keep their levels, scales and zeros; built as anything else they are dequantized
+    first. int4_awq needs a checkpoint in int4; fp8 and nvfp4 are graphs with DequantizeLinear. ``max_context``: tokens
+    the RoPE table covers, 0 = the model's own up to DEFAULT_MAX_CONTEXT. ``group_size``: weights per scale, 0 = 32.
+    ``head_bits``: 4 or 8 for the LM head and the embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors
+    file of the full ids an LM head of fewer rows keeps; a file of that name in the checkpoint is used by itself.
 
     Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.
     """
-    precision = _precision(quantization, group_size, head_bits)
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
+    if quantization == "auto":
+        quantization = quantization_of(checkpoint, spec) or "fp32"
+    precision = _precision(quantization, group_size, head_bits)
+    _check_levels(checkpoint, spec, quantization, group_size)
     num_parameters = check_tensors(spec, checkpoint)
     max_context = _max_context(max_context, spec)
     kept = _vocab_map(vocab_map, checkpoint, spec)
@@ -67,7 +75,8 @@ def build_engine(
     report(f"Building {spec.architecture} with {num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}")
     with write_variant(Path(out_dir)) as directory:
         with GraphWriter(directory, spec.architecture) as writer:
-            write_decoder(spec, OrtDialect(writer, weights, precision, max_context))
+            dialect = OrtDialect if precision.linear_bits else QdqDialect
+            write_decoder(spec, dialect(writer, weights, precision, max_context))
         for name in _COPIED:
             if (checkpoint.directory / name).is_file():
                 shutil.copyfile(checkpoint.directory / name, directory / name)
@@ -83,7 +92,7 @@ def build_engine(
             max_batch=1,
             eos_token_ids=_eos_token_ids(checkpoint),
             reduced_vocab_size=0 if kept is None else len(kept),
-            group_size=precision.group_size,
+            group_size=_group_size(weights, precision),
             builder=_versions(),
             options={
                 "head_bits": precision.head_bits,
@@ -99,6 +108,40 @@ def build_engine(
     return manifest
 
 
+def quantization_of(checkpoint: Checkpoint, spec: ModelSpec) -> str:
+    """What the checkpoint's linears are: int8, int4, int4_awq, fp8 or nvfp4; "" if they are plain or of several kinds.
+
+    int4 is what 'edgellm quantize' rounded to nearest; whoever else wrote int4 (AWQ, GPTQ, llm-compressor) calibrated
+    it.
+    """
+    layers = spec.layers
+    linears = (linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
+    stored = [checkpoint.stored(part) for linear in linears for part in linear.parts]
+    kinds = {"" if each is None or each.order is not None else each.kind for each in stored}
+    kind = kinds.pop() if len(kinds) == 1 else ""
+    rounded = checkpoint.config.get(MARK, {}).get("method") == "int4"
+    return "int4_awq" if kind == "int4" and not rounded else kind
+
+
+def default_quantization(checkpoint_dir: Path) -> str:
+    """What 'edgellm build' makes of a checkpoint. Raises CheckpointError or UnsupportedModelError."""
+    checkpoint = Checkpoint(checkpoint_dir)
+    return quantization_of(checkpoint, read_spec(checkpoint)) or "int8"
+
+
+def _check_levels(checkpoint: Checkpoint, spec: ModelSpec, quantization: str, group_size: int) -> None:
+    """Refuses what a checkpoint's own levels do not allow. Raises BuildError."""
+    found = quantization_of(checkpoint, spec)
+    if quantization == "int4_awq" and not found.startswith("int4"):
+        what = f"is {found}" if found else "is not, or not in consecutive groups"
+        raise BuildError(
+            f"int4_awq takes the levels of a checkpoint in int4, but this one {what}; "
+            "make one with 'edgellm quantize --method int4_awq', or build int4, which rounds to nearest."
+        )
+    if group_size and found.split("_")[0] == quantization.split("_")[0] == "int4":
+        raise BuildError("The checkpoint is in int4 groups of its own; leave the group size out.")
+
+
 def _precision(quantization: str, group_size: int, head_bits: int) -> Precision:
     if quantization not in QUANTIZATIONS:
         raise BuildError(
@@ -108,12 +151,25 @@ def _precision(quantization: str, group_size: int, head_bits: int) -> Precision:
         if group_size or head_bits:
             raise BuildError("group_size and head_bits belong to int8 and int4; an fp32 variant has neither.")
         return Precision(32, 32, 32)
+    if quantization in ("fp8", "nvfp4"):
+        if group_size or head_bits:
+            raise BuildError("group_size and head_bits belong to int8 and int4; fp8 and nvfp4 have neither.")
+        return Precision(0, 16, 16, kind=quantization)
     if group_size not in (0, *GROUP_SIZES):
         raise BuildError(f"group_size is {group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
     if head_bits not in (0, 4, 8):
         raise BuildError(f"head_bits is {head_bits}, expected 4 or 8.")
     head = head_bits or 8
-    return Precision({"int8": 8, "int4": 4}[quantization], head, head, group_size or 32)
+    return Precision(8 if quantization == "int8" else 4, head, head, group_size or 32)
+
+
+def _group_size(weights: Weights, precision: Precision) -> int:
+    """The groups of the first linear: those of the checkpoint's integers where they are kept."""
+    linear = weights.spec.layers[0].qkv
+    layout = weights.integer_layout(linear)
+    if layout is not None and layout.bits == precision.linear_bits:
+        return own_block_size(weights, linear, precision.group_size)
+    return precision.group_size
 
 
 def _max_context(asked: int, spec: ModelSpec) -> int:

@@ -16,8 +16,8 @@ def add(commands) -> None:
     parser.add_argument(
         "--quantization",
         default="",
-        help="fp32, int8 or int4 (cuda: fp16 or int4); several, with commas: one subdirectory each "
-        "(default: int8, cuda: fp16)",
+        help="fp32, int8, int4, int4_awq, fp8 or nvfp4 (cuda: fp16 or int4); several, with commas: one subdirectory "
+        "each (default: what the checkpoint is quantized as, else int8; cuda: fp16)",
     )
     parser.add_argument(
         "--max-context", type=int, default=0, help="tokens, prompt and answer together (0: the model's, at most 4096)"
@@ -41,12 +41,13 @@ def run(options: argparse.Namespace) -> int:
     if options.backend == "cuda":
         return _build_cuda(options)
     try:
-        from engine_core.build.build import build_engine
+        from engine_core.build.build import build_engine, default_quantization
     except ImportError as error:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
-    kinds = _kinds(options.quantization or "int8")
+    kinds = _kinds(options.quantization or default_quantization(options.checkpoint))
     for kind in kinds:
-        group = {} if kind == "fp32" else {"group_size": options.group_size, "head_bits": options.head_bits}
+        is_rounded = kind.startswith("int")
+        group = {"group_size": options.group_size, "head_bits": options.head_bits} if is_rounded else {}
         build_engine(
             options.checkpoint,
             options.engine_dir / kind if len(kinds) > 1 else options.engine_dir,
