@@ -17,7 +17,7 @@ from engine_core.build.onnx_writer import GraphWriter
 from engine_core.build.ort_dialect import OrtDialect, Precision
 from engine_core.build.ort_weights import own_block_size
 from engine_core.build.qdq_dialect import QdqDialect
-from engine_core.build.quantize.output import MARK
+from engine_core.build.quantize.detect import quantization_of
 from engine_core.build.weights import Weights
 from engine_core.errors import BuildError, CheckpointError
 from engine_core.manifest import Manifest, seal, write_variant
@@ -106,27 +106,6 @@ def build_engine(
         manifest = seal(directory, manifest)
     report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
     return manifest
-
-
-def quantization_of(checkpoint: Checkpoint, spec: ModelSpec) -> str:
-    """What the checkpoint's linears are: int8, int4, int4_awq, fp8 or nvfp4; "" if they are plain or of several kinds.
-
-    int4 is what 'edgellm quantize' rounded to nearest; whoever else wrote int4 (AWQ, GPTQ, llm-compressor) calibrated
-    it.
-    """
-    layers = spec.layers
-    linears = (linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
-    stored = [checkpoint.stored(part) for linear in linears for part in linear.parts]
-    kinds = {"" if each is None or each.order is not None else each.kind for each in stored}
-    kind = kinds.pop() if len(kinds) == 1 else ""
-    rounded = checkpoint.config.get(MARK, {}).get("method") == "int4"
-    return "int4_awq" if kind == "int4" and not rounded else kind
-
-
-def default_quantization(checkpoint_dir: Path) -> str:
-    """What 'edgellm build' makes of a checkpoint. Raises CheckpointError or UnsupportedModelError."""
-    checkpoint = Checkpoint(checkpoint_dir)
-    return quantization_of(checkpoint, read_spec(checkpoint)) or "int8"
 
 
 def _check_levels(checkpoint: Checkpoint, spec: ModelSpec, quantization: str, group_size: int) -> None:

@@ -15,13 +15,13 @@ import numpy as np
 
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec
+from engine_core.build.quantize.detect import MARK
 from engine_core.build.quantize.formats import nvfp4_global_scale, to_16_bit
 from engine_core.build.quantize.scheme import Scheme
 from engine_core.build.tensor_writer import TensorWriter
 from engine_core.errors import BuildError, CheckpointError
 from engine_core.vocab import VOCAB_MAP_NAME
 
-MARK = "edgellm_quantization"  # in config.json: the method, which the layout alone does not tell
 _BLOCK_BYTES = 16 << 20
 _WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
