@@ -127,7 +127,7 @@ def to_minifloat(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     middles = (positive[1:] + positive[:-1]) / 2
     magnitude = np.abs(values)
     codes = np.searchsorted(middles, magnitude)
-    is_tie = np.append(middles, np.inf)[codes] == magnitude
+    is_tie = np.append(middles, np.nan)[codes] == magnitude
     codes += is_tie & (codes & 1 == 1)
     return (codes | np.where(np.signbit(values), half, 0)).astype(np.uint8)
 
