@@ -37,6 +37,7 @@ setup(
         "cpu": cpu,
         "gpu": ["cuda-bindings>=12.6", "cuda-pathfinder>=1.0"],
         "build": cpu + requirements("tools/requirements-reference.txt"),
+        "quantize": requirements("tools/requirements-reference.txt"),  # what calibration runs the layers with
         "test": requirements("tools/requirements-test.txt") + requirements("tools/requirements-reference.txt"),
     },
     entry_points={"console_scripts": ["edgellm = engine_core.cli:main"]},
