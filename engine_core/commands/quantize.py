@@ -31,7 +31,7 @@ def add(commands) -> None:
         "--calibration", type=Path, help="text file or JSONL chats (default: the checkpoint's calibration.jsonl)"
     )
     parser.add_argument("--num-samples", type=int, default=128, help="chats or pieces of text (default: 128)")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of each at most (default: 512)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of each at most (default: 256)")
     parser.add_argument("--asymmetric", action="store_true", help="int4 with zero points")
     parser.add_argument("--head", action="store_true", help="quantize an LM head of its own, too")
     parser.set_defaults(run=run)
@@ -39,13 +39,15 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         from engine_core.build.quantize import quantize_checkpoint
     except ImportError as error:
         raise BuildError(f"Quantizing needs the Python package {error.name!r}: pip install it.") from error
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         layers = bar.add_task("Layers", total=None)
         quantize_checkpoint(
             options.checkpoint,
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
             sequence_length=options.sequence_length,
             symmetric=not options.asymmetric,
             head=options.head,
-            report=bar.console.print,
+            report=print,
             progress=lambda done, total: bar.update(layers, completed=done, total=total),
         )
     return 0

@@ -23,7 +23,7 @@ def quantize_checkpoint(
     group_size: int = 0,
     calibration: Path | None = None,
     num_samples: int = 128,
-    sequence_length: int = 512,
+    sequence_length: int = 256,
     symmetric: bool = True,
     head: bool = False,
     report: Callable[[str], None] = _log.info,

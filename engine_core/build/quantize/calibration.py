@@ -20,7 +20,7 @@ from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec
 from engine_core.errors import BuildError
 
 _KEPT_TOKENS = 1024  # of which the inputs are kept for the search; the magnitudes are of all
-_CHUNK_TOKENS = 2048  # that go through a layer at once
+_CHUNK_TOKENS = 1024  # that go through a layer at once
 
 
 @dataclass(frozen=True)
