@@ -188,6 +188,25 @@ def test_compressed_tensors_nvfp4(tmp_path):
     np.testing.assert_allclose(checkpoint.read(f"{NAME}.weight"), expected, rtol=1e-6)
 
 
+def test_modelopt_nvfp4(tmp_path):
+    """Here the tensor's scale is a factor of the weights."""
+    random = np.random.default_rng(4)
+    codes = random.integers(0, 16, (ROWS, COLUMNS)).astype(np.uint8)
+    block_scales = random.integers(0, 0x7F, (ROWS, COLUMNS // 16)).astype(np.uint8)
+    tensors = {
+        "weight": codes[:, 0::2] | codes[:, 1::2] << 4,
+        "weight_scale": block_scales,
+        "weight_scale_2": np.array(0.002, dtype=np.float32),
+    }
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    checkpoint = write(tmp_path / "a", config, tensors, {"weight_scale": "F8_E4M3"})
+    expected = E2M1[codes] * np.repeat(E4M3[block_scales], 16, axis=1) * np.float32(0.002)
+    np.testing.assert_allclose(checkpoint.read(f"{NAME}.weight"), expected, rtol=1e-6)
+    tensors["pre_quant_scale"] = np.ones(COLUMNS, dtype=np.float32)
+    with pytest.raises(UnsupportedModelError, match="FP8 and NVFP4 are read"):
+        write(tmp_path / "b", config, tensors, {"weight_scale": "F8_E4M3"})
+
+
 @pytest.mark.parametrize(
     "config, error, message",
     [

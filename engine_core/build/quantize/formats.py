@@ -55,7 +55,7 @@ class QuantizedTensor:
         zeros = np.float32(1 << (self.bits - 1))
         if self.zeros is not None:
             zeros = _spread(self.zeros, self.group_size, columns).astype(np.float32)
-        return (self.levels - zeros) * _spread(self.scales, self.group_size, columns)
+        return (self.levels.astype(np.float32) - zeros) * _spread(self.scales, self.group_size, columns)
 
     def regrouped(self, group_size: int) -> QuantizedTensor:
         """The same weights with smaller groups, each with its old group's scale and zero."""

@@ -1,8 +1,9 @@
 """How quantized checkpoints of the usual tools store a weight, and how it is read without requantizing it.
 
 compressed-tensors (llm-compressor, and ``edgellm quantize``): pack-quantized, int-quantized, float-quantized,
-nvfp4-pack-quantized. AutoAWQ: its GEMM version. GPTQ: zeros off by one in the first version of its format. fp8 with
-block scales (``weight_scale_inv``). What is stored how is told by the tensors themselves; config.json adds the bits.
+nvfp4-pack-quantized. ModelOpt: FP8 and NVFP4. AutoAWQ: its GEMM version. GPTQ: zeros off by one in the first version of
+its format. fp8 with block scales (``weight_scale_inv``). What is stored how is told by the tensors themselves;
+config.json adds the bits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Rows = slice | np.ndarray  # a slice, or indices
 # AutoAWQ: the output channel in each nibble of a word, lowest first, and where each channel is found again.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_PLACE = np.argsort(AWQ_ORDER)
-_METHODS = ("compressed-tensors", "awq", "gptq", "fp8")
+_METHODS = ("compressed-tensors", "awq", "gptq", "fp8", "modelopt")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,13 @@ class _Reader:
         if kind == "qweight":
             return self._awq(stem) if self._method == "awq" else self._gptq(stem)
         if kind == "weight_packed":
-            return self._nvfp4(stem) if dtype == "U8" else self._packed(stem)
+            return self._nvfp4(stem, kind) if dtype == "U8" else self._packed(stem)
+        if stem + "pre_quant_scale" in self._files or (dtype == "U8" and stem + "weight_scale_2" not in self._files):
+            raise UnsupportedModelError(
+                f"{stem}weight is in ModelOpt's {self._config.get('quant_algo')}, of whose types FP8 and NVFP4 are read."
+            )
+        if dtype == "U8":
+            return self._nvfp4(stem, kind)
         if dtype == "I8":
             return self._int8(stem)
         return self._fp8(stem) if dtype == "F8_E4M3" else None
@@ -172,8 +179,9 @@ class _Reader:
         groups = self._config.get("config_groups") or {}
         return [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
 
-    def _nvfp4(self, stem: str) -> Stored:
-        packed = self._raw(stem + "weight_packed")
+    def _nvfp4(self, stem: str, kind: str) -> Stored:
+        """nvfp4-pack-quantized as ``weight_packed``, or ModelOpt's NVFP4 as ``weight``."""
+        packed = self._raw(stem + kind)
         rows, columns = packed.shape[0], packed.shape[1] * 2
         block_scales = self._raw(stem + "weight_scale")
         if block_scales.shape != (rows, columns // NVFP4_BLOCK):
@@ -181,8 +189,10 @@ class _Reader:
                 f"{stem}weight_scale has the shape {list(block_scales.shape)}, expected one per {NVFP4_BLOCK} of "
                 f"{rows} × {columns} weights."
             )
-        # What is stored is the factor weights were multiplied by.
-        global_scale = np.float32(1) / self._float(stem + "weight_global_scale").reshape(-1)[0]
+        if kind == "weight":
+            global_scale = self._float(stem + "weight_scale_2").reshape(-1)[0]
+        else:  # what is stored is the factor weights were multiplied by
+            global_scale = np.float32(1) / self._float(stem + "weight_global_scale").reshape(-1)[0]
 
         def read(which: Rows) -> ScaledFloat:
             found = block_scales[which]

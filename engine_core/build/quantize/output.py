@@ -79,6 +79,9 @@ class CheckpointWriter:
         yield self._spec.embedding, None
         for layer in self._spec.layers:
             yield from self._layer_order(layer)
+        yield from self._end_order()
+
+    def _end_order(self) -> Iterator[tuple[str, LinearSpec | None]]:
         yield self._spec.final_norm, None
         if not self._spec.tied:
             yield self._spec.head, LinearSpec((self._spec.head,)) if self._quantizes_head else None
@@ -126,7 +129,7 @@ class CheckpointWriter:
                 self._copy(name)
 
     def write_end(self) -> None:
-        for name, linear in list(self._order())[1 + sum(1 for x in self._spec.layers for _ in self._layer_order(x)) :]:
+        for name, linear in self._end_order():
             if linear is None:
                 self._copy(name)
             else:
