@@ -99,7 +99,7 @@ class _Reader:
             return self._nvfp4(stem, kind) if dtype == "U8" else self._packed(stem)
         if stem + "pre_quant_scale" in self._files or (dtype == "U8" and stem + "weight_scale_2" not in self._files):
             raise UnsupportedModelError(
-                f"{stem}weight is in ModelOpt's {self._config.get('quant_algo')}, of whose types FP8 and NVFP4 are read."
+                f"{stem}weight is in ModelOpt's {self._config.get('quant_algo')}, of which FP8 and NVFP4 are read."
             )
         if dtype == "U8":
             return self._nvfp4(stem, kind)
