@@ -195,12 +195,12 @@ def _check_config(manifest: Manifest, config: EngineConfig) -> None:
 
 def _is_int4(manifest: Manifest) -> bool:
     """Raises EngineDirectoryError."""
-    if manifest.quantization not in ("fp16", "int4") or manifest.group_size not in (0, GROUP):
+    if manifest.quantization not in ("fp16", "int4", "int4_awq") or manifest.group_size not in (0, GROUP):
         raise EngineDirectoryError(
             f"The variant is {manifest.quantization} with groups of {manifest.group_size}, but the cuda backend reads "
             f"fp16 and int4 with groups of {GROUP}; build the engine again."
         )
-    return manifest.quantization == "int4"
+    return manifest.quantization != "fp16"
 
 
 def bytes_by_purpose(*groups: dict[str, ArraySpec]) -> dict[str, int]:

@@ -11,7 +11,7 @@ import numpy as np
 from engine_core.backends.ort_files import DATA_NAME, held_types
 from engine_core.backends.ort_session import has_flash_attention
 from engine_core.config import EngineConfig
-from engine_core.errors import ConfigurationError
+from engine_core.errors import BackendUnavailableError, ConfigurationError
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
 from engine_core.vocab import configured_vocab_map
@@ -22,7 +22,9 @@ _CHUNK = 128  # tokens per prefill step: see docs/cpu_backend.md
 # What loading adds to a process that has imported the library: code it had not touched yet, and the graph's objects.
 _RUNTIME_BYTES = 11 << 20
 _RUNTIME_LAYER_BYTES = 128 << 10
+_CUTTING_BYTES = 11 << 20  # the onnx package, with which a head is cut at load
 _ARENA_BYTES = 512 << 10  # small tensors of a step
+_NEEDS_GPU = {"fp8": "8.9", "nvfp4": "10.0"}  # the first generation whose tensor cores have the type
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,14 @@ class Layout:
 
 
 def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layout:
-    """Raises ConfigurationError for what this backend cannot do, EngineDirectoryError for a damaged vocab map."""
+    """Raises ConfigurationError for what this backend cannot do, BackendUnavailableError for weights in a type the CPU
+    lacks, EngineDirectoryError for a damaged vocab map."""
+    if manifest.quantization in _NEEDS_GPU:
+        raise BackendUnavailableError(
+            f"{manifest.quantization} weights need an NVIDIA GPU of compute capability "
+            f"{_NEEDS_GPU[manifest.quantization]} or newer, but the onnxruntime backend runs on the CPU; "
+            "choose int8 or int4_awq."
+        )
     if config.max_batch != 1:
         raise ConfigurationError(f"max_batch is {config.max_batch}, but the onnxruntime backend works on one sequence.")
     max_context = config.max_context or manifest.max_context
@@ -109,6 +118,8 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     rope = _rope_values(manifest) * (2 if layout.kv_cache_type == "fp16" else 4)
     stored = stored_rope_bytes(manifest)  # those of the other type stay on the disk
     rows = layout.head_rows
+    runtime = _RUNTIME_BYTES + _RUNTIME_LAYER_BYTES * geometry.num_layers
+    runtime += _CUTTING_BYTES if layout.cuts_head else 0
     return MemoryPlan(
         (
             MemoryItem("weights", max(0, data - stored + _packed_bytes(layout, manifest))),
@@ -117,7 +128,7 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
             MemoryItem("scratch", _scratch_bytes(layout, manifest)),
             MemoryItem("rope", rope),
             MemoryItem("io", 8 * layout.chunk + 4 * rows + 13 * rows),
-            MemoryItem("runtime", _RUNTIME_BYTES + _RUNTIME_LAYER_BYTES * geometry.num_layers),
+            MemoryItem("runtime", runtime),
         ),
         available=available_memory(),
         device="the CPU",
@@ -152,7 +163,8 @@ def _cut_head_bytes(layout: Layout, manifest: Manifest) -> int:
     row = geometry.hidden_size * bits // 8 + scales
     whole = options.get("packed_head_bytes", 0)
     mapped = 0 if options.get("shares_head") else geometry.vocab_size * (scales or row)
-    return layout.head_rows * (row + whole // geometry.vocab_size) - whole - mapped
+    buffer = (geometry.vocab_size - layout.head_rows) * scales  # the largest of the model: see ort_dialect.Packing
+    return layout.head_rows * (row + whole // geometry.vocab_size) - whole - mapped - buffer
 
 
 def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:

@@ -18,6 +18,9 @@ from engine_core.build.model import ModelSpec, check_tensors, read_spec
 from engine_core.build.onnx_graph import write_decoder
 from engine_core.build.onnx_writer import GraphWriter
 from engine_core.build.ort_dialect import OrtDialect, Packing, Precision
+from engine_core.build.ort_weights import own_block_size
+from engine_core.build.qdq_dialect import QdqDialect
+from engine_core.build.quantize.detect import quantization_of
 from engine_core.build.weights import Weights
 from engine_core.errors import BuildError
 from engine_core.manifest import Manifest, seal, write_variant
@@ -26,7 +29,7 @@ from engine_core.vocab import VOCAB_MAP_NAME, check_ends, read_vocab_map, vocab_
 _log = logging.getLogger(__name__)
 
 DEFAULT_MAX_CONTEXT = 4096  # tokens; less where the model was made for less
-QUANTIZATIONS = ("fp32", "int8", "int4")
+QUANTIZATIONS = ("fp32", "int8", "int4", "int4_awq", "fp8", "nvfp4")
 KV_CACHE_TYPES = ("auto", *ort_files.KV_CACHE_TYPES)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 _COPIED = (
@@ -43,7 +46,7 @@ def build_engine(
     checkpoint_dir: Path,
     out_dir: Path,
     *,
-    quantization: str = "fp32",
+    quantization: str = "auto",
     max_context: int = 0,
     group_size: int = 0,
     head_bits: int = 0,
@@ -55,28 +58,37 @@ def build_engine(
 ) -> Manifest:
     """Writes the variant directory ``out_dir`` and returns its manifest.
 
-    ``quantization``: fp32, int8 or int4. ``max_context``: tokens the RoPE table covers, 0 = the model's own up to
-    DEFAULT_MAX_CONTEXT. ``group_size``: weights per scale, 0 = 32. ``head_bits``: 4 or 8 for the LM head and the
-    embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows
-    keeps; a file of that name in the checkpoint is used by itself. ``kv_cache_type``: what the engine opens with unless
-    told otherwise; auto = fp32. It holds fp32 and fp16 in any case, and int8 where that was asked for or there is
-    ``calibration`` text (``calibration.read_sequences``; by default the checkpoint's own calibration.jsonl or .txt).
+    ``quantization``: one of QUANTIZATIONS, or auto: what the checkpoint is quantized as, else fp32. A quantized
+    checkpoint's int4 or int8 weights keep their levels, scales and zeros; built as anything else they are dequantized
+    first. int4_awq needs a checkpoint in int4; fp8 and nvfp4 are graphs with DequantizeLinear. ``max_context``: tokens
+    the RoPE table covers, 0 = the model's own up to DEFAULT_MAX_CONTEXT. ``group_size``: weights per scale, 0 = 32.
+    ``head_bits``: 4 or 8 for the LM head and the embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors
+    file of the full ids an LM head of fewer rows keeps; a file of that name in the checkpoint is used by itself.
+    ``kv_cache_type``: what the engine opens with unless told otherwise; auto = fp32. It holds fp32 and fp16 in any
+    case, and int8 where that was asked for or there is ``calibration`` text (``calibration.read_sequences``; by default
+    the checkpoint's own calibration.jsonl or .txt).
 
     Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.
     """
-    precision = precision_of(quantization, group_size, head_bits)
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
+    if quantization == "auto":
+        quantization = quantization_of(checkpoint, spec) or "fp32"
+    precision = precision_of(quantization, group_size, head_bits)
+    _check_levels(checkpoint, spec, quantization, group_size)
     num_parameters = check_tensors(spec, checkpoint)
     max_context = _max_context(max_context, spec)
     vocab_map = vocab_map or _own_map(checkpoint)
     kept = None if vocab_map is None else _kept_ids(Path(vocab_map), checkpoint, spec)
-    calibration = _calibration(kv_cache_type, calibration, checkpoint)
+    calibration = _calibration(kv_cache_type, calibration, checkpoint) if precision.linear_bits else None
+    if not precision.linear_bits and kv_cache_type not in ("auto", "fp32"):
+        raise BuildError(f"An {quantization} graph has an fp32 KV cache only; leave kv_cache_type out.")
     weights = Weights(checkpoint, spec, kept)
     report(f"Building {spec.architecture} with {num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}")
     with write_variant(Path(out_dir)) as directory:
         with GraphWriter(directory, spec.architecture) as writer:
-            dialect = OrtDialect(writer, weights, precision, max_context)
+            make_dialect = OrtDialect if precision.linear_bits else QdqDialect
+            dialect = make_dialect(writer, weights, precision, max_context)
             write_decoder(spec, dialect)
             if calibration is not None:
                 sequences = read_sequences(calibration, checkpoint.directory, max_context)
@@ -98,7 +110,7 @@ def build_engine(
             max_batch=1,
             eos_token_ids=_eos_token_ids(checkpoint),
             reduced_vocab_size=0 if kept is None else len(kept),
-            group_size=precision.group_size,
+            group_size=_group_size(weights, precision),
             builder=_versions(),
             options=engine_options(spec, precision, dialect.packing, shares_head=spec.tied and kept is None),
         )
@@ -119,6 +131,19 @@ def engine_options(spec: ModelSpec, precision: Precision, packing: Packing, *, s
     }
 
 
+def _check_levels(checkpoint: Checkpoint, spec: ModelSpec, quantization: str, group_size: int) -> None:
+    """Refuses what a checkpoint's own levels do not allow. Raises BuildError."""
+    found = quantization_of(checkpoint, spec)
+    if quantization == "int4_awq" and not found.startswith("int4"):
+        what = f"is {found}" if found else "is not, or not in consecutive groups"
+        raise BuildError(
+            f"int4_awq takes the levels of a checkpoint in int4, but this one {what}; "
+            "make one with 'edgellm quantize --method int4_awq', or build int4, which rounds to nearest."
+        )
+    if group_size and found.split("_")[0] == quantization.split("_")[0] == "int4":
+        raise BuildError("The checkpoint is in int4 groups of its own; leave the group size out.")
+
+
 def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> Precision:
     """What ``build_engine`` makes of these; raises BuildError."""
     if quantization not in QUANTIZATIONS:
@@ -129,12 +154,25 @@ def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> 
         if group_size or head_bits:
             raise BuildError("group_size and head_bits belong to int8 and int4; an fp32 variant has neither.")
         return Precision(32, 32, 32)
+    if quantization in ("fp8", "nvfp4"):
+        if group_size or head_bits:
+            raise BuildError("group_size and head_bits belong to int8 and int4; fp8 and nvfp4 have neither.")
+        return Precision(0, 16, 16, kind=quantization)
     if group_size not in (0, *GROUP_SIZES):
         raise BuildError(f"group_size is {group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
     if head_bits not in (0, 4, 8):
         raise BuildError(f"head_bits is {head_bits}, expected 4 or 8.")
     head = head_bits or 8
-    return Precision({"int8": 8, "int4": 4}[quantization], head, head, group_size or 32)
+    return Precision(8 if quantization == "int8" else 4, head, head, group_size or 32)
+
+
+def _group_size(weights: Weights, precision: Precision) -> int:
+    """The groups of the first linear: those of the checkpoint's integers where they are kept."""
+    linear = weights.spec.layers[0].qkv
+    layout = weights.integer_layout(linear)
+    if layout is not None and layout.bits == precision.linear_bits:
+        return own_block_size(weights, linear, precision.group_size)
+    return precision.group_size
 
 
 def _calibration(kv_cache_type: str, given: Path | None, checkpoint: Checkpoint) -> Path | None:

@@ -14,6 +14,7 @@ import numpy as np
 from engine_core.backends.cuda_layout import CudaSpec, options_of, weight_arrays
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
+from engine_core.build.quantize.formats import from_16_bit, to_16_bit
 from engine_core.build.tensor_writer import TensorWriter
 from engine_core.config import EngineConfig
 from engine_core.errors import BuildError, UnsupportedModelError
@@ -46,7 +47,9 @@ def build_cuda(
 ) -> Manifest:
     """Writes the variant ``engine_dir`` from a Hugging Face checkpoint directory.
 
-    ``quantization``: fp16 (16-bit weights of either type) or int4 (rounded to nearest, groups of 128, the LM head too).
+    ``quantization``: fp16 (16-bit weights of either type), int4 (rounded to nearest, groups of 128, the LM head too) or
+    int4_awq, which is int4 from a checkpoint in int4. Its symmetric groups of 128 keep their levels and scales; what is
+    stored otherwise is dequantized first.
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
     ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps.
     Raises CheckpointError, UnsupportedModelError or BuildError; nothing half-written is left behind.
@@ -60,8 +63,14 @@ def build_cuda(
         dtype = "bf16" if stored == "bfloat16" else "fp16"
     if dtype not in ("fp16", "bf16"):
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
-    if quantization not in ("fp16", "int4"):
-        raise BuildError(f"The cuda backend has no {quantization!r} weights; choose fp16 or int4.")
+    if quantization not in ("fp16", "int4", "int4_awq"):
+        raise BuildError(f"The cuda backend has no {quantization!r} weights; choose fp16, int4 or int4_awq.")
+    stored = checkpoint.stored(spec.layers[0].qkv.parts[0])
+    if quantization == "int4_awq" and (stored is None or stored.kind != "int4"):
+        raise BuildError(
+            "int4_awq takes the levels of a checkpoint in int4, which this one is not; make one with "
+            "'edgellm quantize --method int4_awq', or build int4, which rounds to nearest."
+        )
     kept = None if vocab_map is None else read_vocab_map(Path(vocab_map), spec.vocab_size, checkpoint.directory)
     if kept is not None:
         check_ends(vocab_map, kept, _eos_token_ids(checkpoint))
@@ -75,7 +84,7 @@ def build_cuda(
         max_batch=1,
         eos_token_ids=_eos_token_ids(checkpoint),
         reduced_vocab_size=0 if kept is None else len(kept),
-        group_size=GROUP if quantization == "int4" else 0,
+        group_size=0 if quantization == "fp16" else GROUP,
         use_cuda_graph=True,
         builder={"numpy": np.__version__},
         options=model_options(spec, dtype),
@@ -148,15 +157,40 @@ def _layer_tensors(checkpoint: Checkpoint, layer: LayerSpec) -> Iterator[tuple[s
     yield "qkv", _stack(checkpoint, layer.qkv)
     yield "o", _stack(checkpoint, layer.output)
     yield "post_norm", checkpoint.read(layer.mlp_norm)
-    # One CTA computes both rows of a pair, and so the activation.
-    gate_up = _stack(checkpoint, layer.gate_up)
-    yield "gate_up", gate_up.reshape(2, -1, gate_up.shape[1]).swapaxes(0, 1).reshape(gate_up.shape)
+    yield "gate_up", _paired(_stack(checkpoint, layer.gate_up))
     yield "down", _stack(checkpoint, layer.down)
     if layer.qkv.biases:
         yield "qkv_bias", np.concatenate([checkpoint.read(name) for name in layer.qkv.biases])
     if layer.q_norm:
         yield "q_norm", checkpoint.read(layer.q_norm)
         yield "k_norm", checkpoint.read(layer.k_norm)
+
+
+def own_int4(checkpoint: Checkpoint, spec: ModelSpec, name: str, dtype: str) -> np.ndarray | None:
+    """Records of kernels/int4_layout.py with the checkpoint's own levels and scales, of the fused tensor ``name``.
+
+    None unless all its parts are in int4, symmetric, in groups of 128, with scales that ``dtype`` holds exactly.
+    """
+    if not name.startswith("layers."):
+        return None
+    _, index, which = name.split(".")
+    layer = spec.layers[int(index)]
+    linear = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}[which]
+    found = [checkpoint.quantized(part) for part in linear.parts]
+    if any(part is None or part.bits != 4 or part.zeros is not None or part.group_size != GROUP for part in found):
+        return None
+    levels, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))
+    stored = to_16_bit(scales, dtype)
+    if not int4_layout.fits(*levels.shape) or not np.array_equal(from_16_bit(stored), scales):
+        return None
+    if which == "gate_up":
+        levels, stored = _paired(levels), _paired(stored)
+    return int4_layout.pack(levels, stored)
+
+
+def _paired(gate_up: np.ndarray) -> np.ndarray:
+    """Rows of gate and up in turn: one CTA computes both rows of a pair, and so the activation."""
+    return gate_up.reshape(2, -1, gate_up.shape[1]).swapaxes(0, 1).reshape(gate_up.shape)
 
 
 def _stack(checkpoint: Checkpoint, linear: LinearSpec) -> np.ndarray:
@@ -167,18 +201,6 @@ def _stack(checkpoint: Checkpoint, linear: LinearSpec) -> np.ndarray:
 def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
     """float32 [max_context, head_dim / 2, 2]: cos and sin."""
     return np.stack(spec.ropes[0].table(max_context), axis=-1)
-
-
-def to_16_bit(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 to fp16, or to bf16 carried as uint16, rounded to nearest even. Raises BuildError on overflow."""
-    if dtype == "bf16":
-        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    with np.errstate(over="ignore"):
-        result = values.astype(np.float16)
-    if np.isinf(result).any():
-        raise BuildError("A weight is too large for fp16; build with the type bf16.")
-    return result
 
 
 def to_int4(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -213,7 +235,10 @@ def _write_weights(
     writer = TensorWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)})
     try:
         for name, values in fused_tensors(checkpoint, spec, kept, cuda_spec.has_head):
-            writer.write(name, (to_int4 if arrays[name].dtype == "uint8" else to_16_bit)(values, dtype))
+            records = own_int4(checkpoint, spec, name, dtype) if arrays[name].dtype == "uint8" else None
+            if records is None:
+                records = (to_int4 if arrays[name].dtype == "uint8" else to_16_bit)(values, dtype)
+            writer.write(name, records)
         writer.write(ROPE_NAME, table)
     except BaseException:
         writer.abandon()

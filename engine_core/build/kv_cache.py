@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine_core.build.quantize.formats import E4M3, FP8_MAX, to_minifloat
 from engine_core.errors import BuildError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 KVScales = np.ndarray  # float32 [layers, 2 (K, V), kv_heads, head_dim]
 
 INT8_MAX = 127  # -128 is not used
-FP8_MAX = 448  # the largest e4m3 value
 _CHUNK = 128  # tokens per step
 _THREADS = 1  # so that the same build gives the same scales
 MIN_TOKENS = 64  # fewer say nothing about the spread of a channel
@@ -68,7 +68,7 @@ def quantize_int8(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def fp8_scales(peaks: np.ndarray) -> np.ndarray:
     """One scale per head: float32 [..., kv_heads] of peaks [..., kv_heads, head_dim]."""
-    scales = (peaks.max(axis=-1) / np.float32(FP8_MAX)).astype(np.float32)
+    scales = (peaks.max(axis=-1) / FP8_MAX).astype(np.float32)
     scales[scales == 0] = 1.0
     return scales
 
@@ -78,14 +78,9 @@ def quantize_fp8(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
     e4m3 bit patterns, uint8 of the same shape as ``values``; saturating, ties to even.
     """
-    import ml_dtypes
-
-    scaled = np.clip(values / scales[..., None, None], -FP8_MAX, FP8_MAX)
-    return scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return to_minifloat(values / scales[..., None, None], E4M3)
 
 
 def dequantize_fp8(patterns: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """float32 of what ``quantize_fp8`` made, with the same ``scales``."""
-    import ml_dtypes
-
-    return patterns.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales[..., None, None]
+    return E4M3[patterns] * scales[..., None, None]

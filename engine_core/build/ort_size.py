@@ -65,8 +65,9 @@ class _ZeroRope(RopeSpec):
 def count_data(
     checkpoint: ConfigCheckpoint, spec: ModelSpec, precision: Precision, max_context: int, head_rows: int
 ) -> tuple[int, Packing]:
-    """Size of model.onnx.data, and what of it is packed. ``head_rows``: of the LM head, spec.vocab_size without a vocabulary map.
+    """Size of model.onnx.data, and what of it is packed.
 
+    ``head_rows``: of the LM head, spec.vocab_size without a vocabulary map.
     Raises UnsupportedModelError for what the runtime's operators cannot do.
     """
     ropes = tuple(_ZeroRope(**{f.name: getattr(rope, f.name) for f in dataclasses.fields(rope)}) for rope in spec.ropes)

@@ -16,8 +16,9 @@ def add(commands) -> None:
     parser.add_argument(
         "--quantization",
         default="",
-        help="fp32, int8 or int4 (cuda: fp16 or int4; tensorrt: fp16 or fp32); several, with commas: one subdirectory "
-        "each (default: int8, cuda and tensorrt: fp16)",
+        help="fp32, int8, int4, int4_awq, fp8 or nvfp4 (cuda: fp16, int4, int4_awq; tensorrt: fp16, fp32); several, "
+        "with commas: one subdirectory each (default: what the checkpoint is quantized as, else int8; cuda: int4 or fp16; "
+        "tensorrt: fp16)",
     )
     parser.add_argument(
         "--max-context", type=int, default=0, help="tokens, prompt and answer together (0: the model's, at most 4096)"
@@ -59,11 +60,13 @@ def run(options: argparse.Namespace) -> int:
         return {"cuda": _build_cuda, "tensorrt": _build_tensorrt}[options.backend](options)
     try:
         from engine_core.build.build import build_engine
+        from engine_core.build.quantize.detect import default_quantization
     except ImportError as error:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
-    kinds = _kinds(options.quantization or "int8")
+    kinds = _kinds(options.quantization or default_quantization(options.checkpoint) or "int8")
     for kind in kinds:
-        group = {} if kind == "fp32" else {"group_size": options.group_size, "head_bits": options.head_bits}
+        is_rounded = kind.startswith("int")
+        group = {"group_size": options.group_size, "head_bits": options.head_bits} if is_rounded else {}
         build_engine(
             options.checkpoint,
             options.engine_dir / kind if len(kinds) > 1 else options.engine_dir,
@@ -85,12 +88,14 @@ def _kinds(quantizations: str) -> list[str]:
 
 def _build_cuda(options: argparse.Namespace) -> int:
     from engine_core.build.cuda import build_cuda
+    from engine_core.build.quantize.detect import default_quantization
 
     if options.group_size not in (0, 128) or options.head_bits:
         raise BuildError("The cuda backend's int4 has groups of 128 and a head in int4; leave both options out.")
     if options.kv_cache_type not in ("auto", "fp16") or options.calibration:
         raise BuildError("The cuda backend's KV cache is fp16; leave --kv-cache-type and --calibration out.")
-    kinds = _kinds(options.quantization or "fp16")
+    found = "" if options.quantization else default_quantization(options.checkpoint)
+    kinds = _kinds(options.quantization or (found if found.startswith("int4") else "fp16"))
     for kind in kinds:
         engine_dir = options.engine_dir / kind if len(kinds) > 1 else options.engine_dir
         build_cuda(

@@ -14,11 +14,12 @@ pytest.importorskip("onnxruntime")
 
 from engine_core.build.build import build_engine
 from engine_core.safetensors_file import write_safetensors
+from engine_core.vocab import write_vocab_map
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 2816, 6, 16, 4, 64, 16000
 PROGRAM = """
-import json, sys
+import dataclasses, json, sys
 from pathlib import Path
 from engine_core.backends.onnxruntime import OnnxRuntimeBackend
 from engine_core.config import EngineConfig
@@ -33,6 +34,7 @@ def resident():
 directory = Path(sys.argv[1])
 manifest = read_manifest(directory, verify_hashes=False)
 config = EngineConfig(directory, max_context=int(sys.argv[2]), num_threads=2, kv_cache_type=sys.argv[3])
+config = dataclasses.replace(config, vocab_map=sys.argv[4])
 plan = OnnxRuntimeBackend.plan(directory, manifest, config)
 before = resident()
 backend = OnnxRuntimeBackend.load(directory, manifest, config)
@@ -80,17 +82,30 @@ def engine(request, checkpoint, tmp_path_factory):
     return directory
 
 
-def measure(engine: Path, max_context: int, kind: str):
-    command = [sys.executable, "-c", PROGRAM, str(engine), str(max_context), kind]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+def measure(engine: Path, max_context: int, kind: str, vocab_map: Path | str = "auto"):
+    command = [sys.executable, "-c", PROGRAM, str(engine), str(max_context), kind, str(vocab_map)]
+    runs = []
+    for _ in range(3):  # now and then one has 2 MiB more or less of the libraries' code in memory
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+        runs.append(json.loads(result.stdout.splitlines()[-1]))
+    return sorted(runs, key=lambda run: run[2])[1]
 
 
 @pytest.mark.parametrize("max_context, kind", [(512, "fp32"), (2048, "fp32"), (2048, "fp16")])
 def test_planned_and_actual_bytes_agree_within_one_percent(engine, max_context, kind):
-    plan, actual, grown, later = measure(engine, max_context, kind)
+    check(*measure(engine, max_context, kind))
+
+
+def test_they_agree_where_the_head_is_cut_at_load(engine, tmp_path):
+    kept = np.arange(0, VOCAB, 4, dtype=np.int32)  # the first is no end of sequence
+    kept[0] = 2
+    write_vocab_map(tmp_path / "map", kept, {})
+    check(*measure(engine, 512, "fp32", tmp_path / "map"), tolerance=0.02)
+
+
+def check(plan, actual, grown, later, tolerance=0.01):
     assert plan["kv_cache"] == actual["kv_cache"] and plan["prefix_cache"] == actual["prefix_cache"]
     total = sum(plan.values())
-    assert abs(grown / total - 1) < 0.01, f"{grown / 2**20:.1f} MiB taken, {total / 2**20:.1f} MiB planned: {plan}"
-    assert abs(later / total - 1) < 0.01, f"{later / 2**20:.1f} MiB after work, {total / 2**20:.1f} MiB planned"
+    assert abs(grown / total - 1) < tolerance, f"{grown / 2**20:.1f} MiB taken, {total / 2**20:.1f} MiB planned: {plan}"
+    assert abs(later / total - 1) < tolerance, f"{later / 2**20:.1f} MiB after work, {total / 2**20:.1f} MiB planned"

@@ -278,7 +278,7 @@ def test_the_command_on_engines_of_several_variants(tmp_path, capsys):
     document = json.loads(capsys.readouterr().out)
     assert [row["quantization"] for row in document["variants"]] == ["int4", "int8"]
     assert (
-        cli.main(["plan", str(tmp_path), "--memory", "50MB", "--quantization", "int8", "--backend", "onnxruntime"]) == 1
+        cli.main(["plan", str(tmp_path), "--memory", "20MB", "--quantization", "int8", "--backend", "onnxruntime"]) == 1
     )
     assert "too large" in capsys.readouterr().out
     assert cli.main(["plan", str(tmp_path), "--max-context", "1024"]) == 1

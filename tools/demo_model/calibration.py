@@ -1,4 +1,4 @@
-"""Writes conversations as JSON lines for ``edgellm build --calibration``: of the training kind, never a held-out one.
+"""Writes conversations as JSON lines for ``--calibration`` of ``edgellm build`` and ``edgellm quantize``: of the training kind, never a held-out one.
 
     python -m tools.demo_model.calibration models/demo/calibration.jsonl
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from tools.demo_model.grammar import Generator
 
 _SEED = 900_001
-_CONVERSATIONS = 48
+_CONVERSATIONS = 128
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     with open(options.file, "w", encoding="utf-8") as file:
         for _ in range(options.conversations):
             messages = [{"role": role, "content": text} for role, text in generator.conversation().messages]
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":
