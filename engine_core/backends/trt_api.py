@@ -96,6 +96,10 @@ class TensorRT:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.builder_optimization_level = level
         config.max_aux_streams = 0  # one stream is captured, and layers side by side would need scratch each
+        if hasattr(trt, "PreviewFeature") and hasattr(trt.PreviewFeature, "FASTER_DYNAMIC_SHAPES_0805"):
+            # On by default in 8.6: the whole decoder is handed to one fusing compiler, which then finds no
+            # implementation for it. Off, it compiles the static parts, and the rest runs as layers.
+            config.set_preview_feature(trt.PreviewFeature.FASTER_DYNAMIC_SHAPES_0805, False)
         if self.chooses_types and half:
             config.set_flag(trt.BuilderFlag.FP16)
             config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
@@ -109,10 +113,11 @@ class TensorRT:
     def pin_to_float32(self, network: Any, marker: str) -> int:
         """Makes every layer whose name contains ``marker`` and that writes float32 also compute it; how many there are.
 
-        Only for networks whose types TensorRT chooses. Casts and constants have their type from the model.
+        Only for networks whose types TensorRT chooses. Casts and constants have their type from the model; look-ups and
+        reshapes take that of their neighbours: 8.6 makes constants they read fp16 and then refuses its own choice.
         """
         kinds, trt = self.trt.LayerType, self.trt
-        typed = (kinds.CAST, kinds.IDENTITY, kinds.CONSTANT, kinds.SHAPE)
+        typed = (kinds.CAST, kinds.IDENTITY, kinds.CONSTANT, kinds.SHAPE, kinds.GATHER, kinds.SHUFFLE)
         count = 0
         for layer in self.layers(network):
             outputs = [layer.get_output(i) for i in range(layer.num_outputs)]

@@ -2,9 +2,8 @@
 
 The cache is an input, ``past_key.i`` and ``past_value.i`` [kv_heads, past, head_dim]: views of the one allocation.
 What a call adds comes out as ``new_key.i`` and ``new_value.i`` [tokens, kv_heads, head_dim], which the caller appends
-for all layers at once. Past and new parts meet in the softmax: their scores share one maximum and one sum (as in
-Milakov and Gimelshein 2018, arXiv 1805.02867), so neither the caches nor the scores are concatenated: a row of past + 1
-scores would not be aligned for the product that follows.
+for all layers at once. Past and new parts meet in the softmax: their scores are joined, never the caches, and the
+weights are cut apart again for a product with each part's values.
 
 ``past_index``, int32 [past], holds 0, 1, 2 …: only past positions below ``positions[0]`` are seen, so ``past`` may be
 any length that covers them, and whatever finite values lie beyond do not matter. Queries of a KV head's group are rows
@@ -138,18 +137,16 @@ class TrtPlainDialect(TrtDialect):
 
     def _weighted_sum(self, prefix: str, scores: Sequence[str], values: Sequence[str]) -> str:
         """softmax over past and new scores together, times both parts' values: [kv_heads, tokens * group, head_dim]."""
-        parts = ("past", "new")
-        peaks = [self._reduce32("ReduceMax", s, f"{prefix}{FP32}{p}_peak") for s, p in zip(scores, parts)]
-        peak = self._node32("Max", peaks, f"{prefix}{FP32}peak")
-        exponentials, sums = [], []
-        for part, score in zip(parts, scores):
-            shifted = self._node32("Sub", [score, peak], f"{prefix}{FP32}{part}_shifted")
-            exponentials.append(self._node32("Exp", [shifted], f"{prefix}{FP32}{part}_exp"))
-            sums.append(self._reduce32("ReduceSum", exponentials[-1], f"{prefix}{FP32}{part}_sum"))
-        total = self._node32("Add", sums, f"{prefix}{FP32}sum")
+        joined = self._node32("Concat", scores, f"{prefix}{FP32}scores", axis=2)
+        weights = self._node32("Softmax", [joined], f"{prefix}{FP32}weights", axis=2)
+        start, end = self._ints("first", [0]), self._ints("last", [np.iinfo(np.int64).max])
+        past, axis = self._past_length(), self._ints("scores_axis", [2])
         products = []
-        for part, exponential, value in zip(parts, exponentials, values):
-            # Divided before the product: a sum of unnormalized weights can exceed fp16 in a long context.
-            weights = self._node32("Div", [exponential, total], f"{prefix}{FP32}{part}_weights")
-            products.append(self._node("MatMul", [weights, value], f"{prefix}/{part}_attended", self._dtype))
+        for part, first, last, value in (("past", start, past, values[0]), ("new", past, end, values[1])):
+            share = self._node32("Slice", [weights, first, last, axis], f"{prefix}{FP32}{part}_weights")
+            products.append(self._node("MatMul", [share, value], f"{prefix}/{part}_attended", self._dtype))
         return self._node("Add", products, f"{prefix}/attended_rows", self._dtype)
+
+    def _past_length(self) -> str:
+        """int64 [1]."""
+        return self._once(("past length",), lambda: self._writer.node("Shape", ["past_index"], "past_length"))

@@ -68,6 +68,8 @@ def make(version: str, driver: FakeDriver | None = None) -> SimpleNamespace:
     trt.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", flags, start=0)
     builder_flags = ["FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"] if major < 11 else ["REFIT"]
     trt.BuilderFlag = enum.IntEnum("BuilderFlag", builder_flags, start=0)
+    if major < 9:
+        trt.PreviewFeature = enum.Enum("PreviewFeature", ["FASTER_DYNAMIC_SHAPES_0805"])
     trt.LayerType = enum.Enum("LayerType", sorted({*_KINDS.values(), "ELEMENTWISE", "CONSTANT", "IDENTITY"}))
     trt.MatrixOperation = enum.Enum("MatrixOperation", ["NONE", "TRANSPOSE", "VECTOR"])
     trt.MemoryPoolType = enum.Enum("MemoryPoolType", ["WORKSPACE"])
@@ -117,11 +119,12 @@ class FakeBuilder:
 
 class FakeConfig:
     def __init__(self, trt) -> None:
-        self.pools, self.flags, self.profiles, self.caches = {}, set(), [], []
+        self.pools, self.flags, self.profiles, self.caches, self.previews = {}, set(), [], [], {}
         if hasattr(trt, "IProgressMonitor"):
             self.progress_monitor = None
         self.set_memory_pool_limit = self.pools.__setitem__
         self.set_flag = self.flags.add
+        self.set_preview_feature = self.previews.__setitem__
         trt.configs.append(self)
 
     def add_optimization_profile(self, profile):

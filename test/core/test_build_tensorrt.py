@@ -77,16 +77,17 @@ def test_8_6_is_told_which_layers_are_float32(checkpoint, driver, tmp_path):
     _, module = build(checkpoint, tmp_path / "engine", driver)
     config, network = module.configs[0], module.networks[0]
     assert {flag.name for flag in config.flags} == {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
+    assert config.previews == {module.PreviewFeature.FASTER_DYNAMIC_SHAPES_0805: False}
     pinned = {layer.name for layer in network.layers if layer.precision == module.float32}
     for name in (
         "layer0/input_norm/fp32/square",
-        "layer2/fp32/past_exp",
+        "layer2/fp32/scores",
         "layer1/fp32/rope_left",
         "final_norm/fp32/sum",
     ):
         assert name in pinned
     kinds = {layer.type.name for layer in network.layers if layer.precision}
-    assert kinds.isdisjoint({"MATRIX_MULTIPLY", "CAST"}) and kinds >= {"ELEMENTWISE", "REDUCE", "SHUFFLE"}
+    assert kinds.isdisjoint({"MATRIX_MULTIPLY", "CAST", "GATHER", "SHUFFLE"}) and kinds >= {"ELEMENTWISE", "REDUCE", "SLICE"}
     assert all(set(layer.output_types.values()) == {module.float32} for layer in network.layers if layer.precision)
 
 
