@@ -1,9 +1,11 @@
 """What ROS adds: the same request in process and through service, action and topic, from another process.
 
-    python3 benchmarks/ros_overhead.py ENGINE_DIR [--tokens 200] [--rounds 15] [--out FILE]
+    python3 benchmarks/ros_overhead.py ENGINE_DIR [--tokens 200] [--rounds 15] [--starts 1] [--out FILE]
 
 The paths take turns within each round, so that a slow moment of the machine meets all of them; figures are medians over
-the rounds. The client's times run from before it sends the request to when its callback has the first piece:
+the rounds. Where a process happens to have its memory makes some per cent of difference for all its life, so the
+rounds can be spread over several ``--starts`` of both engines. All paths find the same prefix cached, which is
+checked. The client's times run from before it sends the request to when its callback has the first piece:
 
 - in process: from Worker.submit to on_piece, in this process, on an engine of its own;
 - service: nothing streams, so the first token is the node's figure plus what the client waited longer than the node
@@ -14,7 +16,8 @@ the rounds. The client's times run from before it sends the request to when its 
 The decode step is what the node's results say. A client in Python takes the better part of a millisecond of a core for
 each message, as much as the model for a token; with two cores it would starve the node it measures. So after the
 first piece the client rests until the answer is there, then reads the rest from its queue (every piece is sent and
-arrives all the same, which is checked). ``--eager`` has it read at once instead.
+arrives all the same, which is checked). ``--eager`` has it read at once instead. The latency of a piece, from its stamp
+in the node to the callback of a client that reads at once, is measured with requests of their own.
 
 A table first, then one JSON line for each path.
 """
@@ -34,6 +37,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import rclpy
 from lifecycle_msgs.msg import Transition
@@ -57,7 +61,14 @@ PROMPT = "please bring me the red cup from the kitchen and put it on the table i
 LIMIT = 60.0  # s
 
 
-Row = tuple[float, float]  # s: time to the first token at the client, decode step
+class Row(NamedTuple):
+    first: float  # s, the first token at the client
+    step: float  # s
+    cached: int  # tokens of the prompt
+
+
+def make_row(first: float, result) -> Row:
+    return Row(first, 1.0 / result.tokens_per_second, result.cached_tokens)
 
 
 @dataclass
@@ -73,6 +84,7 @@ class Times:
     @property
     def first(self) -> float:
         return self.tokens[0]
+
 
 class InProcess:
     """The engine and its worker without ROS."""
@@ -92,7 +104,7 @@ class InProcess:
             self._request, on_piece=lambda piece: times.piece(len(piece.token_ids)), on_done=results.put
         )
         result = results.get(timeout=LIMIT)
-        return times.first, 1.0 / result.tokens_per_second
+        return make_row(times.first, result)
 
     def close(self) -> None:
         self._worker.close()
@@ -131,7 +143,7 @@ class OverRos:
         start = time.perf_counter()
         answer = self._wait(self._service.call_async(Generate.Request(**self._fields)))
         transport = time.perf_counter() - start - answer.total_time
-        return answer.time_to_first_token + transport, 1.0 / answer.tokens_per_second
+        return make_row(answer.time_to_first_token + transport, answer)
 
     def action(self) -> Row:
         times = Times()
@@ -141,14 +153,19 @@ class OverRos:
         answer = self._wait(sent).get_result_async()
         self._rest_after_first(times)
         result = self._wait(answer).result
-        return times.first, 1.0 / result.tokens_per_second
+        return make_row(times.first, result)
 
-    def topic(self) -> Row:
-        """With a subscription for this request only, so that the other paths have none."""
+    def topic(self, latencies: list[float] | None = None) -> Row:
+        """With a subscription for this request only, so that the other paths have none.
+
+        ``latencies``: gets, in seconds, how old each piece is when it is read; the client reads at once then.
+        """
         times, done = Times(), []
 
         def on_piece(piece: TokenPiece) -> None:
             times.piece(len(piece.token_ids))
+            if latencies is not None:
+                latencies.append(time.time() - piece.header.stamp.sec - piece.header.stamp.nanosec * 1e-9)
             if piece.done:
                 done.append(True)
 
@@ -157,7 +174,8 @@ class OverRos:
         self._spin(0.3)  # until both sides have found each other
         times.start = time.perf_counter()
         answer = self._service.call_async(Generate.Request(**self._fields))
-        self._rest_after_first(times)
+        if latencies is None:
+            self._rest_after_first(times)
         end = time.monotonic() + LIMIT
         while not (done and answer.done()):
             assert time.monotonic() < end, "the stream did not end"
@@ -165,7 +183,7 @@ class OverRos:
         self._node.destroy_subscription(subscription)
         self._spin(0.1)
         assert len(times.tokens) == answer.result().generated_tokens, "pieces were lost"
-        return times.first, 1.0 / answer.result().tokens_per_second
+        return make_row(times.first, answer.result())
 
     def _rest_after_first(self, times: Times) -> None:
         end = time.monotonic() + LIMIT
@@ -186,23 +204,37 @@ class OverRos:
         self._node.destroy_node()
 
 
-def measure(arguments: argparse.Namespace) -> tuple[dict[str, list[Row]], str]:
+@dataclass
+class Found:
+    rows: dict[str, list[Row]] = field(default_factory=lambda: {path: [] for path in PATHS})
+    latencies: list[float] = field(default_factory=list)  # s
+    model: str = ""
+
+    def medians(self, path: str) -> tuple[float, float]:
+        """ms: first token, decode step."""
+        firsts, steps, _ = zip(*self.rows[path])
+        return statistics.median(firsts) * 1e3, statistics.median(steps) * 1e3
+
+
+def measure(arguments: argparse.Namespace, rounds: int, found: Found) -> None:
     options = (arguments.engine_dir, arguments.tokens, arguments.threads)
     over_ros = OverRos(*options)
     in_process = InProcess(*options)
+    found.model = in_process.versions
     paths = dict(zip(PATHS, (in_process.measure, over_ros.service, over_ros.action, over_ros.topic)))
-    found: dict[str, list[Row]] = {path: [] for path in paths}
     try:
         for path in (*paths.values(), in_process.measure):  # warm: discovery, caches, the prompt's KV
-            step = path()[1]
+            step = path().step
         over_ros.rest = 0.0 if arguments.eager else 1.5 * step * arguments.tokens
-        for _ in range(arguments.rounds):
+        for _ in range(rounds):
             for path, run in paths.items():
-                found[path].append(run())
+                found.rows[path].append(run())
+        over_ros.topic(found.latencies)
     finally:
         over_ros.close()
         in_process.close()
-    return found, in_process.versions
+    cached = {row.cached for rows in found.rows.values() for row in rows}
+    assert len(cached) == 1, f"the paths found different prefixes cached: {cached} tokens"
 
 
 def main() -> None:
@@ -210,22 +242,33 @@ def main() -> None:
     parser.add_argument("engine_dir", type=Path)
     parser.add_argument("--tokens", type=int, default=200, help="generated tokens of each request")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--starts", type=int, default=1, help="how often both engines are started anew")
     parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 = the backend's choice")
     parser.add_argument("--eager", action="store_true", help="the client reads each piece at once, on the node's cores")
     parser.add_argument("--out", type=Path, help="file to append the JSON lines to")
     arguments = parser.parse_args()
     rclpy.init()
-    found, model = measure(arguments)
+    found = Found()
+    for _ in range(arguments.starts):
+        measure(arguments, arguments.rounds // arguments.starts, found)
     rclpy.shutdown()
-    medians = {path: [statistics.median(column) * 1e3 for column in zip(*rows)] for path, rows in found.items()}
+    rounds = len(found.rows["service"])
+    medians = {path: found.medians(path) for path in PATHS}
     base_first, base_step = medians["in process"]
-    print(f"{model}, {arguments.tokens} tokens, {arguments.rounds} rounds, {os.cpu_count()} cores")
+    latencies = sorted(1e3 * latency for latency in found.latencies)
+    latency = {
+        "piece_latency_ms": round(latencies[len(latencies) // 2], 3),
+        "piece_latency_95_ms": round(latencies[len(latencies) * 95 // 100], 3),
+    }
+    print(f"{found.model}, {arguments.tokens} tokens, {rounds} rounds, {os.cpu_count()} cores")
     print(f"{'path':<11}{'first token':>13}{'added':>12}{'decode step':>14}{'added':>9}")
     for path, (first, step) in medians.items():
         print(
             f"{path:<11}{first:>10.2f} ms{first - base_first:>+9.2f} ms{step:>11.3f} ms"
             f"{(step / base_step - 1) * 100:>+8.1f}%"
         )
+    median, most = latency.values()
+    print(f"a piece reaches a client that reads at once in {median:.2f} ms (median), {most:.2f} ms (95 %)")
     versions = {
         "edgellm_ros": __version__, "python": platform.python_version(),
         "rmw": rclpy.get_rmw_implementation_identifier(),
@@ -233,9 +276,10 @@ def main() -> None:
     lines = [
         json.dumps({
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "versions": versions,
-            "model": model, "cores": os.cpu_count(), "tokens": arguments.tokens, "rounds": arguments.rounds,
-            "threads": arguments.threads, "path": path, "ttft_ms": round(first, 3), "ms_per_token": round(step, 4),
-            "eager_client": arguments.eager,
+            "model": found.model, "cores": os.cpu_count(), "tokens": arguments.tokens, "rounds": rounds,
+            "starts": arguments.starts, "threads": arguments.threads, "path": path,
+            "ttft_ms": round(first, 3), "ms_per_token": round(step, 4), "eager_client": arguments.eager,
+            **(latency if path == "topic" else {}),
             "in_process_ttft_ms": round(base_first, 3), "in_process_ms_per_token": round(base_step, 4),
         })
         for path, (first, step) in medians.items()

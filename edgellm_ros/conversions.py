@@ -26,6 +26,7 @@ _ERROR_CODES: dict[type[Exception], int] = {
     errors.NotActiveError: ErrorCode.NOT_ACTIVE,
     errors.QueueFullError: ErrorCode.QUEUE_FULL,
     errors.ConfigurationError: ErrorCode.CONFIGURATION,
+    errors.CheckpointError: ErrorCode.CONFIGURATION,  # at run time, of a vocab map named by a parameter
     errors.EngineDirectoryError: ErrorCode.ENGINE_DIRECTORY,
     errors.IntegrityError: ErrorCode.INTEGRITY,
     errors.SchemaVersionError: ErrorCode.SCHEMA_VERSION,

@@ -17,7 +17,8 @@ from edgellm_ros.conversions import error_code, error_message, fill_answer, wire
 from edgellm_ros.intake import Intake
 from edgellm_ros.msg import ChatMessage
 from edgellm_ros.srv import Generate, Tokenize
-from engine_core.request import FinishReason, Piece
+from edgellm_ros.threads import Started
+from engine_core.request import FinishReason, GenerationResult, Piece
 from engine_core.worker import Ticket
 
 # Seconds a finished goal's result is kept for a client that has not asked for it yet. rclpy's default of 15 minutes
@@ -49,17 +50,23 @@ class GenerateService:
 
 class GenerateActionServer:
     """~/generate: feedback per piece. While the node is not active goals are rejected; what else cannot be accepted is
-    aborted with its error code, because a rejection carries no reason."""
+    aborted with its error code, because a rejection carries no reason.
+
+    The work on a goal begins with its acceptance: rclpy would call ``_execute`` only after another round of the
+    executor, the better part of a millisecond later.
+    """
 
     def __init__(self, node: Node, intake: Intake) -> None:
         self._intake = intake
         self._tickets: dict[bytes, Ticket] = {}
+        self._answers: dict[bytes, Started] = {}  # of goals accepted and not executed yet
         self._server = ActionServer(
             node,
             GenerateAction,
             "~/generate",
             self._execute,
             callback_group=ReentrantCallbackGroup(),
+            handle_accepted_callback=self._begin,
             goal_callback=lambda goal: GoalResponse.ACCEPT if intake.accepts else GoalResponse.REJECT,
             cancel_callback=self._cancel,
             goal_service_qos_profile=qos.SERVICE,
@@ -72,18 +79,14 @@ class GenerateActionServer:
     def destroy(self) -> None:
         self._server.destroy()
 
+    def _begin(self, goal: ServerGoalHandle) -> None:
+        self._answers[bytes(goal.goal_id.uuid)] = Started(self._answer(goal))
+        goal.execute()
+
     async def _execute(self, goal: ServerGoalHandle) -> GenerateAction.Result:
         goal_id = bytes(goal.goal_id.uuid)
-        feedback = GenerateAction.Feedback()
-
-        def on_piece(piece: Piece) -> None:
-            feedback.sequence = piece.sequence
-            feedback.text = wire_text(piece.text)
-            feedback.token_ids = array("i", piece.token_ids)
-            goal.publish_feedback(feedback)
-
         try:
-            result = await self._intake.answer(goal.request, on_ticket=partial(self._accepted, goal), on_piece=on_piece)
+            result = await self._answers.pop(goal_id)
         finally:
             self._tickets.pop(goal_id, None)
         if result.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -93,6 +96,17 @@ class GenerateActionServer:
         else:
             goal.abort()
         return fill_answer(GenerateAction.Result(), result)
+
+    async def _answer(self, goal: ServerGoalHandle) -> GenerationResult:
+        feedback = GenerateAction.Feedback()
+
+        def on_piece(piece: Piece) -> None:
+            feedback.sequence = piece.sequence
+            feedback.text = wire_text(piece.text)
+            feedback.token_ids = array("i", piece.token_ids)
+            goal.publish_feedback(feedback)
+
+        return await self._intake.answer(goal.request, on_ticket=partial(self._accepted, goal), on_piece=on_piece)
 
     def _accepted(self, goal: ServerGoalHandle, ticket: Ticket) -> None:
         self._tickets[bytes(goal.goal_id.uuid)] = ticket

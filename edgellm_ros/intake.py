@@ -32,9 +32,11 @@ class Intake:
     less than a millisecond is not worth the way there and back.
     """
 
-    def __init__(self, node: Node, topics: Topics, settings: Settings) -> None:
+    def __init__(self, node: Node, topics: Topics, settings: Settings, before_request: Callable[[], None]) -> None:
+        """``before_request`` is called first of all for each request: ``settings`` have to be the newest then."""
         self._node = node
         self._topics = topics
+        self._before_request = before_request
         self._thread = SerialThread(node, "edgellm-intake")
         self.engine: Engine | None = None  # set while configured
         self.worker: Worker | None = None  # set while active
@@ -59,6 +61,7 @@ class Intake:
         """
         self.num_open += 1
         try:
+            self._before_request()
             return await self._answer(message, on_ticket, on_piece)
         except Exception as error:
             self.num_refused += 1

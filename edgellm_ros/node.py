@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 import traceback
 
+from lifecycle_msgs.msg import State
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
@@ -18,7 +20,6 @@ from edgellm_ros.endpoints import GenerateActionServer, GenerateService, PromptT
 from edgellm_ros.intake import Intake
 from edgellm_ros.msg import EngineStatus
 from edgellm_ros.parameters import (
-    Settings,
     check_declared,
     check_parameters,
     declare_parameters,
@@ -29,6 +30,7 @@ from edgellm_ros.process import run_node
 from edgellm_ros.reports import fill_info, make_health, make_status
 from edgellm_ros.srv import GetInfo
 from edgellm_ros.streams import Topics
+from edgellm_ros.threads import Soon
 from edgellm_ros.transitions import Transitions
 from engine_core.engine import Engine
 from engine_core.errors import ConfigurationError, EdgeLLMError, EngineFaultError
@@ -39,14 +41,15 @@ SUCCESS, FAILURE, ERROR = (
     TransitionCallbackReturn.FAILURE,
     TransitionCallbackReturn.ERROR,
 )
+_STATUS_DELAY = 0.02  # s from a change to ~/status
 
 
 class LlmNode(LifecycleNodeMixin, Node):
     """``unconfigured`` → configure loads the engine → ``inactive`` → activate takes requests → ``active``.
 
-    Three threads: the executor's answers everything and never waits, one runs transitions, the worker's alone
-    touches the engine. LifecycleNode itself would put its services into a group in which a transition that runs
-    keeps get_state from being answered; hence the mixin with a group of our own.
+    The executor's thread answers everything and never waits, one runs transitions, the worker's alone touches the
+    engine; two more are for long texts and for ~/status. LifecycleNode itself would put its services into a group in
+    which a transition that runs keeps get_state from being answered; hence the mixin with a group of our own.
     """
 
     def __init__(self, node_name: str = "llm", **options) -> None:
@@ -56,15 +59,18 @@ class LlmNode(LifecycleNodeMixin, Node):
         declare_parameters(self)
         if problem := check_declared(self):
             raise ConfigurationError(problem)
-        self._parameters_changed = False
         self._error: Exception | None = None  # of the last failed configure, or the engine's fault
         self._topics = Topics(self)
-        self._intake = Intake(self, self._topics, read_settings(self))
-        self._transitions = Transitions(self, after=self._refresh)
+        self._parameters_changed = False
+        self._intake = Intake(self, self._topics, read_settings(self), before_request=self._take_over_parameters)
+        self._transitions = Transitions(self, after=self._publish_status)
         self._transitions.take_over(self._service_change_state)
         self._status = self.create_publisher(EngineStatus, "~/status", qos.LATCHED)
-        # Any thread asks for a look at parameters and status; it happens on the executor, once for many requests.
-        self._look = self.create_guard_condition(self._on_look)
+        self._status_lock = threading.Lock()
+        # A transition is in ~/status before it is answered. What a request changes is said when its first token is
+        # out, and not by the executor, which has the request to take.
+        self._status_report = Soon("edgellm-status", self._publish_status, _STATUS_DELAY)
+        self._parameters_set = self.create_guard_condition(self._take_over_parameters)
         self.create_service(
             GetInfo, "~/get_info", lambda _, response: fill_info(response, self._intake.engine),
             callback_group=ReentrantCallbackGroup(),
@@ -74,7 +80,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._prompt = PromptTopic(self, self._intake)
         self._diagnostics = Diagnostics(self, self._health)
         self.add_on_set_parameters_callback(self._on_set_parameters)
-        self._refresh()
+        self._publish_status()
         if self.get_parameter("autostart").value:
             steady = Clock(clock_type=ClockType.STEADY_TIME)
             self._autostart_timer = self.create_timer(0.0, self._autostart, clock=steady)
@@ -178,24 +184,16 @@ class LlmNode(LifecycleNodeMixin, Node):
         result = check_parameters(parameters, configured=self._state_machine.current_state[1] != "unconfigured")
         if result.successful:
             self._parameters_changed = True
-            self._refresh()  # looked at after they have been set: Humble has no callback for that
+            self._parameters_set.trigger()  # read after they have been set: Humble has no callback for that
         return result
 
-    def _refresh(self) -> None:
-        """Asks for ``_on_look``; from any thread."""
-        self._look.trigger()
-
-    def _on_look(self) -> None:
-        """Takes over changed parameters and says how the node is."""
-        if self._parameters_changed:
-            self._parameters_changed = False
-            self._take_over(read_settings(self))
-        status = make_status(self._intake, self._error)
-        status.header.stamp = self.get_clock().now().to_msg()
-        self._status.publish(status)
-
-    def _take_over(self, settings: Settings) -> None:
-        before, self._intake.settings = self._intake.settings, settings
+    def _take_over_parameters(self) -> None:
+        """Soon after they have been set, or when a request comes before that."""
+        if not self._parameters_changed:
+            return
+        self._parameters_changed = False
+        before, settings = self._intake.settings, read_settings(self)
+        self._intake.settings = settings
         if (worker := self._intake.worker) is not None and settings != before:
             worker.update(queue_depth=settings.queue_depth, busy_policy=settings.busy_policy)
             if settings.system_prompt != before.system_prompt:
@@ -203,6 +201,24 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     def _health(self) -> Health:
         return make_health(self._intake, self._topics, self._error)
+
+    # --- any thread -----------------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        """Has ~/status say how the node is, soon."""
+        self._status_report.ask()
+
+    def _publish_status(self) -> None:
+        if self._state_machine.current_state[0] == State.TRANSITION_STATE_CONFIGURING:
+            return  # what comes of it is said when it is over
+        try:
+            with self._status_lock:  # the last message is the newest
+                status = make_status(self._intake, self._error)
+                status.header.stamp = self.get_clock().now().to_msg()
+                self._status.publish(status)
+        except Exception as error:
+            if self.context.ok():  # else somebody else has ended it, and nobody can be told
+                self.get_logger().error(f"~/status could not be published: {error_message(error)}")
 
     # --- the end --------------------------------------------------------------------------------------
 
@@ -220,6 +236,7 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     def destroy_node(self) -> None:
         self._intake.close()
+        self._status_report.close()
         self._action.destroy()
         super().destroy_node()
 

@@ -20,8 +20,9 @@ from rclpy.signals import SignalHandlerOptions
 from engine_core.errors import ConfigurationError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds a thread keeps Python from the others; by default 5 ms, the time of several tokens.
-_SWITCH_INTERVAL = 0.0005
+# Seconds a thread keeps Python from the others; by default 5 ms, the time of several tokens. Until its first token a
+# request goes from thread to thread some ten times, and the executor is busy with its own round just then.
+_SWITCH_INTERVAL = 0.0001
 # Seconds from the last answer to the end of the context: what Fast DDS still has to send.
 _LINGER = 0.15
 
@@ -47,8 +48,6 @@ def run_node(make_node: Callable[[], object], args: list[str] | None) -> int:
     lives until the running request has been answered. The executor has a thread of its own because only the main
     thread can be woken by a signal. One thread is enough for it: no callback waits.
     """
-    # A publish hands its message to Fast DDS's thread instead of sending it itself: the decode loop publishes.
-    os.environ.setdefault("RMW_FASTRTPS_PUBLICATION_MODE", "ASYNCHRONOUS")
     sys.setswitchinterval(_SWITCH_INTERVAL)
     stop = threading.Event()
 

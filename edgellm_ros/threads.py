@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 from rclpy.node import Node
@@ -29,6 +29,37 @@ def complete(node: Node, future: Future, value: Any = None, error: Exception | N
         future.set_result(value)
     if (executor := node.executor) is not None:
         executor.wake()
+
+
+class Started:
+    """A coroutine whose first part runs at once, up to where it waits; the rest runs where this is awaited.
+
+    To be awaited once. What the coroutine raises, even at once, is raised there.
+    """
+
+    def __init__(self, coroutine: Coroutine) -> None:
+        self._coroutine = coroutine
+        self._finished = False
+        self._result: Any = None
+        self._error: Exception | None = None
+        self._waits_for = self._go_on()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        while not self._finished:
+            yield self._waits_for
+            self._waits_for = self._go_on()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _go_on(self) -> Any:
+        try:
+            return self._coroutine.send(None)
+        except StopIteration as stop:
+            self._finished, self._result = True, stop.value
+        except Exception as error:
+            self._finished, self._error = True, error
+        return None
 
 
 class SerialThread:
@@ -61,3 +92,36 @@ class SerialThread:
             except Exception as error:
                 complete(self._node, future, error=error)
             del call, future, item  # keep nothing alive while waiting
+
+
+class Soon:
+    """Makes a call ``delay`` s after it was asked for, once for all who ask until then, in a thread of its own.
+
+    The call must not raise. It begins after the last ask it answers, so it sees what was done before that.
+    """
+
+    def __init__(self, name: str, call: Callable[[], None], delay: float) -> None:
+        self._call, self._delay = call, delay
+        self._asked = threading.Event()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    def ask(self) -> None:
+        """From any thread; returns at once."""
+        self._asked.set()
+
+    def close(self, timeout: float = 2.0) -> bool:
+        """Makes a last call, without the delay, and ends the thread; False if it still runs after ``timeout`` s."""
+        self._closed.set()
+        self._asked.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _serve(self) -> None:
+        last = False
+        while not last:
+            self._asked.wait()
+            last = self._closed.wait(self._delay)
+            self._asked.clear()  # before the call: whoever asks while it is made gets another
+            self._call()

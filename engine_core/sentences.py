@@ -6,6 +6,7 @@ import re
 
 # Sentence ends: a run of end marks with closing quotes or brackets, then white space; a CJK end mark; a line break.
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[」』”’）]*|\n+")
+_MAY_GO_ON = ".!?…\"'”’»)]"  # at the end of the text: only what follows says whether it ends a sentence
 _ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st no vs etc e.g i.e approx ca fig jr sr inc ltd z.b bzw nr d.h usw".split()
 )
@@ -16,22 +17,24 @@ class SentenceSplitter:
 
     def __init__(self) -> None:
         self._text = ""
+        self._searched = 0  # characters in which every sentence end has been looked at: an answer may have none
 
     def feed(self, text: str) -> list[str]:
         """The sentences that ``text`` completes, without the white space around them."""
         self._text += text
-        sentences, start, search = [], 0, 0
+        sentences, start, search = [], 0, self._searched
         while match := _END.search(self._text, search):
             search = match.end()
             if self._is_end(match, start):
                 sentences.append(self._text[start : match.end()].strip())
                 start = match.end()
         self._text = self._text[start:]
+        self._searched = len(self._text.rstrip(_MAY_GO_ON))
         return [sentence for sentence in sentences if sentence]
 
     def flush(self) -> list[str]:
         """The rest at the end of the answer: one sentence or none."""
-        rest, self._text = self._text.strip(), ""
+        rest, self._text, self._searched = self._text.strip(), "", 0
         return [rest] if rest else []
 
     def _is_end(self, match: re.Match[str], start: int) -> bool:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from engine_core.sentences import SentenceSplitter
@@ -16,6 +18,8 @@ CASES = [
     ("Wait... I see it.", ["Wait...", "I see it."]),
     ("So do I. You too.", ["So do I.", "You too."]),
     ("No end", ["No end"]),
+    ('"Really?!" she said. ("Yes.") Ok', ['"Really?!"', "she said.", '("Yes.")', "Ok"]),
+    ("See fig. 3 and Mr. Lee... Or st. 4.) Go.", ["See fig. 3 and Mr. Lee...", "Or st. 4.)", "Go."]),
     ("  \n ", []),
 ]
 
@@ -33,3 +37,17 @@ def test_a_sentence_is_given_as_soon_as_it_is_sure():
     assert splitter.feed("I come.") == []  # "I come.5" could follow
     assert splitter.feed(" ") == ["I come."]
     assert splitter.flush() == []
+
+
+def test_a_long_text_without_a_sentence_end_costs_no_more_per_piece():
+    """A plan in JSON has none: every piece used to search the whole text again."""
+
+    def seconds(splitter: SentenceSplitter) -> float:
+        start = time.perf_counter()
+        for _ in range(200):
+            assert splitter.feed('"at": "room 3.5", ') == []
+        return time.perf_counter() - start
+
+    long = SentenceSplitter()
+    long.feed("and so on " * 20_000)
+    assert min(seconds(long) for _ in range(3)) < 20 * min(seconds(SentenceSplitter()) for _ in range(3))

@@ -189,7 +189,17 @@ class LlmClient:
         return self.call(ChangeState, "change_state", request, limit).success
 
     def state(self) -> int:
-        return self.call(GetState, "get_state", GetState.Request()).current_state.id
+        """Asks again after 3 s: rmw_fastrtps drops a response ("client will not receive response") if the node takes
+        more than 0.1 s to discover a client that has discovered it already, as happens while both are starting."""
+        start, futures = time.monotonic(), []
+
+        def answered() -> bool:
+            if time.monotonic() >= start + 3.0 * len(futures):
+                futures.append(self.call_async(GetState, "get_state", GetState.Request()))
+            return any(future.done() for future in futures)
+
+        self.until(answered)
+        return next(future for future in futures if future.done()).result().current_state.id
 
     def bring_up(self) -> LlmClient:
         assert self.change(CONFIGURE), self.node_process.log.read_text()

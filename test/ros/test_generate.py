@@ -59,6 +59,21 @@ def test_prompt_topic_is_answered_on_response(llm):
     assert heard[1].data.startswith("Error: ")
 
 
+def test_a_prompt_right_after_a_parameter_is_set_is_answered_with_it(llm):
+    """rclpy takes what came on topics before the guard condition that had the node read its parameters."""
+    heard = []
+    llm.node.create_subscription(String, f"/{llm.name}/response", heard.append, 10)
+    prompt = llm.node.create_publisher(String, f"/{llm.name}/prompt", 10)
+    llm.until(lambda: prompt.get_subscription_count() and llm.node.count_publishers(f"/{llm.name}/response"))
+    llm.spin(0.3)
+    expected = {count: llm.generate("hello", sampling={"max_new_tokens": count}).text for count in (2, 5)}
+    for number, count in enumerate((2, 5) * 25, start=1):
+        llm.must_set(max_new_tokens=count)
+        prompt.publish(String(data="hello"))
+        llm.until(lambda: len(heard) == number)  # noqa: B023, called before the next turn
+        assert heard[-1].data == expected[count]
+
+
 def test_cancel_returns_the_partial_text_and_keeps_the_kv(llm):
     goal = llm.goal("tell me", **LONG)
     llm.until(lambda: len(goal.feedback) >= 20)
