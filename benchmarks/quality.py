@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --work /tmp/quality          # measures, then the table and the plot
     python benchmarks/quality.py --variants ""                # table and plot of what was measured before
+    python benchmarks/quality.py --work /tmp/quality --differences
 
 For every variant × vocabulary (full, reduced) × KV cache type: perplexity of the last answers of held-out
 conversations, the share of those that greedy decoding writes byte for byte (tools/demo_model/evaluate.py), the bytes of
@@ -12,6 +13,9 @@ LM head and the embedding in int8.
 fp8 and nvfp4 have no fast form on a CPU: their rows are the quantized weights, dequantized to fp32, so quality is
 theirs and speed is not (no bytes, no tok_s). fp16 is the checkpoint itself, computed in fp32: its speed is left out,
 too. Each row is appended to benchmarks/results/quality.jsonl; benchmarks/results/quality.svg shows the last of each.
+
+``--differences`` asks how far a variant is from the checkpoint rather than from the text: the mean magnitude of the
+difference of ln p of the answers' tokens, where perplexity and exact match are ruled by the few answers in doubt.
 """
 
 from __future__ import annotations
@@ -123,6 +127,13 @@ def generated(engine: Engine, example: Example) -> str:
     return "".join(piece.text for piece in engine.generate(engine.prepare(request), CancelToken()))
 
 
+def answer_logs(engine: Engine, example: Example) -> np.ndarray:
+    """float64 [tokens of the last answer, its stop token included]: ln p of each."""
+    messages = tuple({"role": role, "content": content} for role, content in example.messages)
+    *_, (prompt, answer) = Document("held out", messages=messages).turns(engine.tokenizer)
+    return engine.log_probabilities(np.concatenate([prompt, answer]), len(prompt))
+
+
 def score(engine: Engine, examples: Many[Example]) -> dict:
     """Perplexity of the last answers, and the percentage of those that greedy decoding writes byte for byte.
 
@@ -131,9 +142,7 @@ def score(engine: Engine, examples: Many[Example]) -> dict:
     """
     logs, right = [], 0
     for example in examples:
-        messages = tuple({"role": role, "content": content} for role, content in example.messages)
-        *_, (prompt, answer) = Document("held out", messages=messages).turns(engine.tokenizer)
-        found = engine.log_probabilities(np.concatenate([prompt, answer]), len(prompt))
+        found = answer_logs(engine, example)
         logs.append(found)
         right += bool((found > math.log(0.5)).all()) or generated(engine, example) == example.messages[-1][1]
     found = np.concatenate(logs)
@@ -151,7 +160,7 @@ def measure(grid: Grid, name: str, reduced: bool, kv_cache_type: str) -> dict:
     config = EngineConfig(grid.engine(name, reduced), kv_cache_type=kv_cache_type, num_threads=1)
     with Benchmark(config) as bench:
         bytes_per_step, tok_s = bench.bytes_per_step, bench.measure(64, 64, 5).tokens_per_second
-    engine = Engine.open(config, lambda line: None)
+    engine = Engine.open(config, _quiet)
     try:
         scores = score(engine, grid.examples)
         vocab_size = engine.reduced_vocab_size
@@ -169,6 +178,33 @@ def measure(grid: Grid, name: str, reduced: bool, kv_cache_type: str) -> dict:
         "bytes_per_step": bytes_per_step if runs else None,
         "tok_s": round(tok_s, 1) if runs else None,
     }
+
+
+def differences(grid: Grid, names: Many[str]) -> list[dict]:
+    """Of each variant to fp16, full vocabulary, fp32 KV cache."""
+    found = {}
+    for name in dict.fromkeys(("fp16", *names)):
+        engine = Engine.open(EngineConfig(grid.engine(name, False), kv_cache_type="fp32", num_threads=1), _quiet)
+        try:
+            found[name] = np.concatenate([answer_logs(engine, example) for example in grid.examples])
+        finally:
+            engine.close()
+    return [
+        {
+            "date": datetime.date.today().isoformat(),
+            "versions": {p: importlib.metadata.version(p) for p in ("onnxruntime", "numpy", "transformers")},
+            "model": "demo",
+            "variant": name,
+            "tokens": len(values),
+            "mean_difference": round(float(np.abs(values - found["fp16"]).mean()), 6),
+        }
+        for name, values in found.items()
+        if name != "fp16"
+    ]
+
+
+def _quiet(line: str) -> None:
+    """What an engine reports when it is opened is of no interest here."""
 
 
 def latest(path: Path) -> list[dict]:
@@ -259,10 +295,17 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=300, help="of each of the three kinds of held-out")
     parser.add_argument("--coverage", type=float, default=100, help="percent of training tokens the vocabulary keeps")
     parser.add_argument("--kv-cache-types", default=",".join(KV_CACHE_TYPES))
+    parser.add_argument("--differences", action="store_true", help="only the differences of the variants to fp16")
     parser.add_argument("--fresh", action="store_true", help="remove the engines of an earlier run first")
     options = parser.parse_args()
     if options.fresh:
         shutil.rmtree(options.work, ignore_errors=True)
+    if options.differences:
+        for row in differences(Grid(options), [name for name in options.variants.split(",") if name]):
+            print(json.dumps(row), flush=True)
+            with open(RESULTS / "quality_differences.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        return
     if options.variants:
         grid = Grid(options)
         for name in options.variants.split(","):
