@@ -21,6 +21,7 @@ COMMANDS = (
     "inspect",
     "plan",
     "generate",
+    "evaluate",
     "bench",
     "doctor",
 )

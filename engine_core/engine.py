@@ -239,6 +239,23 @@ class Engine:
         self._prefixes.keep(prefix)
         return len(prefix)
 
+    def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
+        """float64 [n - first]: the natural logarithm of the probability of each token of ``token_ids``, int32 [n], from
+        index ``first`` (1 or more) on, given all before it; -inf for one outside the reduced vocabulary.
+
+        Raises BackendUnavailableError if the backend gives none out, EngineFaultError.
+        """
+        backend = self._backend_or_raise()
+        score = getattr(backend, "log_probabilities", None)
+        if score is None:
+            raise BackendUnavailableError(
+                f"Perplexity needs the logits of every step, which the {self.backend_name} backend keeps on its "
+                "device; measure a variant built for onnxruntime."
+            )
+        assert 1 <= first < len(token_ids) <= self.max_context
+        self._prefixes.set_live(token_ids[:0])
+        return score(token_ids, first)
+
     def generate(
         self, prepared: PreparedRequest, cancel: CancelToken, arrival: float | None = None
     ) -> Generator[Piece, None, GenerationResult]:

@@ -129,6 +129,14 @@ class OnnxRuntimeBackend:
         self._set_interrupted(False)
         self._submit(self._feed, token_ids, position).result()
 
+    def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
+        """float64 [n - first]: of each token of ``token_ids``, int32 [n], from index ``first`` (1 or more) on, given
+        all before it; -inf for one the LM head has lost. Prefill up to ``first``, then decode steps as in an answer.
+
+        Beside the protocol, for measuring. Raises EngineFaultError."""
+        self._set_interrupted(False)
+        return self._submit(self._score, token_ids.copy(), first).result()
+
     def decode(self, mask: np.ndarray | None = None) -> _Pending:
         return self._submit(self._decode_step, None if mask is None else mask.copy())
 
@@ -207,6 +215,19 @@ class OnnxRuntimeBackend:
                 raise
         self._length = position + len(token_ids)
         return True
+
+    def _score(self, token_ids: np.ndarray, first: int) -> np.ndarray:
+        self._ended = True  # no sequence that ``decode`` could go on with
+        self._check_room(len(token_ids))
+        self._feed(token_ids[:first], 0)
+        found = np.empty(len(token_ids) - first)
+        for index, token_id in enumerate(token_ids[first:].tolist()):
+            found[index] = self._sampler.log_probability(self._session.logits, token_id)
+            if index + 1 < len(found):
+                self._session.decode(token_id, first + index)
+        if np.isnan(found).any():
+            raise EngineFaultError("The model's logits are NaN; the weights or the engine are damaged.")
+        return found
 
     def _sample(self, mask: np.ndarray | None) -> int:
         self._last = token = self._sampler.sample(self._session.logits, mask)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from engine_core.backends import ort_files
+from engine_core.build import companions
 from engine_core.build.calibration import NAMES, find_calibration, read_sequences
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.kv_cache import int8_scales, measure_peaks
@@ -24,7 +21,6 @@ from engine_core.build.quantize.detect import quantization_of
 from engine_core.build.weights import Weights
 from engine_core.errors import BuildError
 from engine_core.manifest import Manifest, seal, write_variant
-from engine_core.vocab import VOCAB_MAP_NAME, check_ends, read_vocab_map, vocab_map_metadata, write_vocab_map
 
 _log = logging.getLogger(__name__)
 
@@ -32,14 +28,6 @@ DEFAULT_MAX_CONTEXT = 4096  # tokens; less where the model was made for less
 QUANTIZATIONS = ("fp32", "int8", "int4", "int4_awq", "fp8", "nvfp4")
 KV_CACHE_TYPES = ("auto", *ort_files.KV_CACHE_TYPES)
 GROUP_SIZES = (16, 32, 64, 128, 256)
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 def build_engine(
@@ -65,8 +53,8 @@ def build_engine(
     ``head_bits``: 4 or 8 for the LM head and the embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors
     file of the full ids an LM head of fewer rows keeps; a file of that name in the checkpoint is used by itself.
     ``kv_cache_type``: what the engine opens with unless told otherwise; auto = fp32. It holds fp32 and fp16 in any
-    case, and int8 where that was asked for or there is ``calibration`` text (``calibration.read_sequences``; by default
-    the checkpoint's own calibration.jsonl or .txt).
+    case, and int8 where that was asked for or there is ``calibration`` text (see ``engine_core.texts``; by default the
+    checkpoint's own calibration.jsonl or .txt).
 
     Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.
     """
@@ -78,8 +66,8 @@ def build_engine(
     _check_levels(checkpoint, spec, quantization, group_size)
     num_parameters = check_tensors(spec, checkpoint)
     max_context = _max_context(max_context, spec)
-    vocab_map = vocab_map or _own_map(checkpoint)
-    kept = None if vocab_map is None else _kept_ids(Path(vocab_map), checkpoint, spec)
+    vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
+    kept = companions.kept_ids(vocab_map, checkpoint, spec)
     calibration = _calibration(kv_cache_type, calibration, checkpoint) if precision.linear_bits else None
     if not precision.linear_bits and kv_cache_type not in ("auto", "fp32"):
         raise BuildError(f"An {quantization} graph has an fp32 KV cache only; leave kv_cache_type out.")
@@ -91,27 +79,24 @@ def build_engine(
             dialect = make_dialect(writer, weights, precision, max_context)
             write_decoder(spec, dialect)
             if calibration is not None:
-                sequences = read_sequences(calibration, checkpoint.directory, max_context)
+                sequences = read_sequences(calibration, checkpoint, max_context, spec.vocab_size)
                 report(f"Calibrating the int8 KV cache on {sum(map(len, sequences))} tokens of {calibration}")
                 geometry = spec.geometry(num_parameters)
                 dialect.add_int8_cache(int8_scales(measure_peaks(directory, geometry, weights.head_rows, sequences)))
-        for name in _COPIED:
-            if (checkpoint.directory / name).is_file():
-                shutil.copyfile(checkpoint.directory / name, directory / name)
-        if kept is not None:
-            write_vocab_map(directory / VOCAB_MAP_NAME, kept, vocab_map_metadata(Path(vocab_map)))
+        companions.copy_companions(checkpoint, directory)
+        companions.copy_vocab_map(vocab_map, kept, directory)
         manifest = Manifest(
-            model_name=model_name or _model_name(checkpoint),
+            model_name=model_name or companions.model_name(checkpoint),
             geometry=spec.geometry(num_parameters),
             backend="onnxruntime",
             quantization=quantization,
             kv_cache_type="fp32" if kv_cache_type == "auto" else kv_cache_type,
             max_context=max_context,
             max_batch=1,
-            eos_token_ids=_eos_token_ids(checkpoint),
+            eos_token_ids=companions.eos_token_ids(checkpoint),
             reduced_vocab_size=0 if kept is None else len(kept),
             group_size=_group_size(weights, precision),
-            builder=_versions(),
+            builder=companions.versions(),
             options=engine_options(spec, precision, dialect.packing, shares_head=spec.tied and kept is None),
         )
         manifest = seal(directory, manifest)
@@ -183,7 +168,7 @@ def _calibration(kv_cache_type: str, given: Path | None, checkpoint: Checkpoint)
         )
     if kv_cache_type in ("fp32", "fp16") and given is None:
         return None
-    found = find_calibration(checkpoint.directory, given)
+    found = find_calibration(checkpoint, given)
     if found is None and kv_cache_type == "int8":
         raise BuildError(
             f"An int8 KV cache is calibrated on text, but {checkpoint.directory} has no {' or '.join(NAMES)}; give "
@@ -196,39 +181,3 @@ def _max_context(asked: int, spec: ModelSpec) -> int:
     if asked < 0 or asked > spec.max_position:
         raise BuildError(f"max_context is {asked}, but the model was made for 1 to {spec.max_position} tokens.")
     return asked or min(DEFAULT_MAX_CONTEXT, spec.max_position)
-
-
-def _own_map(checkpoint: Checkpoint) -> Path | None:
-    path = checkpoint.directory / VOCAB_MAP_NAME
-    return path if path.is_file() else None
-
-
-def _kept_ids(path: Path, checkpoint: Checkpoint, spec: ModelSpec) -> np.ndarray:
-    """int32 [rows], ascending full ids with every end-of-sequence id among them."""
-    kept = read_vocab_map(path, spec.vocab_size, checkpoint.directory)
-    check_ends(path, kept, _eos_token_ids(checkpoint))
-    return kept
-
-
-def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Those of generation_config.json and of config.json: both are in use, and they may differ."""
-    ids: set[int] = set()
-    for config in (checkpoint.generation_config, checkpoint.config):
-        value = config.get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
-    return tuple(sorted(int(token_id) for token_id in ids))
-
-
-def _model_name(checkpoint: Checkpoint) -> str:
-    name = str(checkpoint.config.get("_name_or_path") or "")
-    return Path(name).name or checkpoint.directory.resolve().name
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("edgellm_ros", "onnx", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -5,13 +5,13 @@ Nothing is compiled here: one directory serves every NVIDIA GPU. Needs numpy onl
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from engine_core.backends.cuda_layout import CudaSpec, options_of, weight_arrays
+from engine_core.build import companions
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
 from engine_core.build.quantize.formats import from_16_bit, to_16_bit
@@ -21,17 +21,8 @@ from engine_core.errors import BuildError, UnsupportedModelError
 from engine_core.kernels import int4_layout
 from engine_core.kernels.int4_layout import GROUP
 from engine_core.manifest import Manifest, seal, write_variant
-from engine_core.vocab import VOCAB_MAP_NAME, check_ends, read_vocab_map, vocab_map_metadata, write_vocab_map
 
 WEIGHTS_NAME, ROPE_NAME = "weights.safetensors", "rope"
-# What the tokenizer and the chat template may need; copied where the checkpoint has it.
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _STORED = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}
 
 
@@ -51,7 +42,8 @@ def build_cuda(
     int4_awq, which is int4 from a checkpoint in int4. Its symmetric groups of 128 keep their levels and scales; what is
     stored otherwise is dequantized first.
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
-    ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps.
+    ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps; a file of that name in the
+    checkpoint is used by itself.
     Raises CheckpointError, UnsupportedModelError or BuildError; nothing half-written is left behind.
     """
     checkpoint = Checkpoint(checkpoint_dir)
@@ -71,30 +63,26 @@ def build_cuda(
             "int4_awq takes the levels of a checkpoint in int4, which this one is not; make one with "
             "'edgellm quantize --method int4_awq', or build int4, which rounds to nearest."
         )
-    kept = None if vocab_map is None else read_vocab_map(Path(vocab_map), spec.vocab_size, checkpoint.directory)
-    if kept is not None:
-        check_ends(vocab_map, kept, _eos_token_ids(checkpoint))
+    vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
+    kept = companions.kept_ids(vocab_map, checkpoint, spec)
     manifest = Manifest(
-        model_name=model_name or checkpoint.config.get("_name_or_path") or Path(checkpoint_dir).resolve().name,
+        model_name=model_name or companions.model_name(checkpoint),
         geometry=spec.geometry(check_tensors(spec, checkpoint)),
         backend="cuda",
         quantization=quantization,
         kv_cache_type="fp16",
         max_context=max_context,
         max_batch=1,
-        eos_token_ids=_eos_token_ids(checkpoint),
+        eos_token_ids=companions.eos_token_ids(checkpoint),
         reduced_vocab_size=0 if kept is None else len(kept),
         group_size=0 if quantization == "fp16" else GROUP,
         use_cuda_graph=True,
-        builder={"numpy": np.__version__},
+        builder=companions.versions(()),
         options=model_options(spec, dtype),
     )
     with write_variant(Path(engine_dir)) as directory:
-        for name in _COMPANIONS:
-            if (checkpoint.directory / name).is_file():
-                shutil.copyfile(checkpoint.directory / name, directory / name)
-        if kept is not None:
-            write_vocab_map(directory / VOCAB_MAP_NAME, kept, vocab_map_metadata(Path(vocab_map)))
+        companions.copy_companions(checkpoint, directory)
+        companions.copy_vocab_map(vocab_map, kept, directory)
         _write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
         manifest = seal(directory, manifest)
     return manifest
@@ -244,11 +232,3 @@ def _write_weights(
         writer.abandon()
         raise
     writer.close()
-
-
-def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    found: set[int] = set()
-    for config in (checkpoint.config, checkpoint.generation_config):
-        value = config.get("eos_token_id")
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
-    return tuple(sorted(found))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from engine_core.backends.trt_api import TensorRT
 from engine_core.backends.trt_layout import (
@@ -26,7 +22,8 @@ from engine_core.backends.trt_layout import (
     profile_shapes,
     work_arrays,
 )
-from engine_core.build.build import _COPIED, DEFAULT_MAX_CONTEXT, _eos_token_ids, _kept_ids, _model_name, _own_map
+from engine_core.build import companions
+from engine_core.build.build import DEFAULT_MAX_CONTEXT
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import ModelSpec, check_tensors, read_spec
 from engine_core.build.onnx_writer import DATA_NAME
@@ -39,7 +36,6 @@ from engine_core.device import Device
 from engine_core.errors import BuildError, InsufficientMemoryError, UnsupportedModelError
 from engine_core.manifest import Manifest, seal, write_variant
 from engine_core.memory import format_bytes
-from engine_core.vocab import VOCAB_MAP_NAME, vocab_map_metadata, write_vocab_map
 
 _log = logging.getLogger(__name__)
 
@@ -84,32 +80,29 @@ def build_tensorrt(
     api = api or TensorRT()
     if dialect == "native" and not api.has_kv_cache_update:
         raise BuildError(f"TensorRT {api.version} lacks the native dialect's operators (10.15 has them); use plain.")
-    vocab_map = vocab_map or _own_map(checkpoint)
-    kept = None if vocab_map is None else _kept_ids(Path(vocab_map), checkpoint, spec)
+    vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
+    kept = companions.kept_ids(vocab_map, checkpoint, spec)
     device = Device()
     try:
         manifest = Manifest(
-            model_name=model_name or _model_name(checkpoint),
+            model_name=model_name or companions.model_name(checkpoint),
             geometry=spec.geometry(num_parameters),
             backend="tensorrt",
             quantization=quantization,
             kv_cache_type=quantization,
             max_context=max_context,
             max_batch=1,
-            eos_token_ids=_eos_token_ids(checkpoint),
+            eos_token_ids=companions.eos_token_ids(checkpoint),
             reduced_vocab_size=0 if kept is None else len(kept),
             use_cuda_graph=True,
             gpu_arch=device.arch,
-            builder={**_versions(), "tensorrt": api.version},
+            builder={**companions.versions(), "tensorrt": api.version},
             options={"dtype": quantization, "dialect": dialect, "max_prefill": max_prefill},
         )
         weights = Weights(checkpoint, spec, kept)
         with write_variant(Path(engine_dir)) as directory:
-            for name in _COPIED:
-                if (checkpoint.directory / name).is_file():
-                    shutil.copyfile(checkpoint.directory / name, directory / name)
-            if kept is not None:
-                write_vocab_map(directory / VOCAB_MAP_NAME, kept, vocab_map_metadata(Path(vocab_map)))
+            companions.copy_companions(checkpoint, directory)
+            companions.copy_vocab_map(vocab_map, kept, directory)
             cache_path = timing_cache_path(Path(engine_dir), api, device)
             scratch = _write_plan(api, device, manifest, weights, directory, cache_path, level, report)
             manifest.options["scratch_bytes"] = scratch
@@ -237,7 +230,3 @@ def _write_aside(path: Path, data: memoryview) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
     os.replace(file.name, path)
-
-
-def _versions() -> dict[str, str]:
-    return {"onnx": importlib.metadata.version("onnx"), "numpy": np.__version__}

@@ -115,6 +115,16 @@ def test_int4_has_a_head_of_its_own_and_a_vocabulary_map_its_rows(checkpoint, tm
     assert np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.12
 
 
+def test_the_checkpoints_own_vocabulary_map_is_used_by_itself(checkpoint, tmp_path):
+    directory, tensors = checkpoint()
+    kept = np.array([1, 2, 5, 300], dtype=np.int32)
+    write_safetensors(directory / "vocab_map.safetensors", {"vocab_map": kept})
+    manifest = build_cuda(directory, tmp_path / "engine", dtype="fp16", max_context=64)
+    assert manifest.reduced_vocab_size == 4 and (tmp_path / "engine" / "vocab_map.safetensors").is_file()
+    head = SafetensorsFile(tmp_path / "engine" / "weights.safetensors").read("head")
+    np.testing.assert_allclose(head, tensors["model.embed_tokens.weight"][kept], rtol=2**-10, atol=1e-6)
+
+
 def test_packing_is_its_own_inverse():
     random = np.random.default_rng(1)
     values = random.integers(0, 16, (64, 512)).astype(np.uint8)

@@ -165,8 +165,8 @@ def test_a_runtime_without_int8_caches_is_told(llama, monkeypatch):
         (None, "", "calibrated on text, but"),
         ("missing.txt", None, "does not exist"),
         ("short.txt", "Bring me the cup.", "has 17 tokens, expected at least 64"),
-        ("bad.jsonl", '{"messages": 3}\n', "bad.jsonl:1 has neither"),
-        ("broken.jsonl", "{", "cannot be used"),
+        ("bad.jsonl", '{"messages": 3}\n', "bad.jsonl:1 is no chat"),
+        ("broken.jsonl", "{", "broken.jsonl:1 is not JSON"),
     ],
 )
 def test_calibration_text_that_will_not_do_is_refused(tmp_path, name, text, message):

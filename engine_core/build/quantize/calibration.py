@@ -8,13 +8,13 @@ of them.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from engine_core.build.calibration import read_sequences
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec
 from engine_core.errors import BuildError
@@ -42,48 +42,16 @@ class Activations:
 
 
 def read_tokens(path: Path, checkpoint: Checkpoint, spec: ModelSpec, num_samples: int, sequence_length: int) -> Tokens:
-    """The first ``num_samples`` chats of a JSONL file, or pieces of a text file, spread over it.
-
-    A line of JSONL is ``{"messages": [{"role": …, "content": …}, …]}`` or ``{"text": "…"}``. Raises BuildError.
-    """
+    """``num_samples`` pieces of up to ``sequence_length`` tokens, spread over the texts. Raises BuildError."""
     if num_samples < 1 or sequence_length < 1:
         raise BuildError("The number of samples and their length have to be 1 or more.")
-    longest = min(sequence_length, spec.max_position)
-    try:
-        samples = _samples(path, checkpoint.directory, num_samples, longest)
-    except Exception as error:  # of the file, of its JSON, of the tokenizer, of the chat template
-        raise BuildError(
-            f"The calibration text {path} cannot be used with the tokenizer of {checkpoint.directory} "
-            f"({type(error).__name__}: {error})."
-        ) from error
-    if not samples:
-        raise BuildError(f"The calibration text {path} is empty.")
+    samples = read_sequences(path, checkpoint, min(sequence_length, spec.max_position), spec.vocab_size)
+    samples = samples[:: max(1, len(samples) // num_samples)][:num_samples]
     lengths = np.array([len(sample) for sample in samples])
     ids = np.zeros((len(samples), lengths.max()), dtype=np.int64)
     for row, sample in zip(ids, samples):
         row[: len(sample)] = sample
-    if ids.max() >= spec.vocab_size:
-        raise BuildError(f"The tokenizer has the token {ids.max()}, but the model only {spec.vocab_size}.")
     return Tokens(ids, lengths)
-
-
-def _samples(path: Path, tokenizer_dir: Path, num_samples: int, longest: int) -> list[list[int]]:
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_dir), local_files_only=True)
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        found = []
-        for line in filter(str.strip, text.splitlines()):
-            value = json.loads(line)
-            chat = "messages" in value
-            text = tokenizer.apply_chat_template(value["messages"], tokenize=False) if chat else value["text"]
-            found.append(tokenizer.backend_tokenizer.encode(text, add_special_tokens=not chat).ids[:longest])
-    else:
-        ids = tokenizer.backend_tokenizer.encode(text).ids
-        found = [ids[start : start + longest] for start in range(0, len(ids), longest)]
-        found = found[:: max(1, len(found) // num_samples)]
-    return [sample for sample in found if sample][:num_samples]
 
 
 def linears_of(layer: LayerSpec) -> tuple[LinearSpec, ...]:

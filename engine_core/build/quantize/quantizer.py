@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from engine_core.build.calibration import NAMES, find_calibration
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import ModelSpec, check_tensors, read_spec
 from engine_core.build.quantize.output import (
@@ -16,8 +17,6 @@ from engine_core.build.quantize.output import (
 )
 from engine_core.build.quantize.scheme import CALIBRATED, Scheme, make_scheme
 from engine_core.errors import BuildError
-
-CALIBRATION_NAME = "calibration.jsonl"  # a checkpoint's own texts, taken where none are given
 
 
 def quantize(
@@ -109,12 +108,10 @@ def _check(checkpoint: Checkpoint, spec: ModelSpec, scheme: Scheme, head: bool) 
 
 
 def _calibration(given: Path | None, checkpoint: Checkpoint, method: str) -> Path:
-    path = Path(given) if given is not None else checkpoint.directory / CALIBRATION_NAME
-    if not path.is_file():
-        if given is not None:
-            raise BuildError(f"The calibration text {path} does not exist.")
+    path = find_calibration(checkpoint, given)
+    if path is None:
         raise BuildError(
             f"{method} is calibrated on texts like those the model will see, and {checkpoint.directory} brings no "
-            f"{CALIBRATION_NAME}; give a text file or JSONL chats with --calibration."
+            f"{' or '.join(NAMES)}; give a text file or JSONL chats with --calibration."
         )
     return path
