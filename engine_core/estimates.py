@@ -213,7 +213,8 @@ class CheckpointEstimate:
 
         group = int4_layout.GROUP if quantization == "int4" else 0
         options = model_options(self.spec, "fp16")
-        return self._manifest("cuda", quantization, size, group_size=group, options=options)
+        manifest = self._manifest("cuda", quantization, size, group_size=group, options=options)
+        return dataclasses.replace(manifest, kv_cache_type="fp16")  # the configuration names another
 
     # --- both -----------------------------------------------------------------------------------------
 

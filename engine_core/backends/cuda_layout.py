@@ -12,11 +12,12 @@ from typing import Any
 from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES, aligned
 from engine_core.errors import ConfigurationError, EngineDirectoryError
-from engine_core.kernels.attention import AttentionShape
+from engine_core.kernels.attention import AttentionShape, scale_pitch
 from engine_core.kernels.int4_layout import GROUP, records_shape
 from engine_core.kernels.sampling import PARAMS, STATE
 from engine_core.manifest import Manifest
 
+KV_CACHE_TYPES = ("fp16", "int8")  # fp16 stands for the 16-bit type of the weights
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
 PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
 # An allowance for modules, graphs and cuBLAS's own code; the context itself is taken before the plan is made.
@@ -45,7 +46,7 @@ class CudaSpec:
     attention: AttentionShape
     vocab_size: int
     head_rows: int  # rows of the LM head: vocab_size, or fewer with a vocabulary map
-    dtype: str  # fp16 or bf16: weights, activations, KV cache
+    dtype: str  # fp16 or bf16: weights, activations, and the KV cache unless attention.kv_int8
     norm_eps: float
     qkv_bias: bool
     tied: bool  # the LM head is the embedding
@@ -80,7 +81,13 @@ class CudaSpec:
             hidden=geometry.hidden_size,
             intermediate=geometry.intermediate_size,
             attention=AttentionShape(
-                geometry.num_heads, geometry.num_kv_heads, geometry.head_dim, max_context, norm_eps, qk_norm
+                num_heads=geometry.num_heads,
+                num_kv_heads=geometry.num_kv_heads,
+                head_dim=geometry.head_dim,
+                max_context=max_context,
+                norm_eps=norm_eps,
+                qk_norm=qk_norm,
+                kv_int8=_kv_cache_type(manifest, config) == "int8",
             ),
             vocab_size=geometry.vocab_size,
             head_rows=manifest.reduced_vocab_size or geometry.vocab_size,
@@ -140,8 +147,9 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     """Everything that is not a weight. Decode uses the first rows of what prefill uses."""
     attention, dtype, chunk, rows = spec.attention, spec.dtype, spec.chunk, spec.head_rows
     kv_heads, head_dim = attention.num_kv_heads, attention.head_dim
+    kv_dtype = "int8" if attention.kv_int8 else dtype
     arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
-        "kv_cache": ("kv_cache", (spec.num_layers, 2, kv_heads, spec.max_context, head_dim), dtype),
+        "kv_cache": ("kv_cache", (spec.num_layers, 2, kv_heads, spec.max_context, head_dim), kv_dtype),
         "rope": ("rope", (spec.max_context, head_dim // 2, 2), "fp32"),
         "hidden": ("scratch", (chunk, spec.hidden), "fp32"),
         "normed": ("scratch", (chunk, spec.hidden), dtype),
@@ -161,13 +169,17 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         "bias": ("io", (rows,), "fp32"),
         "mask": ("io", (-(-spec.vocab_size // 32),), "uint32"),
     }
+    if attention.kv_int8:
+        arrays["kv_scales"] = ("kv_cache", (spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
     if spec.int4:  # one matrix at a time in 16 bits, for the products of prefill
         arrays["dequantized"] = ("scratch", (max(map(math.prod, product_shapes(spec).values())),), dtype)
     if spec.prefix_slots:
-        shape = (spec.prefix_slots, spec.num_layers * 2 * kv_heads, spec.prefix_tokens, head_dim)
-        arrays["prefixes"] = ("prefix_cache", shape, dtype)
+        rows_of_slot = (spec.prefix_slots, spec.num_layers * 2 * kv_heads)
+        arrays["prefixes"] = ("prefix_cache", (*rows_of_slot, spec.prefix_tokens, head_dim), kv_dtype)
+        if attention.kv_int8:
+            arrays["prefix_scales"] = ("prefix_cache", (*rows_of_slot, scale_pitch(spec.prefix_tokens)), "fp16")
     return {name: ArraySpec(*values) for name, values in arrays.items()}
 
 
@@ -176,10 +188,6 @@ def _check_config(manifest: Manifest, config: EngineConfig) -> None:
     if config.max_batch != 1:
         raise ConfigurationError(
             f"max_batch is {config.max_batch}, but the cuda backend runs one sequence at a time; set it to 1."
-        )
-    if config.kv_cache_type not in ("auto", "fp16"):
-        raise ConfigurationError(
-            f"kv_cache_type is {config.kv_cache_type!r}, but the cuda backend has 'fp16' only; set it to that or auto."
         )
     if config.vocab_map == "none" and manifest.reduced_vocab_size:
         raise ConfigurationError(
@@ -191,6 +199,17 @@ def _check_config(manifest: Manifest, config: EngineConfig) -> None:
             f"vocab_map is {config.vocab_map}, but the cuda backend takes a map when the engine is built; "
             "use 'edgellm build --backend cuda --vocab-map' and choose auto."
         )
+
+
+def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
+    """What the engine opens with: the parameter, else what it was built to open with. Raises ConfigurationError."""
+    kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
+    if kind not in KV_CACHE_TYPES:
+        raise ConfigurationError(
+            f"kv_cache_type is {kind!r}, but the cuda backend has {' and '.join(map(repr, KV_CACHE_TYPES))}; "
+            "set it to one of them or auto."
+        )
+    return kind
 
 
 def _is_int4(manifest: Manifest) -> bool:

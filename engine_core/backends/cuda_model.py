@@ -124,6 +124,7 @@ class CudaModel:
                     attended,
                 ),
                 norms=self._head_norms(i),
+                scales=self._scales(i),
             ),
             self._gemv(weights["o"], attended, hidden, linear.RESIDUAL),
             self._gemv(
@@ -138,6 +139,9 @@ class CudaModel:
         if not self.spec.attention.qk_norm:
             return None
         return self.weights[f"layers.{i}.q_norm"], self.weights[f"layers.{i}.k_norm"]
+
+    def _scales(self, i: int) -> DeviceArray | None:
+        return self.work["kv_scales"].at(i) if self.spec.attention.kv_int8 else None
 
     # --- prefill --------------------------------------------------------------------------------------
 
@@ -161,10 +165,13 @@ class CudaModel:
             input_norm=norm(weights["input_norm"]),
             bias=None if bias is None else linear.add_bias(kernels, w["qkv"], bias, self._values),
             rope_append=attention.rope_append(
-                kernels, spec.attention, w["qkv"], cache, w["rope"], position, count, norms=self._head_norms(i)
+                kernels,
+                *(spec.attention, w["qkv"], cache, w["rope"], position, count),
+                norms=self._head_norms(i),
+                scales=self._scales(i),
             ),
             attend=attention.attention_prefill(
-                kernels, spec.attention, w["qkv"], cache, w["attended"], position, count
+                kernels, spec.attention, w["qkv"], cache, w["attended"], position, count, self._scales(i)
             ),
             post_norm=norm(weights["post_norm"]),
             products={name: self._product(weights[name], shape) for name, shape in product_shapes(spec).items()},

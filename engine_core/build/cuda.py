@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.backends.cuda_layout import CudaSpec, options_of, weight_arrays
+from engine_core.backends.cuda_layout import KV_CACHE_TYPES, CudaSpec, options_of, weight_arrays
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
 from engine_core.build.quantize.formats import from_16_bit, to_16_bit
@@ -43,6 +43,7 @@ def build_cuda(
     max_context: int = 0,
     dtype: str = "auto",
     vocab_map: Path | None = None,
+    kv_cache_type: str = "auto",
     model_name: str = "",
 ) -> Manifest:
     """Writes the variant ``engine_dir`` from a Hugging Face checkpoint directory.
@@ -52,6 +53,7 @@ def build_cuda(
     stored otherwise is dequantized first.
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
     ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps.
+    ``kv_cache_type``: fp16 or int8, what the engine opens with unless told otherwise (auto = fp16).
     Raises CheckpointError, UnsupportedModelError or BuildError; nothing half-written is left behind.
     """
     checkpoint = Checkpoint(checkpoint_dir)
@@ -65,6 +67,10 @@ def build_cuda(
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
     if quantization not in ("fp16", "int4", "int4_awq"):
         raise BuildError(f"The cuda backend has no {quantization!r} weights; choose fp16, int4 or int4_awq.")
+    if kv_cache_type not in ("auto", *KV_CACHE_TYPES):
+        raise BuildError(
+            f"The cuda backend has no {kv_cache_type!r} KV cache; choose one of {', '.join(KV_CACHE_TYPES)}."
+        )
     stored = checkpoint.stored(spec.layers[0].qkv.parts[0])
     if quantization == "int4_awq" and (stored is None or stored.kind != "int4"):
         raise BuildError(
@@ -79,7 +85,7 @@ def build_cuda(
         geometry=spec.geometry(check_tensors(spec, checkpoint)),
         backend="cuda",
         quantization=quantization,
-        kv_cache_type="fp16",
+        kv_cache_type="fp16" if kv_cache_type == "auto" else kv_cache_type,
         max_context=max_context,
         max_batch=1,
         eos_token_ids=_eos_token_ids(checkpoint),

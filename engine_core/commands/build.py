@@ -17,7 +17,8 @@ def add(commands) -> None:
         "--quantization",
         default="",
         help="fp32, int8, int4, int4_awq, fp8 or nvfp4 (cuda: fp16, int4, int4_awq; tensorrt: fp16, fp32); several, "
-        "with commas: one subdirectory each (default: what the checkpoint is quantized as, else int8; cuda: int4 or fp16; "
+        "with commas: one subdirectory each (default: what the checkpoint is quantized as, else int8; "
+        "cuda: int4 or fp16; "
         "tensorrt: fp16)",
     )
     parser.add_argument(
@@ -92,8 +93,8 @@ def _build_cuda(options: argparse.Namespace) -> int:
 
     if options.group_size not in (0, 128) or options.head_bits:
         raise BuildError("The cuda backend's int4 has groups of 128 and a head in int4; leave both options out.")
-    if options.kv_cache_type not in ("auto", "fp16") or options.calibration:
-        raise BuildError("The cuda backend's KV cache is fp16; leave --kv-cache-type and --calibration out.")
+    if options.calibration:
+        raise BuildError("The cuda backend measures its int8 KV cache's scales as it runs; leave --calibration out.")
     found = "" if options.quantization else default_quantization(options.checkpoint)
     kinds = _kinds(options.quantization or (found if found.startswith("int4") else "fp16"))
     for kind in kinds:
@@ -104,6 +105,7 @@ def _build_cuda(options: argparse.Namespace) -> int:
             quantization=kind,
             max_context=options.max_context,
             vocab_map=options.vocab_map,
+            kv_cache_type=options.kv_cache_type,
             model_name=options.name,
         )
         print(f"Built {engine_dir} for the cuda backend with {kind} weights")

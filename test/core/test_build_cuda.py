@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from engine_core import cli
 from engine_core.backends.cuda_layout import CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
 from engine_core.build.cuda import build_cuda, to_int4
 from engine_core.config import EngineConfig
+from engine_core.device import aligned
 from engine_core.errors import BuildError, ConfigurationError, UnsupportedModelError
 from engine_core.kernels import int4_layout
 from engine_core.kernels.reference import dequantize
@@ -172,6 +174,34 @@ def test_the_plan_adds_up_what_is_taken(checkpoint, tmp_path):
     assert spec.chunk % 64 == 0 and spec.chunk >= 100
 
 
+def test_an_int8_kv_cache_is_chosen_when_the_engine_is_opened(checkpoint, tmp_path):
+    directory, _ = checkpoint()
+    manifest = build_cuda(directory, tmp_path / "engine")
+    assert manifest.kv_cache_type == "fp16"
+    sizes = dict(max_context=101, prompt_cache_entries=3, prompt_cache_tokens=50)
+    spec = CudaSpec.create(manifest, EngineConfig(tmp_path / "engine", kv_cache_type="int8", **sizes))
+    arrays = work_arrays(spec, num_sms=10)
+    # Layers, K and V, heads, tokens, head_dim, and a scale of 2 bytes for every token, in rows of 16 bytes.
+    assert (arrays["kv_cache"].shape, arrays["kv_cache"].dtype) == ((2, 2, 2, 101, 32), "int8")
+    assert (arrays["kv_scales"].shape, arrays["kv_scales"].dtype) == ((2, 2, 2, 104), "fp16")
+    assert bytes_by_purpose(arrays)["kv_cache"] == aligned(8 * 101 * 32) + aligned(8 * 104 * 2)
+    assert bytes_by_purpose(arrays)["prefix_cache"] == aligned(3 * 8 * 50 * 32) + aligned(3 * 8 * 56 * 2)
+    assert "kv_scales" not in work_arrays(CudaSpec.create(manifest, EngineConfig(tmp_path / "engine")), num_sms=10)
+
+
+def test_an_engine_can_be_built_to_open_with_an_int8_kv_cache(checkpoint, tmp_path):
+    directory, _ = checkpoint()
+    build = ["build", str(directory), str(tmp_path / "engine"), "--backend", "cuda", "--kv-cache-type"]
+    assert cli.main([*build, "int8"]) == 0
+    manifest = read_manifest(tmp_path / "engine")
+    assert manifest.kv_cache_type == "int8"
+    for asked, kv_int8 in (("auto", True), ("int8", True), ("fp16", False)):
+        spec = CudaSpec.create(manifest, EngineConfig(tmp_path / "engine", kv_cache_type=asked))
+        assert spec.attention.kv_int8 == kv_int8
+    with pytest.raises(BuildError, match="no 'fp32' KV cache"):
+        build_cuda(directory, tmp_path / "other", kv_cache_type="fp32")
+
+
 def _tensors(engine_dir) -> dict[str, np.ndarray]:
     file = SafetensorsFile(engine_dir / "weights.safetensors")
     return {name: file.raw(name) for name in file.names() if name != "rope"}
@@ -181,7 +211,7 @@ def _tensors(engine_dir) -> dict[str, np.ndarray]:
     "changes, text",
     [
         (dict(max_batch=2), "max_batch is 2"),
-        (dict(kv_cache_type="int8"), "kv_cache_type is 'int8'"),
+        (dict(kv_cache_type="fp8"), "kv_cache_type is 'fp8'"),
         (dict(vocab_map="some.safetensors"), "when the engine is built"),
     ],
 )

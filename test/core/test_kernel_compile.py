@@ -57,6 +57,14 @@ def test_every_kernel_compiles(arch):
         assert binary[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+def test_the_kernels_of_an_int8_cache_compile(arch):
+    for name in ("attention_decode", "attention_prefill", "rope_append"):
+        for head_dim in (16, 96, 256):
+            binary = _compile(name, arch, BF16=int(arch == "sm_80"), KV_INT8=1, HEAD_DIM=head_dim, CONTEXT=1003)
+            assert binary[:4] == b"\x7fELF"
+
+
 @pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
 def test_kv_append_compiles_without_layers():
     assert _compile("kv_append", _architectures()[0], LAYERS=0)[:4] == b"\x7fELF"

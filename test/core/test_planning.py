@@ -236,6 +236,9 @@ def test_kv_types_a_backend_lacks_are_estimated(config_only):
     shape = dict(num_layers=32, num_kv_heads=8, head_dim=128, max_context=4096)
     assert row["fp16"].plan.item("kv_cache") == kv_cache_bytes(**shape, kv_cache_type="fp8")
     assert not row["fp16"].usable
+    row = rows_of(directory, devices.named("agx-orin-64gb"), contexts=(4096,), kv_cache_type="int8", backend="cuda")
+    assert row["fp16"].plan.item("kv_cache") == kv_cache_bytes(**shape, kv_cache_type="int8")
+    assert row["fp16"].usable and not row["fp16"].only_planned
 
 
 @pytest.mark.parametrize(

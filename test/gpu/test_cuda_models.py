@@ -118,6 +118,48 @@ def test_logits_and_greedy_tokens(model, engine_dir):
         assert want.max() - want[row.argmax()] <= 2 * np.abs(row - want).max()
 
 
+class _Int8Cache(transformers.DynamicCache):
+    """transformers' KV cache, with every vector of K and V rounded as ours rounds it."""
+
+    def update(self, keys, values, *args, **kwargs):
+        rounded = []
+        for vectors in (keys, values):
+            levels, scales = reference.quantize_vectors(vectors.double().numpy())
+            rounded.append(torch.tensor(levels * scales[..., None], dtype=vectors.dtype))
+        return super().update(*rounded, *args, **kwargs)
+
+
+def test_logits_with_an_int8_kv_cache(model, engine_dir):
+    """An engine built for a 16-bit cache opens with an int8 one by the parameter alone.
+
+    Off float32 by what the 16-bit type loses and by no more than half as much again as the rounding of K and V alone
+    does in transformers: noise of the type moves values over to other levels.
+    """
+    manifest = read_manifest(engine_dir)
+    assert manifest.kv_cache_type == "fp16"
+    prompt = np.random.default_rng(3).integers(0, 1003, 70).astype(np.int32)
+    backend = load(engine_dir, kv_cache_type="int8")
+    try:
+        assert backend._work["kv_cache"].dtype == "int8"
+        backend.begin(GREEDY, prompt)
+        ids, rows = prompt.tolist(), []
+        pending = backend.prefill(prompt, 0)
+        for _ in range(40):
+            ids.append(pending.result())
+            rows.append(logits_of(backend))
+            pending = backend.decode()
+    finally:
+        backend.close()
+    expected, allowed = expected_logits(model, ids, manifest.options["dtype"])
+    with torch.no_grad():
+        cache = _Int8Cache(config=model.config)
+        rounded = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0].double().numpy()
+    first = len(prompt) - 1
+    effect = max(map(error, rounded, expected))
+    assert 0 < effect < 0.1
+    assert max(map(error, rows, expected[first:-1])) < TOLERANCE * allowed + 1.5 * effect
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_int4_logits(tmp_path, dtype, tied):
@@ -179,12 +221,13 @@ def generate(backend: CudaBackend, prompt: np.ndarray, count: int, sampling: Tok
     return tokens
 
 
-def test_graph_and_eager_give_the_same_tokens(engine_dir):
+@pytest.mark.parametrize("kv_cache_type", ["fp16", "int8"])
+def test_graph_and_eager_give_the_same_tokens(engine_dir, kv_cache_type):
     prompt = np.arange(3, 40, dtype=np.int32)
     sampled = TokenSampling(0.9, 0.95, 40, 0.0, 1.2, 5, ((11, 1.0),), frozenset())
     found = []
     for use_cuda_graph in (True, False):
-        backend = load(engine_dir, use_cuda_graph=use_cuda_graph)
+        backend = load(engine_dir, use_cuda_graph=use_cuda_graph, kv_cache_type=kv_cache_type)
         found.append([generate(backend, prompt, 60, options) for options in (GREEDY, sampled)])
         backend.close()
     assert found[0] == found[1]

@@ -171,14 +171,31 @@ class _Attention:
     """One layer's arrays and, in float64, what the kernels should make of them."""
 
     def __init__(
-        self, bench, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, dtype: str, count: int, context: int
+        self,
+        bench,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        qk_norm: bool,
+        dtype: str,
+        count: int,
+        context: int,
+        kv_int8: bool = False,
     ):
         self.bench, self.count = bench, count
         self.kernels = bench.kernels(dtype)
-        self.shape = attention.AttentionShape(heads, kv_heads, head_dim, context, EPS, qk_norm)
+        self.shape = attention.AttentionShape(heads, kv_heads, head_dim, context, EPS, qk_norm, kv_int8)
         self.table = _table(self.shape)
         self.rope = bench.put(self.table, "fp32")
         self.cache, self.cached = bench.normal((2, kv_heads, context, head_dim), dtype)
+        self.scales = None
+        if kv_int8:  # scales of very different sizes, as a model's tokens have; past the row's end they are NaN
+            self.cached *= np.exp2(bench.random.integers(-6, 2, (2, kv_heads, context, 1)))
+            levels, scales = reference.quantize_vectors(self.cached)
+            padded = np.full((2, kv_heads, self.shape.scale_pitch), np.nan, dtype=np.float16)
+            padded[..., :context] = scales
+            self.cache, self.scales = bench.put(levels.astype(np.int8), "int8"), bench.put(padded, "fp16")
+            self.cached = levels * scales[..., None]
         self.qkv, values = bench.normal((count, self.shape.qkv_width), dtype)
         self.heads = values.reshape(count, heads + 2 * kv_heads, head_dim)
         self.output = bench.poisoned((count, heads * head_dim), dtype)
@@ -195,22 +212,34 @@ class _Attention:
         angles = self.table[start : start + n].astype(np.float64)
         q, k = reference.rotate(q, angles), reference.rotate(k, angles)
         cache = self.cached.copy()
-        cache[0, :, start : start + n] = k.swapaxes(0, 1)
-        cache[1, :, start : start + n] = v.swapaxes(0, 1)
+        for part, new in enumerate((k.swapaxes(0, 1), v.swapaxes(0, 1))):
+            if shape.kv_int8:
+                levels, scales = reference.quantize_vectors(new)
+                new = levels * scales[..., None]
+            cache[part, :, start : start + n] = new
         output = reference.attention(q, cache[0, :, : start + n], cache[1, :, : start + n], start)
         return output.reshape(n, -1), cache
 
     def check(self, start: int, tolerance: float) -> None:
         output, cache = self.expected(start)
-        assert error(self.bench.get(self.cache), cache) < tolerance
+        found = self.bench.get(self.cache)
+        if self.scales is not None:
+            found = found * self.bench.get(self.scales)[..., : self.shape.max_context, None]
+            new = slice(start, start + self.count)
+            # A value near the middle of two levels may be rounded the other way, no more than that.
+            steps = np.abs(cache[:, :, new]).max(axis=-1, keepdims=True) / 127
+            assert (np.abs(found - cache)[:, :, new] <= 1.01 * steps).all()
+            assert (np.abs(found - cache)[:, :, new] > 0.1 * steps).mean() < 0.02
+        assert error(found, cache) < tolerance
         assert error(self.bench.get(self.output), output) < tolerance
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("heads, kv_heads, head_dim, qk_norm", ATTENTION)
 @pytest.mark.parametrize("position", [0, 1, 63, 64, 200, 1498, 1499])
-def test_attention_decode(bench, heads, kv_heads, head_dim, qk_norm, position, dtype):
-    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, 1, 1500)
+@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
+def test_attention_decode(bench, heads, kv_heads, head_dim, qk_norm, position, kv_int8, dtype):
+    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, 1, 1500, kv_int8)
     state = np.zeros((), dtype=sampling.STATE)
     state["position"] = position
     num_sms = bench.device.num_sms
@@ -225,26 +254,48 @@ def test_attention_decode(bench, heads, kv_heads, head_dim, qk_norm, position, d
         bench.put(np.zeros(kv_heads, dtype=np.uint32), "uint32"),
         case.output.reshape(heads * head_dim),
         norms=case.norms,
+        scales=case.scales,
     )
     launch(bench.stream)
     launch(bench.stream)  # the counters are as before: a second launch gives the same
-    case.check(position, TOLERANCE[dtype])
+    case.check(position, TOLERANCE[dtype] * (3 if kv_int8 else 1))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("heads, kv_heads, head_dim, qk_norm", ATTENTION)
 @pytest.mark.parametrize("start, count", [(0, 1), (0, 7), (5, 64), (0, 130), (200, 33)])
-def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, count, dtype):
-    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, count, 300)
+@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
+def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, count, kv_int8, dtype):
+    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, count, 301, kv_int8)
     position, number = ctypes.c_int(start), ctypes.c_int(count)
-    attention.rope_append(
-        case.kernels, case.shape, case.qkv, case.cache, case.rope, position, number, norms=case.norms
-    )(bench.stream)
-    attention.attention_prefill(case.kernels, case.shape, case.qkv, case.cache, case.output, position, number)(
-        bench.stream
-    )
+    inputs = (case.kernels, case.shape, case.qkv, case.cache)
+    attention.rope_append(*inputs, case.rope, position, number, norms=case.norms, scales=case.scales)(bench.stream)
+    attention.attention_prefill(*inputs, case.output, position, number, case.scales)(bench.stream)
     # The weights of the keys are rounded to the type here, too.
-    case.check(start, 2 * TOLERANCE[dtype])
+    case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
+
+
+def test_a_nan_in_an_int8_cache_is_seen_and_zeros_stay_zeros(bench):
+    case = _Attention(bench, 4, 2, 64, False, "fp16", 3, 64, True)
+    values = bench.device.download(case.qkv).reshape(3, 8, 64)
+    values[1, 5, 7] = np.nan  # a key
+    values[0, 6] = 0  # a value
+    bench.device.upload(case.qkv, values)
+    position, number = ctypes.c_int(4), ctypes.c_int(3)
+    inputs = (case.kernels, case.shape, case.qkv, case.cache)
+    attention.rope_append(*inputs, case.rope, position, number, scales=case.scales)(bench.stream)
+    scales, levels = bench.get(case.scales), bench.get(case.cache)
+    assert np.isnan(scales[0, 1, 5]) and np.isfinite(scales[:, 0, :7]).all()
+    assert scales[1, 0, 4] == 0 and (levels[1, 0, 4] == 0).all()
+
+
+def test_attention_refuses_a_cache_of_another_type(bench):
+    case = _Attention(bench, 4, 2, 64, False, "fp16", 3, 64, True)
+    args = (case.kernels, case.shape, case.qkv, case.cache, case.output, ctypes.c_int(0), ctypes.c_int(3))
+    with pytest.raises(KernelArgumentError, match="scales"):
+        attention.attention_prefill(*args)
+    with pytest.raises(KernelArgumentError, match="cache is fp16"):
+        attention.attention_prefill(*args[:3], case.output.reshape(3, 256), *args[4:], case.scales)
 
 
 @pytest.mark.parametrize("sizes", [(8, 8, 72), (8, 8, 272), (18, 2, 64), (5, 2, 64)])
