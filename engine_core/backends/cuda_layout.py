@@ -12,12 +12,15 @@ from typing import Any
 from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES, aligned
 from engine_core.errors import ConfigurationError, EngineDirectoryError
+from engine_core.kernels import int4_layout, int8_layout
 from engine_core.kernels.attention import AttentionShape, scale_pitch
-from engine_core.kernels.int4_layout import GROUP, records_shape
+from engine_core.kernels.int4_layout import GROUP
 from engine_core.kernels.sampling import PARAMS, STATE
 from engine_core.manifest import Manifest
 
 KV_CACHE_TYPES = ("fp16", "int8")  # fp16 stands for the 16-bit type of the weights
+LAYOUTS = {4: int4_layout, 8: int8_layout}  # of packed weights, by their bits
+_WEIGHT_BITS = {"fp16": 16, "int8": 8, "int4": 4, "int4_awq": 4}
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
 PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
 # An allowance for modules, graphs and cuBLAS's own code; the context itself is taken before the plan is made.
@@ -50,7 +53,7 @@ class CudaSpec:
     norm_eps: float
     qkv_bias: bool
     tied: bool  # the LM head is the embedding
-    int4: bool  # the products' weights are in records of kernels/int4_layout.py, the head's too
+    weight_bits: int  # of the products and the head: 16, or 4 or 8 in records of kernels/int4_layout.py, int8_layout.py
     chunk: int  # tokens of a prefill step
     prefix_slots: int
     prefix_tokens: int
@@ -62,7 +65,7 @@ class CudaSpec:
     @property
     def has_head(self) -> bool:
         """Whether the LM head has an array of its own."""
-        return self.int4 or not self.tied or self.head_rows != self.vocab_size
+        return self.weight_bits < 16 or not self.tied or self.head_rows != self.vocab_size
 
     @classmethod
     def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
@@ -95,7 +98,7 @@ class CudaSpec:
             norm_eps=norm_eps,
             qkv_bias=qkv_bias,
             tied=tied,
-            int4=_is_int4(manifest),
+            weight_bits=_weight_bits(manifest),
             chunk=-(-chunk // ROW_GRAIN) * ROW_GRAIN,
             prefix_slots=config.prompt_cache_entries,
             prefix_tokens=min(config.prompt_cache_tokens, max_context),
@@ -123,9 +126,9 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
         if attention.qk_norm:
             layer["q_norm"] = layer["k_norm"] = (attention.head_dim,)
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
-    quantized = ("head", *products) if spec.int4 else ()
+    quantized = ("head", *products) if spec.weight_bits < 16 else ()
     return {
-        name: ArraySpec("weights", records_shape(*shape), "uint8")
+        name: ArraySpec("weights", LAYOUTS[spec.weight_bits].records_shape(*shape), "uint8")
         if name.split(".")[-1] in quantized
         else ArraySpec("weights", shape, dtype)
         for name, shape in shapes.items()
@@ -173,7 +176,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["kv_scales"] = ("kv_cache", (spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
-    if spec.int4:  # one matrix at a time in 16 bits, for the products of prefill
+    if spec.weight_bits < 16:  # one matrix at a time in 16 bits, for the products of prefill
         arrays["dequantized"] = ("scratch", (max(map(math.prod, product_shapes(spec).values())),), dtype)
     if spec.prefix_slots:
         rows_of_slot = (spec.prefix_slots, spec.num_layers * 2 * kv_heads)
@@ -212,14 +215,14 @@ def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
     return kind
 
 
-def _is_int4(manifest: Manifest) -> bool:
+def _weight_bits(manifest: Manifest) -> int:
     """Raises EngineDirectoryError."""
-    if manifest.quantization not in ("fp16", "int4", "int4_awq") or manifest.group_size not in (0, GROUP):
+    if manifest.quantization not in _WEIGHT_BITS or manifest.group_size not in (0, GROUP):
         raise EngineDirectoryError(
             f"The variant is {manifest.quantization} with groups of {manifest.group_size}, but the cuda backend reads "
-            f"fp16 and int4 with groups of {GROUP}; build the engine again."
+            f"fp16, int8 and int4 with groups of {GROUP}; build the engine again."
         )
-    return manifest.quantization != "fp16"
+    return _WEIGHT_BITS[manifest.quantization]
 
 
 def bytes_by_purpose(*groups: dict[str, ArraySpec]) -> dict[str, int]:

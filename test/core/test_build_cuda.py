@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from engine_core import cli
-from engine_core.backends.cuda_layout import CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
-from engine_core.build.cuda import build_cuda, to_int4
+from engine_core.backends.cuda_layout import LAYOUTS, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+from engine_core.build.cuda import build_cuda, to_records
 from engine_core.config import EngineConfig
 from engine_core.device import aligned
 from engine_core.errors import BuildError, ConfigurationError, UnsupportedModelError
-from engine_core.kernels import int4_layout
+from engine_core.kernels import int4_layout, int8_layout
 from engine_core.kernels.reference import dequantize
 from engine_core.manifest import read_manifest
 from engine_core.safetensors_file import SafetensorsFile, write_safetensors
@@ -117,20 +117,41 @@ def test_int4_has_a_head_of_its_own_and_a_vocabulary_map_its_rows(checkpoint, tm
     assert np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.12
 
 
-def test_packing_is_its_own_inverse():
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_int8_is_within_half_a_step(checkpoint, tmp_path, dtype):
+    directory, tensors = checkpoint()
+    build_cuda(directory, tmp_path / "engine", quantization="int8", dtype=dtype)
+    manifest = read_manifest(tmp_path / "engine")
+    assert (manifest.quantization, manifest.group_size) == ("int8", 128)
+    spec = CudaSpec.create(manifest, EngineConfig(tmp_path / "engine"))
+    assert spec.weight_bits == 8 and spec.has_head
+    file = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
+    values, scales = int8_layout.unpack(file.raw("layers.1.down"))
+    scales = (scales.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else scales.view(np.float16)
+    expected = tensors["model.layers.1.mlp.down_proj.weight"]
+    restored = dequantize(values, scales.astype(np.float64), int8_layout.GROUP, int8_layout.ZERO)
+    # The largest may be clipped where the scale, rounded to the type, came out small.
+    half = np.repeat(scales.astype(np.float64), 128, axis=1) * (0.51 if dtype == "fp16" else 0.8)
+    assert (np.abs(restored - expected) <= half).all()
+    assert 0 < np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.01
+
+
+@pytest.mark.parametrize(("bits", "layout"), LAYOUTS.items())
+def test_packing_is_its_own_inverse(bits, layout):
     random = np.random.default_rng(1)
-    values = random.integers(0, 16, (64, 512)).astype(np.uint8)
+    values = random.integers(0, 1 << bits, (64, 512)).astype(np.uint8)
     scales = random.integers(0, 1 << 16, (64, 4)).astype(np.uint16)
-    records = int4_layout.pack(values, scales)
-    assert records.shape == int4_layout.records_shape(64, 512)
-    found = int4_layout.unpack(records)
+    records = layout.pack(values, scales)
+    assert records.shape == layout.records_shape(64, 512)
+    found = layout.unpack(records)
     assert (found[0] == values).all() and (found[1] == scales).all()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_group_of_zeros_stays_zero(dtype):
-    values, _ = int4_layout.unpack(to_int4(np.zeros((16, 128), dtype=np.float32), dtype))
-    assert (values == int4_layout.ZERO).all()
+@pytest.mark.parametrize(("bits", "layout"), LAYOUTS.items())
+def test_a_group_of_zeros_stays_zero(bits, layout, dtype):
+    values, _ = layout.unpack(to_records(np.zeros((16, 128), dtype=np.float32), bits, dtype))
+    assert (values == layout.ZERO).all()
 
 
 @pytest.mark.parametrize(

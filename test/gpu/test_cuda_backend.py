@@ -35,7 +35,7 @@ def make_backend(fill=None, *, vocab_map=None, kv_int8=False, **changes) -> Cuda
         norm_eps=1e-5,
         qkv_bias=False,
         tied=False,
-        int4=False,
+        weight_bits=16,
         chunk=64,
         prefix_slots=2,
         prefix_tokens=100,

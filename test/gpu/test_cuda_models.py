@@ -12,7 +12,7 @@ from engine_core.backends import TokenSampling
 from engine_core.backends.cuda import CudaBackend
 from engine_core.build.cuda import build_cuda
 from engine_core.config import EngineConfig
-from engine_core.kernels import int4_layout, reference
+from engine_core.kernels import int4_layout, int8_layout, reference
 from engine_core.manifest import read_manifest
 from engine_core.safetensors_file import SafetensorsFile
 
@@ -162,8 +162,9 @@ def test_logits_with_an_int8_kv_cache(model, engine_dir):
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_int4_logits(tmp_path, dtype, tied):
-    """The same model, in transformers with the weights that the 4 bits stand for."""
+@pytest.mark.parametrize(("quantization", "layout"), [("int4", int4_layout), ("int8", int8_layout)])
+def test_quantized_logits(tmp_path, quantization, layout, dtype, tied):
+    """The same model, in transformers with the weights that the 4 or 8 bits stand for."""
     torch.manual_seed(8)
     sizes = dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_attention_heads=8, head_dim=32)
     config = transformers.LlamaConfig(**{**SMALL, **sizes, "initializer_range": 0.06, "tie_word_embeddings": tied})
@@ -172,13 +173,13 @@ def test_int4_logits(tmp_path, dtype, tied):
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16).float())
     model.save_pretrained(tmp_path / "checkpoint")
-    build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization="int4", max_context=256, dtype=dtype)
+    build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization=quantization, max_context=256, dtype=dtype)
     stored = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
 
     def restored(name: str) -> torch.Tensor:
-        values, scales = int4_layout.unpack(stored.raw(name))
+        values, scales = layout.unpack(stored.raw(name))
         scales = from_bits(scales.view(NUMPY[dtype]), dtype)
-        return torch.tensor(reference.dequantize(values, scales, int4_layout.GROUP, int4_layout.ZERO))
+        return torch.tensor(reference.dequantize(values, scales, layout.GROUP, layout.ZERO))
 
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(restored("head").float())  # no longer the embedding

@@ -13,8 +13,9 @@ from engine_core.kernels import (
     KernelArgumentError,
     attention,
     int4_layout,
+    int8_layout,
     linear,
-    linear_int4,
+    linear_packed,
     reference,
     sampling,
 )
@@ -75,7 +76,7 @@ def test_gemv_refuses_what_it_cannot_read(bench):
 
 
 # One record, one row of warps and more, groups that do not divide among warps, more tiles than CTAs.
-INT4_SHAPES = [
+PACKED_SHAPES = [
     (16, 128),
     (48, 384),
     (1280, 256),
@@ -89,14 +90,15 @@ INT4_SHAPES = [
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("rows, cols", INT4_SHAPES)
+@pytest.mark.parametrize("rows, cols", PACKED_SHAPES)
 @pytest.mark.parametrize("normed", [False, True])
-def test_gemv_int4_with_every_epilogue_and_dequantize(bench, rows, cols, normed, dtype):
+@pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
+def test_gemv_packed_with_every_epilogue_and_dequantize(bench, rows, cols, normed, layout, dtype):
     kernels = bench.kernels(dtype)
-    values = bench.random.integers(0, 16, (rows, cols)).astype(np.uint8)
-    scales = to_bits(bench.random.standard_normal((rows, cols // 128)) * 0.2 * cols**-0.5, dtype)
-    records = bench.put(int4_layout.pack(values, scales), "uint8")
-    w = reference.dequantize(values, from_bits(scales, dtype), int4_layout.GROUP, int4_layout.ZERO)
+    values = bench.random.integers(0, 2 * layout.ZERO, (rows, cols)).astype(np.uint8)
+    scales = to_bits(bench.random.standard_normal((rows, cols // 128)) * (1.6 / layout.ZERO) * cols**-0.5, dtype)
+    records = bench.put(layout.pack(values, scales), "uint8")
+    w = reference.dequantize(values, from_bits(scales, dtype), layout.GROUP, layout.ZERO)
     vector, x = bench.normal((cols,), "fp32" if normed else dtype, 3.0)
     norm_weight, g = bench.normal((cols,), dtype)
     bias, b = bench.normal((rows,), dtype)
@@ -112,12 +114,12 @@ def test_gemv_int4_with_every_epilogue_and_dequantize(bench, rows, cols, normed,
         linear.LOGITS: (bench.poisoned((rows,), "fp32"), {}, sums),
     }
     for epilogue, (output, more, expected) in cases.items():
-        linear_int4.gemv_int4(kernels, records, vector, output, epilogue, **norm, **more)(bench.stream)
+        linear_packed.gemv_packed(kernels, records, vector, output, epilogue, **norm, **more)(bench.stream)
         # A normalised value near the middle of two of the type may be rounded the other way.
         allowed = TOLERANCE[dtype] if normed else TOLERANCE[output.dtype]
         assert error(bench.get(output), expected) < allowed, epilogue
     weight = bench.poisoned((rows, cols), dtype)
-    linear_int4.dequantize_int4(kernels, records, weight)(bench.stream)
+    linear_packed.dequantize_packed(kernels, records, weight)(bench.stream)
     assert (bench.get(weight) == from_bits(to_bits(w.astype(np.float32), dtype), dtype)).all()
 
 
