@@ -184,7 +184,9 @@ def own_levels(checkpoint: Checkpoint, spec: ModelSpec, name: str, bits: int, dt
     layer = spec.layers[int(index)]
     linear = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}[which]
     found = [checkpoint.quantized(part) for part in linear.parts]
-    if any(part is None or part.bits != bits or part.zeros is not None or part.group_size % GROUP for part in found):
+    if any(part is None or part.bits != bits or part.group_size % GROUP for part in found):
+        return None
+    if any(part.zeros is not None and (part.zeros != 1 << (bits - 1)).any() for part in found):
         return None
     found = [part.regrouped(GROUP) for part in found]
     levels, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))

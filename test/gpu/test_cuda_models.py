@@ -160,6 +160,53 @@ def test_logits_with_an_int8_kv_cache(model, engine_dir):
     assert max(map(error, rows, expected[first:-1])) < TOLERANCE * allowed + 1.5 * effect
 
 
+def use_weights_of(engine_dir, model, layout) -> None:
+    """Gives the model in transformers what the engine's packed weights stand for."""
+    stored = SafetensorsFile(engine_dir / "weights.safetensors")
+    config, dtype = model.config, read_manifest(engine_dir).options["dtype"]
+
+    def restored(name: str) -> torch.Tensor:
+        values, scales = layout.unpack(stored.raw(name))
+        scales = from_bits(scales.view(NUMPY[dtype]), dtype)
+        return torch.tensor(reference.dequantize(values, scales, layout.GROUP, layout.ZERO))
+
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(restored("head").float())  # no longer the embedding
+        for i, layer in enumerate(model.model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            q, k, v = restored(f"layers.{i}.qkv").split([count * config.head_dim for count in heads])
+            gate_up = restored(f"layers.{i}.gate_up")
+            for linear, values in (
+                (attention.q_proj, q),
+                (attention.k_proj, k),
+                (attention.v_proj, v),
+                (attention.o_proj, restored(f"layers.{i}.o")),
+                (mlp.gate_proj, gate_up[0::2]),
+                (mlp.up_proj, gate_up[1::2]),
+                (mlp.down_proj, restored(f"layers.{i}.down")),
+            ):
+                linear.weight.copy_(values)
+
+
+def check_greedy(engine_dir, model, count: int = 20) -> None:
+    """The engine's logits against the model's, over a prompt and ``count`` greedy tokens."""
+    prompt = np.random.default_rng(6).integers(0, model.config.vocab_size, 70).astype(np.int32)
+    backend = load(engine_dir)
+    try:
+        backend.begin(GREEDY, prompt)
+        ids, rows = prompt.tolist(), []
+        pending = backend.prefill(prompt, 0)
+        for _ in range(count):
+            ids.append(pending.result())
+            rows.append(logits_of(backend))
+            pending = backend.decode()
+    finally:
+        backend.close()
+    expected, allowed = expected_logits(model, ids, read_manifest(engine_dir).options["dtype"])
+    assert max(map(error, rows, expected[len(prompt) - 1 : -1])) < TOLERANCE * allowed
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("quantization", "layout"), [("int4", int4_layout), ("int8", int8_layout)])
@@ -174,41 +221,8 @@ def test_quantized_logits(tmp_path, quantization, layout, dtype, tied):
             parameter.copy_(parameter.to(torch.bfloat16).float())
     model.save_pretrained(tmp_path / "checkpoint")
     build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization=quantization, max_context=256, dtype=dtype)
-    stored = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
-
-    def restored(name: str) -> torch.Tensor:
-        values, scales = layout.unpack(stored.raw(name))
-        scales = from_bits(scales.view(NUMPY[dtype]), dtype)
-        return torch.tensor(reference.dequantize(values, scales, layout.GROUP, layout.ZERO))
-
-    with torch.no_grad():
-        model.lm_head.weight = torch.nn.Parameter(restored("head").float())  # no longer the embedding
-        for i, layer in enumerate(model.model.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            q, k, v = restored(f"layers.{i}.qkv").split([256, 64, 64])
-            gate_up = restored(f"layers.{i}.gate_up")
-            for linear, values in (
-                (attention.q_proj, q),
-                (attention.k_proj, k),
-                (attention.v_proj, v),
-                (attention.o_proj, restored(f"layers.{i}.o")),
-                (mlp.gate_proj, gate_up[0::2]),
-                (mlp.up_proj, gate_up[1::2]),
-                (mlp.down_proj, restored(f"layers.{i}.down")),
-            ):
-                linear.weight.copy_(values)
-    prompt = np.random.default_rng(6).integers(0, 1008, 70).astype(np.int32)
-    backend = load(tmp_path / "engine")
-    backend.begin(GREEDY, prompt)
-    ids, rows = prompt.tolist(), []
-    pending = backend.prefill(prompt, 0)
-    for _ in range(20):
-        ids.append(pending.result())
-        rows.append(logits_of(backend))
-        pending = backend.decode()
-    backend.close()
-    expected, allowed = expected_logits(model, ids, dtype)
-    assert max(map(error, rows, expected[len(prompt) - 1 : -1])) < TOLERANCE * allowed
+    use_weights_of(tmp_path / "engine", model, layout)
+    check_greedy(tmp_path / "engine", model)
 
 
 def generate(backend: CudaBackend, prompt: np.ndarray, count: int, sampling: TokenSampling = GREEDY) -> list[int]:
