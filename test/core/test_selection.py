@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
+import fake_gpu
 from engine_core import backends
+from engine_core.backends import tensorrt
 from engine_core.config import EngineConfig
 from engine_core.engine import Engine
 from engine_core.errors import (
@@ -152,3 +155,19 @@ def test_the_engine_says_why_before_its_plan(engine_dir):
     engine = Engine.open(EngineConfig(engine_dir(*ALL)), lines.append)
     assert engine.backend_name == "cuda" and lines[0] == engine.backend_reason and "Memory plan" in lines[1]
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(gpu_arch="sm_87"), "built for sm_87, but Fake GPU is sm_90"),
+        (dict(builder={"tensorrt": "8.6.0"}), "built by TensorRT 8.6.0, but this machine has 10.3.0"),
+    ],
+)
+def test_a_tensorrt_plan_of_another_machine_is_found_before_it_is_loaded(monkeypatch, changes, words):
+    fake_gpu.install(monkeypatch, fake_gpu.FakeDriver())
+    monkeypatch.setattr(tensorrt, "TensorRT", lambda: SimpleNamespace(version="10.3.0"))
+    own = dataclasses.replace(MANIFEST, backend="tensorrt", gpu_arch="sm_90", builder={"tensorrt": "10.3.0"})
+    tensorrt.TensorRTBackend.check_here(own)
+    with pytest.raises(EngineDirectoryError, match=words):
+        tensorrt.TensorRTBackend.check_here(dataclasses.replace(own, **changes))
