@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 GPU_VARIANTS = (
     ("fp16", "cuda"),
     ("fp8", "tensorrt"),
-    ("int8", "tensorrt"),
+    ("int8", "cuda"),
     ("int4", "cuda"),
     ("int4_awq", "tensorrt"),
     ("nvfp4", "tensorrt"),
@@ -135,16 +135,18 @@ class CheckpointEstimate:
             check_supported(spec, size.max_context)
         except UnsupportedModelError as error:
             return str(error)
-        return self.why_not_int4(size.head_rows or spec.vocab_size) if quantization == "int4" else ""
+        return self.why_not_packed(size.head_rows or spec.vocab_size, quantization)
 
-    def why_not_int4(self, head_rows: int) -> str:
-        """Empty if the cuda backend's int4 records can hold every matrix."""
+    def why_not_packed(self, head_rows: int, quantization: str) -> str:
+        """Empty if the cuda backend's records of int4 and int8 can hold every matrix, or are not needed."""
         spec = self.spec
+        if quantization not in ("int4", "int8"):
+            return ""
         for rows, columns in (*_matrices(spec), (head_rows, spec.hidden_size)):
             if not int4_layout.fits(rows, columns):
                 return (
-                    f"a matrix is {rows} × {columns}, but int4 takes rows in multiples of {int4_layout.TILE} and "
-                    f"columns in multiples of {int4_layout.GROUP}"
+                    f"a matrix is {rows} × {columns}, but {quantization} takes rows in multiples of {int4_layout.TILE} "
+                    f"and columns in multiples of {int4_layout.GROUP}"
                 )
         return ""
 
@@ -211,9 +213,10 @@ class CheckpointEstimate:
     def _gpu_manifest(self, quantization: str, size: Size) -> Manifest:
         from engine_core.build.cuda import model_options
 
-        group = int4_layout.GROUP if quantization == "int4" else 0
+        group = int4_layout.GROUP if quantization in ("int4", "int8") else 0
         options = model_options(self.spec, "fp16")
-        return self._manifest("cuda", quantization, size, group_size=group, options=options)
+        manifest = self._manifest("cuda", quantization, size, group_size=group, options=options)
+        return dataclasses.replace(manifest, kv_cache_type="fp16")  # the configuration names another
 
     # --- both -----------------------------------------------------------------------------------------
 

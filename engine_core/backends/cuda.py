@@ -16,7 +16,7 @@ from engine_core.backends.cuda_layout import RUNTIME_BYTES, CudaSpec, bytes_by_p
 from engine_core.backends.cuda_model import CudaModel, WeightSource
 from engine_core.backends.device_backend import DeviceBackend, SequenceLimits, rows_by_id
 from engine_core.config import EngineConfig
-from engine_core.device import Arena, Device, DeviceArray, Stream
+from engine_core.device import ITEM_BYTES, Arena, Device, DeviceArray, Stream
 from engine_core.errors import EngineDirectoryError
 from engine_core.graphs import GraphKey, GraphRunner
 from engine_core.kernels import Kernels
@@ -122,7 +122,8 @@ class CudaBackend(DeviceBackend):
                 prefix_slots=spec.prefix_slots,
                 prefix_tokens=spec.prefix_tokens,
                 cache_rows=spec.num_layers * 2 * spec.attention.num_kv_heads,
-                cache_item_bytes=spec.attention.head_dim * 2,
+                cache_item_bytes=spec.attention.head_dim * ITEM_BYTES[self._work["kv_cache"].dtype],
+                scale_item_bytes=2 if spec.attention.kv_int8 else 0,
             ),
         )
 

@@ -55,13 +55,15 @@ class SequenceLimits:
     prefix_tokens: int
     cache_rows: int  # K and V of every layer and KV head
     cache_item_bytes: int  # of one position of a row
+    scale_item_bytes: int = 0  # the same of ``kv_scales`` and ``prefix_scales``; 0 where the cache has none
 
 
 class DeviceBackend:
     """The part of ``engine_core.backends.Backend`` that GPU backends share.
 
     A subclass calls ``_allocate_host``, then ``_reset``, sets ``_row_of`` and ``_resources``, and has the three hooks.
-    ``_work`` holds the device arrays: kv_cache, prefixes, state, params, seen, bias, mask.
+    ``_work`` holds the device arrays: kv_cache, prefixes, state, params, seen, bias, mask; kv_scales and prefix_scales
+    (last dimension: positions of a row) where the cache has scales.
     """
 
     _device: Device | None
@@ -253,11 +255,21 @@ class DeviceBackend:
         self._device.make_current()
         limits, work = self._limits, self._work
         assert 0 <= slot < limits.prefix_slots and 0 < length <= limits.prefix_tokens
-        row = limits.cache_item_bytes
-        cache = (work["kv_cache"].address, limits.max_context * row)
-        prefix = (work["prefixes"].at(slot).address, limits.prefix_tokens * row)
-        target, source = (prefix, cache) if save else (cache, prefix)
-        self._stream.copy_rows(*target, *source, length * row, limits.cache_rows)
+        item = limits.cache_item_bytes
+        cache, prefix = limits.max_context * item, limits.prefix_tokens * item
+        self._copy_rows(save, length * item, "kv_cache", cache, "prefixes", slot, prefix)
+        if item := limits.scale_item_bytes:
+            cache, prefix = (work[name].shape[-1] * item for name in ("kv_scales", "prefix_scales"))
+            self._copy_rows(save, length * item, "kv_scales", cache, "prefix_scales", slot, prefix)
+
+    def _copy_rows(
+        self, save: bool, width: int, cache: str, cache_pitch: int, prefixes: str, slot: int, prefix_pitch: int
+    ) -> None:
+        """Copies the first ``width`` bytes of every row, ``pitch`` bytes apart, to (``save``) or from a prefix slot."""
+        live = (self._work[cache].address, cache_pitch)
+        kept = (self._work[prefixes].at(slot).address, prefix_pitch)
+        target, source = (kept, live) if save else (live, kept)
+        self._stream.copy_rows(*target, *source, width, self._limits.cache_rows)
 
 
 def rows_by_id(vocab_map: np.ndarray | None, vocab_size: int) -> np.ndarray | None:

@@ -66,6 +66,15 @@ class TensorRTBackend(DeviceBackend):
             device.close()
 
     @classmethod
+    def check_here(cls, manifest: Manifest) -> None:
+        """Raises BackendUnavailableError or EngineDirectoryError unless this machine's TensorRT and GPU can run it."""
+        api, device = TensorRT(), Device()
+        try:
+            check_machine(manifest, api, device)
+        finally:
+            device.close()
+
+    @classmethod
     def load(
         cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
     ) -> TensorRTBackend:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.backends.cuda_layout import CudaSpec, options_of, weight_arrays
+from engine_core.backends.cuda_layout import KV_CACHE_TYPES, LAYOUTS, CudaSpec, options_of, weight_arrays
 from engine_core.build import companions
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
@@ -18,10 +18,10 @@ from engine_core.build.quantize.formats import from_16_bit, to_16_bit
 from engine_core.build.tensor_writer import TensorWriter
 from engine_core.config import EngineConfig
 from engine_core.errors import BuildError, UnsupportedModelError
-from engine_core.kernels import int4_layout
-from engine_core.kernels.int4_layout import GROUP
+from engine_core.kernels.int4_layout import GROUP, TILE, fits
 from engine_core.manifest import Manifest, seal, write_variant
 
+QUANTIZATIONS = ("fp16", "int8", "int4", "int4_awq")
 WEIGHTS_NAME, ROPE_NAME = "weights.safetensors", "rope"
 _STORED = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}
 
@@ -34,16 +34,18 @@ def build_cuda(
     max_context: int = 0,
     dtype: str = "auto",
     vocab_map: Path | None = None,
+    kv_cache_type: str = "auto",
     model_name: str = "",
 ) -> Manifest:
     """Writes the variant ``engine_dir`` from a Hugging Face checkpoint directory.
 
-    ``quantization``: fp16 (16-bit weights of either type), int4 (rounded to nearest, groups of 128, the LM head too) or
-    int4_awq, which is int4 from a checkpoint in int4. Its symmetric groups of 128 keep their levels and scales; what is
-    stored otherwise is dequantized first.
+    ``quantization``: fp16 (16-bit weights of either type), int8 or int4 (rounded to nearest, groups of 128, the LM head
+    too) or int4_awq, which is int4 from a checkpoint in int4. A checkpoint's own symmetric levels of as many bits are
+    kept with their scales, of groups of 128 or a multiple of that, such as a row; others are dequantized first.
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
     ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps; a file of that name in the
     checkpoint is used by itself.
+    ``kv_cache_type``: fp16 or int8, what the engine opens with unless told otherwise (auto = fp16).
     Raises CheckpointError, UnsupportedModelError or BuildError; nothing half-written is left behind.
     """
     checkpoint = Checkpoint(checkpoint_dir)
@@ -55,8 +57,12 @@ def build_cuda(
         dtype = "bf16" if stored == "bfloat16" else "fp16"
     if dtype not in ("fp16", "bf16"):
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
-    if quantization not in ("fp16", "int4", "int4_awq"):
-        raise BuildError(f"The cuda backend has no {quantization!r} weights; choose fp16, int4 or int4_awq.")
+    if quantization not in QUANTIZATIONS:
+        raise BuildError(f"The cuda backend has no {quantization!r} weights; choose one of {', '.join(QUANTIZATIONS)}.")
+    if kv_cache_type not in ("auto", *KV_CACHE_TYPES):
+        raise BuildError(
+            f"The cuda backend has no {kv_cache_type!r} KV cache; choose one of {', '.join(KV_CACHE_TYPES)}."
+        )
     stored = checkpoint.stored(spec.layers[0].qkv.parts[0])
     if quantization == "int4_awq" and (stored is None or stored.kind != "int4"):
         raise BuildError(
@@ -70,7 +76,7 @@ def build_cuda(
         geometry=spec.geometry(check_tensors(spec, checkpoint)),
         backend="cuda",
         quantization=quantization,
-        kv_cache_type="fp16",
+        kv_cache_type="fp16" if kv_cache_type == "auto" else kv_cache_type,
         max_context=max_context,
         max_batch=1,
         eos_token_ids=companions.eos_token_ids(checkpoint),
@@ -154,10 +160,11 @@ def _layer_tensors(checkpoint: Checkpoint, layer: LayerSpec) -> Iterator[tuple[s
         yield "k_norm", checkpoint.read(layer.k_norm)
 
 
-def own_int4(checkpoint: Checkpoint, spec: ModelSpec, name: str, dtype: str) -> np.ndarray | None:
-    """Records of kernels/int4_layout.py with the checkpoint's own levels and scales, of the fused tensor ``name``.
+def own_levels(checkpoint: Checkpoint, spec: ModelSpec, name: str, bits: int, dtype: str) -> np.ndarray | None:
+    """Records with the checkpoint's own levels and scales, of the fused tensor ``name``.
 
-    None unless all its parts are in int4, symmetric, in groups of 128, with scales that ``dtype`` holds exactly.
+    None unless all its parts are in ``bits`` bits, symmetric, in groups of a multiple of 128 columns, with scales that
+    ``dtype`` holds exactly.
     """
     if not name.startswith("layers."):
         return None
@@ -165,15 +172,18 @@ def own_int4(checkpoint: Checkpoint, spec: ModelSpec, name: str, dtype: str) -> 
     layer = spec.layers[int(index)]
     linear = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}[which]
     found = [checkpoint.quantized(part) for part in linear.parts]
-    if any(part is None or part.bits != 4 or part.zeros is not None or part.group_size != GROUP for part in found):
+    if any(part is None or part.bits != bits or part.group_size % GROUP for part in found):
         return None
+    if any(part.zeros is not None and (part.zeros != 1 << (bits - 1)).any() for part in found):
+        return None
+    found = [part.regrouped(GROUP) for part in found]
     levels, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))
     stored = to_16_bit(scales, dtype)
-    if not int4_layout.fits(*levels.shape) or not np.array_equal(from_16_bit(stored), scales):
+    if not fits(*levels.shape) or not np.array_equal(from_16_bit(stored), scales):
         return None
     if which == "gate_up":
         levels, stored = _paired(levels), _paired(stored)
-    return int4_layout.pack(levels, stored)
+    return LAYOUTS[bits].pack(levels, stored)
 
 
 def _paired(gate_up: np.ndarray) -> np.ndarray:
@@ -191,25 +201,28 @@ def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
     return np.stack(spec.ropes[0].table(max_context), axis=-1)
 
 
-def to_int4(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 [rows, cols] rounded to nearest, symmetric, in groups of 128: records of kernels/int4_layout.py.
+def to_records(values: np.ndarray, bits: int, dtype: str) -> np.ndarray:
+    """float32 [rows, cols] rounded to nearest, symmetric, in groups of 128: records of kernels/int4_layout.py or 8.
 
-    The value of largest magnitude becomes -8, which spends all 16 levels. The scale is rounded to ``dtype`` first, so
-    that the levels make up for it. Raises BuildError on a shape the records cannot hold.
+    In 4 bits the value of largest magnitude becomes -8, which spends all 16 levels; in 8 bits it becomes ±127. The
+    scale is rounded to ``dtype`` first, so that the levels make up for it. Raises BuildError on a shape the records
+    cannot hold.
     """
     rows, cols = values.shape
-    if not int4_layout.fits(rows, cols):
+    if not fits(rows, cols):
         raise BuildError(
-            f"A weight is {rows} × {cols}, but int4 takes rows in multiples of {int4_layout.TILE} and columns in "
+            f"A weight is {rows} × {cols}, but int{bits} takes rows in multiples of {TILE} and columns in "
             f"multiples of {GROUP}; build fp16 instead."
         )
+    layout = LAYOUTS[bits]
     grouped = values.reshape(rows, cols // GROUP, GROUP)
     peak = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
-    scales = to_16_bit(peak / np.float32(-8), dtype)
+    scales = to_16_bit(peak / np.float32(-8) if bits == 4 else np.abs(peak) / np.float32(127), dtype)
     rounded = (scales.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else scales.astype(np.float32)
     inverse = np.divide(1.0, rounded, out=np.zeros_like(rounded), where=rounded != 0)
-    levels = np.clip(np.rint(grouped * inverse[:, :, None]) + int4_layout.ZERO, 0, 15).astype(np.uint8)
-    return int4_layout.pack(levels.reshape(rows, cols), scales)
+    low, high = (0, 15) if bits == 4 else (1, 255)
+    levels = np.clip(np.rint(grouped * inverse[:, :, None]) + layout.ZERO, low, high).astype(np.uint8)
+    return layout.pack(levels.reshape(rows, cols), scales)
 
 
 def _write_weights(
@@ -220,13 +233,16 @@ def _write_weights(
     arrays = weight_arrays(cuda_spec)
     tensors = {name: (_STORED[array.dtype], array.shape) for name, array in arrays.items()}
     table = rope_table(spec, manifest.max_context)
+    bits = cuda_spec.weight_bits
+
+    def stored(name: str, values: np.ndarray) -> np.ndarray:
+        records = own_levels(checkpoint, spec, name, bits, dtype)
+        return to_records(values, bits, dtype) if records is None else records
+
     writer = TensorWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)})
     try:
         for name, values in fused_tensors(checkpoint, spec, kept, cuda_spec.has_head):
-            records = own_int4(checkpoint, spec, name, dtype) if arrays[name].dtype == "uint8" else None
-            if records is None:
-                records = (to_int4 if arrays[name].dtype == "uint8" else to_16_bit)(values, dtype)
-            writer.write(name, records)
+            writer.write(name, stored(name, values) if arrays[name].dtype == "uint8" else to_16_bit(values, dtype))
         writer.write(ROPE_NAME, table)
     except BaseException:
         writer.abandon()

@@ -16,9 +16,9 @@ def add(commands) -> None:
     parser.add_argument(
         "--quantization",
         default="",
-        help="fp32, int8, int4, int4_awq, fp8 or nvfp4 (cuda: fp16, int4, int4_awq; tensorrt: fp16, fp32); several, "
-        "with commas: one subdirectory each (default: what the checkpoint is quantized as, else int8; cuda: int4 or fp16; "
-        "tensorrt: fp16)",
+        help="fp32, int8, int4, int4_awq, fp8 or nvfp4 (cuda: fp16, int8, int4, int4_awq; tensorrt: fp16, fp32); "
+        "several, with commas: one subdirectory each (default: what the checkpoint is quantized as, else int8; "
+        "cuda: the same, else fp16; tensorrt: fp16)",
     )
     parser.add_argument(
         "--max-context", type=int, default=0, help="tokens, prompt and answer together (0: the model's, at most 4096)"
@@ -87,15 +87,17 @@ def _kinds(quantizations: str) -> list[str]:
 
 
 def _build_cuda(options: argparse.Namespace) -> int:
-    from engine_core.build.cuda import build_cuda
+    from engine_core.build.cuda import QUANTIZATIONS, build_cuda
     from engine_core.build.quantize.detect import default_quantization
 
     if options.group_size not in (0, 128) or options.head_bits:
-        raise BuildError("The cuda backend's int4 has groups of 128 and a head in int4; leave both options out.")
-    if options.kv_cache_type not in ("auto", "fp16") or options.calibration:
-        raise BuildError("The cuda backend's KV cache is fp16; leave --kv-cache-type and --calibration out.")
+        raise BuildError(
+            "The cuda backend's int4 and int8 have groups of 128 and a head of as many bits; leave both options out."
+        )
+    if options.calibration:
+        raise BuildError("The cuda backend measures its int8 KV cache's scales as it runs; leave --calibration out.")
     found = "" if options.quantization else default_quantization(options.checkpoint)
-    kinds = _kinds(options.quantization or (found if found.startswith("int4") else "fp16"))
+    kinds = _kinds(options.quantization or (found if found in QUANTIZATIONS else "fp16"))
     for kind in kinds:
         engine_dir = options.engine_dir / kind if len(kinds) > 1 else options.engine_dir
         build_cuda(
@@ -104,6 +106,7 @@ def _build_cuda(options: argparse.Namespace) -> int:
             quantization=kind,
             max_context=options.max_context,
             vocab_map=options.vocab_map,
+            kv_cache_type=options.kv_cache_type,
             model_name=options.name,
         )
         print(f"Built {engine_dir} for the cuda backend with {kind} weights")
