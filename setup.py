@@ -23,6 +23,7 @@ def named(names, lines):
 
 every = requirements("requirements.txt")
 cpu = named(("onnx", "onnxruntime"), every)
+torch = named(("torch",), requirements("tools/requirements-reference.txt"))
 
 setup(
     name="edgellm",
@@ -36,7 +37,8 @@ setup(
     extras_require={
         "cpu": cpu,
         "gpu": ["cuda-bindings>=12.6", "cuda-pathfinder>=1.0"],
-        "build": cpu + requirements("tools/requirements-reference.txt"),
+        "build": cpu + torch,
+        "quantize": torch,  # what calibration runs the layers with
         "test": requirements("tools/requirements-test.txt") + requirements("tools/requirements-reference.txt"),
     },
     entry_points={"console_scripts": ["edgellm = engine_core.cli:main"]},

@@ -1,12 +1,12 @@
 """How fast does the CUDA backend decode, and how far is that from the memory limit?
 
-    python3 benchmarks/gpu_decode.py [--shapes NAME ...] [--weights fp16 int4] [--contexts N ...] [--transformers]
-        [--output FILE]
+    python3 benchmarks/gpu_decode.py [--shapes NAME ...] [--weights fp16 int8 int4] [--kv-cache-type fp16 int8]
+        [--contexts N ...] [--transformers] [--output benchmarks/results/gpu_decode.jsonl]
 
 Models of published shapes with random weights on the GPU that is there. The floor of a step is the bytes it has to
-read (every weight but the embedding's rows, and the KV cache) over the read bandwidth measured in the same run. Decode
-is timed as the engine drives it: one step queued ahead, each token read on the host. Prints a table, then one JSON line
-per measurement, which --output appends to a file.
+read (every weight but the embedding's rows, and the KV cache with its scales) over the read bandwidth measured in the
+same run. Decode is timed as the engine drives it: one step queued ahead, each token read on the host. Prints a table,
+then one JSON line per measurement, which --output appends to a file; gpu_plot.py draws it.
 """
 
 from __future__ import annotations
@@ -68,19 +68,23 @@ SHAPES = {
 }
 
 
-def make_spec(shape: Shape, max_context: int, chunk: int, weights: str = "fp16") -> CudaSpec:
+def make_spec(
+    shape: Shape, max_context: int, chunk: int, weights: str = "fp16", kv_cache_type: str = "fp16"
+) -> CudaSpec:
     return CudaSpec(
         num_layers=shape.layers,
         hidden=shape.hidden,
         intermediate=shape.intermediate,
-        attention=AttentionShape(shape.heads, shape.kv_heads, shape.head_dim, max_context, 1e-5, shape.qk_norm),
+        attention=AttentionShape(
+            shape.heads, shape.kv_heads, shape.head_dim, max_context, 1e-5, shape.qk_norm, kv_cache_type == "int8"
+        ),
         vocab_size=shape.vocab,
         head_rows=shape.vocab,
         dtype="fp16",
         norm_eps=1e-5,
         qkv_bias=False,
         tied=shape.tied,
-        int4=weights == "int4",
+        weight_bits={"int4": 4, "int8": 8}.get(weights, 16),
         chunk=-(-chunk // ROW_GRAIN) * ROW_GRAIN,
         prefix_slots=0,
         prefix_tokens=0,
@@ -96,9 +100,8 @@ class RandomWeights:
 
     def __call__(self, name: str, array: DeviceArray) -> None:
         if array.dtype == "uint8":
-            array = DeviceArray(
-                array.address, (array.nbytes // 2,), "fp16"
-            )  # any bits are 4-bit weights and small scales
+            # Any bits are 4- or 8-bit weights, and the block's values small scales.
+            array = DeviceArray(array.address, (array.nbytes // 2,), "fp16")
         count = array.nbytes // 2
         if name.endswith("norm"):
             self._device.upload(array, np.ones(count, dtype=np.float16))
@@ -141,7 +144,8 @@ def step_bytes(spec: CudaSpec, context: int) -> int:
     """What one decode step has to read with ``context`` tokens in the KV cache."""
     weights = sum(array.nbytes for name, array in weight_arrays(spec).items() if name != "embed" or not spec.has_head)
     attention = spec.attention
-    return weights + spec.num_layers * 2 * attention.num_kv_heads * attention.head_dim * 2 * context
+    item = attention.head_dim + 2 if attention.kv_int8 else attention.head_dim * 2
+    return weights + spec.num_layers * 2 * attention.num_kv_heads * item * context
 
 
 def measure(backend: CudaBackend, prompt_tokens: int, generated: int) -> tuple[float, float]:
@@ -165,9 +169,9 @@ def median_of(runs: list[tuple[float, float]]) -> tuple[float, float]:
     return statistics.median(a for a, _ in runs), statistics.median(b for _, b in runs)
 
 
-def bench_ours(name: str, weights: str, contexts: list[int], bandwidth: float) -> list[dict]:
+def bench_ours(name: str, weights: str, kv_cache_type: str, contexts: list[int], bandwidth: float) -> list[dict]:
     shape = SHAPES[name]
-    spec = make_spec(shape, max(contexts) + GENERATED + 2, 512, weights)
+    spec = make_spec(shape, max(contexts) + GENERATED + 2, 512, weights, kv_cache_type)
     device = Device()
     angles = np.arange(spec.max_context)[:, None] * 500000.0 ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
     rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
@@ -178,8 +182,11 @@ def bench_ours(name: str, weights: str, contexts: list[int], bandwidth: float) -
     for context in contexts:
         measure(backend, context, 8)
         ttft, per_token = median_of([measure(backend, context, GENERATED) for _ in range(5)])
-        floor = step_bytes(spec, context + GENERATED // 2) / bandwidth
-        rows.append(record(name, "cuda", weights, context, ttft, per_token, floor) | {"load_s": round(load, 2)})
+        num_bytes = step_bytes(spec, context + GENERATED // 2)
+        rows.append(
+            record(name, "cuda", weights, kv_cache_type, context, ttft, per_token, num_bytes, bandwidth)
+            | {"load_s": round(load, 2)}
+        )
     backend.close()
     return rows
 
@@ -187,6 +194,7 @@ def bench_ours(name: str, weights: str, contexts: list[int], bandwidth: float) -
 def bench_transformers(name: str, contexts: list[int], bandwidth: float) -> list[dict]:
     """transformers with a static cache, its decode step compiled into CUDA graphs."""
     import torch
+    import transformers
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
     shape = SHAPES[name]
@@ -230,60 +238,77 @@ def bench_transformers(name: str, contexts: list[int], bandwidth: float) -> list
             token.item()
             if run:
                 runs.append((first - start, (time.perf_counter() - first) / (GENERATED - 1)))
-        floor = step_bytes(spec, context + GENERATED // 2) / bandwidth
-        rows.append(
-            record(
-                name, f"transformers {__import__('transformers').__version__}", "fp16", context, *median_of(runs), floor
-            )
-        )
+        num_bytes = step_bytes(spec, context + GENERATED // 2)
+        engine = f"transformers {transformers.__version__}"
+        rows.append(record(name, engine, "fp16", "fp16", context, *median_of(runs), num_bytes, bandwidth))
     return rows
 
 
-def record(shape: str, engine: str, weights: str, context: int, ttft: float, per_token: float, floor: float) -> dict:
+def record(
+    shape: str,
+    engine: str,
+    weights: str,
+    kv_cache_type: str,
+    context: int,
+    ttft: float,
+    per_token: float,
+    num_bytes: int,
+    bandwidth: float,
+) -> dict:
+    """A line of gpu_decode.jsonl: the keys of gpu_trt.jsonl and what else tells the runs apart."""
     return {
         "date": datetime.date.today().isoformat(),
         "shape": shape,
-        "engine": engine,
+        "dtype": "fp16",
         "weights": weights,
+        "kv_cache_type": kv_cache_type,
+        "engine": engine,
+        "graph": True,
         "prompt_tokens": context,
         "generated_tokens": GENERATED,
         "ttft_ms": round(1e3 * ttft, 3),
         "ms_per_token": round(1e3 * per_token, 4),
-        "floor_ms": round(1e3 * floor, 4),
-        "share_of_floor_speed": round(floor / per_token, 3),
+        "step_bytes": num_bytes,
+        "floor_ms": round(1e3 * num_bytes / bandwidth, 4),
+        "read_tb_s": round(bandwidth / 1e12, 3),
+        "fraction": round(num_bytes / bandwidth / per_token, 3),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"], choices=sorted(SHAPES))
-    parser.add_argument("--weights", nargs="+", default=["fp16", "int4"], choices=["fp16", "int4"])
+    parser.add_argument("--weights", nargs="+", default=["fp16", "int4"], choices=["fp16", "int8", "int4"])
+    parser.add_argument("--kv-cache-type", nargs="+", default=["fp16"], choices=["fp16", "int8"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[32, 512, 2048, 8192])
     parser.add_argument("--transformers", action="store_true", help="measure transformers beside it")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = Device()
     bandwidth = read_bandwidth(device)
-    machine = {"device": device.name, "read_bandwidth_tb_s": round(bandwidth / 1e12, 3)}
+    gpu = device.name
     device.close()
-    print(f"{machine['device']}: reads {machine['read_bandwidth_tb_s']} TB/s")
+    print(f"{gpu}: reads {bandwidth / 1e12:.3f} TB/s")
     print(
-        f"{'shape':<16}{'engine':<22}{'weights':<9}{'prompt':>7}{'TTFT ms':>9}{'ms/token':>10}{'tok/s':>8}{'floor':>7}"
+        f"{'shape':<16}{'engine':<22}{'weights':<9}{'KV':<6}{'prompt':>7}{'TTFT ms':>9}{'ms/token':>10}{'tok/s':>8}"
+        f"{'floor':>7}"
     )
     rows = []
     for name in options.shapes:
         found = []
         for weights in options.weights:
-            found += bench_ours(name, weights, options.contexts, bandwidth)
+            for kv_cache_type in options.kv_cache_type:
+                found += bench_ours(name, weights, kv_cache_type, options.contexts, bandwidth)
         if options.transformers:
             found += bench_transformers(name, options.contexts, bandwidth)
         for row in found:
             print(
-                f"{row['shape']:<16}{row['engine']:<22}{row['weights']:<9}{row['prompt_tokens']:>7}{row['ttft_ms']:>9.2f}"
-                f"{row['ms_per_token']:>10.4f}{1e3 / row['ms_per_token']:>8.1f}{row['share_of_floor_speed']:>7.0%}"
+                f"{row['shape']:<16}{row['engine']:<22}{row['weights']:<9}{row['kv_cache_type']:<6}"
+                f"{row['prompt_tokens']:>7}{row['ttft_ms']:>9.2f}{row['ms_per_token']:>10.4f}"
+                f"{1e3 / row['ms_per_token']:>8.1f}{row['fraction']:>7.0%}"
             )
         rows += found
-    lines = [json.dumps({**machine, **row}) for row in rows]
+    lines = [json.dumps({"gpu": gpu, **row}) for row in rows]
     print("\n".join(lines))
     if options.output:
         with open(options.output, "a", encoding="utf-8") as file:

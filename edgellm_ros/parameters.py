@@ -80,7 +80,12 @@ _MAX_INT = 2**31 - 1
 
 SPECS: tuple[ParameterSpec, ...] = (
     _fixed("engine_dir", "", "Engine directory made by 'edgellm build'."),
-    _fixed("backend", "auto", "What runs the model; auto takes what the engine was built for.", choices=BACKENDS),
+    _fixed(
+        "backend",
+        "auto",
+        "What runs the model; auto takes the fastest that is built, runs here and fits.",
+        choices=BACKENDS,
+    ),
     _fixed("quantization", "auto", "Variant of the engine directory; auto takes the smallest.", choices=QUANTIZATIONS),
     _fixed("vocab_map", "auto", "Reduced vocabulary: auto (the engine's, if it has one), none, or the path of a file."),
     _fixed("max_context", 0, "Tokens of prompt and answer together; 0 = what was built.", range=(0, _MAX_INT)),

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends import Backend, TokenSampling, backend_class
-from engine_core.backends.ort_plan import DATA_NAME
+from engine_core.backends.ort_files import DATA_NAME
+from engine_core.backends.ort_plan import stored_rope_bytes
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.manifest import Manifest, read_manifest, select_variant
@@ -130,9 +131,9 @@ def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_
     scales = 4 * math.ceil(geometry.hidden_size / manifest.group_size) if bits < 16 else 0
     row = geometry.hidden_size * bits // 8 + scales
     tables = geometry.vocab_size  # rows of the file's tables: the lookup's, and the head's where it has its own
-    if not options.get("packed_head_bytes"):
+    if not options.get("shares_head"):
         tables += manifest.reduced_vocab_size or geometry.vocab_size
-    layers = manifest.files[DATA_NAME].size - plan.item("rope") - tables * row
+    layers = manifest.files[DATA_NAME].size - stored_rope_bytes(manifest) - tables * row
     return layers + head_rows * row
 
 

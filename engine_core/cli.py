@@ -15,11 +15,13 @@ from engine_core.errors import EdgeLLMError
 
 # In the order of a model's way, as --help shows them; modules of engine_core.commands.
 COMMANDS = (
+    "quantize",
     "reduce_vocab",
     "build",
     "inspect",
     "plan",
     "generate",
+    "evaluate",
     "bench",
     "doctor",
 )

@@ -10,7 +10,7 @@ from engine_core.errors import ConfigurationError
 
 BACKENDS = ("auto", "tensorrt", "cuda", "onnxruntime")
 QUANTIZATIONS = ("auto", "fp32", "fp16", "fp8", "int8", "int4", "int4_awq", "nvfp4")
-KV_CACHE_TYPES = ("auto", "fp32", "fp16", "int8")
+KV_CACHE_TYPES = ("auto", "fp32", "fp16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class EngineConfig:
     vocab_map: str = "auto"  # auto: the engine's, if it has one; none; or a path
     max_context: int = 0  # tokens, prompt and answer together; 0 = what the engine was built for
     max_batch: int = 1
-    kv_cache_type: str = "auto"
+    kv_cache_type: str = "auto"  # auto: what the engine was built to open with
     use_cuda_graph: bool = True
     prefill_chunk: int = 0  # tokens per prefill step; 0 = the backend's choice
     prompt_cache_entries: int = 2  # saved prefixes (system prompts); their memory is part of the plan

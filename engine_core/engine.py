@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import secrets
 import time
@@ -20,19 +19,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine_core.backends import Backend, PendingToken, TokenSampling, backend_class
+from engine_core.backends import Backend, PendingToken, TokenSampling
 from engine_core.cancellation import CancelToken
 from engine_core.config import EngineConfig
 from engine_core.constraint import ConstraintFactory, JsonConstraint
-from engine_core.errors import (
-    BackendUnavailableError,
-    ConfigurationError,
-    InvalidSamplingError,
-    PromptTooLongError,
-)
-from engine_core.manifest import Manifest, read_manifest, select_variant
+from engine_core.errors import BackendUnavailableError, InvalidSamplingError, PromptTooLongError
+from engine_core.manifest import Manifest
+from engine_core.memory import MemoryPlan
 from engine_core.prefix_cache import PrefixCache
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, GenerationResult, Piece
+from engine_core.selection import advice, choose
 from engine_core.text_stream import Detokenizer, StopStrings
 from engine_core.tokenizer import Tokenizer, common_prefix_length
 
@@ -127,7 +123,14 @@ class Engine:
     """One loaded engine. Make it with ``open``; give everything back with ``close``."""
 
     def __init__(
-        self, config: EngineConfig, manifest: Manifest, backend: Backend, tokenizer: Tokenizer, plan, load_time: float
+        self,
+        config: EngineConfig,
+        manifest: Manifest,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        plan: MemoryPlan,
+        load_time: float,
+        backend_reason: str = "",
     ) -> None:
         self.config = config
         self.manifest = manifest
@@ -135,7 +138,7 @@ class Engine:
         self.load_time = load_time
         self.tokenizer = tokenizer
         self.backend_name = manifest.backend
-        self.backend_reason = f"The engine directory was built for {manifest.backend}."
+        self.backend_reason = backend_reason  # why this variant and no other, for people
         self.max_context = backend.max_context
         self.vocab_size = manifest.geometry.vocab_size
         self.reduced_vocab_size = backend.reduced_vocab_size
@@ -147,24 +150,22 @@ class Engine:
 
     @classmethod
     def open(cls, config: EngineConfig, report: Callable[[str], None] = _log.info) -> Engine:
-        """Plan, check, allocate, load, capture, warm up; ``report`` is told the plan before anything is taken.
+        """Choose, plan, check, allocate, load, capture, warm up; ``report`` is told why and the plan, before all else.
 
         Raises ConfigurationError, EngineDirectoryError, BackendUnavailableError, InsufficientMemoryError or
         EngineFaultError; nothing stays allocated then.
         """
         start = time.monotonic()
-        variant_dir = select_variant(config.engine_dir, config.quantization)
-        manifest = read_manifest(variant_dir, verify_hashes=config.verify_files)
-        config = _resolve(config, manifest)
-        backend_type = backend_class(manifest.backend)
-        plan = backend_type.plan(variant_dir, manifest, config)
+        choice = choose(config)
+        report(choice.reason)
+        variant_dir, manifest, config, plan = choice.directory, choice.manifest, choice.config, choice.plan
         report(f"Memory plan of {manifest.model_name} ({manifest.quantization}, {manifest.backend}):\n{plan.table()}")
-        plan.check(_advice(config, plan))
+        plan.check(advice(config, plan))
         tokenizer = Tokenizer(variant_dir)
         with contextlib.ExitStack() as undo:
-            backend = backend_type.load(variant_dir, manifest, config)
+            backend = choice.backend.load(variant_dir, manifest, config)
             undo.callback(backend.close)
-            engine = cls(config, manifest, backend, tokenizer, plan, load_time=time.monotonic() - start)
+            engine = cls(config, manifest, backend, tokenizer, plan, time.monotonic() - start, choice.reason)
             undo.pop_all()
         return engine
 
@@ -238,6 +239,23 @@ class Engine:
         self._prefixes.set_live(prefix)
         self._prefixes.keep(prefix)
         return len(prefix)
+
+    def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
+        """float64 [n - first]: the natural logarithm of the probability of each token of ``token_ids``, int32 [n], from
+        index ``first`` (1 or more) on, given all before it; -inf for one outside the reduced vocabulary.
+
+        Raises BackendUnavailableError if the backend gives none out, EngineFaultError.
+        """
+        backend = self._backend_or_raise()
+        score = getattr(backend, "log_probabilities", None)
+        if score is None:
+            raise BackendUnavailableError(
+                f"Perplexity needs the logits of every step, which the {self.backend_name} backend keeps on its "
+                "device; measure a variant built for onnxruntime."
+            )
+        assert 1 <= first < len(token_ids) <= self.max_context
+        self._prefixes.set_live(token_ids[:0])
+        return score(token_ids, first)
 
     def generate(
         self, prepared: PreparedRequest, cancel: CancelToken, arrival: float | None = None
@@ -347,33 +365,3 @@ class Engine:
                 raise InvalidSamplingError(
                     f"Token id {token_id} is not in the vocabulary, which has ids from 0 to {self.vocab_size - 1}."
                 )
-
-
-def _resolve(config: EngineConfig, manifest: Manifest) -> EngineConfig:
-    """Replaces ``auto`` and 0 by values. Raises BackendUnavailableError or ConfigurationError."""
-    if config.backend not in ("auto", manifest.backend):
-        raise BackendUnavailableError(
-            f"The engine in {config.engine_dir} was built for {manifest.backend}, not for {config.backend}; "
-            f"set backend to auto or {manifest.backend}, or build it with 'edgellm build --backend {config.backend}'."
-        )
-    for name in ("max_context", "max_batch"):
-        if getattr(config, name) > getattr(manifest, name):
-            raise ConfigurationError(
-                f"{name} is {getattr(config, name)}, but this engine was built for {getattr(manifest, name)}; "
-                "set a smaller one or build the engine again."
-            )
-    return dataclasses.replace(
-        config,
-        quantization=manifest.quantization,
-        max_context=config.max_context or manifest.max_context,
-    )
-
-
-def _advice(config: EngineConfig, plan) -> str:
-    """What would make the plan fit, for the refusal."""
-    rest = plan.total - plan.item("kv_cache")
-    per_token = plan.item("kv_cache") / config.max_context
-    fitting = int((plan.available - rest) / per_token) if per_token else 0
-    if fitting >= 256:
-        return f"max_context {fitting // 256 * 256} would fit (it is {config.max_context})"
-    return "a smaller variant (int8 or int4) or a smaller model is needed"

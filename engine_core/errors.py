@@ -38,7 +38,7 @@ class CheckpointError(EdgeLLMError):
 
 
 class BuildError(EdgeLLMError):
-    """The engine could not be built or written (disk full, say); nothing half-written is left behind."""
+    """A build or a measurement cannot use its texts or write its files; nothing half-written is left behind."""
 
 
 class BackendUnavailableError(EdgeLLMError):

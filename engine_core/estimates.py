@@ -14,10 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine_core.backends import backend_names
 from engine_core.backends.cuda_layout import RUNTIME_BYTES, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
-from engine_core.backends.ort_plan import DATA_NAME, plan_memory, resolve
+from engine_core.backends.ort_files import DATA_NAME, KV_CACHE_TYPES, graph_name
+from engine_core.backends.ort_plan import plan_memory, resolve
 from engine_core.build.model import ModelSpec
 from engine_core.build.shapes import read_shapes
 from engine_core.config import EngineConfig
@@ -27,10 +29,13 @@ from engine_core.kernels import int4_layout
 from engine_core.manifest import FileRecord, Manifest
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
 
+if TYPE_CHECKING:
+    from engine_core.build.ort_dialect import Packing
+
 GPU_VARIANTS = (
     ("fp16", "cuda"),
     ("fp8", "tensorrt"),
-    ("int8", "tensorrt"),
+    ("int8", "cuda"),
     ("int4", "cuda"),
     ("int4_awq", "tensorrt"),
     ("nvfp4", "tensorrt"),
@@ -40,7 +45,7 @@ _AWQ_GROUP = 128
 _GPU_KV_TYPES = ("fp16", "int8", "fp8")
 KV_TYPES = {"onnxruntime": ("fp32", "fp16", "int8"), "cuda": _GPU_KV_TYPES, "tensorrt": _GPU_KV_TYPES}
 # A graph for each KV type: what a builder writes for those its backend has.
-_GRAPHS = ("model.onnx", "model.kv_fp16.onnx", "model.kv_int8.onnx")
+_GRAPHS = tuple(map(graph_name, KV_CACHE_TYPES))
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class CheckpointEstimate:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.checkpoint, self.spec, self.num_parameters = read_shapes(self.directory)
-        self._data_bytes = lru_cache(maxsize=None)(self._count_data)
+        self._counted_data = lru_cache(maxsize=None)(self._count_data)
 
     @property
     def name(self) -> str:
@@ -130,16 +135,18 @@ class CheckpointEstimate:
             check_supported(spec, size.max_context)
         except UnsupportedModelError as error:
             return str(error)
-        return self.why_not_int4(size.head_rows or spec.vocab_size) if quantization == "int4" else ""
+        return self.why_not_packed(size.head_rows or spec.vocab_size, quantization)
 
-    def why_not_int4(self, head_rows: int) -> str:
-        """Empty if the cuda backend's int4 records can hold every matrix."""
+    def why_not_packed(self, head_rows: int, quantization: str) -> str:
+        """Empty if the cuda backend's records of int4 and int8 can hold every matrix, or are not needed."""
         spec = self.spec
+        if quantization not in ("int4", "int8"):
+            return ""
         for rows, columns in (*_matrices(spec), (head_rows, spec.hidden_size)):
             if not int4_layout.fits(rows, columns):
                 return (
-                    f"a matrix is {rows} × {columns}, but int4 takes rows in multiples of {int4_layout.TILE} and "
-                    f"columns in multiples of {int4_layout.GROUP}"
+                    f"a matrix is {rows} × {columns}, but {quantization} takes rows in multiples of {int4_layout.TILE} "
+                    f"and columns in multiples of {int4_layout.GROUP}"
                 )
         return ""
 
@@ -170,25 +177,25 @@ class CheckpointEstimate:
         spec = self.spec
         precision = precision_of(quantization)
         rows = size.head_rows or spec.vocab_size
-        data = self._data_bytes(quantization, size.max_context, rows)
+        data, packing = self._counted_data(quantization, size.max_context, rows)
         shares_head = spec.tied and rows == spec.vocab_size
         return self._manifest(
             "onnxruntime",
             quantization,
             size,
             group_size=precision.group_size,
-            options=engine_options(spec, precision, shares_head=shares_head),
+            options=engine_options(spec, precision, packing, shares_head=shares_head),
             files={DATA_NAME: FileRecord(data, "")} | {name: FileRecord(0, "") for name in _GRAPHS},
         )
 
-    def _count_data(self, quantization: str, max_context: int, head_rows: int) -> int:
+    def _count_data(self, quantization: str, max_context: int, head_rows: int) -> tuple[int, Packing]:
         from engine_core.build.build import precision_of
-        from engine_core.build.ort_size import data_bytes
+        from engine_core.build.ort_size import count_data
 
         checkpoint = self.checkpoint
         if quantization == "int4_awq":  # its levels come with the checkpoint
             checkpoint = checkpoint.with_levels(4, _AWQ_GROUP)
-        return data_bytes(checkpoint, self.spec, precision_of(quantization), max_context, head_rows)
+        return count_data(checkpoint, self.spec, precision_of(quantization), max_context, head_rows)
 
     # --- GPU ------------------------------------------------------------------------------------------
 
@@ -206,9 +213,10 @@ class CheckpointEstimate:
     def _gpu_manifest(self, quantization: str, size: Size) -> Manifest:
         from engine_core.build.cuda import model_options
 
-        group = int4_layout.GROUP if quantization == "int4" else 0
+        group = int4_layout.GROUP if quantization in ("int4", "int8") else 0
         options = model_options(self.spec, "fp16")
-        return self._manifest("cuda", quantization, size, group_size=group, options=options)
+        manifest = self._manifest("cuda", quantization, size, group_size=group, options=options)
+        return dataclasses.replace(manifest, kv_cache_type="fp16")  # the configuration names another
 
     # --- both -----------------------------------------------------------------------------------------
 

@@ -141,25 +141,37 @@ def _parse(variant_dir: Path) -> Manifest:
         raise EngineDirectoryError(f"{path} is not a whole manifest ({error}); build the engine again.") from error
 
 
-def list_variants(engine_dir: Path) -> dict[str, Path]:
-    """Quantization → variant directory. Only the manifests are read.
+def find_variants(engine_dir: Path) -> list[tuple[Path, Manifest]]:
+    """(directory, manifest) of every variant, by directory name. Only the manifests are read.
 
     Raises EngineDirectoryError if there is none, SchemaVersionError if all are too new.
     """
     if not engine_dir.is_dir() or (engine_dir / MANIFEST_NAME).is_file():
-        return {_parse(engine_dir).quantization: engine_dir}
-    found: dict[str, Path] = {}
+        return [(engine_dir, _parse(engine_dir))]
+    found: list[tuple[Path, Manifest]] = []
     refused: Exception | None = None
     for child in sorted(engine_dir.iterdir()):
         if not child.name.startswith(".") and (child / MANIFEST_NAME).is_file():
             try:
-                found[_parse(child).quantization] = child
+                found.append((child, _parse(child)))
             except EngineDirectoryError as error:
                 refused = error
     if not found:
         if refused is not None:
             raise refused
         _parse(engine_dir)  # says what is missing
+    return found
+
+
+def list_variants(engine_dir: Path) -> dict[str, Path]:
+    """Quantization → variant directory; of two backends with the same one, the second as "fp16 (tensorrt)".
+
+    Raises as ``find_variants``.
+    """
+    found: dict[str, Path] = {}
+    for directory, manifest in find_variants(engine_dir):
+        name = manifest.quantization
+        found[name if name not in found else f"{name} ({manifest.backend})"] = directory
     return found
 
 

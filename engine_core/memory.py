@@ -20,14 +20,27 @@ def format_bytes(count: int) -> str:
 
 
 def kv_cache_bytes(
-    *, num_layers: int, num_kv_heads: int, head_dim: int, max_context: int, max_batch: int = 1, kv_cache_type: str
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_context: int,
+    max_batch: int = 1,
+    kv_cache_type: str,
+    int8_scales: str = "token",
 ) -> int:
-    """Bytes of the linear KV cache ``[layers][batch][K, V][kv_heads][max_context][head_dim]``.
+    """Bytes of the linear KV cache ``[layers][batch][K, V][kv_heads][max_context][head_dim]`` and of its scales.
 
-    An int8 cache has one fp16 scale for each token and head of K and of V beside the values.
+    ``int8_scales``: of an int8 cache, token (fp16, one for each token and head of K and of V), channel (float32, one
+    for each channel, whatever the tokens) or none (counted elsewhere). An fp8 cache has a float32 for each head.
     """
-    vectors = num_layers * max_batch * 2 * num_kv_heads * max_context
-    scales = vectors * 2 if kv_cache_type == "int8" else 0
+    heads = num_layers * 2 * num_kv_heads
+    vectors = heads * max_batch * max_context
+    scales = 0
+    if kv_cache_type == "int8":
+        scales = {"token": vectors * 2, "channel": heads * head_dim * 4, "none": 0}[int8_scales]
+    elif kv_cache_type == "fp8":
+        scales = heads * 4
     return vectors * head_dim * _DTYPE_BYTES[kv_cache_type] + scales
 
 

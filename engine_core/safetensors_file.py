@@ -26,6 +26,8 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 _BF16 = "BF16"  # no numpy type: the upper half of a float32, read as uint16
+# Nor have these: their codes are read as uint8.
+_CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 _MAX_HEADER = 100 << 20  # bytes; the limit of the reference implementation
 
 
@@ -62,10 +64,9 @@ class SafetensorsFile:
     def _entry(self, value: dict, base: int) -> _Entry:
         start, stop = (base + int(offset) for offset in value["data_offsets"])
         entry = _Entry(value["dtype"], tuple(int(n) for n in value["shape"]), start, stop)
-        itemsize = 2 if entry.dtype == _BF16 else np.dtype(_DTYPES.get(entry.dtype, np.uint8)).itemsize
-        known = entry.dtype == _BF16 or entry.dtype in _DTYPES
+        numpy_type = _numpy_type(entry.dtype)
         if not base <= start <= stop <= len(self._bytes) or (
-            known and stop - start != itemsize * int(np.prod(entry.shape, dtype=np.int64))
+            numpy_type and stop - start != numpy_type.itemsize * int(np.prod(entry.shape, dtype=np.int64))
         ):
             raise ValueError("a tensor lies outside the file or has the wrong number of bytes")
         return entry
@@ -81,11 +82,11 @@ class SafetensorsFile:
         return self._entries[name].dtype
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of the mapped file; BF16 as uint16. Raises CheckpointError."""
+        """The tensor as a read-only view of the mapped file; BF16 as uint16, F8_* as uint8. Raises CheckpointError."""
         entry = self._entries[name]
-        if entry.dtype != _BF16 and entry.dtype not in _DTYPES:
+        dtype = _numpy_type(entry.dtype)
+        if dtype is None:
             raise CheckpointError(f"The tensor {name!r} of {self.path} has the type {entry.dtype}, which is not read.")
-        dtype = np.uint16 if entry.dtype == _BF16 else _DTYPES[entry.dtype]
         return self._bytes[entry.start : entry.stop].view(dtype).reshape(entry.shape)
 
     def read(self, name: str, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
@@ -96,6 +97,14 @@ class SafetensorsFile:
         if raw.dtype.kind != "f":
             raise CheckpointError(f"The tensor {name!r} of {self.path} has the type {self.dtype(name)}, not floats.")
         return np.array(raw, dtype=np.float32)
+
+
+def _numpy_type(dtype: str) -> np.dtype | None:
+    if dtype == _BF16:
+        return np.dtype(np.uint16)
+    if dtype in _CODES:
+        return np.dtype(np.uint8)
+    return np.dtype(_DTYPES[dtype]) if dtype in _DTYPES else None
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

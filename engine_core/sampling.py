@@ -97,6 +97,14 @@ class Sampler:
             self._add_seen(np.array([row], dtype=np.int32))
         return row if self._map is None else int(self._map[row])
 
+    def log_probability(self, logits: np.ndarray, token_id: int) -> float:
+        """Of a full-vocabulary id under the softmax over all rows; -inf for one that the LM head has lost."""
+        row = int(self._rows(np.array([token_id]))[0])
+        if row < 0:
+            return -np.inf
+        peak = logits.max()
+        return float(logits[row] - peak) - float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
+
     # --- steps ------------------------------------------------------------------------------------
 
     def _adjust(self, logits: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

@@ -52,7 +52,8 @@ class Backend(Protocol):
 
     Positions are explicit: the KV cache holds ``position`` valid tokens; ``prefill`` states where it writes,
     so reusing a prefix is prefilling from a later position, and rolling back is free. All memory is taken by
-    ``load`` and given back by ``close``. Not thread-safe: one thread calls it.
+    ``load`` and given back by ``close``. Not thread-safe: one thread calls it. A backend whose engines are bound to one
+    kind of machine also has a class method ``check_here(manifest)``, which raises what ``load`` would raise on another.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Backend(Protocol):
 _BACKENDS = {
     "cuda": ("engine_core.backends.cuda", "CudaBackend"),
     "onnxruntime": ("engine_core.backends.onnxruntime", "OnnxRuntimeBackend"),
+    "tensorrt": ("engine_core.backends.tensorrt", "TensorRTBackend"),
 }
 
 

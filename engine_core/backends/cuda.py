@@ -7,7 +7,6 @@ device and reaches the host through pinned memory, marked by an event, so no ste
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,12 @@ import numpy as np
 from engine_core.backends import TokenSampling
 from engine_core.backends.cuda_layout import RUNTIME_BYTES, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
 from engine_core.backends.cuda_model import CudaModel, WeightSource
+from engine_core.backends.device_backend import DeviceBackend, SequenceLimits, rows_by_id
 from engine_core.config import EngineConfig
-from engine_core.device import Arena, Device, DeviceArray, Event, PinnedArray, Stream
-from engine_core.errors import EngineDirectoryError, EngineFaultError, InvalidSamplingError
+from engine_core.device import ITEM_BYTES, Arena, Device, DeviceArray, Stream
+from engine_core.errors import EngineDirectoryError
 from engine_core.graphs import GraphKey, GraphRunner
 from engine_core.kernels import Kernels
-from engine_core.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryItem, MemoryPlan
 from engine_core.safetensors_file import SafetensorsFile
@@ -30,30 +29,7 @@ WEIGHTS_NAME = "weights.safetensors"
 ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
 
 
-class _Pending:
-    """The token of step ``step`` of one request."""
-
-    def __init__(self, backend: CudaBackend, step: int) -> None:
-        self._backend = backend
-        self._step = step
-        self._done = False
-        self._token: int | None = None
-
-    def result(self) -> int | None:
-        if not self._done:
-            self._done = True
-            self._token = self._backend._read(self._step)
-        return self._token
-
-
-class _NoToken:
-    """Of a step that was not queued: the sequence had ended."""
-
-    def result(self) -> None:
-        return None
-
-
-class CudaBackend:
+class CudaBackend(DeviceBackend):
     """See ``engine_core.backends.Backend``."""
 
     name = "cuda"
@@ -116,7 +92,7 @@ class CudaBackend:
             if vocab_map is not None:
                 device.upload(self._model.work["vocab_map"], vocab_map.astype(np.int32))
                 device.synchronize()
-            self._row_of = _rows_by_id(vocab_map, spec.vocab_size)
+            self._row_of = rows_by_id(vocab_map, spec.vocab_size)
             self._reset()
             self._capture(undo, use_cuda_graph)
             self._warm_up()
@@ -134,25 +110,22 @@ class CudaBackend:
         arena = own(Arena(device, sum(array.nbytes for array in arrays)))
         kernels = own(Kernels(device, spec.dtype))
         self._model = own(CudaModel(device, self._stream, arena, kernels, spec))
-        words = -(-spec.vocab_size // 32)
-        self._tokens = own(PinnedArray(device, (RING,), "int32"))
-        self._prompt = [own(PinnedArray(device, (spec.chunk,), "int32")) for _ in range(2)]
-        self._chunk_done = [own(Event(device)) for _ in range(2)]
-        self._masks = own(PinnedArray(device, (RING, words), "uint32"))
-        self._params = own(PinnedArray(device, (RING, PARAMS.itemsize), "uint8"))
-        self._positions = own(PinnedArray(device, (RING,), "int32"))
-        self._seen = own(PinnedArray(device, (-(-spec.head_rows // 32) * 4,), "uint8"))
-        self._bias = own(PinnedArray(device, (spec.head_rows,), "float32"))
-        self._events = [own(Event(device)) for _ in range(RING)]
-
-    def _reset(self) -> None:
-        self._step = 0  # tokens sampled, or being sampled, since begin
-        self._position = 0  # of the token that is fed next
-        self._stop_ids: frozenset[int] = frozenset()
-        self._ended = False
-        self._interrupted = False
-        self._num_uploads = 0
-        self._has_mask = False
+        self._work = self._model.work
+        self._allocate_host(
+            own,
+            device,
+            SequenceLimits(
+                max_context=spec.max_context,
+                vocab_size=spec.vocab_size,
+                head_rows=spec.head_rows,
+                chunk=spec.chunk,
+                prefix_slots=spec.prefix_slots,
+                prefix_tokens=spec.prefix_tokens,
+                cache_rows=spec.num_layers * 2 * spec.attention.num_kv_heads,
+                cache_item_bytes=spec.attention.head_dim * ITEM_BYTES[self._work["kv_cache"].dtype],
+                scale_item_bytes=2 if spec.attention.kv_int8 else 0,
+            ),
+        )
 
     def _capture(self, undo: contextlib.ExitStack, enabled: bool) -> None:
         work = self._model.work
@@ -174,161 +147,21 @@ class CudaBackend:
         self._graphs.run(self._decode_key)
         self._stream.wait()
 
-    # --- the protocol ---------------------------------------------------------------------------------
+    # --- hooks of DeviceBackend -------------------------------------------------------------------------
 
-    def begin(self, sampling: TokenSampling, history: np.ndarray) -> None:
-        self._device.make_current()
-        self._stream.wait()
-        self._reset()
-        self._stop_ids = sampling.stop_ids
-        self._set_params(sampling)
-        work = self._model.work
-        self._stream.zero(work["state"])
-        if sampling.repetition_penalty != 1.0:
-            flags = np.zeros(self._seen.host.size * 8, dtype=bool)
-            rows = self._row_of[history] if self._row_of is not None else history
-            flags[rows[rows >= 0]] = True
-            self._seen.host[:] = np.packbits(flags, bitorder="little")
-            self._stream.upload(work["seen"], self._seen)
-        if sampling.logit_bias:
-            self._bias.host[:] = 0
-            for token_id, bias in sampling.logit_bias:
-                row = token_id if self._row_of is None or token_id >= self.vocab_size else int(self._row_of[token_id])
-                if 0 <= row < self._spec.head_rows:
-                    self._bias.host[row] += np.float32(bias)
-            self._stream.upload(work["bias"], self._bias)
-
-    def prefill(self, token_ids: np.ndarray, position: int, mask: np.ndarray | None = None) -> _Pending | _NoToken:
-        if not self._forward(token_ids, position):
-            return _NoToken()
-        # The sampler moves the position on by one.
-        slot = self._num_uploads % RING
-        self._positions.host[slot] = self._position - 1
-        field = DeviceArray(self._model.work["state"].address + STATE.fields["position"][1], (1,), "int32")
-        self._stream.upload(field, self._positions, 4 * slot)
-        self._use_mask(mask)
-        return self._sampled(self._run_sampler)
-
-    def extend(self, token_ids: np.ndarray, position: int) -> None:
-        self._device.make_current()
-        self._interrupted = False
-        self._forward(token_ids, position)
-        self._stream.wait()
-
-    def decode(self, mask: np.ndarray | None = None) -> _Pending | _NoToken:
-        if self._ended or self._interrupted or self._position >= self.max_context:
-            return _NoToken()
-        self._use_mask(mask)
-        self._position += 1
-        return self._sampled(lambda: self._graphs.run(self._decode_key))
-
-    def interrupt(self) -> None:
-        self._interrupted = True
-
-    def save_prefix(self, slot: int, length: int) -> None:
-        self._copy_prefix(slot, length, save=True)
-
-    def load_prefix(self, slot: int, length: int) -> None:
-        self._copy_prefix(slot, length, save=False)
-
-    def close(self) -> None:
-        resources, self._resources = self._resources, contextlib.ExitStack()
-        device, self._device = self._device, None
-        if device is None:
-            return
-        device.make_current()
-        with contextlib.suppress(EngineFaultError):  # of a step that failed before
-            self._stream.wait()
-        resources.close()
-        device.close()
-
-    # --- steps ----------------------------------------------------------------------------------------
-
-    def _forward(self, token_ids: np.ndarray, position: int) -> bool:
-        """Queues the prompt in chunks, at most two ahead of the device; False if it was interrupted."""
-        chunk = self._spec.chunk
-        for index, start in enumerate(range(0, len(token_ids), chunk)):
-            part = token_ids[start : start + chunk]
-            slot = index % 2
-            if index >= 2:
-                self._chunk_done[slot].wait()
-            if self._interrupted:
-                self._stream.wait()
-                return False
-            self._prompt[slot].host[: len(part)] = part
-            tokens = self._model.work["tokens"]
-            self._stream.upload(DeviceArray(tokens.address, (len(part),), "int32"), self._prompt[slot])
-            self._model.prefill_chunk(len(part), position + start)
-            self._chunk_done[slot].record(self._stream)
-        self._position = position + len(token_ids)
-        return True
+    def _queue_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
+        count = len(token_ids)
+        self._prompt[slot].host[:count] = token_ids
+        tokens = self._model.work["tokens"]
+        self._stream.upload(DeviceArray(tokens.address, (count,), "int32"), self._prompt[slot])
+        self._model.prefill_chunk(count, position)
 
     def _run_sampler(self) -> None:
         for launch in self._sample_last:
             launch(self._stream)
 
-    def _sampled(self, run: Callable[[], None]) -> _Pending:
-        """Queues what samples the next token and marks its end."""
-        step = self._step
-        run()
-        self._events[step % RING].record(self._stream)
-        self._step += 1
-        return _Pending(self, step)
-
-    def _read(self, step: int) -> int | None:
-        assert step > self._step - RING, "a pending token was read too late"
-        self._events[step % RING].wait()
-        if self._ended or self._interrupted:
-            return None
-        token = int(self._tokens.host[step % RING])
-        self._ended = token < 0 or token in self._stop_ids
-        if token == FAULT_NAN:
-            raise EngineFaultError("The model's logits are NaN; the weights or the engine are damaged.")
-        if token == FAULT_EMPTY:
-            raise InvalidSamplingError(
-                "No token is left to sample: the logit bias, the JSON schema and the vocabulary exclude each other."
-            )
-        return token
-
-    def _set_params(self, sampling: TokenSampling) -> None:
-        values = np.zeros((), dtype=PARAMS)
-        values["top_p"], values["seed"] = sampling.top_p, sampling.seed
-        values["temperature"], values["min_p"] = sampling.temperature, sampling.min_p
-        values["penalty"] = sampling.repetition_penalty
-        values["top_k"] = min(sampling.top_k, self._spec.head_rows)
-        values["has_bias"] = bool(sampling.logit_bias)
-        self._values = values
-        self._upload_params()
-
-    def _upload_params(self) -> None:
-        slot = self._num_uploads % RING
-        self._num_uploads += 1
-        self._params.host[slot] = np.frombuffer(self._values.tobytes(), dtype=np.uint8)
-        self._stream.upload(self._model.work["params"], self._params, slot * PARAMS.itemsize)
-
-    def _use_mask(self, mask: np.ndarray | None) -> None:
-        if mask is not None:
-            slot = self._step % RING
-            if self._step >= RING:
-                self._events[slot].wait()  # its last copy has been read
-            self._masks.host[slot] = mask
-            self._stream.upload(self._model.work["mask"], self._masks, slot * self._masks.host.shape[1] * 4)
-        if self._has_mask != (mask is not None):
-            self._has_mask = mask is not None
-            self._values["has_mask"] = self._has_mask
-            self._upload_params()
-
-    def _copy_prefix(self, slot: int, length: int, save: bool) -> None:
-        """Copies the first ``length`` rows of every layer's and head's K and V."""
-        self._device.make_current()
-        spec, work = self._spec, self._model.work
-        assert 0 <= slot < spec.prefix_slots and 0 < length <= spec.prefix_tokens
-        row = spec.attention.head_dim * 2
-        cache = (work["kv_cache"].address, spec.max_context * row)
-        prefix = (work["prefixes"].at(slot).address, spec.prefix_tokens * row)
-        target, source = (prefix, cache) if save else (cache, prefix)
-        rows = spec.num_layers * 2 * spec.attention.num_kv_heads
-        self._stream.copy_rows(*target, *source, length * row, rows)
+    def _run_decode(self) -> None:
+        self._graphs.run(self._decode_key)
 
 
 def _open_weights(variant_dir: Path, spec: CudaSpec) -> SafetensorsFile:
@@ -349,12 +182,3 @@ def _open_weights(variant_dir: Path, spec: CudaSpec) -> SafetensorsFile:
             "configure less or build the engine for more."
         )
     return file
-
-
-def _rows_by_id(vocab_map: np.ndarray | None, vocab_size: int) -> np.ndarray | None:
-    """int32 [vocab_size]: the LM head's row of each id, -1 = none; None if rows are ids."""
-    if vocab_map is None:
-        return None
-    rows = np.full(vocab_size, -1, dtype=np.int32)
-    rows[vocab_map] = np.arange(len(vocab_map), dtype=np.int32)
-    return rows

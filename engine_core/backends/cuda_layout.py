@@ -12,11 +12,15 @@ from typing import Any
 from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES, aligned
 from engine_core.errors import ConfigurationError, EngineDirectoryError
-from engine_core.kernels.attention import AttentionShape
-from engine_core.kernels.int4_layout import GROUP, records_shape
+from engine_core.kernels import int4_layout, int8_layout
+from engine_core.kernels.attention import AttentionShape, scale_pitch
+from engine_core.kernels.int4_layout import GROUP
 from engine_core.kernels.sampling import PARAMS, STATE
 from engine_core.manifest import Manifest
 
+KV_CACHE_TYPES = ("fp16", "int8")  # fp16 stands for the 16-bit type of the weights
+LAYOUTS = {4: int4_layout, 8: int8_layout}  # of packed weights, by their bits
+_WEIGHT_BITS = {"fp16": 16, "int8": 8, "int4": 4, "int4_awq": 4}
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
 PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
 # An allowance for modules, graphs and cuBLAS's own code; the context itself is taken before the plan is made.
@@ -45,11 +49,11 @@ class CudaSpec:
     attention: AttentionShape
     vocab_size: int
     head_rows: int  # rows of the LM head: vocab_size, or fewer with a vocabulary map
-    dtype: str  # fp16 or bf16: weights, activations, KV cache
+    dtype: str  # fp16 or bf16: weights, activations, and the KV cache unless attention.kv_int8
     norm_eps: float
     qkv_bias: bool
     tied: bool  # the LM head is the embedding
-    int4: bool  # the products' weights are in records of kernels/int4_layout.py, the head's too
+    weight_bits: int  # of the products and the head: 16, or 4 or 8 in records of kernels/int4_layout.py, int8_layout.py
     chunk: int  # tokens of a prefill step
     prefix_slots: int
     prefix_tokens: int
@@ -61,7 +65,7 @@ class CudaSpec:
     @property
     def has_head(self) -> bool:
         """Whether the LM head has an array of its own."""
-        return self.int4 or not self.tied or self.head_rows != self.vocab_size
+        return self.weight_bits < 16 or not self.tied or self.head_rows != self.vocab_size
 
     @classmethod
     def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
@@ -80,7 +84,13 @@ class CudaSpec:
             hidden=geometry.hidden_size,
             intermediate=geometry.intermediate_size,
             attention=AttentionShape(
-                geometry.num_heads, geometry.num_kv_heads, geometry.head_dim, max_context, norm_eps, qk_norm
+                num_heads=geometry.num_heads,
+                num_kv_heads=geometry.num_kv_heads,
+                head_dim=geometry.head_dim,
+                max_context=max_context,
+                norm_eps=norm_eps,
+                qk_norm=qk_norm,
+                kv_int8=_kv_cache_type(manifest, config) == "int8",
             ),
             vocab_size=geometry.vocab_size,
             head_rows=manifest.reduced_vocab_size or geometry.vocab_size,
@@ -88,7 +98,7 @@ class CudaSpec:
             norm_eps=norm_eps,
             qkv_bias=qkv_bias,
             tied=tied,
-            int4=_is_int4(manifest),
+            weight_bits=_weight_bits(manifest),
             chunk=-(-chunk // ROW_GRAIN) * ROW_GRAIN,
             prefix_slots=config.prompt_cache_entries,
             prefix_tokens=min(config.prompt_cache_tokens, max_context),
@@ -116,9 +126,9 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
         if attention.qk_norm:
             layer["q_norm"] = layer["k_norm"] = (attention.head_dim,)
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
-    quantized = ("head", *products) if spec.int4 else ()
+    quantized = ("head", *products) if spec.weight_bits < 16 else ()
     return {
-        name: ArraySpec("weights", records_shape(*shape), "uint8")
+        name: ArraySpec("weights", LAYOUTS[spec.weight_bits].records_shape(*shape), "uint8")
         if name.split(".")[-1] in quantized
         else ArraySpec("weights", shape, dtype)
         for name, shape in shapes.items()
@@ -140,8 +150,9 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     """Everything that is not a weight. Decode uses the first rows of what prefill uses."""
     attention, dtype, chunk, rows = spec.attention, spec.dtype, spec.chunk, spec.head_rows
     kv_heads, head_dim = attention.num_kv_heads, attention.head_dim
+    kv_dtype = "int8" if attention.kv_int8 else dtype
     arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
-        "kv_cache": ("kv_cache", (spec.num_layers, 2, kv_heads, spec.max_context, head_dim), dtype),
+        "kv_cache": ("kv_cache", (spec.num_layers, 2, kv_heads, spec.max_context, head_dim), kv_dtype),
         "rope": ("rope", (spec.max_context, head_dim // 2, 2), "fp32"),
         "hidden": ("scratch", (chunk, spec.hidden), "fp32"),
         "normed": ("scratch", (chunk, spec.hidden), dtype),
@@ -161,13 +172,17 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         "bias": ("io", (rows,), "fp32"),
         "mask": ("io", (-(-spec.vocab_size // 32),), "uint32"),
     }
+    if attention.kv_int8:
+        arrays["kv_scales"] = ("kv_cache", (spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
-    if spec.int4:  # one matrix at a time in 16 bits, for the products of prefill
+    if spec.weight_bits < 16:  # one matrix at a time in 16 bits, for the products of prefill
         arrays["dequantized"] = ("scratch", (max(map(math.prod, product_shapes(spec).values())),), dtype)
     if spec.prefix_slots:
-        shape = (spec.prefix_slots, spec.num_layers * 2 * kv_heads, spec.prefix_tokens, head_dim)
-        arrays["prefixes"] = ("prefix_cache", shape, dtype)
+        rows_of_slot = (spec.prefix_slots, spec.num_layers * 2 * kv_heads)
+        arrays["prefixes"] = ("prefix_cache", (*rows_of_slot, spec.prefix_tokens, head_dim), kv_dtype)
+        if attention.kv_int8:
+            arrays["prefix_scales"] = ("prefix_cache", (*rows_of_slot, scale_pitch(spec.prefix_tokens)), "fp16")
     return {name: ArraySpec(*values) for name, values in arrays.items()}
 
 
@@ -176,10 +191,6 @@ def _check_config(manifest: Manifest, config: EngineConfig) -> None:
     if config.max_batch != 1:
         raise ConfigurationError(
             f"max_batch is {config.max_batch}, but the cuda backend runs one sequence at a time; set it to 1."
-        )
-    if config.kv_cache_type not in ("auto", "fp16"):
-        raise ConfigurationError(
-            f"kv_cache_type is {config.kv_cache_type!r}, but the cuda backend has 'fp16' only; set it to that or auto."
         )
     if config.vocab_map == "none" and manifest.reduced_vocab_size:
         raise ConfigurationError(
@@ -193,14 +204,25 @@ def _check_config(manifest: Manifest, config: EngineConfig) -> None:
         )
 
 
-def _is_int4(manifest: Manifest) -> bool:
+def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
+    """What the engine opens with: the parameter, else what it was built to open with. Raises ConfigurationError."""
+    kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
+    if kind not in KV_CACHE_TYPES:
+        raise ConfigurationError(
+            f"kv_cache_type is {kind!r}, but the cuda backend has {' and '.join(map(repr, KV_CACHE_TYPES))}; "
+            "set it to one of them or auto."
+        )
+    return kind
+
+
+def _weight_bits(manifest: Manifest) -> int:
     """Raises EngineDirectoryError."""
-    if manifest.quantization not in ("fp16", "int4") or manifest.group_size not in (0, GROUP):
+    if manifest.quantization not in _WEIGHT_BITS or manifest.group_size not in (0, GROUP):
         raise EngineDirectoryError(
             f"The variant is {manifest.quantization} with groups of {manifest.group_size}, but the cuda backend reads "
-            f"fp16 and int4 with groups of {GROUP}; build the engine again."
+            f"fp16, int8 and int4 with groups of {GROUP}; build the engine again."
         )
-    return manifest.quantization == "int4"
+    return _WEIGHT_BITS[manifest.quantization]
 
 
 def bytes_by_purpose(*groups: dict[str, ArraySpec]) -> dict[str, int]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from engine_core.backends.cuda_layout import ROW_GRAIN, CudaSpec, product_shapes, weight_arrays, work_arrays
 from engine_core.device import Arena, Device, DeviceArray, Launch, Stream
-from engine_core.kernels import Kernels, attention, linear, linear_int4, sampling
+from engine_core.kernels import Kernels, attention, linear, linear_packed, sampling
 from engine_core.kernels.blas import Blas
 
 # name, array → fills the array. From a file, or random for a benchmark.
@@ -25,7 +25,7 @@ WeightSource = Callable[[str, DeviceArray], None]
 
 @dataclass
 class _Product:
-    """A 16-bit matrix for cuBLAS and, where it is kept in 4 bits, what makes it."""
+    """A 16-bit matrix for cuBLAS and, where it is kept in 4 or 8 bits, what makes it."""
 
     weight: DeviceArray
     dequantize: Launch | None
@@ -96,7 +96,7 @@ class CudaModel:
         return launches + self.sampling_launches(host_tokens)
 
     def _gemv(self, weight: DeviceArray, *args: Any, **kwargs: Any) -> Launch:
-        gemv = linear_int4.gemv_int4 if weight.dtype == "uint8" else linear.gemv
+        gemv = linear_packed.gemv_packed if weight.dtype == "uint8" else linear.gemv
         return gemv(self._kernels, weight, *args, **kwargs)
 
     def _decode_layer(self, i: int) -> list[Launch]:
@@ -124,6 +124,7 @@ class CudaModel:
                     attended,
                 ),
                 norms=self._head_norms(i),
+                scales=self._scales(i),
             ),
             self._gemv(weights["o"], attended, hidden, linear.RESIDUAL),
             self._gemv(
@@ -138,6 +139,9 @@ class CudaModel:
         if not self.spec.attention.qk_norm:
             return None
         return self.weights[f"layers.{i}.q_norm"], self.weights[f"layers.{i}.k_norm"]
+
+    def _scales(self, i: int) -> DeviceArray | None:
+        return self.work["kv_scales"].at(i) if self.spec.attention.kv_int8 else None
 
     # --- prefill --------------------------------------------------------------------------------------
 
@@ -161,20 +165,23 @@ class CudaModel:
             input_norm=norm(weights["input_norm"]),
             bias=None if bias is None else linear.add_bias(kernels, w["qkv"], bias, self._values),
             rope_append=attention.rope_append(
-                kernels, spec.attention, w["qkv"], cache, w["rope"], position, count, norms=self._head_norms(i)
+                kernels,
+                *(spec.attention, w["qkv"], cache, w["rope"], position, count),
+                norms=self._head_norms(i),
+                scales=self._scales(i),
             ),
             attend=attention.attention_prefill(
-                kernels, spec.attention, w["qkv"], cache, w["attended"], position, count
+                kernels, spec.attention, w["qkv"], cache, w["attended"], position, count, self._scales(i)
             ),
             post_norm=norm(weights["post_norm"]),
             products={name: self._product(weights[name], shape) for name, shape in product_shapes(spec).items()},
         )
 
     def _product(self, weight: DeviceArray, shape: tuple[int, int]) -> _Product:
-        if not self.spec.int4:
+        if self.spec.weight_bits == 16:
             return _Product(weight, None)
         target = DeviceArray(self.work["dequantized"].address, shape, self.spec.dtype)
-        return _Product(target, linear_int4.dequantize_int4(self._kernels, weight, target))
+        return _Product(target, linear_packed.dequantize_packed(self._kernels, weight, target))
 
     def prefill_chunk(self, count: int, position: int) -> None:
         """Queues the forward pass of ``count`` tokens, whose ids are in ``tokens``, from ``position`` on.

@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from engine_core.backends import TokenSampling
 from engine_core.backends.ort_plan import Layout, plan_memory, resolve
-from engine_core.backends.ort_session import OrtSession
+from engine_core.backends.ort_session import OrtSession, check_runtime
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, EdgeLLMError, EngineFaultError
 from engine_core.manifest import Manifest
@@ -62,7 +62,7 @@ class OnnxRuntimeBackend:
         self._session: OrtSession | None = session
         self._sampler = Sampler(layout.vocab_size, layout.vocab_map)
         kv = session.kv_cache.shape
-        self._slots = np.empty((layout.prefix_slots, *kv[:4], layout.prefix_tokens, kv[5]), dtype=np.float32)
+        self._slots = np.empty((layout.prefix_slots, *kv[:4], layout.prefix_tokens, kv[5]), session.kv_cache.dtype)
         self._slots.fill(0)
         # The sequence's state belongs to the compute thread; the flag may be set from any.
         self._stop_ids: frozenset[int] = frozenset()
@@ -87,6 +87,7 @@ class OnnxRuntimeBackend:
         EngineFaultError.
         """
         layout = resolve(variant_dir, manifest, config)
+        check_runtime(layout.kv_cache_type)
         plan_memory(layout, manifest).check()
         try:
             session = OrtSession(
@@ -96,6 +97,8 @@ class OnnxRuntimeBackend:
                 layout.max_context,
                 layout.chunk,
                 layout.threads,
+                layout.kv_cache_type,
+                packed=manifest.quantization != "fp32",
                 kept=layout.vocab_map if layout.cuts_head else None,
             )
         except EdgeLLMError:
@@ -125,6 +128,14 @@ class OnnxRuntimeBackend:
     def extend(self, token_ids: np.ndarray, position: int) -> None:
         self._set_interrupted(False)
         self._submit(self._feed, token_ids, position).result()
+
+    def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
+        """float64 [n - first]: of each token of ``token_ids``, int32 [n], from index ``first`` (1 or more) on, given
+        all before it; -inf for one the LM head has lost. Prefill up to ``first``, then decode steps as in an answer.
+
+        Beside the protocol, for measuring. Raises EngineFaultError."""
+        self._set_interrupted(False)
+        return self._submit(self._score, token_ids.copy(), first).result()
 
     def decode(self, mask: np.ndarray | None = None) -> _Pending:
         return self._submit(self._decode_step, None if mask is None else mask.copy())
@@ -204,6 +215,19 @@ class OnnxRuntimeBackend:
                 raise
         self._length = position + len(token_ids)
         return True
+
+    def _score(self, token_ids: np.ndarray, first: int) -> np.ndarray:
+        self._ended = True  # no sequence that ``decode`` could go on with
+        self._check_room(len(token_ids))
+        self._feed(token_ids[:first], 0)
+        found = np.empty(len(token_ids) - first)
+        for index, token_id in enumerate(token_ids[first:].tolist()):
+            found[index] = self._sampler.log_probability(self._session.logits, token_id)
+            if index + 1 < len(found):
+                self._session.decode(token_id, first + index)
+        if np.isnan(found).any():
+            raise EngineFaultError("The model's logits are NaN; the weights or the engine are damaged.")
+        return found
 
     def _sample(self, mask: np.ndarray | None) -> int:
         self._last = token = self._sampler.sample(self._session.logits, mask)

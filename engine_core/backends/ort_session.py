@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from engine_core.backends.ort_files import DATA_NAME, graph_name
 from engine_core.backends.ort_head import cut_head
+from engine_core.errors import BackendUnavailableError
 from engine_core.manifest import ModelGeometry
 
-MODEL_NAME = "model.onnx"
-# Of models with a sliding window: the graph for runtimes whose window leaves the query's own position out.
-WINDOW_BEFORE_1_24_NAME = "model.window_before_1_24.onnx"
+DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}  # of the KV cache
+# Before 1.27 the CPU's attention operator reads no int8 cache: 1.26 opens the graph and fails in the first step.
+_FIRST_WITH_INT8_CACHE = (1, 27)
+_MADV_POPULATE_READ = 22  # linux/mman.h
+# Before, attention over a float cache makes the scores of all heads at once: chunk x context of them for each.
+_FIRST_WITH_FLASH_ATTENTION = (1, 32)
 _ERROR, _FATAL = 3, 4  # ONNX Runtime's log severities
 
 
 class OrtSession:
-    """The model and its KV cache, float32 [layers, 1, 2 (K, V), kv_heads, max_context, head_dim].
+    """The model and its KV cache, DTYPES[kv_cache_type] [layers, 1, 2 (K, V), kv_heads, max_context, head_dim].
 
     Past and present of a layer are bound to the same memory, so a step writes its own positions and copies nothing.
+    ``packed``: the runtime makes copies of the weights in its kernels' own layout, which only quantized ones need.
+    ``kept``: int32 [rows], what the model's whole LM head is cut to; None: it stays as it is.
     ``logits``: float32 [rows], overwritten by every step. Not thread-safe, but for ``terminate``.
     """
 
@@ -31,16 +39,18 @@ class OrtSession:
         max_context: int,
         chunk: int,
         threads: int,
+        kv_cache_type: str = "fp32",
+        packed: bool = True,
         kept: np.ndarray | None = None,
     ):
-        """``kept``: int32 [rows], what the model's whole LM head is cut to; None: it stays as it is."""
         self.max_context = max_context
         self.chunk = chunk
-        options, model = session_options(threads), _model_path(variant_dir)
+        options, model = session_options(threads, packed), _model_path(variant_dir, kv_cache_type)
         source, self._head = (str(model), None) if kept is None else cut_head(model, kept, options)
         self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        populate(variant_dir / DATA_NAME)
         shape = (geometry.num_layers, 1, 2, geometry.num_kv_heads, max_context, geometry.head_dim)
-        self.kv_cache = np.empty(shape, dtype=np.float32)
+        self.kv_cache = np.empty(shape, dtype=DTYPES[kv_cache_type])
         self.kv_cache.fill(0)  # takes the pages now rather than token by token
         self.logits = np.zeros(rows, dtype=np.float32)
         self._last_position = np.zeros(1, dtype=np.int32)
@@ -90,19 +100,52 @@ class OrtSession:
         self._prefill_options.terminate = stop
 
 
-def _model_path(variant_dir: Path) -> Path:
-    old = variant_dir / WINDOW_BEFORE_1_24_NAME
-    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
-    return old if version < (1, 24) and old.is_file() else variant_dir / MODEL_NAME
+def check_runtime(kv_cache_type: str) -> None:
+    """Raises BackendUnavailableError if the ONNX Runtime that is installed has no such KV cache."""
+    if kv_cache_type == "int8" and _version() < _FIRST_WITH_INT8_CACHE:
+        first = ".".join(map(str, _FIRST_WITH_INT8_CACHE))
+        raise BackendUnavailableError(
+            f"ONNX Runtime {ort.__version__} has no int8 KV cache on the CPU, {first} is the first with one; update "
+            "onnxruntime (Python 3.11 or newer), or set kv_cache_type to fp16 or fp32."
+        )
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def has_flash_attention() -> bool:
+    return _version() >= _FIRST_WITH_FLASH_ATTENTION
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in ort.__version__.split(".")[:2])
+
+
+def _model_path(variant_dir: Path, kv_cache_type: str) -> Path:
+    old = variant_dir / graph_name(kv_cache_type, window_before_1_24=True)
+    return old if _version() < (1, 24) and old.is_file() else variant_dir / graph_name(kv_cache_type)
+
+
+def session_options(threads: int, packed: bool = True) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = _ERROR
+    options.enable_mem_pattern = False  # it takes a block anew for every length of a chunk
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     return options
+
+
+def populate(path: Path) -> None:
+    """Brings every page of ``path`` that this process has mapped into memory, so that no step waits for the disk.
+
+    Linux 5.14 and newer; before, pages come when they are first read.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] == str(path.resolve()):
+            start, end = (int(part, 16) for part in fields[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_POPULATE_READ)
 
 
 def _bind_input(binding: ort.IOBinding, name: str, array: np.ndarray) -> None:

@@ -2,104 +2,131 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
+from engine_core.backends import ort_files
+from engine_core.build import companions
+from engine_core.build.calibration import NAMES, find_calibration, read_sequences
 from engine_core.build.checkpoint import Checkpoint
+from engine_core.build.kv_cache import int8_scales, measure_peaks
 from engine_core.build.model import ModelSpec, check_tensors, read_spec
 from engine_core.build.onnx_graph import write_decoder
 from engine_core.build.onnx_writer import GraphWriter
-from engine_core.build.ort_dialect import OrtDialect, Precision
+from engine_core.build.ort_dialect import OrtDialect, Packing, Precision
+from engine_core.build.ort_weights import own_block_size
+from engine_core.build.qdq_dialect import QdqDialect
+from engine_core.build.quantize.detect import quantization_of
 from engine_core.build.weights import Weights
 from engine_core.errors import BuildError
 from engine_core.manifest import Manifest, seal, write_variant
-from engine_core.vocab import VOCAB_MAP_NAME, check_ends, read_vocab_map, vocab_map_metadata, write_vocab_map
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_MAX_CONTEXT = 4096  # tokens; less where the model was made for less
-QUANTIZATIONS = ("fp32", "int8", "int4")
+QUANTIZATIONS = ("fp32", "int8", "int4", "int4_awq", "fp8", "nvfp4")
+KV_CACHE_TYPES = ("auto", *ort_files.KV_CACHE_TYPES)
 GROUP_SIZES = (16, 32, 64, 128, 256)
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 def build_engine(
     checkpoint_dir: Path,
     out_dir: Path,
     *,
-    quantization: str = "fp32",
+    quantization: str = "auto",
     max_context: int = 0,
     group_size: int = 0,
     head_bits: int = 0,
     vocab_map: Path | None = None,
     model_name: str = "",
+    kv_cache_type: str = "auto",
+    calibration: Path | None = None,
     report: Callable[[str], None] = _log.info,
 ) -> Manifest:
     """Writes the variant directory ``out_dir`` and returns its manifest.
 
-    ``quantization``: fp32, int8 or int4. ``max_context``: tokens the RoPE table covers, 0 = the model's own up to
-    DEFAULT_MAX_CONTEXT. ``group_size``: weights per scale, 0 = 32. ``head_bits``: 4 or 8 for the LM head and the
-    embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows
-    keeps; a file of that name in the checkpoint is used by itself.
+    ``quantization``: one of QUANTIZATIONS, or auto: what the checkpoint is quantized as, else fp32. A quantized
+    checkpoint's int4 or int8 weights keep their levels, scales and zeros; built as anything else they are dequantized
+    first. int4_awq needs a checkpoint in int4; fp8 and nvfp4 are graphs with DequantizeLinear. ``max_context``: tokens
+    the RoPE table covers, 0 = the model's own up to DEFAULT_MAX_CONTEXT. ``group_size``: weights per scale, 0 = 32.
+    ``head_bits``: 4 or 8 for the LM head and the embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors
+    file of the full ids an LM head of fewer rows keeps; a file of that name in the checkpoint is used by itself.
+    ``kv_cache_type``: what the engine opens with unless told otherwise; auto = fp32. It holds fp32 and fp16 in any
+    case, and int8 where that was asked for or there is ``calibration`` text (see ``engine_core.texts``; by default the
+    checkpoint's own calibration.jsonl or .txt).
 
     Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.
     """
-    precision = precision_of(quantization, group_size, head_bits)
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
+    if quantization == "auto":
+        quantization = quantization_of(checkpoint, spec) or "fp32"
+    precision = precision_of(quantization, group_size, head_bits)
+    _check_levels(checkpoint, spec, quantization, group_size)
     num_parameters = check_tensors(spec, checkpoint)
     max_context = _max_context(max_context, spec)
-    vocab_map = vocab_map or _own_map(checkpoint)
-    kept = None if vocab_map is None else _kept_ids(Path(vocab_map), checkpoint, spec)
+    vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
+    kept = companions.kept_ids(vocab_map, checkpoint, spec)
+    calibration = _calibration(kv_cache_type, calibration, checkpoint) if precision.linear_bits else None
+    if not precision.linear_bits and kv_cache_type not in ("auto", "fp32"):
+        raise BuildError(f"An {quantization} graph has an fp32 KV cache only; leave kv_cache_type out.")
     weights = Weights(checkpoint, spec, kept)
     report(f"Building {spec.architecture} with {num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}")
     with write_variant(Path(out_dir)) as directory:
         with GraphWriter(directory, spec.architecture) as writer:
-            write_decoder(spec, OrtDialect(writer, weights, precision, max_context))
-        for name in _COPIED:
-            if (checkpoint.directory / name).is_file():
-                shutil.copyfile(checkpoint.directory / name, directory / name)
-        if kept is not None:
-            write_vocab_map(directory / VOCAB_MAP_NAME, kept, vocab_map_metadata(Path(vocab_map)))
+            make_dialect = OrtDialect if precision.linear_bits else QdqDialect
+            dialect = make_dialect(writer, weights, precision, max_context)
+            write_decoder(spec, dialect)
+            if calibration is not None:
+                sequences = read_sequences(calibration, checkpoint, max_context, spec.vocab_size)
+                report(f"Calibrating the int8 KV cache on {sum(map(len, sequences))} tokens of {calibration}")
+                geometry = spec.geometry(num_parameters)
+                dialect.add_int8_cache(int8_scales(measure_peaks(directory, geometry, weights.head_rows, sequences)))
+        companions.copy_companions(checkpoint, directory)
+        companions.copy_vocab_map(vocab_map, kept, directory)
         manifest = Manifest(
-            model_name=model_name or _model_name(checkpoint),
+            model_name=model_name or companions.model_name(checkpoint),
             geometry=spec.geometry(num_parameters),
             backend="onnxruntime",
             quantization=quantization,
-            kv_cache_type="fp32",
+            kv_cache_type="fp32" if kv_cache_type == "auto" else kv_cache_type,
             max_context=max_context,
             max_batch=1,
-            eos_token_ids=_eos_token_ids(checkpoint),
+            eos_token_ids=companions.eos_token_ids(checkpoint),
             reduced_vocab_size=0 if kept is None else len(kept),
-            group_size=precision.group_size,
-            builder=_versions(),
-            options=engine_options(spec, precision, shares_head=spec.tied and kept is None),
+            group_size=_group_size(weights, precision),
+            builder=companions.versions(),
+            options=engine_options(spec, precision, dialect.packing, shares_head=spec.tied and kept is None),
         )
         manifest = seal(directory, manifest)
     report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
     return manifest
 
 
-def engine_options(spec: ModelSpec, precision: Precision, *, shares_head: bool) -> dict:
+def engine_options(spec: ModelSpec, precision: Precision, packing: Packing, *, shares_head: bool) -> dict:
     """The manifest's ``options``. ``shares_head``: the token lookup and the whole LM head use the same bytes."""
     return {
         "head_bits": precision.head_bits,
         "rope_dims": [rope.dim for rope in spec.ropes],
-        # The runtime packs the head anew while the token lookup keeps the bytes the two share.
-        "packed_head_bytes": spec.vocab_size * spec.hidden_size * precision.head_bits // 8 if shares_head else 0,
+        "shares_head": shares_head and precision.head_bits == precision.embedding_bits,
+        "released_bytes": packing.released,
+        "packed_bytes": packing.packed + packing.largest_scales,
+        "packed_head_bytes": packing.head,
     }
+
+
+def _check_levels(checkpoint: Checkpoint, spec: ModelSpec, quantization: str, group_size: int) -> None:
+    """Refuses what a checkpoint's own levels do not allow. Raises BuildError."""
+    found = quantization_of(checkpoint, spec)
+    if quantization == "int4_awq" and not found.startswith("int4"):
+        what = f"is {found}" if found else "is not, or not in consecutive groups"
+        raise BuildError(
+            f"int4_awq takes the levels of a checkpoint in int4, but this one {what}; "
+            "make one with 'edgellm quantize --method int4_awq', or build int4, which rounds to nearest."
+        )
+    if group_size and found.split("_")[0] == quantization.split("_")[0] == "int4":
+        raise BuildError("The checkpoint is in int4 groups of its own; leave the group size out.")
 
 
 def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> Precision:
@@ -112,51 +139,45 @@ def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> 
         if group_size or head_bits:
             raise BuildError("group_size and head_bits belong to int8 and int4; an fp32 variant has neither.")
         return Precision(32, 32, 32)
+    if quantization in ("fp8", "nvfp4"):
+        if group_size or head_bits:
+            raise BuildError("group_size and head_bits belong to int8 and int4; fp8 and nvfp4 have neither.")
+        return Precision(0, 16, 16, kind=quantization)
     if group_size not in (0, *GROUP_SIZES):
         raise BuildError(f"group_size is {group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
     if head_bits not in (0, 4, 8):
         raise BuildError(f"head_bits is {head_bits}, expected 4 or 8.")
     head = head_bits or 8
-    return Precision({"int8": 8, "int4": 4}[quantization], head, head, group_size or 32)
+    return Precision(8 if quantization == "int8" else 4, head, head, group_size or 32)
+
+
+def _group_size(weights: Weights, precision: Precision) -> int:
+    """The groups of the first linear: those of the checkpoint's integers where they are kept."""
+    linear = weights.spec.layers[0].qkv
+    layout = weights.integer_layout(linear)
+    if layout is not None and layout.bits == precision.linear_bits:
+        return own_block_size(weights, linear, precision.group_size)
+    return precision.group_size
+
+
+def _calibration(kv_cache_type: str, given: Path | None, checkpoint: Checkpoint) -> Path | None:
+    """The text to calibrate an int8 cache on; None: the engine will hold none."""
+    if kv_cache_type not in KV_CACHE_TYPES:
+        raise BuildError(
+            f"The onnxruntime backend has no {kv_cache_type!r} KV cache; choose one of {', '.join(KV_CACHE_TYPES)}."
+        )
+    if kv_cache_type in ("fp32", "fp16") and given is None:
+        return None
+    found = find_calibration(checkpoint, given)
+    if found is None and kv_cache_type == "int8":
+        raise BuildError(
+            f"An int8 KV cache is calibrated on text, but {checkpoint.directory} has no {' or '.join(NAMES)}; give "
+            "--calibration FILE with conversations like those the robot will have."
+        )
+    return found
 
 
 def _max_context(asked: int, spec: ModelSpec) -> int:
     if asked < 0 or asked > spec.max_position:
         raise BuildError(f"max_context is {asked}, but the model was made for 1 to {spec.max_position} tokens.")
     return asked or min(DEFAULT_MAX_CONTEXT, spec.max_position)
-
-
-def _own_map(checkpoint: Checkpoint) -> Path | None:
-    path = checkpoint.directory / VOCAB_MAP_NAME
-    return path if path.is_file() else None
-
-
-def _kept_ids(path: Path, checkpoint: Checkpoint, spec: ModelSpec) -> np.ndarray:
-    """int32 [rows], ascending full ids with every end-of-sequence id among them."""
-    kept = read_vocab_map(path, spec.vocab_size, checkpoint.directory)
-    check_ends(path, kept, _eos_token_ids(checkpoint))
-    return kept
-
-
-def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Those of generation_config.json and of config.json: both are in use, and they may differ."""
-    ids: set[int] = set()
-    for config in (checkpoint.generation_config, checkpoint.config):
-        value = config.get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
-    return tuple(sorted(int(token_id) for token_id in ids))
-
-
-def _model_name(checkpoint: Checkpoint) -> str:
-    name = str(checkpoint.config.get("_name_or_path") or "")
-    return Path(name).name or checkpoint.directory.resolve().name
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("edgellm_ros", "onnx", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -5,32 +5,24 @@ Nothing is compiled here: one directory serves every NVIDIA GPU. Needs numpy onl
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from engine_core.backends.cuda_layout import CudaSpec, options_of, weight_arrays
+from engine_core.backends.cuda_layout import KV_CACHE_TYPES, LAYOUTS, CudaSpec, options_of, weight_arrays
+from engine_core.build import companions
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
+from engine_core.build.quantize.formats import from_16_bit, to_16_bit
 from engine_core.build.tensor_writer import TensorWriter
 from engine_core.config import EngineConfig
 from engine_core.errors import BuildError, UnsupportedModelError
-from engine_core.kernels import int4_layout
-from engine_core.kernels.int4_layout import GROUP
+from engine_core.kernels.int4_layout import GROUP, TILE, fits
 from engine_core.manifest import Manifest, seal, write_variant
-from engine_core.vocab import VOCAB_MAP_NAME, check_ends, read_vocab_map, vocab_map_metadata, write_vocab_map
 
+QUANTIZATIONS = ("fp16", "int8", "int4", "int4_awq")
 WEIGHTS_NAME, ROPE_NAME = "weights.safetensors", "rope"
-# What the tokenizer and the chat template may need; copied where the checkpoint has it.
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _STORED = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}
 
 
@@ -42,13 +34,18 @@ def build_cuda(
     max_context: int = 0,
     dtype: str = "auto",
     vocab_map: Path | None = None,
+    kv_cache_type: str = "auto",
     model_name: str = "",
 ) -> Manifest:
     """Writes the variant ``engine_dir`` from a Hugging Face checkpoint directory.
 
-    ``quantization``: fp16 (16-bit weights of either type) or int4 (rounded to nearest, groups of 128, the LM head too).
+    ``quantization``: fp16 (16-bit weights of either type), int8 or int4 (rounded to nearest, groups of 128, the LM head
+    too) or int4_awq, which is int4 from a checkpoint in int4. A checkpoint's own symmetric levels of as many bits are
+    kept with their scales, of groups of 128 or a multiple of that, such as a row; others are dequantized first.
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
-    ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps.
+    ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps; a file of that name in the
+    checkpoint is used by itself.
+    ``kv_cache_type``: fp16 or int8, what the engine opens with unless told otherwise (auto = fp16).
     Raises CheckpointError, UnsupportedModelError or BuildError; nothing half-written is left behind.
     """
     checkpoint = Checkpoint(checkpoint_dir)
@@ -60,32 +57,38 @@ def build_cuda(
         dtype = "bf16" if stored == "bfloat16" else "fp16"
     if dtype not in ("fp16", "bf16"):
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
-    if quantization not in ("fp16", "int4"):
-        raise BuildError(f"The cuda backend has no {quantization!r} weights; choose fp16 or int4.")
-    kept = None if vocab_map is None else read_vocab_map(Path(vocab_map), spec.vocab_size, checkpoint.directory)
-    if kept is not None:
-        check_ends(vocab_map, kept, _eos_token_ids(checkpoint))
+    if quantization not in QUANTIZATIONS:
+        raise BuildError(f"The cuda backend has no {quantization!r} weights; choose one of {', '.join(QUANTIZATIONS)}.")
+    if kv_cache_type not in ("auto", *KV_CACHE_TYPES):
+        raise BuildError(
+            f"The cuda backend has no {kv_cache_type!r} KV cache; choose one of {', '.join(KV_CACHE_TYPES)}."
+        )
+    stored = checkpoint.stored(spec.layers[0].qkv.parts[0])
+    if quantization == "int4_awq" and (stored is None or stored.kind != "int4"):
+        raise BuildError(
+            "int4_awq takes the levels of a checkpoint in int4, which this one is not; make one with "
+            "'edgellm quantize --method int4_awq', or build int4, which rounds to nearest."
+        )
+    vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
+    kept = companions.kept_ids(vocab_map, checkpoint, spec)
     manifest = Manifest(
-        model_name=model_name or checkpoint.config.get("_name_or_path") or Path(checkpoint_dir).resolve().name,
+        model_name=model_name or companions.model_name(checkpoint),
         geometry=spec.geometry(check_tensors(spec, checkpoint)),
         backend="cuda",
         quantization=quantization,
-        kv_cache_type="fp16",
+        kv_cache_type="fp16" if kv_cache_type == "auto" else kv_cache_type,
         max_context=max_context,
         max_batch=1,
-        eos_token_ids=_eos_token_ids(checkpoint),
+        eos_token_ids=companions.eos_token_ids(checkpoint),
         reduced_vocab_size=0 if kept is None else len(kept),
-        group_size=GROUP if quantization == "int4" else 0,
+        group_size=0 if quantization == "fp16" else GROUP,
         use_cuda_graph=True,
-        builder={"numpy": np.__version__},
+        builder=companions.versions(()),
         options=model_options(spec, dtype),
     )
     with write_variant(Path(engine_dir)) as directory:
-        for name in _COMPANIONS:
-            if (checkpoint.directory / name).is_file():
-                shutil.copyfile(checkpoint.directory / name, directory / name)
-        if kept is not None:
-            write_vocab_map(directory / VOCAB_MAP_NAME, kept, vocab_map_metadata(Path(vocab_map)))
+        companions.copy_companions(checkpoint, directory)
+        companions.copy_vocab_map(vocab_map, kept, directory)
         _write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
         manifest = seal(directory, manifest)
     return manifest
@@ -148,15 +151,44 @@ def _layer_tensors(checkpoint: Checkpoint, layer: LayerSpec) -> Iterator[tuple[s
     yield "qkv", _stack(checkpoint, layer.qkv)
     yield "o", _stack(checkpoint, layer.output)
     yield "post_norm", checkpoint.read(layer.mlp_norm)
-    # One CTA computes both rows of a pair, and so the activation.
-    gate_up = _stack(checkpoint, layer.gate_up)
-    yield "gate_up", gate_up.reshape(2, -1, gate_up.shape[1]).swapaxes(0, 1).reshape(gate_up.shape)
+    yield "gate_up", _paired(_stack(checkpoint, layer.gate_up))
     yield "down", _stack(checkpoint, layer.down)
     if layer.qkv.biases:
         yield "qkv_bias", np.concatenate([checkpoint.read(name) for name in layer.qkv.biases])
     if layer.q_norm:
         yield "q_norm", checkpoint.read(layer.q_norm)
         yield "k_norm", checkpoint.read(layer.k_norm)
+
+
+def own_levels(checkpoint: Checkpoint, spec: ModelSpec, name: str, bits: int, dtype: str) -> np.ndarray | None:
+    """Records with the checkpoint's own levels and scales, of the fused tensor ``name``.
+
+    None unless all its parts are in ``bits`` bits, symmetric, in groups of a multiple of 128 columns, with scales that
+    ``dtype`` holds exactly.
+    """
+    if not name.startswith("layers."):
+        return None
+    _, index, which = name.split(".")
+    layer = spec.layers[int(index)]
+    linear = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}[which]
+    found = [checkpoint.quantized(part) for part in linear.parts]
+    if any(part is None or part.bits != bits or part.group_size % GROUP for part in found):
+        return None
+    if any(part.zeros is not None and (part.zeros != 1 << (bits - 1)).any() for part in found):
+        return None
+    found = [part.regrouped(GROUP) for part in found]
+    levels, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))
+    stored = to_16_bit(scales, dtype)
+    if not fits(*levels.shape) or not np.array_equal(from_16_bit(stored), scales):
+        return None
+    if which == "gate_up":
+        levels, stored = _paired(levels), _paired(stored)
+    return LAYOUTS[bits].pack(levels, stored)
+
+
+def _paired(gate_up: np.ndarray) -> np.ndarray:
+    """Rows of gate and up in turn: one CTA computes both rows of a pair, and so the activation."""
+    return gate_up.reshape(2, -1, gate_up.shape[1]).swapaxes(0, 1).reshape(gate_up.shape)
 
 
 def _stack(checkpoint: Checkpoint, linear: LinearSpec) -> np.ndarray:
@@ -169,37 +201,28 @@ def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
     return np.stack(spec.ropes[0].table(max_context), axis=-1)
 
 
-def to_16_bit(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 to fp16, or to bf16 carried as uint16, rounded to nearest even. Raises BuildError on overflow."""
-    if dtype == "bf16":
-        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    with np.errstate(over="ignore"):
-        result = values.astype(np.float16)
-    if np.isinf(result).any():
-        raise BuildError("A weight is too large for fp16; build with the type bf16.")
-    return result
+def to_records(values: np.ndarray, bits: int, dtype: str) -> np.ndarray:
+    """float32 [rows, cols] rounded to nearest, symmetric, in groups of 128: records of kernels/int4_layout.py or 8.
 
-
-def to_int4(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 [rows, cols] rounded to nearest, symmetric, in groups of 128: records of kernels/int4_layout.py.
-
-    The value of largest magnitude becomes -8, which spends all 16 levels. The scale is rounded to ``dtype`` first, so
-    that the levels make up for it. Raises BuildError on a shape the records cannot hold.
+    In 4 bits the value of largest magnitude becomes -8, which spends all 16 levels; in 8 bits it becomes ±127. The
+    scale is rounded to ``dtype`` first, so that the levels make up for it. Raises BuildError on a shape the records
+    cannot hold.
     """
     rows, cols = values.shape
-    if not int4_layout.fits(rows, cols):
+    if not fits(rows, cols):
         raise BuildError(
-            f"A weight is {rows} × {cols}, but int4 takes rows in multiples of {int4_layout.TILE} and columns in "
+            f"A weight is {rows} × {cols}, but int{bits} takes rows in multiples of {TILE} and columns in "
             f"multiples of {GROUP}; build fp16 instead."
         )
+    layout = LAYOUTS[bits]
     grouped = values.reshape(rows, cols // GROUP, GROUP)
     peak = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
-    scales = to_16_bit(peak / np.float32(-8), dtype)
+    scales = to_16_bit(peak / np.float32(-8) if bits == 4 else np.abs(peak) / np.float32(127), dtype)
     rounded = (scales.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else scales.astype(np.float32)
     inverse = np.divide(1.0, rounded, out=np.zeros_like(rounded), where=rounded != 0)
-    levels = np.clip(np.rint(grouped * inverse[:, :, None]) + int4_layout.ZERO, 0, 15).astype(np.uint8)
-    return int4_layout.pack(levels.reshape(rows, cols), scales)
+    low, high = (0, 15) if bits == 4 else (1, 255)
+    levels = np.clip(np.rint(grouped * inverse[:, :, None]) + layout.ZERO, low, high).astype(np.uint8)
+    return layout.pack(levels.reshape(rows, cols), scales)
 
 
 def _write_weights(
@@ -210,20 +233,18 @@ def _write_weights(
     arrays = weight_arrays(cuda_spec)
     tensors = {name: (_STORED[array.dtype], array.shape) for name, array in arrays.items()}
     table = rope_table(spec, manifest.max_context)
+    bits = cuda_spec.weight_bits
+
+    def stored(name: str, values: np.ndarray) -> np.ndarray:
+        records = own_levels(checkpoint, spec, name, bits, dtype)
+        return to_records(values, bits, dtype) if records is None else records
+
     writer = TensorWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)})
     try:
         for name, values in fused_tensors(checkpoint, spec, kept, cuda_spec.has_head):
-            writer.write(name, (to_int4 if arrays[name].dtype == "uint8" else to_16_bit)(values, dtype))
+            writer.write(name, stored(name, values) if arrays[name].dtype == "uint8" else to_16_bit(values, dtype))
         writer.write(ROPE_NAME, table)
     except BaseException:
         writer.abandon()
         raise
     writer.close()
-
-
-def _eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    found: set[int] = set()
-    for config in (checkpoint.config, checkpoint.generation_config):
-        value = config.get("eos_token_id")
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
-    return tuple(sorted(found))

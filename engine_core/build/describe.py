@@ -88,11 +88,12 @@ def _backends(directory: Path, spec: ModelSpec) -> tuple[dict[str, list[str]], d
     try:
         check_supported(spec, context)
         backends["cuda"] = ["fp16"]
-        reason = estimate.why_not_int4(spec.vocab_size)
-        if reason:
-            why_not["cuda int4"] = f"{reason} (groups of {int4_layout.GROUP})"
-        else:
-            backends["cuda"].append("int4")
+        for quantization in ("int8", "int4"):
+            reason = estimate.why_not_packed(spec.vocab_size, quantization)
+            if reason:
+                why_not[f"cuda {quantization}"] = f"{reason} (groups of {int4_layout.GROUP})"
+            else:
+                backends["cuda"].append(quantization)
     except UnsupportedModelError as error:
         why_not["cuda"] = str(error)
     return backends, why_not

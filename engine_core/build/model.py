@@ -144,7 +144,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         raise UnsupportedModelError(
             f"The architecture {architecture} is not supported; supported are {', '.join(sorted(_ARCHITECTURES))}."
         )
-    for trait in ("quantization_config", "use_bidirectional_attention", "head_dim_per_layer"):
+    for trait in ("use_bidirectional_attention", "head_dim_per_layer"):
         if config.get(trait):
             raise UnsupportedModelError(f"The checkpoint sets {trait!r}, which is not supported; use plain weights.")
     return _Reader(checkpoint, architecture).spec()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,9 +11,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-MODEL_NAME = "model.onnx"
-DATA_NAME = "model.onnx.data"
+from engine_core.backends.ort_files import DATA_NAME, graph_name
+
 _ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
+IR_VERSION = 9  # what ONNX Runtime 1.17 and TensorRT 10 read
+# Types of which two values lie in a byte; FLOAT4E2M1 is not in every onnx.
+_HALF_BYTES = (getattr(TensorProto, "FLOAT4E2M1", -1),)
 _INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
 
 
@@ -37,6 +41,10 @@ class GraphWriter:
     def __exit__(self, *_) -> None:
         self._data.close()
 
+    @property
+    def model_path(self) -> Path:
+        return self._directory / graph_name("fp32")
+
     # --- the graph ----------------------------------------------------------------------------------
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
@@ -54,6 +62,27 @@ class GraphWriter:
         self._nodes.append(helper.make_node(op, list(inputs), outputs, name=name, domain=domain, **attributes))
         return outputs[0]
 
+    def fork(self) -> GraphWriter:
+        """Another graph over the same data file: what is changed in one is not in the other."""
+        other = copy.copy(self)
+        other._nodes = copy.deepcopy(self._nodes)
+        other._inputs, other._outputs = copy.deepcopy(self._inputs), copy.deepcopy(self._outputs)
+        other._initializers = dict(self._initializers)
+        return other
+
+    def retype(self, prefixes: tuple[str, ...], dtype: int) -> None:
+        """Gives the graph's inputs and outputs whose names start so the element type ``dtype``."""
+        for value in (*self._inputs, *self._outputs):
+            if value.name.startswith(prefixes):
+                value.type.tensor_type.elem_type = dtype
+
+    def rewrite(self, op: str, replace: Callable[[onnx.NodeProto], Sequence[onnx.NodeProto]]) -> None:
+        """Puts what ``replace`` makes of each node of kind ``op`` in its place."""
+        nodes: list[onnx.NodeProto] = []
+        for node in self._nodes:
+            nodes.extend(replace(node) if node.op_type == op else (node,))
+        self._nodes = nodes
+
     # --- tensors ------------------------------------------------------------------------------------
 
     def constant(self, name: str, value: np.ndarray) -> str:
@@ -66,23 +95,29 @@ class GraphWriter:
         self._initializers[name] = onnx.numpy_helper.from_array(value, name)
         return name
 
-    def stream(self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray]) -> str:
-        """A tensor that arrives in blocks along its first axis; only one of them is in memory at a time."""
+    def stream(
+        self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray], onnx_type: int = 0
+    ) -> str:
+        """A tensor that arrives in blocks along its first axis; only one of them is in memory at a time.
+
+        ``onnx_type``: what bytes stand for, of a type numpy has not: FLOAT8E4M3FN, or FLOAT4E2M1 with two to a byte.
+        """
         assert name not in self._initializers
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         offset = self._data.tell()
         for block in blocks:
             self._data.write(np.ascontiguousarray(block, dtype=dtype).data)
         length = self._data.tell() - offset
-        assert length == int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, f"{name} has {length} bytes"
-        self._initializers[name] = _external(name, dtype, shape, offset, length)
+        expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        assert length == (expected // 2 if onnx_type in _HALF_BYTES else expected), f"{name} has {length} bytes"
+        self._initializers[name] = _external(name, onnx_type or _onnx_type(dtype), shape, offset, length)
         return name
 
     def alias(self, name: str, of: str, shape: Sequence[int]) -> str:
         """The bytes of the streamed tensor ``of`` under another name and shape."""
         place = {entry.key: entry.value for entry in self._initializers[of].external_data}
-        dtype = helper.tensor_dtype_to_np_dtype(self._initializers[of].data_type)
-        self._initializers[name] = _external(name, dtype, shape, int(place["offset"]), int(place["length"]))
+        onnx_type = self._initializers[of].data_type
+        self._initializers[name] = _external(name, onnx_type, shape, int(place["offset"]), int(place["length"]))
         return name
 
     def add_to_attribute(self, attribute: str, amount: int) -> bool:
@@ -92,7 +127,9 @@ class GraphWriter:
             each.i += amount
         return bool(found)
 
-    def save(self, opsets: dict[str, int], name: str = MODEL_NAME) -> None:
+    def save(
+        self, opsets: dict[str, int], name: str = graph_name("fp32"), ir_version: int = IR_VERSION
+    ) -> None:
         graph = helper.make_graph(
             self._nodes, self._name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )
@@ -100,14 +137,18 @@ class GraphWriter:
             graph,
             producer_name="edgellm_ros",
             opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
-            ir_version=9,  # what ONNX Runtime 1.17 and TensorRT 10 read
+            ir_version=ir_version,
         )
         self._data.flush()
         (self._directory / name).write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _external(name: str, dtype: np.dtype, shape: Sequence[int], offset: int, length: int) -> onnx.TensorProto:
-    tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dims=list(shape))
+def _onnx_type(dtype: np.dtype) -> int:
+    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
+def _external(name: str, onnx_type: int, shape: Sequence[int], offset: int, length: int) -> onnx.TensorProto:
+    tensor = TensorProto(name=name, data_type=onnx_type, dims=list(shape))
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", DATA_NAME), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)

@@ -6,34 +6,57 @@ MatMulNBits multiplies with group-wise int4 or int8 weights; GatherBlockQuantize
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from onnx import TensorProto
 
+from engine_core.backends.ort_files import graph_name
 from engine_core.build.model import LayerSpec, LinearSpec
-from engine_core.build.onnx_writer import GraphWriter
-from engine_core.build.quantize import quantize_rows
+from engine_core.build.onnx_writer import IR_VERSION, GraphWriter
+from engine_core.build.ort_kv_cache import KVScales, with_fp16_cache, with_int8_cache
+from engine_core.build.ort_weights import PackedWeight, own_levels, packed_shape, rounded
 from engine_core.build.weights import Weights
 from engine_core.errors import UnsupportedModelError
 
 _MS = "com.microsoft"
-WINDOW_BEFORE_1_24_NAME = "model.window_before_1_24.onnx"
 _OPSETS = {"": 17, _MS: 1}
 _HEAD_DIM_STEP = 16
+_PACKED_GROUP_BYTES = 8  # MatMulNBits keeps the scale and the sum of each group beside its packed values, float32 both
 _ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, products are integers
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits of the weights; 32 = float32. A group is ``group_size`` weights of a row that share a scale."""
+    """Bits of the weights; 32 = float32. A group is ``group_size`` weights of a row that share a scale.
+
+    ``kind``: fp8 or nvfp4, for which ``linear_bits`` is 0 and head and embedding are float16.
+    """
 
     linear_bits: int
     head_bits: int
     embedding_bits: int
     group_size: int = 0
     accuracy_level: int = _ACCURACY_INT8
+    kind: str = ""
+
+
+@dataclass
+class Packing:
+    """Bytes of the weights that the runtime packs anew when it loads; see docs/cpu_backend.md."""
+
+    released: int = 0  # of the file, not kept once packed
+    packed: int = 0
+    head: int = 0  # of ``packed``, the LM head's
+    largest_scales: int = 0  # of one tensor; the packing keeps a buffer of this size
+
+    def add(self, groups: int, group_bytes: int, *, is_head: bool, is_shared: bool) -> None:
+        """A matrix of so many groups. ``is_shared``: the token lookup keeps its bytes."""
+        packed = groups * (group_bytes + _PACKED_GROUP_BYTES)
+        self.released += 0 if is_shared else groups * group_bytes
+        self.packed += packed
+        self.head += packed if is_head else 0
+        self.largest_scales = max(self.largest_scales, 4 * groups)
 
 
 class OrtDialect:
@@ -50,6 +73,7 @@ class OrtDialect:
                 f"The CPU's attention operator needs a head_dim that is a multiple of {_HEAD_DIM_STEP}, "
                 f"but this model's is {self._spec.head_dim}."
             )
+        self.packing = Packing()
         self._tied_head = ""  # the embedding's tensor, where the head can use the same bytes
 
     def begin(self) -> None:
@@ -78,16 +102,17 @@ class OrtDialect:
             embedded = writer.node("Gather", [table, "input_ids"], "embed/output", axis=0)
         else:
             bits = precision.embedding_bits
-            values, scales = self._quantized("embedding", shape, self._weights.embedding(), bits, flat=True)
+            group_size = precision.group_size
+            table = rounded(writer, "embedding", shape, self._weights.embedding(), bits, group_size, flat=True)
             if shares:
-                self._tied_head = writer.alias("head.weight", values, self._packed_shape(shape, bits))
+                self._tied_head = writer.alias("head.weight", table.values, packed_shape(shape, bits, group_size))
             embedded = writer.node(
                 "GatherBlockQuantized",
-                [values, "input_ids", scales],
+                [table.values, "input_ids", table.scales],
                 "embed/output",
                 domain=_MS,
                 bits=bits,
-                block_size=precision.group_size,
+                block_size=group_size,
                 gather_axis=0,
                 quantize_axis=1,
             )
@@ -117,8 +142,14 @@ class OrtDialect:
         if bits == 32:
             weight = self._writer.stream(f"{name}.weight", np.dtype(np.float32), shape, self._weights.linear(linear))
             return self._matmul(name, value, weight, bias)
-        values, scales = self._quantized(f"{name}.weight", shape, self._weights.linear(linear), bits)
-        return self._matmul_nbits(name, value, values, scales, shape, bits, bias)
+        layout = self._weights.integer_layout(linear)
+        group_size = self._precision.group_size
+        if layout is not None and layout.bits == bits:
+            weight = own_levels(self._writer, f"{name}.weight", self._weights, linear, group_size)
+        else:
+            blocks = self._weights.linear(linear)
+            weight = rounded(self._writer, f"{name}.weight", shape, blocks, bits, group_size)
+        return self._matmul_nbits(name, value, weight, shape, bias)
 
     def attention(self, index: int, qkv: str, layer: LayerSpec) -> str:
         spec = self._spec
@@ -158,32 +189,55 @@ class OrtDialect:
         return self._writer.node("Gather", [value, last], f"{name}/output", axis=1)
 
     def head(self, value: str) -> None:
-        spec, precision, weights = self._spec, self._precision, self._weights
-        shape = (weights.head_rows, spec.hidden_size)
-        bias = weights.head_bias()
-        if precision.head_bits == 32:
-            weight = self._tied_head or self._writer.stream("head.weight", np.dtype(np.float32), shape, weights.head())
-            logits = self._matmul("head", value, weight, bias)
-        else:
-            values = self._tied_head
-            scales = "embedding.scales"
-            if not values:
-                values, scales = self._quantized("head.weight", shape, weights.head(), precision.head_bits)
-            logits = self._matmul_nbits("head", value, values, scales, shape, precision.head_bits, bias)
-        if spec.logits_softcap:
-            cap = self._writer.constant("logits_softcap", np.float32(spec.logits_softcap))
+        logits = self.head_logits(value)
+        if self._spec.logits_softcap:
+            cap = self._writer.constant("logits_softcap", np.float32(self._spec.logits_softcap))
             scaled = self._writer.node("Div", [logits, cap], "softcap/scaled")
             bounded = self._writer.node("Tanh", [scaled], "softcap/tanh")
             logits = self._writer.node("Mul", [bounded, cap], "softcap/output")
         self._writer.node("Identity", [logits], "logits")
-        self._writer.output("logits", TensorProto.FLOAT, [1, shape[0]])
+        self._writer.output("logits", TensorProto.FLOAT, [1, self._weights.head_rows])
+
+    def head_logits(self, value: str) -> str:
+        """The head's product, before soft capping."""
+        precision, weights = self._precision, self._weights
+        shape = (weights.head_rows, self._spec.hidden_size)
+        bias = weights.head_bias()
+        if precision.head_bits == 32:
+            weight = self._tied_head or self._writer.stream("head.weight", np.dtype(np.float32), shape, weights.head())
+            return self._matmul("head", value, weight, bias)
+        bits, group_size = precision.head_bits, precision.group_size
+        if self._tied_head:
+            packed = PackedWeight(self._tied_head, "embedding.scales", "", bits, group_size)
+        else:
+            packed = rounded(self._writer, "head.weight", shape, weights.head(), bits, group_size)
+        return self._matmul_nbits("head", value, packed, shape, bias)
 
     def finish(self) -> None:
-        self._writer.save(_OPSETS)
+        """Writes the graphs of the KV cache types that need no calibration."""
+        self.save_graph(self._writer, "fp32")
+        ropes = {
+            f"rope_{name}.{i}": table
+            for i, rope in enumerate(self._spec.ropes)
+            for name, table in zip(("cos", "sin"), rope.table(self._max_context))
+        }
+        self.save_graph(with_fp16_cache(self._writer, ropes), "fp16")
+
+    def add_int8_cache(self, scales: KVScales) -> None:
+        """Writes the graph of an int8 KV cache too; after ``finish``."""
+        self.save_graph(with_int8_cache(self._writer, scales), "int8")
+
+    def save_graph(
+        self, writer: GraphWriter, kv_cache_type: str, opset: int = _OPSETS[""], ir_version: int = IR_VERSION
+    ) -> None:
+        opsets = {**_OPSETS, "": opset}
+        writer.save(opsets, graph_name(kv_cache_type), ir_version)
         # Before 1.24 the runtime's local_window_size left the query's own position out: a second graph over the same
-        # weights for those (1.23 is the last one for Python 3.10, and so for JetPack 6).
-        if self._writer.add_to_attribute("local_window_size", -1):
-            self._writer.save(_OPSETS, WINDOW_BEFORE_1_24_NAME)
+        # weights for those (1.23 is the last one for Python 3.10, and so for JetPack 6). They have no int8 cache.
+        if kv_cache_type != "int8":
+            before = writer.fork()
+            if before.add_to_attribute("local_window_size", -1):
+                before.save(opsets, graph_name(kv_cache_type, window_before_1_24=True), ir_version)
 
     # --- helpers ------------------------------------------------------------------------------------
 
@@ -198,18 +252,16 @@ class OrtDialect:
         return self._writer.node("Add", [result, self._writer.constant(f"{name}.bias", bias)], f"{name}/output")
 
     def _matmul_nbits(
-        self,
-        name: str,
-        value: str,
-        values: str,
-        scales: str,
-        shape: tuple[int, int],
-        bits: int,
-        bias: np.ndarray | None,
+        self, name: str, value: str, weight: PackedWeight, shape: tuple[int, int], bias: np.ndarray | None
     ) -> str:
-        inputs = [value, values, scales]
+        groups, group_bytes = packed_shape(shape, weight.bits, weight.block_size)[1:]
+        is_shared = weight.values == self._tied_head
+        self.packing.add(shape[0] * groups, group_bytes, is_head=name == "head", is_shared=is_shared)
+        inputs = [value, weight.values, weight.scales]
+        if weight.zeros or bias is not None:
+            inputs += [weight.zeros]
         if bias is not None:
-            inputs += ["", "", self._writer.constant(f"{name}.bias", bias)]
+            inputs += ["", self._writer.constant(f"{name}.bias", bias)]
         return self._writer.node(
             "MatMulNBits",
             inputs,
@@ -217,34 +269,10 @@ class OrtDialect:
             domain=_MS,
             N=shape[0],
             K=shape[1],
-            bits=bits,
-            block_size=self._precision.group_size,
+            bits=weight.bits,
+            block_size=weight.block_size,
             accuracy_level=self._precision.accuracy_level,
         )
-
-    def _packed_shape(self, shape: tuple[int, int], bits: int) -> tuple[int, int, int]:
-        group_size = self._precision.group_size
-        return shape[0], -(-shape[1] // group_size), group_size * bits // 8
-
-    def _quantized(
-        self, name: str, shape: tuple[int, int], blocks: Iterator[np.ndarray], bits: int, flat: bool = False
-    ) -> tuple[str, str]:
-        """Streams uint8 values [rows, groups, bytes] (``flat``: [rows, groups * bytes], as the lookup wants them) and
-        float32 scales [rows, groups]; names of the two."""
-        group_size = self._precision.group_size
-        packed = rows, groups, size = self._packed_shape(shape, bits)
-        scales: list[np.ndarray] = []
-
-        def values() -> Iterator[np.ndarray]:
-            for block in blocks:
-                quantized = quantize_rows(block, bits, group_size)
-                scales.append(quantized.scales)
-                yield quantized.values
-
-        self._writer.stream(name, np.dtype(np.uint8), (rows, groups * size) if flat else packed, values())
-        stem = name[: -len(".weight")] if name.endswith(".weight") else name
-        self._writer.stream(f"{stem}.scales", np.dtype(np.float32), (rows, groups), scales)
-        return name, f"{stem}.scales"
 
     def _head_norms(self, index: int, qkv: str, layer: LayerSpec) -> tuple[str, str, str]:
         """Splits Q, K and V and normalizes every head of Q and K."""

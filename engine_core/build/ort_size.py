@@ -13,7 +13,7 @@ import numpy as np
 from engine_core.build.model import ModelSpec
 from engine_core.build.onnx_graph import write_decoder
 from engine_core.build.onnx_writer import GraphWriter
-from engine_core.build.ort_dialect import OrtDialect, Precision
+from engine_core.build.ort_dialect import OrtDialect, Packing, Precision
 from engine_core.build.rope import RopeSpec
 from engine_core.build.shapes import ConfigCheckpoint
 from engine_core.build.weights import Weights
@@ -62,16 +62,18 @@ class _ZeroRope(RopeSpec):
         return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
 
 
-def data_bytes(
+def count_data(
     checkpoint: ConfigCheckpoint, spec: ModelSpec, precision: Precision, max_context: int, head_rows: int
-) -> int:
-    """Size of model.onnx.data. ``head_rows``: of the LM head, spec.vocab_size without a vocabulary map.
+) -> tuple[int, Packing]:
+    """Size of model.onnx.data, and what of it is packed.
 
+    ``head_rows``: of the LM head, spec.vocab_size without a vocabulary map.
     Raises UnsupportedModelError for what the runtime's operators cannot do.
     """
     ropes = tuple(_ZeroRope(**{f.name: getattr(rope, f.name) for f in dataclasses.fields(rope)}) for rope in spec.ropes)
     kept = None if head_rows == spec.vocab_size else np.arange(head_rows, dtype=np.int32)
     weights = Weights(checkpoint, dataclasses.replace(spec, ropes=ropes), kept)
     writer = _CountingWriter(checkpoint.directory, spec.architecture)
-    write_decoder(weights.spec, OrtDialect(writer, weights, precision, max_context))
-    return writer.num_bytes
+    dialect = OrtDialect(writer, weights, precision, max_context)
+    write_decoder(weights.spec, dialect)
+    return writer.num_bytes, dialect.packing

@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.build.checkpoint import Checkpoint
+from engine_core.build.companions import config_ids
 from engine_core.build.model import ModelSpec, read_spec
 from engine_core.build.reduce_vocab_report import HeldOut, covered, lost_tokens, step_bytes, summary
 from engine_core.build.reduce_vocab_required import TokenTexts, required_ids
 from engine_core.build.reduce_vocab_select import METHODS, Chooser, Selection
-from engine_core.build.reduce_vocab_texts import Counts, read_documents, split, tokenize
+from engine_core.build.reduce_vocab_texts import Counts, split, tokenize
 from engine_core.errors import BuildError
+from engine_core.texts import read_documents
 from engine_core.tokenizer import Tokenizer
 from engine_core.vocab import FINGERPRINT, TOKENIZER_NAME, VOCAB_MAP_NAME, tokenizer_fingerprint, write_vocab_map
 
@@ -79,8 +81,8 @@ def reduce_vocab(
         tokenizer,
         tokens,
         spec.vocab_size,
-        _config_ids(checkpoint, "eos_token_id"),
-        [*_config_ids(checkpoint, "bos_token_id"), *_config_ids(checkpoint, "pad_token_id")],
+        config_ids(checkpoint, "eos_token_id"),
+        [*config_ids(checkpoint, "bos_token_id"), *config_ids(checkpoint, "pad_token_id")],
         _asked_for(keep, tokenizer, spec.vocab_size),
     )
     allowed = np.zeros(spec.vocab_size, dtype=bool)
@@ -137,15 +139,6 @@ def _count(
             "role assistant."
         )
     return counts, held
-
-
-def _config_ids(checkpoint: Checkpoint, name: str) -> list[int]:
-    """Of config.json and generation_config.json: both are in use, and they may differ."""
-    ids: list[int] = []
-    for config in (checkpoint.config, checkpoint.generation_config):
-        value = config.get(name)
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    return [int(token_id) for token_id in ids]
 
 
 def _asked_for(keep: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> set[int]:

@@ -12,12 +12,13 @@ def add(commands) -> None:
     parser = commands.add_parser("build", help="make an engine from a Hugging Face checkpoint directory")
     parser.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors")
     parser.add_argument("engine_dir", type=Path, help="where to write; several variants go to its subdirectories")
-    parser.add_argument("--backend", choices=("onnxruntime", "cuda"), default="onnxruntime")
+    parser.add_argument("--backend", choices=("onnxruntime", "cuda", "tensorrt"), default="onnxruntime")
     parser.add_argument(
         "--quantization",
         default="",
-        help="fp32, int8 or int4 (cuda: fp16 or int4); several, with commas: one subdirectory each "
-        "(default: int8, cuda: fp16)",
+        help="fp32, int8, int4, int4_awq, fp8 or nvfp4 (cuda: fp16, int8, int4, int4_awq; tensorrt: fp16, fp32); "
+        "several, with commas: one subdirectory each (default: what the checkpoint is quantized as, else int8; "
+        "cuda: the same, else fp16; tensorrt: fp16)",
     )
     parser.add_argument(
         "--max-context", type=int, default=0, help="tokens, prompt and answer together (0: the model's, at most 4096)"
@@ -33,20 +34,39 @@ def add(commands) -> None:
         help="of LM head and embedding in int8 and int4 (default: 8)",
     )
     parser.add_argument("--vocab-map", type=Path, help="safetensors file of the token ids a smaller LM head keeps")
+    parser.add_argument(
+        "--max-prefill", type=int, default=0, help="tokens of a prefill step, tensorrt only (default: 512)"
+    )
+    parser.add_argument(
+        "--kv-cache-type",
+        choices=("auto", "fp32", "fp16", "int8"),
+        default="auto",
+        help="what the engine opens with; it holds fp32 and fp16 in any case, int8 with calibration text (auto: fp32)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        help="text for the int8 KV cache: plain, or JSON lines with 'messages' (default: the checkpoint's "
+        "calibration.jsonl or .txt)",
+    )
     parser.add_argument("--name", default="", help="the model's name in the manifest")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.backend == "cuda":
-        return _build_cuda(options)
+    if options.max_prefill and options.backend != "tensorrt":
+        raise BuildError("--max-prefill is fixed in the engine for tensorrt only; elsewhere set prefill_chunk.")
+    if options.backend != "onnxruntime":
+        return {"cuda": _build_cuda, "tensorrt": _build_tensorrt}[options.backend](options)
     try:
         from engine_core.build.build import build_engine
+        from engine_core.build.quantize.detect import default_quantization
     except ImportError as error:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
-    kinds = _kinds(options.quantization or "int8")
+    kinds = _kinds(options.quantization or default_quantization(options.checkpoint) or "int8")
     for kind in kinds:
-        group = {} if kind == "fp32" else {"group_size": options.group_size, "head_bits": options.head_bits}
+        is_rounded = kind.startswith("int")
+        group = {"group_size": options.group_size, "head_bits": options.head_bits} if is_rounded else {}
         build_engine(
             options.checkpoint,
             options.engine_dir / kind if len(kinds) > 1 else options.engine_dir,
@@ -54,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
             max_context=options.max_context,
             vocab_map=options.vocab_map,
             model_name=options.name,
+            kv_cache_type=options.kv_cache_type,
+            calibration=options.calibration,
             report=print,
             **group,
         )
@@ -65,11 +87,17 @@ def _kinds(quantizations: str) -> list[str]:
 
 
 def _build_cuda(options: argparse.Namespace) -> int:
-    from engine_core.build.cuda import build_cuda
+    from engine_core.build.cuda import QUANTIZATIONS, build_cuda
+    from engine_core.build.quantize.detect import default_quantization
 
     if options.group_size not in (0, 128) or options.head_bits:
-        raise BuildError("The cuda backend's int4 has groups of 128 and a head in int4; leave both options out.")
-    kinds = _kinds(options.quantization or "fp16")
+        raise BuildError(
+            "The cuda backend's int4 and int8 have groups of 128 and a head of as many bits; leave both options out."
+        )
+    if options.calibration:
+        raise BuildError("The cuda backend measures its int8 KV cache's scales as it runs; leave --calibration out.")
+    found = "" if options.quantization else default_quantization(options.checkpoint)
+    kinds = _kinds(options.quantization or (found if found in QUANTIZATIONS else "fp16"))
     for kind in kinds:
         engine_dir = options.engine_dir / kind if len(kinds) > 1 else options.engine_dir
         build_cuda(
@@ -78,7 +106,30 @@ def _build_cuda(options: argparse.Namespace) -> int:
             quantization=kind,
             max_context=options.max_context,
             vocab_map=options.vocab_map,
+            kv_cache_type=options.kv_cache_type,
             model_name=options.name,
         )
         print(f"Built {engine_dir} for the cuda backend with {kind} weights")
+    return 0
+
+
+def _build_tensorrt(options: argparse.Namespace) -> int:
+    try:
+        from engine_core.build.tensorrt import build_tensorrt
+    except ImportError as error:
+        raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
+    if options.group_size or options.head_bits:
+        raise BuildError("group_size and head_bits belong to int8 and int4, which TensorRT engines are not built with.")
+    kinds = _kinds(options.quantization or "fp16")
+    for kind in kinds:
+        build_tensorrt(
+            options.checkpoint,
+            options.engine_dir / kind if len(kinds) > 1 else options.engine_dir,
+            quantization=kind,
+            max_context=options.max_context,
+            max_prefill=options.max_prefill,
+            vocab_map=options.vocab_map,
+            model_name=options.name,
+            report=print,
+        )
     return 0

@@ -10,7 +10,8 @@ from engine_core.device import DeviceArray, Launch
 from engine_core.kernels import KernelArgumentError, Kernels, check, float_define
 
 _MAX_GROUP = 8  # query heads of a KV head whose values fit the registers of attention_decode.cu
-_DECODE_DEPTH = 4  # stages of the ring of attention_decode.cu
+_DECODE_DEPTH = 4  # stages of the ring of kv_ring.cuh
+_SCALE_GROUP = 8  # fp16 scales in 16 bytes
 _TILE_Q = 64
 _PREFILL_THREADS = 128
 _ROPE_THREADS = 128
@@ -26,6 +27,17 @@ class AttentionShape:
     max_context: int
     norm_eps: float = 0.0
     qk_norm: bool = False
+    kv_int8: bool = False  # the cache holds levels and scales (kv_int8.cuh), else the kernels' 16-bit type
+
+    @property
+    def scale_pitch(self) -> int:
+        """fp16 scales from one head's first to the next one's."""
+        return scale_pitch(self.max_context)
+
+    @property
+    def lanes(self) -> int:
+        """Of a head vector, 8 elements each; LANES_PER_HEAD of rope.cuh."""
+        return next(n for n in (4, 8, 16, 32) if 8 * n >= self.head_dim)
 
     @property
     def qkv_width(self) -> int:
@@ -60,17 +72,48 @@ class AttentionShape:
             "CONTEXT": self.max_context,
             "SPLITS": self.splits(num_sms),
             "QK_NORM": int(self.qk_norm),
+            "KV_INT8": int(self.kv_int8),
             "NORM_EPS": float_define(self.norm_eps),
             "SCALE_LOG2E": float_define(math.log2(math.e) / math.sqrt(self.head_dim)),
         }
 
 
-def _check(kernels: Kernels, shape: AttentionShape, cache: DeviceArray, rope: DeviceArray, norms: tuple) -> None:
+def scale_pitch(tokens: int) -> int:
+    """fp16 scales a row of ``tokens`` takes, so that the next row starts on 16 bytes."""
+    return -(-tokens // _SCALE_GROUP) * _SCALE_GROUP
+
+
+def _check_cache(kernels: Kernels, shape: AttentionShape, cache: DeviceArray, scales: DeviceArray | None) -> None:
+    dtype = "int8" if shape.kv_int8 else kernels.dtype
+    check("cache", cache, (2, shape.num_kv_heads, shape.max_context, shape.head_dim), dtype)
+    if shape.kv_int8 != (scales is not None):
+        raise KernelArgumentError("An int8 cache needs scales, and no other has any; give both or neither.")
+    if scales is not None:
+        check("scales", scales, (2, shape.num_kv_heads, shape.scale_pitch), "fp16")
+
+
+def _check(
+    kernels: Kernels,
+    shape: AttentionShape,
+    cache: DeviceArray,
+    scales: DeviceArray | None,
+    rope: DeviceArray,
+    norms: tuple,
+) -> None:
     shape.validate()
-    check("cache", cache, (2, shape.num_kv_heads, shape.max_context, shape.head_dim), kernels.dtype)
+    _check_cache(kernels, shape, cache, scales)
     check("rope", rope, (shape.max_context, shape.head_dim // 2, 2), "fp32")
     for norm in norms if shape.qk_norm else ():
         check("head norm", norm, (shape.head_dim,), kernels.dtype)
+
+
+def _decode_stage(shape: AttentionShape, warps: int) -> int:
+    """Bytes of a stage of kv_ring.cuh."""
+    slots = 32 // shape.lanes
+    if not shape.kv_int8:
+        return 2 * 2 * 32 * warps * 16
+    keys = 4 * slots
+    return warps * 2 * (keys * shape.head_dim + 2 * scale_pitch(keys))
 
 
 def attention_decode(
@@ -84,25 +127,27 @@ def attention_decode(
     counters: DeviceArray,
     output: DeviceArray,
     norms: tuple[DeviceArray, DeviceArray] | None = None,
+    scales: DeviceArray | None = None,
 ) -> Launch:
     """One token at the state's position: rotates, appends to the cache and attends; output 16-bit [heads × head_dim].
 
-    ``counters``: uint32 [kv_heads], zeros. ``norms``: weights of the query and key norms. Raises KernelArgumentError.
+    ``counters``: uint32 [kv_heads], zeros. ``norms``: weights of the query and key norms.
+    ``scales``: fp16 [2, kv_heads, scale_pitch] of an int8 cache. Raises KernelArgumentError.
     """
     num_sms = kernels.device.num_sms
-    _check(kernels, shape, cache, rope, norms or ())
+    _check(kernels, shape, cache, scales, rope, norms or ())
     check("qkv", qkv, (shape.qkv_width,), kernels.dtype)
     check("partial", partial, (shape.partial_floats(num_sms),), "fp32")
     check("counters", counters, (shape.num_kv_heads,), "uint32")
     check("output", output, (shape.num_heads * shape.head_dim,), kernels.dtype)
     q_norm, k_norm = norms or (0, 0)
     warps = 4 if shape.group * shape.head_dim > 1024 else 8
-    stage = 2 * 2 * 32 * warps * 16
+    stage = _decode_stage(shape, warps)
     depth = max(1, min(_DECODE_DEPTH, kernels.shared_budget // stage))
     shared = max(depth * stage, warps * shape.group * shape.head_dim * 4)
     defines = {**shape.defines(num_sms), "DEPTH": depth}
     function = kernels.function("attention_decode", "attention_decode", defines, shared)
-    args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output]
+    args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output, scales or 0]
     # As many CTAs as every other kernel of a step has on each multiprocessor, though some have nothing to do: with a
     # gap somewhere the next kernel, which may start early, would be placed unevenly, and the one after it, too.
     grid = (max(num_sms, shape.num_kv_heads * shape.splits(num_sms)),)
@@ -118,22 +163,22 @@ def rope_append(
     position: ctypes.c_int,
     count: ctypes.c_int,
     norms: tuple[DeviceArray, DeviceArray] | None = None,
+    scales: DeviceArray | None = None,
 ) -> Launch:
     """Rotates q of the first ``count`` rows of qkv [n, width] in place; writes their K and V from ``position`` on."""
-    _check(kernels, shape, cache, rope, norms or ())
+    _check(kernels, shape, cache, scales, rope, norms or ())
     check("qkv", qkv, (qkv.shape[0], shape.qkv_width), kernels.dtype)
     function = kernels.function("rope_append", "rope_append", shape.defines(kernels.device.num_sms))
     q_norm, k_norm = norms or (0, 0)
-    args = [qkv, cache, rope, q_norm, k_norm, position, count]
+    args = [qkv, cache, rope, q_norm, k_norm, position, count, scales or 0]
     grid = (rope_append_blocks(shape, qkv.shape[0]),)
     return Launch(kernels.device, function, grid, _ROPE_THREADS, args, overlap=False)
 
 
 def rope_append_blocks(shape: AttentionShape, count: int) -> int:
     """CTAs for ``count`` tokens."""
-    lanes = next(n for n in (4, 8, 16, 32) if 8 * n >= shape.head_dim)
     vectors = count * (shape.num_heads + 2 * shape.num_kv_heads)
-    return -(-vectors * lanes // _ROPE_THREADS)
+    return -(-vectors * shape.lanes // _ROPE_THREADS)
 
 
 def attention_prefill(
@@ -144,18 +189,21 @@ def attention_prefill(
     output: DeviceArray,
     start: ctypes.c_int,
     count: ctypes.c_int,
+    scales: DeviceArray | None = None,
 ) -> Launch:
     """Causal attention of the first ``count`` rows of qkv [n, width], at ``start`` on; output [n, heads × head_dim]."""
     shape.validate()
     rows = qkv.shape[0]
     check("qkv", qkv, (rows, shape.qkv_width), kernels.dtype)
-    check("cache", cache, (2, shape.num_kv_heads, shape.max_context, shape.head_dim), kernels.dtype)
+    _check_cache(kernels, shape, cache, scales)
     check("output", output, (rows, shape.num_heads * shape.head_dim), kernels.dtype)
     tile_k = 32 if shape.head_dim > 128 else 64
     shared = 2 * 2 * tile_k * (shape.head_dim + 8) * 2
+    if shape.kv_int8:  # one stage in 16 bits, two in levels and scales
+        shared = shared // 2 + 2 * 2 * tile_k * (shape.head_dim + 2)
     function = kernels.function("attention_prefill", "attention_prefill", shape.defines(kernels.device.num_sms), shared)
     grid = (attention_prefill_tiles(rows), shape.num_heads)
-    args = [qkv, cache, output, start, count]
+    args = [qkv, cache, output, start, count, scales or 0]
     return Launch(kernels.device, function, grid, _PREFILL_THREADS, args, shared, overlap=False)
 
 

@@ -2,23 +2,23 @@
 // online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867). Rotates q and k, writes the new K and V in place, and the
 // last CTA of a KV head to finish merges the splits.
 //
-// qkv: [(HEADS + 2 KV_HEADS) HEAD_DIM]; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM]; rope: [CONTEXT][HEAD_DIM / 2]
-// (cos, sin); partial: float32 [SPLITS][KV_HEADS][GROUP][HEAD_DIM + 2]; counters: uint32 [KV_HEADS], 0 between launches;
-// output: [HEADS][HEAD_DIM]. Grid: KV_HEADS * SPLITS or more, one CTA per multiprocessor; how many splits work is
-// decided by the position.
-#include "rope.cuh"
-
+// qkv: [(HEADS + 2 KV_HEADS) HEAD_DIM]; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], with KV_INT8 in levels, and
+// scales: fp16 [2][KV_HEADS][SCALE_PITCH] (kv_int8.cuh); rope: [CONTEXT][HEAD_DIM / 2] (cos, sin); partial: float32
+// [SPLITS][KV_HEADS][GROUP][HEAD_DIM + 2]; counters: uint32 [KV_HEADS], 0 between launches; output: [HEADS][HEAD_DIM]. Grid:
+// KV_HEADS * SPLITS or more, one CTA per multiprocessor; how many splits work is decided by the position.
 //
-// Each lane copies its 16-byte pieces of K and V through its own slots of a ring in shared memory. The ring is filled
-// before the kernel waits for the one that computes qkv: the position and the cache before it changed a step ago, and the
-// first kernel of a step starts after the last one of the step before has ended.
+// The ring (kv_ring.cuh) is filled before the kernel waits for the one that computes qkv: the position and the cache before
+// it changed a step ago, and the first kernel of a step starts after the last one of the step before has ended. The new
+// token's K and V take part as the cache will give them back, without passing through memory.
+#include "common.cuh"
+
 constexpr int GROUP = HEADS / KV_HEADS;  // query heads of a KV head
 constexpr int WARPS = GROUP * HEAD_DIM > 1024 ? 4 : 8, THREADS = 32 * WARPS;
-constexpr int UNROLL = 2;                          // keys of a slot in a stage
-constexpr int STRIDE = WARPS * HEAD_SLOTS;         // keys between two of a slot
-constexpr int STAGE_KEYS = UNROLL * STRIDE;
-constexpr int MIN_KEYS = 256;                      // of a split; with fewer, merging takes longer than reading them
-constexpr float LOWEST = -1e30f;                   // stands for -infinity without its NaNs
+#include "kv_ring.cuh"
+
+constexpr int MIN_KEYS = 256;          // of a split; with fewer, merging takes longer than reading them
+constexpr int SHARE_GRAIN = KV_INT8 ? 8 : 1;  // a share begins at a group of scales
+constexpr float LOWEST = -1e30f;       // stands for -infinity without its NaNs
 
 struct Merge {  // running maximum (base 2) and sum of one query head
     float peak, sum;
@@ -28,7 +28,7 @@ struct Running {  // online softmax of this lane's slot
     float acc[GROUP][8], peak[GROUP], sum[GROUP];
 
     template <int KEYS>  // scores: base 2, LOWEST = not there
-    __device__ __forceinline__ void add(float scores[KEYS][GROUP], const uint4* values) {
+    __device__ __forceinline__ void add(float scores[KEYS][GROUP], const Piece* values, const float* scales) {
 #pragma unroll
         for (int g = 0; g < GROUP; ++g) {
             float top = peak[g];
@@ -48,11 +48,13 @@ struct Running {  // online softmax of this lane's slot
 #pragma unroll
         for (int u = 0; u < KEYS; ++u) {
             float f[8];
-            unpack8(values[u], f);
+            unpack_piece(values[u], f);
 #pragma unroll
-            for (int g = 0; g < GROUP; ++g)
+            for (int g = 0; g < GROUP; ++g) {
+                const float weight = KV_INT8 ? scores[u][g] * scales[u] : scores[u][g];
 #pragma unroll
-                for (int j = 0; j < 8; ++j) acc[g][j] += scores[u][g] * f[j];
+                for (int j = 0; j < 8; ++j) acc[g][j] += weight * f[j];
+            }
         }
     }
 };
@@ -65,22 +67,22 @@ __device__ __forceinline__ float dot8(const float* a, const float* b) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_decode(const half_t* qkv, half_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm,
-                     const State* state, float* partial, u32* counters, half_t* output) {
-    extern __shared__ uint4 ring[];  // [DEPTH][UNROLL][K, V][THREADS]; afterwards the warps' values to be merged
+    attention_decode(const half_t* qkv, item_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm,
+                     const State* state, float* partial, u32* counters, half_t* output, half_t* scales) {
+    extern __shared__ uint4 shared[];  // the ring; afterwards the warps' values to be merged
     __shared__ Merge merges[WARPS][GROUP];
     __shared__ bool is_last;
-    float(*values)[GROUP][HEAD_DIM] = (float(*)[GROUP][HEAD_DIM])ring;
+    float(*values)[GROUP][HEAD_DIM] = (float(*)[GROUP][HEAD_DIM])shared;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int kv_head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
     const int slot = lane / LANES_PER_HEAD, part = lane % LANES_PER_HEAD, d = 8 * part;
-    half_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
-    half_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
+    item_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
+    item_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
 
     let_next_start();
     const int position = (int)load4(&state->position);
     const int length = position + 1;
-    const int share = max(MIN_KEYS, (length + SPLITS - 1) / SPLITS);
+    const int share = max(MIN_KEYS, (length + SPLITS * SHARE_GRAIN - 1) / (SPLITS * SHARE_GRAIN) * SHARE_GRAIN);
     const int active = (length + share - 1) / share;
     // A step queued past the end writes nothing. Leaving counts as an end: wait first, as every kernel does.
     if (position >= CONTEXT || split >= active) {
@@ -89,22 +91,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     const int begin = split * share, end = min(position, begin + share);  // of the keys in the cache
     const bool has_new = split == active - 1;                                  // this share ends with the new token
-    const int own = begin + warp * HEAD_SLOTS + slot;
-
-    auto load_stage = [&](int stage, int first) {
-        uint4* slots = ring + stage * UNROLL * 2 * THREADS + threadIdx.x;
+#if KV_INT8
+    half_t *key_scales = scales + kv_head * SCALE_PITCH, *value_scales = key_scales + KV_HEADS * SCALE_PITCH;
+#else
+    half_t *key_scales = nullptr, *value_scales = nullptr;
+#endif
+    Ring ring;
+    ring.start(shared, keys, vals, key_scales, value_scales, begin, end);
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            const int key = own + first + u * STRIDE;
-            if (key < end && d < HEAD_DIM) {
-                copy16_async(slots + 2 * u * THREADS, keys + (u64)key * HEAD_DIM + d);
-                copy16_async(slots + (2 * u + 1) * THREADS, vals + (u64)key * HEAD_DIM + d);
-            }
-        }
-        commit_copies();
-    };
-#pragma unroll
-    for (int stage = 0; stage < DEPTH; ++stage) load_stage(stage, stage * STAGE_KEYS);
+    for (int stage = 0; stage < DEPTH; ++stage) ring.load(stage, stage * STAGE_KEYS);
     Angles angles;
     angles.load(rope + (u64)position * (HEAD_DIM / 2), part);
 
@@ -127,40 +122,51 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (has_new && warp == 0) {  // its first slot takes the new token
         float k[8], scores[1][GROUP];
         raw_k.rotate(k, k_norm, angles, part);
-        const uint4 packed = pack8(k);
-        unpack8(packed, k);  // as the cache will give it back
+        float k_scale = 1.f, v_scale = 1.f;
+#if KV_INT8
+        half_t k_bits, v_bits;
+        const uint2 k_piece = quantize<LANES_PER_HEAD>(k, k_bits);
+        unpack8(new_v, k);
+        const uint2 v_piece = quantize<LANES_PER_HEAD>(k, v_bits);
+        k_scale = scale_value(k_bits), v_scale = scale_value(v_bits);
+#else
+        const uint4 k_piece = pack8(k), v_piece = new_v;
+#endif
+        unpack_piece(k_piece, k);  // as the cache will give it back
 #pragma unroll
         for (int g = 0; g < GROUP; ++g) {
             const float score = dot8(q[g], k);
-            scores[0][g] = slot == 0 ? score : LOWEST;
+            scores[0][g] = slot == 0 ? (KV_INT8 ? score * k_scale : score) : LOWEST;
         }
-        run.add<1>(scores, &new_v);
+        run.add<1>(scores, &v_piece, &v_scale);
         if (slot == 0 && d < HEAD_DIM) {
-            *(uint4*)(keys + (u64)position * HEAD_DIM + d) = packed;
-            *(uint4*)(vals + (u64)position * HEAD_DIM + d) = new_v;
+            *(Piece*)(keys + (u64)position * HEAD_DIM + d) = k_piece;
+            *(Piece*)(vals + (u64)position * HEAD_DIM + d) = v_piece;
         }
+#if KV_INT8
+        if (lane == 0) key_scales[position] = k_bits, value_scales[position] = v_bits;
+#endif
     }
 
     int stage = 0;
     for (int first = 0; begin + first < end; first += STAGE_KEYS) {
-        wait_copies<DEPTH - 1>();
-        const uint4* slots = ring + stage * UNROLL * 2 * THREADS + threadIdx.x;
-        uint4 v[UNROLL];
-        float scores[UNROLL][GROUP];
+        ring.wait();
+        Piece v[UNROLL];
+        float scores[UNROLL][GROUP], v_scales[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            const bool inside = own + first + u * STRIDE < end;
-            float k[8];
-            unpack8(inside && d < HEAD_DIM ? slots[2 * u * THREADS] : make_uint4(0, 0, 0, 0), k);
-            v[u] = inside && d < HEAD_DIM ? slots[(2 * u + 1) * THREADS] : make_uint4(0, 0, 0, 0);
+            float k[8], k_scale;
+            ring.read_key(stage, first, u, k, k_scale);
+            v[u] = ring.read_value(stage, first, u, v_scales[u]);
 #pragma unroll
             for (int g = 0; g < GROUP; ++g) {
                 const float score = dot8(q[g], k);
-                scores[u][g] = inside ? score : LOWEST;
+                scores[u][g] = ring.holds(first, u) ? (KV_INT8 ? score * k_scale : score) : LOWEST;
             }
         }
-        run.add<UNROLL>(scores, v);
-        load_stage(stage, first + DEPTH * STAGE_KEYS);
+        run.add<UNROLL>(scores, v, v_scales);
+        ring.release();
+        ring.load(stage, first + DEPTH * STAGE_KEYS);
         stage = stage + 1 == DEPTH ? 0 : stage + 1;
     }
     wait_copies<0>();

@@ -3,7 +3,13 @@
 //
 // qkv: [count][(HEADS + 2 KV_HEADS) HEAD_DIM] with q rotated; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], which
 // already holds the new K and V; output: [count][HEADS][HEAD_DIM]. Query i is at position start + i. Grid (tiles of 64, HEADS).
+//
+// With KV_INT8 the cache holds levels and ``scales`` their steps (kv_int8.cuh): a tile is copied as it is, two stages as
+// well, and made 16-bit in shared memory before the products, as precise as a 16-bit cache would be.
 #include "common.cuh"
+#if KV_INT8
+#include "kv_int8.cuh"
+#endif
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, TILE_Q = 16 * WARPS;
 constexpr int TILE_K = HEAD_DIM > 128 ? 32 : 64;  // keys of a stage
@@ -34,6 +40,45 @@ __device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+#if KV_INT8
+
+struct Stage {  // a tile as it lies in the cache: K, V
+    item_t levels[2][TILE_K * HEAD_DIM];
+    half_t scales[2][TILE_K];
+};
+
+// Of the last group of 8 scales some may be of no key; convert does not look at them.
+__device__ __forceinline__ void load_stage(Stage& stage, const item_t* keys, const half_t* scales, int first, int total) {
+    constexpr int PIECES = HEAD_DIM / 16, GROUPS = TILE_K / 8;
+    for (int i = threadIdx.x; i < 2 * TILE_K * PIECES; i += THREADS) {
+        const int part = i / (TILE_K * PIECES), piece = i % (TILE_K * PIECES), row = piece / PIECES;
+        const bool inside = first + row < total;
+        const item_t* source = keys + (u64)part * KV_HEADS * CONTEXT * HEAD_DIM + (u64)(inside ? first : 0) * HEAD_DIM;
+        copy16_async(stage.levels[part] + piece * 16, source + (inside ? piece * 16 : 0), inside ? 16 : 0);
+    }
+    for (int i = threadIdx.x; i < 2 * GROUPS; i += THREADS) {
+        const int part = i / GROUPS, group = i % GROUPS;
+        const bool inside = first + group * 8 < total;
+        const half_t* source = scales + part * KV_HEADS * SCALE_PITCH + (inside ? first + group * 8 : 0);
+        copy16_async(stage.scales[part] + group * 8, source, inside ? 16 : 0);
+    }
+}
+
+__device__ __forceinline__ void convert(half_t* shared, const Stage& stage, int first, int total) {
+    constexpr int PIECES = HEAD_DIM / 8;
+    for (int i = threadIdx.x; i < 2 * TILE_K * PIECES; i += THREADS) {
+        const int part = i / (TILE_K * PIECES), piece = i % (TILE_K * PIECES), row = piece / PIECES;
+        const float scale = first + row < total ? scale_value(stage.scales[part][row]) : 0.f;
+        float v[8];
+        unpack_levels(*(const uint2*)(stage.levels[part] + piece * 8), v);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[j] *= scale;
+        *(uint4*)(shared + part * TILE_K * PITCH + row * PITCH + piece % PIECES * 8) = pack8(v);
+    }
+}
+
+#else
+
 __device__ __forceinline__ void load_tile(half_t* shared, const half_t* rows, int first, int total) {
     constexpr int PIECES = HEAD_DIM / 8;
     for (int i = threadIdx.x; i < TILE_K * PIECES; i += THREADS) {
@@ -43,19 +88,27 @@ __device__ __forceinline__ void load_tile(half_t* shared, const half_t* rows, in
     }
 }
 
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_prefill(const half_t* qkv, const half_t* cache, half_t* output, int start, int count) {
-    extern __shared__ half_t tiles[];  // [2 stages][K, V][TILE_K][PITCH]
+    attention_prefill(const half_t* qkv, const item_t* cache, half_t* output, int start, int count, const half_t* scales) {
+    extern __shared__ half_t tiles[];  // [2 stages][K, V][TILE_K][PITCH]; with KV_INT8 [K, V][TILE_K][PITCH], then 2 Stages
     constexpr int TILE = TILE_K * PITCH, WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y, kv_head = head / (HEADS / KV_HEADS);
     const int first_q = (gridDim.x - 1 - blockIdx.x) * TILE_Q;  // the longest work first
-    const half_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
-    const half_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
+    const item_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
     const int total = start + min(count, first_q + TILE_Q);
     const int num_tiles = (total + TILE_K - 1) / TILE_K;
 
+#if KV_INT8
+    Stage* stages = (Stage*)(tiles + 2 * TILE);
+    const half_t* key_scales = scales + kv_head * SCALE_PITCH;
+    load_stage(stages[0], keys, key_scales, 0, total);
+#else
+    const half_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
     load_tile(tiles, keys, 0, total);
     load_tile(tiles + TILE, vals, 0, total);
+#endif
     commit_copies();
 
     const int row = first_q + warp * 16 + lane / 4, column = lane % 4 * 2;  // of this lane's first accumulators
@@ -70,16 +123,25 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float acc[DIM_TILES][4] = {}, peak[2] = {LOWEST, LOWEST}, sum[2] = {};
 
     for (int tile = 0; tile < num_tiles; ++tile) {
+#if KV_INT8
+        half_t* k_tile = tiles;
+        if (tile + 1 < num_tiles) load_stage(stages[(tile + 1) % 2], keys, key_scales, (tile + 1) * TILE_K, total);
+#else
         half_t* k_tile = tiles + tile % 2 * 2 * TILE;
-        half_t* v_tile = k_tile + TILE;
         if (tile + 1 < num_tiles) {
             half_t* next = tiles + (tile + 1) % 2 * 2 * TILE;
             load_tile(next, keys, (tile + 1) * TILE_K, total);
             load_tile(next + TILE, vals, (tile + 1) * TILE_K, total);
         }
+#endif
+        half_t* v_tile = k_tile + TILE;
         commit_copies();
         wait_copies<1>();
         __syncthreads();
+#if KV_INT8
+        convert(tiles, stages[tile % 2], tile * TILE_K, total);
+        __syncthreads();
+#endif
 
         float scores[KEY_TILES][4] = {};
 #pragma unroll

@@ -12,6 +12,16 @@ typedef unsigned long long u64;
 
 typedef u16 half_t;  // the bits of an fp16 or bf16 value
 
+#ifndef KV_INT8
+#define KV_INT8 0
+#endif
+
+#if KV_INT8
+typedef signed char item_t;  // of the KV cache: see kv_int8.cuh
+#else
+typedef half_t item_t;
+#endif
+
 struct State {       // of the running sequence; written by the last kernel of a step only
     int token;       // full-vocabulary id to feed next; negative after a failed step
     int position;    // of that token in the KV cache

@@ -1,4 +1,4 @@
-"""How gemv_int4.cu stores a matrix: packing and unpacking with numpy, for the builder and the tests."""
+"""How gemv_packed.cu stores a matrix: packing and unpacking with numpy, for the builder and the tests."""
 
 from __future__ import annotations
 
@@ -32,10 +32,7 @@ def pack(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     tiles = tiles.transpose(0, 3, 1, 2, 4, 5, 7, 6)  # tile, group, half, g, t, eight, parity, pair
     nibbles = np.ascontiguousarray(tiles).reshape(rows // TILE, cols // GROUP, -1)
     packed = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-    # The scales of rows g and g + 8 lie side by side.
-    per_tile = scales.reshape(rows // TILE, 2, 8, cols // GROUP).transpose(0, 3, 2, 1)
-    scale_bytes = np.ascontiguousarray(per_tile).view(np.uint8).reshape(rows // TILE, cols // GROUP, -1)
-    return np.concatenate([packed, scale_bytes], axis=2)
+    return np.concatenate([packed, join_scales(scales)], axis=2)
 
 
 def unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -44,5 +41,18 @@ def unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     packed, scales = records[..., : TILE * GROUP // 2], records[..., TILE * GROUP // 2 :]
     nibbles = np.stack([packed & 15, packed >> 4], axis=-1)
     values = nibbles.reshape(tiles, groups, 2, 8, 4, 4, 2, 4).transpose(0, 2, 3, 1, 4, 5, 7, 6)
-    per_tile = np.ascontiguousarray(scales).view(np.uint16).reshape(tiles, groups, 8, 2).transpose(0, 3, 2, 1)
-    return values.reshape(tiles * TILE, groups * GROUP), per_tile.reshape(tiles * TILE, groups)
+    return values.reshape(tiles * TILE, groups * GROUP), split_scales(scales)
+
+
+def join_scales(scales: np.ndarray) -> np.ndarray:
+    """uint8 [rows / 16, groups, 32] of 16-bit scales [rows, groups]: those of rows g and g + 8 side by side."""
+    rows, groups = scales.shape
+    per_tile = scales.reshape(rows // TILE, 2, 8, groups).transpose(0, 3, 2, 1)
+    return np.ascontiguousarray(per_tile).view(np.uint8).reshape(rows // TILE, groups, -1)
+
+
+def split_scales(joined: np.ndarray) -> np.ndarray:
+    """uint16 [rows, groups], the inverse of ``join_scales``."""
+    tiles, groups, _ = joined.shape
+    per_tile = np.ascontiguousarray(joined).view(np.uint16).reshape(tiles, groups, 8, 2).transpose(0, 3, 2, 1)
+    return per_tile.reshape(tiles * TILE, groups)

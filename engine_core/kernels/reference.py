@@ -42,6 +42,16 @@ def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, start: 
     return output
 
 
+def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(levels, scales [...]) of vectors [..., n] as an int8 KV cache keeps them: symmetric, one fp16 scale to a vector.
+
+    levels are whole numbers from -127 to 127, level × scale is what the cache gives back; both float64.
+    """
+    scales = (np.abs(vectors).max(axis=-1) / 127).astype(np.float16).astype(np.float64)
+    steps = np.where(scales == 0, 1, scales)[..., None]
+    return np.where(scales[..., None] == 0, 0, np.clip(np.rint(vectors / steps), -127, 127)), scales
+
+
 def dequantize(values: np.ndarray, scales: np.ndarray, group: int, zero: int) -> np.ndarray:
     """[rows, cols] of values [rows, cols] (whole numbers) and scales [rows, cols / group]."""
     return (values.astype(np.float64) - zero) * np.repeat(scales, group, axis=1)

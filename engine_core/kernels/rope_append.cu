@@ -1,12 +1,17 @@
 // Prefill: rotates q in place and writes the rotated K and the V of ``count`` tokens into the linear KV cache.
-// qkv: [count][(HEADS + 2 KV_HEADS) HEAD_DIM]; cache, rope as in attention_decode.cu. One head vector per LANES_PER_HEAD lanes.
+// qkv: [count][(HEADS + 2 KV_HEADS) HEAD_DIM]; cache, rope, scales as in attention_decode.cu. One head vector per
+// LANES_PER_HEAD lanes.
 #include "rope.cuh"
+#if KV_INT8
+#include "kv_int8.cuh"
+#endif
 
 constexpr int THREADS = 128;
 constexpr int ALL_HEADS = HEADS + 2 * KV_HEADS;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    rope_append(half_t* qkv, half_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm, int position, int count) {
+    rope_append(half_t* qkv, item_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm, int position, int count,
+                half_t* scales) {
     const int lane = threadIdx.x % 32, part = lane % LANES_PER_HEAD, d = 8 * part;
     const int index = ((blockIdx.x * THREADS + threadIdx.x) / 32) * HEAD_SLOTS + lane / LANES_PER_HEAD;
     const bool inside = index < count * ALL_HEADS;
@@ -19,13 +24,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     lane_angles.load(angles, part);
     float rotated[8];
     raw.rotate(rotated, head < HEADS ? q_norm : k_norm, lane_angles, part);
+#if KV_INT8
+    const bool is_value = head >= HEADS + KV_HEADS;
+    float kept[8];
+    unpack8(raw.own, kept);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) kept[j] = is_value ? kept[j] : rotated[j];
+    half_t scale;
+    const uint2 levels = quantize<LANES_PER_HEAD>(kept, scale);
+#endif
     __syncwarp();  // every lane has read before one writes
     if (!inside || d >= HEAD_DIM) return;
     if (head < HEADS) {
         *(uint4*)(vector + d) = pack8(rotated);
         return;
     }
-    const bool is_value = head >= HEADS + KV_HEADS;
     const int row = head - HEADS;  // K heads, then V heads, as in the cache
+#if KV_INT8
+    *(uint2*)(cache + ((u64)row * CONTEXT + position + token) * HEAD_DIM + d) = levels;
+    if (part == 0) scales[(u64)row * SCALE_PITCH + position + token] = scale;
+#else
+    const bool is_value = head >= HEADS + KV_HEADS;
     *(uint4*)(cache + ((u64)row * CONTEXT + position + token) * HEAD_DIM + d) = is_value ? raw.own : pack8(rotated);
+#endif
 }

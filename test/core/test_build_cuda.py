@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from engine_core.backends.cuda_layout import CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
-from engine_core.build.cuda import build_cuda, to_int4
+from engine_core import cli
+from engine_core.backends.cuda_layout import LAYOUTS, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+from engine_core.build.cuda import build_cuda, to_records
 from engine_core.config import EngineConfig
+from engine_core.device import aligned
 from engine_core.errors import BuildError, ConfigurationError, UnsupportedModelError
-from engine_core.kernels import int4_layout
+from engine_core.kernels import int4_layout, int8_layout
 from engine_core.kernels.reference import dequantize
 from engine_core.manifest import read_manifest
 from engine_core.safetensors_file import SafetensorsFile, write_safetensors
@@ -115,20 +117,51 @@ def test_int4_has_a_head_of_its_own_and_a_vocabulary_map_its_rows(checkpoint, tm
     assert np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.12
 
 
-def test_packing_is_its_own_inverse():
+def test_the_checkpoints_own_vocabulary_map_is_used_by_itself(checkpoint, tmp_path):
+    directory, tensors = checkpoint()
+    kept = np.array([1, 2, 5, 300], dtype=np.int32)
+    write_safetensors(directory / "vocab_map.safetensors", {"vocab_map": kept})
+    manifest = build_cuda(directory, tmp_path / "engine", dtype="fp16", max_context=64)
+    assert manifest.reduced_vocab_size == 4 and (tmp_path / "engine" / "vocab_map.safetensors").is_file()
+    head = SafetensorsFile(tmp_path / "engine" / "weights.safetensors").read("head")
+    np.testing.assert_allclose(head, tensors["model.embed_tokens.weight"][kept], rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_int8_is_within_half_a_step(checkpoint, tmp_path, dtype):
+    directory, tensors = checkpoint()
+    build_cuda(directory, tmp_path / "engine", quantization="int8", dtype=dtype)
+    manifest = read_manifest(tmp_path / "engine")
+    assert (manifest.quantization, manifest.group_size) == ("int8", 128)
+    spec = CudaSpec.create(manifest, EngineConfig(tmp_path / "engine"))
+    assert spec.weight_bits == 8 and spec.has_head
+    file = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
+    values, scales = int8_layout.unpack(file.raw("layers.1.down"))
+    scales = (scales.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else scales.view(np.float16)
+    expected = tensors["model.layers.1.mlp.down_proj.weight"]
+    restored = dequantize(values, scales.astype(np.float64), int8_layout.GROUP, int8_layout.ZERO)
+    # The largest may be clipped where the scale, rounded to the type, came out small.
+    half = np.repeat(scales.astype(np.float64), 128, axis=1) * (0.51 if dtype == "fp16" else 0.8)
+    assert (np.abs(restored - expected) <= half).all()
+    assert 0 < np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.01
+
+
+@pytest.mark.parametrize(("bits", "layout"), LAYOUTS.items())
+def test_packing_is_its_own_inverse(bits, layout):
     random = np.random.default_rng(1)
-    values = random.integers(0, 16, (64, 512)).astype(np.uint8)
+    values = random.integers(0, 1 << bits, (64, 512)).astype(np.uint8)
     scales = random.integers(0, 1 << 16, (64, 4)).astype(np.uint16)
-    records = int4_layout.pack(values, scales)
-    assert records.shape == int4_layout.records_shape(64, 512)
-    found = int4_layout.unpack(records)
+    records = layout.pack(values, scales)
+    assert records.shape == layout.records_shape(64, 512)
+    found = layout.unpack(records)
     assert (found[0] == values).all() and (found[1] == scales).all()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_group_of_zeros_stays_zero(dtype):
-    values, _ = int4_layout.unpack(to_int4(np.zeros((16, 128), dtype=np.float32), dtype))
-    assert (values == int4_layout.ZERO).all()
+@pytest.mark.parametrize(("bits", "layout"), LAYOUTS.items())
+def test_a_group_of_zeros_stays_zero(bits, layout, dtype):
+    values, _ = layout.unpack(to_records(np.zeros((16, 128), dtype=np.float32), bits, dtype))
+    assert (values == layout.ZERO).all()
 
 
 @pytest.mark.parametrize(
@@ -172,6 +205,34 @@ def test_the_plan_adds_up_what_is_taken(checkpoint, tmp_path):
     assert spec.chunk % 64 == 0 and spec.chunk >= 100
 
 
+def test_an_int8_kv_cache_is_chosen_when_the_engine_is_opened(checkpoint, tmp_path):
+    directory, _ = checkpoint()
+    manifest = build_cuda(directory, tmp_path / "engine")
+    assert manifest.kv_cache_type == "fp16"
+    sizes = dict(max_context=101, prompt_cache_entries=3, prompt_cache_tokens=50)
+    spec = CudaSpec.create(manifest, EngineConfig(tmp_path / "engine", kv_cache_type="int8", **sizes))
+    arrays = work_arrays(spec, num_sms=10)
+    # Layers, K and V, heads, tokens, head_dim, and a scale of 2 bytes for every token, in rows of 16 bytes.
+    assert (arrays["kv_cache"].shape, arrays["kv_cache"].dtype) == ((2, 2, 2, 101, 32), "int8")
+    assert (arrays["kv_scales"].shape, arrays["kv_scales"].dtype) == ((2, 2, 2, 104), "fp16")
+    assert bytes_by_purpose(arrays)["kv_cache"] == aligned(8 * 101 * 32) + aligned(8 * 104 * 2)
+    assert bytes_by_purpose(arrays)["prefix_cache"] == aligned(3 * 8 * 50 * 32) + aligned(3 * 8 * 56 * 2)
+    assert "kv_scales" not in work_arrays(CudaSpec.create(manifest, EngineConfig(tmp_path / "engine")), num_sms=10)
+
+
+def test_an_engine_can_be_built_to_open_with_an_int8_kv_cache(checkpoint, tmp_path):
+    directory, _ = checkpoint()
+    build = ["build", str(directory), str(tmp_path / "engine"), "--backend", "cuda", "--kv-cache-type"]
+    assert cli.main([*build, "int8"]) == 0
+    manifest = read_manifest(tmp_path / "engine")
+    assert manifest.kv_cache_type == "int8"
+    for asked, kv_int8 in (("auto", True), ("int8", True), ("fp16", False)):
+        spec = CudaSpec.create(manifest, EngineConfig(tmp_path / "engine", kv_cache_type=asked))
+        assert spec.attention.kv_int8 == kv_int8
+    with pytest.raises(BuildError, match="no 'fp32' KV cache"):
+        build_cuda(directory, tmp_path / "other", kv_cache_type="fp32")
+
+
 def _tensors(engine_dir) -> dict[str, np.ndarray]:
     file = SafetensorsFile(engine_dir / "weights.safetensors")
     return {name: file.raw(name) for name in file.names() if name != "rope"}
@@ -181,7 +242,7 @@ def _tensors(engine_dir) -> dict[str, np.ndarray]:
     "changes, text",
     [
         (dict(max_batch=2), "max_batch is 2"),
-        (dict(kv_cache_type="int8"), "kv_cache_type is 'int8'"),
+        (dict(kv_cache_type="fp8"), "kv_cache_type is 'fp8'"),
         (dict(vocab_map="some.safetensors"), "when the engine is built"),
     ],
 )

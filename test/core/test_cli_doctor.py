@@ -75,7 +75,7 @@ def test_what_a_gpu_backend_lacks_comes_with_the_command_that_helps(monkeypatch)
     assert "driver supports CUDA 12.6" in newer.why_not and "==12.*" in newer.install
     old = reasons(GpuReport((GpuInfo("T4", 75, 40, 16 << 30, False),), "12.6"))["fp16"]
     assert "sm_75" in old.why_not
-    assert "sm_87" in reasons(ORIN)["nvfp4"].why_not or "not part of this version" in reasons(ORIN)["nvfp4"].why_not
+    assert "this version builds fp16 and fp32 for tensorrt, not nvfp4" in reasons(ORIN)["nvfp4"].why_not
     none = reasons(GpuReport(why_none="there is no NVIDIA driver"), on_jetson=True)["fp16"]
     assert none.install == "sudo apt install nvidia-jetpack"
 

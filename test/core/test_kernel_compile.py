@@ -29,13 +29,14 @@ ATTENTION = dict(
 GEMV = dict(ROWS=512, COLS=1024, K_WARPS=4, ROW_WARPS=4, BATCH=4, DEPTH=3, EPILOGUE=2, NORM=1, BIAS=0, NORM_EPS="1e-5f")
 KERNELS = {
     "gemv": GEMV,
-    "gemv_int4": GEMV,
+    "gemv_packed": {**GEMV, "BITS": 4},
     "attention_decode": {**ATTENTION, "DEPTH": 4},
     "attention_prefill": ATTENTION,
     "rope_append": ATTENTION,
     "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f"),
     "elementwise": dict(COLS=1024),
     "sample": dict(ROWS=1000, RING=8),
+    "kv_append": dict(LAYERS=3, KV_HEADS=2, VECTORS=8, CONTEXT=512, FRESH=1024),
 }
 
 
@@ -54,6 +55,25 @@ def test_every_kernel_compiles(arch):
     for name in KERNELS:
         binary = _compile(name, arch, BF16=int(arch != "sm_80"))
         assert binary[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+def test_the_kernels_of_an_int8_cache_compile(arch):
+    for name in ("attention_decode", "attention_prefill", "rope_append"):
+        for head_dim in (16, 96, 256):
+            binary = _compile(name, arch, BF16=int(arch == "sm_80"), KV_INT8=1, HEAD_DIM=head_dim, CONTEXT=1003)
+            assert binary[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+@pytest.mark.parametrize("bf16", [0, 1])
+def test_the_products_of_8_bits_compile(arch, bf16):
+    assert _compile("gemv_packed", arch, BITS=8, BF16=bf16)[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+def test_kv_append_compiles_without_layers():
+    assert _compile("kv_append", _architectures()[0], LAYERS=0)[:4] == b"\x7fELF"
 
 
 @pytest.mark.skipif(not _architectures(), reason="needs NVRTC")

@@ -214,7 +214,7 @@ def test_advice_names_what_fits_with_numbers(config_only):
     assert is_possible(rows) and is_possible(rows, "int4") and not is_possible(rows, "fp16")
     assert advice(rows) == [] and advice(rows, "int4") == []
     (sentence,) = advice(rows, "fp16", lambda quantization: 10 * GIB)
-    assert "8192" in sentence and "13.29 GiB" in sentence and "--quantization int4 fits" in sentence
+    assert "8192" in sentence and "13.29 GiB" in sentence and "--quantization int8 fits" in sentence
     assert "10.00 GiB (enough)" in sentence
     small = devices.of_memory(5 * GIB, gpu=True)
     rows = plan_checkpoint(CheckpointEstimate(directory), small, Asked(contexts=(32768,)))
@@ -236,6 +236,9 @@ def test_kv_types_a_backend_lacks_are_estimated(config_only):
     shape = dict(num_layers=32, num_kv_heads=8, head_dim=128, max_context=4096)
     assert row["fp16"].plan.item("kv_cache") == kv_cache_bytes(**shape, kv_cache_type="fp8")
     assert not row["fp16"].usable
+    row = rows_of(directory, devices.named("agx-orin-64gb"), contexts=(4096,), kv_cache_type="int8", backend="cuda")
+    assert row["fp16"].plan.item("kv_cache") == kv_cache_bytes(**shape, kv_cache_type="int8")
+    assert row["fp16"].usable and row["fp16"].only_planned == {"fp8"}
 
 
 @pytest.mark.parametrize(
@@ -262,7 +265,7 @@ def test_the_command_says_what_fits_in_its_exit_status(config_only, capsys):
     assert "12.55" in text and "nvfp4 needs Blackwell" in text and "2.00 GiB assumed" in text
     assert cli.main(["plan", directory, "--device", "orin-nx-16gb", "--quantization", "fp16", "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
-    assert document["possible"] is False and "--quantization int4 fits" in document["advice"][0]
+    assert document["possible"] is False and "--quantization int8 fits" in document["advice"][0]
     assert cli.main(["plan", directory, "--device", "orin-nx-16gb", "--quantization", "fp8"]) == 1
     assert cli.main(["plan", directory, "--memory", "40GB", "--quantization", "fp16", "--reserve", "30GB"]) == 1
     assert cli.main(["plan", directory, "--memory", "40GB", "--quantization", "fp16"]) == 0
@@ -278,7 +281,7 @@ def test_the_command_on_engines_of_several_variants(tmp_path, capsys):
     document = json.loads(capsys.readouterr().out)
     assert [row["quantization"] for row in document["variants"]] == ["int4", "int8"]
     assert (
-        cli.main(["plan", str(tmp_path), "--memory", "50MB", "--quantization", "int8", "--backend", "onnxruntime"]) == 1
+        cli.main(["plan", str(tmp_path), "--memory", "20MB", "--quantization", "int8", "--backend", "onnxruntime"]) == 1
     )
     assert "too large" in capsys.readouterr().out
     assert cli.main(["plan", str(tmp_path), "--max-context", "1024"]) == 1

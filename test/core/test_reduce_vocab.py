@@ -16,11 +16,12 @@ from engine_core.build import reduce_vocab as module
 from engine_core.build.build import build_engine
 from engine_core.build.reduce_vocab import reduce_vocab
 from engine_core.build.reduce_vocab_select import Chooser
-from engine_core.build.reduce_vocab_texts import read_documents, tokenize
+from engine_core.build.reduce_vocab_texts import tokenize
 from engine_core.config import EngineConfig
 from engine_core.engine import Engine
 from engine_core.errors import BuildError, CheckpointError, ConfigurationError
 from engine_core.safetensors_file import SafetensorsFile, write_safetensors
+from engine_core.texts import read_documents
 from engine_core.tokenizer import Tokenizer
 from engine_core.vocab import FINGERPRINT, TENSOR_NAME, read_vocab_map, tokenizer_fingerprint
 

@@ -102,24 +102,6 @@ def test_a_cut_head_samples_what_the_full_one_does_among_the_kept_ids(
         backend.close()
 
 
-@pytest.mark.parametrize("quantization", ["fp32", "int8"])
-def test_what_is_cut_at_load_is_not_planned_for(checkpoint, random_map, tmp_path, quantization):
-    """The plan names the bytes of a head cut at load: those of a built one, and the copy the runtime packs."""
-    manifest = build_engine(checkpoint, tmp_path / "full", quantization=quantization)
-    built = build_engine(checkpoint, tmp_path / "built", quantization=quantization, vocab_map=random_map[0])
-
-    def plan(variant, manifest, **config):
-        return OnnxRuntimeBackend.plan(variant, manifest, EngineConfig(variant, **config))
-
-    whole = plan(tmp_path / "full", manifest)
-    cut = plan(tmp_path / "full", manifest, vocab_map=str(random_map[0]))
-    as_built = plan(tmp_path / "built", built)
-    packed = len(random_map[1]) * 64 * (4 if quantization == "fp32" else 1)
-    assert cut.item("weights") < whole.item("weights") and cut.item("io") == as_built.item("io")
-    # Each tensor of the file starts at a page.
-    assert 0 <= cut.item("weights") - as_built.item("weights") <= packed + 2 * 4096 + 4096
-
-
 def test_the_engine_directory_may_be_read_only_and_relative(checkpoint, random_map, tmp_path, monkeypatch):
     manifest = build_engine(checkpoint, tmp_path / "full", quantization="int8")
     before = {path: path.read_bytes() for path in (tmp_path / "full").iterdir()}

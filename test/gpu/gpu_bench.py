@@ -7,7 +7,8 @@ import numpy as np
 from engine_core.device import Arena, Device, DeviceArray, Stream
 from engine_core.kernels import Kernels
 
-NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int32": np.int32, "uint32": np.uint32}
+NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+NUMPY |= {"int32": np.int32, "uint32": np.uint32, "int8": np.int8}
 POISON = 0xFF  # bytes that are NaN in every floating-point type: an output nobody wrote shows
 
 

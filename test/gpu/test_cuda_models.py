@@ -12,7 +12,7 @@ from engine_core.backends import TokenSampling
 from engine_core.backends.cuda import CudaBackend
 from engine_core.build.cuda import build_cuda
 from engine_core.config import EngineConfig
-from engine_core.kernels import int4_layout, reference
+from engine_core.kernels import int4_layout, int8_layout, reference
 from engine_core.manifest import read_manifest
 from engine_core.safetensors_file import SafetensorsFile
 
@@ -118,31 +118,64 @@ def test_logits_and_greedy_tokens(model, engine_dir):
         assert want.max() - want[row.argmax()] <= 2 * np.abs(row - want).max()
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_int4_logits(tmp_path, dtype, tied):
-    """The same model, in transformers with the weights that the 4 bits stand for."""
-    torch.manual_seed(8)
-    sizes = dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_attention_heads=8, head_dim=32)
-    config = transformers.LlamaConfig(**{**SMALL, **sizes, "initializer_range": 0.06, "tie_word_embeddings": tied})
-    model = transformers.LlamaForCausalLM(config).eval()
+class _Int8Cache(transformers.DynamicCache):
+    """transformers' KV cache, with every vector of K and V rounded as ours rounds it."""
+
+    def update(self, keys, values, *args, **kwargs):
+        rounded = []
+        for vectors in (keys, values):
+            levels, scales = reference.quantize_vectors(vectors.double().numpy())
+            rounded.append(torch.tensor(levels * scales[..., None], dtype=vectors.dtype))
+        return super().update(*rounded, *args, **kwargs)
+
+
+def test_logits_with_an_int8_kv_cache(model, engine_dir):
+    """An engine built for a 16-bit cache opens with an int8 one by the parameter alone.
+
+    Off float32 by what the 16-bit type loses and by no more than half as much again as the rounding of K and V alone
+    does in transformers: noise of the type moves values over to other levels.
+    """
+    manifest = read_manifest(engine_dir)
+    assert manifest.kv_cache_type == "fp16"
+    prompt = np.random.default_rng(3).integers(0, 1003, 70).astype(np.int32)
+    backend = load(engine_dir, kv_cache_type="int8")
+    try:
+        assert backend._work["kv_cache"].dtype == "int8"
+        backend.begin(GREEDY, prompt)
+        ids, rows = prompt.tolist(), []
+        pending = backend.prefill(prompt, 0)
+        for _ in range(40):
+            ids.append(pending.result())
+            rows.append(logits_of(backend))
+            pending = backend.decode()
+    finally:
+        backend.close()
+    expected, allowed = expected_logits(model, ids, manifest.options["dtype"])
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16).float())
-    model.save_pretrained(tmp_path / "checkpoint")
-    build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization="int4", max_context=256, dtype=dtype)
-    stored = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
+        cache = _Int8Cache(config=model.config)
+        rounded = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0].double().numpy()
+    first = len(prompt) - 1
+    effect = max(map(error, rounded, expected))
+    assert 0 < effect < 0.1
+    assert max(map(error, rows, expected[first:-1])) < TOLERANCE * allowed + 1.5 * effect
+
+
+def use_weights_of(engine_dir, model, layout) -> None:
+    """Gives the model in transformers what the engine's packed weights stand for."""
+    stored = SafetensorsFile(engine_dir / "weights.safetensors")
+    config, dtype = model.config, read_manifest(engine_dir).options["dtype"]
 
     def restored(name: str) -> torch.Tensor:
-        values, scales = int4_layout.unpack(stored.raw(name))
+        values, scales = layout.unpack(stored.raw(name))
         scales = from_bits(scales.view(NUMPY[dtype]), dtype)
-        return torch.tensor(reference.dequantize(values, scales, int4_layout.GROUP, int4_layout.ZERO))
+        return torch.tensor(reference.dequantize(values, scales, layout.GROUP, layout.ZERO))
 
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(restored("head").float())  # no longer the embedding
         for i, layer in enumerate(model.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
-            q, k, v = restored(f"layers.{i}.qkv").split([256, 64, 64])
+            q, k, v = restored(f"layers.{i}.qkv").split([count * config.head_dim for count in heads])
             gate_up = restored(f"layers.{i}.gate_up")
             for linear, values in (
                 (attention.q_proj, q),
@@ -154,18 +187,42 @@ def test_int4_logits(tmp_path, dtype, tied):
                 (mlp.down_proj, restored(f"layers.{i}.down")),
             ):
                 linear.weight.copy_(values)
-    prompt = np.random.default_rng(6).integers(0, 1008, 70).astype(np.int32)
-    backend = load(tmp_path / "engine")
-    backend.begin(GREEDY, prompt)
-    ids, rows = prompt.tolist(), []
-    pending = backend.prefill(prompt, 0)
-    for _ in range(20):
-        ids.append(pending.result())
-        rows.append(logits_of(backend))
-        pending = backend.decode()
-    backend.close()
-    expected, allowed = expected_logits(model, ids, dtype)
+
+
+def check_greedy(engine_dir, model, count: int = 20) -> None:
+    """The engine's logits against the model's, over a prompt and ``count`` greedy tokens."""
+    prompt = np.random.default_rng(6).integers(0, model.config.vocab_size, 70).astype(np.int32)
+    backend = load(engine_dir)
+    try:
+        backend.begin(GREEDY, prompt)
+        ids, rows = prompt.tolist(), []
+        pending = backend.prefill(prompt, 0)
+        for _ in range(count):
+            ids.append(pending.result())
+            rows.append(logits_of(backend))
+            pending = backend.decode()
+    finally:
+        backend.close()
+    expected, allowed = expected_logits(model, ids, read_manifest(engine_dir).options["dtype"])
     assert max(map(error, rows, expected[len(prompt) - 1 : -1])) < TOLERANCE * allowed
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("quantization", "layout"), [("int4", int4_layout), ("int8", int8_layout)])
+def test_quantized_logits(tmp_path, quantization, layout, dtype, tied):
+    """The same model, in transformers with the weights that the 4 or 8 bits stand for."""
+    torch.manual_seed(8)
+    sizes = dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_attention_heads=8, head_dim=32)
+    config = transformers.LlamaConfig(**{**SMALL, **sizes, "initializer_range": 0.06, "tie_word_embeddings": tied})
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16).float())
+    model.save_pretrained(tmp_path / "checkpoint")
+    build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization=quantization, max_context=256, dtype=dtype)
+    use_weights_of(tmp_path / "engine", model, layout)
+    check_greedy(tmp_path / "engine", model)
 
 
 def generate(backend: CudaBackend, prompt: np.ndarray, count: int, sampling: TokenSampling = GREEDY) -> list[int]:
@@ -179,12 +236,13 @@ def generate(backend: CudaBackend, prompt: np.ndarray, count: int, sampling: Tok
     return tokens
 
 
-def test_graph_and_eager_give_the_same_tokens(engine_dir):
+@pytest.mark.parametrize("kv_cache_type", ["fp16", "int8"])
+def test_graph_and_eager_give_the_same_tokens(engine_dir, kv_cache_type):
     prompt = np.arange(3, 40, dtype=np.int32)
     sampled = TokenSampling(0.9, 0.95, 40, 0.0, 1.2, 5, ((11, 1.0),), frozenset())
     found = []
     for use_cuda_graph in (True, False):
-        backend = load(engine_dir, use_cuda_graph=use_cuda_graph)
+        backend = load(engine_dir, use_cuda_graph=use_cuda_graph, kv_cache_type=kv_cache_type)
         found.append([generate(backend, prompt, 60, options) for options in (GREEDY, sampled)])
         backend.close()
     assert found[0] == found[1]

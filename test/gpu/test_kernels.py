@@ -13,8 +13,9 @@ from engine_core.kernels import (
     KernelArgumentError,
     attention,
     int4_layout,
+    int8_layout,
     linear,
-    linear_int4,
+    linear_packed,
     reference,
     sampling,
 )
@@ -75,7 +76,7 @@ def test_gemv_refuses_what_it_cannot_read(bench):
 
 
 # One record, one row of warps and more, groups that do not divide among warps, more tiles than CTAs.
-INT4_SHAPES = [
+PACKED_SHAPES = [
     (16, 128),
     (48, 384),
     (1280, 256),
@@ -89,14 +90,15 @@ INT4_SHAPES = [
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("rows, cols", INT4_SHAPES)
+@pytest.mark.parametrize("rows, cols", PACKED_SHAPES)
 @pytest.mark.parametrize("normed", [False, True])
-def test_gemv_int4_with_every_epilogue_and_dequantize(bench, rows, cols, normed, dtype):
+@pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
+def test_gemv_packed_with_every_epilogue_and_dequantize(bench, rows, cols, normed, layout, dtype):
     kernels = bench.kernels(dtype)
-    values = bench.random.integers(0, 16, (rows, cols)).astype(np.uint8)
-    scales = to_bits(bench.random.standard_normal((rows, cols // 128)) * 0.2 * cols**-0.5, dtype)
-    records = bench.put(int4_layout.pack(values, scales), "uint8")
-    w = reference.dequantize(values, from_bits(scales, dtype), int4_layout.GROUP, int4_layout.ZERO)
+    values = bench.random.integers(0, 2 * layout.ZERO, (rows, cols)).astype(np.uint8)
+    scales = to_bits(bench.random.standard_normal((rows, cols // 128)) * (1.6 / layout.ZERO) * cols**-0.5, dtype)
+    records = bench.put(layout.pack(values, scales), "uint8")
+    w = reference.dequantize(values, from_bits(scales, dtype), layout.GROUP, layout.ZERO)
     vector, x = bench.normal((cols,), "fp32" if normed else dtype, 3.0)
     norm_weight, g = bench.normal((cols,), dtype)
     bias, b = bench.normal((rows,), dtype)
@@ -112,12 +114,12 @@ def test_gemv_int4_with_every_epilogue_and_dequantize(bench, rows, cols, normed,
         linear.LOGITS: (bench.poisoned((rows,), "fp32"), {}, sums),
     }
     for epilogue, (output, more, expected) in cases.items():
-        linear_int4.gemv_int4(kernels, records, vector, output, epilogue, **norm, **more)(bench.stream)
+        linear_packed.gemv_packed(kernels, records, vector, output, epilogue, **norm, **more)(bench.stream)
         # A normalised value near the middle of two of the type may be rounded the other way.
         allowed = TOLERANCE[dtype] if normed else TOLERANCE[output.dtype]
         assert error(bench.get(output), expected) < allowed, epilogue
     weight = bench.poisoned((rows, cols), dtype)
-    linear_int4.dequantize_int4(kernels, records, weight)(bench.stream)
+    linear_packed.dequantize_packed(kernels, records, weight)(bench.stream)
     assert (bench.get(weight) == from_bits(to_bits(w.astype(np.float32), dtype), dtype)).all()
 
 
@@ -171,14 +173,31 @@ class _Attention:
     """One layer's arrays and, in float64, what the kernels should make of them."""
 
     def __init__(
-        self, bench, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, dtype: str, count: int, context: int
+        self,
+        bench,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        qk_norm: bool,
+        dtype: str,
+        count: int,
+        context: int,
+        kv_int8: bool = False,
     ):
         self.bench, self.count = bench, count
         self.kernels = bench.kernels(dtype)
-        self.shape = attention.AttentionShape(heads, kv_heads, head_dim, context, EPS, qk_norm)
+        self.shape = attention.AttentionShape(heads, kv_heads, head_dim, context, EPS, qk_norm, kv_int8)
         self.table = _table(self.shape)
         self.rope = bench.put(self.table, "fp32")
         self.cache, self.cached = bench.normal((2, kv_heads, context, head_dim), dtype)
+        self.scales = None
+        if kv_int8:  # scales of very different sizes, as a model's tokens have; past the row's end they are NaN
+            self.cached *= np.exp2(bench.random.integers(-6, 2, (2, kv_heads, context, 1)))
+            levels, scales = reference.quantize_vectors(self.cached)
+            padded = np.full((2, kv_heads, self.shape.scale_pitch), np.nan, dtype=np.float16)
+            padded[..., :context] = scales
+            self.cache, self.scales = bench.put(levels.astype(np.int8), "int8"), bench.put(padded, "fp16")
+            self.cached = levels * scales[..., None]
         self.qkv, values = bench.normal((count, self.shape.qkv_width), dtype)
         self.heads = values.reshape(count, heads + 2 * kv_heads, head_dim)
         self.output = bench.poisoned((count, heads * head_dim), dtype)
@@ -195,22 +214,34 @@ class _Attention:
         angles = self.table[start : start + n].astype(np.float64)
         q, k = reference.rotate(q, angles), reference.rotate(k, angles)
         cache = self.cached.copy()
-        cache[0, :, start : start + n] = k.swapaxes(0, 1)
-        cache[1, :, start : start + n] = v.swapaxes(0, 1)
+        for part, new in enumerate((k.swapaxes(0, 1), v.swapaxes(0, 1))):
+            if shape.kv_int8:
+                levels, scales = reference.quantize_vectors(new)
+                new = levels * scales[..., None]
+            cache[part, :, start : start + n] = new
         output = reference.attention(q, cache[0, :, : start + n], cache[1, :, : start + n], start)
         return output.reshape(n, -1), cache
 
     def check(self, start: int, tolerance: float) -> None:
         output, cache = self.expected(start)
-        assert error(self.bench.get(self.cache), cache) < tolerance
+        found = self.bench.get(self.cache)
+        if self.scales is not None:
+            found = found * self.bench.get(self.scales)[..., : self.shape.max_context, None]
+            new = slice(start, start + self.count)
+            # A value near the middle of two levels may be rounded the other way, no more than that.
+            steps = np.abs(cache[:, :, new]).max(axis=-1, keepdims=True) / 127
+            assert (np.abs(found - cache)[:, :, new] <= 1.01 * steps).all()
+            assert (np.abs(found - cache)[:, :, new] > 0.1 * steps).mean() < 0.02
+        assert error(found, cache) < tolerance
         assert error(self.bench.get(self.output), output) < tolerance
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("heads, kv_heads, head_dim, qk_norm", ATTENTION)
 @pytest.mark.parametrize("position", [0, 1, 63, 64, 200, 1498, 1499])
-def test_attention_decode(bench, heads, kv_heads, head_dim, qk_norm, position, dtype):
-    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, 1, 1500)
+@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
+def test_attention_decode(bench, heads, kv_heads, head_dim, qk_norm, position, kv_int8, dtype):
+    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, 1, 1500, kv_int8)
     state = np.zeros((), dtype=sampling.STATE)
     state["position"] = position
     num_sms = bench.device.num_sms
@@ -225,26 +256,48 @@ def test_attention_decode(bench, heads, kv_heads, head_dim, qk_norm, position, d
         bench.put(np.zeros(kv_heads, dtype=np.uint32), "uint32"),
         case.output.reshape(heads * head_dim),
         norms=case.norms,
+        scales=case.scales,
     )
     launch(bench.stream)
     launch(bench.stream)  # the counters are as before: a second launch gives the same
-    case.check(position, TOLERANCE[dtype])
+    case.check(position, TOLERANCE[dtype] * (3 if kv_int8 else 1))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("heads, kv_heads, head_dim, qk_norm", ATTENTION)
 @pytest.mark.parametrize("start, count", [(0, 1), (0, 7), (5, 64), (0, 130), (200, 33)])
-def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, count, dtype):
-    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, count, 300)
+@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
+def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, count, kv_int8, dtype):
+    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, count, 301, kv_int8)
     position, number = ctypes.c_int(start), ctypes.c_int(count)
-    attention.rope_append(
-        case.kernels, case.shape, case.qkv, case.cache, case.rope, position, number, norms=case.norms
-    )(bench.stream)
-    attention.attention_prefill(case.kernels, case.shape, case.qkv, case.cache, case.output, position, number)(
-        bench.stream
-    )
+    inputs = (case.kernels, case.shape, case.qkv, case.cache)
+    attention.rope_append(*inputs, case.rope, position, number, norms=case.norms, scales=case.scales)(bench.stream)
+    attention.attention_prefill(*inputs, case.output, position, number, case.scales)(bench.stream)
     # The weights of the keys are rounded to the type here, too.
-    case.check(start, 2 * TOLERANCE[dtype])
+    case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
+
+
+def test_a_nan_in_an_int8_cache_is_seen_and_zeros_stay_zeros(bench):
+    case = _Attention(bench, 4, 2, 64, False, "fp16", 3, 64, True)
+    values = bench.device.download(case.qkv).reshape(3, 8, 64)
+    values[1, 5, 7] = np.nan  # a key
+    values[0, 6] = 0  # a value
+    bench.device.upload(case.qkv, values)
+    position, number = ctypes.c_int(4), ctypes.c_int(3)
+    inputs = (case.kernels, case.shape, case.qkv, case.cache)
+    attention.rope_append(*inputs, case.rope, position, number, scales=case.scales)(bench.stream)
+    scales, levels = bench.get(case.scales), bench.get(case.cache)
+    assert np.isnan(scales[0, 1, 5]) and np.isfinite(scales[:, 0, :7]).all()
+    assert scales[1, 0, 4] == 0 and (levels[1, 0, 4] == 0).all()
+
+
+def test_attention_refuses_a_cache_of_another_type(bench):
+    case = _Attention(bench, 4, 2, 64, False, "fp16", 3, 64, True)
+    args = (case.kernels, case.shape, case.qkv, case.cache, case.output, ctypes.c_int(0), ctypes.c_int(3))
+    with pytest.raises(KernelArgumentError, match="scales"):
+        attention.attention_prefill(*args)
+    with pytest.raises(KernelArgumentError, match="cache is fp16"):
+        attention.attention_prefill(*args[:3], case.output.reshape(3, 256), *args[4:], case.scales)
 
 
 @pytest.mark.parametrize("sizes", [(8, 8, 72), (8, 8, 272), (18, 2, 64), (5, 2, 64)])

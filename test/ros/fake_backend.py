@@ -47,10 +47,10 @@ class FakeBackend(ScriptedBackend):
         return logits
 
 
-def write_engine(directory: Path, **options) -> Path:
-    """A whole engine directory for FakeBackend."""
+def write_engine(directory: Path, *, backend: str = "fake", **options) -> Path:
+    """A whole engine directory for FakeBackend; of another ``backend``, one that it refuses."""
     geometry = ModelGeometry("FakeForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB_SIZE, MAX_CONTEXT, 1000)
-    manifest = Manifest("fake", geometry, "fake", "fp32", "fp32", MAX_CONTEXT, 1, (EOS, END), options=options)
+    manifest = Manifest("fake", geometry, backend, "fp32", "fp32", MAX_CONTEXT, 1, (EOS, END), options=options)
     with write_variant(directory) as temporary:
         write_tokenizer(temporary)
         seal(temporary, manifest)

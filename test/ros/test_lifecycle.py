@@ -45,6 +45,16 @@ def test_there_and_back_with_honest_states(nodes, engine_dir):
     assert llm.state() == State.PRIMARY_STATE_FINALIZED
 
 
+def test_auto_takes_what_runs_here_and_says_why(nodes, tmp_path):
+    write_engine(tmp_path / "engine" / "plan", backend="tensorrt")
+    write_engine(tmp_path / "engine" / "fake")
+    llm = nodes.start(tmp_path / "engine").bring_up()
+    info = llm.info()
+    assert info.backend == "fake"
+    assert info.backend_reason.startswith("fake fp32 is the fastest of 2 variants that runs here and fits; not tensor")
+    assert info.backend_reason in llm.node_process.log.read_text()
+
+
 def test_late_subscribers_get_the_status_and_diagnostics_name_the_device(nodes, engine_dir):
     llm = nodes.start(engine_dir).bring_up()
     late = LlmClient(llm.name, llm.node_process)

@@ -1,24 +1,32 @@
-// y = W x for one vector with W in 4 bits, dequantized on the way into tensor cores; and W back in 16 bits for prefill.
+// y = W x for one vector with W in 4 or 8 bits (BITS), dequantized on the way into tensor cores; and W back in 16 bits for
+// prefill.
 //
 // W [ROWS][COLS] is stored as records of 16 rows by 128 columns, which share a scale in each row: [ROWS / 16][COLS / 128] of
-// 1024 bytes of values and 16 scales of 16 bits, those of rows g and g + 8 side by side (int4_layout.py). A weight is (value - 8) * scale. One record is the A
-// operand of eight m16n8k16 products: lane 4 g + t holds columns 32 t … 32 t + 31 of rows g and g + 8, as the order of the
-// columns is free as long as x has the same. All eight columns of B are x; no sum over lanes is left to do.
+// 1024 or 2048 bytes of values and 16 scales of 16 bits, those of rows g and g + 8 side by side (int4_layout.py,
+// int8_layout.py). A weight is (value - 8) * scale or (value - 128) * scale. One record is the A operand of eight m16n8k16
+// products: lane 4 g + t holds columns 32 t … 32 t + 31 of rows g and g + 8, as the order of the columns is free as long as
+// x has the same. All eight columns of B are x; no sum over lanes is left to do.
 //
 // As in gemv.cu the columns are split over K_WARPS warps, each warp copies its records through its own ring of DEPTH stages
 // in shared memory, filled before the kernel waits for the one that computes x. NORM: x is RMS-normalised first.
 #include "epilogue.cuh"
 
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = 32 * WARPS;
-constexpr int TILE = 16, GROUP = 128, RECORD = TILE * GROUP / 2 + TILE * 2;  // rows, columns, bytes
+constexpr int TILE = 16, GROUP = 128, RECORD = TILE * GROUP * BITS / 8 + TILE * 2;  // rows, columns, bytes
+constexpr int PIECES = BITS / 4;  // uint4 a lane has of one row of a record; of row g + 8 as many follow
+constexpr int SCALES = 2 * PIECES * 32;  // the first uint4 of the scales
 constexpr int GROUPS = COLS / GROUP, TILES = ROWS / TILE;
 constexpr int WARP_GROUPS = (GROUPS + K_WARPS - 1) / K_WARPS;  // of each tile
 constexpr int SEGMENT_TILES = ROW_WARPS > 4 ? ROW_WARPS : 4;   // of the CTA, between two barriers
 constexpr int SEGMENT = SEGMENT_TILES * TILE;
+static_assert(BITS == 4 || BITS == 8, "4 or 8 bits");
 static_assert(COLS % GROUP == 0 && ROWS % TILE == 0 && SEGMENT_TILES % ROW_WARPS == 0, "unsupported shape");
 
-// The eight weights of a word, less 8, as four pairs of 16 bits: the nibbles n and n + 4.
-__device__ __forceinline__ void dequantize(u32 (&v)[4], u32 w) {
+// Eight of a lane's weights, number ``eight`` of four, less their zero, as four pairs of 16 bits of neighbouring columns.
+#if BITS == 4
+
+__device__ __forceinline__ void dequantize(u32 (&v)[4], const uint4 (&pieces)[1], int eight) {
+    const u32 words[4] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w}, w = words[eight];  // nibbles n and n + 4
 #if BF16  // 0x4300 | n is 128 + n
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair)
@@ -34,6 +42,26 @@ __device__ __forceinline__ void dequantize(u32 (&v)[4], u32 w) {
     }
 #endif
 }
+
+#else
+
+__device__ __forceinline__ void dequantize(u32 (&v)[4], const uint4 (&pieces)[2], int eight) {
+    const uint4 piece = pieces[eight / 2];
+    const u32 words[2] = {eight % 2 ? piece.z : piece.x, eight % 2 ? piece.w : piece.y};  // bytes 2 n and 2 n + 1
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        const u32 w = words[pair / 2], selector = pair % 2 ? 0x4342u : 0x4140u;
+#if BF16  // 0x4300 | low 7 bits is 128 + those; -256 or, with the high bit, -128 makes them the level
+        const u32 x = __byte_perm(w, 0, selector);
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+            : "=r"(v[pair]) : "r"((x & 0x007f007fu) | 0x43004300u), "r"(0x3f803f80u), "r"((x & 0x00800080u) ^ 0xc380c380u));
+#else     // 0x6400 | n is 1024 + n
+        asm("sub.f16x2 %0, %1, %2;" : "=r"(v[pair]) : "r"(__byte_perm(w, 0x64646464u, selector)), "r"(0x64806480u));
+#endif
+    }
+}
+
+#endif
 
 #if BF16
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -56,7 +84,7 @@ __device__ __forceinline__ void multiply_first(float* c, u32 a0, u32 a1, u32 a2,
 
 // x to shared memory in the order the products read it: [GROUPS][4 eights][4 lanes t][8].
 __device__ __forceinline__ void load_input(uint4* x, const void* input, const half_t* norm_weight) {
-    constexpr int PIECES = COLS / 8, OWN = (PIECES + THREADS - 1) / THREADS;
+    constexpr int EIGHTS = COLS / 8, OWN = (EIGHTS + THREADS - 1) / THREADS;
 #if NORM
     __shared__ float sums[WARPS];
     float v[OWN][8], squares = 0.f;
@@ -64,8 +92,8 @@ __device__ __forceinline__ void load_input(uint4* x, const void* input, const ha
     for (int i = 0; i < OWN; ++i) {
         const int piece = threadIdx.x + i * THREADS;
         const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
-        const float4 a = piece < PIECES ? load16f((const float*)input + 8 * piece) : zero;
-        const float4 b = piece < PIECES ? load16f((const float*)input + 8 * piece + 4) : zero;
+        const float4 a = piece < EIGHTS ? load16f((const float*)input + 8 * piece) : zero;
+        const float4 b = piece < EIGHTS ? load16f((const float*)input + 8 * piece + 4) : zero;
         const float f[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
         for (int j = 0; j < 8; ++j) v[i][j] = f[j], squares += f[j] * f[j];
@@ -80,7 +108,7 @@ __device__ __forceinline__ void load_input(uint4* x, const void* input, const ha
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
         const int piece = threadIdx.x + i * THREADS;
-        if (piece >= PIECES) break;
+        if (piece >= EIGHTS) break;
 #if NORM
         float g[8];
         unpack8(*(const uint4*)(norm_weight + 8 * piece), g);
@@ -96,7 +124,7 @@ __device__ __forceinline__ void load_input(uint4* x, const void* input, const ha
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gemv_int4(const unsigned char* records, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
+    gemv_packed(const unsigned char* records, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
     extern __shared__ uint4 shared[];  // x [COLS / 8], then the rings [WARPS][DEPTH][RECORD / 16]
     __shared__ float partial[2][K_WARPS][SEGMENT];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS, row_warp = warp / K_WARPS;
@@ -112,9 +140,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const uint4* next = (const uint4*)(records + ((u64)(first_tile + row_warp) * GROUPS + first_group) * RECORD) + lane;
     auto load = [&](uint4* slot) {
         if (left > 0) {
-            copy16_async(slot + lane, next);
-            copy16_async(slot + 32 + lane, next + 32);
-            if (lane < 2) copy16_async(slot + 64 + lane, next + 64);
+#pragma unroll
+            for (int i = 0; i < SCALES; i += 32) copy16_async(slot + i + lane, next + i);
+            if (lane < 2) copy16_async(slot + SCALES + lane, next + SCALES);
             --left;
             next += RECORD / 16;
             if (++next_group == own_groups) next_group = 0, next += (ROW_WARPS * GROUPS - own_groups) * (RECORD / 16);
@@ -137,16 +165,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int i = 0; i < own_groups; ++i, group_x += 16) {
                 wait_copies<DEPTH - 1>();
                 __syncwarp();  // the scales were copied by other lanes
-                const uint4 top = slot[lane], bottom = slot[32 + lane];
-                const float2 scale = unpack2(((const u32*)(slot + 64))[lane / 4]);
-                const u32 a[4] = {top.x, top.y, top.z, top.w}, b[4] = {bottom.x, bottom.y, bottom.z, bottom.w};
+                uint4 top[PIECES], bottom[PIECES];
+#pragma unroll
+                for (int p = 0; p < PIECES; ++p) top[p] = slot[32 * p + lane], bottom[p] = slot[32 * (PIECES + p) + lane];
+                const float2 scale = unpack2(((const u32*)(slot + SCALES))[lane / 4]);
                 float even[4], odd[4];
 #pragma unroll
                 for (int eight = 0; eight < 4; ++eight) {
                     const uint4 v = group_x[4 * eight];
                     u32 u[4], w[4];
-                    dequantize(u, a[eight]);
-                    dequantize(w, b[eight]);
+                    dequantize(u, top, eight);
+                    dequantize(w, bottom, eight);
                     if (eight == 0) {
                         multiply_first(even, u[0], w[0], u[1], w[1], v.x, v.y);
                         multiply_first(odd, u[2], w[2], u[3], w[3], v.z, v.w);
@@ -182,24 +211,25 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // weight [ROWS][COLS] 16-bit, rounded once. One warp per record.
-extern "C" __global__ void __launch_bounds__(256) dequantize_int4(const uint4* records, half_t* weight) {
+extern "C" __global__ void __launch_bounds__(256) dequantize_packed(const uint4* records, half_t* weight) {
     const u64 record = (u64)blockIdx.x * 8 + threadIdx.x / 32;
     if (record >= (u64)TILES * GROUPS) return;
     const int lane = threadIdx.x % 32;
     const uint4* source = records + record * (RECORD / 16);
-    const half_t* scales = (const half_t*)(source + 64);
+    const half_t* scales = (const half_t*)(source + SCALES);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = lane / 4 + 8 * half;
         const float scale = to_float(scales[lane / 4 * 2 + half]);
-        const uint4 words = source[32 * half + lane];
-        const u32 w[4] = {words.x, words.y, words.z, words.w};
+        uint4 pieces[PIECES];
+#pragma unroll
+        for (int p = 0; p < PIECES; ++p) pieces[p] = source[32 * (PIECES * half + p) + lane];
         uint4* target = (uint4*)(weight + (record / GROUPS * TILE + row) * COLS + record % GROUPS * GROUP + lane % 4 * 32);
 #pragma unroll
         for (int eight = 0; eight < 4; ++eight) {
             float v[8];
             u32 pairs[4];
-            dequantize(pairs, w[eight]);
+            dequantize(pairs, pieces, eight);
 #pragma unroll
             for (int pair = 0; pair < 4; ++pair) {
                 const float2 f = unpack2(pairs[pair]);

@@ -1,0 +1,23 @@
+"""The files of a variant for ONNX Runtime: one file of weights, and a graph over it for each type of KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+DATA_NAME = "model.onnx.data"
+KV_CACHE_TYPES = ("fp32", "fp16", "int8")
+
+
+def graph_name(kv_cache_type: str, *, window_before_1_24: bool = False) -> str:
+    """The graph of a cache of that type.
+
+    ``window_before_1_24``: the graph of a model with a sliding window for runtimes before 1.24, whose
+    ``local_window_size`` leaves the query's own position out.
+    """
+    cache = "" if kv_cache_type == "fp32" else f".kv_{kv_cache_type}"
+    return f"model{cache}{'.window_before_1_24' if window_before_1_24 else ''}.onnx"
+
+
+def held_types(files: Collection[str]) -> list[str]:
+    """The KV cache types a variant with these files can be opened with."""
+    return [kind for kind in KV_CACHE_TYPES if graph_name(kind) in files]

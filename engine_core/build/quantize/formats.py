@@ -1,0 +1,222 @@
+"""The number formats of quantized weights, in plain numpy: rounding, packing, unpacking and the dequantization that
+every fused path is held against.
+
+int4, int8: unsigned levels, w = (level - zero) * scale, one scale (and zero) for ``group_size`` consecutive weights of
+a row. fp8: OCP E4M3 without infinities ("e4m3fn", Micikevicius et al. 2022, arXiv 2209.05433), one scale per row or
+block. nvfp4: E2M1 in blocks of 16, each with an E4M3 scale, times one float32 scale of the tensor (NVIDIA's two-level
+form).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine_core.errors import BuildError
+
+FP8_MAX, FP4_MAX = np.float32(448), np.float32(6)
+NVFP4_BLOCK = 16
+
+
+def _minifloats(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
+    """float32 [2^bits]: the value of each code of a sign, exponent and mantissa without infinities."""
+    codes = np.arange(1 << (1 + exponent_bits + mantissa_bits))
+    mantissa = codes & ((1 << mantissa_bits) - 1)
+    exponent = (codes >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    bias = (1 << (exponent_bits - 1)) - 1
+    fraction = mantissa / (1 << mantissa_bits) + (exponent > 0)
+    values = np.ldexp(fraction, np.maximum(exponent, 1) - bias)
+    return np.where(codes >> (exponent_bits + mantissa_bits), -values, values).astype(np.float32)
+
+
+E4M3 = _minifloats(4, 3)
+E4M3[[0x7F, 0xFF]] = np.nan
+E2M1 = _minifloats(2, 1)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight [rows, columns] in integers; ``dequantize`` says what they stand for.
+
+    ``levels``: uint8 [rows, columns] below 2^bits. ``scales``: float32 [rows, groups]. ``zeros``: uint8 [rows, groups],
+    or None: 2^(bits-1) everywhere. A group is ``group_size`` consecutive columns, the last one what is left.
+    """
+
+    levels: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+    bits: int
+    group_size: int
+
+    def dequantize(self) -> np.ndarray:
+        """float32 [rows, columns]."""
+        columns = self.levels.shape[1]
+        zeros = np.float32(1 << (self.bits - 1))
+        if self.zeros is not None:
+            zeros = _spread(self.zeros, self.group_size, columns).astype(np.float32)
+        return (self.levels.astype(np.float32) - zeros) * _spread(self.scales, self.group_size, columns)
+
+    def regrouped(self, group_size: int) -> QuantizedTensor:
+        """The same weights with smaller groups, each with its old group's scale and zero."""
+        if group_size == self.group_size:
+            return self
+        columns = self.levels.shape[1]
+        assert self.group_size % group_size == 0 or self.group_size >= columns
+        old = np.arange(0, columns, group_size) // self.group_size
+        zeros = None if self.zeros is None else self.zeros[:, old]
+        return QuantizedTensor(self.levels, self.scales[:, old], zeros, self.bits, group_size)
+
+
+@dataclass(frozen=True)
+class ScaledFloat:
+    """A weight [rows, columns] in fp8 or nvfp4: w = value(code) * scale of its block of a row.
+
+    ``codes``: uint8 [rows, columns], E4M3 or E2M1 (below 16). ``scales``: float32 [rows, blocks], for nvfp4 the
+    products of ``block_scales`` (E4M3 codes, uint8 [rows, blocks]) and ``global_scale``, which fp8 has not.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    kind: str  # fp8 or nvfp4
+    block_size: int  # columns that share a scale
+    block_scales: np.ndarray | None = None
+    global_scale: float = 1.0
+
+    def dequantize(self) -> np.ndarray:
+        """float32 [rows, columns]."""
+        values = (E4M3 if self.kind == "fp8" else E2M1)[self.codes]
+        return values * _spread(self.scales, self.block_size, self.codes.shape[1])
+
+
+def _spread(per_group: np.ndarray, group_size: int, columns: int) -> np.ndarray:
+    """[rows, groups] → [rows, columns], or [rows, 1] if one group covers all."""
+    if per_group.shape[1] == 1:
+        return per_group
+    return np.repeat(per_group, group_size, axis=1)[:, :columns]
+
+
+# --- rounding ---------------------------------------------------------------------------------------
+
+
+def to_16_bit(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 to fp16, or to bf16 carried as uint16, rounded to nearest even. Raises BuildError on overflow."""
+    if dtype == "bf16":
+        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    with np.errstate(over="ignore"):
+        result = values.astype(np.float16)
+    if np.isinf(result).any():
+        raise BuildError("A weight is too large for fp16; build with the type bf16.")
+    return result
+
+
+def from_16_bit(values: np.ndarray) -> np.ndarray:
+    """fp16, or bf16 carried as uint16, as float32."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32)
+
+
+def to_minifloat(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Codes (uint8) of the nearest values of ``table`` (E4M3 or E2M1), ties to even, what is too large to the largest.
+    """
+    half = len(table) // 2
+    positive = table[:half]
+    positive = positive[~np.isnan(positive)].astype(np.float64)  # in which the middles are exact
+    middles = (positive[1:] + positive[:-1]) / 2
+    magnitude = np.abs(values)
+    codes = np.searchsorted(middles, magnitude)
+    is_tie = np.append(middles, np.nan)[codes] == magnitude
+    codes += is_tie & (codes & 1 == 1)
+    return (codes | np.where(np.signbit(values), half, 0)).astype(np.uint8)
+
+
+def group_sizes_fit(columns: int, group_size: int) -> bool:
+    return group_size > 0 and columns % group_size == 0
+
+
+def round_to_levels(
+    weights: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, group_size: int
+) -> QuantizedTensor:
+    """The nearest levels of ``weights``, float32 [rows, columns], for given scales and zeros [rows, groups]."""
+    columns = weights.shape[1]
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    middle = np.float32(1 << (bits - 1)) if zeros is None else _spread(zeros, group_size, columns)
+    levels = np.rint(weights * _spread(inverse, group_size, columns)) + middle
+    return QuantizedTensor(np.clip(levels, 0, (1 << bits) - 1).astype(np.uint8), scales, zeros, bits, group_size)
+
+
+def symmetric_scales(weights: np.ndarray, bits: int, group_size: int) -> np.ndarray:
+    """float32 [rows, groups]. int4: the value of largest magnitude becomes -8, so that all 16 levels are used."""
+    rows, columns = weights.shape
+    grouped = weights.reshape(rows, columns // group_size, group_size)
+    if bits == 4:
+        peak = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
+        return (peak / np.float32(-8)).astype(np.float32)
+    return (np.abs(grouped).max(axis=2) / np.float32(127)).astype(np.float32)
+
+
+def asymmetric_scales(weights: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 scales, uint8 zeros), both [rows, groups]: the range from the smallest to the largest value, 0 in it."""
+    rows, columns = weights.shape
+    grouped = weights.reshape(rows, columns // group_size, group_size)
+    low, high = np.minimum(grouped.min(axis=2), 0), np.maximum(grouped.max(axis=2), 0)
+    top = (1 << bits) - 1
+    scales = ((high - low) / np.float32(top)).astype(np.float32)
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    return scales, np.clip(np.rint(-low * inverse), 0, top).astype(np.uint8)
+
+
+def to_fp8(weights: np.ndarray, dtype: str) -> ScaledFloat:
+    """One scale per row, rounded to the 16-bit type ``dtype`` first, so that the codes make up for it."""
+    scales = np.abs(weights).max(axis=1, keepdims=True) / FP8_MAX
+    scales = from_16_bit(to_16_bit(scales, dtype))
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    return ScaledFloat(to_minifloat(weights * inverse, E4M3), scales, "fp8", weights.shape[1])
+
+
+def nvfp4_global_scale(peak: float) -> np.float32:
+    """The tensor's scale for a largest magnitude of ``peak``: block scales then reach up to 448."""
+    return np.float32(peak) / (FP8_MAX * FP4_MAX) if peak else np.float32(1)
+
+
+def to_nvfp4(weights: np.ndarray, global_scale: np.float32) -> ScaledFloat:
+    """``weights``: float32 [rows, columns], columns a multiple of 16."""
+    rows, columns = weights.shape
+    peaks = np.abs(weights.reshape(rows, columns // NVFP4_BLOCK, NVFP4_BLOCK)).max(axis=2)
+    block_scales = to_minifloat(peaks / FP4_MAX / global_scale, E4M3)
+    scales = E4M3[block_scales] * global_scale
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = to_minifloat(weights * _spread(inverse, NVFP4_BLOCK, columns), E2M1)
+    return ScaledFloat(codes, scales, "nvfp4", NVFP4_BLOCK, block_scales, float(global_scale))
+
+
+# --- packing ----------------------------------------------------------------------------------------
+
+
+def pack_nibbles(levels: np.ndarray) -> np.ndarray:
+    """uint8 [..., n] below 16 → uint8 [..., ceil(n / 2)], two to a byte, the first in the low nibble."""
+    if levels.shape[-1] % 2:
+        levels = np.concatenate([levels, np.zeros_like(levels[..., :1])], axis=-1)
+    return levels[..., 0::2] | (levels[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
+    """The inverse of ``pack_nibbles``: uint8 [..., count]."""
+    levels = np.stack([packed & 15, packed >> 4], axis=-1)
+    return levels.reshape(*packed.shape[:-1], -1)[..., :count]
+
+
+def pack_int32(levels: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [rows, columns] → int32 [rows, ceil(columns * bits / 32)], 4 or 8 bits, the first in the lowest bits."""
+    rows, columns = levels.shape
+    padded = np.zeros((rows, -(-columns * bits // 32) * 32 // bits), dtype=np.uint8)
+    padded[:, :columns] = levels
+    return np.ascontiguousarray(pack_nibbles(padded) if bits == 4 else padded).view("<i4")
+
+
+def unpack_int32(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The inverse of ``pack_int32``: uint8 [rows, columns]."""
+    levels = np.ascontiguousarray(packed, dtype="<i4").view(np.uint8)
+    return unpack_nibbles(levels, columns) if bits == 4 else levels[:, :columns]

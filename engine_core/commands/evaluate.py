@@ -1,0 +1,97 @@
+"""``edgellm evaluate``: what a variant costs in quality."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+from engine_core.commands.arguments import add_engine, add_opening, engine_config
+from engine_core.commands.tables import print_notes, print_table
+from engine_core.manifest import list_variants
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure the perplexity of an engine's variants on your texts",
+        description="Of a chat the answers are scored, of a plain text all of it. Lower is better.",
+    )
+    add_engine(parser)
+    add_opening(parser)
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="plain text, or JSONL chats; none that calibrated the engine or chose its vocabulary",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    variants = [options.quantization]
+    if options.quantization == "auto":
+        variants = sorted(list_variants(options.engine_dir))
+    rows = [_evaluate(options, variant) for variant in variants]
+    if options.json:
+        print(json.dumps({"kind": "evaluate", "results": rows}, indent=2))
+        return 0
+    best = min((row["perplexity"] for row in rows if row["scored_tokens"]), default=math.nan)
+    print_table(
+        ["variant", "KV cache", "vocabulary", "perplexity", "against the best", "tokens", "lost"],
+        [
+            [
+                row["variant"],
+                row["kv_cache_type"],
+                str(row["vocab_size"]),
+                f"{row['perplexity']:.4f}",
+                f"{100 * (row['perplexity'] / best - 1):+.2f} %",
+                str(row["scored_tokens"]),
+                str(row["lost_tokens"]),
+            ]
+            for row in rows
+        ],
+        left=2,
+    )
+    if any(row["lost_tokens"] for row in rows):
+        print_notes(["Lost: tokens outside the reduced vocabulary; the perplexity is that of the others."])
+    if any(row["cut_tokens"] for row in rows):
+        print_notes([f"Beyond max_context, not scored: {max(row['cut_tokens'] for row in rows)} tokens."])
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, variant: str) -> dict:
+    from engine_core.engine import Engine
+    from engine_core.errors import BuildError
+    from engine_core.evaluation import measure_perplexity, sequences_of
+
+    config = dataclasses.replace(engine_config(options), quantization=variant)
+    show = sys.stderr.isatty() and not options.json
+
+    def report(done: int) -> None:
+        if show:
+            print(f"\r\033[K{variant}: {done} tokens", end="", file=sys.stderr, flush=True)
+
+    engine = Engine.open(config, lambda line: None)
+    try:
+        sequences = (s for path in options.texts for s in sequences_of(path, engine.tokenizer))
+        found = measure_perplexity(engine, sequences, report)
+        if not found.scored_tokens:
+            names = ", ".join(map(str, options.texts))
+            raise BuildError(f"There is no token to score in {names}; give texts, or chats with answers.")
+    finally:
+        engine.close()
+        if show:
+            print("\r\033[K", end="", file=sys.stderr)
+    return {
+        "variant": engine.manifest.quantization,
+        "kv_cache_type": engine.manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type,
+        "vocab_size": engine.reduced_vocab_size,
+        **dataclasses.asdict(found),
+    }

@@ -1,0 +1,343 @@
+"""``edgellm quantize``: what is written, what reads it, what is built from it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("onnx")
+
+import onnx
+
+import checkpoints
+import fakes
+from engine_core import cli
+from engine_core.backends.ort_session import OrtSession
+from engine_core.build import build
+from engine_core.build.build import build_engine
+from engine_core.build.checkpoint import Checkpoint
+from engine_core.build.model import read_spec
+from engine_core.build.ort_dialect import Precision
+from engine_core.build.quantize import quantize_checkpoint
+from engine_core.build.quantize.formats import unpack_nibbles
+from engine_core.config import EngineConfig
+from engine_core.engine import Engine
+from engine_core.errors import BackendUnavailableError, BuildError, CheckpointError
+
+PROMPT = np.random.default_rng(3).integers(3, 259, size=20)
+TEXT = "Bring the red cup from the kitchen, then wait. " * 40
+CHAT = {"messages": [{"role": "user", "content": "Bring the red cup."}, {"role": "assistant", "content": "On my way!"}]}
+# Sizes that groups of 32 divide.
+SIZES = dict(hidden_size=128, intermediate_size=224, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A Llama with a tokenizer and calibration texts."""
+    directory = checkpoints.write(tmp_path_factory.mktemp("original"), "llama3", dtype="bfloat16", **SIZES)
+    fakes.write_tokenizer(directory)
+    (directory / "calibration.jsonl").write_text(json.dumps(CHAT) + "\n" + json.dumps({"text": TEXT}) + "\n")
+    return directory
+
+
+def logits_of(engine_dir, manifest) -> np.ndarray:
+    session = OrtSession(engine_dir, manifest.geometry, manifest.geometry.vocab_size, 64, 64, 1)
+    session.prefill(PROMPT, 0)
+    return session.logits.copy()
+
+
+def initializers(engine_dir) -> dict:
+    model = onnx.load(str(engine_dir / "model.onnx"))
+    return {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+
+
+def transformers_logits(directory) -> np.ndarray:
+    """Of our reading of a checkpoint, in transformers' own model."""
+    import torch
+    import transformers
+
+    checkpoint = Checkpoint(directory)
+    config = transformers.AutoConfig.from_pretrained(str(directory))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = getattr(transformers, config.architectures[0])._from_config(config, attn_implementation="eager").float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(checkpoint.read(name)))
+    return checkpoints.reference_logits(model.eval(), PROMPT)[-1]
+
+
+METHODS = {
+    "fp16": ({}, "", 1e-2),
+    "int8": ({}, "int8", 0.05),
+    "int8_smoothquant": ({}, "int8", 0.05),
+    "int4": ({"group_size": 32}, "int4", 0.5),
+    "int4_awq": ({"group_size": 32}, "int4_awq", 0.5),
+    "fp8": ({}, "fp8", 0.15),
+    "nvfp4": ({}, "nvfp4", 0.6),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_checkpoint_near_the_original_that_is_built_as_itself(original, tmp_path, method):
+    options, quantization, tolerance = METHODS[method]
+    progress = []
+    out = tmp_path / "out"
+    quantize_checkpoint(original, out, method=method, **options, progress=lambda *step: progress.append(step))
+    assert progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert (out / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
+    assert (out / "calibration.jsonl").is_file() and not (out / "model.safetensors.index.json").exists()
+    exact = transformers_logits(original)
+    error = np.abs(transformers_logits(out) - exact).mean() / exact.std()
+    assert 0 < error < tolerance
+    manifest = build_engine(out, tmp_path / "engine", max_context=64)
+    assert manifest.quantization == (quantization or "fp32")
+    # Dequantized, whatever it is: how the quality of a type is measured that this machine does not run.
+    manifest = build_engine(out, tmp_path / "fp32", quantization="fp32", max_context=64)
+    np.testing.assert_allclose(logits_of(tmp_path / "fp32", manifest), transformers_logits(out), atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["int8", "int8_smoothquant", "int4", "int4_awq", "fp8", "nvfp4"])
+def test_transformers_reads_it_with_the_library_of_the_layout(original, tmp_path, method):
+    pytest.importorskip("compressed_tensors")
+    import torch
+    import transformers
+
+    options = {"group_size": 32} if method.startswith("int4") else {}
+    quantize_checkpoint(original, tmp_path / "out", method=method, **options)
+    config = transformers.CompressedTensorsConfig(run_compressed=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(tmp_path / "out"), dtype=torch.float32, quantization_config=config, attn_implementation="eager"
+    )
+    checkpoint = Checkpoint(tmp_path / "out")
+    name = "model.layers.1.mlp.down_proj"
+    found = model.get_submodule(name).weight.detach().float().numpy()
+    # The library multiplies in the type of the scales, bf16 here.
+    np.testing.assert_allclose(found, checkpoint.read(f"{name}.weight"), rtol=2.0**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["int8", "int8_smoothquant", "int4", "int4_awq"])
+def test_the_engine_has_the_levels_of_the_checkpoint(original, tmp_path, monkeypatch, method, symmetric):
+    bits = 4 if method.startswith("int4") else 8
+    if not symmetric and bits == 8:
+        pytest.skip("int8 has no zero points")
+    options = {"group_size": 32, "symmetric": symmetric} if bits == 4 else {}
+    quantize_checkpoint(original, tmp_path / "out", method=method, **options)
+    build_engine(tmp_path / "out", tmp_path / "engine", max_context=64)
+    tensors, checkpoint = initializers(tmp_path / "engine"), Checkpoint(tmp_path / "out")
+    for i, layer in enumerate(read_spec(checkpoint).layers):
+        for name, linear in (("qkv", layer.qkv), ("output", layer.output), ("down", layer.down)):
+            parts = [checkpoint.quantized(part) for part in linear.parts]
+            levels = np.concatenate([part.levels for part in parts])
+            stored = tensors[f"layer{i}/{name}.weight"]
+            found = unpack_nibbles(stored, 32) if bits == 4 else stored
+            np.testing.assert_array_equal(found.reshape(levels.shape), levels)
+            scales = np.concatenate([part.regrouped(32).scales for part in parts])
+            np.testing.assert_array_equal(tensors[f"layer{i}/{name}.scales"], scales)
+            if not symmetric:
+                zeros = np.concatenate([part.zeros for part in parts])
+                found = unpack_nibbles(tensors[f"layer{i}/{name}.zeros"], zeros.shape[1])
+                np.testing.assert_array_equal(found, zeros)
+    # And with float activations the engine computes with just these weights.
+    monkeypatch.setattr(build, "Precision", _float_activations)
+    manifest = build_engine(tmp_path / "out", tmp_path / "float", max_context=64)
+    expected = transformers_logits(tmp_path / "out")
+    assert np.abs(logits_of(tmp_path / "float", manifest) - expected).mean() / expected.std() < 0.02  # int8 head
+
+
+def _float_activations(*args, **kwargs) -> Precision:
+    return Precision(*args, **kwargs, accuracy_level=1)
+
+
+def test_levels_of_different_groups_and_of_channels_are_laid_side_by_side(original, tmp_path):
+    """int8 by the row, of 224 columns, in blocks of 32 and of 128 that do not divide them."""
+    quantize_checkpoint(original, tmp_path / "out", method="int8")
+    checkpoint = Checkpoint(tmp_path / "out")
+    for block in (32, 128):
+        manifest = build_engine(tmp_path / "out", tmp_path / "engine", max_context=64, group_size=block)
+        assert (manifest.quantization, manifest.group_size) == ("int8", block)
+        own = checkpoint.quantized("model.layers.2.mlp.down_proj.weight")
+        stored = initializers(tmp_path / "engine")["layer2/down.weight"].reshape(128, -1)
+        np.testing.assert_array_equal(stored[:, :224], own.levels)
+        assert (stored[:, 224:] == 128).all()  # what fills the last block stands for 0
+        exact = transformers_logits(original)
+        assert np.abs(logits_of(tmp_path / "engine", manifest) - exact).mean() / exact.std() < 0.1
+
+
+def test_awq_is_nearer_to_the_original_than_rounding_to_nearest(tmp_path):
+    """With a few columns of large inputs, as trained models have them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    directory = checkpoints.write(tmp_path / "original", "llama3", dtype="float32", **SIZES)
+    fakes.write_tokenizer(directory)
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[torch.arange(0, len(tensor), 19)] *= 12
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text.txt").write_text(TEXT)
+    exact = transformers_logits(directory)
+    errors = {}
+    for method in ("int4", "int4_awq"):
+        text = {"calibration": tmp_path / "text.txt"} if method == "int4_awq" else {}
+        quantize_checkpoint(directory, tmp_path / method, method=method, group_size=32, **text)
+        errors[method] = np.abs(transformers_logits(tmp_path / method) - exact).mean() / exact.std()
+    assert errors["int4_awq"] < 0.8 * errors["int4"], errors
+
+
+@pytest.mark.parametrize("kind, tolerance", [("fp8", 1e-4), ("nvfp4", 1e-6)])
+@pytest.mark.parametrize("quantized_before", [True, False])
+def test_fp8_and_nvfp4_graphs_dequantize_to_the_reference(original, tmp_path, kind, tolerance, quantized_before):
+    """Every DequantizeLinear, in ONNX's reference implementation; the fp8 model as a whole in ONNX Runtime."""
+    from onnx.reference import ReferenceEvaluator
+
+    source = original
+    if quantized_before:
+        source = tmp_path / "out"
+        quantize_checkpoint(original, source, method=kind)
+    manifest = build_engine(source, tmp_path / "engine", quantization=kind, max_context=64)
+    model = onnx.load(str(tmp_path / "engine" / "model.onnx"))
+    spec, checkpoint = read_spec(Checkpoint(source)), Checkpoint(source)
+    for name, linear in (("layer0/qkv", spec.layers[0].qkv), ("layer2/down", spec.layers[2].down)):
+        found = _evaluated(ReferenceEvaluator, model, f"{name}/weight")
+        expected = np.concatenate([checkpoint.read(part) for part in linear.parts])
+        if quantized_before:
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+        else:
+            bound = {"fp8": 1 / 16, "nvfp4": 1 / 4}[kind] * np.abs(expected).max(axis=1, keepdims=True)
+            assert found.shape == expected.shape and (np.abs(found - expected) <= bound).all()
+    if kind == "fp8" and quantized_before:
+        expected = transformers_logits(source)
+        found = logits_of(tmp_path / "engine", manifest)
+        assert np.abs(found - expected).max() / expected.std() < 1e-2  # embedding and head in float16
+
+
+def _evaluated(evaluator, model, output: str) -> np.ndarray:
+    """Only the DequantizeLinear nodes that make ``output``."""
+    nodes = [node for node in model.graph.node if node.output[0] in (output, output.replace("/weight", "/scales"))]
+    assert [node.op_type for node in nodes] == ["DequantizeLinear"] * len(nodes) and nodes
+    needed = {name for node in nodes for name in node.input}
+    tensors = [each for each in model.graph.initializer if each.name in needed]
+    graph = onnx.helper.make_graph(
+        nodes, "part", [], [onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)], tensors
+    )
+    part = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return evaluator(part).run(None, {})[0]
+
+
+@pytest.mark.parametrize("kind, capability", [("fp8", "8.9"), ("nvfp4", "10.0")])
+def test_weights_the_cpu_lacks_are_refused_at_load_in_one_sentence(original, tmp_path, kind, capability):
+    build_engine(original, tmp_path / "engine", quantization=kind, max_context=64)
+    with pytest.raises(BackendUnavailableError, match=f"{kind} weights need an NVIDIA GPU .* {capability} or newer"):
+        Engine.open(EngineConfig(tmp_path / "engine"), lambda line: None)
+
+
+def test_a_head_of_its_own_is_quantized_when_asked_for(original, tmp_path):
+    quantize_checkpoint(original, tmp_path / "plain", method="int8")
+    assert Checkpoint(tmp_path / "plain").stored("lm_head.weight") is None
+    quantize_checkpoint(original, tmp_path / "head", method="int8", head=True)
+    checkpoint = Checkpoint(tmp_path / "head")
+    assert checkpoint.stored("lm_head.weight").kind == "int8"
+    assert checkpoint.config["quantization_config"]["ignore"] == []
+    exact, found = Checkpoint(original).read("lm_head.weight"), checkpoint.read("lm_head.weight")
+    assert 0 < np.abs(found - exact).max() < np.abs(exact).max() / 100
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "int5"}, "no method 'int5'"),
+        ({"method": "int4", "group_size": 48}, "48, expected one of 32, 64, 128"),
+        ({"method": "int4", "group_size": 64}, "224 columns, which are not a multiple of the group of 64; choose 32"),
+        ({"method": "fp8", "group_size": 32}, "no group size"),
+        ({"method": "int8", "symmetric": False}, "no zero points"),
+        ({"method": "int4", "group_size": 32, "calibration": "nowhere.txt"}, "int4 is not calibrated"),
+        ({"method": "int4_awq", "group_size": 32, "calibration": "nowhere.txt"}, "nowhere.txt does not exist"),
+        ({"method": "fp16", "head": True}, "quantizes nothing"),
+    ],
+)
+def test_what_makes_no_checkpoint_is_refused_and_nothing_is_left(original, tmp_path, options, message):
+    with pytest.raises(BuildError, match=message):
+        quantize_checkpoint(original, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_are_asked_for_where_none_are_there_and_refused_where_they_are_none(tmp_path):
+    directory = checkpoints.write(tmp_path / "plain", "llama-tied-bias", **SIZES)
+    with pytest.raises(BuildError, match="give a text file or JSONL chats with --calibration"):
+        quantize_checkpoint(directory, tmp_path / "out", method="int4_awq", group_size=32)
+    with pytest.raises(BuildError, match="head is its embedding"):
+        quantize_checkpoint(directory, tmp_path / "out", method="int8", head=True)
+    fakes.write_tokenizer(directory)
+    for name, text in (("a.jsonl", "{"), ("b.jsonl", '{"prompt": "x"}'), ("c.txt", "")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(BuildError, match=name):
+            quantize_checkpoint(
+                directory, tmp_path / "out", method="int4_awq", group_size=32, calibration=tmp_path / name
+            )
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_quantized_already_is_only_dequantized(original, tmp_path):
+    quantize_checkpoint(original, tmp_path / "int8", method="int8")
+    with pytest.raises(BuildError, match="quantized already"):
+        quantize_checkpoint(tmp_path / "int8", tmp_path / "out", method="int4", group_size=32)
+    quantize_checkpoint(tmp_path / "int8", tmp_path / "out", method="fp16")
+    name = "model.layers.0.mlp.up_proj.weight"
+    plain = Checkpoint(tmp_path / "out")
+    assert not plain.is_quantized and "quantization_config" not in plain.config
+    np.testing.assert_allclose(plain.read(name), Checkpoint(tmp_path / "int8").read(name), rtol=2.0**-10)
+    with pytest.raises(BuildError, match="int4_awq takes the levels"):
+        build_engine(tmp_path / "out", tmp_path / "engine", quantization="int4_awq")
+    assert build_engine(tmp_path / "int8", tmp_path / "engine", quantization="int4").quantization == "int4"
+
+
+def test_weights_that_are_not_finite_are_refused(original, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(original / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    (tmp_path / "bad").mkdir()
+    save_file(tensors, tmp_path / "bad" / "model.safetensors")
+    (tmp_path / "bad" / "config.json").write_bytes((original / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj.*not finite"):
+        quantize_checkpoint(tmp_path / "bad", tmp_path / "out", method="int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+def test_a_full_disk_leaves_nothing_and_the_old_checkpoint_as_it_was(original, tmp_path):
+    quantize_checkpoint(original, tmp_path / "out", method="int4", group_size=32)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit fails with EFBIG instead
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(BuildError, match="nothing was left behind"):
+            quantize_checkpoint(original, tmp_path / "out", method="int8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    quantize_checkpoint(original, tmp_path / "out", method="fp8")  # one of ours is replaced
+    assert Checkpoint(tmp_path / "out").config["edgellm_quantization"]["method"] == "fp8"
+    with pytest.raises(BuildError, match="not a checkpoint of 'edgellm quantize'"):
+        quantize_checkpoint(original, original, method="fp8")
+
+
+def test_the_command_line(original, tmp_path, capsys):
+    out, engine = str(tmp_path / "out"), str(tmp_path / "engine")
+    assert cli.main(["quantize", str(original), out, "--method", "int4_awq", "--group-size", "32"]) == 0
+    assert "Calibrating on" in capsys.readouterr().out
+    assert cli.main(["build", out, engine, "--max-context", "64"]) == 0
+    assert json.loads((tmp_path / "engine" / "engine.json").read_text())["quantization"] == "int4_awq"
+    assert cli.main(["quantize", str(tmp_path / "nothing"), out, "--method", "int8"]) == 1
+    assert "does not exist" in capsys.readouterr().err

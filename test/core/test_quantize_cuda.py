@@ -1,0 +1,71 @@
+"""int4 checkpoints for the CUDA backend: levels and scales as they are where the kernels' layout has them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import checkpoints
+from engine_core import cli
+from engine_core.build.checkpoint import Checkpoint
+from engine_core.build.cuda import build_cuda
+from engine_core.build.model import read_spec
+from engine_core.build.quantize import quantize_checkpoint
+from engine_core.errors import BuildError
+from engine_core.kernels import int4_layout
+from engine_core.kernels.reference import dequantize
+from engine_core.manifest import read_manifest
+from engine_core.safetensors_file import SafetensorsFile
+
+SIZES = dict(vocab_size=320, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+def original(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    return checkpoints.write(directory, "llama3", dtype=request.param, **SIZES)
+
+
+def stored(engine_dir, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(levels, scales as float32) of a fused tensor."""
+    file = SafetensorsFile(engine_dir / "weights.safetensors")
+    levels, scales = int4_layout.unpack(file.raw(name))
+    is_bf16 = file.dtype("embed") == "BF16"
+    return levels, (scales.astype(np.uint32) << 16).view(np.float32) if is_bf16 else scales.view(np.float16)
+
+
+def test_symmetric_groups_of_128_keep_levels_and_scales(original, tmp_path):
+    quantize_checkpoint(original, tmp_path / "out", method="int4")
+    assert cli.main(["build", str(tmp_path / "out"), str(tmp_path / "engine"), "--backend", "cuda"]) == 0
+    assert read_manifest(tmp_path / "engine").quantization == "int4"  # what the checkpoint is, not fp16
+    checkpoint = Checkpoint(tmp_path / "out")
+    for i, layer in enumerate(read_spec(checkpoint).layers):
+        for name, linear in (("qkv", layer.qkv), ("o", layer.output), ("gate_up", layer.gate_up), ("down", layer.down)):
+            parts = [checkpoint.quantized(part) for part in linear.parts]
+            levels = np.concatenate([part.levels for part in parts])
+            scales = np.concatenate([part.scales for part in parts])
+            if name == "gate_up":  # rows of the two in turn
+                levels = np.stack(np.split(levels, 2), axis=1).reshape(levels.shape)
+                scales = np.stack(np.split(scales, 2), axis=1).reshape(scales.shape)
+            found = stored(tmp_path / "engine", f"layers.{i}.{name}")
+            np.testing.assert_array_equal(found[0], levels)
+            np.testing.assert_array_equal(found[1], scales)
+
+
+@pytest.mark.parametrize("options", [{"group_size": 32}, {"symmetric": False}])
+def test_other_groups_and_zero_points_are_dequantized_first(original, tmp_path, options):
+    quantize_checkpoint(original, tmp_path / "out", method="int4", **options)
+    build_cuda(tmp_path / "out", tmp_path / "engine", quantization="int4_awq")
+    assert read_manifest(tmp_path / "engine").quantization == "int4_awq"
+    expected = Checkpoint(tmp_path / "out").read("model.layers.1.mlp.down_proj.weight")
+    levels, scales = stored(tmp_path / "engine", "layers.1.down")
+    restored = dequantize(levels, scales.astype(np.float64), int4_layout.GROUP, int4_layout.ZERO)
+    assert 0 < np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.12
+
+
+def test_int4_awq_needs_a_checkpoint_in_int4(original, tmp_path):
+    with pytest.raises(BuildError, match="int4_awq takes the levels"):
+        build_cuda(original, tmp_path / "engine", quantization="int4_awq")

@@ -1,0 +1,86 @@
+"""A small model on the cuda backend, for compute-sanitizer: prefill in chunks, decode, sampling, saved prefixes.
+
+Arguments: the weights (fp16, int8, int4) and the KV cache (fp16, int8).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+import numpy as np  # noqa: E402
+
+from engine_core.backends import TokenSampling  # noqa: E402
+from engine_core.backends.cuda import CudaBackend  # noqa: E402
+from engine_core.backends.cuda_layout import CudaSpec, weight_arrays  # noqa: E402
+from engine_core.device import Device  # noqa: E402
+from engine_core.kernels.attention import AttentionShape  # noqa: E402
+
+VOCAB, CONTEXT, HEAD_DIM = 1008, 333, 32
+
+
+def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool) -> CudaBackend:
+    spec = CudaSpec(
+        num_layers=2,
+        hidden=256,
+        intermediate=384,
+        attention=AttentionShape(8, 2, HEAD_DIM, CONTEXT, 1e-5, True, kv_cache_type == "int8"),
+        vocab_size=VOCAB,
+        head_rows=VOCAB,
+        dtype="fp16",
+        norm_eps=1e-5,
+        qkv_bias=True,
+        tied=False,
+        weight_bits={"fp16": 16, "int8": 8, "int4": 4}[weights],
+        chunk=64,
+        prefix_slots=2,
+        prefix_tokens=100,
+    )
+    random = np.random.default_rng(9)
+    arrays = {}
+    for name, array in weight_arrays(spec).items():
+        if array.dtype == "fp16":
+            arrays[name] = (random.standard_normal(array.shape) * 0.05).astype(np.float16)
+        else:  # random levels, then 16 scales in each record
+            scales = random.standard_normal((*array.shape[:-1], 16)) * 0.2 * 0.5**spec.weight_bits
+            arrays[name] = random.integers(0, 256, array.shape, dtype=np.uint8)
+            arrays[name][..., -32:] = scales.astype(np.float16).view(np.uint8)
+    device = Device()
+    angles = np.arange(CONTEXT)[:, None] * 100.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+    source = lambda name, array: device.upload(array, arrays[name])  # noqa: E731
+    return CudaBackend(device, spec, source, rope, use_cuda_graph=use_cuda_graph)
+
+
+def run(backend: CudaBackend, prompt: np.ndarray, sampling: TokenSampling, count: int, start: int = 0) -> list[int]:
+    backend.begin(sampling, prompt)
+    pending, tokens = backend.prefill(prompt[start:], start), []
+    for _ in range(count):
+        ahead = backend.decode()
+        tokens.append(pending.result())
+        pending = ahead
+    pending.result()
+    return tokens
+
+
+def main() -> None:
+    weights, kv_cache_type = sys.argv[1:]
+    prompt = np.random.default_rng(1).integers(0, VOCAB, 290).astype(np.int32)
+    greedy = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
+    sampled = TokenSampling(0.9, 0.95, 40, 0.05, 1.2, 5, ((11, 1.0),), frozenset())
+    for use_cuda_graph in (True, False):
+        backend = make_backend(weights, kv_cache_type, use_cuda_graph)
+        first = run(backend, prompt[:77], greedy, 6)
+        backend.save_prefix(1, 60)
+        run(backend, prompt, sampled, 6)  # over 256 keys: attention in more than one share
+        backend.load_prefix(1, 60)
+        again = run(backend, prompt[:77], greedy, 6, start=60)
+        backend.close()
+        assert None not in first and len(set(first)) > 1, first
+        print(weights, kv_cache_type, "graph" if use_cuda_graph else "eager", first, again)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The TensorRT backend on a real GPU: logits, tokens, memory, refusals. Needs no torch: the reference is the exported
+model on ONNX Runtime, which test/core/test_export_tensorrt.py holds against transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.random_checkpoint import write_random_checkpoint
+from engine_core.backends import TokenSampling
+from engine_core.config import EngineConfig
+from engine_core.device import Device, DeviceMemoryError
+from engine_core.errors import EngineDirectoryError, EngineFaultError
+from engine_core.manifest import read_manifest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "core"))
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="needs the Python package tensorrt"),
+]
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+CONTEXT, CHUNK = 256, 64
+PROMPT = np.random.default_rng(3).integers(3, 500, size=150).astype(np.int32)
+COMMON = dict(
+    vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=3, max_position_embeddings=CONTEXT
+)
+ROPE = dict(rope_theta=10000.0)
+MODELS = {
+    "llama": dict(
+        architectures=["LlamaForCausalLM"], num_attention_heads=8, num_key_value_heads=2, head_dim=32, **ROPE
+    ),
+    "qwen2": dict(
+        architectures=["Qwen2ForCausalLM"],
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        **ROPE,
+    ),
+    "qwen3": dict(
+        architectures=["Qwen3ForCausalLM"], num_attention_heads=4, num_key_value_heads=4, head_dim=64, **ROPE
+    ),
+    "gemma2": dict(
+        architectures=["Gemma2ForCausalLM"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=48,
+        query_pre_attn_scalar=32,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=2.0,
+        tie_word_embeddings=True,
+        **ROPE,
+    ),
+}
+# Logits of fp16 engines may differ from the fp16 model on ONNX Runtime by this share of their spread: products are
+# rounded to 16 bits at the same places, but sums run in another order, perhaps in 16 bits.
+TOLERANCE = 0.03
+
+
+def options(**changes) -> TokenSampling:
+    values = dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=1, logit_bias=())
+    return TokenSampling(**{**values, "stop_ids": frozenset(), **changes})
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+    """(engine directory, checkpoint directory)."""
+    from engine_core.build.tensorrt import build_tensorrt
+
+    directory = tmp_path_factory.mktemp(request.param)
+    checkpoint = write_random_checkpoint(directory / "checkpoint", {**COMMON, **MODELS[request.param]}, scale=0.09)
+    build_tensorrt(checkpoint, directory / "engine", max_context=CONTEXT, max_prefill=CHUNK, level=2)
+    return directory / "engine", checkpoint
+
+
+def load(engine_dir, **config):
+    from engine_core.backends.tensorrt import TensorRTBackend
+
+    return TensorRTBackend.load(engine_dir, read_manifest(engine_dir), EngineConfig(engine_dir, **config))
+
+
+def generate(backend, prompt, count, sampling=None, start=0) -> list:
+    backend.begin(sampling or options(), prompt)
+    pending, tokens = backend.prefill(prompt[start:], start), []
+    for _ in range(count):
+        ahead = backend.decode()
+        tokens.append(pending.result())
+        pending = ahead
+    return tokens
+
+
+def test_logits_are_those_of_the_exported_model(model, tmp_path):
+    from engine_core.build.checkpoint import Checkpoint
+    from engine_core.build.model import read_spec
+    from engine_core.build.trt_export import export_onnx
+    from engine_core.build.weights import Weights
+    from trt_runners import PlainRunner
+
+    checkpoint = Checkpoint(model[1])
+    spec = read_spec(checkpoint)
+    exported = export_onnx(tmp_path, Weights(checkpoint, spec), CONTEXT, dialect="plain", dtype="fp16")
+    reference = PlainRunner(exported, spec, CONTEXT, np.float16)
+    reference.cache[:] = 0
+    backend = load(model[0])
+    try:
+        backend.begin(options(), PROMPT)
+        token = backend.prefill(PROMPT, 0).result()
+        fed = PROMPT
+        for position in range(len(PROMPT), len(PROMPT) + 8):
+            found = backend._device.download(backend._work["logits"])
+            expected = reference.run(fed, position - len(fed))
+            assert np.abs(found - expected).max() < TOLERANCE * expected.std(), position
+            fed = np.array([token], dtype=np.int32)
+            token = backend.decode().result()
+    finally:
+        backend.close()
+
+
+def test_tokens_are_the_same_with_and_without_graphs(model):
+    answers = []
+    for use_cuda_graph in (True, False):
+        backend = load(model[0], use_cuda_graph=use_cuda_graph)
+        sampled = options(temperature=1.5, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=5)
+        answers.append([generate(backend, PROMPT[:n], 40, how) for n in (1, 64, 150) for how in (options(), sampled)])
+        backend.close()
+    assert answers[0] == answers[1]
+
+
+def test_prefixes_bring_the_same_tokens(model):
+    backend = load(model[0])
+    expected = generate(backend, PROMPT, 10)
+    backend.extend(PROMPT[:64], 0)
+    backend.save_prefix(1, 64)
+    generate(backend, PROMPT[::-1].copy(), 10)
+    backend.load_prefix(1, 64)
+    assert generate(backend, PROMPT, 10, start=64) == expected
+    backend.close()
+
+
+def test_nothing_is_allocated_after_load(model):
+    backend = load(model[0])
+    generate(backend, PROMPT, 5)
+    allocations, (free, _) = backend._device.allocations, backend._device.memory_info()
+    for i in range(300):
+        generate(backend, PROMPT[: 1 + i % 150], 4, options(temperature=float(i % 2)))
+    assert backend._device.allocations == allocations
+    assert backend._device.memory_info()[0] == free
+    backend.close()
+
+
+def test_twenty_loads_give_all_memory_back(model):
+    load(model[0]).close()  # the driver and TensorRT keep some of their own the first time
+    outer = Device()  # keeps the context, so that its memory is not counted
+    before = outer.memory_info()[0]
+    for _ in range(20):
+        backend = load(model[0])
+        generate(backend, PROMPT, 10)
+        backend.close()
+        print(f"{(before - outer.memory_info()[0]) / 1e6:.1f} MB more than before")
+    assert before - outer.memory_info()[0] <= 8 << 20
+    outer.close()
+
+
+def test_the_plan_covers_what_load_takes(model):
+    from engine_core.backends.tensorrt import TensorRTBackend
+
+    load(model[0]).close()
+    outer = Device()
+    plan = TensorRTBackend.plan(model[0], read_manifest(model[0]), EngineConfig(model[0]))
+    before = outer.memory_info()[0]
+    backend = load(model[0])
+    taken = before - outer.memory_info()[0]
+    backend.close()
+    outer.close()
+    assert taken <= plan.total, f"{taken} bytes taken, {plan.table()}"
+
+
+def test_what_does_not_fit_leaves_nothing_behind(model):
+    load(model[0]).close()
+    outer = Device()
+    before = outer.memory_info()[0]
+    with pytest.raises(DeviceMemoryError):
+        load(model[0], prompt_cache_entries=1 << 28)
+    assert before - outer.memory_info()[0] <= 8 << 20
+    outer.close()
+
+
+def test_plans_of_other_machines_and_damaged_ones_are_refused(model, tmp_path):
+    from engine_core.backends.tensorrt import TensorRTBackend
+
+    manifest, config = read_manifest(model[0]), EngineConfig(model[0])
+    other = dataclasses.replace(manifest, gpu_arch="sm_53")
+    with pytest.raises(EngineDirectoryError, match="built for sm_53"):
+        TensorRTBackend.load(model[0], other, config)
+    other = dataclasses.replace(manifest, builder={**manifest.builder, "tensorrt": "7.2.3"})
+    with pytest.raises(EngineDirectoryError, match="built by TensorRT 7.2.3"):
+        TensorRTBackend.load(model[0], other, config)
+    plan = (model[0] / "model.plan").read_bytes()
+    for damaged in (plan[: len(plan) // 2], b"\0" * 100):
+        (tmp_path / "model.plan").write_bytes(damaged)
+        with pytest.raises((EngineDirectoryError, EngineFaultError)):
+            TensorRTBackend.load(tmp_path, manifest, EngineConfig(tmp_path))
