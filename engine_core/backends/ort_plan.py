@@ -20,7 +20,7 @@ from engine_core.vocab import configured_vocab_map
 _SINGLE_THREAD_PARAMETERS = 20_000_000
 _CHUNK = 128  # tokens per prefill step: see docs/cpu_backend.md
 # What loading adds to a process that has imported the library: code it had not touched yet, and the graph's objects.
-_RUNTIME_BYTES = 11 << 20
+_RUNTIME_BYTES = 23 << 19
 _RUNTIME_LAYER_BYTES = 128 << 10
 _CUTTING_BYTES = 11 << 20  # the onnx package, with which a head is cut at load
 _ARENA_BYTES = 512 << 10  # small tensors of a step
