@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import statistics
 import time
@@ -15,7 +14,7 @@ import numpy as np
 
 from engine_core.backends import Backend, TokenSampling, backend_class
 from engine_core.backends.ort_files import DATA_NAME
-from engine_core.backends.ort_plan import stored_rope_bytes
+from engine_core.backends.ort_plan import head_row_bytes, stored_rope_bytes
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.manifest import Manifest, read_manifest, select_variant
@@ -118,7 +117,6 @@ def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_
 
     The KV cache is not in it: it grows with the position.
     """
-    geometry, options = manifest.geometry, manifest.options
     if manifest.backend == "cuda":
         from engine_core.backends.cuda_layout import CudaSpec, weight_arrays
 
@@ -127,12 +125,11 @@ def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_
         return sum(array.nbytes for name, array in arrays.items() if name != "embed" or not spec.has_head)
     if manifest.backend != "onnxruntime":
         return plan.item("weights")
-    bits = options.get("head_bits", 32)
-    scales = 4 * math.ceil(geometry.hidden_size / manifest.group_size) if bits < 16 else 0
-    row = geometry.hidden_size * bits // 8 + scales
-    tables = geometry.vocab_size  # rows of the file's tables: the lookup's, and the head's where it has its own
-    if not options.get("shares_head"):
-        tables += manifest.reduced_vocab_size or geometry.vocab_size
+    row, _ = head_row_bytes(manifest)
+    vocab_size = manifest.geometry.vocab_size
+    tables = vocab_size  # rows of the file's tables: the lookup's, and the head's where it has its own
+    if not manifest.options.get("shares_head"):
+        tables += manifest.reduced_vocab_size or vocab_size
     layers = manifest.files[DATA_NAME].size - stored_rope_bytes(manifest) - tables * row
     return layers + head_rows * row
 

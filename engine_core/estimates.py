@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine_core.backends import backend_names
-from engine_core.backends.cuda_layout import RUNTIME_BYTES, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+from engine_core.backends.cuda_layout import CudaSpec, planned_bytes
 from engine_core.backends.ort_files import DATA_NAME, KV_CACHE_TYPES, graph_name
 from engine_core.backends.ort_plan import plan_memory, resolve
 from engine_core.build.model import ModelSpec
@@ -27,7 +27,7 @@ from engine_core.devices import DeviceProfile
 from engine_core.errors import ConfigurationError, EdgeLLMError, UnsupportedModelError
 from engine_core.kernels import int4_layout
 from engine_core.manifest import FileRecord, Manifest
-from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
+from engine_core.memory import MemoryPlan, kv_cache_bytes
 
 if TYPE_CHECKING:
     from engine_core.build.ort_dialect import Packing
@@ -103,7 +103,7 @@ class CheckpointEstimate:
     def plan(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> MemoryPlan:
         """Every byte by purpose, against what is free on ``device``. Raises UnsupportedModelError."""
         found = self.plan_items(quantization, backend, size, device.num_sms)
-        return MemoryPlan(tuple(MemoryItem(name, count) for name, count in found.items()), device.free, device.title)
+        return MemoryPlan.of(found, device.free, device.title)
 
     def plan_items(self, quantization: str, backend: str, size: Size, num_sms: int = 0) -> dict[str, int]:
         """Bytes by purpose. Raises UnsupportedModelError."""
@@ -204,8 +204,7 @@ class CheckpointEstimate:
         manifest = self._gpu_manifest(stored, size)
         cuda, kv = _resolved(lambda config: CudaSpec.create(manifest, config), size)
         cuda = dataclasses.replace(cuda, head_rows=size.head_rows or self.spec.vocab_size)
-        items = bytes_by_purpose(weight_arrays(cuda), work_arrays(cuda, num_sms or 1))
-        items["runtime"] = RUNTIME_BYTES
+        items = planned_bytes(cuda, num_sms or 1)
         if backend != "cuda":
             items["weights"] = format_bytes_of(self.spec, FORMATS[quantization], cuda.head_rows)
         return self._adjusted(items, size, kv or "fp16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine_core.errors import InsufficientMemoryError
@@ -57,6 +58,11 @@ class MemoryPlan:
     items: tuple[MemoryItem, ...]
     available: int  # bytes free before anything is taken
     device: str  # "CPU" or the GPU's name
+
+    @classmethod
+    def of(cls, totals: Mapping[str, int], available: int, device: str) -> MemoryPlan:
+        """``totals``: bytes by an item's name, in the order of the plan."""
+        return cls(tuple(MemoryItem(name, count) for name, count in totals.items()), available, device)
 
     @property
     def total(self) -> int:

@@ -17,7 +17,7 @@ from engine_core.devices import DeviceProfile
 from engine_core.errors import EdgeLLMError
 from engine_core.estimates import KV_TYPES, CheckpointEstimate, Size
 from engine_core.manifest import Manifest, list_variants, read_manifest
-from engine_core.memory import MemoryItem, MemoryPlan, format_bytes
+from engine_core.memory import MemoryPlan, format_bytes
 
 _GRAIN = 64  # tokens a suggested context is a multiple of
 _DEFAULT_CONTEXT = 4096
@@ -178,12 +178,10 @@ def engine_plan(directory: Path, manifest: Manifest, config: EngineConfig, devic
 
 def _cuda_plan(manifest: Manifest, config: EngineConfig, device: DeviceProfile) -> MemoryPlan:
     """``CudaBackend.plan`` for a GPU that is not here."""
-    from engine_core.backends.cuda_layout import RUNTIME_BYTES, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+    from engine_core.backends.cuda_layout import CudaSpec, planned_bytes
 
     spec = CudaSpec.create(manifest, config)
-    totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, device.num_sms or 1))
-    totals["runtime"] = RUNTIME_BYTES
-    return MemoryPlan(tuple(MemoryItem(name, count) for name, count in totals.items()), device.free, device.title)
+    return MemoryPlan.of(planned_bytes(spec, device.num_sms or 1), device.free, device.title)
 
 
 # --- verdict ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends import TokenSampling
-from engine_core.backends.cuda_layout import RUNTIME_BYTES, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+from engine_core.backends.cuda_layout import CudaSpec, planned_bytes, weight_arrays, work_arrays
 from engine_core.backends.cuda_model import CudaModel, WeightSource
 from engine_core.backends.device_backend import DeviceBackend, SequenceLimits, rows_by_id
 from engine_core.config import EngineConfig
@@ -21,7 +21,7 @@ from engine_core.errors import EngineDirectoryError
 from engine_core.graphs import GraphKey, GraphRunner
 from engine_core.kernels import Kernels
 from engine_core.manifest import Manifest
-from engine_core.memory import MemoryItem, MemoryPlan
+from engine_core.memory import MemoryPlan
 from engine_core.safetensors_file import SafetensorsFile
 from engine_core.vocab import own_vocab_map
 
@@ -39,10 +39,8 @@ class CudaBackend(DeviceBackend):
         spec = CudaSpec.create(manifest, config)
         device = Device()
         try:
-            totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, device.num_sms))
-            totals["runtime"] = RUNTIME_BYTES
             free, _ = device.memory_info()
-            return MemoryPlan(tuple(MemoryItem(name, count) for name, count in totals.items()), free, device.name)
+            return MemoryPlan.of(planned_bytes(spec, device.num_sms), free, device.name)
         finally:
             device.close()
 
@@ -114,14 +112,9 @@ class CudaBackend(DeviceBackend):
         self._allocate_host(
             own,
             device,
-            SequenceLimits(
-                max_context=spec.max_context,
-                vocab_size=spec.vocab_size,
-                head_rows=spec.head_rows,
-                chunk=spec.chunk,
-                prefix_slots=spec.prefix_slots,
-                prefix_tokens=spec.prefix_tokens,
-                cache_rows=spec.num_layers * 2 * spec.attention.num_kv_heads,
+            SequenceLimits.of(
+                spec,
+                spec.attention.num_kv_heads,
                 cache_item_bytes=spec.attention.head_dim * ITEM_BYTES[self._work["kv_cache"].dtype],
                 scale_item_bytes=2 if spec.attention.kv_int8 else 0,
             ),

@@ -225,6 +225,13 @@ def _weight_bits(manifest: Manifest) -> int:
     return _WEIGHT_BITS[manifest.quantization]
 
 
+def planned_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:
+    """Everything ``load`` takes, by purpose, on a GPU with so many multiprocessors."""
+    totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, num_sms))
+    totals["runtime"] = RUNTIME_BYTES
+    return totals
+
+
 def bytes_by_purpose(*groups: dict[str, ArraySpec]) -> dict[str, int]:
     totals: dict[str, int] = {}
     for group in groups:

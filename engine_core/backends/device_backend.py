@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,10 @@ from engine_core.backends import TokenSampling
 from engine_core.device import Device, DeviceArray, Event, PinnedArray, Stream
 from engine_core.errors import EngineFaultError, InvalidSamplingError
 from engine_core.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
+
+if TYPE_CHECKING:
+    from engine_core.backends.cuda_layout import CudaSpec
+    from engine_core.backends.trt_layout import TrtSpec
 
 
 class _Pending:
@@ -56,6 +60,22 @@ class SequenceLimits:
     cache_rows: int  # K and V of every layer and KV head
     cache_item_bytes: int  # of one position of a row
     scale_item_bytes: int = 0  # the same of ``kv_scales`` and ``prefix_scales``; 0 where the cache has none
+
+    @classmethod
+    def of(
+        cls, spec: CudaSpec | TrtSpec, num_kv_heads: int, cache_item_bytes: int, scale_item_bytes: int = 0
+    ) -> SequenceLimits:
+        return cls(
+            max_context=spec.max_context,
+            vocab_size=spec.vocab_size,
+            head_rows=spec.head_rows,
+            chunk=spec.chunk,
+            prefix_slots=spec.prefix_slots,
+            prefix_tokens=spec.prefix_tokens,
+            cache_rows=spec.num_layers * 2 * num_kv_heads,
+            cache_item_bytes=cache_item_bytes,
+            scale_item_bytes=scale_item_bytes,
+        )
 
 
 class DeviceBackend:

@@ -145,6 +145,13 @@ def stored_rope_bytes(manifest: Manifest) -> int:
     return _rope_values(manifest) * (6 if "fp16" in held_types(manifest.files) else 4)
 
 
+def head_row_bytes(manifest: Manifest) -> tuple[int, int]:
+    """(bytes of a row of the LM head in the data file, those of them that are its scales)."""
+    hidden, bits = manifest.geometry.hidden_size, manifest.options.get("head_bits", 32)
+    scales = 4 * -(-hidden // manifest.group_size) if bits < 16 else 0
+    return hidden * bits // 8 + scales, scales
+
+
 def _packed_bytes(layout: Layout, manifest: Manifest) -> int:
     """What the weights take beside the data file; negative where more of the file is not loaded than is packed.
 
@@ -158,9 +165,7 @@ def _packed_bytes(layout: Layout, manifest: Manifest) -> int:
 def _cut_head_bytes(layout: Layout, manifest: Manifest) -> int:
     """What a head that is cut at load takes more than the whole one: the kept rows twice, as they are and packed."""
     geometry, options = manifest.geometry, manifest.options
-    bits = options.get("head_bits", 32)
-    scales = 4 * -(-geometry.hidden_size // manifest.group_size) if bits < 16 else 0
-    row = geometry.hidden_size * bits // 8 + scales
+    row, scales = head_row_bytes(manifest)
     whole = options.get("packed_head_bytes", 0)
     mapped = 0 if options.get("shares_head") else geometry.vocab_size * (scales or row)
     buffer = (geometry.vocab_size - layout.head_rows) * scales  # the largest of the model: see ort_dialect.Packing

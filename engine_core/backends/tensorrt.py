@@ -37,7 +37,7 @@ from engine_core.kernels import Kernels
 from engine_core.kernels.kv_append import AppendShape, NextStep, kv_append, kv_append_blocks
 from engine_core.kernels.sampling import sample
 from engine_core.manifest import Manifest
-from engine_core.memory import MemoryItem, MemoryPlan
+from engine_core.memory import MemoryPlan
 from engine_core.vocab import own_vocab_map
 
 # An allowance for TensorRT's and CUDA's own modules and graphs; the context itself is taken before the plan is made.
@@ -58,7 +58,7 @@ class TensorRTBackend(DeviceBackend):
             totals |= bytes_by_purpose(work_arrays(spec, _scratch_of(manifest)))
             totals["runtime"] = _RUNTIME_BYTES
             free, _ = device.memory_info()
-            return MemoryPlan(tuple(MemoryItem(name, count) for name, count in totals.items()), free, device.name)
+            return MemoryPlan.of(totals, free, device.name)
         except OSError as error:
             path = variant_dir / PLAN_NAME
             raise EngineDirectoryError(f"{path} cannot be read ({error}); build the engine again.") from error
@@ -161,20 +161,8 @@ class TensorRTBackend(DeviceBackend):
         arena = own(Arena(device, sum(array.nbytes for array in arrays.values())))
         self._work = {name: arena.take(array.shape, array.dtype) for name, array in arrays.items()}
         self._kernels = own(Kernels(device, "fp16"))  # none of those used here reads 16-bit values
-        self._allocate_host(
-            own,
-            device,
-            SequenceLimits(
-                max_context=spec.max_context,
-                vocab_size=spec.vocab_size,
-                head_rows=spec.head_rows,
-                chunk=spec.chunk,
-                prefix_slots=spec.prefix_slots,
-                prefix_tokens=spec.prefix_tokens,
-                cache_rows=spec.num_layers * 2 * spec.num_kv_heads,
-                cache_item_bytes=spec.head_dim * ITEM_BYTES[spec.dtype],
-            ),
-        )
+        item_bytes = spec.head_dim * ITEM_BYTES[spec.dtype]
+        self._allocate_host(own, device, SequenceLimits.of(spec, spec.num_kv_heads, item_bytes))
         self._chunk_positions = [own(PinnedArray(device, (spec.chunk,), "int32")) for _ in range(2)]
         self._chunk_last = [own(PinnedArray(device, (1,), "int32")) for _ in range(2)]
         self._chunk_index = [own(PinnedArray(device, (1,), "uint64")) for _ in range(2)]

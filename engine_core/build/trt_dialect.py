@@ -141,7 +141,7 @@ class TrtDialect:
     def _norm(self, name: str, value: str, weight: str) -> str:
         """RMS norm of the last axis in float32. Zhang and Sennrich 2019 (arXiv 1910.07467)."""
         square = self._node32("Mul", [value, value], f"{name}{FP32}square")
-        mean = self._reduce32("ReduceMean", square, f"{name}{FP32}mean")
+        mean = self._mean32(square, f"{name}{FP32}mean")
         biased = self._node32("Add", [mean, self._constant32("norm_eps", self._spec.norm_eps)], f"{name}{FP32}biased")
         root = self._node32("Sqrt", [biased], f"{name}{FP32}root")
         normed = self._node32("Div", [value, root], f"{name}{FP32}normed")
@@ -182,11 +182,11 @@ class TrtDialect:
         assert FP32 in output, output
         return self._node(op, inputs, output, "fp32", **attributes)
 
-    def _reduce32(self, op: str, value: str, output: str) -> str:
+    def _mean32(self, value: str, output: str) -> str:
         """Over the last axis, which stays as 1."""
-        if self.opset >= _REDUCE_AXES_ARE_INPUTS or op == "ReduceSum":  # ReduceSum since 13
-            return self._node32(op, [value, self._ints("axis_last", [-1])], output, keepdims=1)
-        return self._node32(op, [value], output, axes=[-1], keepdims=1)
+        if self.opset >= _REDUCE_AXES_ARE_INPUTS:
+            return self._node32("ReduceMean", [value, self._ints("axis_last", [-1])], output, keepdims=1)
+        return self._node32("ReduceMean", [value], output, axes=[-1], keepdims=1)
 
     def _as(self, value: str, dtype: str) -> str:
         found = self._type_of.get(value, dtype)

@@ -63,13 +63,13 @@ def run(options: argparse.Namespace) -> int:
         from engine_core.build.quantize.detect import default_quantization
     except ImportError as error:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
-    kinds = _kinds(options.quantization or default_quantization(options.checkpoint) or "int8")
-    for kind in kinds:
+    quantizations = options.quantization or default_quantization(options.checkpoint) or "int8"
+    for kind, engine_dir in _variants(options, quantizations):
         is_rounded = kind.startswith("int")
         group = {"group_size": options.group_size, "head_bits": options.head_bits} if is_rounded else {}
         build_engine(
             options.checkpoint,
-            options.engine_dir / kind if len(kinds) > 1 else options.engine_dir,
+            engine_dir,
             quantization=kind,
             max_context=options.max_context,
             vocab_map=options.vocab_map,
@@ -82,8 +82,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _kinds(quantizations: str) -> list[str]:
-    return [kind.strip() for kind in quantizations.split(",") if kind.strip()]
+def _variants(options: argparse.Namespace, quantizations: str) -> list[tuple[str, Path]]:
+    """(quantization, directory) of each; several have a subdirectory each."""
+    kinds = [kind.strip() for kind in quantizations.split(",") if kind.strip()]
+    return [(kind, options.engine_dir / kind if len(kinds) > 1 else options.engine_dir) for kind in kinds]
 
 
 def _build_cuda(options: argparse.Namespace) -> int:
@@ -97,9 +99,8 @@ def _build_cuda(options: argparse.Namespace) -> int:
     if options.calibration:
         raise BuildError("The cuda backend measures its int8 KV cache's scales as it runs; leave --calibration out.")
     found = "" if options.quantization else default_quantization(options.checkpoint)
-    kinds = _kinds(options.quantization or (found if found in QUANTIZATIONS else "fp16"))
-    for kind in kinds:
-        engine_dir = options.engine_dir / kind if len(kinds) > 1 else options.engine_dir
+    quantizations = options.quantization or (found if found in QUANTIZATIONS else "fp16")
+    for kind, engine_dir in _variants(options, quantizations):
         build_cuda(
             options.checkpoint,
             engine_dir,
@@ -120,11 +121,10 @@ def _build_tensorrt(options: argparse.Namespace) -> int:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
     if options.group_size or options.head_bits:
         raise BuildError("group_size and head_bits belong to int8 and int4, which TensorRT engines are not built with.")
-    kinds = _kinds(options.quantization or "fp16")
-    for kind in kinds:
+    for kind, engine_dir in _variants(options, options.quantization or "fp16"):
         build_tensorrt(
             options.checkpoint,
-            options.engine_dir / kind if len(kinds) > 1 else options.engine_dir,
+            engine_dir,
             quantization=kind,
             max_context=options.max_context,
             max_prefill=options.max_prefill,

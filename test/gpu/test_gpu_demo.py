@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from functools import partial
 from pathlib import Path
 
 import pytest
+from demo_engines import MODEL, build_demo
 
 from engine_core.build.build import build_engine
-from engine_core.build.cuda import build_cuda
 from engine_core.cancellation import CancelToken
 from engine_core.config import EngineConfig
 from engine_core.engine import Engine
@@ -18,22 +16,10 @@ from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 pytest.importorskip("onnxruntime")
 
-MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 PLACES = ("kitchen", "bedroom", "living room", "bathroom", "office", "hallway", "garage", "garden")
 THINGS = ("cup", "book", "apple", "phone", "towel")
 COMMANDS = [f"Bring the {thing} from the {place}." for thing in THINGS for place in PLACES]
 COMMANDS += [f"Go to the {place}, wait {n} seconds and say hello." for place in PLACES for n in range(1, 21)]
-
-
-def build_tensorrt(checkpoint: Path, engine_dir: Path) -> None:
-    if importlib.util.find_spec("tensorrt") is None:
-        pytest.skip("needs the Python package tensorrt")
-    from engine_core.build.tensorrt import build_tensorrt
-
-    build_tensorrt(checkpoint, engine_dir, level=1)
-
-
-BUILDERS = {"cuda": partial(build_cuda, dtype="fp16"), "tensorrt": build_tensorrt}
 
 
 def answers(engine_dir: Path) -> list[tuple[int, ...]]:
@@ -58,9 +44,9 @@ def on_cpu(tmp_path_factory):
     return answers(directory)
 
 
-@pytest.mark.parametrize("backend", BUILDERS)
+@pytest.mark.parametrize("backend", ["cuda", "tensorrt"])
 def test_greedy_tokens_are_those_of_the_cpu(on_cpu, backend, tmp_path):
-    BUILDERS[backend](MODEL, tmp_path / "engine")
+    build_demo(backend, tmp_path / "engine")
     on_gpu = answers(tmp_path / "engine")
     assert len(COMMANDS) == 200 and all(on_cpu)
     different = [command for command, a, b in zip(COMMANDS, on_cpu, on_gpu, strict=True) if a != b]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -15,8 +14,8 @@ except ImportError:
     pytest.skip("the interfaces of edgellm_ros are not built", allow_module_level=True)
 
 import rclpy
+from demo_engines import build_demo
 
-from engine_core.build.cuda import build_cuda
 from engine_core.device import Device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,20 +24,8 @@ sys.path[:0] = [str(ROOT / "test" / "ros"), str(ROOT / "test" / "core")]
 from llm_client import CLEANUP, DEACTIVATE, SUCCEEDED, LlmClient, NodeProcess  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
-MODEL = ROOT / "models" / "demo"
 COMMAND = "Bring the cup from the kitchen."
 ROUNDS, REQUESTS = 20, 200
-
-
-def build(backend: str, engine_dir: Path) -> None:
-    if backend == "cuda":
-        build_cuda(MODEL, engine_dir, dtype="fp16")
-        return
-    if importlib.util.find_spec("tensorrt") is None:
-        pytest.skip("needs the Python package tensorrt")
-    from engine_core.build.tensorrt import build_tensorrt
-
-    build_tensorrt(MODEL, engine_dir, level=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +39,7 @@ def ros():
 def llm(request, tmp_path_factory):
     """A node that nobody has configured yet, and its client."""
     directory = tmp_path_factory.mktemp(request.param)
-    build(request.param, directory / "engine")
+    build_demo(request.param, directory / "engine")
     name = f"llm_{request.param}"
     process = NodeProcess(
         name, directory / "log", script=str(ROOT / "scripts" / "llm_node"), engine_dir=directory / "engine",
