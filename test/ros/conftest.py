@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 from fake_backend import write_engine  # noqa: E402
 from llm_client import LlmClient, NodeProcess  # noqa: E402
 
+_numbers = itertools.count()
 STEP_TIME = 0.004  # s: slow enough to act while a request runs, fast enough for many tests
 
 
@@ -36,7 +39,7 @@ class Nodes:
         self._directory, self._clients = directory, []
 
     def start(self, engine_dir: Path | str = "", **parameters) -> LlmClient:
-        name = f"llm_{id(self) & 0xFFFF:x}_{len(self._clients)}"
+        name = f"llm_{os.getpid()}_{next(_numbers)}"  # of its own: a namesake would answer in its place
         if engine_dir:
             parameters["engine_dir"] = engine_dir
         process = NodeProcess(name, self._directory / f"{name}.log", **parameters)
