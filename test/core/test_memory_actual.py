@@ -99,7 +99,7 @@ def measure(engine: Path, max_context: int, kind: str, vocab_map: Path | str = "
     return plan, actual, statistics.median(run[2] for run in runs), statistics.median(run[3] for run in runs)
 
 
-@pytest.mark.parametrize("max_context, kind", [(512, "fp32"), (2048, "fp32"), (2048, "fp16")])
+@pytest.mark.parametrize("max_context, kind", [(512, "fp32"), (2048, "fp16")])
 def test_planned_and_actual_bytes_agree_within_one_percent(engine, max_context, kind):
     check(*measure(engine, max_context, kind))
 
