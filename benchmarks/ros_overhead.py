@@ -3,11 +3,12 @@
     python3 benchmarks/ros_overhead.py ENGINE_DIR [--tokens 200] [--rounds 15] [--starts 1] [--out FILE]
 
 The paths take turns within each round, so that a slow moment of the machine meets all of them; figures are medians over
-the rounds. Where a process happens to have its memory makes some per cent of difference for all its life, so the
-rounds can be spread over several ``--starts`` of both engines. All paths find the same prefix cached, which is
-checked. The client's times run from before it sends the request to when its callback has the first piece:
+the rounds, what is added is the median over the rounds of what each adds to the baseline of its own round. All paths
+use one engine (where a process happens to have its memory makes some per cent of difference for all its life) and find
+the same prefix cached, which is checked. The rounds can be spread over several ``--starts`` of the node. The client's
+times run from before it sends the request to when its callback has the first piece:
 
-- in process: from Worker.submit to on_piece, in this process, on an engine of its own;
+- in process: from Worker.submit to on_piece, in the node's process;
 - service: nothing streams, so the first token is the node's figure plus what the client waited longer than the node
   worked. Nobody listens to the topics then;
 - action: feedback;
@@ -34,6 +35,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,17 +50,20 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from edgellm_ros.action import Generate as GenerateAction
 from edgellm_ros.msg import ChatMessage, SamplingOptions, TokenPiece
-from edgellm_ros.srv import Generate
+from edgellm_ros.node import LlmNode
+from edgellm_ros.process import run_node
+from edgellm_ros.srv import Generate, GetInfo
 from engine_core import __version__
 from engine_core import request as core
-from engine_core.config import EngineConfig
-from engine_core.engine import Engine
-from engine_core.worker import Worker
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import isolation  # noqa: E402
 
 NAME = "llm_overhead"
 PATHS = ("in process", "service", "action", "topic")
 PROMPT = "please bring me the red cup from the kitchen and put it on the table in the living room"
 LIMIT = 60.0  # s
+DISCOVERY = 0.3  # s
 
 
 class Row(NamedTuple):
@@ -86,29 +91,46 @@ class Times:
         return self.tokens[0]
 
 
-class InProcess:
-    """The engine and its worker without ROS."""
+class Baseline:
+    """The request without ROS: straight to the worker of the node, in the node's process, asked for through a pipe.
 
-    def __init__(self, engine_dir: Path, num_tokens: int, num_threads: int) -> None:
-        self._engine = Engine.open(EngineConfig(engine_dir, num_threads=num_threads), report=lambda text: None)
-        self.versions = f"{self._engine.manifest.model_name} {self._engine.manifest.quantization}"
-        self._worker = Worker(self._engine)
-        self._request = core.GenerationRequest(
+    The same engine at the same place in memory: two loads of one engine differ by some per cent for all their lives.
+    """
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self._process = process
+
+    def measure(self) -> Row:
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return Row(*json.loads(self._process.stdout.readline()))
+
+
+def serve(num_tokens: int, arguments: list[str]) -> int:
+    """The node as ``llm_node`` runs it, and a thread that answers each line of the standard input with a Row."""
+
+    def measure(node: LlmNode) -> Row:
+        request = core.GenerationRequest(
             "bench", (core.ChatMessage("user", PROMPT),),
             sampling=core.SamplingParams(max_new_tokens=num_tokens, ignore_eos=True),
         )  # fmt: skip
-
-    def measure(self) -> Row:
-        times, results = Times(), queue.Queue()
-        self._worker.submit(
-            self._request, on_piece=lambda piece: times.piece(len(piece.token_ids)), on_done=results.put
+        times, results = Times(), queue.SimpleQueue()
+        node.worker.submit(
+            request, on_piece=lambda piece: times.piece(len(piece.token_ids)), on_done=results.put
         )
         result = results.get(timeout=LIMIT)
         return make_row(times.first, result)
 
-    def close(self) -> None:
-        self._worker.close()
-        self._engine.close()
+    def answer(node: LlmNode) -> None:
+        for _ in sys.stdin:
+            print(json.dumps(measure(node)), flush=True)
+
+    def make_node() -> LlmNode:
+        node = LlmNode()
+        threading.Thread(target=answer, args=(node,), daemon=True).start()
+        return node
+
+    return run_node(make_node, arguments)
 
 
 class OverRos:
@@ -116,9 +138,10 @@ class OverRos:
 
     def __init__(self, engine_dir: Path, num_tokens: int, num_threads: int) -> None:
         arguments = ["-r", f"__node:={NAME}", "-p", f"engine_dir:={engine_dir}", "-p", f"num_threads:={num_threads}"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "edgellm_ros.node", "--ros-args", *arguments, "--log-level", "warn"]
-        )
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", str(num_tokens), "--ros-args", *arguments, "--log-level", "warn"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         self.rest = 0.0  # s
         self._node: Node = rclpy.create_node("ros_overhead")
         self._change = self._node.create_client(ChangeState, f"{NAME}/change_state")
@@ -128,8 +151,11 @@ class OverRos:
             "messages": [ChatMessage(role="user", content=PROMPT)],
             "sampling": SamplingOptions(max_new_tokens=[num_tokens], ignore_eos=True),
         }
+
+    def bring_up(self) -> None:
         for transition in (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE):
             assert self._change.wait_for_service(LIMIT), "the node did not start"
+            self._spin(0.5)  # rmw_fastrtps drops an answer to a client that the node has not found yet
             request = ChangeState.Request(transition=Transition(id=transition))
             assert self._wait(self._change.call_async(request)).success, "the node refused a transition"
         assert self._service.wait_for_service(LIMIT) and self._action.wait_for_server(LIMIT)
@@ -138,6 +164,14 @@ class OverRos:
         rclpy.spin_until_future_complete(self._node, future, timeout_sec=LIMIT)
         assert future.done(), "the node did not answer"
         return future.result()
+
+    def model(self) -> str:
+        """Its name and quantization."""
+        client = self._node.create_client(GetInfo, f"{NAME}/get_info")
+        assert client.wait_for_service(LIMIT), "the node did not start"
+        info = self._wait(client.call_async(GetInfo.Request()))
+        self._node.destroy_client(client)
+        return f"{info.model_name} {info.quantization}"
 
     def service(self) -> Row:
         start = time.perf_counter()
@@ -171,7 +205,7 @@ class OverRos:
 
         qos = QoSProfile(depth=4096, reliability=ReliabilityPolicy.RELIABLE)
         subscription = self._node.create_subscription(TokenPiece, f"{NAME}/tokens", on_piece, qos)
-        self._spin(0.3)  # until both sides have found each other
+        self._spin(DISCOVERY)  # until both sides have found each other
         times.start = time.perf_counter()
         answer = self._service.call_async(Generate.Request(**self._fields))
         if latencies is None:
@@ -198,8 +232,8 @@ class OverRos:
             rclpy.spin_once(self._node, timeout_sec=0.02)
 
     def close(self) -> None:
-        self._process.send_signal(signal.SIGINT)
-        self._process.wait(10)
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(10)
         self._action.destroy()
         self._node.destroy_node()
 
@@ -215,43 +249,60 @@ class Found:
         firsts, steps, _ = zip(*self.rows[path])
         return statistics.median(firsts) * 1e3, statistics.median(steps) * 1e3
 
+    def added(self, path: str) -> tuple[float, float]:
+        """ms to the first token and per cent to the decode step: medians over the rounds, each against its own."""
+        pairs = list(zip(self.rows[path], self.rows[PATHS[0]]))
+        return (
+            statistics.median(row.first - base.first for row, base in pairs) * 1e3,
+            statistics.median(row.step / base.step - 1.0 for row, base in pairs) * 1e2,
+        )
+
 
 def measure(arguments: argparse.Namespace, rounds: int, found: Found) -> None:
     options = (arguments.engine_dir, arguments.tokens, arguments.threads)
     over_ros = OverRos(*options)
-    in_process = InProcess(*options)
-    found.model = in_process.versions
-    paths = dict(zip(PATHS, (in_process.measure, over_ros.service, over_ros.action, over_ros.topic)))
+    baseline = Baseline(over_ros.process)
+    paths = dict(zip(PATHS, (baseline.measure, over_ros.service, over_ros.action, over_ros.topic)))
     try:
-        for path in (*paths.values(), in_process.measure):  # warm: discovery, caches, the prompt's KV
+        over_ros.bring_up()
+        found.model = over_ros.model()
+        for path in (*paths.values(), baseline.measure):  # warm: discovery, caches, the prompt's KV
             step = path().step
         over_ros.rest = 0.0 if arguments.eager else 1.5 * step * arguments.tokens
-        for _ in range(rounds):
-            for path, run in paths.items():
+        turns = list(paths.items())
+        for number in range(rounds):
+            start = number % len(turns)  # each path follows each other one
+            for path, run in turns[start:] + turns[:start]:
+                if path != "topic":
+                    time.sleep(DISCOVERY)  # what comes after a rest is slower, so all have it
                 found.rows[path].append(run())
         over_ros.topic(found.latencies)
     finally:
         over_ros.close()
-        in_process.close()
     cached = {row.cached for rows in found.rows.values() for row in rows}
     assert len(cached) == 1, f"the paths found different prefixes cached: {cached} tokens"
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--serve"]:
+        raise SystemExit(serve(int(sys.argv[2]), sys.argv[3:]))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("engine_dir", type=Path)
     parser.add_argument("--tokens", type=int, default=200, help="generated tokens of each request")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--starts", type=int, default=1, help="how often both engines are started anew")
+    parser.add_argument("--starts", type=int, default=1, help="how often the node is started anew")
     parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 = the backend's choice")
     parser.add_argument("--eager", action="store_true", help="the client reads each piece at once, on the node's cores")
     parser.add_argument("--out", type=Path, help="file to append the JSON lines to")
     arguments = parser.parse_args()
-    rclpy.init()
     found = Found()
-    for _ in range(arguments.starts):
-        measure(arguments, arguments.rounds // arguments.starts, found)
-    rclpy.shutdown()
+    isolation.isolate()
+    rclpy.init()
+    try:
+        for _ in range(arguments.starts):
+            measure(arguments, arguments.rounds // arguments.starts, found)
+    finally:
+        rclpy.shutdown()  # with the context open, the process would not end
     rounds = len(found.rows["service"])
     medians = {path: found.medians(path) for path in PATHS}
     base_first, base_step = medians["in process"]
@@ -263,10 +314,8 @@ def main() -> None:
     print(f"{found.model}, {arguments.tokens} tokens, {rounds} rounds, {os.cpu_count()} cores")
     print(f"{'path':<11}{'first token':>13}{'added':>12}{'decode step':>14}{'added':>9}")
     for path, (first, step) in medians.items():
-        print(
-            f"{path:<11}{first:>10.2f} ms{first - base_first:>+9.2f} ms{step:>11.3f} ms"
-            f"{(step / base_step - 1) * 100:>+8.1f}%"
-        )
+        added_first, added_step = found.added(path)
+        print(f"{path:<11}{first:>10.2f} ms{added_first:>+9.2f} ms{step:>11.3f} ms{added_step:>+8.1f}%")
     median, most = latency.values()
     print(f"a piece reaches a client that reads at once in {median:.2f} ms (median), {most:.2f} ms (95 %)")
     versions = {
@@ -278,7 +327,9 @@ def main() -> None:
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "versions": versions,
             "model": found.model, "cores": os.cpu_count(), "tokens": arguments.tokens, "rounds": rounds,
             "starts": arguments.starts, "threads": arguments.threads, "path": path,
-            "ttft_ms": round(first, 3), "ms_per_token": round(step, 4), "eager_client": arguments.eager,
+            "ttft_ms": round(first, 3), "ms_per_token": round(step, 4),
+            "added_ttft_ms": round(found.added(path)[0], 3), "added_percent": round(found.added(path)[1], 2),
+            "eager_client": arguments.eager,
             **(latency if path == "topic" else {}),
             "in_process_ttft_ms": round(base_first, 3), "in_process_ms_per_token": round(base_step, 4),
         })

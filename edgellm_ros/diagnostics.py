@@ -9,6 +9,8 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 
+from edgellm_ros.qos import NO_EVENTS
+
 PERIOD = 1.0  # s
 
 
@@ -31,7 +33,7 @@ class Diagnostics:
         try:
             from diagnostic_updater import Updater
         except ImportError:
-            self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", 1)
+            self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", 1, event_callbacks=NO_EVENTS)
             # Steady: a simulation that stands still must not look like a node that does.
             node.create_timer(PERIOD, self._publish, clock=Clock(clock_type=ClockType.STEADY_TIME))
         else:

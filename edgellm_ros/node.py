@@ -65,7 +65,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._intake = Intake(self, self._topics, read_settings(self), before_request=self._take_over_parameters)
         self._transitions = Transitions(self, after=self._publish_status)
         self._transitions.take_over(self._service_change_state)
-        self._status = self.create_publisher(EngineStatus, "~/status", qos.LATCHED)
+        self._status = self.create_publisher(EngineStatus, "~/status", qos.LATCHED, event_callbacks=qos.NO_EVENTS)
         self._status_lock = threading.Lock()
         # A transition is in ~/status before it is answered. What a request changes is said when its first token is
         # out, and not by the executor, which has the request to take.
@@ -229,6 +229,11 @@ class LlmNode(LifecycleNodeMixin, Node):
         """
         self._transitions.run("Shutdown", self.trigger_shutdown)
         return self._transitions.close(timeout)
+
+    @property
+    def worker(self) -> Worker | None:
+        """What serves the requests while the node is active."""
+        return self._intake.worker
 
     @property
     def num_open_requests(self) -> int:

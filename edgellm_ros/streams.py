@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Callable
+from functools import partial
 
 from rclpy.lifecycle import LifecycleNodeMixin
 
@@ -20,9 +21,10 @@ class Topics:
 
     def __init__(self, node: LifecycleNodeMixin) -> None:
         self.clock = node.get_clock()
-        self.tokens = node.create_lifecycle_publisher(TokenPiece, "~/tokens", qos.STREAM)
-        self.sentences = node.create_lifecycle_publisher(Sentence, "~/sentences", qos.STREAM)
-        self._stats = node.create_lifecycle_publisher(GenerationStats, "~/stats", qos.COMMAND)
+        publisher = partial(node.create_lifecycle_publisher, event_callbacks=qos.NO_EVENTS)
+        self.tokens = publisher(TokenPiece, "~/tokens", qos.STREAM)
+        self.sentences = publisher(Sentence, "~/sentences", qos.STREAM)
+        self._stats = publisher(GenerationStats, "~/stats", qos.COMMAND)
         self._lock = threading.Lock()
         self.reset_totals()
 
