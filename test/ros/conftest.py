@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import sys
 from pathlib import Path
 
@@ -13,9 +11,8 @@ import rclpy
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "core")]
 
 from fake_backend import write_engine  # noqa: E402
-from llm_client import LlmClient, NodeProcess  # noqa: E402
+from llm_client import Nodes  # noqa: E402
 
-_numbers = itertools.count()
 STEP_TIME = 0.004  # s: slow enough to act while a request runs, fast enough for many tests
 
 
@@ -30,26 +27,6 @@ def ros():
 def engine_dir(tmp_path_factory):
     """An engine whose answers depend on the whole prompt and end only at max_new_tokens."""
     return write_engine(tmp_path_factory.mktemp("engine") / "fake", step_time=STEP_TIME)
-
-
-class Nodes:
-    """Starts nodes and their clients; stops them all."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory, self._clients = directory, []
-
-    def start(self, engine_dir: Path | str = "", **parameters) -> LlmClient:
-        name = f"llm_{os.getpid()}_{next(_numbers)}"  # of its own: a namesake would answer in its place
-        if engine_dir:
-            parameters["engine_dir"] = engine_dir
-        process = NodeProcess(name, self._directory / f"{name}.log", **parameters)
-        self._clients.append(LlmClient(name, process))
-        return self._clients[-1]
-
-    def close(self) -> None:
-        for client in self._clients:
-            client.node_process.stop()
-            client.close()
 
 
 @pytest.fixture

@@ -248,4 +248,24 @@ class LlmClient:
         return self.statuses[-1]
 
 
+class Nodes:
+    """Starts nodes and their clients; stops them all."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._clients = directory, []
+
+    def start(self, engine_dir: Path | str = "", **parameters) -> LlmClient:
+        name = f"llm_{os.getpid()}_{next(_numbers)}"  # of its own: a namesake would answer in its place
+        if engine_dir:
+            parameters["engine_dir"] = engine_dir
+        process = NodeProcess(name, self._directory / f"{name}.log", **parameters)
+        self._clients.append(LlmClient(name, process))
+        return self._clients[-1]
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.node_process.stop()
+            client.close()
+
+
 SUCCEEDED, CANCELED, ABORTED = GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_CANCELED, GoalStatus.STATUS_ABORTED

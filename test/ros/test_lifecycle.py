@@ -23,6 +23,7 @@ from llm_client import (
     INACTIVE,
     UNCONFIGURED,
     LlmClient,
+    Nodes,
 )
 
 LONG = {"sampling": {"max_new_tokens": GREEDY_LONG}}
@@ -126,8 +127,6 @@ def test_a_failing_configure_says_why_and_leaves_nothing(failing, what, code):
 
 @pytest.fixture(scope="module")
 def one_node(tmp_path_factory):
-    from conftest import Nodes
-
     nodes = Nodes(tmp_path_factory.mktemp("failing"))
     yield nodes.start()
     nodes.close()

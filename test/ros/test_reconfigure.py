@@ -14,7 +14,7 @@ from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason
 from engine_core.build.build import build_engine
 from engine_core.safetensors_file import write_safetensors
 from engine_core.vocab import TENSOR_NAME
-from llm_client import ACTIVATE, CLEANUP, CONFIGURE, DEACTIVATE, UNCONFIGURED
+from llm_client import ACTIVATE, CLEANUP, CONFIGURE, DEACTIVATE, UNCONFIGURED, Nodes
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 COMMAND = [ChatMessage(role="user", content="go to the kitchen")]
@@ -34,8 +34,6 @@ def engine_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory, engine_dir):
-    from conftest import Nodes
-
     nodes = Nodes(tmp_path_factory.mktemp("reconfigure"))
     yield nodes.start(engine_dir)
     nodes.close()
