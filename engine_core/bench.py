@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import statistics
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.backends import Backend, TokenSampling, backend_class
+from engine_core.backends import Backend, TokenSampling
 from engine_core.backends.ort_files import DATA_NAME
 from engine_core.backends.ort_plan import head_row_bytes, stored_rope_bytes
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
-from engine_core.manifest import Manifest, read_manifest, select_variant
+from engine_core.manifest import Manifest
 from engine_core.memory import MemoryPlan
+from engine_core.selection import advice, choose
 
 _GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset())  # no stop ids: every run has the same length
 
@@ -41,24 +43,22 @@ class Timing:
 class Benchmark:
     """One loaded engine. A context manager.
 
-    ``load_time``: seconds; ``resident``: bytes the process has grown by since before it was loaded, at its peak.
-    Raises what opening an engine raises.
+    The variant is the one that the node would open, for ``reason``. ``load_time``: seconds; ``peak_resident``: bytes
+    the process has grown by since before it was loaded, at its peak. Raises what opening an engine raises.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        directory = select_variant(config.engine_dir, config.quantization)
-        self.manifest: Manifest = read_manifest(directory, verify_hashes=False)
-        _check_backend(config, self.manifest)
-        kind = backend_class(self.manifest.backend)
-        self.plan: MemoryPlan = kind.plan(directory, self.manifest, config)
-        self.plan.check()
+        choice = choose(dataclasses.replace(config, verify_files=False))
+        config, self.manifest, self.plan = choice.config, choice.manifest, choice.plan
+        self.plan.check(advice(config, self.plan))
+        self.reason = choice.reason
         gc.collect()
         self._resident_before = _resident()
         start = time.perf_counter()
-        self.backend: Backend = kind.load(directory, self.manifest, config)
+        self.backend: Backend = choice.backend.load(choice.directory, self.manifest, config)
         self.load_time = time.perf_counter() - start
         self.peak_resident = 0
-        self.threads = _threads(directory, self.manifest, config)
+        self.threads = _threads(choice.directory, self.manifest, config)
         self.bytes_per_step = step_bytes(self.manifest, self.plan, config, self.backend.reduced_vocab_size)
 
     def __enter__(self) -> Benchmark:
@@ -132,13 +132,6 @@ def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_
         tables += manifest.reduced_vocab_size or vocab_size
     layers = manifest.files[DATA_NAME].size - stored_rope_bytes(manifest) - tables * row
     return layers + head_rows * row
-
-
-def _check_backend(config: EngineConfig, manifest: Manifest) -> None:
-    if config.backend not in ("auto", manifest.backend):
-        raise ConfigurationError(
-            f"backend is {config.backend!r}, but the engine was built for {manifest.backend}; choose auto."
-        )
 
 
 def _threads(directory: Path, manifest: Manifest, config: EngineConfig) -> int:

@@ -100,6 +100,7 @@ def _print(bench, lines: list[dict]) -> None:
     print()
     print_notes(
         [
+            bench.reason,
             f"A step reads {format_bytes(first['bytes_per_step'])} of weights; GB/s is that over the time of a step.",
             f"Loaded in {first['load_s']:.2f} s. Memory: {format_bytes(first['planned_bytes'])} planned, the process "
             f"grew by {format_bytes(bench.peak_resident)}.",
