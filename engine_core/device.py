@@ -145,10 +145,15 @@ class Device:
     # --- memory ---------------------------------------------------------------------------------------
 
     def upload(self, array: DeviceArray, values: np.ndarray) -> None:
-        """Copies host values (same bytes) to ``array``. Streams may read it after ``synchronize``."""
+        """Copies host values (same bytes) to ``array``; any stream may use it at once.
+
+        From pageable memory cuMemcpyHtoD returns when the driver has its own copy ("API synchronization behavior" in
+        the CUDA driver API's manual), and a non-blocking stream does not wait for the rest of the way.
+        """
         values = np.ascontiguousarray(values)
         assert values.nbytes == array.nbytes, (values.shape, array.shape)
         self.call("cuMemcpyHtoD", array.address, values.ctypes.data, values.nbytes)
+        self.call("cuStreamSynchronize", 0)  # the default stream's, on which the copy is
 
     def download(self, array: DeviceArray) -> np.ndarray:
         """A host copy of ``array``; bf16 comes as uint16. Waits for the whole device."""

@@ -50,6 +50,7 @@ class FakeDriver:
         self.log: list[str] = []
         self._buffers: dict[int, np.ndarray] = {}
         self._captured: list[Callable] | None = None
+        self._on_the_way: list[Callable] = []  # copies from pageable memory, which nothing but a wait brings in
         self.CUdevice_attribute = self.CUmemorytype = self.CUfunction_attribute = _Names()
         self.CUstreamCaptureMode = self.CUlaunchAttributeID = _Names()
         self.CUDA_MEMCPY2D = self.CUlaunchConfig = SimpleNamespace
@@ -108,12 +109,25 @@ class FakeDriver:
         return (_Code(0), self.memory - self.used, self.memory)
 
     def _cuMemcpyHtoD(self, target, source, num_bytes):
+        """As late as a real one may be: other streams do not wait for it."""
+        staged = ctypes.string_at(int(source), num_bytes)
+        self._on_the_way.append(lambda: ctypes.memmove(int(target), staged, num_bytes))
+
+    def _cuMemcpyDtoH(self, target, source, num_bytes):
+        self._cuCtxSynchronize()
         ctypes.memmove(int(target), int(source), num_bytes)
+
+    def _cuCtxSynchronize(self):
+        while self._on_the_way:
+            self._on_the_way.pop(0)()
+
+    def _cuStreamSynchronize(self, stream):
+        if stream == 0:
+            self._cuCtxSynchronize()
 
     def _cuMemcpyHtoDAsync(self, target, source, num_bytes, _stream):
         return self.run(lambda: ctypes.memmove(int(target), int(source), num_bytes))
 
-    _cuMemcpyDtoH = _cuMemcpyHtoD
     _cuMemcpyDtoDAsync = _cuMemcpyHtoDAsync
 
     def _cuMemsetD8Async(self, address, value, num_bytes, _stream):
@@ -163,8 +177,8 @@ class FakeDriver:
 
 
 _WITHOUT_EFFECT = dict.fromkeys(
-    "cuInit cuDeviceGet cuDevicePrimaryCtxRetain cuDevicePrimaryCtxRelease cuCtxSetCurrent cuCtxSynchronize "
-    "cuStreamCreate cuStreamSynchronize cuStreamDestroy cuEventCreate cuEventRecord cuEventSynchronize cuEventDestroy "
+    "cuInit cuDeviceGet cuDevicePrimaryCtxRetain cuDevicePrimaryCtxRelease cuCtxSetCurrent "
+    "cuStreamCreate cuStreamDestroy cuEventCreate cuEventRecord cuEventSynchronize cuEventDestroy "
     "cuGraphDestroy cuGraphUpload cuGraphExecDestroy cuModuleUnload cuFuncSetAttribute".split(),
     7,
 )

@@ -57,7 +57,6 @@ class Bench:
     def put(self, values: np.ndarray, dtype: str) -> DeviceArray:
         array = self._arena.take(values.shape, dtype)
         self.device.upload(array, values)
-        self.device.synchronize()
         return array
 
     def normal(self, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> tuple[DeviceArray, np.ndarray]:
