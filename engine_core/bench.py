@@ -120,7 +120,7 @@ def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_
     if manifest.backend == "cuda":
         from engine_core.backends.cuda_layout import CudaSpec, weight_arrays
 
-        spec = CudaSpec.create(manifest, config)
+        spec = dataclasses.replace(CudaSpec.create(manifest, config), head_rows=head_rows)
         arrays = weight_arrays(spec)
         return sum(array.nbytes for name, array in arrays.items() if name != "embed" or not spec.has_head)
     if manifest.backend != "onnxruntime":

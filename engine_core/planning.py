@@ -169,18 +169,19 @@ def _planned(directory: Path, config: EngineConfig, device: DeviceProfile | None
 def engine_plan(directory: Path, manifest: Manifest, config: EngineConfig, device: DeviceProfile | None) -> MemoryPlan:
     """The backend's plan, against ``device`` (None = this machine). Raises what ``Backend.plan`` raises."""
     if device is not None and manifest.backend == "cuda":
-        return _cuda_plan(manifest, config, device)
+        return _cuda_plan(directory, manifest, config, device)
     plan = backend_class(manifest.backend).plan(directory, manifest, config)
     if device is None:
         return plan
     return MemoryPlan(plan.items, device.free, device.title)
 
 
-def _cuda_plan(manifest: Manifest, config: EngineConfig, device: DeviceProfile) -> MemoryPlan:
+def _cuda_plan(directory: Path, manifest: Manifest, config: EngineConfig, device: DeviceProfile) -> MemoryPlan:
     """``CudaBackend.plan`` for a GPU that is not here."""
-    from engine_core.backends.cuda_layout import CudaSpec, planned_bytes
+    from engine_core.backends.cuda_layout import planned_bytes
+    from engine_core.backends.cuda_weights import resolve
 
-    spec = CudaSpec.create(manifest, config)
+    spec = resolve(directory, manifest, config).spec
     return MemoryPlan.of(planned_bytes(spec, device.num_sms or 1), device.free, device.title)
 
 

@@ -14,19 +14,14 @@ import numpy as np
 from engine_core.backends import TokenSampling
 from engine_core.backends.cuda_layout import CudaSpec, planned_bytes, weight_arrays, work_arrays
 from engine_core.backends.cuda_model import CudaModel, WeightSource
+from engine_core.backends.cuda_weights import CudaWeights, resolve
 from engine_core.backends.device_backend import DeviceBackend, SequenceLimits, rows_by_id
 from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES, Arena, Device, DeviceArray, Stream
-from engine_core.errors import EngineDirectoryError
 from engine_core.graphs import GraphKey, GraphRunner
 from engine_core.kernels import Kernels
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryPlan
-from engine_core.safetensors_file import SafetensorsFile
-from engine_core.vocab import own_vocab_map
-
-WEIGHTS_NAME = "weights.safetensors"
-ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
 
 
 class CudaBackend(DeviceBackend):
@@ -36,7 +31,7 @@ class CudaBackend(DeviceBackend):
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
-        spec = CudaSpec.create(manifest, config)
+        spec = resolve(variant_dir, manifest, config).spec
         device = Device()
         try:
             free, _ = device.memory_info()
@@ -46,19 +41,16 @@ class CudaBackend(DeviceBackend):
 
     @classmethod
     def load(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> CudaBackend:
-        spec = CudaSpec.create(manifest, config)
-        file = _open_weights(variant_dir, spec)
-        vocab_map = None
-        if spec.head_rows != spec.vocab_size:
-            vocab_map = own_vocab_map(variant_dir, spec.vocab_size)
+        resolved = resolve(variant_dir, manifest, config)
+        weights = CudaWeights(variant_dir, resolved)
         device = Device()
         try:
             return cls(
                 device,
-                spec,
-                lambda name, array: device.upload(array, file.raw(name)),
-                file.raw(ROPE_NAME)[: spec.max_context],
-                vocab_map=vocab_map,
+                resolved.spec,
+                lambda name, array: device.upload(array, weights.read(name)),
+                weights.rope(),
+                vocab_map=resolved.vocab_map,
                 use_cuda_graph=config.use_cuda_graph,
             )
         except BaseException:
@@ -89,7 +81,6 @@ class CudaBackend(DeviceBackend):
             self._model.fill(source, rope)
             if vocab_map is not None:
                 device.upload(self._model.work["vocab_map"], vocab_map.astype(np.int32))
-                device.synchronize()
             self._row_of = rows_by_id(vocab_map, spec.vocab_size)
             self._reset()
             self._capture(undo, use_cuda_graph)
@@ -155,23 +146,3 @@ class CudaBackend(DeviceBackend):
 
     def _run_decode(self) -> None:
         self._graphs.run(self._decode_key)
-
-
-def _open_weights(variant_dir: Path, spec: CudaSpec) -> SafetensorsFile:
-    """The weights, checked to be what the kernels read. Raises EngineDirectoryError or CheckpointError."""
-    file = SafetensorsFile(variant_dir / WEIGHTS_NAME)
-    stored = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}
-    expected = {name: (stored[array.dtype], array.shape) for name, array in weight_arrays(spec).items()}
-    for name, (dtype, shape) in expected.items():
-        found = (file.dtype(name), file.shape(name)) if name in file.names() else None
-        if found != (dtype, shape):
-            raise EngineDirectoryError(
-                f"{name} of {file.path} is {found or 'missing'}, expected {(dtype, shape)}; build the engine again."
-            )
-    covered = file.shape(ROPE_NAME)[0] if ROPE_NAME in file.names() else 0
-    if covered < spec.max_context:
-        raise EngineDirectoryError(
-            f"The RoPE table of {file.path} covers {covered} positions, but max_context is {spec.max_context}; "
-            "configure less or build the engine for more."
-        )
-    return file

@@ -69,7 +69,10 @@ class CudaSpec:
 
     @classmethod
     def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
-        """Raises ConfigurationError or EngineDirectoryError."""
+        """As it was built; a vocab map given at load is ``cuda_weights.resolve``'s matter.
+
+        Raises ConfigurationError or EngineDirectoryError.
+        """
         geometry, options = manifest.geometry, manifest.options
         _check_config(manifest, config)
         try:
@@ -191,16 +194,6 @@ def _check_config(manifest: Manifest, config: EngineConfig) -> None:
     if config.max_batch != 1:
         raise ConfigurationError(
             f"max_batch is {config.max_batch}, but the cuda backend runs one sequence at a time; set it to 1."
-        )
-    if config.vocab_map == "none" and manifest.reduced_vocab_size:
-        raise ConfigurationError(
-            "vocab_map is 'none', but this engine's LM head holds only the rows of its vocab map; "
-            "build a variant without one."
-        )
-    if config.vocab_map not in ("auto", "none"):
-        raise ConfigurationError(
-            f"vocab_map is {config.vocab_map}, but the cuda backend takes a map when the engine is built; "
-            "use 'edgellm build --backend cuda --vocab-map' and choose auto."
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends.cuda_layout import KV_CACHE_TYPES, LAYOUTS, CudaSpec, options_of, weight_arrays
+from engine_core.backends.cuda_weights import ROPE_NAME, WEIGHTS_NAME
 from engine_core.build import companions
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
@@ -22,7 +23,6 @@ from engine_core.kernels.int4_layout import GROUP, TILE, fits
 from engine_core.manifest import Manifest, seal, write_variant
 
 QUANTIZATIONS = ("fp16", "int8", "int4", "int4_awq")
-WEIGHTS_NAME, ROPE_NAME = "weights.safetensors", "rope"
 _STORED = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from engine_core import cli
+from engine_core.backends.cuda import CudaBackend
 from engine_core.backends.cuda_layout import LAYOUTS, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+from engine_core.backends.cuda_weights import CudaWeights, kept_rows, resolve
 from engine_core.build.cuda import build_cuda, to_records
 from engine_core.config import EngineConfig
 from engine_core.device import aligned
@@ -17,6 +19,8 @@ from engine_core.kernels import int4_layout, int8_layout
 from engine_core.kernels.reference import dequantize
 from engine_core.manifest import read_manifest
 from engine_core.safetensors_file import SafetensorsFile, write_safetensors
+from engine_core.vocab import write_vocab_map
+from fake_gpu import FakeDriver, install
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"],
@@ -243,7 +247,6 @@ def _tensors(engine_dir) -> dict[str, np.ndarray]:
     [
         (dict(max_batch=2), "max_batch is 2"),
         (dict(kv_cache_type="fp8"), "kv_cache_type is 'fp8'"),
-        (dict(vocab_map="some.safetensors"), "when the engine is built"),
     ],
 )
 def test_a_configuration_the_backend_does_not_do_is_refused(checkpoint, tmp_path, changes, text):
@@ -251,3 +254,56 @@ def test_a_configuration_the_backend_does_not_do_is_refused(checkpoint, tmp_path
     manifest = build_cuda(directory, tmp_path / "engine")
     with pytest.raises(ConfigurationError, match=text):
         CudaSpec.create(manifest, EngineConfig(tmp_path / "engine", **changes))
+
+
+def write_map(path, count: int):
+    """A map of ``count`` of the 320 tokens, the ends of sequence among them."""
+    others = np.random.default_rng(0).choice(np.setdiff1d(np.arange(320), [2, 5]), count - 2, replace=False)
+    write_vocab_map(path, np.sort(np.append(others, [2, 5])).astype(np.int32), {})
+    return path
+
+
+@pytest.mark.parametrize("quantization", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_map_given_at_load_takes_the_rows_that_a_build_with_it_writes(
+    checkpoint, tmp_path, monkeypatch, quantization, tied
+):
+    directory, _ = checkpoint(tie_word_embeddings=tied)
+    given = write_map(tmp_path / "map.safetensors", 272)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cases = {whole: build_cuda(directory, whole, quantization=quantization)}
+    cases[cut] = build_cuda(directory, cut, quantization=quantization, vocab_map=given)
+    at_load, built = (EngineConfig(whole, vocab_map=str(given)), EngineConfig(cut))
+    found, expected = resolve(whole, cases[whole], at_load), resolve(cut, cases[cut], built)
+    assert found.spec == expected.spec and found.spec.head_rows == 272
+    assert (found.vocab_map == expected.vocab_map).all()
+    ours, theirs = CudaWeights(whole, found), CudaWeights(cut, expected)
+    for name, array in weight_arrays(found.spec).items():
+        assert ours.read(name).nbytes <= array.nbytes and ours.read(name).shape == array.shape
+        assert (ours.read(name) == theirs.read(name)).all(), name
+    install(monkeypatch, FakeDriver())
+    plans = [CudaBackend.plan(whole, cases[whole], at_load), CudaBackend.plan(cut, cases[cut], built)]
+    assert plans[0] == plans[1]
+
+
+def test_rows_are_kept_across_many_records():
+    rng = np.random.default_rng(1)
+    kept = np.sort(rng.choice(4096, 1040, replace=False)).astype(np.int32)
+    for bits, layout in LAYOUTS.items():
+        values = rng.integers(0, 2 * layout.ZERO, (4096, 256)).astype(np.uint8)
+        scales = rng.integers(0, 1 << 16, (4096, 2)).astype(np.uint16)
+        found = kept_rows(layout.pack(values, scales), kept, bits)
+        assert (found == layout.pack(values[kept], scales[kept])).all()
+
+
+def test_a_map_that_cannot_be_cut_to_is_refused(checkpoint, tmp_path):
+    directory, _ = checkpoint()
+    odd = str(write_map(tmp_path / "odd.safetensors", 101))
+    manifests = {name: build_cuda(directory, tmp_path / name, quantization=name) for name in ("fp16", "int4")}
+    assert resolve(tmp_path / "fp16", manifests["fp16"], EngineConfig(tmp_path / "fp16", vocab_map=odd))
+    for name, given, text in (
+        ("int4", odd, "101 tokens, but an int4 LM head of the cuda backend takes multiples of 16"),
+        ("fp16", str(tmp_path / "none.safetensors"), "none.safetensors"),
+    ):
+        with pytest.raises(ConfigurationError, match=text):
+            resolve(tmp_path / name, manifests[name], EngineConfig(tmp_path / name, vocab_map=given))

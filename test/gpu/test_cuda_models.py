@@ -15,6 +15,7 @@ from engine_core.config import EngineConfig
 from engine_core.kernels import int4_layout, int8_layout, reference
 from engine_core.manifest import read_manifest
 from engine_core.safetensors_file import SafetensorsFile
+from engine_core.vocab import write_vocab_map
 
 pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")
@@ -205,6 +206,34 @@ def check_greedy(engine_dir, model, count: int = 20) -> None:
         backend.close()
     expected, allowed = expected_logits(model, ids, read_manifest(engine_dir).options["dtype"])
     assert max(map(error, rows, expected[len(prompt) - 1 : -1])) < TOLERANCE * allowed
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantization", ["fp16", "int8", "int4"])
+def test_a_vocab_map_given_at_load_gives_the_tokens_of_one_built_in(tmp_path, quantization, tied):
+    torch.manual_seed(9)
+    sizes = dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_attention_heads=8, head_dim=32)
+    config = transformers.LlamaConfig(**{**SMALL, **sizes, "tie_word_embeddings": tied})
+    transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "checkpoint")
+    others = 3 + np.random.default_rng(5).choice(1005, 399, replace=False)
+    kept = np.sort(np.append(others, config.eos_token_id)).astype(np.int32)
+    write_vocab_map(tmp_path / "map.safetensors", kept, {})
+    common = dict(quantization=quantization, max_context=128)
+    build_cuda(tmp_path / "checkpoint", tmp_path / "whole", **common)
+    build_cuda(tmp_path / "checkpoint", tmp_path / "cut", vocab_map=tmp_path / "map.safetensors", **common)
+    prompt, found = np.random.default_rng(6).integers(0, 1008, 40).astype(np.int32), {}
+    for name, vocab_map in (("whole", str(tmp_path / "map.safetensors")), ("cut", "auto")):
+        backend = load(tmp_path / name, vocab_map=vocab_map, max_context=128)
+        try:
+            backend.begin(GREEDY, prompt)
+            pending, found[name] = backend.prefill(prompt, 0), []
+            for _ in range(20):
+                found[name].append((pending.result(), logits_of(backend).tolist()))
+                pending = backend.decode()
+            pending.result()
+        finally:
+            backend.close()
+    assert found["whole"] == found["cut"] and {token for token, _ in found["cut"]} <= set(kept.tolist())
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
