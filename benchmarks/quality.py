@@ -181,26 +181,41 @@ def measure(grid: Grid, name: str, reduced: bool, kv_cache_type: str) -> dict:
 
 
 def differences(grid: Grid, names: Many[str]) -> list[dict]:
-    """Of each variant to fp16, full vocabulary, fp32 KV cache."""
-    found = {}
+    """Of each variant to fp16, full vocabulary, fp32 KV cache; of each AWQ variant also what it takes off that of the
+    same without (a negative ``awq_change``), with a 95 % bootstrap interval over the answers."""
+    logs = {}
     for name in dict.fromkeys(("fp16", *names)):
         engine = Engine.open(EngineConfig(grid.engine(name, False), kv_cache_type="fp32", num_threads=1), _quiet)
         try:
-            found[name] = np.concatenate([answer_logs(engine, example) for example in grid.examples])
+            logs[name] = [answer_logs(engine, example) for example in grid.examples]
         finally:
             engine.close()
-    return [
-        {
+    lengths = np.array([len(values) for values in logs["fp16"]])
+    far = {  # of each answer, summed over its tokens
+        name: np.array([np.abs(x - y).sum() for x, y in zip(values, logs["fp16"])]) for name, values in logs.items()
+    }
+    rows = []
+    for name in far:
+        if name == "fp16":
+            continue
+        row = {
             "date": datetime.date.today().isoformat(),
             "versions": {p: importlib.metadata.version(p) for p in ("onnxruntime", "numpy", "transformers")},
             "model": "demo",
             "variant": name,
-            "tokens": len(values),
-            "mean_difference": round(float(np.abs(values - found["fp16"]).mean()), 6),
+            "answers": len(lengths),
+            "tokens": int(lengths.sum()),
+            "mean_difference": round(float(far[name].sum() / lengths.sum()), 6),
         }
-        for name, values in found.items()
-        if name != "fp16"
-    ]
+        plain = name.replace("_awq", "")
+        if plain != name and plain in far:
+            change = far[name] - far[plain]
+            drawn = np.random.default_rng(0).integers(0, len(change), (2000, len(change)))
+            means = change[drawn].sum(axis=1) / lengths[drawn].sum(axis=1)
+            row["awq_change"] = round(float(change.sum() / lengths.sum()), 6)
+            row["awq_change_95"] = [round(float(value), 6) for value in np.percentile(means, (2.5, 97.5))]
+        rows.append(row)
+    return rows
 
 
 def _quiet(line: str) -> None:
