@@ -16,6 +16,10 @@ too. Each row is appended to benchmarks/results/quality.jsonl; benchmarks/result
 
 ``--differences`` asks how far a variant is from the checkpoint rather than from the text: the mean magnitude of the
 difference of ln p of the answers' tokens, where perplexity and exact match are ruled by the few answers in doubt.
+
+``--outliers 32`` measures the same model with what large ones have and small ones have not: a few channels of the
+activations many times larger than the others (Dettmers et al. 2022, arXiv 2208.07339). The norms in front of the
+linears make them larger and the columns behind take it back, by a power of two, so that the function stays the same.
 """
 
 from __future__ import annotations
@@ -39,10 +43,13 @@ sys.path.insert(0, str(ROOT))
 from engine_core.bench import Benchmark  # noqa: E402
 from engine_core.build.build import build_engine  # noqa: E402
 from engine_core.build.quantize import quantize_checkpoint  # noqa: E402
+from engine_core.build.quantize.formats import to_16_bit  # noqa: E402
 from engine_core.build.reduce_vocab import reduce_vocab  # noqa: E402
+from engine_core.build.tensor_writer import TensorWriter  # noqa: E402
 from engine_core.config import EngineConfig  # noqa: E402
 from engine_core.engine import CancelToken, Engine  # noqa: E402
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams  # noqa: E402
+from engine_core.safetensors_file import SafetensorsFile  # noqa: E402
 from engine_core.texts import Document  # noqa: E402
 from tools.demo_model.evaluate import held_out_examples  # noqa: E402
 from tools.demo_model.grammar import Example, Generator  # noqa: E402
@@ -76,6 +83,10 @@ VARIANTS: dict[str, Variant] = {
 KV_CACHE_TYPES = ("fp32", "fp16", "int8")
 
 
+def model_name(options: argparse.Namespace) -> str:
+    return options.checkpoint.name + (f", outliers x{options.outliers}" if options.outliers > 1 else "")
+
+
 def write_chats(path: Path, examples: Many[Example]) -> Path:
     with open(path, "w", encoding="utf-8") as file:
         for example in examples:
@@ -84,13 +95,37 @@ def write_chats(path: Path, examples: Many[Example]) -> Path:
     return path
 
 
+def with_outliers(checkpoint: Path, directory: Path, factor: int) -> Path:
+    """A copy of ``checkpoint`` in which every 64th channel behind a norm is ``factor`` (a power of two) times as large,
+    and its columns of the linears that much smaller."""
+    if (directory / "config.json").is_file():
+        return directory
+    shutil.copytree(checkpoint, directory, dirs_exist_ok=True)
+    file = SafetensorsFile(checkpoint / "model.safetensors")
+    writer = TensorWriter(
+        directory / "model.safetensors", {name: (file.dtype(name), file.shape(name)) for name in file.names()}
+    )
+    for name in file.names():
+        values = file.read(name)  # float32
+        if name.endswith("layernorm.weight"):
+            values[::64] *= factor
+        elif name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            values[:, ::64] /= factor
+        writer.write(name, to_16_bit(values, {"BF16": "bf16", "F16": "fp16"}[file.dtype(name)]))
+    writer.close()
+    return directory
+
+
 class Grid:
     """Builds what is measured, each engine once."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.work: Path = options.work
         self.checkpoint: Path = options.checkpoint
+        self.model = model_name(options)
         self.work.mkdir(parents=True, exist_ok=True)
+        if options.outliers > 1:
+            self.checkpoint = with_outliers(options.checkpoint, self.work / "outliers", options.outliers)
         generator = Generator(TRAINING_SEED)
         self.training = write_chats(
             self.work / "training.jsonl", [generator.conversation() for _ in range(NUM_TRAINING)]
@@ -170,7 +205,7 @@ def measure(grid: Grid, name: str, reduced: bool, kv_cache_type: str) -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         "versions": {p: importlib.metadata.version(p) for p in ("onnxruntime", "numpy", "transformers")},
-        "model": "demo",
+        "model": grid.model,
         "variant": name,
         "vocab_size": vocab_size,
         "kv_cache_type": kv_cache_type,
@@ -201,7 +236,7 @@ def differences(grid: Grid, names: Many[str]) -> list[dict]:
         row = {
             "date": datetime.date.today().isoformat(),
             "versions": {p: importlib.metadata.version(p) for p in ("onnxruntime", "numpy", "transformers")},
-            "model": "demo",
+            "model": grid.model,
             "variant": name,
             "answers": len(lengths),
             "tokens": int(lengths.sum()),
@@ -222,11 +257,13 @@ def _quiet(line: str) -> None:
     """What an engine reports when it is opened is of no interest here."""
 
 
-def latest(path: Path) -> list[dict]:
-    """The last row measured of each variant, vocabulary and KV cache type, in the order of VARIANTS."""
+def latest(path: Path, model: str) -> list[dict]:
+    """The last row measured of each variant, vocabulary and KV cache type of ``model``, in the order of VARIANTS."""
     rows = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         row = json.loads(line)
+        if row["model"] != model:
+            continue
         rows[row["variant"], row["vocab_size"], row["kv_cache_type"]] = row
     order = [*VARIANTS]
     kinds = [*KV_CACHE_TYPES]
@@ -311,6 +348,7 @@ def main() -> None:
     parser.add_argument("--coverage", type=float, default=100, help="percent of training tokens the vocabulary keeps")
     parser.add_argument("--kv-cache-types", default=",".join(KV_CACHE_TYPES))
     parser.add_argument("--differences", action="store_true", help="only the differences of the variants to fp16")
+    parser.add_argument("--outliers", type=int, default=1, metavar="FACTOR", help="give the model outlier channels")
     parser.add_argument("--fresh", action="store_true", help="remove the engines of an earlier run first")
     options = parser.parse_args()
     if options.fresh:
@@ -330,9 +368,10 @@ def main() -> None:
                     print(line, flush=True)
                     with open(RESULTS / "quality.jsonl", "a", encoding="utf-8") as file:
                         file.write(line + "\n")
-    rows = latest(RESULTS / "quality.jsonl")
+    rows = latest(RESULTS / "quality.jsonl", model_name(options))
     print(table(rows))
-    draw(rows, RESULTS / "quality.svg")
+    if options.outliers == 1:
+        draw(rows, RESULTS / "quality.svg")
 
 
 if __name__ == "__main__":
