@@ -98,13 +98,12 @@ def write_chats(path: Path, examples: Many[Example]) -> Path:
 def with_outliers(checkpoint: Path, directory: Path, factor: int) -> Path:
     """A copy of ``checkpoint`` in which every 64th channel behind a norm is ``factor`` (a power of two) times as large,
     and its columns of the linears that much smaller."""
+    weights = "model.safetensors"
     if (directory / "config.json").is_file():
         return directory
-    shutil.copytree(checkpoint, directory, dirs_exist_ok=True)
-    file = SafetensorsFile(checkpoint / "model.safetensors")
-    writer = TensorWriter(
-        directory / "model.safetensors", {name: (file.dtype(name), file.shape(name)) for name in file.names()}
-    )
+    directory.mkdir(parents=True, exist_ok=True)
+    file = SafetensorsFile(checkpoint / weights)
+    writer = TensorWriter(directory / weights, {name: (file.dtype(name), file.shape(name)) for name in file.names()})
     for name in file.names():
         values = file.read(name)  # float32
         if name.endswith("layernorm.weight"):
@@ -113,6 +112,8 @@ def with_outliers(checkpoint: Path, directory: Path, factor: int) -> Path:
             values[:, ::64] /= factor
         writer.write(name, to_16_bit(values, {"BF16": "bf16", "F16": "fp16"}[file.dtype(name)]))
     writer.close()
+    # Last: an interrupted copy has no config.json.
+    shutil.copytree(checkpoint, directory, ignore=shutil.ignore_patterns(weights), dirs_exist_ok=True)
     return directory
 
 
@@ -123,9 +124,10 @@ class Grid:
         self.work: Path = options.work
         self.checkpoint: Path = options.checkpoint
         self.model = model_name(options)
+        if options.outliers > 1:  # another model, with engines of its own
+            self.work /= f"outliers_{options.outliers}"
+            self.checkpoint = with_outliers(options.checkpoint, self.work / "checkpoint", options.outliers)
         self.work.mkdir(parents=True, exist_ok=True)
-        if options.outliers > 1:
-            self.checkpoint = with_outliers(options.checkpoint, self.work / "outliers", options.outliers)
         generator = Generator(TRAINING_SEED)
         self.training = write_chats(
             self.work / "training.jsonl", [generator.conversation() for _ in range(NUM_TRAINING)]

@@ -17,7 +17,7 @@ from engine_core.vocab import configured_vocab_map
 
 WEIGHTS_NAME = "weights.safetensors"
 ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
-_STORED = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}
+STORED_TYPES = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}  # dtype of an array → as safetensors spells it
 _BLOCK = 16  # records along the rows that are cut at a time: 256 rows, from as many records at most
 
 
@@ -55,7 +55,7 @@ class CudaWeights:
         self._resolved = resolved
         self._file = file = SafetensorsFile(variant_dir / WEIGHTS_NAME)
         for name, array in weight_arrays(stored).items():
-            expected = (_STORED[array.dtype], array.shape)
+            expected = (STORED_TYPES[array.dtype], array.shape)
             found = (file.dtype(name), file.shape(name)) if name in file.names() else None
             if found != expected:
                 raise EngineDirectoryError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends.cuda_layout import KV_CACHE_TYPES, LAYOUTS, CudaSpec, options_of, weight_arrays
-from engine_core.backends.cuda_weights import ROPE_NAME, WEIGHTS_NAME
+from engine_core.backends.cuda_weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.build import companions
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
@@ -23,7 +23,6 @@ from engine_core.kernels.int4_layout import GROUP, TILE, fits
 from engine_core.manifest import Manifest, seal, write_variant
 
 QUANTIZATIONS = ("fp16", "int8", "int4", "int4_awq")
-_STORED = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}
 
 
 def build_cuda(
@@ -231,7 +230,7 @@ def _write_weights(
     cuda_spec = CudaSpec.create(manifest, EngineConfig(engine_dir=path.parent, max_context=manifest.max_context))
     dtype = cuda_spec.dtype
     arrays = weight_arrays(cuda_spec)
-    tensors = {name: (_STORED[array.dtype], array.shape) for name, array in arrays.items()}
+    tensors = {name: (STORED_TYPES[array.dtype], array.shape) for name, array in arrays.items()}
     table = rope_table(spec, manifest.max_context)
     bits = cuda_spec.weight_bits
 
