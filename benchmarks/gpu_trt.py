@@ -1,7 +1,8 @@
 """How fast is the TensorRT backend, with and without CUDA graphs, and where does a decode step's time go?
 
-    python3 benchmarks/gpu_trt.py [--shapes NAME ...] [--prompts N ...] [--max-context N] [--layers N] [--work DIR]
-        [--profile] [--transformers] [--transformers-python PATH] [--output benchmarks/results/gpu_trt.jsonl]
+    python3 benchmarks/gpu_trt.py [--shapes NAME ...] [--prompts N ...] [--max-context N] [--layers N]
+        [--dialect NAME] [--level N] [--work DIR] [--profile] [--transformers] [--transformers-python PATH]
+        [--output benchmarks/results/gpu_trt.jsonl]
 
 Builds an engine of each shape with random weights (minutes for a 1 B model; --work keeps it for the next run), then
 measures time to first token, time per token as the engine drives it (one step queued ahead, each token read on the
@@ -63,17 +64,18 @@ def model_config(shape: Shape, max_context: int) -> dict:
     }
 
 
-def build(name: str, shape: Shape, max_context: int, work: Path) -> tuple[Path, float]:
+def build(name: str, shape: Shape, max_context: int, work: Path, dialect: str, level: int) -> tuple[Path, float]:
     """(engine directory, s it took to build; 0 if it was there)."""
     from engine_core.build.tensorrt import build_tensorrt
 
-    engine_dir = work / f"{name}-{shape.layers}-{max_context}"
+    engine_dir = work / f"{name}-{shape.layers}-{max_context}-{dialect}-{level}"
     if (engine_dir / "engine.json").is_file():
         return engine_dir, 0.0
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         checkpoint = write_random_checkpoint(Path(temporary) / name, model_config(shape, max_context))
         start = time.perf_counter()
-        build_tensorrt(checkpoint, engine_dir, max_context=max_context, report=print)
+        options = dict(max_context=max_context, dialect=dialect, level=level)
+        build_tensorrt(checkpoint, engine_dir, report=print, **options)
     return engine_dir, time.perf_counter() - start
 
 
@@ -95,23 +97,34 @@ def host_seconds(backend, prompt_tokens: int) -> float:
 
 
 def slowest_layers(backend, count: int = 30) -> list[tuple[str, float]]:
-    """(layer, ms) of one decode step outside a graph, the slowest first, as TensorRT's profiler reports them."""
-    trt, context = backend._decode_engine._api.trt, backend._decode_engine._context
+    """(layer, ms) of one decode step's contexts outside a graph, the slowest first, by TensorRT's profiler.
+
+    In the products dialect, of one layer's three contexts.
+    """
+    runs = getattr(backend, "_model", None)
+    if runs is None:
+        contexts = {"": backend._decode_engine}
+    else:
+        contexts = {f"{name}: ": context for name, context in runs._decode.items()}
     times: dict[str, list[float]] = {}
+    medians = []
+    for prefix, context in contexts.items():
+        trt = context._api.trt
 
-    class Profiler(trt.IProfiler):
-        def __init__(self) -> None:
-            trt.IProfiler.__init__(self)
+        class Profiler(trt.IProfiler):
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
 
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            times.setdefault(layer_name, []).append(ms)
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times.setdefault(layer_name, []).append(ms)
 
-    profiler = Profiler()
-    context.profiler = profiler
-    for _ in range(20):
-        backend._decode_engine(backend._stream)
-        backend._stream.wait()
-    medians = [(name, statistics.median(values)) for name, values in times.items()]
+        profiler = Profiler()
+        context._context.profiler = profiler
+        times.clear()
+        for _ in range(20):
+            context(backend._stream)
+            backend._stream.wait()
+        medians += [(prefix + name, statistics.median(values)) for name, values in times.items()]
     return sorted(medians, key=lambda item: -item[1])[:count]
 
 
@@ -131,8 +144,10 @@ def bench_engine(
         for prompt in options.prompts:
             measure(backend, prompt, 8)
             ttft, per_token = median_of([measure(backend, prompt, GENERATED) for _ in range(RUNS)])
-            # The decode engine is handed the whole cache, whatever part of it is filled.
-            floor = step_bytes(make_spec(shape, manifest.max_context, 64), manifest.max_context) / bandwidth
+            # A plan of the whole decoder is handed the whole cache, whatever part of it is filled.
+            products = manifest.options["dialect"] == "products"
+            read = prompt + GENERATED // 2 if products else manifest.max_context
+            floor = step_bytes(make_spec(shape, manifest.max_context, 64), read) / bandwidth
             rows.append(
                 record(
                     name, f"tensorrt {manifest.builder['tensorrt']}", graph, prompt, ttft, per_token, floor, bandwidth
@@ -140,6 +155,7 @@ def bench_engine(
                 | {
                     "host_us_per_token": round(1e6 * host_seconds(backend, prompt), 1),
                     "load_s": round(load_s, 2),
+                    "dialect": manifest.options["dialect"],
                     "max_context": manifest.max_context,
                     "versions": manifest.builder,
                 }
@@ -202,6 +218,8 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=[32, 128, 512, 2048])
     parser.add_argument("--max-context", type=int, default=2304, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=0)
+    parser.add_argument("--dialect", default="auto", choices=["auto", "products", "plain", "native"])
+    parser.add_argument("--level", type=int, default=3, help="how long TensorRT searches, 0 to 5")
     parser.add_argument("--work", type=Path, help="where engines are kept")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--transformers", action="store_true")
@@ -226,7 +244,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         for name in options.shapes:
             shape = dataclasses.replace(SHAPES[name], layers=options.layers or SHAPES[name].layers)
-            engine_dir, build_s = build(name, shape, options.max_context, work)
+            engine_dir, build_s = build(name, shape, options.max_context, work, options.dialect, options.level)
             found = bench_engine(engine_dir, name, shape, options, bandwidth)
             rows += [row | {"layers": shape.layers, "build_s": round(build_s, 1)} for row in found]
     if options.transformers or options.transformers_python:

@@ -19,7 +19,7 @@ from engine_core.memory import format_bytes
 
 # Bytes per element of what a kernel can read or write. bf16 and fp16 are carried as uint16 on the host.
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int32": 4, "uint32": 4, "uint64": 8, "uint8": 1, "int8": 1}
-ALIGNMENT = 256  # bytes; of every array of an arena
+ALIGNMENT = 512  # bytes; of every array of an arena, what TensorRT asks of its scratch
 
 
 class DeviceError(EngineFaultError):

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends import TokenSampling
-from engine_core.backends.cuda_layout import CudaSpec, planned_bytes, weight_arrays, work_arrays
-from engine_core.backends.cuda_model import CudaModel, WeightSource
+from engine_core.backends.cuda_layout import ArraySpec, CudaSpec, planned_bytes, weight_arrays, work_arrays
+from engine_core.backends.cuda_model import CudaModel
 from engine_core.backends.cuda_weights import CudaWeights, resolve
 from engine_core.backends.device_backend import DeviceBackend, SequenceLimits, rows_by_id
+from engine_core.backends.device_model import DeviceModel, WeightSource
 from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES, Arena, Device, DeviceArray, Stream
 from engine_core.graphs import GraphKey, GraphRunner
@@ -94,11 +95,11 @@ class CudaBackend(DeviceBackend):
             undo.callback(resource.close)
             return resource
 
-        arrays = [*weight_arrays(spec).values(), *work_arrays(spec, device.num_sms).values()]
+        arrays = [*weight_arrays(spec).values(), *self._work_arrays().values()]
         self._stream = own(Stream(device))
         arena = own(Arena(device, sum(array.nbytes for array in arrays)))
         kernels = own(Kernels(device, spec.dtype))
-        self._model = own(CudaModel(device, self._stream, arena, kernels, spec))
+        self._model = own(self._make_model(arena, kernels))
         self._work = self._model.work
         self._allocate_host(
             own,
@@ -110,6 +111,12 @@ class CudaBackend(DeviceBackend):
                 scale_item_bytes=2 if spec.attention.kv_int8 else 0,
             ),
         )
+
+    def _work_arrays(self) -> dict[str, ArraySpec]:
+        return work_arrays(self._spec, self._device.num_sms)
+
+    def _make_model(self, arena: Arena, kernels: Kernels) -> DeviceModel:
+        return CudaModel(self._device, self._stream, arena, kernels, self._spec)
 
     def _capture(self, undo: contextlib.ExitStack, enabled: bool) -> None:
         work = self._model.work
@@ -123,7 +130,7 @@ class CudaBackend(DeviceBackend):
         self._model.prepare_prefill()
 
     def _warm_up(self) -> None:
-        """Runs every size of prefill product once, so that no cuBLAS kernel is loaded during a request."""
+        """Runs every size of prefill product once, so that no kernel is loaded during a request."""
         count = min(self._spec.chunk, self.max_context)
         while count > 0:
             self._model.prefill_chunk(count, 0)

@@ -29,6 +29,8 @@ from engine_core.backends.trt_layout import (
     past_for,
     work_arrays,
 )
+from engine_core.backends.trt_machine import check_machine, scratch_of
+from engine_core.backends.trt_products import ProductsBackend
 from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES, Arena, Device, DeviceArray, Launch, PinnedArray, Stream
 from engine_core.errors import EngineDirectoryError, EngineFaultError
@@ -51,11 +53,13 @@ class TensorRTBackend(DeviceBackend):
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
+        if _has_products(manifest):
+            return ProductsBackend.plan(variant_dir, manifest, config)
         spec = TrtSpec.create(manifest, config)
         device = Device()
         try:
             totals = {"weights": (variant_dir / PLAN_NAME).stat().st_size}
-            totals |= bytes_by_purpose(work_arrays(spec, _scratch_of(manifest)))
+            totals |= bytes_by_purpose(work_arrays(spec, scratch_of(manifest)))
             totals["runtime"] = _RUNTIME_BYTES
             free, _ = device.memory_info()
             return MemoryPlan.of(totals, free, device.name)
@@ -77,8 +81,10 @@ class TensorRTBackend(DeviceBackend):
     @classmethod
     def load(
         cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
-    ) -> TensorRTBackend:
+    ) -> TensorRTBackend | ProductsBackend:
         """``api``: a stand-in for tests."""
+        if _has_products(manifest):
+            return ProductsBackend.load(variant_dir, manifest, config, api)
         spec = TrtSpec.create(manifest, config)
         api = api or TensorRT()
         vocab_map = None
@@ -92,7 +98,7 @@ class TensorRTBackend(DeviceBackend):
                 api,
                 variant_dir / PLAN_NAME,
                 spec,
-                _scratch_of(manifest),
+                scratch_of(manifest),
                 vocab_map=vocab_map,
                 use_cuda_graph=config.use_cuda_graph,
             )
@@ -289,24 +295,6 @@ class TensorRTBackend(DeviceBackend):
             raise
 
 
-def check_machine(manifest: Manifest, api: TensorRT, device: Device) -> None:
-    """Raises EngineDirectoryError if the plan was built for another GPU architecture or TensorRT version."""
-    built = manifest.builder.get("tensorrt", "an unknown version")
-    if built != api.version:
-        raise EngineDirectoryError(
-            f"The plan was built by TensorRT {built}, but this machine has {api.version}, and plans do not carry over; "
-            "run 'edgellm build --backend tensorrt' here."
-        )
-    if manifest.gpu_arch != device.arch:
-        raise EngineDirectoryError(
-            f"The plan was built for {manifest.gpu_arch or 'an unknown GPU'}, but {device.name} is {device.arch}, and "
-            "plans do not carry over; run 'edgellm build --backend tensorrt' here."
-        )
-
-
-def _scratch_of(manifest: Manifest) -> int:
-    """Raises EngineDirectoryError."""
-    value = manifest.options.get("scratch_bytes")
-    if not isinstance(value, int) or value < 0:
-        raise EngineDirectoryError(f"The manifest's scratch_bytes are {value!r}, not a size; build the engine again.")
-    return value
+def _has_products(manifest: Manifest) -> bool:
+    """Whether the engine's dialect is that of ``trt_products``."""
+    return manifest.options.get("dialect") == "products"

@@ -43,7 +43,8 @@ class TensorRT:
         self.version: str = self.trt.__version__
         self.messages: list[str] = []  # errors since the last call began
         self._warnings: list[str] = []  # a machine without a usable GPU is one of these
-        self._logger = _make_logger(self.trt, self.messages, self._warnings)
+        self._quiet: list[str] = []  # while it is not empty, nothing TensorRT says is shown
+        self._logger = _make_logger(self.trt, self.messages, self._warnings, self._quiet)
 
     # --- what exists ------------------------------------------------------------------------------------
 
@@ -153,10 +154,14 @@ class TensorRT:
 
     def use_timing_cache(self, config: Any, data: bytes) -> Any:
         """Attaches a timing cache made of ``data``, or an empty one if it is of another GPU or version."""
-        for content in (data, b"") if data else (b"",):
-            cache = config.create_timing_cache(content)
-            if cache is not None and config.set_timing_cache(cache, False):
-                return cache
+        self._quiet.append("timing cache")  # 8.6 calls one that it wrote without a fused graph in it an error
+        try:
+            for content in (data, b"") if data else (b"",):
+                cache = config.create_timing_cache(content)
+                if cache is not None and config.set_timing_cache(cache, False):
+                    return cache
+        finally:
+            self._quiet.clear()
         raise TensorRTError(f"TensorRT {self.version} refused an empty timing cache: {self._logged()}.")
 
     def build(self, builder: Any, network: Any, config: Any) -> memoryview:
@@ -195,7 +200,10 @@ class TensorRT:
         return int(getattr(engine, name))
 
     def create_context(self, engine: Any, scratch: int, scratch_bytes: int) -> Any:
-        """A context that works in ``scratch_bytes`` of the caller's device memory at ``scratch``."""
+        """A context that works in ``scratch_bytes`` of the caller's device memory at ``scratch``, a multiple of 512.
+
+        Raises TensorRTError or InsufficientMemoryError.
+        """
         if hasattr(engine, "create_execution_context_without_device_memory"):
             create = engine.create_execution_context_without_device_memory
         else:
@@ -205,10 +213,13 @@ class TensorRT:
                 return engine.create_execution_context(strategy)
 
         context = self.checked("create_execution_context", create, memory_matters=True)
+        self.messages.clear()
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(scratch, scratch_bytes)
         else:
             context.device_memory = scratch
+        if self.messages:  # there is no other sign of a refusal
+            raise TensorRTError(f"TensorRT refused its scratch memory: {self._logged()}.")
         return context
 
     # --- errors -----------------------------------------------------------------------------------------
@@ -237,8 +248,8 @@ class TensorRT:
         return "out of memory" in text or "outofmemory" in text
 
 
-def _make_logger(trt: Any, messages: list[str], warnings: list[str]) -> Any:
-    """Errors and warnings are kept in the two lists, everything goes to this module's log."""
+def _make_logger(trt: Any, messages: list[str], warnings: list[str], quiet: list[str]) -> Any:
+    """Errors and warnings are kept in the two lists, everything goes to this module's log, at most as debug if ``quiet``."""
     levels = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.DEBUG}
 
     class Logger(trt.ILogger):
@@ -252,7 +263,8 @@ def _make_logger(trt: Any, messages: list[str], warnings: list[str]) -> Any:
                 kept.append(msg.strip().rstrip("."))
                 del kept[:-_MAX_MESSAGES]
             if name != "VERBOSE":
-                _log.log(levels.get(name, logging.DEBUG), "TensorRT: %s", msg)
+                level = logging.DEBUG if quiet else levels.get(name, logging.DEBUG)
+                _log.log(level, "TensorRT: %s", msg)
 
     return Logger()
 

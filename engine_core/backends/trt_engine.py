@@ -62,9 +62,8 @@ class TrtContext:
         """Tensor → where it lies. Raises TensorRTError."""
         for name, array in arrays.items():
             assert array.address % 256 == 0, (name, hex(array.address))
-            self._api.checked(
-                f"set_tensor_address({name!r})", lambda n=name, a=array: self._context.set_tensor_address(n, a.address)
-            )
+            if not self._context.set_tensor_address(name, array.address):
+                raise TensorRTError(f"TensorRT's set_tensor_address({name!r}) failed; {'; '.join(self._api.messages)}.")
 
     def set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Only those that changed: each costs TensorRT a new shape inference. Raises TensorRTError."""
@@ -84,3 +83,16 @@ class TrtContext:
 
     def close(self) -> None:
         self._context = None
+
+
+class TrtRun:
+    """A context with arrays of its own: they are bound before each run. Other runs may share the context."""
+
+    def __init__(self, context: TrtContext, arrays: dict[str, DeviceArray]) -> None:
+        self._context = context
+        self._arrays = arrays
+
+    def __call__(self, stream: Stream) -> None:
+        """Queues one run. Raises TensorRTError."""
+        self._context.bind(self._arrays)
+        self._context(stream)

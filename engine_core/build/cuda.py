@@ -88,7 +88,7 @@ def build_cuda(
     with write_variant(Path(engine_dir)) as directory:
         companions.copy_companions(checkpoint, directory)
         companions.copy_vocab_map(vocab_map, kept, directory)
-        _write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
+        write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
         manifest = seal(directory, manifest)
     return manifest
 
@@ -132,25 +132,29 @@ def model_options(spec: ModelSpec, dtype: str) -> dict:
 
 
 def fused_tensors(
-    checkpoint: Checkpoint, spec: ModelSpec, kept: np.ndarray | None, has_head: bool
+    checkpoint: Checkpoint, spec: ModelSpec, kept: np.ndarray | None, has_head: bool, *, paired: bool = True
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name in the engine's weights file, float32 values), one after the other, in the order of ``weight_arrays``."""
+    """(name in the engine's weights file, float32 values), one after the other, in the order of ``weight_arrays``.
+
+    ``paired``: rows of gate and up in turn, as the kernels read them; else all of gate, then all of up.
+    """
     yield "embed", checkpoint.read(spec.embedding)
     yield "norm", checkpoint.read(spec.final_norm)
     if has_head:
         head = checkpoint.read(spec.head)
         yield "head", head if kept is None else head[kept]
     for i, layer in enumerate(spec.layers):
-        for name, values in _layer_tensors(checkpoint, layer):
+        for name, values in _layer_tensors(checkpoint, layer, paired):
             yield f"layers.{i}.{name}", values
 
 
-def _layer_tensors(checkpoint: Checkpoint, layer: LayerSpec) -> Iterator[tuple[str, np.ndarray]]:
+def _layer_tensors(checkpoint: Checkpoint, layer: LayerSpec, paired: bool) -> Iterator[tuple[str, np.ndarray]]:
     yield "input_norm", checkpoint.read(layer.input_norm)
     yield "qkv", _stack(checkpoint, layer.qkv)
     yield "o", _stack(checkpoint, layer.output)
     yield "post_norm", checkpoint.read(layer.mlp_norm)
-    yield "gate_up", _paired(_stack(checkpoint, layer.gate_up))
+    gate_up = _stack(checkpoint, layer.gate_up)
+    yield "gate_up", _paired(gate_up) if paired else gate_up
     yield "down", _stack(checkpoint, layer.down)
     if layer.qkv.biases:
         yield "qkv_bias", np.concatenate([checkpoint.read(name) for name in layer.qkv.biases])
@@ -224,9 +228,19 @@ def to_records(values: np.ndarray, bits: int, dtype: str) -> np.ndarray:
     return layout.pack(levels.reshape(rows, cols), scales)
 
 
-def _write_weights(
-    path: Path, checkpoint: Checkpoint, spec: ModelSpec, manifest: Manifest, kept: np.ndarray | None
+def write_weights(
+    path: Path,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    manifest: Manifest,
+    kept: np.ndarray | None,
+    *,
+    paired: bool = True,
 ) -> None:
+    """The weights file of a variant. ``kept``: the LM head's rows, None = all; ``paired``: see ``fused_tensors``.
+
+    Raises CheckpointError or BuildError.
+    """
     cuda_spec = CudaSpec.create(manifest, EngineConfig(engine_dir=path.parent, max_context=manifest.max_context))
     dtype = cuda_spec.dtype
     arrays = weight_arrays(cuda_spec)
@@ -240,7 +254,7 @@ def _write_weights(
 
     writer = TensorWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)})
     try:
-        for name, values in fused_tensors(checkpoint, spec, kept, cuda_spec.has_head):
+        for name, values in fused_tensors(checkpoint, spec, kept, cuda_spec.has_head, paired=paired):
             writer.write(name, stored(name, values) if arrays[name].dtype == "uint8" else to_16_bit(values, dtype))
         writer.write(ROPE_NAME, table)
     except BaseException:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine_core.backends.cuda_layout import CudaSpec, product_shapes
+from engine_core.backends.cuda_weights import WEIGHTS_NAME
 from engine_core.backends.trt_api import TensorRT
 from engine_core.backends.trt_layout import (
     CONTEXT_STEP,
@@ -22,14 +26,17 @@ from engine_core.backends.trt_layout import (
     profile_shapes,
     work_arrays,
 )
+from engine_core.backends.trt_products_layout import PRODUCTS, plan_name, weight_shapes, with_chunk
 from engine_core.build import companions
 from engine_core.build.build import DEFAULT_MAX_CONTEXT
 from engine_core.build.checkpoint import Checkpoint
+from engine_core.build.cuda import check_supported, model_options, write_weights
 from engine_core.build.model import ModelSpec, check_tensors, read_spec
 from engine_core.build.onnx_writer import DATA_NAME
 from engine_core.build.trt_dialect import DTYPES, FP32
 from engine_core.build.trt_export import export_onnx
 from engine_core.build.trt_plain_dialect import TRANSPOSED
+from engine_core.build.trt_products import export_product
 from engine_core.build.weights import Weights
 from engine_core.config import EngineConfig
 from engine_core.device import Device
@@ -40,6 +47,7 @@ from engine_core.memory import format_bytes
 _log = logging.getLogger(__name__)
 
 QUANTIZATIONS = tuple(DTYPES)
+DIALECTS = ("auto", "products", "plain", "native")
 # Bytes a layer may take while it runs. More than this buys no faster tactic for products of these sizes, and every
 # byte of it is one less for the KV cache.
 _WORKSPACE = 1 << 30
@@ -55,7 +63,7 @@ def build_tensorrt(
     quantization: str = "fp16",
     max_context: int = 0,
     max_prefill: int = 0,
-    dialect: str = "plain",
+    dialect: str = "auto",
     vocab_map: Path | None = None,
     model_name: str = "",
     level: int = 3,
@@ -65,7 +73,9 @@ def build_tensorrt(
     """Writes the variant ``engine_dir`` for this machine's GPU and TensorRT.
 
     ``quantization``: fp16 or fp32. ``max_context``: tokens, a multiple of 64; 0 = the model's, at most 4096.
-    ``max_prefill``: tokens of a prefill step, 0 = 512. ``dialect``: plain runs everywhere, native needs TensorRT 10.15.
+    ``max_prefill``: tokens of a prefill step, 0 = 512. ``dialect``: products (fp16) leaves all but the layers' matrix
+    products to the CUDA backend's kernels and takes the models these run; plain takes every model and puts all of it
+    into one plan; native does the same and needs TensorRT 10.15; auto is products where that can be, else plain.
     ``level``: how long tactics are searched, 0 to 5. The timing cache is kept beside ``engine_dir``.
 
     Raises CheckpointError, UnsupportedModelError, BuildError, BackendUnavailableError, InsufficientMemoryError or
@@ -77,6 +87,7 @@ def build_tensorrt(
     check_quantization(quantization)
     max_context = check_model(spec, max_context)
     max_prefill = min(max_prefill or DEFAULT_MAX_PREFILL, max_context)
+    dialect = choose_dialect(spec, max_context, quantization, dialect)
     api = api or TensorRT()
     if dialect == "native" and not api.has_kv_cache_update:
         raise BuildError(f"TensorRT {api.version} lacks the native dialect's operators (10.15 has them); use plain.")
@@ -99,16 +110,38 @@ def build_tensorrt(
             builder={**companions.versions(), "tensorrt": api.version},
             options={"dtype": quantization, "dialect": dialect, "max_prefill": max_prefill},
         )
-        weights = Weights(checkpoint, spec, kept)
         with write_variant(Path(engine_dir)) as directory:
             companions.copy_companions(checkpoint, directory)
             companions.copy_vocab_map(vocab_map, kept, directory)
             cache_path = timing_cache_path(Path(engine_dir), api, device)
-            scratch = _write_plan(api, device, manifest, weights, directory, cache_path, level, report)
+            tools = _Tools(api, device, cache_path, level, report)
+            if dialect == "products":
+                manifest.options.update(model_options(spec, quantization))
+                write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept, paired=False)
+                scratch = _write_products(tools, manifest, directory)
+            else:
+                scratch = _write_plan(tools, manifest, Weights(checkpoint, spec, kept), directory)
             manifest.options["scratch_bytes"] = scratch
             return seal(directory, manifest)
     finally:
         device.close()
+
+
+def choose_dialect(spec: ModelSpec, max_context: int, quantization: str, dialect: str) -> str:
+    """auto resolved. Raises BuildError or UnsupportedModelError where products cannot be what was asked for."""
+    if dialect not in DIALECTS:
+        raise BuildError(f"There is no dialect {dialect!r}; it is one of {', '.join(DIALECTS)}.")
+    if dialect in ("plain", "native"):
+        return dialect
+    try:
+        if quantization != "fp16":
+            raise BuildError(f"The products dialect has fp16 weights, not {quantization}; choose plain.")
+        check_supported(spec, max_context)
+    except (BuildError, UnsupportedModelError):
+        if dialect == "products":
+            raise
+        return "plain"
+    return "products"
 
 
 def check_quantization(quantization: str) -> None:
@@ -155,60 +188,94 @@ def workspace_limit(free: int, weight_bytes: int, kv_bytes: int) -> int:
     return min(left, _WORKSPACE)
 
 
-def _write_plan(
-    api: TensorRT,
-    device: Device,
-    manifest: Manifest,
-    weights: Weights,
-    directory: Path,
-    cache_path: Path,
-    level: int,
-    report: Callable[[str], None],
-) -> int:
-    """Writes the plan into ``directory``; the bytes of scratch its contexts need."""
-    options = manifest.options
+@dataclass(frozen=True)
+class _Tools:
+    """What every plan of a variant is built with."""
+
+    api: TensorRT
+    device: Device
+    cache_path: Path
+    level: int
+    report: Callable[[str], None]
+
+
+def _write_plan(tools: _Tools, manifest: Manifest, weights: Weights, directory: Path) -> int:
+    """Writes the one plan of a whole decoder into ``directory``; the bytes of scratch its contexts need."""
+    options, device = manifest.options, tools.device
     spec = TrtSpec.create(manifest, EngineConfig(directory))
     # On the same disk: the ONNX model is as large as the plan.
     with tempfile.TemporaryDirectory(prefix=".onnx.", dir=directory.parent) as temporary:
-        report(f"Exporting {weights.spec.architecture} as ONNX ({options['dialect']}, {options['dtype']})")
+        tools.report(f"Exporting {weights.spec.architecture} as ONNX ({options['dialect']}, {options['dtype']})")
         model = export_onnx(
             Path(temporary), weights, manifest.max_context, dialect=options["dialect"], dtype=options["dtype"]
         )
         weight_bytes = (Path(temporary) / DATA_NAME).stat().st_size
         kv_bytes = work_arrays(spec, 0)["kv_cache"].nbytes
         workspace = workspace_limit(device.memory_info()[0], weight_bytes, kv_bytes)
-        report(f"Building for {device.name} with TensorRT {api.version}, {format_bytes(workspace)} of workspace")
-        plan = build_plan(api, model, spec, workspace, level, cache_path, report)
-    (directory / PLAN_NAME).write_bytes(plan)
+        profiles = [profile_shapes(spec, profile) for profile in (PREFILL, DECODE)]
+        plan = build_plan(tools, model, profiles, workspace, half=spec.dtype == "fp16", fold=not spec.native)
+    return _save_plan(tools, plan, directory / PLAN_NAME)
+
+
+def _write_products(tools: _Tools, manifest: Manifest, directory: Path) -> int:
+    """Writes the plans of a layer's products; the bytes of scratch the hungriest of their contexts needs."""
+    config = EngineConfig(directory)
+    spec = with_chunk(CudaSpec.create(manifest, config), manifest, config)
+    # The builder makes weights of its own to time a product, and what runs is not there yet.
+    weight_bytes = max(2 * math.prod(shape) for shape in product_shapes(spec).values())
+    workspace = workspace_limit(tools.device.memory_info()[0], weight_bytes, 0)
+    scratch = []
+    for product in PRODUCTS:
+        with tempfile.TemporaryDirectory(prefix=".onnx.", dir=directory.parent) as temporary:
+            model = export_product(Path(temporary), product, spec)
+            width = next(iter(weight_shapes(spec)[product].values()))[1]
+            sizes = ((1, spec.chunk, spec.chunk), (1, 1, 1))
+            profiles = [{"input": tuple((rows, width) for rows in three)} for three in sizes]
+            plan = build_plan(tools, model, profiles, workspace, half=True)
+        scratch.append(_save_plan(tools, plan, directory / plan_name(product)))
+    return max(scratch)
+
+
+def _save_plan(tools: _Tools, plan: memoryview, path: Path) -> int:
+    """The bytes of scratch its contexts need."""
+    path.write_bytes(plan)
     # Loaded once, so that a plan that does not load is never written, and for the memory plan of ``load``.
-    runtime, engine = api.deserialize(plan)
-    scratch = api.scratch_bytes(engine)
+    runtime, engine = tools.api.deserialize(plan)
+    scratch = tools.api.scratch_bytes(engine)
     del engine, runtime
-    report(f"Built {format_bytes(plan.nbytes)}, scratch {format_bytes(scratch)}")
+    tools.report(f"Built {path.name}: {format_bytes(plan.nbytes)}, scratch {format_bytes(scratch)}")
     return scratch
 
 
 def build_plan(
-    api: TensorRT,
+    tools: _Tools,
     model: Path,
-    spec: TrtSpec,
+    profiles: Sequence[dict[str, tuple[tuple[int, ...], ...]]],
     workspace: int,
-    level: int,
-    cache_path: Path,
-    report: Callable[[str], None],
+    *,
+    half: bool,
+    fold: bool = False,
 ) -> memoryview:
-    """The plan of an exported model. Raises TensorRTError or InsufficientMemoryError."""
+    """The plan of an exported model. Raises TensorRTError or InsufficientMemoryError.
+
+    ``profiles``: input → (least, typical, largest shape). ``workspace``: bytes a layer may take. ``half``: 16-bit layers
+    where TensorRT chooses types. ``fold``: products read operands as they lie that the model transposes.
+    """
+    api = tools.api
+    tools.report(
+        f"Building for {tools.device.name} with TensorRT {api.version}, {format_bytes(workspace)} of workspace"
+    )
     builder = api.create_builder()
     network = api.create_network(builder)
     parser = api.parse(network, model)
-    if not spec.native:
+    if fold:
         api.fold_transposes(network, TRANSPOSED)
-    half = spec.dtype == "fp16"
     if api.chooses_types and half:
         api.pin_to_float32(network, FP32)
-    config = api.create_config(builder, workspace, level, half, report)
-    for profile in (PREFILL, DECODE):
-        _add_profile(builder, config, profile_shapes(spec, profile))
+    config = api.create_config(builder, workspace, tools.level, half, tools.report)
+    for shapes in profiles:
+        _add_profile(builder, config, shapes)
+    cache_path = tools.cache_path
     cache = api.use_timing_cache(config, cache_path.read_bytes() if cache_path.is_file() else b"")
     plan = api.build(builder, network, config)
     del parser  # the owner of the weights, needed until here

@@ -38,6 +38,13 @@ def add(commands) -> None:
         "--max-prefill", type=int, default=0, help="tokens of a prefill step, tensorrt only (default: 512)"
     )
     parser.add_argument(
+        "--dialect",
+        choices=("auto", "products", "plain", "native"),
+        default="auto",
+        help="tensorrt only: products leaves attention, norms and sampling to our own kernels, plain and native put the "
+        "whole decoder into the plan (auto: products where our kernels take the model in fp16, else plain)",
+    )
+    parser.add_argument(
         "--kv-cache-type",
         choices=("auto", "fp32", "fp16", "int8"),
         default="auto",
@@ -56,6 +63,8 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.max_prefill and options.backend != "tensorrt":
         raise BuildError("--max-prefill is fixed in the engine for tensorrt only; elsewhere set prefill_chunk.")
+    if options.dialect != "auto" and options.backend != "tensorrt":
+        raise BuildError("--dialect is a matter of tensorrt only; leave it out.")
     if options.backend != "onnxruntime":
         return {"cuda": _build_cuda, "tensorrt": _build_tensorrt}[options.backend](options)
     try:
@@ -128,6 +137,7 @@ def _build_tensorrt(options: argparse.Namespace) -> int:
             quantization=kind,
             max_context=options.max_context,
             max_prefill=options.max_prefill,
+            dialect=options.dialect,
             vocab_map=options.vocab_map,
             model_name=options.name,
             report=print,

@@ -118,16 +118,29 @@ def gemv(
     return Launch(kernels.device, function, (grid,), 32 * shape.k_warps * shape.row_warps, args, shared)
 
 
-def rms_norm(kernels: Kernels, rows: DeviceArray, weight: DeviceArray, output: DeviceArray, norm_eps: float) -> Launch:
-    """output [max_rows, cols] 16-bit ← RMSNorm of rows [max_rows, cols] float32; the grid is the number of rows."""
+def rms_norm(
+    kernels: Kernels,
+    rows: DeviceArray,
+    weight: DeviceArray,
+    output: DeviceArray,
+    norm_eps: float,
+    delta: DeviceArray | None = None,
+) -> Launch:
+    """output [max_rows, cols] 16-bit ← RMSNorm of rows [max_rows, cols] float32; the grid is the number of rows.
+
+    ``delta``, 16-bit [max_rows, cols], is added to ``rows`` before. Raises KernelArgumentError.
+    """
     num_rows, cols = rows.shape
     if cols % 8:
         raise KernelArgumentError(f"Rows of {cols} values; the kernel reads a multiple of 8.")
     check("rows", rows, (num_rows, cols), "fp32")
     check("weight", weight, (cols,), kernels.dtype)
     check("output", output, (num_rows, cols), kernels.dtype)
-    function = kernels.function("rms_norm", "rms_norm", {"COLS": cols, "NORM_EPS": float_define(norm_eps)})
-    return Launch(kernels.device, function, (num_rows,), _THREADS, [rows, weight, output], overlap=False)
+    if delta is not None:
+        check("delta", delta, (num_rows, cols), kernels.dtype)
+    defines = {"COLS": cols, "NORM_EPS": float_define(norm_eps), "ADD": int(delta is not None)}
+    function = kernels.function("rms_norm", "rms_norm", defines)
+    return Launch(kernels.device, function, (num_rows,), _THREADS, [rows, weight, output, delta or 0], overlap=False)
 
 
 def embed(kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: DeviceArray) -> Launch:

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import fake_kernels
 from engine_core.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
+from fake_kernels import address_of, array_at
 
 POISON = 0xFF
 
@@ -31,12 +33,6 @@ class _Names:
         return name
 
 
-def array_at(address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
-    """A view of host memory."""
-    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_uint8 * count).from_address(int(address)), dtype=dtype).reshape(shape)
-
-
 class FakeDriver:
     """``log``: every call's name, in order. ``kernels``: entry name → function(driver, defines, argument pointers)."""
 
@@ -46,6 +42,7 @@ class FakeDriver:
             "sample_scan": sample_scan,
             "sample_pick": sample_pick,
             "kv_append": kv_append,
+            **fake_kernels.KERNELS,
         }
         self.log: list[str] = []
         self._buffers: dict[int, np.ndarray] = {}
@@ -86,8 +83,8 @@ class FakeDriver:
     def _allocate(self, num_bytes: int):
         if self.used + num_bytes > self.memory:
             return (_OutOfMemory(2), None)
-        buffer = np.full(num_bytes + 256, POISON, dtype=np.uint8)
-        address = -(-buffer.ctypes.data // 256) * 256
+        buffer = np.full(num_bytes + 512, POISON, dtype=np.uint8)
+        address = -(-buffer.ctypes.data // 512) * 512
         self._buffers[address] = buffer
         return address
 
@@ -171,8 +168,9 @@ class FakeDriver:
     def _cuModuleGetFunction(self, module, name):
         return (_Code(0), (name.decode(), module))
 
-    def _cuLaunchKernelEx(self, _config, function, params, _extra):
+    def _cuLaunchKernelEx(self, config, function, params, _extra):
         entry, defines = function
+        defines = {**defines, "GRID": config.gridDimX}  # what it is now
         return self.run(lambda: self.kernels[entry](defines, ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))))
 
 
@@ -200,13 +198,9 @@ def install(monkeypatch, driver: FakeDriver) -> None:
 # --- kernels, as numpy --------------------------------------------------------------------------------------
 
 
-def _address(args, index: int) -> int:
-    return ctypes.c_uint64.from_address(args[index]).value
-
-
 def kv_append(defines: dict, args) -> None:
     """See kv_append.cu."""
-    fresh, cache, start, state, token, position_out, index = (_address(args, i) for i in (0, 1, 2, 4, 5, 6, 7))
+    fresh, cache, start, state, token, position_out, index = (address_of(args, i) for i in (0, 1, 2, 4, 5, 6, 7))
     count = ctypes.c_int.from_address(args[3]).value
     state = array_at(state, (), STATE) if state else None
     position = int(array_at(start, (), np.int32)) if start else int(state["position"]) - 1
@@ -226,7 +220,7 @@ def kv_append(defines: dict, args) -> None:
 
 def sample_scan(defines: dict, args) -> None:
     """The steps of sample.cu that come before the choice."""
-    logits, seen, bias, mask, vocab_map, params, _, scores = (_address(args, i) for i in range(8))
+    logits, seen, bias, mask, vocab_map, params, _, scores = (address_of(args, i) for i in range(8))
     rows, params = defines["ROWS"], array_at(params, (), PARAMS)
     values = array_at(logits, (rows,), np.float32).copy()
     if params["penalty"] != 1.0:
@@ -244,7 +238,7 @@ def sample_scan(defines: dict, args) -> None:
 
 def sample_pick(defines: dict, args) -> None:
     """sample.cu at temperature 0."""
-    scores, params, state, _, vocab_map, tokens = (_address(args, i) for i in range(6))
+    scores, params, state, _, vocab_map, tokens = (address_of(args, i) for i in range(6))
     state, rows = array_at(state, (), STATE), defines["ROWS"]
     values = array_at(scores, (rows,), np.float32)
     assert float(array_at(params, (), PARAMS)["temperature"]) == 0.0

@@ -187,7 +187,7 @@ class FakeRuntime:
                 header = json.loads(data[12 : 12 + length])
                 model = onnx.load_from_string(data[12 + length :])
                 if header["version"] == self.trt.__version__:
-                    return FakeEngine(self.trt, model, header["profiles"], self.driver)
+                    return FakeEngine(self.trt, model, header["profiles"], self.driver, self.logger)
                 error = "Version tag does not match"
             except ValueError:
                 pass
@@ -198,8 +198,8 @@ class FakeRuntime:
 
 
 class FakeEngine:
-    def __init__(self, trt, model, profiles, driver) -> None:
-        self.trt, self.model, self.profiles, self.driver = trt, model, profiles, driver
+    def __init__(self, trt, model, profiles, driver, logger) -> None:
+        self.trt, self.model, self.profiles, self.driver, self.logger = trt, model, profiles, driver, logger
         version = tuple(int(part) for part in trt.__version__.split(".")[:2])
         if version >= (10, 1):
             self.device_memory_size_v2 = SCRATCH
@@ -219,7 +219,7 @@ class FakeEngine:
             assert strategy is self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = FakeContext(self)
         if version >= (10, 1):
-            context.set_device_memory = lambda address, size: context.__dict__.update(device_memory=(address, size))
+            context.set_device_memory = lambda address, size: setattr(context, "device_memory", address)
         self.trt.contexts.append(context)
         return context
 
@@ -239,8 +239,21 @@ def _session(model):
 class FakeContext:
     def __init__(self, engine) -> None:
         self.engine, self.addresses, self.shapes, self.profile = engine, {}, {}, None
-        self.device_memory = None
+        self._device_memory = None
         self._session = _session(engine.model)
+
+    @property
+    def device_memory(self):
+        return self._device_memory
+
+    @device_memory.setter
+    def device_memory(self, address):
+        """As 8.6 does: what it does not like it logs, and keeps what it had."""
+        if address % 512:
+            error = "setDeviceMemory: memory must be aligned on 512 byte boundary."
+            self.engine.logger.log(SimpleNamespace(name="ERROR"), error)
+        else:
+            self._device_memory = address
 
     def set_optimization_profile_async(self, index, stream):
         self.profile = self.engine.profiles[index]
@@ -261,16 +274,16 @@ class FakeContext:
     def execute_async_v3(self, stream):
         if self.device_memory is None or set(self.addresses) != set(self.engine._names):
             return False
-        shapes = dict(self.shapes)
-        self.engine.driver.run(lambda: self._run(shapes))
+        shapes, addresses = dict(self.shapes), dict(self.addresses)  # a graph keeps what it captured
+        self.engine.driver.run(lambda: self._run(shapes, addresses))
         return True
 
-    def _run(self, shapes):
+    def _run(self, shapes, addresses):
         feeds = {}
         for value in self.engine.model.graph.input:
             tensor = value.type.tensor_type
             shape = shapes.get(value.name) or tuple(d.dim_value for d in tensor.shape.dim)
-            feeds[value.name] = array_at(self.addresses[value.name], shape, _NUMPY[tensor.elem_type]).copy()
+            feeds[value.name] = array_at(addresses[value.name], shape, _NUMPY[tensor.elem_type]).copy()
         names = [value.name for value in self.engine.model.graph.output]
         for name, result in zip(names, self._session.run(names, feeds), strict=True):
-            array_at(self.addresses[name], result.shape, result.dtype)[...] = result
+            array_at(addresses[name], result.shape, result.dtype)[...] = result

@@ -48,7 +48,8 @@ def checkpoint(tmp_path_factory):
 def build(checkpoint, out, driver, version="8.6.0", **options):
     """(manifest, the stand-in module)."""
     module = fake_tensorrt.make(version, driver)
-    return build_tensorrt(checkpoint, out, api=TensorRT(module), **{"max_context": 128, **options}), module
+    options = {"max_context": 128, "dialect": "plain", **options}
+    return build_tensorrt(checkpoint, out, api=TensorRT(module), **options), module
 
 
 def test_the_manifest_says_where_the_plan_runs(checkpoint, driver, tmp_path):

@@ -33,7 +33,7 @@ KERNELS = {
     "attention_decode": {**ATTENTION, "DEPTH": 4},
     "attention_prefill": ATTENTION,
     "rope_append": ATTENTION,
-    "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f"),
+    "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f", ADD=1),
     "elementwise": dict(COLS=1024),
     "sample": dict(ROWS=1000, RING=8),
     "kv_append": dict(LAYERS=3, KV_HEADS=2, VECTORS=8, CONTEXT=512, FRESH=1024),

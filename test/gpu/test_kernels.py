@@ -132,6 +132,11 @@ def test_rms_norm_embed_silu_bias(bench, rows, cols, dtype):
     output = bench.poisoned((rows, cols), dtype)
     linear.rms_norm(kernels, hidden, weight, output, EPS)(stream)
     assert error(bench.get(output), reference.rms_norm(h, g, EPS)) < TOLERANCE[dtype]
+    delta, d = bench.normal((rows, cols), dtype)
+    output = bench.poisoned((rows, cols), dtype)
+    linear.rms_norm(kernels, hidden, weight, output, EPS, delta)(stream)
+    assert error(bench.get(output), reference.rms_norm(h + d, g, EPS)) < TOLERANCE[dtype]
+    assert error(bench.get(hidden), h + d) < 1e-6
 
     table, t = bench.normal((50, cols), dtype)
     tokens = bench.random.integers(0, 50, rows).astype(np.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -33,10 +34,11 @@ COMMON = dict(
     vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=3, max_position_embeddings=CONTEXT
 )
 ROPE = dict(rope_theta=10000.0)
+LLAMA = dict(architectures=["LlamaForCausalLM"], num_attention_heads=8, num_key_value_heads=2, head_dim=32, **ROPE)
+# Those our kernels take get the products dialect, gemma2 gets plain.
 MODELS = {
-    "llama": dict(
-        architectures=["LlamaForCausalLM"], num_attention_heads=8, num_key_value_heads=2, head_dim=32, **ROPE
-    ),
+    "llama": LLAMA,
+    "llama-plain": LLAMA,
     "qwen2": dict(
         architectures=["Qwen2ForCausalLM"],
         num_attention_heads=4,
@@ -77,7 +79,11 @@ def model(request, tmp_path_factory):
 
     directory = tmp_path_factory.mktemp(request.param)
     checkpoint = write_random_checkpoint(directory / "checkpoint", {**COMMON, **MODELS[request.param]}, scale=0.09)
-    build_tensorrt(checkpoint, directory / "engine", max_context=CONTEXT, max_prefill=CHUNK, level=2)
+    dialect = "plain" if request.param.endswith("plain") else "auto"
+    options = dict(max_context=CONTEXT, max_prefill=CHUNK, level=1, dialect=dialect)
+    manifest = build_tensorrt(checkpoint, directory / "engine", **options)
+    is_plain = request.param in ("llama-plain", "gemma2")
+    assert manifest.options["dialect"] == ("plain" if is_plain else "products")
     return directory / "engine", checkpoint
 
 
@@ -113,13 +119,15 @@ def test_logits_are_those_of_the_exported_model(model, tmp_path):
     try:
         backend.begin(options(), PROMPT)
         token = backend.prefill(PROMPT, 0).result()
-        fed = PROMPT
+        fed, worst = PROMPT, 0.0
         for position in range(len(PROMPT), len(PROMPT) + 8):
             found = backend._device.download(backend._work["logits"])
             expected = reference.run(fed, position - len(fed))
-            assert np.abs(found - expected).max() < TOLERANCE * expected.std(), position
+            worst = max(worst, np.abs(found - expected).max() / expected.std())
+            assert worst < TOLERANCE, position
             fed = np.array([token], dtype=np.int32)
             token = backend.decode().result()
+        print(f"logits differ by at most {100 * worst:.2f} % of their spread")
     finally:
         backend.close()
 
@@ -203,8 +211,10 @@ def test_plans_of_other_machines_and_damaged_ones_are_refused(model, tmp_path):
     other = dataclasses.replace(manifest, builder={**manifest.builder, "tensorrt": "7.2.3"})
     with pytest.raises(EngineDirectoryError, match="built by TensorRT 7.2.3"):
         TensorRTBackend.load(model[0], other, config)
-    plan = (model[0] / "model.plan").read_bytes()
+    shutil.copytree(model[0], tmp_path, dirs_exist_ok=True)
+    path = sorted(tmp_path.glob("*.plan"))[0]
+    plan = path.read_bytes()
     for damaged in (plan[: len(plan) // 2], b"\0" * 100):
-        (tmp_path / "model.plan").write_bytes(damaged)
+        path.write_bytes(damaged)
         with pytest.raises((EngineDirectoryError, EngineFaultError)):
             TensorRTBackend.load(tmp_path, manifest, EngineConfig(tmp_path))

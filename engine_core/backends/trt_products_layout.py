@@ -1,0 +1,56 @@
+"""What an engine of the products dialect holds and needs: three plans, the CUDA backend's arrays, one scratch.
+
+TensorRT multiplies; norms, RoPE, attention, the LM head and sampling are the CUDA backend's kernels on its KV cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from engine_core.backends.cuda_layout import ROW_GRAIN, ArraySpec, CudaSpec, product_shapes, work_arrays
+from engine_core.config import EngineConfig
+from engine_core.errors import ConfigurationError, EngineDirectoryError
+from engine_core.manifest import Manifest
+
+# What a layer multiplies, in order: a plan each. With which of the layer's weights, by their names in the plan.
+PRODUCTS = {"qkv": ("qkv", "qkv_bias"), "o": ("o",), "mlp": ("gate_up", "down")}
+# The CUDA backend's own, for cuBLAS and between gate-up and down.
+_UNUSED = ("blas", "gate_up", "activated")
+
+
+def plan_name(product: str) -> str:
+    return f"{product}.plan"
+
+
+def weight_shapes(spec: CudaSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Product → its weights, by name, and their shapes."""
+    shapes: dict[str, tuple[int, ...]] = dict(product_shapes(spec))
+    if spec.qkv_bias:
+        shapes["qkv_bias"] = (spec.attention.qkv_width,)
+    return {name: {key: shapes[key] for key in weights if key in shapes} for name, weights in PRODUCTS.items()}
+
+
+def round_rows(tokens: int) -> int:
+    """Rows of a prefill product: few sizes serve every length, as each costs TensorRT a new shape inference."""
+    return -(-tokens // ROW_GRAIN) * ROW_GRAIN
+
+
+def with_chunk(spec: CudaSpec, manifest: Manifest, config: EngineConfig) -> CudaSpec:
+    """``spec`` with the chunk of prefill the plans allow. Raises ConfigurationError or EngineDirectoryError."""
+    max_prefill = manifest.options.get("max_prefill")
+    if not isinstance(max_prefill, int) or max_prefill < 1:
+        raise EngineDirectoryError(f"The manifest's max_prefill is {max_prefill!r}; build the engine again.")
+    if config.prefill_chunk > max_prefill:
+        raise ConfigurationError(
+            f"prefill_chunk is {config.prefill_chunk}, but this engine was built for at most {max_prefill} tokens a "
+            "step; lower it, or build with a larger --max-prefill."
+        )
+    return dataclasses.replace(spec, chunk=round_rows(min(config.prefill_chunk or max_prefill, spec.max_context)))
+
+
+def products_work_arrays(spec: CudaSpec, num_sms: int, scratch_bytes: int) -> dict[str, ArraySpec]:
+    """Everything that is not a weight. ``scratch_bytes``: what the hungriest plan works in."""
+    arrays = {name: array for name, array in work_arrays(spec, num_sms).items() if name not in _UNUSED}
+    arrays["engine"] = ArraySpec("scratch", (max(1, scratch_bytes),), "uint8")
+    arrays["delta"] = ArraySpec("scratch", (spec.chunk, spec.hidden), spec.dtype)  # what a product adds to ``hidden``
+    return arrays

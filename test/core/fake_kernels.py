@@ -1,0 +1,118 @@
+"""The kernels of the GPU backends' layers as numpy, for the driver in host memory: 16-bit in, float64 between, 16-bit out.
+
+Each is made of its slow twin and reads its arguments as the real one does. Only fp16, no int8 KV cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from engine_core.kernels import linear, reference
+from engine_core.kernels.sampling import STATE
+
+F16, F32, F64 = np.float16, np.float32, np.float64
+
+
+def array_at(address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
+    """A view of host memory."""
+    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_uint8 * count).from_address(int(address)), dtype=dtype).reshape(shape)
+
+
+def address_of(args, index: int) -> int:
+    return ctypes.c_uint64.from_address(args[index]).value
+
+
+def _int(args, index: int) -> int:
+    return ctypes.c_int.from_address(args[index]).value
+
+
+def _float(define: str) -> float:
+    return float(define.rstrip("f"))
+
+
+def embed(defines: dict, args) -> None:
+    table, tokens, output = (address_of(args, i) for i in range(3))
+    cols, count = defines["COLS"], defines["GRID"]
+    ids = np.maximum(array_at(tokens, (count,), np.int32), 0)  # below 0: a failed step's token, which is none
+    array_at(output, (count, cols), F32)[:] = array_at(table, (int(ids.max()) + 1, cols), F16)[ids]
+
+
+def rms_norm(defines: dict, args) -> None:
+    rows, weight, output, delta = (address_of(args, i) for i in range(4))
+    shape = (defines["GRID"], defines["COLS"])
+    values = array_at(rows, shape, F32)
+    if defines["ADD"]:
+        values += array_at(delta, shape, F16)
+    scale = array_at(weight, shape[1:], F16).astype(F64)
+    array_at(output, shape, F16)[:] = reference.rms_norm(values.astype(F64), scale, _float(defines["NORM_EPS"]))
+
+
+def gemv(defines: dict, args) -> None:
+    """With a norm before and float32 logits after, as the LM head has it."""
+    weight, vector, norm, _, output = (address_of(args, i) for i in range(5))
+    rows, cols = defines["ROWS"], defines["COLS"]
+    assert defines["NORM"] and defines["EPILOGUE"] == linear.LOGITS
+    scale = array_at(norm, (cols,), F16).astype(F64)
+    normed = reference.rms_norm(array_at(vector, (cols,), F32).astype(F64), scale, _float(defines["NORM_EPS"]))
+    array_at(output, (rows,), F32)[:] = array_at(weight, (rows, cols), F16).astype(F64) @ normed
+
+
+class _Attention:
+    """The arrays of one layer, as attention.py lays them out."""
+
+    def __init__(self, defines: dict, qkv: int, cache: int, count: int) -> None:
+        self.heads, self.kv_heads, dim = (defines[key] for key in ("HEADS", "KV_HEADS", "HEAD_DIM"))
+        assert not defines["KV_INT8"]
+        rows = array_at(qkv, (count, self.heads + 2 * self.kv_heads, dim), F16)
+        self.queries, self.keys, self.values = np.split(rows, [self.heads, self.heads + self.kv_heads], axis=1)
+        self.cache = array_at(cache, (2, self.kv_heads, defines["CONTEXT"], dim), F16)
+
+    def rotate(self, defines: dict, rope: int, norms: tuple[int, int], position: int) -> np.ndarray:
+        """The rotated queries, float64; the keys and values go to the cache."""
+        count, _, dim = self.queries.shape
+        table = array_at(rope, (defines["CONTEXT"], dim // 2, 2), F32)[position : position + count].astype(F64)
+        rotated = []
+        for vectors, norm in zip((self.queries, self.keys), norms, strict=True):
+            vectors = vectors.astype(F64)
+            if defines["QK_NORM"]:
+                weight = array_at(norm, (dim,), F16).astype(F64)
+                vectors = reference.rms_norm(vectors, weight, _float(defines["NORM_EPS"]))
+            rotated.append(reference.rotate(vectors, table))
+        place = slice(position, position + count)
+        self.cache[0, :, place] = rotated[1].swapaxes(0, 1)
+        self.cache[1, :, place] = self.values.swapaxes(0, 1)
+        return rotated[0]
+
+    def attend(self, queries: np.ndarray, start: int, output: int) -> None:
+        keys, values = self.cache[:, :, : start + len(queries)].astype(F64)
+        result = reference.attention(queries.astype(F64), keys, values, start)
+        array_at(output, result.shape, F16)[:] = result
+
+
+def rope_append(defines: dict, args) -> None:
+    qkv, cache, rope, *norms = (address_of(args, i) for i in range(5))
+    position, count = _int(args, 5), _int(args, 6)
+    layer = _Attention(defines, qkv, cache, count)
+    layer.queries[:] = layer.rotate(defines, rope, tuple(norms), position)
+
+
+def attention_prefill(defines: dict, args) -> None:
+    qkv, cache, output = (address_of(args, i) for i in range(3))
+    start, count = _int(args, 3), _int(args, 4)
+    layer = _Attention(defines, qkv, cache, count)
+    layer.attend(layer.queries, start, output)
+
+
+def attention_decode(defines: dict, args) -> None:
+    qkv, cache, rope, q_norm, k_norm, state, _, _, output = (address_of(args, i) for i in range(9))
+    position = int(array_at(state, (), STATE)["position"])
+    layer = _Attention(defines, qkv, cache, 1)
+    layer.attend(layer.rotate(defines, rope, (q_norm, k_norm), position), position, output)
+
+
+KERNELS = {
+    kernel.__name__: kernel for kernel in (embed, rms_norm, gemv, rope_append, attention_prefill, attention_decode)
+}
