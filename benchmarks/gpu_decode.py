@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine_core.backends import TokenSampling
 from engine_core.backends.cuda import CudaBackend
 from engine_core.backends.cuda_layout import ROW_GRAIN, CudaSpec, weight_arrays
-from engine_core.device import Arena, Device, DeviceArray, Event, Launch, Module, Stream
+from engine_core.device import ALIGNMENT, Arena, Device, DeviceArray, Event, Launch, Module, Stream
 from engine_core.kernels.attention import AttentionShape
 from engine_core.kernels.nvrtc import compile_kernel
 
@@ -118,7 +118,7 @@ class RandomWeights:
 def read_bandwidth(device: Device) -> float:
     """Bytes per second of a kernel that only reads, over 4 GiB; the best of a few runs."""
     num_bytes = 4 << 30
-    stream, arena = Stream(device), Arena(device, num_bytes + 256)
+    stream, arena = Stream(device), Arena(device, num_bytes + ALIGNMENT)
     data, sink = arena.take((num_bytes // 4,), "uint32"), arena.take((1,), "uint32")
     stream.zero(data)
     module = Module(device, compile_kernel(READ_SOURCE, name="read", arch=device.arch, headers={}, defines={}))

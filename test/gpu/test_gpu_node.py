@@ -61,7 +61,8 @@ def test_service_action_and_topic_say_the_same(llm):
     assert answer.error_code == 0 and answer.text.startswith('{"plan":') and answer.generated_tokens > 10
     goal = llm.goal(COMMAND, sampling={"max_new_tokens": 200}, request_id="action")
     status, result = goal.result()
-    assert status == SUCCEEDED and (result.text, goal.text) == (answer.text, answer.text)
+    assert status == SUCCEEDED and result.text == answer.text
+    assert len(goal.text) > 1 and answer.text.startswith(goal.text)  # a result may overtake the last pieces
     llm.until(lambda: sum(piece.done for piece in llm.pieces) == 2)
     for request_id in ("service", "action"):
         assert "".join(piece.text for piece in llm.pieces_of(request_id)) == answer.text
