@@ -17,6 +17,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.logging import get_logger
 from rclpy.signals import SignalHandlerOptions
 
+from edgellm_ros.threads import StopSignal
 from engine_core.errors import ConfigurationError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -45,19 +46,11 @@ def run_node(make_node: Callable[[], object], args: list[str] | None) -> int:
     """Runs the node until SIGINT or SIGTERM; returns the exit code.
 
     rclpy's own signal handling ends the context at once, and with it the way of every answer. Here the context
-    lives until the running request has been answered. The executor has a thread of its own because only the main
-    thread can be woken by a signal. One thread is enough for it: no callback waits.
+    lives until the running request has been answered. The executor has a thread of its own because Python runs
+    signal handlers in the main thread, which waits for them. One thread is enough for it: no callback waits.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    stop = threading.Event()
-
-    def on_signal(signum, frame) -> None:
-        if stop.is_set():
-            os._exit(128 + signum)  # asked twice
-        stop.set()
-
-    for signum in _STOP_SIGNALS:
-        signal.signal(signum, on_signal)
+    stop = StopSignal(_STOP_SIGNALS)
     core_log = logging.getLogger("engine_core")
     core_log.addHandler(_RosHandler())
     core_log.propagate = False
@@ -81,7 +74,7 @@ def run_node(make_node: Callable[[], object], args: list[str] | None) -> int:
     return 0
 
 
-def _spin(executor: SingleThreadedExecutor, ended: threading.Event, stop: threading.Event) -> None:
+def _spin(executor: SingleThreadedExecutor, ended: threading.Event, stop: StopSignal) -> None:
     """A callback that raises (a client that vanished while it was answered) is logged and costs nobody else."""
     while not ended.is_set() and executor.context.ok():
         try:

@@ -7,7 +7,10 @@ no thread, so any number of clients can wait.
 
 from __future__ import annotations
 
+import os
 import queue
+import select
+import signal
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
@@ -125,3 +128,35 @@ class Soon:
             last = self._closed.wait(self._delay)
             self._asked.clear()  # before the call: whoever asks while it is made gets another
             self._call()
+
+
+class StopSignal:
+    """Set by a signal or from any thread; the main thread waits for it.
+
+    A lock's wait ends early only if the main thread itself is interrupted, and a system may hand a signal to any thread
+    (seen in containers). Python's C handler writes to the wake-up descriptor in whichever thread it runs.
+    """
+
+    def __init__(self, signums: tuple[signal.Signals, ...]) -> None:
+        """From the main thread. Takes these signals over; the second of them ends the process at once."""
+        self._is_set = False
+        self._reader, self._writer = os.pipe()
+        for end in (self._reader, self._writer):
+            os.set_blocking(end, False)
+        for signum in signums:
+            signal.signal(signum, self._on_signal)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+
+    def _on_signal(self, signum, frame) -> None:
+        if self._is_set:
+            os._exit(128 + signum)  # asked twice
+        self._is_set = True
+
+    def set(self) -> None:
+        self._is_set = True
+        os.write(self._writer, b"\0")
+
+    def wait(self) -> None:
+        while not self._is_set:
+            select.select([self._reader], [], [])
+            os.read(self._reader, 512)

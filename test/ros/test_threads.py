@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -114,3 +117,35 @@ def test_what_started_raises_is_raised_where_it_is_awaited(waits):
     started = Started(work())
     with pytest.raises(ValueError, match="at work"):
         run(awaited(started), at_wait=lambda: future.set_result(None))
+
+
+@pytest.mark.parametrize("way", ["signal.pthread_kill(threading.get_ident(), signal.SIGTERM)", "stop.set()"])
+def test_the_main_thread_wakes_whichever_thread_a_signal_or_a_stop_comes_to(way):
+    program = f"""
+import signal, threading
+from edgellm_ros.threads import StopSignal
+stop = StopSignal((signal.SIGTERM,))
+threading.Timer(0.2, lambda: {way}).start()
+stop.wait()
+print("woken")
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=15)
+    assert (done.returncode, done.stdout) == (0, "woken\n")
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    program = """
+import signal, time
+from edgellm_ros.threads import StopSignal
+stop = StopSignal((signal.SIGTERM,))
+print("ready", flush=True)
+stop.wait()
+print("stopping", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    for said in ("ready", "stopping"):
+        assert process.stdout.readline().strip() == said
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
