@@ -1,9 +1,11 @@
 """Draws how near decoding comes to the memory limit, from what gpu_decode.py measured.
 
     python3 benchmarks/gpu_plot.py [--input benchmarks/results/gpu_decode.jsonl] [--output …/gpu_decode.svg]
+        [--gpu NAME] [--kv-cache-type fp16]
 
 Left, the roofline: bytes of a step against the bandwidth it achieved, under the line of what the GPU reads at most.
 Right, the share of the floor's speed by the length of the prompt. Of several measurements of one case the last counts.
+Drawn are those of one GPU (default: the one measured last) and one type of KV cache.
 Needs nothing but the standard library.
 """
 
@@ -41,6 +43,12 @@ def read_rows(path: Path) -> list[dict]:
         row = json.loads(line)
         found[tuple(row[key] for key in _CASE)] = row
     return list(found.values())
+
+
+def shown(rows: list[dict], gpu: str = "", kv_cache_type: str = "fp16") -> list[dict]:
+    """Those of one GPU, by default the last one's, with one type of KV cache."""
+    gpu = gpu or rows[-1]["gpu"]
+    return [row for row in rows if row["gpu"] == gpu and row["kv_cache_type"] == kv_cache_type]
 
 
 def series_of(rows: list[dict]) -> dict[str, list[dict]]:
@@ -134,8 +142,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=RESULTS / "gpu_decode.jsonl")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_decode.svg")
+    parser.add_argument("--gpu", default="")
+    parser.add_argument("--kv-cache-type", default="fp16")
     options = parser.parse_args()
-    rows = read_rows(options.input)
+    rows = shown(read_rows(options.input), options.gpu, options.kv_cache_type)
     options.output.write_text(draw(rows), encoding="utf-8")
     print(f"{options.output}: {len(rows)} measurements")
 

@@ -101,24 +101,24 @@ def slowest_layers(backend, count: int = 30) -> list[tuple[str, float]]:
 
     In the products dialect, of one layer's three contexts.
     """
-    runs = getattr(backend, "_model", None)
-    if runs is None:
+    import tensorrt as trt
+
+    times: dict[str, list[float]] = {}
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times.setdefault(layer_name, []).append(ms)
+
+    model = getattr(backend, "_model", None)
+    if model is None:
         contexts = {"": backend._decode_engine}
     else:
-        contexts = {f"{name}: ": context for name, context in runs._decode.items()}
-    times: dict[str, list[float]] = {}
-    medians = []
+        contexts = {f"{name}: ": context for name, context in model._decode.items()}
+    profiler, medians = Profiler(), []
     for prefix, context in contexts.items():
-        trt = context._api.trt
-
-        class Profiler(trt.IProfiler):
-            def __init__(self) -> None:
-                trt.IProfiler.__init__(self)
-
-            def report_layer_time(self, layer_name: str, ms: float) -> None:
-                times.setdefault(layer_name, []).append(ms)
-
-        profiler = Profiler()
         context._context.profiler = profiler
         times.clear()
         for _ in range(20):

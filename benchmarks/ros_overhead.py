@@ -45,6 +45,7 @@ import rclpy
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rclpy.action import ActionClient
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
@@ -144,6 +145,8 @@ class OverRos:
         )  # fmt: skip
         self.rest = 0.0  # s
         self._node: Node = rclpy.create_node("ros_overhead")
+        self._executor = SingleThreadedExecutor()  # kept, as a planner's is: spin_once(node) would set one up each time
+        self._executor.add_node(self._node)
         self._change = self._node.create_client(ChangeState, f"{NAME}/change_state")
         self._service = self._node.create_client(Generate, f"{NAME}/generate")
         self._action = ActionClient(self._node, GenerateAction, f"{NAME}/generate")
@@ -161,7 +164,7 @@ class OverRos:
         assert self._service.wait_for_service(LIMIT) and self._action.wait_for_server(LIMIT)
 
     def _wait(self, future):
-        rclpy.spin_until_future_complete(self._node, future, timeout_sec=LIMIT)
+        self._executor.spin_until_future_complete(future, timeout_sec=LIMIT)
         assert future.done(), "the node did not answer"
         return future.result()
 
@@ -213,7 +216,7 @@ class OverRos:
         end = time.monotonic() + LIMIT
         while not (done and answer.done()):
             assert time.monotonic() < end, "the stream did not end"
-            rclpy.spin_once(self._node, timeout_sec=0.1)
+            self._executor.spin_once(timeout_sec=0.1)
         self._node.destroy_subscription(subscription)
         self._spin(0.1)
         assert len(times.tokens) == answer.result().generated_tokens, "pieces were lost"
@@ -223,13 +226,13 @@ class OverRos:
         end = time.monotonic() + LIMIT
         while not times.tokens:
             assert time.monotonic() < end, "no piece came"
-            rclpy.spin_once(self._node, timeout_sec=0.1)
+            self._executor.spin_once(timeout_sec=0.1)
         time.sleep(self.rest)
 
     def _spin(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            rclpy.spin_once(self._node, timeout_sec=0.02)
+            self._executor.spin_once(timeout_sec=0.02)
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGINT)

@@ -23,8 +23,8 @@ LAYOUTS = {4: int4_layout, 8: int8_layout}  # of packed weights, by their bits
 _WEIGHT_BITS = {"fp16": 16, "int8": 8, "int4": 4, "int4_awq": 4}
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
 PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
-# Modules, graphs and cuBLAS's own code, as measured (test/gpu/test_memory_plan.py); the context itself is taken before the
-# plan is made.
+# Modules, graphs and cuBLAS's own code, as measured (test/gpu/test_memory_plan.py); the context itself is taken before
+# the plan is made.
 RUNTIME_BYTES = 76 << 20
 ROW_GRAIN = 64  # rows of a prefill product are rounded up to this, so that few cuBLAS kernels serve every length
 
@@ -194,7 +194,8 @@ def _check_config(manifest: Manifest, config: EngineConfig) -> None:
     """Raises ConfigurationError on what this backend does not do."""
     if config.max_batch != 1:
         raise ConfigurationError(
-            f"max_batch is {config.max_batch}, but the {manifest.backend} backend runs one sequence at a time; set it to 1."
+            f"max_batch is {config.max_batch}, but the {manifest.backend} backend runs one sequence at a time; "
+            "set it to 1."
         )
 
 
@@ -202,9 +203,9 @@ def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
     """What the engine opens with: the parameter, else what it was built to open with. Raises ConfigurationError."""
     kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
     if kind not in KV_CACHE_TYPES:
+        known = " and ".join(map(repr, KV_CACHE_TYPES))
         raise ConfigurationError(
-            f"kv_cache_type is {kind!r}, but the {manifest.backend} backend has {' and '.join(map(repr, KV_CACHE_TYPES))}; "
-            "set it to one of them or auto."
+            f"kv_cache_type is {kind!r}, but the {manifest.backend} backend has {known}; set it to one of them or auto."
         )
     return kind
 

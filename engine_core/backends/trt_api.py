@@ -249,7 +249,7 @@ class TensorRT:
 
 
 def _make_logger(trt: Any, messages: list[str], warnings: list[str], quiet: list[str]) -> Any:
-    """Errors and warnings are kept in the two lists, everything goes to this module's log, at most as debug if ``quiet``."""
+    """Errors and warnings are kept in the two lists. Everything goes to this module's log, as debug if ``quiet``."""
     levels = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.DEBUG}
 
     class Logger(trt.ILogger):

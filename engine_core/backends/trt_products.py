@@ -1,8 +1,9 @@
 """TensorRT engines of the products dialect: TensorRT's matrix products between the CUDA backend's kernels.
 
-A step is one CUDA graph, as on the cuda backend: for every layer norm, QKV product, attention (with RoPE and the append to
-the KV cache), output product, norm, MLP; then head and sampling. The weights lie in our own memory and are inputs of the
-plans, so one plan runs all layers: its context is bound anew before each run, and a graph keeps what it captured.
+A step is one CUDA graph, as on the cuda backend: for every layer norm, QKV product, attention (with RoPE and the
+append to the KV cache), output product, norm, MLP; then head and sampling. The weights lie in our own memory and are
+inputs of the plans, so one plan runs all layers: its context is bound anew before each run, and a graph keeps what it
+captured.
 """
 
 from __future__ import annotations

@@ -258,8 +258,8 @@ def build_plan(
 ) -> memoryview:
     """The plan of an exported model. Raises TensorRTError or InsufficientMemoryError.
 
-    ``profiles``: input → (least, typical, largest shape). ``workspace``: bytes a layer may take. ``half``: 16-bit layers
-    where TensorRT chooses types. ``fold``: products read operands as they lie that the model transposes.
+    ``profiles``: input → (least, typical, largest shape). ``workspace``: bytes a layer may take. ``half``: layers
+    may be 16-bit where TensorRT chooses types. ``fold``: products read operands as they lie that the model transposes.
     """
     api = tools.api
     tools.report(

@@ -16,7 +16,7 @@ def export_product(directory: Path, name: str, spec: CudaSpec) -> Path:
     """Writes the ONNX model of product ``name`` (of PRODUCTS) into ``directory``; its path.
 
     ``input`` [tokens, columns], fp16, comes first, then the weights; ``output`` [tokens, rows] is fp16. Matrices are
-    [rows, columns], as a checkpoint has them. ``mlp`` is down · (SiLU(gate) × up), with the rows of gate before those of up.
+    [rows, columns], as a checkpoint has them. ``mlp`` is down · (SiLU(gate) × up), the rows of gate before those of up.
     """
     assert name in PRODUCTS, name
     shapes = weight_shapes(spec)[name]

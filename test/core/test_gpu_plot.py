@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.gpu_plot import PLOT_HEIGHT, TOP, draw, read_rows  # noqa: E402
+from benchmarks.gpu_plot import PLOT_HEIGHT, TOP, draw, read_rows, shown  # noqa: E402
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROW = dict(gpu="a GPU", shape="s & t", engine="cuda", weights="int8", kv_cache_type="int8", read_tb_s=4.0)
@@ -50,6 +50,14 @@ def test_points_lie_where_their_share_of_the_limit_is(tmp_path):
     assert abs((bottom - share) / PLOT_HEIGHT - 0.8 / 1.1) < 0.001
 
 
+def test_one_gpu_and_one_type_of_kv_cache_are_shown():
+    rows = [row(32, 0.2, kv_cache_type="fp16", gpu="old"), row(32, 0.3, kv_cache_type="fp16"), row(32, 0.4)]
+    assert [each["fraction"] for each in shown(rows)] == [0.3]
+    assert [each["fraction"] for each in shown(rows, "old")] == [0.2]
+    assert [each["fraction"] for each in shown(rows, "", "int8")] == [0.4]
+
+
 def test_the_plot_in_the_repository_is_that_of_the_results():
     results = ROOT / "benchmarks" / "results"
-    assert draw(read_rows(results / "gpu_decode.jsonl")) == (results / "gpu_decode.svg").read_text(encoding="utf-8")
+    rows = shown(read_rows(results / "gpu_decode.jsonl"))
+    assert draw(rows) == (results / "gpu_decode.svg").read_text(encoding="utf-8")
