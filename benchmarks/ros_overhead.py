@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import rclpy
 from lifecycle_msgs.msg import Transition
-from lifecycle_msgs.srv import ChangeState
+from lifecycle_msgs.srv import ChangeState, GetState
 from rclpy.action import ActionClient
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -148,6 +148,7 @@ class OverRos:
         self._executor = SingleThreadedExecutor()  # kept, as a planner's is: spin_once(node) would set one up each time
         self._executor.add_node(self._node)
         self._change = self._node.create_client(ChangeState, f"{NAME}/change_state")
+        self._state = self._node.create_client(GetState, f"{NAME}/get_state")
         self._service = self._node.create_client(Generate, f"{NAME}/generate")
         self._action = ActionClient(self._node, GenerateAction, f"{NAME}/generate")
         self._fields = {
@@ -181,6 +182,12 @@ class OverRos:
         answer = self._wait(self._service.call_async(Generate.Request(**self._fields)))
         transport = time.perf_counter() - start - answer.total_time
         return make_row(answer.time_to_first_token + transport, answer)
+
+    def empty(self) -> float:
+        """s from a client's call to the answer where nothing is asked: what rclpy and the middleware take."""
+        start = time.perf_counter()
+        self._wait(self._state.call_async(GetState.Request()))
+        return time.perf_counter() - start
 
     def action(self) -> Row:
         times = Times()
@@ -245,6 +252,7 @@ class OverRos:
 class Found:
     rows: dict[str, list[Row]] = field(default_factory=lambda: {path: [] for path in PATHS})
     latencies: list[float] = field(default_factory=list)  # s
+    empty: list[float] = field(default_factory=list)  # s
     model: str = ""
 
     def medians(self, path: str) -> tuple[float, float]:
@@ -269,6 +277,7 @@ def measure(arguments: argparse.Namespace, rounds: int, found: Found) -> None:
     try:
         over_ros.bring_up()
         found.model = over_ros.model()
+        over_ros.empty()
         for path in (*paths.values(), baseline.measure):  # warm: discovery, caches, the prompt's KV
             step = path().step
         over_ros.rest = 0.0 if arguments.eager else 1.5 * step * arguments.tokens
@@ -279,6 +288,8 @@ def measure(arguments: argparse.Namespace, rounds: int, found: Found) -> None:
                 if path != "topic":
                     time.sleep(DISCOVERY)  # what comes after a rest is slower, so all have it
                 found.rows[path].append(run())
+            time.sleep(DISCOVERY)
+            found.empty.append(over_ros.empty())
         over_ros.topic(found.latencies)
     finally:
         over_ros.close()
@@ -320,6 +331,8 @@ def main() -> None:
         added_first, added_step = found.added(path)
         print(f"{path:<11}{first:>10.2f} ms{added_first:>+9.2f} ms{step:>11.3f} ms{added_step:>+8.1f}%")
     median, most = latency.values()
+    empty = statistics.median(found.empty) * 1e3
+    print(f"an empty service call (get_state) takes {empty:.2f} ms")
     print(f"a piece reaches a client that reads at once in {median:.2f} ms (median), {most:.2f} ms (95 %)")
     versions = {
         "edgellm_ros": __version__, "python": platform.python_version(),
@@ -332,7 +345,7 @@ def main() -> None:
             "starts": arguments.starts, "threads": arguments.threads, "path": path,
             "ttft_ms": round(first, 3), "ms_per_token": round(step, 4),
             "added_ttft_ms": round(found.added(path)[0], 3), "added_percent": round(found.added(path)[1], 2),
-            "eager_client": arguments.eager,
+            "eager_client": arguments.eager, "empty_call_ms": round(empty, 3),
             **(latency if path == "topic" else {}),
             "in_process_ttft_ms": round(base_first, 3), "in_process_ms_per_token": round(base_step, 4),
         })
