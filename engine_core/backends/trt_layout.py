@@ -85,6 +85,15 @@ def check_context(max_context: int) -> str:
     return ""
 
 
+def check_chunk(config: EngineConfig, max_prefill: int) -> None:
+    """``max_prefill``: tokens of the longest prefill step the engine was built for. Raises ConfigurationError."""
+    if config.prefill_chunk > max_prefill:
+        raise ConfigurationError(
+            f"prefill_chunk is {config.prefill_chunk}, but this engine was built for at most {max_prefill} tokens a "
+            "step; lower it, or build with a larger --max-prefill."
+        )
+
+
 def _check_config(manifest: Manifest, config: EngineConfig, dtype: str, max_prefill: int) -> None:
     """Raises ConfigurationError on what this backend does not do."""
     if config.max_batch != 1:
@@ -101,11 +110,7 @@ def _check_config(manifest: Manifest, config: EngineConfig, dtype: str, max_pref
             f"vocab_map is {config.vocab_map!r}, but a TensorRT engine's LM head is fixed when it is built; "
             "use 'edgellm build --backend tensorrt' with or without --vocab-map, and choose auto."
         )
-    if config.prefill_chunk > max_prefill:
-        raise ConfigurationError(
-            f"prefill_chunk is {config.prefill_chunk}, but this engine was built for at most {max_prefill} tokens a "
-            "step; lower it, or build with a larger --max-prefill."
-        )
+    check_chunk(config, max_prefill)
     if config.max_context > manifest.max_context:
         raise ConfigurationError(
             f"max_context is {config.max_context}, but this engine was built for {manifest.max_context} tokens; "

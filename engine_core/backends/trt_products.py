@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine_core.backends.cuda import CudaBackend
 from engine_core.backends.cuda_layout import ArraySpec, CudaSpec, bytes_by_purpose, weight_arrays
 from engine_core.backends.cuda_weights import CudaWeights, Resolved, resolve
@@ -81,7 +83,9 @@ class ProductsBackend(CudaBackend):
             device.close()
             raise
 
-    def __init__(self, device: Device, spec: CudaSpec, source: WeightSource, rope: Any, *, plans: Plans, **kwargs: Any):
+    def __init__(
+        self, device: Device, spec: CudaSpec, source: WeightSource, rope: np.ndarray, *, plans: Plans, **kwargs: Any
+    ) -> None:
         """See ``CudaBackend``."""
         self._plans = plans
         super().__init__(device, spec, source, rope, **kwargs)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 from engine_core.backends.cuda_layout import ROW_GRAIN, ArraySpec, CudaSpec, product_shapes, work_arrays
+from engine_core.backends.trt_layout import check_chunk
 from engine_core.config import EngineConfig
-from engine_core.errors import ConfigurationError, EngineDirectoryError
+from engine_core.errors import EngineDirectoryError
 from engine_core.manifest import Manifest
 
 # What a layer multiplies, in order: a plan each. With which of the layer's weights, by their names in the plan.
@@ -40,11 +41,7 @@ def with_chunk(spec: CudaSpec, manifest: Manifest, config: EngineConfig) -> Cuda
     max_prefill = manifest.options.get("max_prefill")
     if not isinstance(max_prefill, int) or max_prefill < 1:
         raise EngineDirectoryError(f"The manifest's max_prefill is {max_prefill!r}; build the engine again.")
-    if config.prefill_chunk > max_prefill:
-        raise ConfigurationError(
-            f"prefill_chunk is {config.prefill_chunk}, but this engine was built for at most {max_prefill} tokens a "
-            "step; lower it, or build with a larger --max-prefill."
-        )
+    check_chunk(config, max_prefill)
     return dataclasses.replace(spec, chunk=round_rows(min(config.prefill_chunk or max_prefill, spec.max_context)))
 
 
