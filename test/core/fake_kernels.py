@@ -51,13 +51,50 @@ def rms_norm(defines: dict, args) -> None:
 
 
 def gemv(defines: dict, args) -> None:
-    """With a norm before and float32 logits after, as the LM head has it."""
-    weight, vector, norm, _, output = (address_of(args, i) for i in range(5))
-    rows, cols = defines["ROWS"], defines["COLS"]
-    assert defines["NORM"] and defines["EPILOGUE"] == linear.LOGITS
-    scale = array_at(norm, (cols,), F16).astype(F64)
-    normed = reference.rms_norm(array_at(vector, (cols,), F32).astype(F64), scale, _float(defines["NORM_EPS"]))
-    array_at(output, (rows,), F32)[:] = array_at(weight, (rows, cols), F16).astype(F64) @ normed
+    weight, vector, norm, bias, output = (address_of(args, i) for i in range(5))
+    rows, cols, epilogue = defines["ROWS"], defines["COLS"], defines["EPILOGUE"]
+    values = array_at(vector, (cols,), F32 if defines["NORM"] else F16).astype(F64)
+    if defines["NORM"]:
+        values = reference.rms_norm(values, array_at(norm, (cols,), F16).astype(F64), _float(defines["NORM_EPS"]))
+    result = array_at(weight, (rows, cols), F16).astype(F64) @ values
+    if defines["BIAS"]:
+        result += array_at(bias, (rows,), F16)
+    if epilogue == linear.RESIDUAL:
+        array_at(output, (rows,), F32)[:] += result
+    elif epilogue == linear.SILU:
+        array_at(output, (rows // 2,), F16)[:] = reference.silu_multiply(result)
+    else:
+        array_at(output, (rows,), F32 if epilogue == linear.LOGITS else F16)[:] = result
+
+
+def silu_multiply(defines: dict, args) -> None:
+    gate_up, output, pairs = address_of(args, 0), address_of(args, 1), _int(args, 2)
+    values = array_at(gate_up, (2 * pairs,), F16).astype(F64)
+    array_at(output, (pairs,), F16)[:] = reference.silu_multiply(values)
+
+
+def add_bias(defines: dict, args) -> None:
+    values, bias, count, width = address_of(args, 0), address_of(args, 1), _int(args, 2), _int(args, 3)
+    array_at(values, (count // width, width), F16)[:] += array_at(bias, (width,), F16)
+
+
+class FakeBlas:
+    """Stands for ``engine_core.kernels.blas.Blas``: 16-bit in, sums in float64."""
+
+    def __init__(self, stream, workspace) -> None:
+        self._device = stream.device
+
+    def matmul(self, rows, weight, output, count: int, accumulate: bool = False) -> None:
+        def work() -> None:
+            product = array_at(rows.address, (count, weight.shape[1]), F16).astype(F64)
+            product = product @ array_at(weight.address, weight.shape, F16).astype(F64).T
+            target = array_at(output.address, (count, weight.shape[0]), F32 if accumulate else F16)
+            target[:] = target + product if accumulate else product
+
+        self._device._driver.run(work)
+
+    def close(self) -> None:
+        pass
 
 
 class _Attention:
@@ -113,6 +150,5 @@ def attention_decode(defines: dict, args) -> None:
     layer.attend(layer.rotate(defines, rope, (q_norm, k_norm), position), position, output)
 
 
-KERNELS = {
-    kernel.__name__: kernel for kernel in (embed, rms_norm, gemv, rope_append, attention_prefill, attention_decode)
-}
+_ALL = (embed, rms_norm, gemv, silu_multiply, add_bias, rope_append, attention_prefill, attention_decode)
+KERNELS = {kernel.__name__: kernel for kernel in _ALL}

@@ -11,6 +11,7 @@ pytest.importorskip("onnxruntime")
 
 import checkpoints
 import fake_tensorrt
+from device_logits import compare_logits
 from engine_core.backends.tensorrt import TensorRTBackend
 from engine_core.backends.trt_api import TensorRT, TensorRTError
 from engine_core.build.tensorrt import build_tensorrt
@@ -61,35 +62,7 @@ def llama(tmp_path, driver):
 
 
 def test_logits_are_those_of_transformers(built, driver):
-    model, backend = checkpoints.reference(built[1]), load(built[0], driver)
-    fed = np.concatenate([LONG, PROMPT[:6]])
-    expected = checkpoints.reference_logits(model, fed)
-    backend.begin(options(), fed)
-    for position in (1, 64, 100):  # each prompt anew: one token, a whole chunk, two chunks
-        backend.prefill(fed[:position], 0).result()
-        _compare(backend, expected[position - 1])
-    for position in range(100, len(fed)):  # then token by token, over the same graph
-        state = backend._device.download(backend._work["state"]).view(np.int32)
-        assert position in state
-        _feed(backend, fed[position])
-        backend.decode().result()
-        _compare(backend, expected[position])
-    backend.close()
-
-
-def _compare(backend, expected) -> None:
-    found = backend._device.download(backend._work["logits"])
-    assert np.abs(found - expected).max() < 0.02 * expected.std()
-
-
-def _feed(backend, token) -> None:
-    """Makes the next step find ``token``."""
-    from engine_core.device import DeviceArray
-    from engine_core.kernels.sampling import STATE
-
-    address = backend._work["state"].address + STATE.fields["token"][1]
-    backend._device.upload(DeviceArray(address, (1,), "int32"), np.array([token], dtype=np.int32))
-    backend._device.synchronize()
+    compare_logits(load(built[0], driver), checkpoints.reference(built[1]), LONG, PROMPT[:6])
 
 
 @pytest.mark.parametrize("use_cuda_graph", [True, False])
