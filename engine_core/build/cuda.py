@@ -5,7 +5,7 @@ Nothing is compiled here: one directory serves every NVIDIA GPU. Needs numpy onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,10 @@ from engine_core.backends.cuda_layout import KV_CACHE_TYPES, LAYOUTS, CudaSpec, 
 from engine_core.backends.cuda_weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.build import companions
 from engine_core.build.checkpoint import Checkpoint
-from engine_core.build.model import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
+from engine_core.build.model import LayerSpec, ModelSpec, check_tensors, read_spec
 from engine_core.build.quantize.formats import from_16_bit, to_16_bit
 from engine_core.build.tensor_writer import TensorWriter
+from engine_core.build.weights import Weights
 from engine_core.config import EngineConfig
 from engine_core.errors import BuildError, UnsupportedModelError
 from engine_core.kernels.int4_layout import GROUP, TILE, fits
@@ -132,35 +133,34 @@ def model_options(spec: ModelSpec, dtype: str) -> dict:
 
 
 def fused_tensors(
-    checkpoint: Checkpoint, spec: ModelSpec, kept: np.ndarray | None, has_head: bool, *, paired: bool = True
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(name in the engine's weights file, float32 values), one after the other, in the order of ``weight_arrays``.
+    weights: Weights, has_head: bool, *, paired: bool = True
+) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+    """(name in the engine's weights file, blocks of float32 values), in the order of ``weight_arrays``.
 
     ``paired``: rows of gate and up in turn, as the kernels read them; else all of gate, then all of up.
     """
-    yield "embed", checkpoint.read(spec.embedding)
-    yield "norm", checkpoint.read(spec.final_norm)
+    spec = weights.spec
+    yield "embed", weights.embedding()
+    yield "norm", [weights.norm(spec.final_norm)]
     if has_head:
-        head = checkpoint.read(spec.head)
-        yield "head", head if kept is None else head[kept]
+        yield "head", weights.head()
     for i, layer in enumerate(spec.layers):
-        for name, values in _layer_tensors(checkpoint, layer, paired):
-            yield f"layers.{i}.{name}", values
+        for name, blocks in _layer_tensors(weights, layer, paired):
+            yield f"layers.{i}.{name}", blocks
 
 
-def _layer_tensors(checkpoint: Checkpoint, layer: LayerSpec, paired: bool) -> Iterator[tuple[str, np.ndarray]]:
-    yield "input_norm", checkpoint.read(layer.input_norm)
-    yield "qkv", _stack(checkpoint, layer.qkv)
-    yield "o", _stack(checkpoint, layer.output)
-    yield "post_norm", checkpoint.read(layer.mlp_norm)
-    gate_up = _stack(checkpoint, layer.gate_up)
-    yield "gate_up", _paired(gate_up) if paired else gate_up
-    yield "down", _stack(checkpoint, layer.down)
+def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+    yield "input_norm", [weights.norm(layer.input_norm)]
+    yield "qkv", weights.linear(layer.qkv)
+    yield "o", weights.linear(layer.output)
+    yield "post_norm", [weights.norm(layer.mlp_norm)]
+    yield "gate_up", weights.paired(layer.gate_up) if paired else weights.linear(layer.gate_up)
+    yield "down", weights.linear(layer.down)
     if layer.qkv.biases:
-        yield "qkv_bias", np.concatenate([checkpoint.read(name) for name in layer.qkv.biases])
+        yield "qkv_bias", [weights.bias(layer.qkv)]
     if layer.q_norm:
-        yield "q_norm", checkpoint.read(layer.q_norm)
-        yield "k_norm", checkpoint.read(layer.k_norm)
+        yield "q_norm", [weights.norm(layer.q_norm)]
+        yield "k_norm", [weights.norm(layer.k_norm)]
 
 
 def own_levels(checkpoint: Checkpoint, spec: ModelSpec, name: str, bits: int, dtype: str) -> np.ndarray | None:
@@ -192,11 +192,6 @@ def own_levels(checkpoint: Checkpoint, spec: ModelSpec, name: str, bits: int, dt
 def _paired(gate_up: np.ndarray) -> np.ndarray:
     """Rows of gate and up in turn: one CTA computes both rows of a pair, and so the activation."""
     return gate_up.reshape(2, -1, gate_up.shape[1]).swapaxes(0, 1).reshape(gate_up.shape)
-
-
-def _stack(checkpoint: Checkpoint, linear: LinearSpec) -> np.ndarray:
-    parts = [checkpoint.read(name) for name in linear.parts]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
@@ -248,14 +243,17 @@ def write_weights(
     table = rope_table(spec, manifest.max_context)
     bits = cuda_spec.weight_bits
 
-    def stored(name: str, values: np.ndarray) -> np.ndarray:
-        records = own_levels(checkpoint, spec, name, bits, dtype)
-        return to_records(values, bits, dtype) if records is None else records
+    def records(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
+        own = own_levels(checkpoint, spec, name, bits, dtype)
+        return to_records(np.concatenate(list(blocks)), bits, dtype) if own is None else own
 
     writer = TensorWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)})
     try:
-        for name, values in fused_tensors(checkpoint, spec, kept, cuda_spec.has_head, paired=paired):
-            writer.write(name, stored(name, values) if arrays[name].dtype == "uint8" else to_16_bit(values, dtype))
+        for name, blocks in fused_tensors(Weights(checkpoint, spec, kept), cuda_spec.has_head, paired=paired):
+            if arrays[name].dtype == "uint8":
+                writer.write(name, records(name, blocks))
+            else:
+                writer.write_blocks(name, (to_16_bit(block, dtype) for block in blocks))
         writer.write(ROPE_NAME, table)
     except BaseException:
         writer.abandon()

@@ -53,6 +53,19 @@ class Weights:
         for part in linear.parts:
             yield from self._rows(part)
 
+    def paired(self, linear: LinearSpec) -> Iterator[np.ndarray]:
+        """Blocks of rows of the first half and of the second in turn: of gate and up, float32 [2 n, in_features]."""
+        rows, columns = self.linear_shape(linear)
+        half, step = rows // 2, max(1, self._step(columns) // 2)
+        if len(linear.parts) == 1:
+            places = ((linear.parts[0], 0), (linear.parts[0], half))
+        else:
+            places = tuple((part, 0) for part in linear.parts)
+        for start in range(0, half, step):
+            stop = min(half, start + step)
+            both = [self._checkpoint.read(part, slice(first + start, first + stop)) for part, first in places]
+            yield np.stack(both, axis=1).reshape(-1, columns)
+
     def integer_layout(self, linear: LinearSpec) -> IntegerLayout | None:
         """None unless every part is stored in integers of the same width, in groups of consecutive columns."""
         found = [self._checkpoint.stored(part) for part in linear.parts]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -21,6 +17,7 @@ from engine_core.build.model import read_spec
 from engine_core.build.trt_export import export_onnx
 from engine_core.build.weights import Weights
 from engine_core.errors import BuildError
+from peak_memory import growth, large_checkpoint
 from trt_runners import NativeRunner, PlainRunner
 
 MAX_ERROR = 1e-4
@@ -149,37 +146,25 @@ def test_a_weight_fp16_cannot_hold_is_refused(tmp_path):
     export(directory, tmp_path / "out", dtype="fp32")
 
 
-MEASURE = """
-import re, sys
-from pathlib import Path
+IMPORTS = """
 from engine_core.build.checkpoint import Checkpoint
 from engine_core.build.model import read_spec
 from engine_core.build.trt_export import export_onnx
 from engine_core.build.weights import Weights
-# Not getrusage: its peak is inherited from the process that started this one.
-peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
-before = peak()
+"""
+EXPORT = """
 checkpoint = Checkpoint(Path(sys.argv[1]))
 out = Path(sys.argv[2])
 out.mkdir()
 export_onnx(out, Weights(checkpoint, read_spec(checkpoint)), 256, dialect=sys.argv[3], dtype="fp16")
-print(peak() - before)
 """
 
 
 @pytest.mark.parametrize("dialect", ["plain", "native"])
 def test_an_export_takes_less_memory_than_one_and_a_half_checkpoints(tmp_path, dialect):
-    sizes = dict(hidden_size=1152, intermediate_size=4608, num_hidden_layers=5, vocab_size=20000)
-    directory = checkpoints.write(tmp_path / "checkpoint", "llama3", dtype="bfloat16", **sizes)
-    size = (directory / "model.safetensors").stat().st_size
-    assert size > 200e6
-    command = [sys.executable, "-c", MEASURE, str(directory), str(tmp_path / "out"), dialect]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert result.returncode == 0, result.stderr
-    growth = int(result.stdout)
-    assert growth > 20e6  # or nothing was measured
+    directory, size = large_checkpoint(tmp_path / "checkpoint")
+    found = growth(IMPORTS, EXPORT, directory, tmp_path / "out", dialect)
     # The checkpoint is mapped, so its own pages count once they are read; a copy in float32 would be 2 more of it.
-    print(f"{growth / size:.2f} checkpoints of {size / 1e6:.0f} MB")
-    assert growth < 1.5 * size, f"{growth / size:.2f} checkpoints"
+    print(f"{found / size:.2f} checkpoints of {size / 1e6:.0f} MB")
+    assert found < 1.5 * size, f"{found / size:.2f} checkpoints"
     assert (tmp_path / "out" / "model.onnx.data").stat().st_size > size - 1e6

@@ -21,7 +21,7 @@ from engine_core.errors import BuildError, ConfigurationError, EngineDirectoryEr
 from engine_core.manifest import read_manifest
 from engine_core.safetensors_file import write_safetensors
 from fake_gpu import FakeDriver, install
-from test_backend_tensorrt import PROMPT, generate, load, options
+from test_backend_tensorrt import PROMPT, generate, load
 
 CONTEXT, CHUNK = 128, 64
 LONG = np.resize(PROMPT, 100)  # two chunks, the second not full
