@@ -34,14 +34,16 @@ class Topics:
             self.last: GenerationResult | None = None
 
     def publish_stats(self, result: GenerationResult) -> None:
-        stats = fill_stats(GenerationStats(), result)
         with self._lock:
             self.requests_total += 1
             self.tokens_total += result.generated_tokens
             self.last = result
-            stats.requests_total, stats.tokens_total = self.requests_total, self.tokens_total
-        stats.header.stamp = self.clock.now().to_msg()
-        self._stats.publish(stats)
+            totals = self.requests_total, self.tokens_total
+        if self._stats.get_subscription_count():
+            stats = fill_stats(GenerationStats(), result)
+            stats.requests_total, stats.tokens_total = totals
+            stats.header.stamp = self.clock.now().to_msg()
+            self._stats.publish(stats)
 
 
 class RequestStream:
@@ -74,15 +76,16 @@ class RequestStream:
 
     def done(self, result: GenerationResult) -> None:
         """Ends every stream of the request. To be called once."""
-        last = self._token_piece
-        last.sequence = self._num_pieces
-        last.text = ""
-        last.token_ids = array("i")
-        last.done = True
-        last.finish_reason = finish_reason(result.finish_reason)
-        last.error_code = error_code(result.error)
-        self._stamp(last)
-        self._topics.tokens.publish(last)
+        if self._topics.tokens.get_subscription_count():
+            last = self._token_piece
+            last.sequence = self._num_pieces
+            last.text = ""
+            last.token_ids = array("i")
+            last.done = True
+            last.finish_reason = finish_reason(result.finish_reason)
+            last.error_code = error_code(result.error)
+            self._stamp(last)
+            self._topics.tokens.publish(last)
         rest = self._splitter.flush()
         self._sentence.done = True
         self._publish_sentence(rest[0] if rest else "")
