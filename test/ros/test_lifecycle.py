@@ -178,6 +178,7 @@ def test_deactivate_finishes_or_cancels_the_running_request(nodes, engine_dir, p
 
 def test_deactivate_does_not_wait_longer_than_its_timeout(nodes, engine_dir):
     llm = nodes.start(engine_dir, deactivate_timeout=0.3).bring_up()
+    assert llm.state() == ACTIVE  # from here on the node knows this client: no answer is dropped below
     goal = llm.goal("a", **LONG)
     llm.until(lambda: goal.feedback)
     start = time.monotonic()
