@@ -183,7 +183,9 @@ def test_deactivate_does_not_wait_longer_than_its_timeout(nodes, engine_dir):
     llm.until(lambda: goal.feedback)
     start = time.monotonic()
     deactivating = llm.call_async(*change_request(DEACTIVATE))
-    assert llm.state() == State.TRANSITION_STATE_DEACTIVATING  # answered while it waits
+    while (state := llm.state()) == ACTIVE:  # asked by another service, which may be served first
+        assert time.monotonic() - start < 2.0
+    assert state == State.TRANSITION_STATE_DEACTIVATING  # answered while it waits
     assert llm.wait(deactivating).success and time.monotonic() - start < 2.0
     assert goal.result()[1].finish_reason == FinishReason.CANCELLED
 
