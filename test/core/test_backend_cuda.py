@@ -92,11 +92,10 @@ def test_the_plan_is_one_allocation_and_everything_comes_back(built, driver):
     assert driver.used == 0
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_build_takes_less_memory_than_one_and_a_half_checkpoints(tmp_path, dtype):
+def test_a_build_takes_less_memory_than_one_and_a_half_checkpoints(tmp_path):
     directory, size = large_checkpoint(tmp_path / "checkpoint")
     imports = "from engine_core.build.cuda import build_cuda"
-    code = "build_cuda(Path(sys.argv[1]), Path(sys.argv[2]), dtype=sys.argv[3], max_context=256)"
-    found = growth(imports, code, directory, tmp_path / "engine", dtype)
+    code = "build_cuda(Path(sys.argv[1]), Path(sys.argv[2]), dtype='fp16', max_context=256)"
+    found = growth(imports, code, directory, tmp_path / "engine")
     # The checkpoint is mapped, so its own pages count once they are read; a copy in float32 would be 2 more of it.
     assert found < 1.5 * size, f"{found / size:.2f} checkpoints"
