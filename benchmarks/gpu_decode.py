@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine_core.backends import TokenSampling
 from engine_core.backends.cuda import CudaBackend
-from engine_core.backends.cuda_layout import ROW_GRAIN, CudaSpec, weight_arrays
+from engine_core.backends.cuda_layout import CudaSpec, round_rows, weight_arrays
 from engine_core.device import ALIGNMENT, Arena, Device, DeviceArray, Event, Launch, Module, Stream
 from engine_core.kernels.attention import AttentionShape
 from engine_core.kernels.nvrtc import compile_kernel
@@ -85,7 +85,7 @@ def make_spec(
         qkv_bias=False,
         tied=shape.tied,
         weight_bits={"int4": 4, "int8": 8}.get(weights, 16),
-        chunk=-(-chunk // ROW_GRAIN) * ROW_GRAIN,
+        chunk=round_rows(chunk),
         prefix_slots=0,
         prefix_tokens=0,
     )

@@ -7,15 +7,17 @@ device and reaches the host through pinned memory, marked by an event, so no ste
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from engine_core.backends import TokenSampling
 from engine_core.backends.cuda_layout import ArraySpec, CudaSpec, planned_bytes, weight_arrays, work_arrays
 from engine_core.backends.cuda_model import CudaModel
-from engine_core.backends.cuda_weights import CudaWeights, resolve
-from engine_core.backends.device_backend import DeviceBackend, SequenceLimits, rows_by_id
+from engine_core.backends.cuda_weights import CudaWeights, Resolved, resolve
+from engine_core.backends.device_backend import DeviceBackend, SequenceLimits, plan_here, rows_by_id
 from engine_core.backends.device_model import DeviceModel, WeightSource
 from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES, Arena, Device, DeviceArray, Stream
@@ -23,6 +25,8 @@ from engine_core.graphs import GraphKey, GraphRunner
 from engine_core.kernels import Kernels
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryPlan
+
+Loaded = TypeVar("Loaded", bound="CudaBackend")  # Self is not in Python 3.10
 
 
 class CudaBackend(DeviceBackend):
@@ -33,19 +37,26 @@ class CudaBackend(DeviceBackend):
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
         spec = resolve(variant_dir, manifest, config).spec
-        device = Device()
-        try:
-            free, _ = device.memory_info()
-            return MemoryPlan.of(planned_bytes(spec, device.num_sms), free, device.name)
-        finally:
-            device.close()
+        return plan_here(lambda device: planned_bytes(spec, device.num_sms))
 
     @classmethod
     def load(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> CudaBackend:
-        resolved = resolve(variant_dir, manifest, config)
+        return cls._load(variant_dir, resolve(variant_dir, manifest, config), config)
+
+    @classmethod
+    def _load(
+        cls: type[Loaded],
+        variant_dir: Path,
+        resolved: Resolved,
+        config: EngineConfig,
+        check: Callable[[Device], None] = lambda device: None,
+        **kwargs: Any,
+    ) -> Loaded:
+        """``check`` may refuse the device, ``kwargs`` are a subclass's own."""
         weights = CudaWeights(variant_dir, resolved)
         device = Device()
         try:
+            check(device)
             return cls(
                 device,
                 resolved.spec,
@@ -53,6 +64,7 @@ class CudaBackend(DeviceBackend):
                 weights.rope(),
                 vocab_map=resolved.vocab_map,
                 use_cuda_graph=config.use_cuda_graph,
+                **kwargs,
             )
         except BaseException:
             device.close()

@@ -103,10 +103,15 @@ class CudaSpec:
             qkv_bias=qkv_bias,
             tied=tied,
             weight_bits=_weight_bits(manifest),
-            chunk=-(-chunk // ROW_GRAIN) * ROW_GRAIN,
+            chunk=round_rows(chunk),
             prefix_slots=config.prompt_cache_entries,
             prefix_tokens=min(config.prompt_cache_tokens, max_context),
         )
+
+
+def round_rows(tokens: int) -> int:
+    """Rows of a prefill product for so many tokens."""
+    return -(-tokens // ROW_GRAIN) * ROW_GRAIN
 
 
 def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:

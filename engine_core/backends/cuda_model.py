@@ -95,9 +95,12 @@ class CudaModel(DeviceModel[_Layer]):
         target = DeviceArray(self.work["dequantized"].address, shape, self.spec.dtype)
         return _Product(target, linear_packed.dequantize_packed(self._kernels, weight, target))
 
+    def _begin_chunk(self, count: int, rows: int) -> None:
+        self._pairs.value = count * self.spec.intermediate
+        self._values.value = count * self.spec.attention.qkv_width
+
     def _run_layer(self, layer: _Layer, count: int, rows: int) -> None:
-        spec, w, stream = self.spec, self.work, self._stream
-        self._pairs.value, self._values.value = count * spec.intermediate, count * spec.attention.qkv_width
+        w, stream = self.work, self._stream
 
         def multiply(name: str, source: str, target: str, accumulate: bool = False) -> None:
             product = layer.products[name]

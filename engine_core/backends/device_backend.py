@@ -18,6 +18,7 @@ from engine_core.backends import TokenSampling
 from engine_core.device import Device, DeviceArray, Event, PinnedArray, Stream
 from engine_core.errors import EngineFaultError, InvalidSamplingError
 from engine_core.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
+from engine_core.memory import MemoryPlan
 
 if TYPE_CHECKING:
     from engine_core.backends.cuda_layout import CudaSpec
@@ -290,6 +291,15 @@ class DeviceBackend:
         kept = (self._work[prefixes].at(slot).address, prefix_pitch)
         target, source = (kept, live) if save else (live, kept)
         self._stream.copy_rows(*target, *source, width, self._limits.cache_rows)
+
+
+def plan_here(totals: Callable[[Device], dict[str, int]]) -> MemoryPlan:
+    """The plan for this machine's GPU of what ``totals`` says for it, bytes by purpose."""
+    device = Device()
+    try:
+        return MemoryPlan.of(totals(device), device.memory_info()[0], device.name)
+    finally:
+        device.close()
 
 
 def rows_by_id(vocab_map: np.ndarray | None, vocab_size: int) -> np.ndarray | None:

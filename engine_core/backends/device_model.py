@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from engine_core.backends.cuda_layout import ROW_GRAIN, ArraySpec, CudaSpec, weight_arrays
+from engine_core.backends.cuda_layout import ArraySpec, CudaSpec, round_rows, weight_arrays
 from engine_core.device import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.kernels import Kernels, attention, linear, linear_packed, sampling
 
@@ -131,13 +131,17 @@ class DeviceModel(Generic[Layer]):
         spec = self.spec
         assert 1 <= count <= spec.chunk and position + count <= spec.max_context
         self._position.value, self._count.value = position, count
-        rows = min(spec.chunk, -(-count // ROW_GRAIN) * ROW_GRAIN)
+        rows = min(spec.chunk, round_rows(count))
+        self._begin_chunk(count, rows)
         self._embed.set_grid(count)
         self._embed(self._stream)
         for layer in self._layers:
             self._run_layer(layer, count, rows)
         if count > 1:
             self._keep_row(count - 1)
+
+    def _begin_chunk(self, count: int, rows: int) -> None:
+        """Sets what the launches of all layers have to know of a chunk; see ``_run_layer``."""
 
     def _run_layer(self, layer: Layer, count: int, rows: int) -> None:
         """Queues one layer for ``count`` tokens; products may compute ``rows``, which are at least as many."""

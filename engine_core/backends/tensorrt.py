@@ -15,7 +15,7 @@ import numpy as np
 
 from engine_core.backends import TokenSampling
 from engine_core.backends.cuda_layout import bytes_by_purpose
-from engine_core.backends.device_backend import DeviceBackend, SequenceLimits, rows_by_id
+from engine_core.backends.device_backend import DeviceBackend, SequenceLimits, plan_here, rows_by_id
 from engine_core.backends.trt_api import TensorRT
 from engine_core.backends.trt_engine import TrtContext, TrtEngine
 from engine_core.backends.trt_layout import (
@@ -55,19 +55,17 @@ class TensorRTBackend(DeviceBackend):
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
         if _has_products(manifest):
             return ProductsBackend.plan(variant_dir, manifest, config)
-        spec = TrtSpec.create(manifest, config)
-        device = Device()
-        try:
-            totals = {"weights": (variant_dir / PLAN_NAME).stat().st_size}
-            totals |= bytes_by_purpose(work_arrays(spec, scratch_of(manifest)))
-            totals["runtime"] = _RUNTIME_BYTES
-            free, _ = device.memory_info()
-            return MemoryPlan.of(totals, free, device.name)
-        except OSError as error:
-            path = variant_dir / PLAN_NAME
-            raise EngineDirectoryError(f"{path} cannot be read ({error}); build the engine again.") from error
-        finally:
-            device.close()
+        spec, path = TrtSpec.create(manifest, config), variant_dir / PLAN_NAME
+
+        def totals(device: Device) -> dict[str, int]:
+            try:
+                weights = path.stat().st_size
+            except OSError as error:
+                raise EngineDirectoryError(f"{path} cannot be read ({error}); build the engine again.") from error
+            work = bytes_by_purpose(work_arrays(spec, scratch_of(manifest)))
+            return {"weights": weights, **work, "runtime": _RUNTIME_BYTES}
+
+        return plan_here(totals)
 
     @classmethod
     def check_here(cls, manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 
 from engine_core.backends.cuda import CudaBackend
 from engine_core.backends.cuda_layout import ArraySpec, CudaSpec, bytes_by_purpose, weight_arrays
-from engine_core.backends.cuda_weights import CudaWeights, Resolved, resolve
+from engine_core.backends.cuda_weights import Resolved, resolve
+from engine_core.backends.device_backend import plan_here
 from engine_core.backends.device_model import DeviceModel, WeightSource, Work
 from engine_core.backends.trt_api import TensorRT
 from engine_core.backends.trt_engine import TrtContext, TrtEngine, TrtRun
@@ -51,37 +53,22 @@ class ProductsBackend(CudaBackend):
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
         spec = _resolve(variant_dir, manifest, config).spec
-        device = Device()
-        try:
+
+        def totals(device: Device) -> dict[str, int]:
             work = products_work_arrays(spec, device.num_sms, scratch_of(manifest))
-            totals = bytes_by_purpose(weight_arrays(spec), work) | {"runtime": _RUNTIME_BYTES}
-            return MemoryPlan.of(totals, device.memory_info()[0], device.name)
-        finally:
-            device.close()
+            return bytes_by_purpose(weight_arrays(spec), work) | {"runtime": _RUNTIME_BYTES}
+
+        return plan_here(totals)
 
     @classmethod
     def load(
         cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
     ) -> ProductsBackend:
         """``api``: a stand-in for tests."""
-        resolved = _resolve(variant_dir, manifest, config)
-        weights = CudaWeights(variant_dir, resolved)
-        api = api or TensorRT()
-        device = Device()
-        try:
-            check_machine(manifest, api, device)
-            return cls(
-                device,
-                resolved.spec,
-                lambda name, array: device.upload(array, weights.read(name)),
-                weights.rope(),
-                plans=Plans(api, variant_dir, scratch_of(manifest)),
-                vocab_map=resolved.vocab_map,
-                use_cuda_graph=config.use_cuda_graph,
-            )
-        except BaseException:
-            device.close()
-            raise
+        resolved, api = _resolve(variant_dir, manifest, config), api or TensorRT()
+        plans = Plans(api, variant_dir, scratch_of(manifest))
+        check = partial(check_machine, manifest, api)
+        return cls._load(variant_dir, resolved, config, check, plans=plans)
 
     def __init__(
         self, device: Device, spec: CudaSpec, source: WeightSource, rope: np.ndarray, *, plans: Plans, **kwargs: Any
@@ -204,10 +191,12 @@ class ProductsModel(DeviceModel[_Layer]):
             mlp=self._product(self._prefill, "mlp", i),
         )
 
-    def _run_layer(self, layer: _Layer, count: int, rows: int) -> None:
-        stream = self._stream
+    def _begin_chunk(self, count: int, rows: int) -> None:
         for name, context in self._prefill.items():
             context.set_shapes({"input": (rows, self.work[_ARRAYS[name][0]].shape[1])})
+
+    def _run_layer(self, layer: _Layer, count: int, rows: int) -> None:
+        stream = self._stream
         layer.input_norm.set_grid(count)
         layer.input_norm(stream)
         layer.qkv(stream)

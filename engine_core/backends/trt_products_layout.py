@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from engine_core.backends.cuda_layout import ROW_GRAIN, ArraySpec, CudaSpec, product_shapes, work_arrays
+from engine_core.backends.cuda_layout import ArraySpec, CudaSpec, product_shapes, round_rows, work_arrays
 from engine_core.backends.trt_layout import check_chunk
 from engine_core.config import EngineConfig
 from engine_core.errors import EngineDirectoryError
@@ -29,11 +29,6 @@ def weight_shapes(spec: CudaSpec) -> dict[str, dict[str, tuple[int, ...]]]:
     if spec.qkv_bias:
         shapes["qkv_bias"] = (spec.attention.qkv_width,)
     return {name: {key: shapes[key] for key in weights if key in shapes} for name, weights in PRODUCTS.items()}
-
-
-def round_rows(tokens: int) -> int:
-    """Rows of a prefill product: few sizes serve every length, as each costs TensorRT a new shape inference."""
-    return -(-tokens // ROW_GRAIN) * ROW_GRAIN
 
 
 def with_chunk(spec: CudaSpec, manifest: Manifest, config: EngineConfig) -> CudaSpec:

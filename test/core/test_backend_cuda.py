@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import checkpoints
-from device_logits import GREEDY, compare_logits
+from device_steps import check_tokens_after_a_prefix, compare_logits, generate
 from engine_core.backends.cuda import CudaBackend
 from engine_core.build.cuda import build_cuda
 from engine_core.config import EngineConfig
@@ -46,16 +46,6 @@ def load(engine_dir, **config) -> CudaBackend:
     return CudaBackend.load(engine_dir, read_manifest(engine_dir), EngineConfig(engine_dir, **config))
 
 
-def generate(backend, prompt, count, start=0) -> list:
-    backend.begin(GREEDY, prompt)
-    pending, tokens = backend.prefill(prompt[start:], start), []
-    for _ in range(count):
-        ahead = backend.decode()
-        tokens.append(pending.result())
-        pending = ahead
-    return tokens
-
-
 @pytest.mark.parametrize("chunk", [0, 64])
 def test_logits_are_those_of_transformers(built, driver, chunk):
     compare_logits(load(built[0], prefill_chunk=chunk), checkpoints.reference(built[1]), PROMPT, FOLLOWING)
@@ -64,14 +54,8 @@ def test_logits_are_those_of_transformers(built, driver, chunk):
 @pytest.mark.parametrize("use_cuda_graph", [True, False])
 def test_tokens_do_not_depend_on_graphs_chunks_or_prefixes(built, driver, use_cuda_graph):
     backend = load(built[0], use_cuda_graph=use_cuda_graph, prompt_cache_tokens=64, prefill_chunk=64)
-    expected = generate(backend, PROMPT, 8)
-    assert None not in expected and ("cuGraphLaunch" in driver.log) == use_cuda_graph
-    backend.extend(PROMPT[:50], 0)
-    backend.save_prefix(1, 50)
-    generate(backend, PROMPT[::-1].copy(), 8)
-    backend.load_prefix(1, 50)
-    assert generate(backend, PROMPT, 8, start=50) == expected
-    backend.close()
+    check_tokens_after_a_prefix(backend, PROMPT)
+    assert ("cuGraphLaunch" in driver.log) == use_cuda_graph
 
 
 def test_the_plan_is_one_allocation_and_everything_comes_back(built, driver):

@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 
 import checkpoints
 import fake_tensorrt
+from device_steps import generate
 from engine_core.backends import TokenSampling
 from engine_core.backends.tensorrt import TensorRTBackend
 from engine_core.backends.trt_api import TensorRT
@@ -71,16 +72,6 @@ def model(built):
 def load(engine_dir, driver, version=VERSION, **config) -> TensorRTBackend:
     api = TensorRT(fake_tensorrt.make(version, driver))
     return TensorRTBackend.load(engine_dir, read_manifest(engine_dir), EngineConfig(engine_dir, **config), api)
-
-
-def generate(backend, prompt, count, sampling=None, start=0) -> list:
-    backend.begin(sampling or options(), prompt)
-    pending, tokens = backend.prefill(prompt[start:], start), []
-    for _ in range(count):
-        ahead = backend.decode()
-        tokens.append(pending.result())
-        pending = ahead
-    return tokens
 
 
 @pytest.mark.parametrize("use_cuda_graph", [True, False])

@@ -15,6 +15,7 @@ pytest.importorskip("onnxruntime")
 
 import checkpoints
 import fake_tensorrt
+from device_steps import generate
 from engine_core import cli
 from engine_core.backends.trt_api import TensorRT, TensorRTError
 from engine_core.build.tensorrt import build_tensorrt, workspace_limit
@@ -28,7 +29,7 @@ from engine_core.errors import (
 from engine_core.manifest import read_manifest
 from engine_core.safetensors_file import write_safetensors
 from fake_gpu import FakeDriver, install
-from test_backend_tensorrt import PROMPT, generate, load
+from test_backend_tensorrt import PROMPT, load
 
 GIB = 1 << 30
 

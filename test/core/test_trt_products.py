@@ -11,7 +11,7 @@ pytest.importorskip("onnxruntime")
 
 import checkpoints
 import fake_tensorrt
-from device_logits import compare_logits
+from device_steps import check_tokens_after_a_prefix, compare_logits, generate
 from engine_core.backends.tensorrt import TensorRTBackend
 from engine_core.backends.trt_api import TensorRT, TensorRTError
 from engine_core.build.tensorrt import build_tensorrt
@@ -21,11 +21,10 @@ from engine_core.errors import BuildError, ConfigurationError, EngineDirectoryEr
 from engine_core.manifest import read_manifest
 from engine_core.safetensors_file import write_safetensors
 from fake_gpu import FakeDriver, install
-from test_backend_tensorrt import PROMPT, generate, load
+from test_backend_tensorrt import PROMPT, load
 
 CONTEXT, CHUNK = 128, 64
 LONG = np.resize(PROMPT, 100)  # two chunks, the second not full
-MODELS = {"llama3": {}, "qwen2": {}, "qwen3": {}}
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def driver(monkeypatch):
     return driver
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3"])
 def built(request, tmp_path_factory):
     """(engine directory, checkpoint directory)."""
     directory = checkpoints.write(tmp_path_factory.mktemp(request.param), request.param)
@@ -68,14 +67,8 @@ def test_logits_are_those_of_transformers(built, driver):
 @pytest.mark.parametrize("use_cuda_graph", [True, False])
 def test_tokens_do_not_depend_on_graphs_chunks_or_prefixes(built, driver, use_cuda_graph):
     backend = load(built[0], driver, use_cuda_graph=use_cuda_graph, prompt_cache_tokens=64)
-    expected = generate(backend, LONG, 8)
-    assert None not in expected and ("cuGraphLaunch" in driver.log) == use_cuda_graph
-    backend.extend(LONG[:50], 0)
-    backend.save_prefix(1, 50)
-    generate(backend, LONG[::-1].copy(), 8)
-    backend.load_prefix(1, 50)
-    assert generate(backend, LONG, 8, start=50) == expected
-    backend.close()
+    check_tokens_after_a_prefix(backend, LONG)
+    assert ("cuGraphLaunch" in driver.log) == use_cuda_graph
 
 
 def test_nothing_is_allocated_after_load_and_everything_comes_back(built, driver):

@@ -1,4 +1,4 @@
-"""A GPU backend's logits against transformers, step by step, whatever driver it runs on."""
+"""What drives a GPU backend step by step, whatever driver it runs on, and what must hold then."""
 
 from __future__ import annotations
 
@@ -11,6 +11,29 @@ from engine_core.kernels.sampling import STATE
 
 TOLERANCE = 0.02  # of the logits' spread, for a model in 16 bits
 GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
+
+
+def generate(backend, prompt, count, sampling=GREEDY, start=0) -> list:
+    """``count`` tokens after ``prompt``, one step queued ahead; of the prompt, what is before ``start`` is there."""
+    backend.begin(sampling, prompt)
+    pending, tokens = backend.prefill(prompt[start:], start), []
+    for _ in range(count):
+        ahead = backend.decode()
+        tokens.append(pending.result())
+        pending = ahead
+    return tokens
+
+
+def check_tokens_after_a_prefix(backend, prompt: np.ndarray) -> None:
+    """A saved prefix of 50 tokens brings the tokens of the whole prompt. Closes the backend."""
+    expected = generate(backend, prompt, 8)
+    assert None not in expected
+    backend.extend(prompt[:50], 0)
+    backend.save_prefix(1, 50)
+    generate(backend, prompt[::-1].copy(), 8)
+    backend.load_prefix(1, 50)
+    assert generate(backend, prompt, 8, start=50) == expected
+    backend.close()
 
 
 def compare_logits(backend, model, prompt: np.ndarray, following: np.ndarray) -> None:
