@@ -15,6 +15,7 @@ _CHUNK = 256  # columns of a warp's load
 _MAX_WARPS = 16
 _MIN_CTA_BYTES = 96 * 1024  # of weights: with less, a second CTA per multiprocessor only costs its start
 _THREADS = 256
+_NORM_THREADS = 512
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def rms_norm(
         check("delta", delta, (num_rows, cols), kernels.dtype)
     defines = {"COLS": cols, "NORM_EPS": float_define(norm_eps), "ADD": int(delta is not None)}
     function = kernels.function("rms_norm", "rms_norm", defines)
-    return Launch(kernels.device, function, (num_rows,), _THREADS, [rows, weight, output, delta or 0], overlap=False)
+    return Launch(kernels.device, function, (num_rows,), _NORM_THREADS, [rows, weight, output, delta or 0])
 
 
 def embed(kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: DeviceArray) -> Launch:
