@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from engine_core.device import DeviceArray, Launch
 from engine_core.kernels import KernelArgumentError, Kernels, check, float_define
 
-_MAX_GROUP = 8  # query heads of a KV head whose values fit the registers of attention_decode.cu
-_DECODE_DEPTH = 4  # stages of the ring of kv_ring.cuh
+_MAX_GROUP = 8  # query heads of a KV head: the upper rows of attention_decode.cu's products
+_MAX_DEPTH, _MIN_DEPTH = 6, 3  # pieces of a ring of kv_ring.cuh
+_TILE_KEYS = 16  # of a piece
 _SCALE_GROUP = 8  # fp16 scales in 16 bytes
 _TILE_Q = 64
 _PREFILL_THREADS = 128
@@ -107,13 +108,15 @@ def _check(
         check("head norm", norm, (shape.head_dim,), kernels.dtype)
 
 
-def _decode_stage(shape: AttentionShape, warps: int) -> int:
-    """Bytes of a stage of kv_ring.cuh."""
-    slots = 32 // shape.lanes
-    if not shape.kv_int8:
-        return 2 * 2 * 32 * warps * 16
-    keys = 4 * slots
-    return warps * 2 * (keys * shape.head_dim + 2 * scale_pitch(keys))
+def _decode_ring(shape: AttentionShape, budget: int) -> tuple[int, int, int]:
+    """(warps, pieces of a warp's ring, bytes of all rings) for ``budget`` bytes of shared memory; see kv_ring.cuh."""
+    row = -(-shape.head_dim // 64) * 64
+    piece = _TILE_KEYS * (row + 2 if shape.kv_int8 else 2 * row)
+    for warps in (8, 4, 2):
+        depth = min(_MAX_DEPTH, budget // (warps * piece))
+        if depth >= _MIN_DEPTH:
+            break
+    return warps, max(1, depth), warps * max(1, depth) * piece
 
 
 def attention_decode(
@@ -141,11 +144,9 @@ def attention_decode(
     check("counters", counters, (shape.num_kv_heads,), "uint32")
     check("output", output, (shape.num_heads * shape.head_dim,), kernels.dtype)
     q_norm, k_norm = norms or (0, 0)
-    warps = 4 if shape.group * shape.head_dim > 1024 else 8
-    stage = _decode_stage(shape, warps)
-    depth = max(1, min(_DECODE_DEPTH, kernels.shared_budget // stage))
-    shared = max(depth * stage, warps * shape.group * shape.head_dim * 4)
-    defines = {**shape.defines(num_sms), "DEPTH": depth}
+    warps, depth, ring = _decode_ring(shape, kernels.shared_budget)
+    shared = max(ring, warps * shape.group * shape.head_dim * 4)
+    defines = {**shape.defines(num_sms), "WARPS": warps, "DEPTH": depth}
     function = kernels.function("attention_decode", "attention_decode", defines, shared)
     args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output, scales or 0]
     # As many CTAs as every other kernel of a step has on each multiprocessor, though some have nothing to do: with a

@@ -1,83 +1,159 @@
 // Attention of one new token over the linear KV cache, split over the sequence (flash decoding: Dao et al. 2023) with an
-// online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867). Rotates q and k, writes the new K and V in place, and the
-// last CTA of a KV head to finish merges the splits.
+// online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867), the query heads of a KV head as rows of tensor core products.
+// Rotates q and k, writes the new K and V in place, and the last CTA of a KV head to finish merges the splits.
 //
 // qkv: [(HEADS + 2 KV_HEADS) HEAD_DIM]; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], with KV_INT8 in levels, and
 // scales: fp16 [2][KV_HEADS][SCALE_PITCH] (kv_int8.cuh); rope: [CONTEXT][HEAD_DIM / 2] (cos, sin); partial: float32
-// [SPLITS][KV_HEADS][GROUP][HEAD_DIM + 2]; counters: uint32 [KV_HEADS], 0 between launches; output: [HEADS][HEAD_DIM]. Grid:
-// KV_HEADS * SPLITS or more, one CTA per multiprocessor; how many splits work is decided by the position.
+// [SPLITS][KV_HEADS][GROUP] [HEAD_DIM], then as many Merges; counters: uint32 [KV_HEADS], 0 between launches; output:
+// [HEADS][HEAD_DIM]. Grid: KV_HEADS * SPLITS or more, one CTA per multiprocessor; how many splits work is decided by the
+// position.
 //
 // The ring (kv_ring.cuh) is filled before the kernel waits for the one that computes qkv: the position and the cache before
 // it changed a step ago, and the first kernel of a step starts after the last one of the step before has ended. The new
-// token's K and V take part as the cache will give them back, without passing through memory.
-#include "common.cuh"
+// token's K and V are put among the copied ones as the cache will give them back.
+//
+// Both products have the heads as columns (heads past GROUP are zeros) and keys, then elements as rows. A product sums over
+// any order of what it sums over as long as both sides have it, and its rows may have any: lane 4 g + t takes chunks t, t + 4, …
+// of 8 elements of q and of the keys g and g + 8, chunks g, g + 8, … of the values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+#include "mma.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS;  // query heads of a KV head
-constexpr int WARPS = GROUP * HEAD_DIM > 1024 ? 4 : 8, THREADS = 32 * WARPS;
 #include "kv_ring.cuh"
 
-constexpr int MIN_KEYS = 256;          // of a split; with fewer, merging takes longer than reading them
-constexpr int SHARE_GRAIN = KV_INT8 ? 8 : 1;  // a share begins at a group of scales
-constexpr float LOWEST = -1e30f;       // stands for -infinity without its NaNs
+constexpr int MIN_KEYS = 256;                  // of a split; with fewer, merging takes longer than reading them
+constexpr int SHARE_GRAIN = KV_INT8 ? 8 : 1;   // a share begins at a group of scales
+constexpr int THREADS = 32 * WARPS;
+constexpr int CHUNKS = HEAD_DIM / 8;
+constexpr int QUARTETS = (CHUNKS + 3) / 4;     // of chunks, one for each t
+constexpr int OCTETS = (CHUNKS + 7) / 8;       // of chunks, one for each g
+constexpr int VALUES = GROUP * HEAD_DIM;
+constexpr float LOWEST = -1e30f;               // stands for -infinity without its NaNs
+static_assert(GROUP <= 8, "unsupported shape");
 
 struct Merge {  // running maximum (base 2) and sum of one query head
     float peak, sum;
 };
 
-struct Running {  // online softmax of this lane's slot
-    float acc[GROUP][8], peak[GROUP], sum[GROUP];
+struct NewToken {  // its K and V as the cache has them
+    alignas(16) item_t rows[2][HEAD_DIM];
+    half_t scales[2];
+};
 
-    template <int KEYS>  // scores: base 2, LOWEST = not there
-    __device__ __forceinline__ void add(float scores[KEYS][GROUP], const Piece* values, const float* scales) {
+// Rotates the query heads into ``queries`` and, if this CTA ``has_new``, takes the new token's K and V into cache and ``fresh``.
+__device__ __forceinline__ void prepare(half_t (*queries)[HEAD_DIM], NewToken& fresh, const half_t* qkv, const half_t* q_norm,
+                                        const half_t* k_norm, const Angles& angles, int kv_head, bool has_new, const Ring& ring,
+                                        int position) {
+    const int lane = threadIdx.x % 32, part = lane % LANES_PER_HEAD, d = 8 * part;
+    const bool writes = lane < LANES_PER_HEAD && d < HEAD_DIM;
+    for (int v = threadIdx.x / 32; v < GROUP + has_new; v += WARPS) {
+        const bool is_query = v < GROUP;
+        HeadVector raw;
+        raw.load(qkv + (is_query ? kv_head * GROUP + v : HEADS + kv_head) * HEAD_DIM, part);
+        uint4 value = make_uint4(0, 0, 0, 0);
+        if (!is_query && d < HEAD_DIM) value = load16(qkv + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + d);
+        float x[8];
+        raw.rotate(x, is_query ? q_norm : k_norm, angles, part);
+        if (is_query) {
+            if (writes) *(uint4*)(queries[v] + d) = pack8(x);
+            continue;
+        }
+#if KV_INT8
+        float y[8];
+        unpack8(value, y);
+        half_t bits[2];
+        const Piece pieces[2] = {quantize<LANES_PER_HEAD>(x, bits[0]), quantize<LANES_PER_HEAD>(y, bits[1])};
+        if (lane == 0) {
 #pragma unroll
-        for (int g = 0; g < GROUP; ++g) {
-            float top = peak[g];
+            for (int i = 0; i < 2; ++i) ring.scales[i][position] = fresh.scales[i] = bits[i];
+        }
+#else
+        const Piece pieces[2] = {pack8(x), value};
+#endif
+        if (writes) {
 #pragma unroll
-            for (int u = 0; u < KEYS; ++u) top = fmaxf(top, scores[u][g]);
-            const float shrink = exp2f(peak[g] - top);
-            peak[g] = top;
-            sum[g] *= shrink;
+            for (int i = 0; i < 2; ++i) {
+                *(Piece*)(fresh.rows[i] + d) = pieces[i];
+                *(Piece*)(ring.cached[i] + (u64)position * HEAD_DIM + d) = pieces[i];
+            }
+        }
+    }
+}
+
+// The new token's row of a piece of K or V, ``row`` keys into it, is not in the cache yet.
+__device__ __forceinline__ void insert(char* piece, int row, const NewToken& fresh, int which) {
+    const int lane = threadIdx.x % 32;
+    if (lane < CHUNKS) *(Piece*)chunk(piece, row, lane) = *(const Piece*)(fresh.rows[which] + 8 * lane);
+#if KV_INT8
+    if (lane == 0) ((half_t*)(piece + SCALES))[row] = fresh.scales[which];
+#endif
+    __syncwarp();
+}
+
+// An 8 × 8 matrix of 16 bits, two columns to a register, transposed.
+__device__ __forceinline__ u32 transpose(u32 v) {
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
+    return v;
+}
+
+struct Running {  // online softmax of a warp's keys for heads 2 t and 2 t + 1
+    float acc[OCTETS][4][4], peak[2], sum[2];  // acc[j][q]: of chunk 8 j + g elements 2 q (both heads) and 2 q + 1
+
+    // scores: of keys g (both heads) and g + 8, base 2; LOWEST = not there. They become weights, relative to a peak that
+    // moves only when one of them is SLACK above it: 16 bits hold that.
+    __device__ __forceinline__ void weigh(float (&scores)[4]) {
+        constexpr float SLACK = KV_INT8 ? 4.f : 8.f;  // an int8 weight is multiplied by a scale of up to 516
+        float top[2] = {fmaxf(scores[0], scores[2]), fmaxf(scores[1], scores[3])};
+        if (__any_sync(0xffffffffu, top[0] > peak[0] + SLACK || top[1] > peak[1] + SLACK)) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) acc[g][j] *= shrink;
+            for (int h = 0; h < 2; ++h) {
 #pragma unroll
-            for (int u = 0; u < KEYS; ++u) {
-                scores[u][g] = scores[u][g] == LOWEST ? 0.f : exp2f(scores[u][g] - top);
-                sum[g] += scores[u][g];
+                for (int offset = 4; offset < 32; offset *= 2) top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], offset));
+                top[h] = fmaxf(top[h], peak[h]);
+                const float shrink = exp2f(peak[h] - top[h]);
+                peak[h] = top[h];
+                sum[h] *= shrink;
+#pragma unroll
+                for (int j = 0; j < OCTETS; ++j)
+#pragma unroll
+                    for (int q = 0; q < 4; ++q) acc[j][q][h] *= shrink, acc[j][q][h + 2] *= shrink;
             }
         }
 #pragma unroll
-        for (int u = 0; u < KEYS; ++u) {
-            float f[8];
-            unpack_piece(values[u], f);
+        for (int i = 0; i < 4; ++i) {
+            scores[i] = scores[i] == LOWEST ? 0.f : exp2f(scores[i] - peak[i % 2]);
+            sum[i % 2] += scores[i];
+        }
+    }
+
+    // Adds the weighted rows of V.
+    __device__ __forceinline__ void add(const float (&weights)[4], char* piece, int g, int t) {
+        const u32 low = transpose(pack2(weights[0], weights[1])), high = transpose(pack2(weights[2], weights[3]));
 #pragma unroll
-            for (int g = 0; g < GROUP; ++g) {
-                const float weight = KV_INT8 ? scores[u][g] * scales[u] : scores[u][g];
+        for (int j = 0; j < OCTETS; ++j) {
+            u32 words[4][4];
 #pragma unroll
-                for (int j = 0; j < 8; ++j) acc[g][j] += weight * f[j];
+            for (int i = 0; i < 4; ++i) {
+                const uint4 v = read_chunk(piece, 2 * t + i % 2 + i / 2 * 8, 8 * j + g);
+                words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
             }
+#pragma unroll
+            for (int q = 0; q < 4; ++q)  // element 2 q or 2 q + 1 of two keys side by side
+                multiply(acc[j][q], __byte_perm(words[0][q], words[1][q], 0x5410), __byte_perm(words[0][q], words[1][q], 0x7632),
+                         __byte_perm(words[2][q], words[3][q], 0x5410), __byte_perm(words[2][q], words[3][q], 0x7632), low, high);
         }
     }
 };
 
-__device__ __forceinline__ float dot8(const float* a, const float* b) {
-    float sum = 0.f;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sum += a[j] * b[j];
-    return group_sum<LANES_PER_HEAD>(sum);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  // leaves registers for the next kernel
     attention_decode(const half_t* qkv, item_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm,
                      const State* state, float* partial, u32* counters, half_t* output, half_t* scales) {
-    extern __shared__ uint4 shared[];  // the ring; afterwards the warps' values to be merged
-    __shared__ Merge merges[WARPS][GROUP];
+    extern __shared__ uint4 shared[];  // the rings; afterwards the warps' values to be merged
+    __shared__ alignas(16) half_t queries[GROUP][HEAD_DIM];
+    __shared__ NewToken fresh;
+    __shared__ Merge merges[WARPS][GROUP], all_merges[SPLITS][GROUP];
     __shared__ bool is_last;
-    float(*values)[GROUP][HEAD_DIM] = (float(*)[GROUP][HEAD_DIM])shared;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int kv_head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
-    const int slot = lane / LANES_PER_HEAD, part = lane % LANES_PER_HEAD, d = 8 * part;
-    item_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
-    item_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
 
     let_next_start();
     const int position = (int)load4(&state->position);
@@ -89,128 +165,118 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         wait_for_previous();
         return;
     }
-    const int begin = split * share, end = min(position, begin + share);  // of the keys in the cache
-    const bool has_new = split == active - 1;                                  // this share ends with the new token
-#if KV_INT8
-    half_t *key_scales = scales + kv_head * SCALE_PITCH, *value_scales = key_scales + KV_HEADS * SCALE_PITCH;
-#else
-    half_t *key_scales = nullptr, *value_scales = nullptr;
-#endif
+    const int begin = split * share, end = min(length, begin + share);
+    const bool has_new = split == active - 1;  // this share ends with the new token
     Ring ring;
-    ring.start(shared, keys, vals, key_scales, value_scales, begin, end);
+    ring.pieces = (char*)shared + warp * DEPTH * PIECE_BYTES;
+    ring.cached[0] = cache + (u64)kv_head * CONTEXT * HEAD_DIM, ring.cached[1] = ring.cached[0] + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
+#if KV_INT8
+    ring.scales[0] = scales + kv_head * SCALE_PITCH, ring.scales[1] = ring.scales[0] + KV_HEADS * SCALE_PITCH;
+#endif
+    ring.first = begin + warp * TILE, ring.end = min(position, end);
 #pragma unroll
-    for (int stage = 0; stage < DEPTH; ++stage) ring.load(stage, stage * STAGE_KEYS);
+    for (int number = 0; number < DEPTH; ++number) ring.load(number, number);
     Angles angles;
-    angles.load(rope + (u64)position * (HEAD_DIM / 2), part);
+    angles.load(rope + (u64)position * (HEAD_DIM / 2), lane % LANES_PER_HEAD);
 
     wait_for_previous();
-    HeadVector raw[GROUP], raw_k;
-    uint4 new_v = make_uint4(0, 0, 0, 0);
+    prepare(queries, fresh, qkv, q_norm, k_norm, angles, kv_head, has_new, ring, position);
+    __syncthreads();
+    uint4 q[QUARTETS];
 #pragma unroll
-    for (int g = 0; g < GROUP; ++g) raw[g].load(qkv + (kv_head * GROUP + g) * HEAD_DIM, part);
-    raw_k.load(qkv + (HEADS + kv_head) * HEAD_DIM, part);
-    if (d < HEAD_DIM) new_v = load16(qkv + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + d);
-    float q[GROUP][8];
-    Running run = {};
-#pragma unroll
-    for (int g = 0; g < GROUP; ++g) {
-        raw[g].rotate(q[g], q_norm, angles, part);
-        run.peak[g] = LOWEST;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) q[g][j] *= SCALE_LOG2E;
-    }
-    if (has_new && warp == 0) {  // its first slot takes the new token
-        float k[8], scores[1][GROUP];
-        raw_k.rotate(k, k_norm, angles, part);
-        float k_scale = 1.f, v_scale = 1.f;
-#if KV_INT8
-        half_t k_bits, v_bits;
-        const uint2 k_piece = quantize<LANES_PER_HEAD>(k, k_bits);
-        unpack8(new_v, k);
-        const uint2 v_piece = quantize<LANES_PER_HEAD>(k, v_bits);
-        k_scale = scale_value(k_bits), v_scale = scale_value(v_bits);
-#else
-        const uint4 k_piece = pack8(k), v_piece = new_v;
-#endif
-        unpack_piece(k_piece, k);  // as the cache will give it back
-#pragma unroll
-        for (int g = 0; g < GROUP; ++g) {
-            const float score = dot8(q[g], k);
-            scores[0][g] = slot == 0 ? (KV_INT8 ? score * k_scale : score) : LOWEST;
-        }
-        run.add<1>(scores, &v_piece, &v_scale);
-        if (slot == 0 && d < HEAD_DIM) {
-            *(Piece*)(keys + (u64)position * HEAD_DIM + d) = k_piece;
-            *(Piece*)(vals + (u64)position * HEAD_DIM + d) = v_piece;
-        }
-#if KV_INT8
-        if (lane == 0) key_scales[position] = k_bits, value_scales[position] = v_bits;
-#endif
-    }
+    for (int i = 0; i < QUARTETS; ++i)
+        q[i] = g < GROUP && 4 * i + t < CHUNKS ? *(const uint4*)(queries[g] + 8 * (4 * i + t)) : make_uint4(0, 0, 0, 0);
 
-    int stage = 0;
-    for (int first = 0; begin + first < end; first += STAGE_KEYS) {
-        ring.wait();
-        Piece v[UNROLL];
-        float scores[UNROLL][GROUP], v_scales[UNROLL];
+    Running run = {};
+    run.peak[0] = run.peak[1] = LOWEST;
+    int number = 0, slot = 0;
+    auto arrived = [&](int fresh_row) {  // the next piece
+        wait_copies<DEPTH - 1>();
+        __syncwarp();
+        char* piece = ring.pieces + slot * PIECE_BYTES;
+        if (fresh_row < TILE) insert(piece, fresh_row, fresh, number % 2);
+        return piece;
+    };
+    auto release = [&]() {  // it is read: its place is for another
+        __syncwarp();
+        ring.load(slot, number + DEPTH);
+        ++number;
+        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+    };
+    for (int key = ring.first; key < end; key += TILE * WARPS) {
+        const int fresh_row = has_new ? position - key : TILE;  // where the new token's row is, if it is in this tile
+        char* piece = arrived(fresh_row);
+        float sums[2][4] = {};
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            float k[8], k_scale;
-            ring.read_key(stage, first, u, k, k_scale);
-            v[u] = ring.read_value(stage, first, u, v_scales[u]);
-#pragma unroll
-            for (int g = 0; g < GROUP; ++g) {
-                const float score = dot8(q[g], k);
-                scores[u][g] = ring.holds(first, u) ? (KV_INT8 ? score * k_scale : score) : LOWEST;
-            }
+        for (int i = 0; i < QUARTETS; ++i) {
+            const uint4 a = read_chunk(piece, g, 4 * i + t), b = read_chunk(piece, g + 8, 4 * i + t);
+            multiply(sums[0], a.x, b.x, a.y, b.y, q[i].x, q[i].y);
+            multiply(sums[1], a.z, b.z, a.w, b.w, q[i].z, q[i].w);
         }
-        run.add<UNROLL>(scores, v, v_scales);
-        ring.release();
-        ring.load(stage, first + DEPTH * STAGE_KEYS);
-        stage = stage + 1 == DEPTH ? 0 : stage + 1;
+        float scores[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float score = (sums[0][i] + sums[1][i]) * SCALE_LOG2E;
+#if KV_INT8
+            score *= read_scale(piece, g + i / 2 * 8);
+#endif
+            scores[i] = key + g + i / 2 * 8 < end ? score : LOWEST;
+        }
+        release();
+
+        run.weigh(scores);
+        piece = arrived(fresh_row);
+#if KV_INT8
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (scores[i] != 0.f) scores[i] *= read_scale(piece, g + i / 2 * 8);  // where no key is, anything may lie
+#endif
+        run.add(scores, piece, g, t);
+        release();
     }
     wait_copies<0>();
-    __syncthreads();  // the ring is free
+    __syncthreads();  // the rings are free
 
+    float(*values)[GROUP][HEAD_DIM] = (float(*)[GROUP][HEAD_DIM])shared;
 #pragma unroll
-    for (int g = 0; g < GROUP; ++g) {  // merge the slots of the warp
-        float top = run.peak[g];
+    for (int h = 0; h < 2; ++h) {
+        const int head = 2 * t + h;
 #pragma unroll
-        for (int offset = LANES_PER_HEAD; offset < 32; offset *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
-        const float shrink = exp2f(run.peak[g] - top);
-        run.sum[g] *= shrink;
+        for (int offset = 4; offset < 32; offset *= 2) run.sum[h] += __shfl_xor_sync(0xffffffffu, run.sum[h], offset);
+        if (head >= GROUP) continue;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) run.acc[g][j] *= shrink;
-#pragma unroll
-        for (int offset = LANES_PER_HEAD; offset < 32; offset *= 2) {
-            run.sum[g] += __shfl_xor_sync(0xffffffffu, run.sum[g], offset);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) run.acc[g][j] += __shfl_xor_sync(0xffffffffu, run.acc[g][j], offset);
+        for (int j = 0; j < OCTETS; ++j) {
+            if (8 * j + g >= CHUNKS) continue;
+            float4* target = (float4*)(values[warp][head] + 8 * (8 * j + g));
+            const auto& acc = run.acc[j];
+            target[0] = make_float4(acc[0][h], acc[0][h + 2], acc[1][h], acc[1][h + 2]);
+            target[1] = make_float4(acc[2][h], acc[2][h + 2], acc[3][h], acc[3][h + 2]);
         }
-        if (slot == 0 && d < HEAD_DIM) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) values[warp][g][d + j] = run.acc[g][j];
-        }
-        if (lane == 0) merges[warp][g] = {top, run.sum[g]};
+        if (g == 0) merges[warp][head] = {run.peak[h], run.sum[h]};
     }
     __syncthreads();
 
-    constexpr int RECORD = HEAD_DIM + 2;  // values, peak, sum
-    float* mine = partial + ((u64)split * KV_HEADS + kv_head) * GROUP * RECORD;
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {  // merge the warps
-        const int g = i / HEAD_DIM;
-        float top = LOWEST, total = 0.f, value = 0.f;
-        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, merges[w][g].peak);
+    // Two elements a thread: of the warps, then, in the CTA that comes last, of the splits.
+    Merge* partial_merges = (Merge*)(partial + (u64)SPLITS * KV_HEADS * VALUES);
+    const u64 own = (u64)split * KV_HEADS + kv_head;
+    for (int i = 2 * threadIdx.x; i < VALUES; i += 2 * THREADS) {
+        const int head = i / HEAD_DIM;
+        float top = LOWEST, total = 0.f;
+        float2 value = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, merges[w][head].peak);
+#pragma unroll
         for (int w = 0; w < WARPS; ++w) {
-            const float weight = exp2f(merges[w][g].peak - top);
-            total += weight * merges[w][g].sum;
-            value += weight * values[w][g][i % HEAD_DIM];
+            const float weight = exp2f(merges[w][head].peak - top);
+            const float2 v = *(const float2*)(values[w][head] + i % HEAD_DIM);
+            total += weight * merges[w][head].sum;
+            value.x += weight * v.x, value.y += weight * v.y;
         }
         if (active == 1) {
-            output[kv_head * GROUP * HEAD_DIM + i] = to_half(value / total);
+            *(u32*)(output + kv_head * VALUES + i) = pack2(value.x / total, value.y / total);
         } else {
-            mine[g * RECORD + i % HEAD_DIM] = value;
-            if (i % HEAD_DIM == 0) mine[g * RECORD + HEAD_DIM] = top, mine[g * RECORD + HEAD_DIM + 1] = total;
+            *(float2*)(partial + own * VALUES + i) = value;
+            if (i % HEAD_DIM == 0) partial_merges[own * GROUP + head] = {top, total};
         }
     }
     if (active == 1) return;
@@ -224,18 +290,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     __syncthreads();
     if (!is_last) return;
-    const float* all = partial + (u64)kv_head * GROUP * RECORD;
-    constexpr u64 NEXT = (u64)KV_HEADS * GROUP * RECORD;
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) {  // merge the splits
-        const float* record = all + i / HEAD_DIM * RECORD;
-        float top = LOWEST, total = 0.f, value = 0.f;
-        for (int s = 0; s < active; ++s) top = fmaxf(top, load4f(record + s * NEXT + HEAD_DIM));
-#pragma unroll 4
-        for (int s = 0; s < active; ++s) {
-            const float weight = exp2f(load4f(record + s * NEXT + HEAD_DIM) - top);
-            total += weight * load4f(record + s * NEXT + HEAD_DIM + 1);
-            value += weight * load4f(record + s * NEXT + i % HEAD_DIM);
+    for (int i = threadIdx.x; i < active * GROUP; i += THREADS) {
+        const uint2 merge = load8(partial_merges + ((u64)(i / GROUP) * KV_HEADS + kv_head) * GROUP + i % GROUP);
+        all_merges[i / GROUP][i % GROUP] = {__uint_as_float(merge.x), __uint_as_float(merge.y)};
+    }
+    __syncthreads();
+    for (int i = 2 * threadIdx.x; i < VALUES; i += 2 * THREADS) {
+        const int head = i / HEAD_DIM;
+        const float* source = partial + (u64)kv_head * VALUES + i;
+        float top = LOWEST, total = 0.f;
+        float2 value = make_float2(0.f, 0.f);
+        for (int s = 0; s < active; ++s) top = fmaxf(top, all_merges[s][head].peak);
+        constexpr int BATCH = 8;  // loads in flight
+        for (int first = 0; first < active; first += BATCH) {
+            uint2 v[BATCH];
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) v[b] = load8(source + (u64)min(first + b, active - 1) * KV_HEADS * VALUES);
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+                if (first + b >= active) break;
+                const float weight = exp2f(all_merges[first + b][head].peak - top);
+                total += weight * all_merges[first + b][head].sum;
+                value.x += weight * __uint_as_float(v[b].x), value.y += weight * __uint_as_float(v[b].y);
+            }
         }
-        output[kv_head * GROUP * HEAD_DIM + i] = to_half(value / total);
+        *(u32*)(output + kv_head * VALUES + i) = pack2(value.x / total, value.y / total);
     }
 }

@@ -6,7 +6,7 @@
 //
 // With KV_INT8 the cache holds levels and ``scales`` their steps (kv_int8.cuh): a tile is copied as it is, two stages as
 // well, and made 16-bit in shared memory before the products, as precise as a 16-bit cache would be.
-#include "common.cuh"
+#include "mma.cuh"
 #if KV_INT8
 #include "kv_int8.cuh"
 #endif
@@ -26,18 +26,6 @@ __device__ __forceinline__ void load_matrices(u32* r, const half_t* p) {
 __device__ __forceinline__ void load_matrices_transposed(u32* r, const half_t* p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
-}
-
-#if BF16
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#else
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#endif
-
-__device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1) {
-    asm volatile(MMA "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 #if KV_INT8

@@ -36,6 +36,24 @@ __device__ __forceinline__ void unpack_levels(uint2 levels, float* f) {
     }
 }
 
+// Eight levels in 16 bits, exactly.
+__device__ __forceinline__ uint4 levels_to_half(uint2 levels) {
+    u32 pairs[4];
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        const u32 selector = pair % 2 ? 0x4342u : 0x4140u;
+#if BF16  // 0x4300 | low 7 bits is 128 + those; -128 or, with the sign, -256 makes them the level
+        const u32 x = __byte_perm(pair < 2 ? levels.x : levels.y, 0, selector);
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+            : "=r"(pairs[pair]) : "r"((x & 0x007f007fu) | 0x43004300u), "r"(0x3f803f80u), "r"((x & 0x00800080u) | 0xc300c300u));
+#else     // 0x6400 | n is 1024 + n
+        const u32 x = __byte_perm((pair < 2 ? levels.x : levels.y) ^ 0x80808080u, 0x64646464u, selector);
+        asm("sub.f16x2 %0, %1, %2;" : "=r"(pairs[pair]) : "r"(x), "r"(0x64806480u));
+#endif
+    }
+    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
 // Eight values a lane of a vector over WIDTH lanes; all lanes of the warp call it.
 template <int WIDTH>
 __device__ __forceinline__ uint2 quantize(const float* x, half_t& scale) {

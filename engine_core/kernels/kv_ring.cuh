@@ -1,139 +1,80 @@
-// How attention_decode.cu reads the KV cache: through a ring of DEPTH stages in shared memory, filled by asynchronous copies.
-// Of each stage a slot of LANES_PER_HEAD lanes gets UNROLL keys; a lane gets 8 elements of each. Lanes past HEAD_DIM and keys
-// past the end read as zeros.
+// How attention_decode.cu reads the KV cache: each warp copies tiles of 16 keys through a ring of its own in shared memory,
+// DEPTH pieces deep; a piece is K or V of a tile, in turn. Keys past the end and elements past HEAD_DIM are zeros.
+//
+// A row of a piece is padded to 64 elements. Its 16-byte units are exchanged by row (``swizzle``), so that the reads of K (rows
+// g, units t) and of V (rows 2 t, units g) meet no bank twice.
 #pragma once
 #include "rope.cuh"
 #if KV_INT8
 #include "kv_int8.cuh"
 #endif
 
-#if !KV_INT8
-
-constexpr int UNROLL = 2;
-constexpr int STAGE_KEYS = UNROLL * WARPS * HEAD_SLOTS;
-typedef uint4 Piece;  // 8 elements of a cached vector
-
-__device__ __forceinline__ void unpack_piece(Piece v, float* f) { unpack8(v, f); }
-
-// Each lane copies its own pieces through its own slots, so that no barrier is needed.
-struct Ring {  // uint4 [DEPTH][UNROLL][K, V][THREADS]
-    static constexpr int STRIDE = WARPS * HEAD_SLOTS;  // keys between two of a slot
-
-    uint4* ring;
-    const item_t *keys, *vals;
-    int end, own, d;
-
-    __device__ __forceinline__ void start(uint4* shared, const item_t* k, const item_t* v, const half_t*, const half_t*, int first, int last) {
-        const int lane = threadIdx.x % 32;
-        ring = shared + threadIdx.x, keys = k, vals = v, end = last;
-        own = first + threadIdx.x / 32 * HEAD_SLOTS + lane / LANES_PER_HEAD, d = 8 * (lane % LANES_PER_HEAD);
-    }
-
-    __device__ __forceinline__ void load(int stage, int first) {
-        uint4* slots = ring + stage * UNROLL * 2 * THREADS;
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            const int key = own + first + u * STRIDE;
-            if (key < end && d < HEAD_DIM) {
-                copy16_async(slots + 2 * u * THREADS, keys + (u64)key * HEAD_DIM + d);
-                copy16_async(slots + (2 * u + 1) * THREADS, vals + (u64)key * HEAD_DIM + d);
-            }
-        }
-        commit_copies();
-    }
-
-    __device__ __forceinline__ void wait() { wait_copies<DEPTH - 1>(); }
-    __device__ __forceinline__ void release() {}
-    __device__ __forceinline__ bool holds(int first, int u) const { return own + first + u * STRIDE < end; }
-
-    __device__ __forceinline__ void read_key(int stage, int first, int u, float* k, float& scale) const {
-        const uint4* slots = ring + stage * UNROLL * 2 * THREADS;
-        unpack8(holds(first, u) && d < HEAD_DIM ? slots[2 * u * THREADS] : make_uint4(0, 0, 0, 0), k);
-        scale = 1.f;
-    }
-
-    __device__ __forceinline__ Piece read_value(int stage, int first, int u, float& scale) const {
-        const uint4* slots = ring + stage * UNROLL * 2 * THREADS;
-        scale = 1.f;
-        return holds(first, u) && d < HEAD_DIM ? slots[(2 * u + 1) * THREADS] : make_uint4(0, 0, 0, 0);
-    }
-};
-
+#if KV_INT8
+typedef uint2 Piece;  // 8 elements of a cached vector
 #else
+typedef uint4 Piece;
+#endif
 
-constexpr int UNROLL = 4;
-constexpr int WARP_KEYS = UNROLL * HEAD_SLOTS;  // of a warp in a stage, one after the other in the cache
-constexpr int STAGE_KEYS = WARP_KEYS * WARPS;
-typedef uint2 Piece;
+constexpr int TILE = 16;
+constexpr int ROW_BYTES = (HEAD_DIM + 63) / 64 * 64 * (int)sizeof(item_t), ROW_UNITS = ROW_BYTES / 16;
+constexpr int SCALES = TILE * ROW_BYTES;                      // where the scales of a piece begin
+constexpr int PIECE_BYTES = SCALES + (KV_INT8 ? 2 * TILE : 0);  // as in attention.py
+constexpr int UNITS = HEAD_DIM * (int)sizeof(item_t) / 16;    // of a row in the cache
 
-__device__ __forceinline__ void unpack_piece(Piece v, float* f) { unpack_levels(v, f); }
+__device__ __forceinline__ int swizzle(int row) {
+#if KV_INT8
+    return ROW_UNITS % 8 == 0 ? ((row ^ row >> 1) & 3) << 1 : row & 2;
+#else
+    return (row & 6) ^ (row & 1) << 2;
+#endif
+}
 
-// A lane's 8 levels are half of what is copied at once, so a warp copies its keys, values and scales together and the
-// lanes read what others have copied. Of the scales, whole groups of 8 keys are copied; what of them belongs to others, or is
-// being written for the new token, is not looked at.
-struct Ring {  // per warp and stage: levels [K, V][WARP_KEYS][HEAD_DIM], scales [K, V][SCALE_GROUPS * 8]
-    static constexpr int VALUES = WARP_KEYS * HEAD_DIM;                // bytes of K
-    static constexpr int SCALE_GROUPS = (WARP_KEYS + 7) / 8, SCALES = 16 * SCALE_GROUPS;
-    static constexpr int WARP_STAGE = 2 * VALUES + 2 * SCALES;        // bytes; as in attention.py
-    static constexpr int PIECES = VALUES / 16;
+// Where elements 8 c … 8 c + 7 of a row lie.
+__device__ __forceinline__ char* chunk(char* piece, int row, int c) {
+#if KV_INT8
+    return piece + row * ROW_BYTES + 16 * (c / 2 ^ swizzle(row)) + 8 * (c % 2);
+#else
+    return piece + row * ROW_BYTES + 16 * (c ^ swizzle(row));
+#endif
+}
 
-    char* ring;
-    const item_t *keys, *vals;
-    const half_t *key_scales, *value_scales;
-    int begin, end, slot, d;  // begin: this warp's first key of stage 0, a multiple of WARP_KEYS
+// These eight elements in 16 bits: as they are, or the levels without their scale.
+__device__ __forceinline__ uint4 read_chunk(char* piece, int row, int c) {
+#if KV_INT8
+    return levels_to_half(*(const uint2*)chunk(piece, row, c));
+#else
+    return *(const uint4*)chunk(piece, row, c);
+#endif
+}
 
-    __device__ __forceinline__ void start(uint4* shared, const item_t* k, const item_t* v, const half_t* k_scales, const half_t* v_scales,
-                                          int first, int last) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        ring = (char*)shared + warp * DEPTH * WARP_STAGE, keys = k, vals = v, key_scales = k_scales, value_scales = v_scales;
-        begin = first + warp * WARP_KEYS, end = last, slot = lane / LANES_PER_HEAD, d = 8 * (lane % LANES_PER_HEAD);
-    }
+#if KV_INT8
+__device__ __forceinline__ float read_scale(const char* piece, int row) { return scale_value(((const half_t*)(piece + SCALES))[row]); }
+#endif
 
-    __device__ __forceinline__ void load(int stage, int first) {
-        const int lane = threadIdx.x % 32, key = begin + first;
-        char* target = ring + stage * WARP_STAGE;
+struct Ring {
+    char* pieces;          // of this warp: [DEPTH][PIECE_BYTES]
+    item_t* cached[2];     // K and V of the head
+    half_t* scales[2];     // with KV_INT8
+    int first, end;        // the warp's first key, and the end of the keys in the cache
+
+    // Piece ``number`` of the warp into ``slot``: K (even) or V (odd) of its tile number / 2.
+    __device__ __forceinline__ void load(int slot, int number) const {
+        const int lane = threadIdx.x % 32, key = first + number / 2 * TILE * WARPS;
+        const item_t* rows = cached[number % 2];
+        char* target = pieces + slot * PIECE_BYTES;
 #pragma unroll
-        for (int i = 0; i < PIECES; i += 32) {
-            const int piece = i + lane;
-            if (piece < PIECES && key + piece * 16 / HEAD_DIM < end) {
-                copy16_async(target + piece * 16, keys + (u64)key * HEAD_DIM + piece * 16);
-                copy16_async(target + VALUES + piece * 16, vals + (u64)key * HEAD_DIM + piece * 16);
-            }
+        for (int i = 0; i < TILE * ROW_UNITS; i += 32) {
+            const int row = (i + lane) / ROW_UNITS, unit = (i + lane) % ROW_UNITS;
+            const bool inside = key + row < end && (UNITS == ROW_UNITS || unit < UNITS);
+            copy16_async(target + row * ROW_BYTES + 16 * (unit ^ swizzle(row)),
+                         (const char*)rows + (inside ? (u64)(key + row) * UNITS * 16 + unit * 16 : 0), inside ? 16 : 0);
         }
-        const int group = lane / 2, of_values = lane % 2;
-        const int scale_key = (key & ~7) + 8 * group;  // below 8 keys a warp may begin in the middle of a group
-        if (group < SCALE_GROUPS && scale_key < end)
-            copy16_async(target + 2 * VALUES + of_values * SCALES + 16 * group, (of_values ? value_scales : key_scales) + scale_key);
+#if KV_INT8
+        if (lane < TILE / 8) {
+            const bool inside = key + 8 * lane < end;
+            copy16_async(target + SCALES + 16 * lane, scales[number % 2] + (inside ? key + 8 * lane : 0), inside ? 16 : 0);
+        }
+#endif
         commit_copies();
     }
-
-    __device__ __forceinline__ void wait() {
-        wait_copies<DEPTH - 1>();
-        __syncwarp();
-    }
-
-    __device__ __forceinline__ void release() { __syncwarp(); }  // all lanes have read before one copies anew
-    __device__ __forceinline__ bool holds(int first, int u) const { return begin + first + u * HEAD_SLOTS + slot < end; }
-
-    __device__ __forceinline__ Piece read(int stage, int first, int u, int of_values, float& scale) const {
-        const char* source = ring + stage * WARP_STAGE;
-        const int key = u * HEAD_SLOTS + slot;
-        if (!holds(first, u)) {
-            scale = 0.f;
-            return make_uint2(0, 0);
-        }
-        const half_t* scales = (const half_t*)(source + 2 * VALUES + of_values * SCALES);
-        scale = scale_value(scales[((begin + first) & 7) + key]);
-        return d < HEAD_DIM ? *(const uint2*)(source + of_values * VALUES + key * HEAD_DIM + d) : make_uint2(0, 0);
-    }
-
-    __device__ __forceinline__ void read_key(int stage, int first, int u, float* k, float& scale) const {
-        unpack_levels(read(stage, first, u, 0, scale), k);
-    }
-
-    __device__ __forceinline__ Piece read_value(int stage, int first, int u, float& scale) const {
-        return read(stage, first, u, 1, scale);
-    }
 };
-
-#endif

@@ -30,7 +30,7 @@ GEMV = dict(ROWS=512, COLS=1024, K_WARPS=4, ROW_WARPS=4, BATCH=4, DEPTH=3, EPILO
 KERNELS = {
     "gemv": GEMV,
     "gemv_packed": {**GEMV, "BITS": 4},
-    "attention_decode": {**ATTENTION, "DEPTH": 4},
+    "attention_decode": {**ATTENTION, "WARPS": 8, "DEPTH": 4},
     "attention_prefill": ATTENTION,
     "rope_append": ATTENTION,
     "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f", ADD=1),
