@@ -7,19 +7,58 @@
 
 constexpr int GRAIN = EPILOGUE == 2 ? 2 : 1;  // rows that stay together
 
-// next: the sum of row + 1, where rows come in pairs.
-__device__ __forceinline__ void finish(float sum, float next, int row, const half_t* bias, void* output) {
-#if EPILOGUE == 0
-#if BIAS
-    sum += to_float(bias[row]);
-#endif
-    ((half_t*)output)[row] = to_half(sum);
+// What finish adds to a row's sum, read while the sums are still being made.
+__device__ __forceinline__ float read_start(int row, const half_t* bias, const void* output) {
+#if EPILOGUE == 0 && BIAS
+    return to_float(bias[row]);
 #elif EPILOGUE == 1
-    float* y = (float*)output + row;
-    *y = load4f(y) + sum;
+    return load4f((const float*)output + row);
+#else
+    return 0.f;
+#endif
+}
+
+// next: the sum of row + 1, where rows come in pairs.
+__device__ __forceinline__ void finish(float sum, float next, float start, int row, void* output) {
+#if EPILOGUE == 0
+    ((half_t*)output)[row] = to_half(start + sum);
+#elif EPILOGUE == 1
+    ((float*)output)[row] = start + sum;
 #elif EPILOGUE == 2
     ((half_t*)output)[row / 2] = to_half(sum / (1.f + __expf(-sum)) * next);
 #else
     ((float*)output)[row] = sum;
 #endif
 }
+
+// The rows of a segment that this thread finishes: GRAIN from each i THREADS GRAIN on. STARTS of them at most.
+template <int SEGMENT, int THREADS>
+struct Segment {
+    static constexpr int STEP = THREADS * GRAIN, STARTS = (SEGMENT + STEP - 1) / STEP;
+    float starts[STARTS];
+
+    // first: the segment's first row; count: how many rows it has.
+    __device__ __forceinline__ void begin(int first, int count, const half_t* bias, const void* output) {
+#pragma unroll
+        for (int i = 0; i < STARTS; ++i) {
+            const int local = i * STEP + threadIdx.x * GRAIN;
+            starts[i] = local < min(count, SEGMENT) ? read_start(first + local, bias, output) : 0.f;
+        }
+    }
+
+    // sums: [K_WARPS][SEGMENT].
+    __device__ __forceinline__ void end(int first, int count, const float (*sums)[SEGMENT], float scale, void* output) const {
+#pragma unroll
+        for (int i = 0; i < STARTS; ++i) {
+            const int local = i * STEP + threadIdx.x * GRAIN;
+            if (local >= min(count, SEGMENT)) break;
+            float sum = 0.f, next = 0.f;
+#pragma unroll
+            for (int k = 0; k < K_WARPS; ++k) {
+                sum += sums[k][local];
+                if (GRAIN == 2) next += sums[k][local + 1];
+            }
+            finish(sum * scale, next * scale, starts[i], first + local, output);
+        }
+    }
+};

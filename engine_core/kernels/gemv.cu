@@ -41,7 +41,19 @@ struct Share {  // the rows of this CTA, as this warp walks them
     }
 };
 
-__device__ __forceinline__ float load_input(float x[PARTS][8], const void* input, const half_t* norm_weight, int column) {
+struct NormWeights {  // this lane's; nothing without NORM
+    uint4 parts[PARTS];
+
+    __device__ __forceinline__ void load(const half_t* norm_weight, int column) {
+#if NORM
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p)
+            if (column + p * CHUNK < COLS) parts[p] = *(const uint4*)(norm_weight + column + p * CHUNK);
+#endif
+    }
+};
+
+__device__ __forceinline__ float load_input(float x[PARTS][8], const void* input, const NormWeights& norm, int column) {
     float squares = 0.f;
 #pragma unroll
     for (int p = 0; p < PARTS; ++p) {
@@ -49,7 +61,7 @@ __device__ __forceinline__ float load_input(float x[PARTS][8], const void* input
         if (c < COLS) {
 #if NORM
             float g[8];
-            unpack8(*(const uint4*)(norm_weight + c), g);
+            unpack8(norm.parts[p], g);
             const float4 a = load16f((const float*)input + c), b = load16f((const float*)input + c + 4);
             const float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -100,9 +112,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     let_next_start();
 #pragma unroll
     for (int stage = 0; stage < DEPTH; ++stage) share.load(slots + stage * STAGE, stage);
+    NormWeights norm;
+    norm.load(norm_weight, share.column);
     wait_for_previous();
+    Segment<SEGMENT, THREADS> rows;
+    rows.begin(share.begin, share.count, bias, output);
     float x[PARTS][8];
-    const float own_squares = load_input(x, input, norm_weight, share.column);
+    const float own_squares = load_input(x, input, norm, share.column);
     if (NORM && share.row_warp == 0) {
         const float sum = group_sum<32>(own_squares);
         if (lane == 0) squares[k_warp] = sum;
@@ -112,6 +128,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float scale = 1.f;
     for (int segment = 0; segment * SEGMENT < share.count; ++segment) {
         float(*sums)[SEGMENT] = partial[segment % 2];
+        const int first = segment * SEGMENT;
+        if (segment > 0) rows.begin(share.begin + first, share.count - first, bias, output);
         for (int i = 0; i < SEGMENT_BATCHES; ++i, ++batch) {
             wait_copies<DEPTH - 1>();
             const uint4* w = slots + stage * STAGE;
@@ -140,16 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int k = 0; k < K_WARPS; ++k) total += squares[k];
             scale = rsqrtf(total / COLS + NORM_EPS);
         }
-        for (int local = threadIdx.x * GRAIN; local < SEGMENT; local += THREADS * GRAIN) {
-            const int row = segment * SEGMENT + local;
-            if (row >= share.count) break;
-            float sum = 0.f, next = 0.f;
-            for (int k = 0; k < K_WARPS; ++k) {
-                sum += sums[k][local];
-                if (GRAIN == 2) next += sums[k][local + 1];
-            }
-            finish(sum * scale, next * scale, share.begin + row, bias, output);
-        }
+        rows.end(share.begin + first, share.count - first, sums, scale, output);
     }
     wait_copies<0>();
 }

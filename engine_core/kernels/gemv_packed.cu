@@ -10,6 +10,7 @@
 // As in gemv.cu the columns are split over K_WARPS warps, each warp copies its records through its own ring of DEPTH stages
 // in shared memory, filled before the kernel waits for the one that computes x. NORM: x is RMS-normalised first.
 #include "epilogue.cuh"
+#include "mma.cuh"
 
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = 32 * WARPS;
 constexpr int TILE = 16, GROUP = 128, RECORD = TILE * GROUP * BITS / 8 + TILE * 2;  // rows, columns, bytes
@@ -17,35 +18,44 @@ constexpr int PIECES = BITS / 4;  // uint4 a lane has of one row of a record; of
 constexpr int SCALES = 2 * PIECES * 32;  // the first uint4 of the scales
 constexpr int GROUPS = COLS / GROUP, TILES = ROWS / TILE;
 constexpr int WARP_GROUPS = (GROUPS + K_WARPS - 1) / K_WARPS;  // of each tile
-constexpr int SEGMENT_TILES = ROW_WARPS > 4 ? ROW_WARPS : 4;   // of the CTA, between two barriers
+constexpr int SEGMENT_TILES = (64 / K_WARPS + ROW_WARPS - 1) / ROW_WARPS * ROW_WARPS;  // of the CTA, between two barriers
 constexpr int SEGMENT = SEGMENT_TILES * TILE;
 static_assert(BITS == 4 || BITS == 8, "4 or 8 bits");
 static_assert(COLS % GROUP == 0 && ROWS % TILE == 0 && SEGMENT_TILES % ROW_WARPS == 0, "unsupported shape");
 
-// Eight of a lane's weights, number ``eight`` of four, less their zero, as four pairs of 16 bits of neighbouring columns.
+// ``widen``: eight of a lane's weights, number ``eight`` of four, as four pairs of 16 bits of neighbouring columns, each more
+// than the weight by OFFSETS of its pair. To take that off a sum of products costs less than to take it off the weights.
 #if BITS == 4
 
-__device__ __forceinline__ void dequantize(u32 (&v)[4], const uint4 (&pieces)[1], int eight) {
+#if BF16
+__device__ constexpr float OFFSETS[4] = {136.f, 136.f, 136.f, 136.f};  // 0x4300 | n is 128 + n, and n is the weight + 8
+#else
+__device__ constexpr float OFFSETS[4] = {1032.f, 72.f, 1032.f, 72.f};  // 0x6400 | n is 1024 + n, 0x5400 | n << 4 is 64 + n
+#endif
+
+__device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[1], int eight) {
     const u32 words[4] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w}, w = words[eight];  // nibbles n and n + 4
-#if BF16  // 0x4300 | n is 128 + n
+#if BF16
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair)
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
-            : "=r"(v[pair]) : "r"(((w >> 4 * pair) & 0x000f000fu) | 0x43004300u), "r"(0x3f803f80u), "r"(0xc308c308u));
-#else     // 0x6400 | n is 1024 + n, 0x6400 | n << 4 is 1024 + 16 n
+    for (int pair = 0; pair < 4; ++pair) v[pair] = ((w >> 4 * pair) & 0x000f000fu) | 0x43004300u;
+#else
 #pragma unroll
     for (int byte = 0; byte < 2; ++byte) {
         const u32 x = w >> 8 * byte;
-        asm("sub.f16x2 %0, %1, %2;" : "=r"(v[2 * byte]) : "r"((x & 0x000f000fu) | 0x64006400u), "r"(0x64086408u));
-        asm("fma.rn.f16x2 %0, %1, %2, %3;"
-            : "=r"(v[2 * byte + 1]) : "r"((x & 0x00f000f0u) | 0x64006400u), "r"(0x2c002c00u), "r"(0xd480d480u));
+        v[2 * byte] = (x & 0x000f000fu) | 0x64006400u, v[2 * byte + 1] = (x & 0x00f000f0u) | 0x54005400u;
     }
 #endif
 }
 
 #else
 
-__device__ __forceinline__ void dequantize(u32 (&v)[4], const uint4 (&pieces)[2], int eight) {
+#if BF16
+__device__ constexpr float OFFSETS[4] = {};
+#else
+__device__ constexpr float OFFSETS[4] = {1152.f, 1152.f, 1152.f, 1152.f};  // 0x6400 | n is 1024 + n, and n is the weight + 128
+#endif
+
+__device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[2], int eight) {
     const uint4 piece = pieces[eight / 2];
     const u32 words[2] = {eight % 2 ? piece.z : piece.x, eight % 2 ? piece.w : piece.y};  // bytes 2 n and 2 n + 1
 #pragma unroll
@@ -55,36 +65,32 @@ __device__ __forceinline__ void dequantize(u32 (&v)[4], const uint4 (&pieces)[2]
         const u32 x = __byte_perm(w, 0, selector);
         asm("fma.rn.bf16x2 %0, %1, %2, %3;"
             : "=r"(v[pair]) : "r"((x & 0x007f007fu) | 0x43004300u), "r"(0x3f803f80u), "r"((x & 0x00800080u) ^ 0xc380c380u));
-#else     // 0x6400 | n is 1024 + n
-        asm("sub.f16x2 %0, %1, %2;" : "=r"(v[pair]) : "r"(__byte_perm(w, 0x64646464u, selector)), "r"(0x64806480u));
+#else
+        v[pair] = __byte_perm(w, 0x64646464u, selector);
 #endif
     }
 }
 
 #endif
 
-#if BF16
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#else
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+constexpr int EIGHTS = COLS / 8, OWN = (EIGHTS + THREADS - 1) / THREADS;  // of the columns, and those of a thread
+
+struct NormWeights {  // this thread's; nothing without NORM
+    uint4 eights[OWN];
+
+    __device__ __forceinline__ void load(const half_t* norm_weight) {
+#if NORM
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            const int piece = threadIdx.x + i * THREADS;
+            if (piece < EIGHTS) eights[i] = *(const uint4*)(norm_weight + 8 * piece);
+        }
 #endif
+    }
+};
 
-__device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile(MMA "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// The first product of a sum.
-__device__ __forceinline__ void multiply_first(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile(MMA "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
-                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
-}
-
-// x to shared memory in the order the products read it: [GROUPS][4 eights][4 lanes t][8].
-__device__ __forceinline__ void load_input(uint4* x, const void* input, const half_t* norm_weight) {
-    constexpr int EIGHTS = COLS / 8, OWN = (EIGHTS + THREADS - 1) / THREADS;
+// x to shared memory in the order the products read it, [GROUPS][4 eights][4 lanes t][8], and what OFFSETS add to each group's sum.
+__device__ __forceinline__ void load_input(uint4* x, float* offsets, const void* input, const NormWeights& norm) {
 #if NORM
     __shared__ float sums[WARPS];
     float v[OWN][8], squares = 0.f;
@@ -102,23 +108,33 @@ __device__ __forceinline__ void load_input(uint4* x, const void* input, const ha
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
     __syncthreads();
     float total = 0.f;
+#pragma unroll
     for (int w = 0; w < WARPS; ++w) total += sums[w];
     const float scale = rsqrtf(total / COLS + NORM_EPS);
 #endif
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
         const int piece = threadIdx.x + i * THREADS;
-        if (piece >= EIGHTS) break;
+        const bool inside = EIGHTS % THREADS == 0 || piece < EIGHTS;
+        uint4 packed = make_uint4(0, 0, 0, 0);
+        if (inside) {
 #if NORM
-        float g[8];
-        unpack8(*(const uint4*)(norm_weight + 8 * piece), g);
+            float g[8];
+            unpack8(norm.eights[i], g);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) v[i][j] *= scale * g[j];
-        const uint4 packed = pack8(v[i]);
+            for (int j = 0; j < 8; ++j) v[i][j] *= scale * g[j];
+            packed = pack8(v[i]);
 #else
-        const uint4 packed = load16((const half_t*)input + 8 * piece);
+            packed = load16((const half_t*)input + 8 * piece);
 #endif
-        x[piece / 16 * 16 + piece % 4 * 4 + piece % 16 / 4] = packed;
+            x[piece / 16 * 16 + piece % 4 * 4 + piece % 16 / 4] = packed;
+        }
+        float rounded[8], offset = 0.f;
+        unpack8(packed, rounded);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) offset += OFFSETS[j / 2] * rounded[j];
+        offset = group_sum<16>(offset);  // the 16 pieces of a group
+        if (inside && piece % 16 == 0) offsets[piece / 16] = offset;
     }
     __syncthreads();
 }
@@ -126,7 +142,7 @@ __device__ __forceinline__ void load_input(uint4* x, const void* input, const ha
 extern "C" __global__ void __launch_bounds__(THREADS)
     gemv_packed(const unsigned char* records, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
     extern __shared__ uint4 shared[];  // x [COLS / 8], then the rings [WARPS][DEPTH][RECORD / 16]
-    __shared__ float partial[2][K_WARPS][SEGMENT];
+    __shared__ float partial[2][K_WARPS][SEGMENT], offsets[GROUPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS, row_warp = warp / K_WARPS;
     const int first_tile = (int)((u64)TILES * blockIdx.x / gridDim.x);
     const int num_tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first_tile;
@@ -152,12 +168,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     let_next_start();
 #pragma unroll
     for (int stage = 0; stage < DEPTH; ++stage) load(ring + stage * (RECORD / 16));
+    NormWeights norm;
+    norm.load(norm_weight);
     wait_for_previous();
-    load_input(x, input, norm_weight);
+    const int num_rows = num_tiles * TILE;
+    Segment<SEGMENT, THREADS> rows;
+    rows.begin(first_tile * TILE, num_rows, bias, output);
+    load_input(x, offsets, input, norm);
 
     uint4* slot = ring;
     for (int segment = 0; segment * SEGMENT_TILES < num_tiles; ++segment) {
         float(*sums)[SEGMENT] = partial[segment % 2];
+        const int first = segment * SEGMENT;
+        if (segment > 0) rows.begin(first_tile * TILE + first, num_rows - first, bias, output);
         for (int tile = row_warp; tile < SEGMENT_TILES; tile += ROW_WARPS) {
             if (segment * SEGMENT_TILES + tile >= num_tiles) break;
             float low = 0.f, high = 0.f;  // of rows lane / 4 and lane / 4 + 8
@@ -169,16 +192,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                 for (int p = 0; p < PIECES; ++p) top[p] = slot[32 * p + lane], bottom[p] = slot[32 * (PIECES + p) + lane];
                 const float2 scale = unpack2(((const u32*)(slot + SCALES))[lane / 4]);
+                const float offset = offsets[first_group + i];
                 float even[4], odd[4];
 #pragma unroll
                 for (int eight = 0; eight < 4; ++eight) {
                     const uint4 v = group_x[4 * eight];
                     u32 u[4], w[4];
-                    dequantize(u, top, eight);
-                    dequantize(w, bottom, eight);
+                    widen(u, top, eight);
+                    widen(w, bottom, eight);
                     if (eight == 0) {
-                        multiply_first(even, u[0], w[0], u[1], w[1], v.x, v.y);
-                        multiply_first(odd, u[2], w[2], u[3], w[3], v.z, v.w);
+                        multiply_first(even, u[0], w[0], u[1], w[1], v.x, v.y, -offset);
+                        multiply_first(odd, u[2], w[2], u[3], w[3], v.z, v.w, 0.f);
                     } else {
                         multiply(even, u[0], w[0], u[1], w[1], v.x, v.y);
                         multiply(odd, u[2], w[2], u[3], w[3], v.z, v.w);
@@ -196,16 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             }
         }
         __syncthreads();
-        for (int local = threadIdx.x * GRAIN; local < SEGMENT; local += THREADS * GRAIN) {
-            const int row = segment * SEGMENT + local;
-            if (row >= num_tiles * TILE) break;
-            float sum = 0.f, next = 0.f;
-            for (int k = 0; k < K_WARPS; ++k) {
-                sum += sums[k][local];
-                if (GRAIN == 2) next += sums[k][local + 1];
-            }
-            finish(sum, next, first_tile * TILE + row, bias, output);
-        }
+        rows.end(first_tile * TILE + first, num_rows - first, sums, 1.f, output);
     }
     wait_copies<0>();
 }
@@ -229,11 +244,11 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_packed(const uint4*
         for (int eight = 0; eight < 4; ++eight) {
             float v[8];
             u32 pairs[4];
-            dequantize(pairs, pieces, eight);
+            widen(pairs, pieces, eight);
 #pragma unroll
             for (int pair = 0; pair < 4; ++pair) {
                 const float2 f = unpack2(pairs[pair]);
-                v[2 * pair] = f.x * scale, v[2 * pair + 1] = f.y * scale;
+                v[2 * pair] = (f.x - OFFSETS[pair]) * scale, v[2 * pair + 1] = (f.y - OFFSETS[pair]) * scale;
             }
             target[eight] = pack8(v);
         }

@@ -7,8 +7,10 @@ from engine_core.kernels import KernelArgumentError, Kernels, check, float_defin
 from engine_core.kernels.int4_layout import GROUP, TILE
 from engine_core.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
 
-_MAX_WARPS = 16
-_MIN_DEPTH, _MAX_DEPTH = 3, 8
+# By bits of a weight: warps of a CTA, and stages of a warp's ring.
+_WARPS, _MAX_DEPTH = {4: 16, 8: 8}, {4: 3, 8: 4}
+_MAX_ROW_WARPS, _MIN_DEPTH = 8, 3
+_ALIGNED_RECORDS = 4  # are a multiple of 128 bytes
 _DEQUANTIZE_WARPS = 8
 
 
@@ -30,18 +32,26 @@ def _defines(records: DeviceArray, k_warps: int, row_warps: int, depth: int) -> 
     return {**sizes, "K_WARPS": k_warps, "ROW_WARPS": row_warps, "DEPTH": depth}
 
 
-def _spread(records: DeviceArray, ring: int) -> tuple[int, int, int]:
-    """(warps along the columns, along the rows, stages) for ``ring`` bytes of shared memory."""
-    _, groups, record_bytes = records.shape
-    for max_warps in (_MAX_WARPS, _MAX_WARPS // 2):  # fewer warps where the ring would be too shallow
-        k_warps = -(-groups // -(-groups // max_warps))
-        row_warps = 1
-        while row_warps * 2 * k_warps <= max_warps:
+def _spread(records: DeviceArray, num_sms: int, ring: int) -> tuple[int, int, int]:
+    """(warps along the columns, along the rows, stages) for ``ring`` bytes of shared memory.
+
+    By what was fastest on an H200 (benchmarks/results/kernels.md). 4 bits: sixteen warps, a row of them for each tile
+    a CTA has, up to eight; a warp's records start on 128 bytes if they can. 8 bits: eight warps along the columns.
+    """
+    tiles, groups, record_bytes = records.shape
+    bits, row_warps = _bits(records), 1
+    if bits == 4:
+        while row_warps * num_sms < tiles and row_warps < _MAX_ROW_WARPS:
             row_warps *= 2
-        depth = ring // (k_warps * row_warps * record_bytes)
+    for share in (1, 2):  # fewer warps where the ring would be too shallow
+        rows = max(1, row_warps // share)
+        most = _WARPS[bits] // share // rows
+        aligned = [k for k in range(most // 2 + 1, most + 1) if bits == 4 and groups % (k * _ALIGNED_RECORDS) == 0]
+        k_warps = max(aligned, default=-(-groups // -(-groups // most)))
+        depth = ring // (k_warps * rows * record_bytes)
         if depth >= _MIN_DEPTH:
             break
-    return k_warps, row_warps, max(1, min(_MAX_DEPTH, depth))
+    return k_warps, rows, max(1, min(_MAX_DEPTH[bits], depth))
 
 
 def gemv_packed(
@@ -65,7 +75,7 @@ def gemv_packed(
     if bias is not None:
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
-    k_warps, row_warps, depth = _spread(records, kernels.shared_budget - 2 * cols)
+    k_warps, row_warps, depth = _spread(records, kernels.device.num_sms, kernels.shared_budget - 2 * cols)
     warps = k_warps * row_warps
     shared = 2 * cols + warps * depth * records.shape[2]
     if shared > kernels.device.max_shared:

@@ -116,7 +116,8 @@ def test_gemv_packed_with_every_epilogue_and_dequantize(bench, rows, cols, norme
     for epilogue, (output, more, expected) in cases.items():
         linear_packed.gemv_packed(kernels, records, vector, output, epilogue, **norm, **more)(bench.stream)
         # A normalised value near the middle of two of the type may be rounded the other way.
-        allowed = TOLERANCE[dtype] if normed else TOLERANCE[output.dtype]
+        # What OFFSETS add in fp16 and is taken off again costs some of float32's last digits.
+        allowed = TOLERANCE[dtype] if normed else max(TOLERANCE[output.dtype], 5e-5)
         assert error(bench.get(output), expected) < allowed, epilogue
     weight = bench.poisoned((rows, cols), dtype)
     linear_packed.dequantize_packed(kernels, records, weight)(bench.stream)
