@@ -332,9 +332,14 @@ class Module:
     def function(self, name: str, shared: int = 0) -> Any:
         """The kernel ``name``, allowed ``shared`` bytes of dynamic shared memory."""
         function = self._device.call("cuModuleGetFunction", self._module, name.encode())
+        attributes = self._device._driver.CUfunction_attribute
         if shared > 48 * 1024:
-            which = self._device._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            which = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._device.call("cuFuncSetAttribute", function, which, shared)
+        # A multiprocessor that has to divide its memory anew between L1 cache and shared memory first runs empty: all
+        # kernels want the same, so that each can start beside the one before it.
+        which = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        self._device.call("cuFuncSetAttribute", function, which, 100)
         return function
 
     def close(self) -> None:
