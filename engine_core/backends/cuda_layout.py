@@ -15,7 +15,7 @@ from engine_core.errors import ConfigurationError, EngineDirectoryError
 from engine_core.kernels import int4_layout, int8_layout
 from engine_core.kernels.attention import AttentionShape, scale_pitch
 from engine_core.kernels.int4_layout import GROUP
-from engine_core.kernels.sampling import PARAMS, STATE
+from engine_core.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.manifest import Manifest
 
 KV_CACHE_TYPES = ("fp16", "int8")  # fp16 stands for the 16-bit type of the weights
@@ -172,7 +172,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         "partial": ("scratch", (attention.partial_floats(num_sms),), "fp32"),
         "counters": ("scratch", (kv_heads,), "uint32"),
         "blas": ("scratch", (BLAS_WORKSPACE,), "uint8"),
-        "scores": ("scratch", (rows,), "fp32"),
+        "scores": ("scratch", scores_shape(rows), "fp32"),
         "logits": ("io", (rows,), "fp32"),
         "tokens": ("io", (chunk,), "int32"),
         "state": ("io", (STATE.itemsize,), "uint8"),

@@ -11,7 +11,7 @@ from engine_core.backends.cuda_layout import ArraySpec
 from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES
 from engine_core.errors import ConfigurationError, EngineDirectoryError
-from engine_core.kernels.sampling import PARAMS, STATE
+from engine_core.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.manifest import Manifest
 
 PLAN_NAME = "model.plan"
@@ -172,7 +172,7 @@ def work_arrays(spec: TrtSpec, scratch_bytes: int) -> dict[str, ArraySpec]:
     arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
         "kv_cache": ("kv_cache", (spec.num_layers, 2, kv_heads, spec.max_context, head_dim), dtype),
         "engine": ("scratch", (max(1, scratch_bytes),), "uint8"),
-        "scores": ("scratch", (rows,), "fp32"),
+        "scores": ("scratch", scores_shape(rows), "fp32"),
         "logits": ("io", (rows,), "fp32"),
         "token_ids": ("io", (chunk,), "int32"),
         "positions": ("io", (chunk,), "int32"),

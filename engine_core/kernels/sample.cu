@@ -1,9 +1,14 @@
 // Choosing the next token where the logits are; the steps and their order are those of engine_core/sampling.py.
 //
-// sample_scan, many CTAs: penalty, bias and mask give scores; the largest (first row on a tie) goes to state.best.
-// sample_pick, one CTA: greedy takes it; else top-k and top-p by radix selection, min-p, then the inverse CDF in row order of
-// a Philox4x32-10 draw (key: seed, counter: step). Weights are summed as 64-bit fixed point (2^44 = 1), so that no
-// order of summation changes a token. The token goes to the state, for the next step, and to pinned host memory.
+// sample_scan, many CTAs: penalty, bias and mask give scores, and each run of rows its largest; the largest of all (first row
+// on a tie) goes to state.best.
+// sample_pick, one CTA: greedy takes it; else top-k, top-p and min-p, then the inverse CDF in row order of a Philox4x32-10
+// draw (key: seed, counter: step). The runs' largest scores tell where the rows are that can matter; if these are few, a
+// thread takes each of them (draw_of_few), else all rows are walked and the limits found by radix selection (draw_of_all).
+// Weights are summed as 64-bit fixed point (2^44 = 1), so that no order of summation changes a token. The token goes to the
+// state, for the next step, and to pinned host memory.
+//
+// scores: [ROWS], then the runs' largest [RUNS].
 #include "common.cuh"
 
 struct Params {
@@ -15,8 +20,10 @@ struct Params {
 };
 
 constexpr int SCAN_THREADS = 256, THREADS = 1024, WARPS = THREADS / 32;
+constexpr float LOWEST = -3.4e38f;
 constexpr int FAULT_NAN = -1, FAULT_EMPTY = -2;
 constexpr u32 ALL_LANES = 0xffffffffu;
+constexpr int RUNS = THREADS, RUN = (ROWS + RUNS - 1) / RUNS;  // of rows that lie side by side
 
 __device__ __forceinline__ u32 order_key(float v) {  // of any float but NaN, in the same order
     const u32 bits = __float_as_uint(v + 0.f);       // -0 becomes 0
@@ -37,18 +44,27 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
     const bool has_bias = params->has_bias, has_mask = params->has_mask;
     u64 best = 0;
     bool has_nan = false;
-    for (int row = blockIdx.x * SCAN_THREADS + threadIdx.x; row < ROWS; row += gridDim.x * SCAN_THREADS) {
-        float v = load4f(logits + row);
-        if (penalty != 1.f && load4(seen + row / 32) >> row % 32 & 1) v = v < 0.f ? v * penalty : v / penalty;
-        if (has_bias) v += load4f(bias + row);
-        if (has_mask) {
-            const int id = vocab_map ? vocab_map[row] : row;
-            if (!(load4(mask + id / 32) >> id % 32 & 1)) v = __uint_as_float(0xff800000u);
+    const int lane = threadIdx.x % 32, num_warps = gridDim.x * (SCAN_THREADS / 32);
+    for (int run = blockIdx.x * (SCAN_THREADS / 32) + threadIdx.x / 32; run < RUNS; run += num_warps) {
+        float largest = LOWEST;
+        const int end = min(ROWS, (run + 1) * RUN);
+#pragma unroll 4
+        for (int row = run * RUN + lane; row < end; row += 32) {
+            float v = load4f(logits + row);
+            if (penalty != 1.f && load4(seen + row / 32) >> row % 32 & 1) v = v < 0.f ? v * penalty : v / penalty;
+            if (has_bias) v += load4f(bias + row);
+            if (has_mask) {
+                const int id = vocab_map ? vocab_map[row] : row;
+                if (!(load4(mask + id / 32) >> id % 32 & 1)) v = __uint_as_float(0xff800000u);
+            }
+            scores[row] = v;
+            has_nan |= v != v;
+            largest = fmaxf(largest, v);
+            const u64 candidate = (u64)order_key(v) << 32 | (u32)~row;
+            best = candidate > best ? candidate : best;
         }
-        scores[row] = v;
-        has_nan |= v != v;
-        const u64 candidate = (u64)order_key(v) << 32 | (u32)~row;
-        best = candidate > best ? candidate : best;
+        for (int offset = 16; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, offset));
+        if (lane == 0) scores[ROWS + run] = largest;
     }
     if (has_nan) atomicOr(&state->nan_seen, 1u);
     for (int offset = 16; offset > 0; offset /= 2) {
@@ -145,11 +161,11 @@ __device__ u64 block_sum(u64 value, u64* sums) {
     return value;
 }
 
-// The row at ``draw`` (in [0, 1)) of the cumulative weights, in row order. Each warp owns a run of rows.
+// The row at ``draw`` (in [0, 1)) of the cumulative weights, in row order. Each warp owns a share of the rows.
 __device__ int inverse_cdf(const Filter& filter, double draw, u64* sums, u32* ties) {
     __shared__ int chosen;
-    constexpr int RUN = (ROWS + WARPS * 32 - 1) / (WARPS * 32) * 32;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = warp * RUN, last = min(ROWS, first + RUN);
+    constexpr int SHARE = (ROWS + WARPS * 32 - 1) / (WARPS * 32) * 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = warp * SHARE, last = min(ROWS, first + SHARE);
     u64 mass = 0;
     u32 tied = 0;
     for (int row = first + lane; row < last; row += 32) {
@@ -203,34 +219,156 @@ __device__ int inverse_cdf(const Filter& filter, double draw, u64* sums, u32* ti
     return chosen;
 }
 
-__device__ int draw_row(const float* scores, const Params& params, float peak, u64 step, u64* histogram, u64* sums, u32* ties) {
-    Filter filter = {scores, peak, params.temperature, params.min_p, 0u, 0u, ALL_LANES};
+// The fixed-point mass of all rows' weights.
+__device__ u64 total_mass(const Filter& filter, u64* sums) {
+    u64 total = 0;
+#pragma unroll 8
+    for (int row = threadIdx.x; row < ROWS; row += THREADS) total += fixed_point(fmaxf(filter.weight(row), 0.f));
+    return block_sum(total, sums);
+}
+
+// What top-p keeps of the rows in descending order: those before which there is less mass than this.
+__device__ __forceinline__ u64 nucleus_mass(double top_p, u64 total) { return max(1ull, (u64)ceil(top_p * (double)total)); }
+
+// total: the mass of all rows' weights, and least: what a row of the nucleus weighs at least; both without top-k only.
+__device__ int draw_of_all(Filter filter, const Params& params, double draw, u64 total, float least, u64* histogram, u64* sums,
+                           u32* ties) {
+    const float* scores = filter.scores;
     if (params.top_k > 0 && params.top_k < ROWS)
         filter.least_key = select(histogram, params.top_k, [&](int row, u32& key, u64& mass) {
             key = order_key(load4f(scores + row)), mass = 1;
             return true;
         }).threshold;
     if (params.top_p < 1.0) {
-        u64 total = 0;
-        for (int row = threadIdx.x; row < ROWS; row += THREADS) total += fixed_point(fmaxf(filter.weight(row), 0.f));
-        total = block_sum(total, sums);
-        // A row is kept while the mass before it is below top_p of the total.
-        const u64 target = max(1ull, (u64)ceil(params.top_p * (double)total));
+        if (filter.least_key) total = total_mass(filter, sums);
+        const u64 target = nucleus_mass(params.top_p, total);
         const Selection nucleus = select(histogram, target, [&](int row, u32& key, u64& mass) {
             const float w = filter.weight(row);
             key = __float_as_uint(w), mass = fixed_point(fmaxf(w, 0.f));
-            return w >= 0.f;
+            return w >= least;
         });
         const u64 each = max(1ull, fixed_point(__uint_as_float(nucleus.threshold)));
         filter.least_bits = nucleus.threshold;
         filter.num_ties = (u32)((target - nucleus.above + each - 1) / each);
     }
-    return inverse_cdf(filter, uniform(params.seed, step), sums, ties);
+    return inverse_cdf(filter, draw, sums, ties);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+struct Few {  // the rows that can matter, in no order
+    u32 keys[THREADS];
+    int rows[THREADS];
+    u64 masses[THREADS];
+    int count;  // may be more than there is room for: then it is not complete
+    int num_runs, runs[RUNS];
+    int chosen;
+};
+
+// Fills ``few`` with the rows of at least the k-th largest key (k > 0) that weigh at least ``least``; false if they are many.
+// There are k runs whose largest is at least the k-th largest of these, so as many rows are.
+__device__ bool find_few(Few& few, const Filter& filter, int k, float least) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const float largest = load4f(filter.scores + ROWS + threadIdx.x);
+    const bool exists = threadIdx.x * RUN < ROWS;
+    const u32 own = exists ? order_key(largest) : 0;
+    u32 cut = 0;
+    if (k > 0)
+        for (u32 bit = 1u << 31; bit; bit /= 2)
+            if (__syncthreads_count(own >= (cut | bit)) >= k) cut |= bit;
+    if (threadIdx.x == 0) few.count = few.num_runs = 0;
+    const bool wanted = exists && own >= cut && expf((largest - filter.peak) / filter.temperature) >= least;
+    if (__syncthreads_count(wanted) > RUNS / 2 && RUN > 1) return false;  // not worth the try
+    if (wanted) few.runs[atomicAdd(&few.num_runs, 1)] = threadIdx.x;
+    __syncthreads();
+    for (int i = warp; i < few.num_runs; i += WARPS) {
+        const int first = few.runs[i] * RUN, end = min(ROWS, first + RUN);
+#pragma unroll 4
+        for (int base = first; base < end; base += 32) {
+            const int row = base + lane;
+            const float score = row < end ? load4f(filter.scores + row) : 0.f;
+            const u32 key = order_key(score);
+            const bool in = row < end && key >= cut && expf((score - filter.peak) / filter.temperature) >= least;
+            const u32 lanes = __ballot_sync(ALL_LANES, in);
+            if (!lanes) continue;
+            int place = 0;
+            if (lane == 0) place = atomicAdd(&few.count, __popc(lanes));
+            place = __shfl_sync(ALL_LANES, place, 0) + __popc(lanes & ((1u << lane) - 1));
+            if (in && place < THREADS) few.rows[place] = row;
+        }
+    }
+    __syncthreads();
+    const int count = few.count;
+    if (count <= THREADS && threadIdx.x < count) few.keys[threadIdx.x] = order_key(load4f(filter.scores + few.rows[threadIdx.x]));
+    __syncthreads();
+    return count <= THREADS;
+}
+
+// As draw_of_all, with a thread for each row of ``few``. total: the mass of all rows' weights; with top-k it is not used.
+__device__ int draw_of_few(Few& few, const Filter& filter, const Params& params, double draw, u64 total, u64* sums) {
+    const int count = few.count, own = threadIdx.x;
+    const int row = own < count ? few.rows[own] : 0;
+    const u32 key = own < count ? few.keys[own] : 0;
+    bool kept = own < count;
+    if (params.top_k > 0) {
+        int greater = 0;
+#pragma unroll 4
+        for (int i = 0; i < count; ++i) greater += few.keys[i] > key;
+        kept &= greater < params.top_k;
+    }
+    const float weight = kept ? expf((from_order_key(key) - filter.peak) / filter.temperature) : 0.f;
+    const u32 bits = __float_as_uint(weight);
+    u64 mass = fixed_point(weight);
+    __syncthreads();
+    few.keys[own] = bits, few.masses[own] = mass;
+    if (params.top_p < 1.0) {
+        if (params.top_k > 0) total = block_sum(mass, sums);
+        const u64 target = nucleus_mass(params.top_p, total);
+        __syncthreads();
+        u64 before = 0;  // of larger weights, and of the same in earlier rows
+#pragma unroll 4
+        for (int i = 0; i < count; ++i)
+            if (few.keys[i] > bits) before += few.masses[i];
+            else if (few.keys[i] == bits && few.rows[i] < row) before += max(1ull, mass);
+        kept &= before < target;
+    }
+    kept &= weight >= filter.min_p;
+    if (!kept) mass = 0;
+    total = block_sum(mass, sums);
+    few.masses[own] = mass;
+    __syncthreads();
+    u64 before = 0;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) before += few.rows[i] < row ? few.masses[i] : 0;
+    const u64 target = (u64)(draw * (double)total);  // the chosen row is the first whose cumulative mass exceeds it
+    if (before <= target && target < before + mass) few.chosen = row;
+    __syncthreads();
+    return few.chosen;
+}
+
+__device__ int draw_row(const float* scores, const Params& params, float peak, u64 step, char* memory, u64* sums, u32* ties) {
+    constexpr float LEAST = 5.6e-14f;  // below 2^-44: no mass
+    const Filter filter = {scores, peak, params.temperature, params.min_p, 0u, 0u, ALL_LANES};
+    const double draw = uniform(params.seed, step);
+    const bool limits_k = params.top_k > 0 && params.top_k < ROWS, limits_p = params.top_p < 1.0;
+    u64 total = 0;
+    float least = fmaxf(LEAST, 0.999f * params.min_p);
+    if (limits_p) {
+        least = 0.f;  // every row of the top k counts
+        if (!limits_k) {
+            // Rows that weigh less have, all together, half of what top-p leaves out.
+            total = total_mass(filter, sums);
+            least = (float)((1.0 - params.top_p) * 0.5 / ROWS * ((double)total / 17592186044416.0));
+        }
+    }
+    Few& few = *(Few*)memory;
+    if ((!limits_k || params.top_k <= RUNS) && find_few(few, filter, limits_k ? params.top_k : 0, least))
+        return draw_of_few(few, filter, params, draw, total, sums);
+    return draw_of_all(filter, params, draw, total, least, (u64*)memory, sums, ties);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sample_pick(const float* scores, const Params* params, State* state, u32* seen, const int* vocab_map, int* host_tokens) {
-    __shared__ u64 histogram[4096];
+    __shared__ alignas(16) char memory[4096 * sizeof(u64)];  // a histogram, or Few
+    static_assert(sizeof(Few) <= sizeof(memory), "no room");
     __shared__ u64 sums[WARPS];
     __shared__ u32 ties[WARPS];
     let_next_start();
@@ -241,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const bool has_nan = load4(&state->nan_seen), is_empty = peak == __uint_as_float(0xff800000u);
     int row = (int)~(u32)best;
     if (!has_nan && !is_empty && params->temperature != 0.f)
-        row = draw_row(scores, *params, peak, step, histogram, sums, ties);
+        row = draw_row(scores, *params, peak, step, memory, sums, ties);
     __syncthreads();
     if (threadIdx.x != 0) return;
     int token = FAULT_NAN;

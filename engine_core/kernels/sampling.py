@@ -28,6 +28,12 @@ PARAMS = np.dtype(
 )
 
 _SCAN_THREADS, _PICK_THREADS = 256, 1024
+_RUNS = _PICK_THREADS  # of rows, whose largest scores are kept
+
+
+def scores_shape(rows: int) -> tuple[int]:
+    """Of the scratch for scores."""
+    return (rows + _RUNS,)
 
 
 def sample(
@@ -44,13 +50,13 @@ def sample(
 ) -> tuple[Launch, Launch]:
     """The two kernels that turn logits (float32 [rows]) into the next token.
 
-    ``scores``: float32 [rows], scratch; ``seen``: uint32 [ceil(rows / 32)], rows already produced; ``bias``: float32
-    [rows]; ``mask``: uint32 [ceil(vocab / 32)]; ``vocab_map``: int32 [rows] or None; ``host_tokens``: device address of
-    int32 [RING] in pinned memory. Raises KernelArgumentError.
+    ``scores``: float32 ``scores_shape(rows)``, scratch; ``seen``: uint32 [ceil(rows / 32)], rows already produced;
+    ``bias``: float32 [rows]; ``mask``: uint32 [ceil(vocab / 32)]; ``vocab_map``: int32 [rows] or None; ``host_tokens``:
+    device address of int32 [RING] in pinned memory. Raises KernelArgumentError.
     """
     (rows,) = logits.shape
     check("logits", logits, (rows,), "fp32")
-    check("scores", scores, (rows,), "fp32")
+    check("scores", scores, scores_shape(rows), "fp32")
     check("bias", bias, (rows,), "fp32")
     check("seen", seen, (-(-rows // 32),), "uint32")
     check("params", params, (PARAMS.itemsize,), "uint8")
@@ -59,7 +65,7 @@ def sample(
         check("vocab_map", vocab_map, (rows,), "int32")
     defines = {"ROWS": rows, "RING": RING}
     device = kernels.device
-    blocks = max(1, min(device.num_sms, -(-rows // _SCAN_THREADS)))
+    blocks = device.num_sms  # a warp takes a run; some may have none, see attention_decode
     scan = kernels.function("sample", "sample_scan", defines)
     pick = kernels.function("sample", "sample_pick", defines)
     return (

@@ -24,8 +24,8 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         zeros = {"seen": -(-rows // 32), "mask": -(-vocab_size // 32)}
         self._arrays = {name: bench.put(np.zeros(count, dtype=np.uint32), "uint32") for name, count in zeros.items()}
-        for name in ("logits", "scores", "bias"):
-            self._arrays[name] = bench.put(np.zeros(rows, dtype=np.float32), "fp32")
+        for name, shape in (("logits", (rows,)), ("scores", sampling.scores_shape(rows)), ("bias", (rows,))):
+            self._arrays[name] = bench.put(np.zeros(shape, dtype=np.float32), "fp32")
         for name, dtype in (("params", sampling.PARAMS), ("state", sampling.STATE)):
             self._arrays[name] = bench.put(np.zeros(dtype.itemsize, dtype=np.uint8), "uint8")
         self._tokens = bench.put(np.zeros(sampling.RING, dtype=np.int32), "int32")
