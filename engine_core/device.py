@@ -333,7 +333,7 @@ class Module:
         """The kernel ``name``, allowed ``shared`` bytes of dynamic shared memory."""
         function = self._device.call("cuModuleGetFunction", self._module, name.encode())
         attributes = self._device._driver.CUfunction_attribute
-        if shared > 48 * 1024:
+        if shared:  # from 48 KiB on, counted with what the kernel declares itself, it must be asked for
             which = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._device.call("cuFuncSetAttribute", function, which, shared)
         # A multiprocessor that has to divide its memory anew between L1 cache and shared memory first runs empty: all
@@ -390,8 +390,8 @@ class Launch:
             return ctypes.c_uint64(arg.address)
         return ctypes.c_uint64(arg) if isinstance(arg, int) else arg
 
-    def set_grid(self, x: int, y: int = 1) -> None:
-        self._config.gridDimX, self._config.gridDimY = x, y
+    def set_grid(self, x: int, y: int = 1, z: int = 1) -> None:
+        self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = x, y, z
 
     def __call__(self, stream: Stream) -> None:
         self._config.hStream = stream.handle

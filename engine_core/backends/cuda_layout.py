@@ -15,6 +15,7 @@ from engine_core.errors import ConfigurationError, EngineDirectoryError
 from engine_core.kernels import int4_layout, int8_layout
 from engine_core.kernels.attention import AttentionShape, scale_pitch
 from engine_core.kernels.int4_layout import GROUP
+from engine_core.kernels.linear_packed import packed_scratch
 from engine_core.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.manifest import Manifest
 
@@ -27,6 +28,8 @@ PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt t
 # the plan is made.
 RUNTIME_BYTES = 76 << 20
 ROW_GRAIN = 64  # rows of a prefill product are rounded up to this, so that few cuBLAS kernels serve every length
+# Tokens up to which prefill multiplies by 4- and 8-bit weights as they are (benchmarks/results/kernels.md).
+MAX_PACKED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,12 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["kv_scales"] = ("kv_cache", (spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
-    if spec.weight_bits < 16:  # one matrix at a time in 16 bits, for the products of prefill
-        arrays["dequantized"] = ("scratch", (max(map(math.prod, product_shapes(spec).values())),), dtype)
+    if spec.weight_bits < 16:  # for prefill: one matrix at a time in 16 bits; sums of products of few tokens
+        shapes = product_shapes(spec).values()
+        arrays["dequantized"] = ("scratch", (max(map(math.prod, shapes)),), dtype)
+        sums, counters = packed_scratch(shapes, min(chunk, MAX_PACKED_TOKENS), num_sms)
+        arrays["packed_partial"] = ("scratch", (sums,), "fp32")
+        arrays["packed_counters"] = ("scratch", (counters,), "uint32")
     if spec.prefix_slots:
         rows_of_slot = (spec.prefix_slots, spec.num_layers * 2 * kv_heads)
         arrays["prefixes"] = ("prefix_cache", (*rows_of_slot, spec.prefix_tokens, head_dim), kv_dtype)

@@ -2,7 +2,8 @@
 
 Decode takes five kernels a layer, each of which may start while the one before it ends: norm + QKV product, attention
 (with RoPE and the append to the KV cache), output product + residual, norm + gate-up product + SiLU, down product +
-residual. Prefill's products are cuBLAS's.
+residual. Prefill's products are cuBLAS's, but of 4- and 8-bit weights only those for many tokens, for which the weights
+are first written out in 16 bits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-from engine_core.backends.cuda_layout import CudaSpec, product_shapes, work_arrays
+from engine_core.backends.cuda_layout import MAX_PACKED_TOKENS, CudaSpec, product_shapes, work_arrays
 from engine_core.backends.device_model import DeviceModel, Work
 from engine_core.device import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.kernels import Kernels, linear, linear_packed
@@ -19,10 +20,11 @@ from engine_core.kernels.blas import Blas
 
 @dataclass
 class _Product:
-    """A 16-bit matrix for cuBLAS and, where it is kept in 4 or 8 bits, what makes it."""
+    """A 16-bit matrix for cuBLAS and, where it is kept in 4 or 8 bits, what makes it and what does without."""
 
     weight: DeviceArray
-    dequantize: Launch | None
+    dequantize: Launch | None = None
+    packed: linear_packed.PackedProduct | None = None
 
 
 @dataclass
@@ -86,14 +88,23 @@ class CudaModel(DeviceModel[_Layer]):
             rope_append=self._rope_append(i),
             attend=self._attend(i),
             post_norm=norm(weights["post_norm"]),
-            products={name: self._product(weights[name], shape) for name, shape in product_shapes(spec).items()},
+            products={name: self._product(name, weights[name]) for name in _ARRAYS},
         )
 
-    def _product(self, weight: DeviceArray, shape: tuple[int, int]) -> _Product:
+    def _product(self, name: str, weight: DeviceArray) -> _Product:
         if self.spec.weight_bits == 16:
-            return _Product(weight, None)
-        target = DeviceArray(self.work["dequantized"].address, shape, self.spec.dtype)
-        return _Product(target, linear_packed.dequantize_packed(self._kernels, weight, target))
+            return _Product(weight)
+        kernels, w = self._kernels, self.work
+        source, target, accumulate = _ARRAYS[name]
+        whole = DeviceArray(w["dequantized"].address, product_shapes(self.spec)[name], self.spec.dtype)
+        return _Product(
+            whole,
+            linear_packed.dequantize_packed(kernels, weight, whole),
+            linear_packed.PackedProduct(
+                *(kernels, weight, w[source], w[target], self._count, w["packed_partial"], w["packed_counters"]),
+                accumulate=accumulate,
+            ),
+        )
 
     def _begin_chunk(self, count: int, rows: int) -> None:
         self._pairs.value = count * self.spec.intermediate
@@ -102,27 +113,38 @@ class CudaModel(DeviceModel[_Layer]):
     def _run_layer(self, layer: _Layer, count: int, rows: int) -> None:
         w, stream = self.work, self._stream
 
-        def multiply(name: str, source: str, target: str, accumulate: bool = False) -> None:
+        def multiply(name: str) -> None:
             product = layer.products[name]
+            if product.packed is not None and count <= MAX_PACKED_TOKENS:
+                product.packed(stream)
+                return
             if product.dequantize is not None:
                 product.dequantize(stream)
+            source, target, accumulate = _ARRAYS[name]
             self.blas.matmul(w[source], product.weight, w[target], rows, accumulate)
 
         layer.input_norm.set_grid(count)
         layer.input_norm(stream)
-        multiply("qkv", "normed", "qkv")
+        multiply("qkv")
         if layer.bias is not None:
             layer.bias(stream)
         self._run_attention(layer.rope_append, layer.attend, count)
-        multiply("o", "attended", "hidden", accumulate=True)
+        multiply("o")
         layer.post_norm.set_grid(count)
         layer.post_norm(stream)
-        multiply("gate_up", "normed", "gate_up")
+        multiply("gate_up")
         self._silu(stream)
-        multiply("down", "activated", "hidden", accumulate=True)
+        multiply("down")
 
     def close(self) -> None:
         self.blas.close()
 
 
+# Product → what it reads, what it writes, and whether it adds to that.
+_ARRAYS = {
+    "qkv": ("normed", "qkv", False),
+    "o": ("attended", "hidden", True),
+    "gate_up": ("normed", "gate_up", False),
+    "down": ("activated", "hidden", True),
+}
 _LAYER_WEIGHTS = ("input_norm", "qkv", "qkv_bias", "o", "post_norm", "gate_up", "down")

@@ -53,8 +53,9 @@ class DeviceModel(Generic[Layer]):
             source(name, array)
         assert rope.dtype == np.float32 and rope.shape == self.work["rope"].shape
         self._device.upload(self.work["rope"], rope)
-        for name in ("counters", "seen", "bias", "state"):
-            self._stream.zero(self.work[name])
+        for name in ("counters", "packed_counters", "seen", "bias", "state"):
+            if name in self.work:
+                self._stream.zero(self.work[name])
         self._device.synchronize()
 
     # --- decode ---------------------------------------------------------------------------------------

@@ -112,8 +112,12 @@ __device__ __forceinline__ float load4f(const float* p) { return __uint_as_float
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16 bytes from global to shared memory; only the first ``bytes`` are read, the rest becomes zero.
+__device__ __forceinline__ void copy16_async(u32 shared, const void* global, u32 bytes = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void copy16_async(void* shared, const void* global, u32 bytes = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+    copy16_async(shared_address(shared), global, bytes);
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -1,77 +1,18 @@
 // y = W x for one vector with W in 4 or 8 bits (BITS), dequantized on the way into tensor cores; and W back in 16 bits for
 // prefill.
 //
-// W [ROWS][COLS] is stored as records of 16 rows by 128 columns, which share a scale in each row: [ROWS / 16][COLS / 128] of
-// 1024 or 2048 bytes of values and 16 scales of 16 bits, those of rows g and g + 8 side by side (int4_layout.py,
-// int8_layout.py). A weight is (value - 8) * scale or (value - 128) * scale. One record is the A operand of eight m16n8k16
-// products: lane 4 g + t holds columns 32 t … 32 t + 31 of rows g and g + 8, as the order of the columns is free as long as
-// x has the same. All eight columns of B are x; no sum over lanes is left to do.
+// W [ROWS][COLS] lies in records (packed.cuh). All eight columns of B are x; no sum over lanes is left to do.
 //
 // As in gemv.cu the columns are split over K_WARPS warps, each warp copies its records through its own ring of DEPTH stages
 // in shared memory, filled before the kernel waits for the one that computes x. NORM: x is RMS-normalised first.
 #include "epilogue.cuh"
-#include "mma.cuh"
+#include "packed.cuh"
 
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = 32 * WARPS;
-constexpr int TILE = 16, GROUP = 128, RECORD = TILE * GROUP * BITS / 8 + TILE * 2;  // rows, columns, bytes
-constexpr int PIECES = BITS / 4;  // uint4 a lane has of one row of a record; of row g + 8 as many follow
-constexpr int SCALES = 2 * PIECES * 32;  // the first uint4 of the scales
-constexpr int GROUPS = COLS / GROUP, TILES = ROWS / TILE;
 constexpr int WARP_GROUPS = (GROUPS + K_WARPS - 1) / K_WARPS;  // of each tile
 constexpr int SEGMENT_TILES = (64 / K_WARPS + ROW_WARPS - 1) / ROW_WARPS * ROW_WARPS;  // of the CTA, between two barriers
 constexpr int SEGMENT = SEGMENT_TILES * TILE;
-static_assert(BITS == 4 || BITS == 8, "4 or 8 bits");
-static_assert(COLS % GROUP == 0 && ROWS % TILE == 0 && SEGMENT_TILES % ROW_WARPS == 0, "unsupported shape");
-
-// ``widen``: eight of a lane's weights, number ``eight`` of four, as four pairs of 16 bits of neighbouring columns, each more
-// than the weight by OFFSETS of its pair. To take that off a sum of products costs less than to take it off the weights.
-#if BITS == 4
-
-#if BF16
-__device__ constexpr float OFFSETS[4] = {136.f, 136.f, 136.f, 136.f};  // 0x4300 | n is 128 + n, and n is the weight + 8
-#else
-__device__ constexpr float OFFSETS[4] = {1032.f, 72.f, 1032.f, 72.f};  // 0x6400 | n is 1024 + n, 0x5400 | n << 4 is 64 + n
-#endif
-
-__device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[1], int eight) {
-    const u32 words[4] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w}, w = words[eight];  // nibbles n and n + 4
-#if BF16
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) v[pair] = ((w >> 4 * pair) & 0x000f000fu) | 0x43004300u;
-#else
-#pragma unroll
-    for (int byte = 0; byte < 2; ++byte) {
-        const u32 x = w >> 8 * byte;
-        v[2 * byte] = (x & 0x000f000fu) | 0x64006400u, v[2 * byte + 1] = (x & 0x00f000f0u) | 0x54005400u;
-    }
-#endif
-}
-
-#else
-
-#if BF16
-__device__ constexpr float OFFSETS[4] = {};
-#else
-__device__ constexpr float OFFSETS[4] = {1152.f, 1152.f, 1152.f, 1152.f};  // 0x6400 | n is 1024 + n, and n is the weight + 128
-#endif
-
-__device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[2], int eight) {
-    const uint4 piece = pieces[eight / 2];
-    const u32 words[2] = {eight % 2 ? piece.z : piece.x, eight % 2 ? piece.w : piece.y};  // bytes 2 n and 2 n + 1
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-        const u32 w = words[pair / 2], selector = pair % 2 ? 0x4342u : 0x4140u;
-#if BF16  // 0x4300 | low 7 bits is 128 + those; -256 or, with the high bit, -128 makes them the level
-        const u32 x = __byte_perm(w, 0, selector);
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
-            : "=r"(v[pair]) : "r"((x & 0x007f007fu) | 0x43004300u), "r"(0x3f803f80u), "r"((x & 0x00800080u) ^ 0xc380c380u));
-#else
-        v[pair] = __byte_perm(w, 0x64646464u, selector);
-#endif
-    }
-}
-
-#endif
+static_assert(SEGMENT_TILES % ROW_WARPS == 0, "unsupported shape");
 
 constexpr int EIGHTS = COLS / 8, OWN = (EIGHTS + THREADS - 1) / THREADS;  // of the columns, and those of a thread
 

@@ -30,6 +30,9 @@ GEMV = dict(ROWS=512, COLS=1024, K_WARPS=4, ROW_WARPS=4, BATCH=4, DEPTH=3, EPILO
 KERNELS = {
     "gemv": GEMV,
     "gemv_packed": {**GEMV, "BITS": 4},
+    "gemm_packed": dict(
+        ROWS=512, COLS=1024, BITS=4, K_WARPS=4, ROW_WARPS=4, WARP_TILES=2, SPLITS=2, DEPTH=3, TOKENS=32, ACCUMULATE=1
+    ),
     "attention_decode": {**ATTENTION, "WARPS": 8, "DEPTH": 4},
     "attention_prefill": ATTENTION,
     "rope_append": ATTENTION,
@@ -68,7 +71,8 @@ def test_the_kernels_of_an_int8_cache_compile(arch):
 @pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
 @pytest.mark.parametrize("bf16", [0, 1])
 def test_the_products_of_8_bits_compile(arch, bf16):
-    assert _compile("gemv_packed", arch, BITS=8, BF16=bf16)[:4] == b"\x7fELF"
+    for name in ("gemv_packed", "gemm_packed"):
+        assert _compile(name, arch, BITS=8, BF16=bf16)[:4] == b"\x7fELF"
 
 
 @pytest.mark.skipif(not _architectures(), reason="needs NVRTC")

@@ -89,16 +89,53 @@ PACKED_SHAPES = [
 ]
 
 
+class _Packed:
+    """A matrix in records, and what it is in float64."""
+
+    def __init__(self, bench, layout, rows: int, cols: int, dtype: str) -> None:
+        self.values = bench.random.integers(0, 2 * layout.ZERO, (rows, cols)).astype(np.uint8)
+        scales = bench.random.standard_normal((rows, cols // 128)) * (1.6 / layout.ZERO) * cols**-0.5
+        bits = to_bits(scales, dtype)
+        self.records = bench.put(layout.pack(self.values, bits), "uint8")
+        self.weight = reference.dequantize(self.values, from_bits(bits, dtype), layout.GROUP, layout.ZERO)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("rows, cols", [*PACKED_SHAPES, (28672, 256), (70000, 128)])
+@pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
+def test_packed_product_of_some_tokens(bench, rows, cols, layout, dtype):
+    kernels, packed = bench.kernels(dtype), _Packed(bench, layout, rows, cols, dtype)
+    vectors, x = bench.normal((70, cols), dtype, 3.0)
+    num_sums, num_counters = linear_packed.packed_scratch([(rows, cols)], 70, bench.device.num_sms)
+    partial = bench.poisoned((num_sums,), "fp32")
+    counters = bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
+    number = ctypes.c_int()
+    inputs = (kernels, packed.records, vectors)
+    scratch = (number, partial, counters)
+    rounding = TOLERANCE[dtype]  # of scaled weights, and of what is stored in 16 bits
+    for count in (1, 8, 33, 70):
+        number.value = count
+        output = bench.poisoned((70, rows), dtype)
+        linear_packed.PackedProduct(*inputs, output, *scratch)(bench.stream)
+        found, sums = bench.get(output), x[:count] @ packed.weight.T
+        assert error(found[:count], sums) < rounding
+        assert np.isnan(found[count:]).all()
+        residual, before = bench.normal((70, rows), "fp32")
+        linear_packed.PackedProduct(*inputs, residual, *scratch, accumulate=True)(bench.stream)
+        found = bench.get(residual)
+        assert error(found[:count] - before[:count], sums) < rounding
+        assert (found[count:] == before[count:]).all()
+    assert (bench.get(counters) == 0).all()
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("rows, cols", PACKED_SHAPES)
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
 def test_gemv_packed_with_every_epilogue_and_dequantize(bench, rows, cols, normed, layout, dtype):
     kernels = bench.kernels(dtype)
-    values = bench.random.integers(0, 2 * layout.ZERO, (rows, cols)).astype(np.uint8)
-    scales = to_bits(bench.random.standard_normal((rows, cols // 128)) * (1.6 / layout.ZERO) * cols**-0.5, dtype)
-    records = bench.put(layout.pack(values, scales), "uint8")
-    w = reference.dequantize(values, from_bits(scales, dtype), layout.GROUP, layout.ZERO)
+    packed = _Packed(bench, layout, rows, cols, dtype)
+    records, w = packed.records, packed.weight
     vector, x = bench.normal((cols,), "fp32" if normed else dtype, 3.0)
     norm_weight, g = bench.normal((cols,), dtype)
     bias, b = bench.normal((rows,), dtype)

@@ -1,0 +1,90 @@
+// A matrix W [ROWS][COLS] in 4 or 8 bits (BITS), and its way into tensor cores.
+//
+// It is stored as records of 16 rows by 128 columns, which share a scale in each row: [ROWS / 16][COLS / 128] of
+// 1024 or 2048 bytes of values and 16 scales of 16 bits, those of rows g and g + 8 side by side (int4_layout.py,
+// int8_layout.py). A weight is (value - 8) * scale or (value - 128) * scale. One record is the A operand of eight m16n8k16
+// products: lane 4 g + t holds columns 32 t … 32 t + 31 of rows g and g + 8, as the order of the columns is free as long as
+// B has the same.
+#pragma once
+#include "mma.cuh"
+
+constexpr int TILE = 16, GROUP = 128, RECORD = TILE * GROUP * BITS / 8 + TILE * 2;  // rows, columns, bytes
+constexpr int PIECES = BITS / 4;  // uint4 a lane has of one row of a record; of row g + 8 as many follow
+constexpr int SCALES = 2 * PIECES * 32;  // the first uint4 of the scales
+constexpr int GROUPS = COLS / GROUP, TILES = ROWS / TILE;
+static_assert(BITS == 4 || BITS == 8, "4 or 8 bits");
+static_assert(COLS % GROUP == 0 && ROWS % TILE == 0, "unsupported shape");
+
+// ``widen``: eight of a lane's weights, number ``eight`` of four, as four pairs of 16 bits of neighbouring columns, each more
+// than the weight by OFFSETS of its pair. To take that off a sum of products costs less than to take it off the weights.
+#if BITS == 4
+
+#if BF16
+__device__ constexpr float OFFSETS[4] = {136.f, 136.f, 136.f, 136.f};  // 0x4300 | n is 128 + n, and n is the weight + 8
+#else
+__device__ constexpr float OFFSETS[4] = {1032.f, 72.f, 1032.f, 72.f};  // 0x6400 | n is 1024 + n, 0x5400 | n << 4 is 64 + n
+#endif
+
+__device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[1], int eight) {
+    const u32 words[4] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w}, w = words[eight];  // nibbles n and n + 4
+#if BF16
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) v[pair] = ((w >> 4 * pair) & 0x000f000fu) | 0x43004300u;
+#else
+#pragma unroll
+    for (int byte = 0; byte < 2; ++byte) {
+        const u32 x = w >> 8 * byte;
+        v[2 * byte] = (x & 0x000f000fu) | 0x64006400u, v[2 * byte + 1] = (x & 0x00f000f0u) | 0x54005400u;
+    }
+#endif
+}
+
+#else
+
+#if BF16
+__device__ constexpr float OFFSETS[4] = {};
+#else
+__device__ constexpr float OFFSETS[4] = {1152.f, 1152.f, 1152.f, 1152.f};  // 0x6400 | n is 1024 + n, and n is the weight + 128
+#endif
+
+__device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[2], int eight) {
+    const uint4 piece = pieces[eight / 2];
+    const u32 words[2] = {eight % 2 ? piece.z : piece.x, eight % 2 ? piece.w : piece.y};  // bytes 2 n and 2 n + 1
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        const u32 w = words[pair / 2], selector = pair % 2 ? 0x4342u : 0x4140u;
+#if BF16  // 0x4300 | low 7 bits is 128 + those; -256 or, with the high bit, -128 makes them the level
+        const u32 x = __byte_perm(w, 0, selector);
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+            : "=r"(v[pair]) : "r"((x & 0x007f007fu) | 0x43004300u), "r"(0x3f803f80u), "r"((x & 0x00800080u) ^ 0xc380c380u));
+#else
+        v[pair] = __byte_perm(w, 0x64646464u, selector);
+#endif
+    }
+}
+
+#endif
+
+// Takes OFFSETS off: the weights without their scale, exactly.
+__device__ __forceinline__ void center(u32 (&v)[4]) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        if (OFFSETS[pair] == 0.f) continue;
+#if BF16
+        asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(v[pair]) : "r"(0x3f803f80u), "r"(0xc308c308u));
+#else
+        asm("sub.f16x2 %0, %0, %1;" : "+r"(v[pair]) : "r"(BITS == 8 ? 0x64806480u : pair % 2 ? 0x54805480u : 0x64086408u));
+#endif
+    }
+}
+
+// Two 16-bit values times two others, rounded once.
+__device__ __forceinline__ u32 multiply2(u32 a, u32 b) {
+    u32 v;
+#if BF16
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(0x80008000u));
+#else
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+#endif
+    return v;
+}
