@@ -5,8 +5,7 @@ constexpr int THREADS = 256;
 
 // float32 [gridDim.x][COLS] from the rows of table [vocab][COLS] named by tokens; a failed step's token reads row 0.
 extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table, const int* tokens, float* output) {
-    // The next kernel is not let in early: beside the one CTA of a decode step its CTAs would be placed unevenly, and so
-    // would those of every kernel after it.
+    // The next kernel is not let in early: it gains nothing from a kernel so short.
     const int token = max(0, (int)load4(tokens + blockIdx.x));
     for (int c = threadIdx.x * 8; c < COLS; c += THREADS * 8) {
         float v[8];

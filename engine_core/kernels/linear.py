@@ -38,7 +38,7 @@ def gemv_shape(rows: int, cols: int, num_sms: int, shared_budget: int) -> GemvSh
     """The spread for a matrix, by what was fastest on an H200 (benchmarks/results/kernels.md).
 
     Up to eight warps along the columns with the least waste, sixteen in all; two CTAs per multiprocessor where
-    each has enough to read; then the deepest ring that fits.
+    each has enough to read; then the deepest ring that fits, of three stages if it can.
     """
     chunks = -(-cols // _CHUNK)
 
@@ -57,7 +57,8 @@ def gemv_shape(rows: int, cols: int, num_sms: int, shared_budget: int) -> GemvSh
         for batch in (4, 2, 1) if ctas == 1 else (2, 1):
             stage = GemvShape(k_warps, row_warps, batch, 1).shared(cols)
             if (2 if ctas == 2 else 3) * stage <= ring:
-                return GemvShape(k_warps, row_warps, batch, min(8, ring // stage), ctas)
+                depth = max(ring // stage, min(3, shared_budget // stage))
+                return GemvShape(k_warps, row_warps, batch, min(8, depth), ctas)
         if row_warps == 1:
             return GemvShape(k_warps, 1, 1, max(1, ring // stage), ctas)
         row_warps //= 2
