@@ -4,7 +4,8 @@
         [--gpu NAME] [--kv-cache-type fp16]
 
 Left, the roofline: bytes of a step against the bandwidth it achieved, under the line of what the GPU reads at most.
-Right, the share of the floor's speed by the length of the prompt. Of several measurements of one case the last counts.
+Right, the share of the floor's speed by the length of the prompt. Of several measurements of one case the last counts,
+and of a series of prompts only what was measured on its last day.
 Drawn are those of one GPU (default: the one measured last) and one type of KV cache.
 Needs nothing but the standard library.
 """
@@ -19,7 +20,8 @@ from xml.sax.saxutils import escape
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WIDTH, LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT, GAP = 1120, 70, 50, 420, 300, 100
-_CASE = ("gpu", "shape", "engine", "weights", "kv_cache_type", "prompt_tokens")
+_SERIES = ("gpu", "shape", "engine", "weights", "kv_cache_type")
+_CASE = (*_SERIES, "prompt_tokens")
 COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#8a4fff", "#e08e2b", "#3d5a6c", "#b23a86", "#6b7a1e")
 
 
@@ -37,12 +39,15 @@ class Axis:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The last line of each case, in the order of their first ones."""
+    """The last line of each case that was measured on its series' last day, in the order of the cases' first lines."""
     found: dict[tuple, dict] = {}
+    last_day: dict[tuple, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         found[tuple(row[key] for key in _CASE)] = row
-    return list(found.values())
+        series = tuple(row[key] for key in _SERIES)
+        last_day[series] = max(row["date"], last_day.get(series, ""))
+    return [row for row in found.values() if row["date"] == last_day[tuple(row[key] for key in _SERIES)]]
 
 
 def shown(rows: list[dict], gpu: str = "", kv_cache_type: str = "fp16") -> list[dict]:

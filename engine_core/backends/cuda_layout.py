@@ -28,8 +28,6 @@ PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt t
 # the plan is made.
 RUNTIME_BYTES = 76 << 20
 ROW_GRAIN = 64  # rows of a prefill product are rounded up to this, so that few cuBLAS kernels serve every length
-# Tokens up to which prefill multiplies by 4- and 8-bit weights as they are (benchmarks/results/kernels.md).
-MAX_PACKED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,14 @@ def round_rows(tokens: int) -> int:
     return -(-tokens // ROW_GRAIN) * ROW_GRAIN
 
 
+def max_packed_tokens(spec: CudaSpec) -> int:
+    """Up to which prefill multiplies by 4- and 8-bit weights as they are, as measured (benchmarks/results/kernels.md).
+
+    Small matrices are written out in 16 bits so fast that it soon pays.
+    """
+    return 64 if spec.hidden <= 2048 else 128
+
+
 def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
     """Name in ``weights.safetensors`` → array. Of gate_up the rows are (gate, up) in turn; of qkv q, k, v in a row."""
     attention, dtype = spec.attention, spec.dtype
@@ -191,7 +197,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     if spec.weight_bits < 16:  # for prefill: one matrix at a time in 16 bits; sums of products of few tokens
         shapes = product_shapes(spec).values()
         arrays["dequantized"] = ("scratch", (max(map(math.prod, shapes)),), dtype)
-        sums, counters = packed_scratch(shapes, min(chunk, MAX_PACKED_TOKENS), num_sms)
+        sums, counters = packed_scratch(shapes, min(chunk, max_packed_tokens(spec)), num_sms)
         arrays["packed_partial"] = ("scratch", (sums,), "fp32")
         arrays["packed_counters"] = ("scratch", (counters,), "uint32")
     if spec.prefix_slots:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-from engine_core.backends.cuda_layout import MAX_PACKED_TOKENS, CudaSpec, product_shapes, work_arrays
+from engine_core.backends.cuda_layout import CudaSpec, max_packed_tokens, product_shapes, work_arrays
 from engine_core.backends.device_model import DeviceModel, Work
 from engine_core.device import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.kernels import Kernels, linear, linear_packed
@@ -45,6 +45,7 @@ class CudaModel(DeviceModel[_Layer]):
     def __init__(self, device: Device, stream: Stream, arena: Arena, kernels: Kernels, spec: CudaSpec) -> None:
         super().__init__(device, stream, arena, kernels, spec, work_arrays(spec, device.num_sms))
         self.blas = Blas(stream, self.work["blas"])
+        self._max_packed = max_packed_tokens(spec)
         self._pairs, self._values = ctypes.c_uint32(0), ctypes.c_uint32(0)  # set before each chunk
 
     def _decode_layer(self, i: int) -> list[Work]:
@@ -115,7 +116,7 @@ class CudaModel(DeviceModel[_Layer]):
 
         def multiply(name: str) -> None:
             product = layer.products[name]
-            if product.packed is not None and count <= MAX_PACKED_TOKENS:
+            if product.packed is not None and count <= self._max_packed:
                 product.packed(stream)
                 return
             if product.dequantize is not None:

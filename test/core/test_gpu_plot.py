@@ -14,6 +14,7 @@ from benchmarks.gpu_plot import PLOT_HEIGHT, TOP, draw, read_rows, shown  # noqa
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROW = dict(gpu="a GPU", shape="s & t", engine="cuda", weights="int8", kv_cache_type="int8", read_tb_s=4.0)
+ROW["date"] = "2026-02-03"
 
 
 def row(prompt: int, fraction: float, **changes) -> dict:
@@ -48,6 +49,14 @@ def test_points_lie_where_their_share_of_the_limit_is(tmp_path):
     bottom = TOP + PLOT_HEIGHT
     assert abs((bottom - bandwidth) / PLOT_HEIGHT - 3.2 / 4.4) < 0.001
     assert abs((bottom - share) / PLOT_HEIGHT - 0.8 / 1.1) < 0.001
+
+
+def test_a_series_is_that_of_its_last_day(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    before = [row(32, 0.2, date="2026-02-02"), row(64, 0.3, date="2026-02-02")]
+    rows = [*before, row(32, 0.4), row(64, 0.5, weights="fp16")]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert [each["fraction"] for each in read_rows(path)] == [0.4, 0.5]
 
 
 def test_one_gpu_and_one_type_of_kv_cache_are_shown():
