@@ -125,9 +125,7 @@ class PromptTopic:
     def __init__(self, node: Node, intake: Intake) -> None:
         self._intake = intake
         self._responses = node.create_publisher(String, "~/response", qos.COMMAND, event_callbacks=qos.NO_EVENTS)
-        node.create_subscription(
-            String, "~/prompt", self._prompt, qos.COMMAND, callback_group=ReentrantCallbackGroup()
-        )
+        node.create_subscription(String, "~/prompt", self._prompt, qos.COMMAND, callback_group=ReentrantCallbackGroup())
 
     async def _prompt(self, prompt: String) -> None:
         request = Generate.Request(messages=[ChatMessage(role="user", content=prompt.data)])

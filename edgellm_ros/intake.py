@@ -18,6 +18,9 @@ from engine_core.request import GenerationRequest, GenerationResult, Piece
 from engine_core.worker import Ticket, Worker
 
 _QUICK_CHARS = 4096
+# Seconds the executor leaves Python to the worker when it begins with a request: the executor's next rounds would take
+# 0.6 ms of the first token's way.
+_HEAD_START = 0.005
 
 
 def _is_quick(request: GenerationRequest) -> bool:
@@ -86,6 +89,8 @@ class Intake:
         ticket = submit() if _is_quick(request) else await self._thread.run(submit)
         if on_ticket is not None:
             on_ticket(ticket)
+        if self.num_open == 1:
+            stream.begun.wait(_HEAD_START)
         return await done
 
     async def tokenize(self, text: str, messages: Sequence[Any]) -> tuple[list[int], list[str]]:

@@ -47,9 +47,10 @@ _STATUS_DELAY = 0.02  # s from a change to ~/status
 class LlmNode(LifecycleNodeMixin, Node):
     """``unconfigured`` → configure loads the engine → ``inactive`` → activate takes requests → ``active``.
 
-    The executor's thread answers everything and never waits, one runs transitions, the worker's alone touches the
-    engine; two more are for long texts and for ~/status. LifecycleNode itself would put its services into a group in
-    which a transition that runs keeps get_state from being answered; hence the mixin with a group of our own.
+    The executor's thread answers everything and waits for a first token at most (``intake``), one runs transitions, the
+    worker's alone touches the engine; two more are for long texts and for ~/status. LifecycleNode itself would put its
+    services into a group in which a transition that runs keeps get_state from being answered; hence the mixin with a
+    group of our own.
     """
 
     def __init__(self, node_name: str = "llm", **options) -> None:

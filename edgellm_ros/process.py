@@ -47,7 +47,7 @@ def run_node(make_node: Callable[[], object], args: list[str] | None) -> int:
 
     rclpy's own signal handling ends the context at once, and with it the way of every answer. Here the context
     lives until the running request has been answered. The executor has a thread of its own because Python runs
-    signal handlers in the main thread, which waits for them. One thread is enough for it: no callback waits.
+    signal handlers in the main thread, which waits for them. One thread is enough for it: no callback waits for long.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL)
     stop = StopSignal(_STOP_SIGNALS)

@@ -59,6 +59,7 @@ class RequestStream:
         self._token_piece = TokenPiece(request_id=request_id)
         self._sentence = Sentence(request_id=request_id)
         self._num_pieces = 0
+        self.begun = threading.Event()  # the first piece is out, or there will be none
 
     def piece(self, piece: Piece) -> None:
         self._num_pieces = piece.sequence + 1
@@ -71,11 +72,14 @@ class RequestStream:
             message.token_ids = array("i", piece.token_ids)
             self._stamp(message)
             self._topics.tokens.publish(message)
+        if piece.sequence == 0:
+            self.begun.set()
         for text in self._splitter.feed(piece.text):
             self._publish_sentence(text)
 
     def done(self, result: GenerationResult) -> None:
         """Ends every stream of the request. To be called once."""
+        self.begun.set()
         if self._topics.tokens.get_subscription_count():
             last = self._token_piece
             last.sequence = self._num_pieces

@@ -31,9 +31,7 @@ class Transitions:
         """Has the change_state service of ``node`` answered through this thread."""
         change = service.callback
 
-        async def on_change_state(
-            request: ChangeState.Request, response: ChangeState.Response
-        ) -> ChangeState.Response:
+        async def on_change_state(request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
             what = f"Transition {request.transition.label or request.transition.id}"
             answer = await self.run(what, partial(change, request, response))
             return ChangeState.Response(success=False) if answer is None else answer
