@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from engine_core.device import DeviceArray, Launch
 from engine_core.kernels import KernelArgumentError, Kernels, check, float_define
 
-_MAX_GROUP = 8  # query heads of a KV head: the upper rows of attention_decode.cu's products
+_MAX_GROUP = 8  # query heads of a KV head: the columns of attention_decode.cu's products
 _MAX_DEPTH, _MIN_DEPTH = 6, 3  # pieces of a ring of kv_ring.cuh
 _TILE_KEYS = 16  # of a piece
 _SCALE_GROUP = 8  # fp16 scales in 16 bytes

@@ -31,7 +31,7 @@ __device__ __forceinline__ void finish(float sum, float next, float start, int r
 #endif
 }
 
-// The rows of a segment that this thread finishes: GRAIN from each i THREADS GRAIN on. STARTS of them at most.
+// The rows of a segment that this thread finishes: GRAIN of every STEP.
 template <int SEGMENT, int THREADS>
 struct Segment {
     static constexpr int STEP = THREADS * GRAIN, STARTS = (SEGMENT + STEP - 1) / STEP;
