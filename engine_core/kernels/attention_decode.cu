@@ -151,7 +151,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
     __shared__ alignas(16) half_t queries[GROUP][HEAD_DIM];
     __shared__ NewToken fresh;
     __shared__ Merge merges[WARPS][GROUP], all_merges[SPLITS][GROUP];
-    __shared__ bool is_last;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int kv_head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
 
@@ -279,17 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
             if (i % HEAD_DIM == 0) partial_merges[own * GROUP + head] = {top, total};
         }
     }
-    if (active == 1) return;
-
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(counters + kv_head, 1u) == active - 1;
-        if (is_last) counters[kv_head] = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!is_last) return;
+    if (active == 1 || !is_last_to_arrive(counters + kv_head, active)) return;
     for (int i = threadIdx.x; i < active * GROUP; i += THREADS) {
         const uint2 merge = load8(partial_merges + ((u64)(i / GROUP) * KV_HEADS + kv_head) * GROUP + i % GROUP);
         all_merges[i / GROUP][i % GROUP] = {__uint_as_float(merge.x), __uint_as_float(merge.y)};

@@ -127,6 +127,22 @@ __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// --- CTAs that share a result --------------------------------------------------------------------------------------
+// Whether this CTA is the last of ``count`` to get here: what all of them wrote before can be read then. ``arrived`` is 0
+// between launches. All threads call it.
+__device__ __forceinline__ bool is_last_to_arrive(u32* arrived, u32 count) {
+    __shared__ bool is_last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        is_last = atomicAdd(arrived, 1u) == count - 1;
+        if (is_last) *arrived = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return is_last;
+}
+
 // --- reductions ---------------------------------------------------------------------------------------------------
 
 template <int WIDTH>  // over aligned groups of WIDTH lanes

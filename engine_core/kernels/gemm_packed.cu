@@ -170,18 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (SPLITS == 1) store(i, sum);
         else own[i] = sum;
     }
-    if (SPLITS == 1) return;
-
-    __shared__ bool is_last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(counters + place, 1u) == SPLITS - 1;
-        if (is_last) counters[place] = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!is_last) return;
+    if (SPLITS == 1 || !is_last_to_arrive(counters + place, SPLITS)) return;
     const float* all = partial + (u64)place * SPLITS * (CTA_ROWS * TOKENS);
     for (int i = threadIdx.x; i < CTA_ROWS * TOKENS; i += THREADS) {
         float sum = 0.f;
