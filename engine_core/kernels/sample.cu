@@ -145,9 +145,11 @@ struct Filter {  // which rows are left, and their weights
     u32 least_bits;  // top-p: weight bits of the last of the nucleus …
     u32 num_ties;    // … and how many rows of that weight are in it, in row order
 
+    __device__ __forceinline__ float weigh(float score) const { return expf((score - peak) / temperature); }
+
     __device__ __forceinline__ float weight(int row) const {  // negative: not among the top-k
         const float score = load4f(scores + row);
-        return order_key(score) >= least_key ? expf((score - peak) / temperature) : -1.f;
+        return order_key(score) >= least_key ? weigh(score) : -1.f;
     }
 };
 
@@ -275,7 +277,7 @@ __device__ bool find_few(Few& few, const Filter& filter, int k, float least) {
         for (u32 bit = 1u << 31; bit; bit /= 2)
             if (__syncthreads_count(own >= (cut | bit)) >= k) cut |= bit;
     if (threadIdx.x == 0) few.count = few.num_runs = 0;
-    const bool wanted = exists && own >= cut && expf((largest - filter.peak) / filter.temperature) >= least;
+    const bool wanted = exists && own >= cut && filter.weigh(largest) >= least;
     if (__syncthreads_count(wanted) > RUNS / 2 && RUN > 1) return false;  // not worth the try
     if (wanted) few.runs[atomicAdd(&few.num_runs, 1)] = threadIdx.x;
     __syncthreads();
@@ -286,20 +288,19 @@ __device__ bool find_few(Few& few, const Filter& filter, int k, float least) {
             const int row = base + lane;
             const float score = row < end ? load4f(filter.scores + row) : 0.f;
             const u32 key = order_key(score);
-            const bool in = row < end && key >= cut && expf((score - filter.peak) / filter.temperature) >= least;
+            const bool in = row < end && key >= cut && filter.weigh(score) >= least;
             const u32 lanes = __ballot_sync(ALL_LANES, in);
             if (!lanes) continue;
             int place = 0;
             if (lane == 0) place = atomicAdd(&few.count, __popc(lanes));
             place = __shfl_sync(ALL_LANES, place, 0) + __popc(lanes & ((1u << lane) - 1));
-            if (in && place < THREADS) few.rows[place] = row;
+            if (in && place < THREADS) few.rows[place] = row, few.keys[place] = key;
         }
     }
     __syncthreads();
-    const int count = few.count;
-    if (count <= THREADS && threadIdx.x < count) few.keys[threadIdx.x] = order_key(load4f(filter.scores + few.rows[threadIdx.x]));
-    __syncthreads();
-    return count <= THREADS;
+    const bool fits = few.count <= THREADS;
+    __syncthreads();  // what does not fit makes room for a histogram
+    return fits;
 }
 
 // As draw_of_all, with a thread for each row of ``few``. total: the mass of all rows' weights; with top-k it is not used.
@@ -314,7 +315,7 @@ __device__ int draw_of_few(Few& few, const Filter& filter, const Params& params,
         for (int i = 0; i < count; ++i) greater += few.keys[i] > key;
         kept &= greater < params.top_k;
     }
-    const float weight = kept ? expf((from_order_key(key) - filter.peak) / filter.temperature) : 0.f;
+    const float weight = kept ? filter.weigh(from_order_key(key)) : 0.f;
     const u32 bits = __float_as_uint(weight);
     u64 mass = fixed_point(weight);
     __syncthreads();
