@@ -113,10 +113,10 @@ def _decode_ring(shape: AttentionShape, budget: int) -> tuple[int, int, int]:
     row = -(-shape.head_dim // 64) * 64
     piece = _TILE_KEYS * (row + 2 if shape.kv_int8 else 2 * row)
     for warps in (8, 4, 2):
-        depth = min(_MAX_DEPTH, budget // (warps * piece))
+        depth = max(1, min(_MAX_DEPTH, budget // (warps * piece)))
         if depth >= _MIN_DEPTH:
             break
-    return warps, max(1, depth), warps * max(1, depth) * piece
+    return warps, depth, warps * depth * piece
 
 
 def attention_decode(
