@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-import checkpoints
 from engine_core.backends import TokenSampling
 from engine_core.device import DeviceArray
 from engine_core.kernels.sampling import STATE
@@ -14,13 +13,15 @@ GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
 
 
 def generate(backend, prompt, count, sampling=GREEDY, start=0) -> list:
-    """``count`` tokens after ``prompt``, one step queued ahead; of the prompt, what is before ``start`` is there."""
+    """``count`` tokens after ``prompt``, one step queued ahead, which is waited for at the end; of the prompt, what is
+    before ``start`` is there."""
     backend.begin(sampling, prompt)
     pending, tokens = backend.prefill(prompt[start:], start), []
     for _ in range(count):
         ahead = backend.decode()
         tokens.append(pending.result())
         pending = ahead
+    pending.result()
     return tokens
 
 
@@ -38,6 +39,8 @@ def check_tokens_after_a_prefix(backend, prompt: np.ndarray) -> None:
 
 def compare_logits(backend, model, prompt: np.ndarray, following: np.ndarray) -> None:
     """Prompts of 1, 64 and all tokens, each anew, then ``following`` one by one. Closes the backend."""
+    import checkpoints  # needs torch, which the rest does without
+
     fed = np.concatenate([prompt, following])
     expected = checkpoints.reference_logits(model, fed)
     backend.begin(GREEDY, fed)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from gpu_bench import Bench
 
 from engine_core.device import Device
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "core"))  # device_steps, trt_runners
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "core")]
 
 import numpy as np  # noqa: E402
 
+from device_steps import generate  # noqa: E402
 from engine_core.backends import TokenSampling  # noqa: E402
 from engine_core.backends.cuda import CudaBackend  # noqa: E402
 from engine_core.backends.cuda_layout import CudaSpec, weight_arrays  # noqa: E402
@@ -54,29 +55,17 @@ def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool) -> Cuda
     return CudaBackend(device, spec, source, rope, use_cuda_graph=use_cuda_graph)
 
 
-def run(backend: CudaBackend, prompt: np.ndarray, sampling: TokenSampling, count: int, start: int = 0) -> list[int]:
-    backend.begin(sampling, prompt)
-    pending, tokens = backend.prefill(prompt[start:], start), []
-    for _ in range(count):
-        ahead = backend.decode()
-        tokens.append(pending.result())
-        pending = ahead
-    pending.result()
-    return tokens
-
-
 def main() -> None:
     weights, kv_cache_type = sys.argv[1:]
     prompt = np.random.default_rng(1).integers(0, VOCAB, 290).astype(np.int32)
-    greedy = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
     sampled = TokenSampling(0.9, 0.95, 40, 0.05, 1.2, 5, ((11, 1.0),), frozenset())
     for use_cuda_graph in (True, False):
         backend = make_backend(weights, kv_cache_type, use_cuda_graph)
-        first = run(backend, prompt[:77], greedy, 6)
+        first = generate(backend, prompt[:77], 6)
         backend.save_prefix(1, 60)
-        run(backend, prompt, sampled, 6)  # over 256 keys: attention in more than one share
+        generate(backend, prompt, 6, sampled)  # over 256 keys: attention in more than one share
         backend.load_prefix(1, 60)
-        again = run(backend, prompt[:77], greedy, 6, start=60)
+        again = generate(backend, prompt[:77], 6, start=60)
         backend.close()
         assert None not in first and len(set(first)) > 1, first
         print(weights, kv_cache_type, "graph" if use_cuda_graph else "eager", first, again)

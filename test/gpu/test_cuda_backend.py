@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from device_steps import generate
 from engine_core.backends import TokenSampling
 from engine_core.backends.cuda import CudaBackend
 from engine_core.backends.cuda_layout import CudaSpec, weight_arrays
@@ -60,19 +61,6 @@ def backend(request):
     yield backend
     backend.close()
     backend.close()  # twice is fine
-
-
-def generate(
-    backend: CudaBackend, prompt: np.ndarray, count: int, sampling: TokenSampling, start: int = 0
-) -> list[int]:
-    backend.begin(sampling, prompt)
-    pending, tokens = backend.prefill(prompt[start:], start), []
-    for _ in range(count):
-        ahead = backend.decode()
-        tokens.append(pending.result())
-        pending = ahead
-    pending.result()
-    return tokens
 
 
 PROMPT = np.random.default_rng(2).integers(0, VOCAB, 90).astype(np.int32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gpu_bench import NUMPY, error, from_bits
 
+from device_steps import GREEDY, generate
 from engine_core.backends import TokenSampling
 from engine_core.backends.cuda import CudaBackend
 from engine_core.build.cuda import build_cuda
@@ -21,7 +22,6 @@ pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
-GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
 # How far from transformers in float32 the logits may be, as a multiple of what transformers itself loses in the same
 # 16-bit type. Ours keep the residual stream in float32, so they are nearer as a rule; the sums' order differs.
 TOLERANCE = 1.2
@@ -252,17 +252,6 @@ def test_quantized_logits(tmp_path, quantization, layout, dtype, tied):
     build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization=quantization, max_context=256, dtype=dtype)
     use_weights_of(tmp_path / "engine", model, layout)
     check_greedy(tmp_path / "engine", model)
-
-
-def generate(backend: CudaBackend, prompt: np.ndarray, count: int, sampling: TokenSampling = GREEDY) -> list[int]:
-    backend.begin(sampling, prompt)
-    pending, tokens = backend.prefill(prompt, 0), []
-    for _ in range(count):
-        ahead = backend.decode()
-        tokens.append(pending.result())
-        pending = ahead
-    pending.result()
-    return tokens
 
 
 @pytest.mark.parametrize("kv_cache_type", ["fp16", "int8"])

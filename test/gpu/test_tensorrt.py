@@ -6,20 +6,18 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.random_checkpoint import write_random_checkpoint
+from device_steps import generate
 from engine_core.backends import TokenSampling
 from engine_core.config import EngineConfig
 from engine_core.device import Device, DeviceMemoryError
 from engine_core.errors import EngineDirectoryError, EngineFaultError
 from engine_core.manifest import read_manifest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "core"))
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
@@ -91,16 +89,6 @@ def load(engine_dir, **config):
     from engine_core.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend.load(engine_dir, read_manifest(engine_dir), EngineConfig(engine_dir, **config))
-
-
-def generate(backend, prompt, count, sampling=None, start=0) -> list:
-    backend.begin(sampling or options(), prompt)
-    pending, tokens = backend.prefill(prompt[start:], start), []
-    for _ in range(count):
-        ahead = backend.decode()
-        tokens.append(pending.result())
-        pending = ahead
-    return tokens
 
 
 def test_logits_are_those_of_the_exported_model(model, tmp_path):
