@@ -120,7 +120,7 @@ def max_packed_tokens(spec: CudaSpec) -> int:
 
     Small matrices are written out in 16 bits so fast that it soon pays.
     """
-    return 64 if spec.hidden <= 2048 else 128
+    return 96 if spec.hidden <= 2048 else 160
 
 
 def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:

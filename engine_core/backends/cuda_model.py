@@ -96,14 +96,14 @@ class CudaModel(DeviceModel[_Layer]):
         if self.spec.weight_bits == 16:
             return _Product(weight)
         kernels, w = self._kernels, self.work
-        source, target, accumulate = _ARRAYS[name]
+        source, target, epilogue = _ARRAYS[name]
         whole = DeviceArray(w["dequantized"].address, product_shapes(self.spec)[name], self.spec.dtype)
         return _Product(
             whole,
             linear_packed.dequantize_packed(kernels, weight, whole),
             linear_packed.PackedProduct(
-                *(kernels, weight, w[source], w[target], self._count, w["packed_partial"], w["packed_counters"]),
-                accumulate=accumulate,
+                *(kernels, weight, w[source], w["activated" if epilogue == linear.SILU else target], epilogue),
+                *(self._count, w["packed_partial"], w["packed_counters"]),
             ),
         )
 
@@ -121,8 +121,10 @@ class CudaModel(DeviceModel[_Layer]):
                 return
             if product.dequantize is not None:
                 product.dequantize(stream)
-            source, target, accumulate = _ARRAYS[name]
-            self.blas.matmul(w[source], product.weight, w[target], rows, accumulate)
+            source, target, epilogue = _ARRAYS[name]
+            self.blas.matmul(w[source], product.weight, w[target], rows, epilogue == linear.RESIDUAL)
+            if epilogue == linear.SILU:
+                self._silu(stream)
 
         layer.input_norm.set_grid(count)
         layer.input_norm(stream)
@@ -134,18 +136,17 @@ class CudaModel(DeviceModel[_Layer]):
         layer.post_norm.set_grid(count)
         layer.post_norm(stream)
         multiply("gate_up")
-        self._silu(stream)
         multiply("down")
 
     def close(self) -> None:
         self.blas.close()
 
 
-# Product → what it reads, what it writes, and whether it adds to that.
+# Product → what it reads and writes, and its epilogue. SiLU's result goes from "gate_up" to "activated".
 _ARRAYS = {
-    "qkv": ("normed", "qkv", False),
-    "o": ("attended", "hidden", True),
-    "gate_up": ("normed", "gate_up", False),
-    "down": ("activated", "hidden", True),
+    "qkv": ("normed", "qkv", linear.STORE),
+    "o": ("attended", "hidden", linear.RESIDUAL),
+    "gate_up": ("normed", "gate_up", linear.SILU),
+    "down": ("activated", "hidden", linear.RESIDUAL),
 }
 _LAYER_WEIGHTS = ("input_norm", "qkv", "qkv_bias", "o", "post_norm", "gate_up", "down")

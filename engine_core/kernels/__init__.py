@@ -63,7 +63,10 @@ class Kernels:
 
     @property
     def shared_budget(self) -> int:
-        """Bytes of dynamic shared memory a kernel may take so that the next one fits beside it."""
+        """Bytes of dynamic shared memory a kernel of a decode step takes, so that the next one fits beside it.
+
+        If it does not need them, too: a third kernel would fit else, and its CTAs would be spread unevenly.
+        """
         return self.device.max_shared // 2 - _SHARED_STATIC
 
     def close(self) -> None:

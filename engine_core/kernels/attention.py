@@ -145,7 +145,7 @@ def attention_decode(
     check("output", output, (shape.num_heads * shape.head_dim,), kernels.dtype)
     q_norm, k_norm = norms or (0, 0)
     warps, depth, ring = _decode_ring(shape, kernels.shared_budget)
-    shared = max(ring, warps * shape.group * shape.head_dim * 4)
+    shared = max(ring, warps * shape.group * shape.head_dim * 4, kernels.shared_budget)
     defines = {**shape.defines(num_sms), "WARPS": warps, "DEPTH": depth}
     function = kernels.function("attention_decode", "attention_decode", defines, shared)
     args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output, scales or 0]
@@ -173,7 +173,7 @@ def rope_append(
     q_norm, k_norm = norms or (0, 0)
     args = [qkv, cache, rope, q_norm, k_norm, position, count, scales or 0]
     grid = (rope_append_blocks(shape, qkv.shape[0]),)
-    return Launch(kernels.device, function, grid, _ROPE_THREADS, args, overlap=False)
+    return Launch(kernels.device, function, grid, _ROPE_THREADS, args)
 
 
 def rope_append_blocks(shape: AttentionShape, count: int) -> int:
@@ -205,7 +205,7 @@ def attention_prefill(
     function = kernels.function("attention_prefill", "attention_prefill", shape.defines(kernels.device.num_sms), shared)
     grid = (attention_prefill_tiles(rows), shape.num_heads)
     args = [qkv, cache, output, start, count, scales or 0]
-    return Launch(kernels.device, function, grid, _PREFILL_THREADS, args, shared, overlap=False)
+    return Launch(kernels.device, function, grid, _PREFILL_THREADS, args, shared)
 
 
 def attention_prefill_tiles(count: int) -> int:

@@ -87,6 +87,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const item_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
     const int total = start + min(count, first_q + TILE_Q);
     const int num_tiles = (total + TILE_K - 1) / TILE_K;
+    let_next_start();
+    wait_for_previous();
 
 #if KV_INT8
     Stage* stages = (Stage*)(tiles + 2 * TILE);

@@ -69,6 +69,9 @@ __device__ __forceinline__ u32 pack2(float low, float high) {
     return v;
 }
 
+// Of a gated unit: silu(gate) * up.
+__device__ __forceinline__ float silu_multiply(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
+
 __device__ __forceinline__ half_t to_half(float value) { return (half_t)pack2(value, 0.f); }
 __device__ __forceinline__ float to_float(half_t value) { return unpack2(value).x; }
 
@@ -141,6 +144,20 @@ __device__ __forceinline__ bool is_last_to_arrive(u32* arrived, u32 count) {
     }
     __syncthreads();
     return is_last;
+}
+
+// The same of warps.
+__device__ __forceinline__ bool is_last_warp_to_arrive(u32* arrived, u32 count) {
+    u32 before = 0;
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+        before = atomicAdd(arrived, 1u);
+        if (before == count - 1) *arrived = 0;
+    }
+    before = __shfl_sync(0xffffffffu, before, 0);
+    __threadfence();
+    return before == count - 1;
 }
 
 // --- reductions ---------------------------------------------------------------------------------------------------

@@ -17,15 +17,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table,
 }
 
 // [pairs] 16-bit from [pairs] (gate, up).
-extern "C" __global__ void __launch_bounds__(THREADS) silu_multiply(const u32* gate_up, half_t* output, u32 pairs) {
+extern "C" __global__ void __launch_bounds__(THREADS) multiply_gates(const u32* gate_up, half_t* output, u32 pairs) {
+    let_next_start();
+    wait_for_previous();
     for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < pairs; i += gridDim.x * THREADS) {
         const float2 v = unpack2(load4(gate_up + i));
-        output[i] = to_half(v.x / (1.f + __expf(-v.x)) * v.y);
+        output[i] = to_half(silu_multiply(v.x, v.y));
     }
 }
 
 // [rows][width] += bias [width], 16-bit.
 extern "C" __global__ void __launch_bounds__(THREADS) add_bias(half_t* values, const half_t* bias, u32 count, u32 width) {
+    let_next_start();
+    wait_for_previous();
     for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < count; i += gridDim.x * THREADS)
         values[i] = to_half(to_float(values[i]) + to_float(bias[i % width]));
 }

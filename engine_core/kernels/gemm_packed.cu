@@ -1,181 +1,276 @@
-// Y = X Wᵀ for a few tokens, with W in 4 or 8 bits (packed.cuh): each CTA reads its tiles of W once for TOKENS of them, so that a
-// short prompt takes little longer than a decode step. X [count][COLS] and Y [count][ROWS] are row-major. Y is 16-bit or, with
-// ACCUMULATE, float32 and added to. Grid: (tiles of TOKENS, SPLITS, tiles of ROWS).
+// Y = X Wᵀ for a few tokens, with W in 4 or 8 bits (packed.cuh): each CTA reads its records once for TOKENS of them, so that a
+// short prompt takes little longer than a decode step. X [count][COLS] and Y are row-major. EPILOGUE 0: Y [count][ROWS] 16-bit;
+// 1: float32 and added to; 2: rows are (gate, up) in turn, Y [count][ROWS / 2] = silu(gate) * up, 16-bit. Grid: (tiles of
+// TOKENS, SPLITS, CTAs along the rows).
 //
-// The columns are split over SPLITS CTAs, so that each has more rows and X is read less often; the last of them to finish adds
-// up their sums, ``partial`` [grid][CTA_ROWS * TOKENS]; counters: uint32 [tiles of ROWS][tiles of TOKENS], 0 between launches.
-// A CTA has ROW_WARPS rows of warps with WARP_TILES tiles of 16 rows each, and K_WARPS of them along the columns, whose sums
-// are added up in shared memory at the end. Its ring has DEPTH stages, of a group of 128 columns for each of the K_WARPS: X, then
-// the records. Of X the 16-byte units of a row lie in the order they are read in: unit 4 t + eight at 4 eight + t.
+// Each of a CTA's ROW_WARPS · K_WARPS warps has a band of two tiles and copies its records through a ring of its own, DEPTH
+// slots deep, a group of columns to a slot. X passes through BUFFERS stages of STAGE groups, of which each of the K_WARPS
+// takes its share; their sums are added up in shared memory. Where there are too few rows the columns are split over SPLITS
+// CTAs; the last to arrive at a tile adds up: ``partial``, float32 [TILES][tiles of TOKENS][SPLITS][TOKENS * TILE]; counters:
+// uint32 [TILES][tiles of TOKENS], 0 between launches.
+//
+// A group's products with the levels as ``widen`` gives them are summed first, from minus what OFFSETS add; then the scales of
+// the rows multiply that.
 #include "packed.cuh"
 
 constexpr int WARPS = ROW_WARPS * K_WARPS, THREADS = 32 * WARPS;
-constexpr int CTA_TILES = ROW_WARPS * WARP_TILES, CTA_ROWS = CTA_TILES * TILE;
-constexpr int CTA_GROUPS = (GROUPS + SPLITS - 1) / SPLITS, STEPS = (CTA_GROUPS + K_WARPS - 1) / K_WARPS;  // at most
-constexpr int ROW_BYTES = GROUP * 2, INPUT_BYTES = TOKENS * ROW_BYTES;
-constexpr int SLICE_BYTES = INPUT_BYTES + CTA_TILES * RECORD, STAGE_BYTES = K_WARPS * SLICE_BYTES;  // as in linear_packed.py
+constexpr int BAND = 2, BANDS = (TILES + BAND - 1) / BAND;     // tiles of a warp at a time
+constexpr int CTA_GROUPS = (GROUPS + SPLITS - 1) / SPLITS, STAGES = (CTA_GROUPS + STAGE - 1) / STAGE;  // at most
+constexpr int SHARE = STAGE / K_WARPS;                         // groups of a stage that a warp has
 constexpr int EIGHTS_OF_TOKENS = TOKENS / 8;
-constexpr int PITCH = TOKENS + 1;  // floats of a row of sums
-static_assert(TOKENS % 8 == 0 && (K_WARPS < 16 || ROW_WARPS == 1), "unsupported shape");
+constexpr int UNITS = GROUP / 8;                               // of 16 bytes that a token has in a group
+constexpr int SLOT = BAND * RECORD;
+static_assert(TOKENS % 16 == 0 && STAGE % K_WARPS == 0, "unsupported shape");
 
+// Of X the units of a token lie in the order they are read in, and so that eight lanes meet no bank twice.
 __device__ __forceinline__ int unit_place(int token, int eight, int t) { return (4 * eight + t) ^ (token & 1) << 2; }
 
-// The ROW_WARPS warps that share a slice of a stage wait for each other.
-__device__ __forceinline__ void sync_slice(int k_warp) {
-    if (ROW_WARPS == 1) __syncwarp();
-    else asm volatile("bar.sync %0, %1;" ::"r"(k_warp + 1), "n"(32 * ROW_WARPS) : "memory");
+// A stage of X to shared memory, [STAGE][TOKENS][UNITS], two tokens a warp at a time; those that are not there are zeros.
+__device__ __forceinline__ void load_input(uint4* x, const half_t* input, int groups, int tokens) {
+    const int lane = threadIdx.x % 32, odd = lane / UNITS, unit = lane % UNITS;
+#pragma unroll 1
+    for (int token = threadIdx.x / 32 * 2 + odd; token < TOKENS; token += 2 * WARPS) {
+        const bool inside = token < tokens;  // else zeros, but copied from somewhere
+        const half_t* source = input + (inside ? token * COLS : 0) + 8 * unit;
+        const u32 target = shared_address(x + token * UNITS + unit_place(odd, unit % 4, unit / 4)), bytes = inside ? 16 : 0;
+#pragma unroll
+        for (int group = 0; group < STAGE; ++group) {
+            if (GROUPS % (SPLITS * STAGE) != 0 && group >= groups) break;
+            copy16_async(target + group * (TOKENS * UNITS * 16), source + group * GROUP, bytes);
+        }
+    }
 }
 
-struct Loader {  // of a warp: its tiles' records, and its share of the tokens of its slice
-    u32 slices;                    // shared address of the slice of its k_warp in the first stage
-    const unsigned char* records;  // this lane's first 16 bytes of the warp's first tile and of the CTA's first group
-    const half_t* input;           // this lane's unit of the warp's first pair of tokens, of that group
-    int row_warp, k_warp, lane, tiles, tokens, groups;  // tiles, tokens and groups there are
-    int turn;  // CTAs begin at different groups, or all would want the same part of X from the same part of the L2 cache
+__device__ __forceinline__ uint4 read_input(const uint4* x, int group, int n, int eight, int g, int t) {
+    return x[(group * TOKENS + 8 * n + g) * UNITS + unit_place(g, eight, t)];
+}
 
-    __device__ __forceinline__ int group(int step) const {
-        step += turn;
-        return (step < STEPS ? step : step - STEPS) * K_WARPS + k_warp;
-    }
-    __device__ __forceinline__ bool has(int step) const { return GROUPS % (SPLITS * K_WARPS) == 0 || group(step) < groups; }
-
-    __device__ __forceinline__ void load_records(int step, int stage) const {
-        if (!has(step)) return;
-        const u32 target = slices + stage * STAGE_BYTES + INPUT_BYTES + row_warp * WARP_TILES * RECORD + 16 * lane;
-        const unsigned char* source = records + group(step) * RECORD;
-#pragma unroll
-        for (int i = 0; i < WARP_TILES; ++i) {
-            if (ROWS % (CTA_TILES * TILE) != 0 && i >= tiles) break;
-#pragma unroll
-            for (int unit = 0; unit < SCALES; unit += 32) copy16_async(target + i * RECORD + 16 * unit, source + i * GROUPS * RECORD + 16 * unit);
-            if (lane < 2) copy16_async(target + i * RECORD + 16 * SCALES, source + i * GROUPS * RECORD + 16 * SCALES);
-        }
-    }
-
-    __device__ __forceinline__ void load_input(int step, int stage) const {  // two tokens at a time
-        if (!has(step)) return;
-        const int odd = lane / 16, unit = lane % 16;
-        const u32 target = slices + stage * STAGE_BYTES + (2 * row_warp + odd) * ROW_BYTES + 16 * unit_place(odd, unit % 4, unit / 4);
-        const half_t* source = input + group(step) * GROUP;
-#pragma unroll
-        for (int pair = 0; pair < TOKENS / 2; pair += ROW_WARPS) {
-            if (TOKENS / 2 % ROW_WARPS != 0 && pair + row_warp >= TOKENS / 2) break;
-            const bool inside = 2 * (pair + row_warp) + odd < tokens;  // else zeros, but copied from somewhere
-            copy16_async(target + pair * 2 * ROW_BYTES, inside ? source + pair * 2 * COLS : source, inside ? 16 : 0);
-        }
-    }
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-    gemm_packed(const unsigned char* records, const half_t* input, void* output, int count, float* partial, u32* counters) {
-    extern __shared__ uint4 shared[];  // the ring; afterwards the sums, [K_WARPS][CTA_ROWS][PITCH]
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
-    const int first_token = blockIdx.x * TOKENS, tokens = count - first_token;
-    const int first_tile = blockIdx.z * CTA_TILES + row_warp * WARP_TILES;
-    const int first_group = GROUPS * blockIdx.y / SPLITS;
-    const int own_token = 2 * row_warp + lane / 16;
-    Loader loader;
-    loader.slices = shared_address(shared) + k_warp * SLICE_BYTES;
-    loader.records = records + ((u64)first_tile * GROUPS + first_group) * RECORD + 16 * lane;
-    loader.input = input + (u64)(first_token + (own_token < tokens ? own_token : 0)) * COLS + first_group * GROUP + 8 * (lane % 16);
-    loader.row_warp = row_warp, loader.k_warp = k_warp, loader.lane = lane;
-    loader.tiles = TILES - first_tile, loader.tokens = tokens;
-    loader.groups = GROUPS * (blockIdx.y + 1) / SPLITS - first_group, loader.turn = blockIdx.z % STEPS;
-    let_next_start();
-#pragma unroll
-    for (int step = 0; step < DEPTH - 1; ++step) loader.load_records(step, step);
-    wait_for_previous();
-#pragma unroll
-    for (int step = 0; step < DEPTH - 1; ++step) {
-        loader.load_input(step, step);
-        commit_copies();
-    }
-
-    float sums[WARP_TILES][EIGHTS_OF_TOKENS][4] = {};
-    int stage = 0, next = DEPTH - 1;
-    for (int step = 0; step < STEPS; ++step) {
-        wait_copies<DEPTH - 2>();
-        sync_slice(k_warp);  // this stage is there, and the one before is read
-        if (step + DEPTH - 1 < STEPS) {
-            loader.load_records(step + DEPTH - 1, next);
-            loader.load_input(step + DEPTH - 1, next);
-        }
-        commit_copies();
-        const char* slice = (char*)shared + stage * STAGE_BYTES + k_warp * SLICE_BYTES;
-        stage = stage + 1 == DEPTH ? 0 : stage + 1, next = next + 1 == DEPTH ? 0 : next + 1;
-        if (!loader.has(step)) continue;
-        uint4 top[WARP_TILES][PIECES], bottom[WARP_TILES][PIECES];
-        u32 scales[WARP_TILES][2];  // of rows g and g + 8, twice each
-#pragma unroll
-        for (int i = 0; i < WARP_TILES; ++i) {
-            const uint4* record = (const uint4*)(slice + INPUT_BYTES + (row_warp * WARP_TILES + i) * RECORD);
-#pragma unroll
-            for (int p = 0; p < PIECES; ++p) top[i][p] = record[32 * p + lane], bottom[i][p] = record[32 * (PIECES + p) + lane];
-            const u32 both = ((const u32*)(record + SCALES))[g];
-            scales[i][0] = __byte_perm(both, 0, 0x1010), scales[i][1] = __byte_perm(both, 0, 0x3232);
-        }
+// Minus what OFFSETS add to each token's sum over a group: their products, with rows of OFFSETS for a tile.
+__device__ __forceinline__ void sum_offsets(float* offsets, const uint4* x, int groups) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const u32 even = pack2(-OFFSETS[0], -OFFSETS[0]), odd = pack2(-OFFSETS[1], -OFFSETS[1]);
+    for (int i = threadIdx.x / 32; i < groups * EIGHTS_OF_TOKENS; i += WARPS) {
+        const int group = i / EIGHTS_OF_TOKENS, n = i % EIGHTS_OF_TOKENS;
+        float sums[4] = {};
 #pragma unroll
         for (int eight = 0; eight < 4; ++eight) {
-            uint4 x[EIGHTS_OF_TOKENS];
+            const uint4 v = read_input(x, group, n, eight, g, t);
+            multiply(sums, even, even, odd, odd, v.x, v.y);
+            multiply(sums, even, even, odd, odd, v.z, v.w);
+        }
+        if (g == 0) *(float2*)(offsets + group * TOKENS + 8 * n + 2 * t) = make_float2(sums[0], sums[1]);
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ void add(float (&sums)[4], const float4& v) { sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w; }
+
+// What becomes of the sums of COUNT tiles from ``first`` on, which one warp holds as tensor cores leave them.
+template <int COUNT>
+__device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_TOKENS][4], void* output, int count, float* partial,
+                                       u32* counters) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const auto exists = [&](int b) { return TILES % BAND == 0 || first + b < TILES; };
+    if (SPLITS > 1) {
+        const u64 place = (u64)first * gridDim.x + blockIdx.x, next = gridDim.x;  // of the first tile, and from tile to tile
+        const auto part = [&](int b, int split, int n) {
+            return (float4*)partial + (((place + b * next) * SPLITS + split) * EIGHTS_OF_TOKENS + n) * 32 + lane;
+        };
+#pragma unroll
+        for (int b = 0; b < COUNT; ++b)
 #pragma unroll
             for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
-                x[n] = *(const uint4*)(slice + (8 * n + g) * ROW_BYTES + 16 * unit_place(g, eight, t));
+                if (exists(b)) *part(b, blockIdx.y, n) = make_float4(sums[b][n][0], sums[b][n][1], sums[b][n][2], sums[b][n][3]);
+        if (!is_last_warp_to_arrive(counters + place, SPLITS)) return;
 #pragma unroll
-            for (int i = 0; i < WARP_TILES; ++i) {
-                u32 u[4], w[4];
-                widen(u, top[i], eight);
-                widen(w, bottom[i], eight);
-                center(u);
-                center(w);
+        for (int b = 0; b < COUNT; ++b)
 #pragma unroll
-                for (int pair = 0; pair < 4; ++pair) u[pair] = multiply2(u[pair], scales[i][0]), w[pair] = multiply2(w[pair], scales[i][1]);
+            for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
+                if (!exists(b)) continue;
+                float4 v[SPLITS];
 #pragma unroll
-                for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) multiply(sums[i][n], u[0], w[0], u[1], w[1], x[n].x, x[n].y);
+                for (int s = 0; s < SPLITS; ++s) v[s] = load16f((const float*)part(b, s, n));
 #pragma unroll
-                for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) multiply(sums[i][n], u[2], w[2], u[3], w[3], x[n].z, x[n].w);
+                for (int j = 0; j < 4; ++j) sums[b][n][j] = 0.f;
+#pragma unroll
+                for (int s = 0; s < SPLITS; ++s) add(sums[b][n], v[s]);
             }
-        }
     }
-    wait_copies<0>();
-    __syncthreads();
-
-    float* parts = (float*)shared;
 #pragma unroll
-    for (int i = 0; i < WARP_TILES; ++i)
+    for (int b = 0; b < COUNT; ++b)
 #pragma unroll
         for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int row = (row_warp * WARP_TILES + i) * TILE + g + j / 2 * 8;
-                parts[(k_warp * CTA_ROWS + row) * PITCH + 8 * n + 2 * t + j % 2] = sums[i][n][j];
-            }
-    __syncthreads();
-    const auto store = [&](int i, float sum) {
-        const int token = i / CTA_ROWS, row = blockIdx.z * CTA_ROWS + i % CTA_ROWS;
-        if (token >= tokens || row >= ROWS) return;
-        const u64 place = (u64)(first_token + token) * ROWS + row;
-#if ACCUMULATE
-        ((float*)output)[place] += sum;
+            for (int i = 0; i < 2; ++i) {
+                if (!exists(b)) continue;
+                const float low = sums[b][n][i], high = sums[b][n][2 + i];  // rows g and g + 8
+                const int token = blockIdx.x * TOKENS + 8 * n + 2 * t + i, row = (first + b) * TILE + g;
+#if EPILOGUE == 2
+                // The lane of an even row takes that and the next one, its neighbour the two that are 8 further.
+                const bool is_gate = g % 2 == 0;
+                const float other = __shfl_xor_sync(0xffffffffu, is_gate ? high : low, 4);
+                const float value = is_gate ? silu_multiply(low, other) : silu_multiply(other, high);
+                if (token < count) ((half_t*)output)[(u64)token * (ROWS / 2) + (is_gate ? row : row + 7) / 2] = to_half(value);
 #else
-        ((half_t*)output)[place] = to_half(sum);
+                if (token >= count) continue;
+                const u64 place = (u64)token * ROWS + row;
+#if EPILOGUE == 1
+                ((float*)output)[place] += low, ((float*)output)[place + 8] += high;
+#else
+                ((half_t*)output)[place] = to_half(low), ((half_t*)output)[place + 8] = to_half(high);
 #endif
+#endif
+            }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gemm_packed(const unsigned char* records, const half_t* input, void* output, int count, float* partial, u32* counters) {
+    extern __shared__ uint4 shared[];  // stages of X, minus the offsets [BUFFERS][STAGE][TOKENS], the rings; afterwards the sums
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
+    const int first_token = blockIdx.x * TOKENS, tokens = min(count - first_token, TOKENS);
+    const int first_band = BANDS * blockIdx.z / gridDim.z, bands = BANDS * (blockIdx.z + 1) / gridDim.z - first_band;
+    const int first_group = GROUPS * blockIdx.y / SPLITS, groups = GROUPS * (blockIdx.y + 1) / SPLITS - first_group;
+    const int first_tile = (first_band + row_warp) * BAND;
+    const bool works = row_warp < bands;
+    uint4* x = shared;
+    float* offsets = (float*)(x + BUFFERS * STAGE * TOKENS * UNITS);
+    unsigned char* ring = (unsigned char*)(offsets + BUFFERS * STAGE * TOKENS) + warp * DEPTH * SLOT;
+
+    // CTAs take the stages from another one on, or all would want the same part of X from the same part of the L2 cache.
+    const int stages = (groups + STAGE - 1) / STAGE, turn = blockIdx.z % stages;
+    const auto stage_start = [&](int stage) { return (stage + turn < stages ? stage + turn : stage + turn - stages) * STAGE; };
+    const auto load_stage = [&](int stage) {
+        if (stage >= stages) return;
+        const int start = stage_start(stage);
+        load_input(x + stage % BUFFERS * (STAGE * TOKENS * UNITS), input + (u64)first_token * COLS + (first_group + start) * GROUP,
+                   min(STAGE, groups - start), tokens);
     };
-    const int place = blockIdx.z * gridDim.x + blockIdx.x;
-    float* own = partial + ((u64)place * SPLITS + blockIdx.y) * (CTA_ROWS * TOKENS);
-    for (int i = threadIdx.x; i < CTA_ROWS * TOKENS; i += THREADS) {
-        float sum = 0.f;
+    // The records of this warp: of each stage groups k_warp, k_warp + K_WARPS, …
+    const unsigned char* own = records + ((u64)first_tile * GROUPS + first_group + k_warp) * RECORD + 16 * lane;
+    int next_stage = 0, next_share = 0;
+    const auto load = [&](unsigned char* slot) {
+        if (works && next_stage < stages) {
+            const int group = stage_start(next_stage) + next_share * K_WARPS;
+            if (group + k_warp < groups) {
 #pragma unroll
-        for (int k = 0; k < K_WARPS; ++k) sum += parts[(k * CTA_ROWS + i % CTA_ROWS) * PITCH + i / CTA_ROWS];
-        if (SPLITS == 1) store(i, sum);
-        else own[i] = sum;
+                for (int b = 0; b < BAND; ++b) {
+                    if (TILES % BAND != 0 && first_tile + b >= TILES) break;
+                    const u32 target = shared_address(slot) + b * RECORD + 16 * lane;
+                    const unsigned char* source = own + (b * GROUPS + group) * RECORD;
+#pragma unroll
+                    for (int unit = 0; unit < SCALES; unit += 32) copy16_async(target + 16 * unit, source + 16 * unit);
+                    if (lane < 2) copy16_async(target + 16 * SCALES, source + 16 * SCALES);
+                }
+            }
+            if (++next_share == SHARE) next_share = 0, ++next_stage;
+        }
+        commit_copies();
+    };
+    let_next_start();
+#pragma unroll
+    for (int slot = 0; slot < DEPTH; ++slot) load(ring + slot * SLOT);
+    wait_for_previous();
+#pragma unroll
+    for (int stage = 0; stage < BUFFERS; ++stage) {
+        load_stage(stage);
+        commit_copies();
     }
-    if (SPLITS == 1 || !is_last_to_arrive(counters + place, SPLITS)) return;
-    const float* all = partial + (u64)place * SPLITS * (CTA_ROWS * TOKENS);
-    for (int i = threadIdx.x; i < CTA_ROWS * TOKENS; i += THREADS) {
-        float sum = 0.f;
+
+    const Patterns patterns((u32)count >> 31);
+    float sums[BAND][EIGHTS_OF_TOKENS][4] = {};
+    unsigned char* slot = ring;
+    for (int stage = 0; stage < stages; ++stage) {
+        if (BUFFERS == 1 || stage == 0) wait_copies<BUFFERS - 1>();
+        else wait_copies<(SHARE < DEPTH ? SHARE : DEPTH) - 1>();
+        __syncthreads();  // this stage is there, the one before is read
+        if (BUFFERS > 1 && stage > 0) load_stage(stage - 1 + BUFFERS);  // with the next records
+        const uint4* stage_x = x + stage % BUFFERS * (STAGE * TOKENS * UNITS);
+        float* stage_offsets = offsets + stage % BUFFERS * (STAGE * TOKENS);
+        const int start = stage_start(stage);
+        if (OFFSETS[0] != 0.f) sum_offsets(stage_offsets, stage_x, min(STAGE, groups - start));
+        for (int share = 0; share < SHARE; ++share) {
+            const int group = share * K_WARPS + k_warp;
+            wait_copies<DEPTH - 1>();
+            __syncwarp();  // the scales were copied by other lanes
+            if (!works || start + group >= groups) {
+                load(slot);
+                slot = slot == ring + (DEPTH - 1) * SLOT ? ring : slot + SLOT;
+                continue;
+            }
+            uint4 top[BAND][PIECES], bottom[BAND][PIECES];
+            float products[BAND][EIGHTS_OF_TOKENS][4];
 #pragma unroll
-        for (int s = 0; s < SPLITS; ++s) sum += load4f(all + s * (CTA_ROWS * TOKENS) + i);
-        store(i, sum);
+            for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
+                float2 start = make_float2(0.f, 0.f);
+                if (OFFSETS[0] != 0.f) start = *(const float2*)(stage_offsets + group * TOKENS + 8 * n + 2 * t);
+#pragma unroll
+                for (int b = 0; b < BAND; ++b) products[b][n][0] = products[b][n][2] = start.x, products[b][n][1] = products[b][n][3] = start.y;
+            }
+#pragma unroll
+            for (int eight = 0; eight < 4; ++eight) {
+                u32 u[BAND][4], w[BAND][4];  // of rows g and g + 8
+#pragma unroll
+                for (int b = 0; b < BAND; ++b) {
+                    if (eight % (4 / PIECES) == 0) {
+                        const int p = eight * PIECES / 4;
+                        const uint4* record = (const uint4*)(slot + b * RECORD) + lane;
+                        top[b][p] = record[32 * p], bottom[b][p] = record[32 * (PIECES + p)];
+                    }
+                    widen(u[b], top[b], eight, patterns), widen(w[b], bottom[b], eight, patterns);
+                }
+#pragma unroll
+                for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
+                    const uint4 v = read_input(stage_x, group, n, eight, g, t);
+#pragma unroll
+                    for (int b = 0; b < BAND; ++b) multiply(products[b][n], u[b][0], w[b][0], u[b][1], w[b][1], v.x, v.y);
+#pragma unroll
+                    for (int b = 0; b < BAND; ++b) multiply(products[b][n], u[b][2], w[b][2], u[b][3], w[b][3], v.z, v.w);
+                }
+            }
+#pragma unroll
+            for (int b = 0; b < BAND; ++b) {
+                const float2 scale = unpack2(((const u32*)(slot + b * RECORD + 16 * SCALES))[g]);
+#pragma unroll
+                for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) sums[b][n][j] += (j < 2 ? scale.x : scale.y) * products[b][n][j];
+            }
+            __syncwarp();
+            load(slot);
+            slot = slot == ring + (DEPTH - 1) * SLOT ? ring : slot + SLOT;
+        }
+        if (BUFFERS == 1 && stage + 1 < stages) {
+            __syncthreads();
+            load_stage(stage + 1);
+            commit_copies();
+        }
+    }
+    wait_copies<0>();
+    if (K_WARPS == 1) {
+        if (works) finish<BAND>(first_tile, sums, output, count, partial, counters);
+        return;
+    }
+    __syncthreads();  // the shared memory is free
+
+    float4* parts = (float4*)shared + lane;  // [K_WARPS][ROW_WARPS * BAND][EIGHTS_OF_TOKENS][32]
+#pragma unroll
+    for (int b = 0; b < BAND; ++b)
+#pragma unroll
+        for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
+            parts[((warp * BAND + b) * EIGHTS_OF_TOKENS + n) * 32] = make_float4(sums[b][n][0], sums[b][n][1], sums[b][n][2], sums[b][n][3]);
+    __syncthreads();
+    for (int place = warp; place < bands * BAND; place += WARPS) {
+        const int tile = first_band * BAND + place;
+        if (TILES % BAND != 0 && tile >= TILES) break;
+#pragma unroll
+        for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[0][n][j] = 0.f;
+#pragma unroll
+            for (int k = 0; k < K_WARPS; ++k)
+                add(sums[0][n], parts[((k * ROW_WARPS * BAND + place) * EIGHTS_OF_TOKENS + n) * 32]);
+        }
+        finish<1>(tile, sums, output, count, partial, counters);
     }
 }

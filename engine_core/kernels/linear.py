@@ -164,10 +164,8 @@ def silu_multiply(kernels: Kernels, gate_up: DeviceArray, output: DeviceArray, p
     rows, width = output.shape
     check("gate_up", gate_up, (rows, 2 * width), kernels.dtype)
     check("output", output, (rows, width), kernels.dtype)
-    function = kernels.function("elementwise", "silu_multiply", {"COLS": 8})
-    return Launch(
-        kernels.device, function, (8 * kernels.device.num_sms,), _THREADS, [gate_up, output, pairs], overlap=False
-    )
+    function = kernels.function("elementwise", "multiply_gates", {"COLS": 8})
+    return Launch(kernels.device, function, (8 * kernels.device.num_sms,), _THREADS, [gate_up, output, pairs])
 
 
 def add_bias(kernels: Kernels, values: DeviceArray, bias: DeviceArray, count: ctypes.c_uint32) -> Launch:
@@ -177,4 +175,4 @@ def add_bias(kernels: Kernels, values: DeviceArray, bias: DeviceArray, count: ct
     check("bias", bias, (width,), kernels.dtype)
     function = kernels.function("elementwise", "add_bias", {"COLS": 8})
     args = [values, bias, count, ctypes.c_uint32(width)]
-    return Launch(kernels.device, function, (8 * kernels.device.num_sms,), _THREADS, args, overlap=False)
+    return Launch(kernels.device, function, (8 * kernels.device.num_sms,), _THREADS, args)

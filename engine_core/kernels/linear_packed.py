@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from engine_core.device import DeviceArray, Launch, Stream
 from engine_core.kernels import KernelArgumentError, Kernels, check, float_define, int4_layout, int8_layout
@@ -18,9 +18,9 @@ _MAX_ROW_WARPS, _MIN_DEPTH = 8, 3
 _ALIGNED_RECORDS = 4  # are a multiple of 128 bytes
 _DEQUANTIZE_WARPS = 8
 PACKED_TOKENS = 32  # of a CTA of gemm_packed.cu: more would take longer than to read its weights
-_MAX_CTA_TILES = 16
+_BAND = 2  # tiles of a warp
+_MAX_GEMM_WARPS, _MIN_ROW_WARPS, _MAX_SPLITS, _STAGE = 16, 3, 8, 8
 _SHARED_STATIC = 1024  # bytes of what the kernel declares itself, and the driver's
-_MIN_GEMM_DEPTH, _MAX_GEMM_DEPTH = 3, 5
 
 
 def _bits(records: DeviceArray) -> int:
@@ -85,7 +85,7 @@ def gemv_packed(
         check("bias", bias, (rows,), kernels.dtype)
     k_warps, row_warps, depth = _spread(records, kernels.device.num_sms, kernels.shared_budget - 2 * cols)
     warps = k_warps * row_warps
-    shared = 2 * cols + warps * depth * records.shape[2]
+    shared = max(2 * cols + warps * depth * records.shape[2], kernels.shared_budget)
     if shared > kernels.device.max_shared:
         raise KernelArgumentError(f"A row of {cols} values does not fit the shared memory of {kernels.device.name}.")
     defines = {
@@ -103,53 +103,61 @@ def gemv_packed(
 
 @dataclass(frozen=True)
 class GemmShape:
-    """How gemm_packed.cu spreads a matrix over CTAs and their warps."""
+    """How gemm_packed.cu spreads a matrix over CTAs and their warps, and X over time."""
 
-    warp_tiles: int  # of 16 rows
     row_warps: int
     k_warps: int
     splits: int
-    depth: int
-
-    @property
-    def cta_tiles(self) -> int:
-        return self.warp_tiles * self.row_warps
+    stage: int  # groups of X
+    buffers: int
+    depth: int = 2
 
     def ctas(self, tiles: int) -> int:
         """Along the rows."""
-        return -(-tiles // self.cta_tiles)
-
-    def stage(self, record_bytes: int) -> int:
-        """Bytes of a stage of the ring."""
-        return self.k_warps * (PACKED_TOKENS * GROUP * 2 + self.cta_tiles * record_bytes)
+        return -(-tiles // (_BAND * self.row_warps))
 
     def shared(self, record_bytes: int) -> int:
-        """Bytes of the ring, or of the sums that come after it."""
-        sums = self.k_warps * self.cta_tiles * TILE * (PACKED_TOKENS + 1) * 4
-        return max(self.depth * self.stage(record_bytes), sums)
+        """Bytes of the stages of X, their offsets and the rings, or of the sums that come after them."""
+        warps = self.row_warps * self.k_warps
+        stages = self.buffers * self.stage * PACKED_TOKENS * (GROUP * 2 + 4)
+        sums = warps * _BAND * TILE * PACKED_TOKENS * 4 if self.k_warps > 1 else 0
+        return max(stages + warps * self.depth * _BAND * record_bytes, sums)
 
 
 def _splits(tiles: int, groups: int, num_sms: int) -> int:
-    """CTAs along the columns: several where there are too few rows to give each multiprocessor enough."""
-    return next((n for n in (4, 2) if n <= groups and -(-tiles * n // num_sms) <= _MAX_CTA_TILES), 1)
+    """CTAs along the columns: as many as leave each a few groups of X, but enough warps and not too many their rows."""
+
+    def bands(splits: int) -> int:
+        return -(-tiles * splits // (_BAND * num_sms))
+
+    splits = 1
+    while splits < _MAX_SPLITS and groups > splits * _STAGE and bands(2 * splits) <= _MAX_GEMM_WARPS:
+        splits *= 2
+    while splits < _MAX_SPLITS and groups >= 4 * splits and bands(splits) < _MIN_ROW_WARPS:
+        splits *= 2
+    return splits
 
 
 def gemm_shape(tiles: int, groups: int, record_bytes: int, num_sms: int, max_shared: int) -> GemmShape:
-    """For a matrix of ``tiles`` by ``groups`` records: a CTA for each multiprocessor, if it can hold as much."""
+    """For ``tiles`` by ``groups`` records, by what was fastest on an H200 (benchmarks/results/kernels.md)."""
     splits = _splits(tiles, groups, num_sms)
-    cta_tiles = min(_MAX_CTA_TILES, -(-tiles * splits // num_sms))
-    warp_tiles = 1 if cta_tiles <= 2 else 2
-    row_warps = -(-cta_tiles // warp_tiles)
-    k_warps = 1 << (min(16 // row_warps, -(-groups // splits)).bit_length() - 1)
-    budget = max_shared - _SHARED_STATIC
+    bands, own_groups = -(-tiles // _BAND), -(-groups // splits)
+    rounds = -(-bands * splits // (num_sms * _MAX_GEMM_WARPS))
+    row_warps = -(-bands * splits // (num_sms * rounds))
+    k_warps = 1 if row_warps > _MAX_GEMM_WARPS // 2 else 2 if row_warps >= _MIN_ROW_WARPS + 1 else 4
+    while k_warps > own_groups:
+        k_warps //= 2
     while True:
-        shape = GemmShape(warp_tiles, row_warps, k_warps, splits, _MIN_GEMM_DEPTH)
-        if shape.shared(record_bytes) <= budget or (row_warps, k_warps) == (1, 1):
-            return replace(shape, depth=max(2, min(_MAX_GEMM_DEPTH, budget // shape.stage(record_bytes))))
+        stage = min(_STAGE, 1 << (own_groups - 1).bit_length())
+        while stage >= max(k_warps, min(2, own_groups)):
+            shape = GemmShape(row_warps, k_warps, splits, stage, 1 if own_groups <= stage else 2)
+            if shape.shared(record_bytes) <= max_shared - _SHARED_STATIC:
+                return shape
+            stage //= 2
         if k_warps > 1:
             k_warps //= 2
         else:
-            row_warps //= 2
+            row_warps = -(-row_warps // 2)
 
 
 def packed_scratch(shapes: Iterable[tuple[int, int]], tokens: int, num_sms: int) -> tuple[int, int]:
@@ -158,17 +166,18 @@ def packed_scratch(shapes: Iterable[tuple[int, int]], tokens: int, num_sms: int)
     for rows, cols in shapes:
         tiles, token_tiles = -(-rows // TILE), -(-tokens // PACKED_TOKENS)
         splits = _splits(tiles, -(-cols // GROUP), num_sms)
-        counters = max(counters, tiles * token_tiles)
         if splits > 1:
-            sums = max(sums, splits * (tiles + _MAX_CTA_TILES - 1) * TILE * PACKED_TOKENS * token_tiles)
+            sums = max(sums, splits * tiles * TILE * PACKED_TOKENS * token_tiles)
+            counters = max(counters, tiles * token_tiles)
     return sums, counters
 
 
 class PackedProduct:
-    """output [n, rows] ← vectors [n, cols] · weightᵀ for the first ``count`` rows, which is read at each call.
+    """Vectors [n, cols] times weightᵀ for the first ``count`` rows, which is read at each call.
 
-    The output is 16-bit or, with ``accumulate``, float32 and added to. ``partial``, float32, and ``counters``, uint32
-    and zeros, are as long as ``packed_scratch`` says for the most tokens there will be.
+    ``epilogue`` STORE: output 16-bit [n, rows]; RESIDUAL: float32 and added to; SILU: 16-bit [n, rows / 2] of rows that
+    are (gate, up) in turn. ``partial``, float32, and ``counters``, uint32 and zeros, are as long as ``packed_scratch``
+    says for the most tokens there will be.
     """
 
     def __init__(
@@ -177,15 +186,16 @@ class PackedProduct:
         records: DeviceArray,
         vectors: DeviceArray,
         output: DeviceArray,
+        epilogue: int,
         count: ctypes.c_int,
         partial: DeviceArray,
         counters: DeviceArray,
-        accumulate: bool = False,
     ) -> None:
         """Raises KernelArgumentError, KernelCompileError or DeviceError."""
         rows, cols = _sizes(records)
         check("vectors", vectors, (vectors.shape[0], cols), kernels.dtype)
-        check("output", output, (vectors.shape[0], rows), "fp32" if accumulate else kernels.dtype)
+        width = rows // 2 if epilogue == SILU else rows
+        check("output", output, (vectors.shape[0], width), "fp32" if epilogue == RESIDUAL else kernels.dtype)
         check("partial", partial, partial.shape, "fp32")
         check("counters", counters, counters.shape, "uint32")
         device = kernels.device
@@ -193,10 +203,11 @@ class PackedProduct:
         shared = shape.shared(records.shape[2])
         defines = {
             **_defines(records, shape.k_warps, shape.row_warps, shape.depth),
-            "WARP_TILES": shape.warp_tiles,
             "SPLITS": shape.splits,
+            "STAGE": shape.stage,
+            "BUFFERS": shape.buffers,
             "TOKENS": PACKED_TOKENS,
-            "ACCUMULATE": int(accumulate),
+            "EPILOGUE": epilogue,
         }
         function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
         self._count = count

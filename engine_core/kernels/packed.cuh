@@ -15,6 +15,22 @@ constexpr int GROUPS = COLS / GROUP, TILES = ROWS / TILE;
 static_assert(BITS == 4 || BITS == 8, "4 or 8 bits");
 static_assert(COLS % GROUP == 0 && ROWS % TILE == 0, "unsupported shape");
 
+// What widen puts bits into, in registers: as constants some of it would be moved there again for each use. ``zero``: 0, but
+// not as a constant.
+struct Patterns {
+    u32 even, odd;
+
+    __device__ __forceinline__ explicit Patterns(u32 zero = 0u) {
+#if BF16
+        even = zero | 0x43004300u, odd = zero | 0xc380c380u;
+#elif BITS == 4
+        even = zero | 0x64006400u, odd = zero | 0x54005400u;
+#else
+        even = odd = zero | 0x64646464u;
+#endif
+    }
+};
+
 // ``widen``: eight of a lane's weights, number ``eight`` of four, as four pairs of 16 bits of neighbouring columns, each more
 // than the weight by OFFSETS of its pair. To take that off a sum of products costs less than to take it off the weights.
 #if BITS == 4
@@ -25,16 +41,16 @@ __device__ constexpr float OFFSETS[4] = {136.f, 136.f, 136.f, 136.f};  // 0x4300
 __device__ constexpr float OFFSETS[4] = {1032.f, 72.f, 1032.f, 72.f};  // 0x6400 | n is 1024 + n, 0x5400 | n << 4 is 64 + n
 #endif
 
-__device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[1], int eight) {
+__device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[1], int eight, Patterns patterns = Patterns()) {
     const u32 words[4] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w}, w = words[eight];  // nibbles n and n + 4
 #if BF16
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) v[pair] = ((w >> 4 * pair) & 0x000f000fu) | 0x43004300u;
+    for (int pair = 0; pair < 4; ++pair) v[pair] = ((w >> 4 * pair) & 0x000f000fu) | patterns.even;
 #else
 #pragma unroll
     for (int byte = 0; byte < 2; ++byte) {
         const u32 x = w >> 8 * byte;
-        v[2 * byte] = (x & 0x000f000fu) | 0x64006400u, v[2 * byte + 1] = (x & 0x00f000f0u) | 0x54005400u;
+        v[2 * byte] = (x & 0x000f000fu) | patterns.even, v[2 * byte + 1] = (x & 0x00f000f0u) | patterns.odd;
     }
 #endif
 }
@@ -47,7 +63,7 @@ __device__ constexpr float OFFSETS[4] = {};
 __device__ constexpr float OFFSETS[4] = {1152.f, 1152.f, 1152.f, 1152.f};  // 0x6400 | n is 1024 + n, and n is the weight + 128
 #endif
 
-__device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[2], int eight) {
+__device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[2], int eight, Patterns patterns = Patterns()) {
     const uint4 piece = pieces[eight / 2];
     const u32 words[2] = {eight % 2 ? piece.z : piece.x, eight % 2 ? piece.w : piece.y};  // bytes 2 n and 2 n + 1
 #pragma unroll
@@ -56,35 +72,11 @@ __device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[2], int
 #if BF16  // 0x4300 | low 7 bits is 128 + those; -256 or, with the high bit, -128 makes them the level
         const u32 x = __byte_perm(w, 0, selector);
         asm("fma.rn.bf16x2 %0, %1, %2, %3;"
-            : "=r"(v[pair]) : "r"((x & 0x007f007fu) | 0x43004300u), "r"(0x3f803f80u), "r"((x & 0x00800080u) ^ 0xc380c380u));
+            : "=r"(v[pair]) : "r"((x & 0x007f007fu) | patterns.even), "r"(0x3f803f80u), "r"((x & 0x00800080u) ^ patterns.odd));
 #else
-        v[pair] = __byte_perm(w, 0x64646464u, selector);
+        v[pair] = __byte_perm(w, patterns.even, selector);
 #endif
     }
 }
 
 #endif
-
-// Takes OFFSETS off: the weights without their scale, exactly.
-__device__ __forceinline__ void center(u32 (&v)[4]) {
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-        if (OFFSETS[pair] == 0.f) continue;
-#if BF16
-        asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(v[pair]) : "r"(0x3f803f80u), "r"(0xc308c308u));
-#else
-        asm("sub.f16x2 %0, %0, %1;" : "+r"(v[pair]) : "r"(BITS == 8 ? 0x64806480u : pair % 2 ? 0x54805480u : 0x64086408u));
-#endif
-    }
-}
-
-// Two 16-bit values times two others, rounded once.
-__device__ __forceinline__ u32 multiply2(u32 a, u32 b) {
-    u32 v;
-#if BF16
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(0x80008000u));
-#else
-    asm("mul.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-#endif
-    return v;
-}

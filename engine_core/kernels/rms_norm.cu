@@ -11,6 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, cons
     const u64 start = (u64)blockIdx.x * COLS;
     const int first = threadIdx.x * 4;
     uint2 weights[PARTS];
+    let_next_start();
 #pragma unroll
     for (int p = 0; p < PARTS; ++p)
         if (first + p * STEP < COLS) weights[p] = *(const uint2*)(weight + first + p * STEP);

@@ -20,8 +20,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float2* angles = rope + (u64)(position + token) * (HEAD_DIM / 2);
     HeadVector raw;
     Angles lane_angles;
-    raw.load(vector, part);
+    let_next_start();
     lane_angles.load(angles, part);
+    wait_for_previous();
+    raw.load(vector, part);
     float rotated[8];
     raw.rotate(rotated, head < HEADS ? q_norm : k_norm, lane_angles, part);
 #if KV_INT8

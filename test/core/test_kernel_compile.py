@@ -31,7 +31,8 @@ KERNELS = {
     "gemv": GEMV,
     "gemv_packed": {**GEMV, "BITS": 4},
     "gemm_packed": dict(
-        ROWS=512, COLS=1024, BITS=4, K_WARPS=4, ROW_WARPS=4, WARP_TILES=2, SPLITS=2, DEPTH=3, TOKENS=32, ACCUMULATE=1
+        **dict(ROWS=512, COLS=1024, BITS=4, K_WARPS=2, ROW_WARPS=8, SPLITS=2),
+        **dict(STAGE=8, BUFFERS=1, DEPTH=2, TOKENS=32, EPILOGUE=2),
     ),
     "attention_decode": {**ATTENTION, "WARPS": 8, "DEPTH": 4},
     "attention_prefill": ATTENTION,

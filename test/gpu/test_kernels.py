@@ -116,15 +116,20 @@ def test_packed_product_of_some_tokens(bench, rows, cols, layout, dtype):
     for count in (1, 8, 33, 70):
         number.value = count
         output = bench.poisoned((70, rows), dtype)
-        linear_packed.PackedProduct(*inputs, output, *scratch)(bench.stream)
+        linear_packed.PackedProduct(*inputs, output, linear.STORE, *scratch)(bench.stream)
         found, sums = bench.get(output), x[:count] @ packed.weight.T
         assert error(found[:count], sums) < rounding
         assert np.isnan(found[count:]).all()
         residual, before = bench.normal((70, rows), "fp32")
-        linear_packed.PackedProduct(*inputs, residual, *scratch, accumulate=True)(bench.stream)
+        linear_packed.PackedProduct(*inputs, residual, linear.RESIDUAL, *scratch)(bench.stream)
         found = bench.get(residual)
         assert error(found[:count] - before[:count], sums) < rounding
         assert (found[count:] == before[count:]).all()
+        activated = bench.poisoned((70, rows // 2), dtype)
+        linear_packed.PackedProduct(*inputs, activated, linear.SILU, *scratch)(bench.stream)
+        found = bench.get(activated)
+        assert error(found[:count], reference.silu_multiply(sums)) < rounding
+        assert np.isnan(found[count:]).all()
     assert (bench.get(counters) == 0).all()
 
 
