@@ -120,7 +120,7 @@ def max_packed_tokens(spec: CudaSpec) -> int:
 
     Small matrices are written out in 16 bits so fast that it soon pays.
     """
-    return 96 if spec.hidden <= 2048 else 160
+    return 64 if spec.hidden <= 2048 else 96
 
 
 def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
@@ -194,11 +194,10 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["kv_scales"] = ("kv_cache", (spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
-    if spec.weight_bits < 16:  # for prefill: one matrix at a time in 16 bits; sums of products of few tokens
+    if spec.weight_bits < 16:  # for prefill: one matrix at a time in 16 bits, or partial sums of products of few tokens
         shapes = product_shapes(spec).values()
-        arrays["dequantized"] = ("scratch", (max(map(math.prod, shapes)),), dtype)
         sums, counters = packed_scratch(shapes, min(chunk, max_packed_tokens(spec)), num_sms)
-        arrays["packed_partial"] = ("scratch", (sums,), "fp32")
+        arrays["dequantized"] = ("scratch", (max(2 * sums, *map(math.prod, shapes)),), dtype)
         arrays["packed_counters"] = ("scratch", (counters,), "uint32")
     if spec.prefix_slots:
         rows_of_slot = (spec.prefix_slots, spec.num_layers * 2 * kv_heads)

@@ -97,13 +97,15 @@ class CudaModel(DeviceModel[_Layer]):
             return _Product(weight)
         kernels, w = self._kernels, self.work
         source, target, epilogue = _ARRAYS[name]
-        whole = DeviceArray(w["dequantized"].address, product_shapes(self.spec)[name], self.spec.dtype)
+        either = w["dequantized"]  # of the matrix written out or, with few tokens, the partial sums
+        whole = DeviceArray(either.address, product_shapes(self.spec)[name], self.spec.dtype)
+        partial = DeviceArray(either.address, (either.nbytes // 4,), "fp32")
         return _Product(
             whole,
             linear_packed.dequantize_packed(kernels, weight, whole),
             linear_packed.PackedProduct(
                 *(kernels, weight, w[source], w["activated" if epilogue == linear.SILU else target], epilogue),
-                *(self._count, w["packed_partial"], w["packed_counters"]),
+                *(self._count, partial, w["packed_counters"]),
             ),
         )
 

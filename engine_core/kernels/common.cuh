@@ -69,8 +69,8 @@ __device__ __forceinline__ u32 pack2(float low, float high) {
     return v;
 }
 
-// Of a gated unit: silu(gate) * up.
-__device__ __forceinline__ float silu_multiply(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
+// Of a gated unit (SwiGLU: Shazeer 2020, arXiv 2002.05202): silu(gate) * up.
+__device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
 
 __device__ __forceinline__ half_t to_half(float value) { return (half_t)pack2(value, 0.f); }
 __device__ __forceinline__ float to_float(half_t value) { return unpack2(value).x; }

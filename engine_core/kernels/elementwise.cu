@@ -17,12 +17,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table,
 }
 
 // [pairs] 16-bit from [pairs] (gate, up).
-extern "C" __global__ void __launch_bounds__(THREADS) multiply_gates(const u32* gate_up, half_t* output, u32 pairs) {
+extern "C" __global__ void __launch_bounds__(THREADS) silu_multiply(const u32* gate_up, half_t* output, u32 pairs) {
     let_next_start();
     wait_for_previous();
     for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < pairs; i += gridDim.x * THREADS) {
         const float2 v = unpack2(load4(gate_up + i));
-        output[i] = to_half(silu_multiply(v.x, v.y));
+        output[i] = to_half(swiglu(v.x, v.y));
     }
 }
 

@@ -25,7 +25,7 @@ __device__ __forceinline__ void finish(float sum, float next, float start, int r
 #elif EPILOGUE == 1
     ((float*)output)[row] = start + sum;
 #elif EPILOGUE == 2
-    ((half_t*)output)[row / 2] = to_half(silu_multiply(sum, next));
+    ((half_t*)output)[row / 2] = to_half(swiglu(sum, next));
 #else
     ((float*)output)[row] = sum;
 #endif

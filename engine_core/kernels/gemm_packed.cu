@@ -4,8 +4,8 @@
 // TOKENS, SPLITS, CTAs along the rows).
 //
 // Each of a CTA's ROW_WARPS · K_WARPS warps has a band of two tiles and copies its records through a ring of its own, DEPTH
-// slots deep, a group of columns to a slot. X passes through BUFFERS stages of STAGE groups, of which each of the K_WARPS
-// takes its share; their sums are added up in shared memory. Where there are too few rows the columns are split over SPLITS
+// slots deep, a group of columns to a slot. X passes in stages of STAGE groups through BUFFERS places; each of the K_WARPS takes
+// its share of a stage, and their sums are added up in shared memory. Where there are too few rows the columns are split over SPLITS
 // CTAs; the last to arrive at a tile adds up: ``partial``, float32 [TILES][tiles of TOKENS][SPLITS][TOKENS * TILE]; counters:
 // uint32 [TILES][tiles of TOKENS], 0 between launches.
 //
@@ -15,12 +15,12 @@
 
 constexpr int WARPS = ROW_WARPS * K_WARPS, THREADS = 32 * WARPS;
 constexpr int BAND = 2, BANDS = (TILES + BAND - 1) / BAND;     // tiles of a warp at a time
-constexpr int CTA_GROUPS = (GROUPS + SPLITS - 1) / SPLITS, STAGES = (CTA_GROUPS + STAGE - 1) / STAGE;  // at most
 constexpr int SHARE = STAGE / K_WARPS;                         // groups of a stage that a warp has
 constexpr int EIGHTS_OF_TOKENS = TOKENS / 8;
 constexpr int UNITS = GROUP / 8;                               // of 16 bytes that a token has in a group
 constexpr int SLOT = BAND * RECORD;
-static_assert(TOKENS % 16 == 0 && STAGE % K_WARPS == 0, "unsupported shape");
+static_assert(TOKENS % 8 == 0 && STAGE % K_WARPS == 0, "unsupported shape");
+static_assert(BUFFERS > 1 || (GROUPS + SPLITS - 1) / SPLITS <= STAGE, "a second stage needs a second buffer");
 
 // Of X the units of a token lie in the order they are read in, and so that eight lanes meet no bank twice.
 __device__ __forceinline__ int unit_place(int token, int eight, int t) { return (4 * eight + t) ^ (token & 1) << 2; }
@@ -109,7 +109,7 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
                 // The lane of an even row takes that and the next one, its neighbour the two that are 8 further.
                 const bool is_gate = g % 2 == 0;
                 const float other = __shfl_xor_sync(0xffffffffu, is_gate ? high : low, 4);
-                const float value = is_gate ? silu_multiply(low, other) : silu_multiply(other, high);
+                const float value = is_gate ? swiglu(low, other) : swiglu(other, high);
                 if (token < count) ((half_t*)output)[(u64)token * (ROWS / 2) + (is_gate ? row : row + 7) / 2] = to_half(value);
 #else
                 if (token >= count) continue;
@@ -181,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float sums[BAND][EIGHTS_OF_TOKENS][4] = {};
     unsigned char* slot = ring;
     for (int stage = 0; stage < stages; ++stage) {
-        if (BUFFERS == 1 || stage == 0) wait_copies<BUFFERS - 1>();
+        if (stage == 0) wait_copies<BUFFERS - 1>();
         else wait_copies<(SHARE < DEPTH ? SHARE : DEPTH) - 1>();
         __syncthreads();  // this stage is there, the one before is read
         if (BUFFERS > 1 && stage > 0) load_stage(stage - 1 + BUFFERS);  // with the next records
@@ -239,11 +239,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             __syncwarp();
             load(slot);
             slot = slot == ring + (DEPTH - 1) * SLOT ? ring : slot + SLOT;
-        }
-        if (BUFFERS == 1 && stage + 1 < stages) {
-            __syncthreads();
-            load_stage(stage + 1);
-            commit_copies();
         }
     }
     wait_copies<0>();

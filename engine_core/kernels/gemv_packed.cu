@@ -166,12 +166,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     wait_copies<0>();
 }
 
-// weight [ROWS][COLS] 16-bit, rounded once. One warp per record.
+// weight [ROWS][COLS] 16-bit, rounded once. One warp per record; the rows pass through shared memory, so that each store writes
+// whole lines of two of them.
 extern "C" __global__ void __launch_bounds__(256) dequantize_packed(const uint4* records, half_t* weight) {
+    constexpr int UNITS = GROUP / 8;  // of 16 bytes that a row has
+    __shared__ uint4 shared[8][TILE * UNITS];
     const u64 record = (u64)blockIdx.x * 8 + threadIdx.x / 32;
     if (record >= (u64)TILES * GROUPS) return;
     const int lane = threadIdx.x % 32;
     const uint4* source = records + record * (RECORD / 16);
+    uint4* rows = shared[threadIdx.x / 32];
     const half_t* scales = (const half_t*)(source + SCALES);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -180,7 +184,6 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_packed(const uint4*
         uint4 pieces[PIECES];
 #pragma unroll
         for (int p = 0; p < PIECES; ++p) pieces[p] = source[32 * (PIECES * half + p) + lane];
-        uint4* target = (uint4*)(weight + (record / GROUPS * TILE + row) * COLS + record % GROUPS * GROUP + lane % 4 * 32);
 #pragma unroll
         for (int eight = 0; eight < 4; ++eight) {
             float v[8];
@@ -191,7 +194,15 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_packed(const uint4*
                 const float2 f = unpack2(pairs[pair]);
                 v[2 * pair] = (f.x - OFFSETS[pair]) * scale, v[2 * pair + 1] = (f.y - OFFSETS[pair]) * scale;
             }
-            target[eight] = pack8(v);
+            const int unit = lane % 4 * 4 + eight;
+            rows[row * UNITS + (unit ^ (unit / 8 + 2 * (row % 2)))] = pack8(v);  // eight lanes meet no bank twice
         }
+    }
+    __syncwarp();
+    uint4* target = (uint4*)(weight + record / GROUPS * TILE * COLS + record % GROUPS * GROUP);
+#pragma unroll
+    for (int i = 0; i < TILE * UNITS; i += 32) {
+        const int row = (i + lane) / UNITS, unit = lane % UNITS;
+        target[row * (COLS / 8) + unit] = rows[row * UNITS + (unit ^ (unit / 8 + 2 * (row % 2)))];
     }
 }

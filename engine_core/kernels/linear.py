@@ -164,7 +164,7 @@ def silu_multiply(kernels: Kernels, gate_up: DeviceArray, output: DeviceArray, p
     rows, width = output.shape
     check("gate_up", gate_up, (rows, 2 * width), kernels.dtype)
     check("output", output, (rows, width), kernels.dtype)
-    function = kernels.function("elementwise", "multiply_gates", {"COLS": 8})
+    function = kernels.function("elementwise", "silu_multiply", {"COLS": 8})
     return Launch(kernels.device, function, (8 * kernels.device.num_sms,), _THREADS, [gate_up, output, pairs])
 
 
