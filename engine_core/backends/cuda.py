@@ -137,6 +137,7 @@ class CudaBackend(DeviceBackend):
         self._graphs = GraphRunner(self._stream, enabled)
         undo.callback(self._graphs.close)
         self._set_params(TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset()))
+        self._model.compile_ahead(address)
         self._graphs.add(self._decode_key, self._model.decode_launches(address))
         self._sample_last = self._model.sampling_launches(address)
         self._model.prepare_prefill()

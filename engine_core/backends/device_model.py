@@ -58,6 +58,15 @@ class DeviceModel(Generic[Layer]):
                 self._stream.zero(self.work[name])
         self._device.synchronize()
 
+    def compile_ahead(self, host_tokens: int) -> None:
+        """Compiles the kernels of decode_launches and prepare_prefill. Raises KernelCompileError or DeviceError."""
+
+        def prepare() -> None:
+            self.decode_launches(host_tokens)
+            self.prepare_prefill()
+
+        self._kernels.compile_ahead(prepare)
+
     # --- decode ---------------------------------------------------------------------------------------
 
     def sampling_launches(self, host_tokens: int) -> list[Work]:

@@ -7,6 +7,9 @@ twin in ``reference`` that tests compare it with.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +53,42 @@ class Kernels:
         self.device = device
         self.dtype = dtype
         self._modules: dict[tuple, Module] = {}
+        self._functions: dict[tuple, Any] = {}
+        self._wanted: dict[tuple, tuple[str, dict[str, int | str]]] | None = None  # key → source, defines
 
     def function(self, source: str, entry: str, defines: dict[str, int | str], shared: int = 0) -> Any:
         """Kernel ``entry`` of ``source``.cu specialised by ``defines``. Raises KernelCompileError or DeviceError."""
         defines = {"BF16": int(self.dtype == "bf16"), **defines}
         key = (source, *sorted(defines.items()))
+        if self._wanted is not None:
+            self._wanted[key] = (source, defines)
+            return None
         if key not in self._modules:
-            text, headers = kernel_source(source)
-            binary = compile_kernel(text, name=source, arch=self.device.arch, headers=headers, defines=defines)
+            self._modules[key] = Module(self.device, self._compile(source, defines))
+        if (key, entry, shared) not in self._functions:
+            self._functions[key, entry, shared] = self._modules[key].function(entry, shared)
+        return self._functions[key, entry, shared]
+
+    def compile_ahead(self, prepare: Callable[[], object]) -> None:
+        """Compiles, side by side, what ``prepare`` asks for: a first configure waits for little else.
+
+        ``prepare`` makes launches and queues none: it is run here only to see which kernels it takes.
+        Raises KernelCompileError or DeviceError.
+        """
+        self._wanted = {}
+        try:
+            prepare()
+        finally:
+            wanted, self._wanted = self._wanted, None
+        missing = {key: job for key, job in wanted.items() if key not in self._modules}
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            binaries = list(threads.map(lambda job: self._compile(*job), missing.values()))
+        for key, binary in zip(missing, binaries, strict=True):
             self._modules[key] = Module(self.device, binary)
-        return self._modules[key].function(entry, shared)
+
+    def _compile(self, source: str, defines: dict[str, int | str]) -> bytes:
+        text, headers = kernel_source(source)
+        return compile_kernel(text, name=source, arch=self.device.arch, headers=headers, defines=defines)
 
     @property
     def shared_budget(self) -> int:
@@ -70,5 +99,6 @@ class Kernels:
         return self.device.max_shared // 2 - _SHARED_STATIC
 
     def close(self) -> None:
+        self._functions.clear()
         while self._modules:
             self._modules.popitem()[1].close()

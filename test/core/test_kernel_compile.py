@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from engine_core.device import KernelCompileError
@@ -54,26 +57,29 @@ def _compile(name: str, arch: str, **defines) -> bytes:
     return compile_kernel(source, name=name, arch=arch, headers=headers, defines={**KERNELS[name], **defines})
 
 
+def _compile_all(arch: str, names, **defines) -> None:
+    """Side by side, as configure does."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for binary in threads.map(lambda name: _compile(name, arch, **defines), names):
+            assert binary[:4] == b"\x7fELF"
+
+
 @pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
 def test_every_kernel_compiles(arch):
-    for name in KERNELS:
-        binary = _compile(name, arch, BF16=int(arch != "sm_80"))
-        assert binary[:4] == b"\x7fELF"
+    _compile_all(arch, KERNELS, BF16=int(arch != "sm_80"))
 
 
 @pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
 def test_the_kernels_of_an_int8_cache_compile(arch):
     head_dim = (16, 96, 256)[_architectures().index(arch) % 3]  # what they have in common decides what compiles
-    for name in ("attention_decode", "attention_prefill", "rope_append"):
-        binary = _compile(name, arch, BF16=int(arch == "sm_80"), KV_INT8=1, HEAD_DIM=head_dim, CONTEXT=1003)
-        assert binary[:4] == b"\x7fELF"
+    names = ("attention_decode", "attention_prefill", "rope_append")
+    _compile_all(arch, names, BF16=int(arch == "sm_80"), KV_INT8=1, HEAD_DIM=head_dim, CONTEXT=1003)
 
 
 @pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
 @pytest.mark.parametrize("bf16", [0, 1])
 def test_the_products_of_8_bits_compile(arch, bf16):
-    for name in ("gemv_packed", "gemm_packed"):
-        assert _compile(name, arch, BITS=8, BF16=bf16)[:4] == b"\x7fELF"
+    _compile_all(arch, ("gemv_packed", "gemm_packed"), BITS=8, BF16=bf16)
 
 
 @pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
