@@ -190,6 +190,7 @@ class PackedProduct:
         count: ctypes.c_int,
         partial: DeviceArray,
         counters: DeviceArray,
+        shape: GemmShape | None = None,
     ) -> None:
         """Raises KernelArgumentError, KernelCompileError or DeviceError."""
         rows, cols = _sizes(records)
@@ -199,7 +200,7 @@ class PackedProduct:
         check("partial", partial, partial.shape, "fp32")
         check("counters", counters, counters.shape, "uint32")
         device = kernels.device
-        shape = gemm_shape(*records.shape, device.num_sms, device.max_shared)
+        shape = shape or gemm_shape(*records.shape, device.num_sms, device.max_shared)
         shared = shape.shared(records.shape[2])
         defines = {
             **_defines(records, shape.k_warps, shape.row_warps, shape.depth),

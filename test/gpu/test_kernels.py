@@ -133,6 +133,24 @@ def test_packed_product_of_some_tokens(bench, rows, cols, layout, dtype):
     assert (bench.get(counters) == 0).all()
 
 
+@pytest.mark.parametrize("num_sms, max_shared", [(16, 166912), (8, 166912), (20, 101376)])
+@pytest.mark.parametrize("rows, cols", [(6144, 4096), (528, 4864), (1008, 2048)])
+@pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
+def test_packed_product_as_smaller_gpus_spread_it(bench, rows, cols, layout, num_sms, max_shared):
+    """As on a Jetson AGX Orin, an Orin Nano and a small RTX: more rows a CTA, and CTAs that come in rounds."""
+    packed, count = _Packed(bench, layout, rows, cols, "fp16"), 70
+    shape = linear_packed.gemm_shape(*packed.records.shape, num_sms, max_shared)
+    num_sums, num_counters = linear_packed.packed_scratch([(rows, cols)], count, num_sms)
+    partial = bench.poisoned((num_sums,), "fp32")
+    counters = bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
+    vectors, x = bench.normal((count, cols), "fp16", 3.0)
+    output = bench.poisoned((count, rows), "fp16")
+    arrays = (packed.records, vectors, output, linear.STORE, ctypes.c_int(count), partial, counters)
+    linear_packed.PackedProduct(bench.kernels("fp16"), *arrays, shape=shape)(bench.stream)
+    assert error(bench.get(output), x @ packed.weight.T) < TOLERANCE["fp16"]
+    assert (bench.get(counters) == 0).all()
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("rows, cols", PACKED_SHAPES)
 @pytest.mark.parametrize("normed", [False, True])
