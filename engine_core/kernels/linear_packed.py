@@ -144,7 +144,7 @@ def gemm_shape(tiles: int, groups: int, record_bytes: int, num_sms: int, max_sha
     bands, own_groups = -(-tiles // _BAND), -(-groups // splits)
     rounds = -(-bands * splits // (num_sms * _MAX_GEMM_WARPS))
     row_warps = -(-bands * splits // (num_sms * rounds))
-    k_warps = 1 if row_warps > _MAX_GEMM_WARPS // 2 else 2 if row_warps >= _MIN_ROW_WARPS + 1 else 4
+    k_warps = 1 if row_warps > _MAX_GEMM_WARPS // 2 else 2 if row_warps > _MIN_ROW_WARPS else 4
     while k_warps > own_groups:
         k_warps //= 2
     while True:
