@@ -81,7 +81,8 @@ class Kernels:
         finally:
             wanted, self._wanted = self._wanted, None
         missing = {key: job for key, job in wanted.items() if key not in self._modules}
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        # Not on all cores: a robot has other work while it configures.
+        with ThreadPoolExecutor(max(2, (os.cpu_count() or 1) // 2)) as threads:
             binaries = list(threads.map(lambda job: self._compile(*job), missing.values()))
         for key, binary in zip(missing, binaries, strict=True):
             self._modules[key] = Module(self.device, binary)
