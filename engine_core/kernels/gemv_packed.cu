@@ -80,7 +80,8 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// At most half of the registers of each of the four schedulers, or the next kernel would not fit beside it.
+extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     gemv_packed(const unsigned char* records, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
     extern __shared__ uint4 shared[];  // x [COLS / 8], then the rings [WARPS][DEPTH][RECORD / 16]
     __shared__ float partial[2][K_WARPS][SEGMENT], offsets[GROUPS];
