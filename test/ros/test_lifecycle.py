@@ -177,16 +177,16 @@ def test_deactivate_finishes_or_cancels_the_running_request(nodes, engine_dir, p
 
 
 def test_deactivate_does_not_wait_longer_than_its_timeout(nodes, engine_dir):
-    llm = nodes.start(engine_dir, deactivate_timeout=0.3).bring_up()
+    llm = nodes.start(engine_dir, deactivate_timeout=1.0).bring_up()
     assert llm.state() == ACTIVE  # from here on the node knows this client: no answer is dropped below
     goal = llm.goal("a", **LONG)
     llm.until(lambda: goal.feedback)
     start = time.monotonic()
     deactivating = llm.call_async(*change_request(DEACTIVATE))
     while (state := llm.state()) == ACTIVE:  # asked by another service, which may be served first
-        assert time.monotonic() - start < 2.0
+        assert time.monotonic() - start < 4.0
     assert state == State.TRANSITION_STATE_DEACTIVATING  # answered while it waits
-    assert llm.wait(deactivating).success and time.monotonic() - start < 2.0
+    assert llm.wait(deactivating).success and time.monotonic() - start < 4.0
     assert goal.result()[1].finish_reason == FinishReason.CANCELLED
 
 
