@@ -1,0 +1,149 @@
+"""Registers of a decode step's kernels, compiled for sm_90: each fits beside the next one on every scheduler.
+
+A multiprocessor has four schedulers with 16,384 registers each. A CTA whose warps take more than half of those does not
+start beside the CTA of the kernel before it, and when it can, two may start on one multiprocessor and none on another
+(benchmarks/results/kernels.md).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
+
+from engine_core.device import Device, DeviceArray, DeviceUnavailableError
+from engine_core.kernels import Kernels, attention, kernel_source, linear, linear_packed
+from engine_core.kernels.attention import AttentionShape
+from engine_core.kernels.linear_packed import int4_layout, int8_layout
+from engine_core.kernels.nvrtc import compile_kernel
+from fake_gpu import FakeDriver, install
+
+SCHEDULERS, REGISTERS = 4, 16384
+MODELS = {  # hidden, intermediate, heads, KV heads, head_dim, vocabulary
+    "llama-3.1-8b": (4096, 14336, 32, 8, 128, 128256),
+    "llama-3.2-1b": (2048, 8192, 32, 8, 64, 128256),
+    "qwen3-0.6b": (1024, 3072, 16, 8, 128, 151936),
+}
+
+
+class Noted:
+    """Kernels that only note what is asked for."""
+
+    def __init__(self, monkeypatch) -> None:
+        install(monkeypatch, FakeDriver())
+        device = Device()
+        device.num_sms, device.max_shared = 132, 232448  # an H200's
+        self.kernels = Kernels(device, "fp16")
+        self.jobs: list[tuple[str, str, dict]] = []
+        monkeypatch.setattr(self.kernels, "function", self._function)
+
+    def _function(self, source: str, entry: str, defines: dict, shared: int = 0) -> None:
+        self.jobs.append((source, entry, {"BF16": 0, **defines}))
+
+
+def _array(shape: tuple[int, ...], dtype: str) -> DeviceArray:
+    return DeviceArray(1 << 20, shape, dtype)
+
+
+def _products(kernels: Kernels, model: str, bits: int) -> list:
+    hidden, intermediate, heads, kv_heads, head_dim, vocab = MODELS[model]
+    launches = []
+    for rows, cols, epilogue, normed in (
+        ((heads + 2 * kv_heads) * head_dim, hidden, linear.STORE, True),
+        (hidden, heads * head_dim, linear.RESIDUAL, False),
+        (2 * intermediate, hidden, linear.SILU, True),
+        (hidden, intermediate, linear.RESIDUAL, False),
+        (vocab, hidden, linear.LOGITS, True),
+    ):
+        output = _array(
+            (rows // 2 if epilogue == linear.SILU else rows,),
+            "fp32" if epilogue in (linear.RESIDUAL, linear.LOGITS) else "fp16",
+        )
+        vector = _array((cols,), "fp32" if normed else "fp16")
+        norm = {"norm_weight": _array((cols,), "fp16"), "norm_eps": 1e-5} if normed else {}
+        if bits == 16:
+            launches.append(linear.gemv(kernels, _array((rows, cols), "fp16"), vector, output, epilogue, **norm))
+        else:
+            records = _array({4: int4_layout, 8: int8_layout}[bits].records_shape(rows, cols), "uint8")
+            launches.append(linear_packed.gemv_packed(kernels, records, vector, output, epilogue, **norm))
+    return launches
+
+
+def _attention(kernels: Kernels, model: str, kv_int8: bool):
+    _, _, heads, kv_heads, head_dim, _ = MODELS[model]
+    shape = AttentionShape(heads, kv_heads, head_dim, 4096, 1e-5, False, kv_int8)
+    cache = _array((2, kv_heads, 4096, head_dim), "int8" if kv_int8 else "fp16")
+    scales = _array((2, kv_heads, shape.scale_pitch), "fp16") if kv_int8 else None
+    state = _array((40,), "uint8")
+    partial = _array((shape.partial_floats(kernels.device.num_sms),), "fp32")
+    return attention.attention_decode(
+        kernels, shape, _array((shape.qkv_width,), "fp16"), cache, _array((4096, head_dim // 2, 2), "fp32"), state,
+        partial, _array((kv_heads,), "uint32"), _array((heads * head_dim,), "fp16"), scales=scales,
+    )  # fmt: skip
+
+
+def registers(cubin: bytes, entry: str) -> int:
+    """Of a kernel in machine code (ELF64): attribute REGCOUNT of its symbol in section .nv.info."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(count)]
+
+    def text(strings: tuple, offset: int) -> str:
+        start = strings[4] + offset
+        return cubin[start : cubin.index(b"\0", start)].decode()
+
+    sections = {text(headers[names], header[0]): header for header in headers}
+    symbols = sections[".symtab"]
+    info = cubin[sections[".nv.info"][4] :][: sections[".nv.info"][5]]
+    at = 0
+    while at < len(info):
+        kind, attribute, length = struct.unpack_from("<BBH", info, at)
+        if kind == 4 and attribute == 0x2F:
+            symbol, registers = struct.unpack_from("<II", info, at + 4)
+            (name,) = struct.unpack_from("<I", cubin, symbols[4] + symbol * symbols[9])
+            if text(headers[symbols[6]], name) == entry:
+                return registers
+        at += 4 + (length if kind == 4 else 0)
+    raise KeyError(entry)
+
+
+def _check(noted: Noted, launches: list) -> None:
+    def compiled(job: tuple[str, str, dict]) -> int:
+        source, entry, defines = job
+        text, headers = kernel_source(source)
+        return registers(compile_kernel(text, name=source, arch="sm_90", headers=headers, defines=defines), entry)
+
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            taken = list(threads.map(compiled, noted.jobs))
+    except DeviceUnavailableError as error:
+        pytest.skip(f"needs NVRTC: {error}")
+    assert len(taken) == len(launches)
+    for (source, _, defines), launch, count in zip(noted.jobs, launches, taken, strict=True):
+        warps = -(-launch._config.blockDimX // (32 * SCHEDULERS))
+        allocated = -(-count // 8) * 8 * 32
+        assert 0 < warps * allocated <= REGISTERS // 2, f"{source} {defines} takes {count} registers"
+
+
+@pytest.fixture
+def noted(monkeypatch, tmp_path):
+    from cuda.bindings import nvrtc
+
+    monkeypatch.setenv("EDGELLM_KERNEL_CACHE", str(tmp_path))
+    noted = Noted(monkeypatch)
+    monkeypatch.setattr("engine_core.kernels.nvrtc.bindings", lambda: (None, nvrtc))
+    return noted
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_products(noted, model, bits):
+    _check(noted, _products(noted.kernels, model, bits))
+
+
+def test_attention(noted):
+    _check(noted, [_attention(noted.kernels, model, kv_int8) for model in MODELS for kv_int8 in (False, True)])
