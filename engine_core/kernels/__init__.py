@@ -54,17 +54,17 @@ class Kernels:
         self.dtype = dtype
         self._modules: dict[tuple, Module] = {}
         self._functions: dict[tuple, Any] = {}
-        self._wanted: dict[tuple, tuple[str, dict[str, int | str]]] | None = None  # key → source, defines
+        self._wanted: set[tuple] | None = None  # keys
 
     def function(self, source: str, entry: str, defines: dict[str, int | str], shared: int = 0) -> Any:
         """Kernel ``entry`` of ``source``.cu specialised by ``defines``. Raises KernelCompileError or DeviceError."""
         defines = {"BF16": int(self.dtype == "bf16"), **defines}
         key = (source, *sorted(defines.items()))
         if self._wanted is not None:
-            self._wanted[key] = (source, defines)
+            self._wanted.add(key)
             return None
         if key not in self._modules:
-            self._modules[key] = Module(self.device, self._compile(source, defines))
+            self._modules[key] = Module(self.device, self._compile(key))
         if (key, entry, shared) not in self._functions:
             self._functions[key, entry, shared] = self._modules[key].function(entry, shared)
         return self._functions[key, entry, shared]
@@ -75,21 +75,22 @@ class Kernels:
         ``prepare`` makes launches and queues none: it is run here only to see which kernels it takes.
         Raises KernelCompileError or DeviceError.
         """
-        self._wanted = {}
+        self._wanted = set()
         try:
             prepare()
         finally:
             wanted, self._wanted = self._wanted, None
-        missing = {key: job for key, job in wanted.items() if key not in self._modules}
+        missing = list(wanted - self._modules.keys())
         # Not on all cores: a robot has other work while it configures.
         with ThreadPoolExecutor(max(2, (os.cpu_count() or 1) // 2)) as threads:
-            binaries = list(threads.map(lambda job: self._compile(*job), missing.values()))
+            binaries = list(threads.map(self._compile, missing))
         for key, binary in zip(missing, binaries, strict=True):
             self._modules[key] = Module(self.device, binary)
 
-    def _compile(self, source: str, defines: dict[str, int | str]) -> bytes:
+    def _compile(self, key: tuple) -> bytes:
+        source, *defines = key
         text, headers = kernel_source(source)
-        return compile_kernel(text, name=source, arch=self.device.arch, headers=headers, defines=defines)
+        return compile_kernel(text, name=source, arch=self.device.arch, headers=headers, defines=dict(defines))
 
     @property
     def shared_budget(self) -> int:

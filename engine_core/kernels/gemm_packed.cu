@@ -17,7 +17,6 @@ constexpr int WARPS = ROW_WARPS * K_WARPS, THREADS = 32 * WARPS;
 constexpr int BAND = 2, BANDS = (TILES + BAND - 1) / BAND;     // tiles of a warp at a time
 constexpr int SHARE = STAGE / K_WARPS;                         // groups of a stage that a warp has
 constexpr int EIGHTS_OF_TOKENS = TOKENS / 8;
-constexpr int UNITS = GROUP / 8;                               // of 16 bytes that a token has in a group
 constexpr int SLOT = BAND * RECORD;
 static_assert(TOKENS % 8 == 0 && STAGE % K_WARPS == 0, "unsupported shape");
 static_assert(BUFFERS > 1 || (GROUPS + SPLITS - 1) / SPLITS <= STAGE, "a second stage needs a second buffer");
@@ -180,6 +179,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Patterns patterns((u32)count >> 31);
     float sums[BAND][EIGHTS_OF_TOKENS][4] = {};
     unsigned char* slot = ring;
+    const auto refill = [&]() {  // the slot is read: it is for other records, and the next one's turn comes
+        load(slot);
+        slot = slot == ring + (DEPTH - 1) * SLOT ? ring : slot + SLOT;
+    };
     for (int stage = 0; stage < stages; ++stage) {
         if (stage == 0) wait_copies<BUFFERS - 1>();
         else wait_copies<(SHARE < DEPTH ? SHARE : DEPTH) - 1>();
@@ -194,8 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             wait_copies<DEPTH - 1>();
             __syncwarp();  // the scales were copied by other lanes
             if (!works || start + group >= groups) {
-                load(slot);
-                slot = slot == ring + (DEPTH - 1) * SLOT ? ring : slot + SLOT;
+                refill();
                 continue;
             }
             uint4 top[BAND][PIECES], bottom[BAND][PIECES];
@@ -237,8 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     for (int j = 0; j < 4; ++j) sums[b][n][j] += (j < 2 ? scale.x : scale.y) * products[b][n][j];
             }
             __syncwarp();
-            load(slot);
-            slot = slot == ring + (DEPTH - 1) * SLOT ? ring : slot + SLOT;
+            refill();
         }
     }
     wait_copies<0>();

@@ -170,7 +170,6 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
 // weight [ROWS][COLS] 16-bit, rounded once. One warp per record; the rows pass through shared memory, so that each store writes
 // whole lines of two of them.
 extern "C" __global__ void __launch_bounds__(256) dequantize_packed(const uint4* records, half_t* weight) {
-    constexpr int UNITS = GROUP / 8;  // of 16 bytes that a row has
     __shared__ uint4 shared[8][TILE * UNITS];
     const u64 record = (u64)blockIdx.x * 8 + threadIdx.x / 32;
     if (record >= (u64)TILES * GROUPS) return;
@@ -178,6 +177,8 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_packed(const uint4*
     const uint4* source = records + record * (RECORD / 16);
     uint4* rows = shared[threadIdx.x / 32];
     const half_t* scales = (const half_t*)(source + SCALES);
+    // Where a row's units lie: eight lanes meet no bank twice.
+    const auto place = [](int row, int unit) { return row * UNITS + (unit ^ (unit / 8 + 2 * (row % 2))); };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = lane / 4 + 8 * half;
@@ -195,8 +196,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_packed(const uint4*
                 const float2 f = unpack2(pairs[pair]);
                 v[2 * pair] = (f.x - OFFSETS[pair]) * scale, v[2 * pair + 1] = (f.y - OFFSETS[pair]) * scale;
             }
-            const int unit = lane % 4 * 4 + eight;
-            rows[row * UNITS + (unit ^ (unit / 8 + 2 * (row % 2)))] = pack8(v);  // eight lanes meet no bank twice
+            rows[place(row, lane % 4 * 4 + eight)] = pack8(v);
         }
     }
     __syncwarp();
@@ -204,6 +204,6 @@ extern "C" __global__ void __launch_bounds__(256) dequantize_packed(const uint4*
 #pragma unroll
     for (int i = 0; i < TILE * UNITS; i += 32) {
         const int row = (i + lane) / UNITS, unit = lane % UNITS;
-        target[row * (COLS / 8) + unit] = rows[row * UNITS + (unit ^ (unit / 8 + 2 * (row % 2)))];
+        target[row * (COLS / 8) + unit] = rows[place(row, unit)];
     }
 }

@@ -9,6 +9,7 @@
 #include "mma.cuh"
 
 constexpr int TILE = 16, GROUP = 128, RECORD = TILE * GROUP * BITS / 8 + TILE * 2;  // rows, columns, bytes
+constexpr int UNITS = GROUP / 8;  // of 8 columns
 constexpr int PIECES = BITS / 4;  // uint4 a lane has of one row of a record; of row g + 8 as many follow
 constexpr int SCALES = 2 * PIECES * 32;  // the first uint4 of the scales
 constexpr int GROUPS = COLS / GROUP, TILES = ROWS / TILE;

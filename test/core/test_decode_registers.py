@@ -16,10 +16,10 @@ import pytest
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
 
 from engine_core.device import Device, DeviceArray, DeviceUnavailableError
-from engine_core.kernels import Kernels, attention, kernel_source, linear, linear_packed
+from engine_core.kernels import Kernels, attention, int4_layout, int8_layout, kernel_source, linear, linear_packed
 from engine_core.kernels.attention import AttentionShape
-from engine_core.kernels.linear_packed import int4_layout, int8_layout
 from engine_core.kernels.nvrtc import compile_kernel
+from engine_core.kernels.sampling import STATE
 from fake_gpu import FakeDriver, install
 
 SCHEDULERS, REGISTERS = 4, 16384
@@ -78,7 +78,7 @@ def _attention(kernels: Kernels, model: str, kv_int8: bool):
     shape = AttentionShape(heads, kv_heads, head_dim, 4096, 1e-5, False, kv_int8)
     cache = _array((2, kv_heads, 4096, head_dim), "int8" if kv_int8 else "fp16")
     scales = _array((2, kv_heads, shape.scale_pitch), "fp16") if kv_int8 else None
-    state = _array((40,), "uint8")
+    state = _array((STATE.itemsize,), "uint8")
     partial = _array((shape.partial_floats(kernels.device.num_sms),), "fp32")
     return attention.attention_decode(
         kernels, shape, _array((shape.qkv_width,), "fp16"), cache, _array((4096, head_dim // 2, 2), "fp32"), state,

@@ -100,15 +100,19 @@ class _Packed:
         self.weight = reference.dequantize(self.values, from_bits(bits, dtype), layout.GROUP, layout.ZERO)
 
 
+def _packed_scratch(bench, rows: int, cols: int, num_sms: int):
+    """(partial sums, counters) of a PackedProduct of 70 tokens."""
+    num_sums, num_counters = linear_packed.packed_scratch([(rows, cols)], 70, num_sms)
+    return bench.poisoned((num_sums,), "fp32"), bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("rows, cols", [*PACKED_SHAPES, (28672, 256), (70000, 128)])
 @pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
 def test_packed_product_of_some_tokens(bench, rows, cols, layout, dtype):
     kernels, packed = bench.kernels(dtype), _Packed(bench, layout, rows, cols, dtype)
     vectors, x = bench.normal((70, cols), dtype, 3.0)
-    num_sums, num_counters = linear_packed.packed_scratch([(rows, cols)], 70, bench.device.num_sms)
-    partial = bench.poisoned((num_sums,), "fp32")
-    counters = bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
+    partial, counters = _packed_scratch(bench, rows, cols, bench.device.num_sms)
     number = ctypes.c_int()
     inputs = (kernels, packed.records, vectors)
     scratch = (number, partial, counters)
@@ -140,9 +144,7 @@ def test_packed_product_as_smaller_gpus_spread_it(bench, rows, cols, layout, num
     """As on a Jetson AGX Orin, an Orin Nano and a small RTX: more rows a CTA, and CTAs that come in rounds."""
     packed, count = _Packed(bench, layout, rows, cols, "fp16"), 70
     shape = linear_packed.gemm_shape(*packed.records.shape, num_sms, max_shared)
-    num_sums, num_counters = linear_packed.packed_scratch([(rows, cols)], count, num_sms)
-    partial = bench.poisoned((num_sums,), "fp32")
-    counters = bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
+    partial, counters = _packed_scratch(bench, rows, cols, num_sms)
     vectors, x = bench.normal((count, cols), "fp16", 3.0)
     output = bench.poisoned((count, rows), "fp16")
     arrays = (packed.records, vectors, output, linear.STORE, ctypes.c_int(count), partial, counters)
