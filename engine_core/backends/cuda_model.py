@@ -15,6 +15,7 @@ from engine_core.backends.cuda_layout import CudaSpec, max_packed_tokens, produc
 from engine_core.backends.device_model import DeviceModel, Work
 from engine_core.device import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.kernels import Kernels, linear, linear_packed
+from engine_core.kernels.attention import AttentionPrefill
 from engine_core.kernels.blas import Blas
 
 
@@ -34,7 +35,7 @@ class _Layer:
     input_norm: Launch
     bias: Launch | None
     rope_append: Launch
-    attend: Launch
+    attend: AttentionPrefill
     post_norm: Launch
     products: dict[str, _Product]
 

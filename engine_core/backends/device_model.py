@@ -171,17 +171,15 @@ class DeviceModel(Generic[Layer]):
             scales=self._scales(i),
         )
 
-    def _attend(self, i: int) -> Launch:
+    def _attend(self, i: int) -> attention.AttentionPrefill:
         w, cache = self.work, self.work["kv_cache"].at(i)
         arrays = (w["qkv"], cache, w["attended"], self._position, self._count, self._scales(i))
         return attention.attention_prefill(self._kernels, self.spec.attention, *arrays)
 
-    def _run_attention(self, rope_append: Launch, attend: Launch, count: int) -> None:
-        shape = self.spec.attention
-        rope_append.set_grid(attention.rope_append_blocks(shape, count))
+    def _run_attention(self, rope_append: Launch, attend: attention.AttentionPrefill, count: int) -> None:
+        rope_append.set_grid(attention.rope_append_blocks(self.spec.attention, count))
         rope_append(self._stream)
-        attend.set_grid(attention.attention_prefill_tiles(count), shape.num_heads)
-        attend(self._stream)
+        attend(self._stream, count)
 
     def close(self) -> None:
         raise NotImplementedError

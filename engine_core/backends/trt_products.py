@@ -37,6 +37,7 @@ from engine_core.config import EngineConfig
 from engine_core.device import ITEM_BYTES, Arena, Device, DeviceArray, Launch, Stream
 from engine_core.errors import EngineDirectoryError
 from engine_core.kernels import Kernels, linear
+from engine_core.kernels.attention import AttentionPrefill
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryPlan
 
@@ -100,7 +101,7 @@ class _Layer:
     input_norm: Launch
     qkv: Work
     rope_append: Launch
-    attend: Launch
+    attend: AttentionPrefill
     output: Work
     post_norm: Launch
     mlp: Work

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine_core.device import DeviceArray, Launch
+from engine_core.device import DeviceArray, Launch, Stream
 from engine_core.kernels import KernelArgumentError, Kernels, check, float_define
 
 _MAX_GROUP = 8  # query heads of a KV head: the columns of attention_decode.cu's products
 _MAX_DEPTH, _MIN_DEPTH = 6, 3  # pieces of a ring of kv_ring.cuh
 _TILE_KEYS = 16  # of a piece
 _SCALE_GROUP = 8  # fp16 scales in 16 bytes
-_TILE_Q = 64
-_PREFILL_THREADS = 128
 _ROPE_THREADS = 128
 
 
@@ -182,6 +181,80 @@ def rope_append_blocks(shape: AttentionShape, count: int) -> int:
     return -(-vectors * shape.lanes // _ROPE_THREADS)
 
 
+@dataclass(frozen=True)
+class PrefillSpread:
+    """How attention_prefill.cu spreads the queries of one head over warps."""
+
+    warps: int  # of a group; together they have 16 × blocks × warps queries, a CTA's
+    blocks: int  # of 16 queries a warp
+    groups: int  # of warps that share the keys
+    tile_keys: int  # a warp's scores at a time
+
+    @property
+    def queries(self) -> int:
+        return 16 * self.blocks * self.warps
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps * self.groups
+
+    def shared(self, head_dim: int, kv_int8: bool) -> int:
+        """Bytes of shared memory a CTA takes."""
+        keys, row = self.groups * self.tile_keys, 2 * (head_dim + 8)
+        queries = self.queries * row if self.blocks > 1 else 0
+        stage = 2 * keys * row
+        return queries + (stage + 2 * 2 * keys * (head_dim + 2) if kv_int8 else 2 * stage)
+
+    def defines(self) -> dict[str, int]:
+        return {"WARPS": self.warps, "BLOCKS": self.blocks, "GROUPS": self.groups, "TILE_K": self.tile_keys}
+
+
+def prefill_spread(shape: AttentionShape, count: int, num_sms: int, max_shared: int, budget: int) -> PrefillSpread:
+    """The spread that was fastest for ``count`` tokens where a GPU has about as many CTAs to run.
+
+    ``max_shared``: bytes of shared memory a CTA may have, ``budget``: where two share a multiprocessor. Measured with
+    32 heads of 64 and of 128 on an H200, once for each head and once eight times, as on a GPU with an eighth of its
+    multiprocessors (benchmarks/results/kernels.md).
+    """
+
+    def fits(spread: PrefillSpread, limit: int) -> bool:
+        return spread.shared(shape.head_dim, shape.kv_int8) <= limit
+
+    keys = 32 if shape.head_dim > 128 else 64
+    narrow = PrefillSpread(4, 1, 1, keys)
+    if count <= narrow.queries:
+        return narrow
+    narrow_ctas, wide_ctas = (-(-count // queries) * shape.num_heads for queries in (64, 128))
+    if 4 * wide_ctas < 3 * num_sms:  # a CTA for each multiprocessor at most: two groups, so that it has eight warps
+        split = PrefillSpread(4, 1, 2, keys)
+        return split if narrow_ctas <= num_sms and fits(split, max_shared) else narrow
+    if shape.head_dim <= 128:  # more would not fit the registers
+        if 2 * wide_ctas < 3 * num_sms:
+            wide, limit = [PrefillSpread(4, 2, 2, keys)], max_shared
+        else:  # two CTAs a multiprocessor
+            wide, limit = [PrefillSpread(4, 2, 1, keys), PrefillSpread(4, 2, 1, keys // 2)], budget
+        for spread in wide:
+            if fits(spread, limit):
+                return spread
+    return PrefillSpread(8, 1, 1, keys)
+
+
+class AttentionPrefill:
+    """Attention of a chunk of tokens; the launch that suits the number of tokens is chosen for each chunk."""
+
+    def __init__(self, launches: dict[PrefillSpread, Launch], spread_of: Callable[[int], PrefillSpread], heads: int):
+        self._launches = launches
+        self._spread_of = spread_of
+        self._heads = heads
+
+    def __call__(self, stream: Stream, count: int) -> None:
+        """Queues it for ``count`` tokens, which are what its scalar ``count`` says."""
+        spread = self._spread_of(count)
+        launch = self._launches[spread]
+        launch.set_grid(-(-count // spread.queries), self._heads)
+        launch(stream)
+
+
 def attention_prefill(
     kernels: Kernels,
     shape: AttentionShape,
@@ -191,23 +264,28 @@ def attention_prefill(
     start: ctypes.c_int,
     count: ctypes.c_int,
     scales: DeviceArray | None = None,
-) -> Launch:
-    """Causal attention of the first ``count`` rows of qkv [n, width], at ``start`` on; output [n, heads × head_dim]."""
+    spread: PrefillSpread | None = None,
+) -> AttentionPrefill:
+    """Causal attention of the first ``count`` rows of qkv [n, width], at ``start`` on; output [n, heads × head_dim].
+
+    ``start`` and ``count`` are read when it is queued. ``spread``: this one always. Raises KernelArgumentError.
+    """
     shape.validate()
     rows = qkv.shape[0]
     check("qkv", qkv, (rows, shape.qkv_width), kernels.dtype)
     _check_cache(kernels, shape, cache, scales)
     check("output", output, (rows, shape.num_heads * shape.head_dim), kernels.dtype)
-    tile_k = 32 if shape.head_dim > 128 else 64
-    shared = 2 * 2 * tile_k * (shape.head_dim + 8) * 2
-    if shape.kv_int8:  # one stage in 16 bits, two in levels and scales
-        shared = shared // 2 + 2 * 2 * tile_k * (shape.head_dim + 2)
-    function = kernels.function("attention_prefill", "attention_prefill", shape.defines(kernels.device.num_sms), shared)
-    grid = (attention_prefill_tiles(rows), shape.num_heads)
+    device, budget = kernels.device, kernels.shared_budget
     args = [qkv, cache, output, start, count, scales or 0]
-    return Launch(kernels.device, function, grid, _PREFILL_THREADS, args, shared)
 
+    def spread_of(tokens: int) -> PrefillSpread:
+        return spread or prefill_spread(shape, tokens, device.num_sms, device.max_shared, budget)
 
-def attention_prefill_tiles(count: int) -> int:
-    """Tiles of queries for ``count`` tokens."""
-    return -(-count // _TILE_Q)
+    def launch(chosen: PrefillSpread) -> Launch:
+        shared = chosen.shared(shape.head_dim, shape.kv_int8)
+        defines = {**shape.defines(device.num_sms), **chosen.defines()}
+        function = kernels.function("attention_prefill", "attention_prefill", defines, shared)
+        return Launch(device, function, (1, shape.num_heads), chosen.threads, args, shared)
+
+    chosen = {spread_of(min(tokens, rows)) for tokens in range(64, rows + 64, 64)}
+    return AttentionPrefill({each: launch(each) for each in chosen}, spread_of, shape.num_heads)

@@ -1,22 +1,26 @@
 // Causal attention of ``count`` new tokens over the linear KV cache, on tensor cores, with an online softmax: the
-// forward pass of flash attention 2 (Dao 2023, arXiv 2307.08691), 16 query rows per warp.
+// forward pass of flash attention 2 (Dao 2023, arXiv 2307.08691), 16 BLOCKS query rows per warp.
 //
 // qkv: [count][(HEADS + 2 KV_HEADS) HEAD_DIM] with q rotated; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], which
-// already holds the new K and V; output: [count][HEADS][HEAD_DIM]. Query i is at position start + i. Grid (tiles of 64, HEADS).
+// already holds the new K and V; output: [count][HEADS][HEAD_DIM]. Query i is at position start + i. Grid (tiles of TILE_Q,
+// HEADS). WARPS warps make a tile of queries; with two GROUPS of them each takes every other TILE_K keys, and the sums are
+// merged at the end. attention.py says which of these sizes when.
 //
-// With KV_INT8 the cache holds levels and ``scales`` their steps (kv_int8.cuh): a tile is copied as it is, two stages as
+// With KV_INT8 the cache holds levels and ``scales`` their steps (kv_int8.cuh): a stage is copied as it is, two of them as
 // well, and made 16-bit in shared memory before the products, as precise as a 16-bit cache would be.
 #include "mma.cuh"
 #if KV_INT8
 #include "kv_int8.cuh"
 #endif
 
-constexpr int WARPS = 4, THREADS = 32 * WARPS, TILE_Q = 16 * WARPS;
-constexpr int TILE_K = HEAD_DIM > 128 ? 32 : 64;  // keys of a stage
-constexpr int PITCH = HEAD_DIM + 8;               // elements of a shared row: 16 bytes more, against bank conflicts
+constexpr int THREADS = 32 * WARPS * GROUPS, WARP_Q = 16 * BLOCKS, TILE_Q = WARPS * WARP_Q;
+constexpr int STAGE_K = GROUPS * TILE_K;  // keys of a stage
+constexpr int PITCH = HEAD_DIM + 8;       // elements of a shared row: 16 bytes more, against bank conflicts
 constexpr int STEPS = HEAD_DIM / 16, KEY_TILES = TILE_K / 8, DIM_TILES = HEAD_DIM / 8;
-constexpr float LOWEST = -1e30f;
+constexpr float LOWEST = -1e30f;  // a peak before the first key
+constexpr float SLACK = 8.f;      // the sums keep an older peak until a weight is 2^8 times as large
 static_assert(HEAD_DIM % 16 == 0, "head_dim must be a multiple of 16");
+static_assert(GROUPS <= 2, "two groups at most are merged");
 
 __device__ __forceinline__ void load_matrices(u32* r, const half_t* p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -28,175 +32,335 @@ __device__ __forceinline__ void load_matrices_transposed(u32* r, const half_t* p
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
 }
 
+__device__ __forceinline__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Rows of HEAD_DIM elements, PITCH apart, of which the first ``inside`` are read and the others zeros: 0 * V must be 0.
+template <int ROWS>
+__device__ __forceinline__ void load_rows(half_t* shared, const half_t* rows, int pitch, int inside) {
+    constexpr int PIECES = HEAD_DIM / 8;
+    for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
+        const int row = i / PIECES, d = i % PIECES * 8;
+        const bool read = row < inside;
+        copy16_async(shared + row * PITCH + d, rows + (u64)(read ? row : 0) * pitch + d, read ? 16 : 0);
+    }
+}
+
 #if KV_INT8
 
-struct Stage {  // a tile as it lies in the cache: K, V
-    item_t levels[2][TILE_K * HEAD_DIM];
-    half_t scales[2][TILE_K];
+struct Stage {  // keys as they lie in the cache: K, V
+    item_t levels[2][STAGE_K * HEAD_DIM];
+    half_t scales[2][STAGE_K];
 };
 
 // Of the last group of 8 scales some may be of no key; convert does not look at them.
 __device__ __forceinline__ void load_stage(Stage& stage, const item_t* keys, const half_t* scales, int first, int total) {
-    constexpr int PIECES = HEAD_DIM / 16, GROUPS = TILE_K / 8;
-    for (int i = threadIdx.x; i < 2 * TILE_K * PIECES; i += THREADS) {
-        const int part = i / (TILE_K * PIECES), piece = i % (TILE_K * PIECES), row = piece / PIECES;
+    constexpr int PIECES = HEAD_DIM / 16, GROUPS_OF_SCALES = STAGE_K / 8;
+    for (int i = threadIdx.x; i < 2 * STAGE_K * PIECES; i += THREADS) {
+        const int part = i / (STAGE_K * PIECES), piece = i % (STAGE_K * PIECES), row = piece / PIECES;
         const bool inside = first + row < total;
         const item_t* source = keys + (u64)part * KV_HEADS * CONTEXT * HEAD_DIM + (u64)(inside ? first : 0) * HEAD_DIM;
         copy16_async(stage.levels[part] + piece * 16, source + (inside ? piece * 16 : 0), inside ? 16 : 0);
     }
-    for (int i = threadIdx.x; i < 2 * GROUPS; i += THREADS) {
-        const int part = i / GROUPS, group = i % GROUPS;
+    for (int i = threadIdx.x; i < 2 * GROUPS_OF_SCALES; i += THREADS) {
+        const int part = i / GROUPS_OF_SCALES, group = i % GROUPS_OF_SCALES;
         const bool inside = first + group * 8 < total;
         const half_t* source = scales + part * KV_HEADS * SCALE_PITCH + (inside ? first + group * 8 : 0);
         copy16_async(stage.scales[part] + group * 8, source, inside ? 16 : 0);
     }
 }
 
-__device__ __forceinline__ void convert(half_t* shared, const Stage& stage, int first, int total) {
-    constexpr int PIECES = HEAD_DIM / 8;
-    for (int i = threadIdx.x; i < 2 * TILE_K * PIECES; i += THREADS) {
-        const int part = i / (TILE_K * PIECES), piece = i % (TILE_K * PIECES), row = piece / PIECES;
-        const float scale = first + row < total ? scale_value(stage.scales[part][row]) : 0.f;
-        float v[8];
-        unpack_levels(*(const uint2*)(stage.levels[part] + piece * 8), v);
+// Eight levels times their scale, rounded once.
+__device__ __forceinline__ uint4 dequantize(uint2 levels, half_t scale) {
+#if BF16
+    float v[8];
+    unpack_levels(levels, v);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) v[j] *= scale;
-        *(uint4*)(shared + part * TILE_K * PITCH + row * PITCH + piece % PIECES * 8) = pack8(v);
-    }
+    for (int j = 0; j < 8; ++j) v[j] *= scale_value(scale);
+    return pack8(v);
+#else
+    const u32 pair = scale | (u32)scale << 16;
+    uint4 v = levels_to_half(levels);
+    asm("mul.f16x2 %0, %0, %1;" : "+r"(v.x) : "r"(pair));
+    asm("mul.f16x2 %0, %0, %1;" : "+r"(v.y) : "r"(pair));
+    asm("mul.f16x2 %0, %0, %1;" : "+r"(v.z) : "r"(pair));
+    asm("mul.f16x2 %0, %0, %1;" : "+r"(v.w) : "r"(pair));
+    return v;
+#endif
 }
 
-#else
-
-__device__ __forceinline__ void load_tile(half_t* shared, const half_t* rows, int first, int total) {
+__device__ __forceinline__ void convert(half_t* shared, const Stage& stage, int first, int total) {
     constexpr int PIECES = HEAD_DIM / 8;
-    for (int i = threadIdx.x; i < TILE_K * PIECES; i += THREADS) {
-        const int row = i / PIECES, d = i % PIECES * 8;
-        const bool inside = first + row < total;  // zeros past the end: 0 * V must be 0
-        copy16_async(shared + row * PITCH + d, rows + (u64)(inside ? first + row : 0) * HEAD_DIM + d, inside ? 16 : 0);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < 2 * STAGE_K * PIECES; i += THREADS) {
+        const int part = i / (STAGE_K * PIECES), piece = i % (STAGE_K * PIECES), row = piece / PIECES;
+        const half_t scale = first + row < total ? stage.scales[part][row] : (half_t)0;
+        const uint4 values = dequantize(*(const uint2*)(stage.levels[part] + piece * 8), scale);
+        *(uint4*)(shared + part * STAGE_K * PITCH + row * PITCH + piece % PIECES * 8) = values;
     }
 }
 
 #endif
 
+#define MASKED __uint_as_float(0xff800000u)  // -infinity
+
+// A warp's rows: of each block of 16 a lane has two, lane / 4 and 8 more.
+struct Sums {
+    float acc[BLOCKS][DIM_TILES][4], peak[BLOCKS][2], sum[BLOCKS][2];
+};
+typedef float Scores[BLOCKS][KEY_TILES][4];
+
+// One block's q stays in registers; two blocks' would not leave enough, and are read again for every tile of keys.
+constexpr bool Q_SHARED = BLOCKS > 1;
+struct Queries {
+    u32 kept[Q_SHARED ? 1 : STEPS][4];
+    const half_t* shared;  // a warp's, [WARP_Q][PITCH]
+};
+
+__device__ __forceinline__ void make_scores(Scores& scores, const Queries& q, const half_t* k_tile, int lane) {
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) scores[m][n][j] = 0.f;
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+        u32 a[BLOCKS][4];
+#pragma unroll
+        for (int m = 0; m < BLOCKS; ++m) {
+            if (Q_SHARED) {
+                load_matrices(a[m], q.shared + (m * 16 + lane % 16) * PITCH + s * 16 + lane / 16 * 8);
+            } else {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) a[m][j] = q.kept[Q_SHARED ? 0 : s][j];
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; n += 2) {
+            u32 b[4];  // keys n*8.. and n*8+8.., columns s*16.. and s*16+8..
+            load_matrices(b, k_tile + (n * 8 + lane / 16 * 8 + lane % 8) * PITCH + s * 16 + lane / 8 % 2 * 8);
+#pragma unroll
+            for (int m = 0; m < BLOCKS; ++m) {
+                multiply(scores[m][n], a[m], b[0], b[1]);
+                multiply(scores[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// ``seen``: of the tile's keys, those that the lane's first row sees; row r below it sees r more.
+__device__ __forceinline__ void mask(Scores& scores, int seen, int lane) {
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (n * 8 + lane % 4 * 2 + j % 2 >= seen + m * 16 + j / 2 * 8) scores[m][n][j] = MASKED;
+}
+
+// Scores become weights; sums are made smaller where a row's peak grows.
+__device__ __forceinline__ void weigh(Sums& sums, Scores& scores) {
+    float top[BLOCKS][2];
+    bool grows = false;
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            top[m][h] = MASKED;
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; ++n) top[m][h] = fmaxf(top[m][h], fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+            top[m][h] *= SCALE_LOG2E;
+            grows |= top[m][h] > sums.peak[m][h] + SLACK;
+        }
+    if (__any_sync(0xffffffffu, grows)) {
+#pragma unroll
+        for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float peak = fmaxf(sums.peak[m][h], top[m][h]);
+                peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
+                peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
+                const float shrink = power_of_2(sums.peak[m][h] - peak);
+                sums.peak[m][h] = peak;
+                sums.sum[m][h] *= shrink;
+#pragma unroll
+                for (int n = 0; n < DIM_TILES; ++n) sums.acc[m][n][2 * h] *= shrink, sums.acc[m][n][2 * h + 1] *= shrink;
+            }
+    }
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float& score = scores[m][n][2 * h + j];
+                    score = power_of_2(fmaf(score, SCALE_LOG2E, -sums.peak[m][h]));
+                    sums.sum[m][h] += score;
+                }
+}
+
+__device__ __forceinline__ void add_values(Sums& sums, const Scores& weights, const half_t* v_tile, int lane) {
+#pragma unroll
+    for (int s = 0; s < TILE_K / 16; ++s) {
+        u32 a[BLOCKS][4];
+#pragma unroll
+        for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float* pair = &weights[m][2 * s + j / 2][j % 2 * 2];
+                a[m][j] = pack2(pair[0], pair[1]);
+            }
+#pragma unroll
+        for (int n = 0; n < DIM_TILES; n += 2) {
+            u32 b[4];  // keys s*16.. and s*16+8.., dimensions n*8.. and n*8+8..
+            load_matrices_transposed(b, v_tile + (s * 16 + lane % 16) * PITCH + n * 8 + lane / 16 * 8);
+#pragma unroll
+            for (int m = 0; m < BLOCKS; ++m) {
+                multiply(sums.acc[m][n], a[m], b[0], b[1]);
+                multiply(sums.acc[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Adds the second group's sums to the first one's, through ``shared``. All threads call it.
+__device__ __forceinline__ void merge_groups(Sums& sums, float* shared, int group) {
+    constexpr int LANES = 32 * WARPS;
+    float* theirs = shared + threadIdx.x % LANES;
+    __syncthreads();  // the last stage has been read
+    if (group == 1) {
+#pragma unroll
+        for (int m = 0; m < BLOCKS; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                theirs[(4 * m + h) * LANES] = sums.peak[m][h];
+                theirs[(4 * m + 2 + h) * LANES] = sums.sum[m][h];
+            }
+#pragma unroll
+            for (int i = 0; i < 4 * DIM_TILES; ++i) theirs[(4 * BLOCKS + m * 4 * DIM_TILES + i) * LANES] = sums.acc[m][i / 4][i % 4];
+        }
+    }
+    __syncthreads();
+    if (group == 1) return;
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float peak = theirs[(4 * m + h) * LANES], top = fmaxf(sums.peak[m][h], peak);
+            const float mine = power_of_2(sums.peak[m][h] - top), its = power_of_2(peak - top);
+            sums.sum[m][h] = sums.sum[m][h] * mine + theirs[(4 * m + 2 + h) * LANES] * its;
+#pragma unroll
+            for (int n = 0; n < DIM_TILES; ++n)
+#pragma unroll
+                for (int j = 2 * h; j < 2 * h + 2; ++j) {
+                    const float value = theirs[(4 * BLOCKS + (m * DIM_TILES + n) * 4 + j) * LANES];
+                    sums.acc[m][n][j] = sums.acc[m][n][j] * mine + value * its;
+                }
+        }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_prefill(const half_t* qkv, const item_t* cache, half_t* output, int start, int count, const half_t* scales) {
-    extern __shared__ half_t tiles[];  // [2 stages][K, V][TILE_K][PITCH]; with KV_INT8 [K, V][TILE_K][PITCH], then 2 Stages
-    constexpr int TILE = TILE_K * PITCH, WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y, kv_head = head / (HEADS / KV_HEADS);
+    // [2 stages][K, V][STAGE_K][PITCH], then q if it is shared; with KV_INT8 one stage in 16 bits, q, 2 Stages
+    extern __shared__ half_t tiles[];
+    constexpr int TILE = STAGE_K * PITCH, WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS, group = threadIdx.x / (32 * WARPS);
+    const int head = blockIdx.y, kv_head = head / (HEADS / KV_HEADS);
     const int first_q = (gridDim.x - 1 - blockIdx.x) * TILE_Q;  // the longest work first
     const item_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
     const int total = start + min(count, first_q + TILE_Q);
-    const int num_tiles = (total + TILE_K - 1) / TILE_K;
+    const int num_stages = (total + STAGE_K - 1) / STAGE_K;
+    const int first_row = first_q + warp * WARP_Q, row = first_row + lane / 4, column = lane % 4 * 2;  // of the first sums
+    const half_t* queries = qkv + head * HEAD_DIM;
+    half_t* q_tile = tiles + (KV_INT8 ? 2 : 4) * TILE;
     let_next_start();
     wait_for_previous();
 
 #if KV_INT8
-    Stage* stages = (Stage*)(tiles + 2 * TILE);
+    Stage* stages = (Stage*)(q_tile + (Q_SHARED ? TILE_Q * PITCH : 0));
     const half_t* key_scales = scales + kv_head * SCALE_PITCH;
     load_stage(stages[0], keys, key_scales, 0, total);
 #else
     const half_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
-    load_tile(tiles, keys, 0, total);
-    load_tile(tiles + TILE, vals, 0, total);
+    load_rows<STAGE_K>(tiles, keys, HEAD_DIM, total);
+    load_rows<STAGE_K>(tiles + TILE, vals, HEAD_DIM, total);
 #endif
+    Queries q;
+    if (Q_SHARED) {
+        load_rows<TILE_Q>(q_tile, queries + (u64)first_q * WIDTH, WIDTH, count - first_q);
+        q.shared = q_tile + warp * WARP_Q * PITCH;
+    } else {
+#pragma unroll
+        for (int s = 0; s < (Q_SHARED ? 1 : STEPS); ++s)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int r = row + i % 2 * 8, d = s * 16 + column + i / 2 * 8;
+                q.kept[s][i] = r < count ? load4(queries + (u64)r * WIDTH + d) : 0u;
+            }
+    }
     commit_copies();
-
-    const int row = first_q + warp * 16 + lane / 4, column = lane % 4 * 2;  // of this lane's first accumulators
-    u32 q[STEPS][4];
+    Sums sums;
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s)
+    for (int m = 0; m < BLOCKS; ++m) {
+        sums.peak[m][0] = sums.peak[m][1] = LOWEST, sums.sum[m][0] = sums.sum[m][1] = 0.f;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int r = row + i % 2 * 8, d = s * 16 + column + i / 2 * 8;
-            q[s][i] = r < count ? load4(qkv + (u64)r * WIDTH + head * HEAD_DIM + d) : 0u;
-        }
-    float acc[DIM_TILES][4] = {}, peak[2] = {LOWEST, LOWEST}, sum[2] = {};
+        for (int i = 0; i < 4 * DIM_TILES; ++i) sums.acc[m][i / 4][i % 4] = 0.f;
+    }
+    const int seen_by_all = start + first_row + 1;                              // keys, by every row of this warp
+    const int seen_by_any = first_row < count ? start + first_row + WARP_Q : 0;  // and by its last row
 
-    for (int tile = 0; tile < num_tiles; ++tile) {
+    for (int stage = 0; stage < num_stages; ++stage) {
+        wait_copies<0>();
+        __syncthreads();  // the stage has come, and nobody reads the other one any more
+        const int next = (stage + 1) * STAGE_K;
 #if KV_INT8
         half_t* k_tile = tiles;
-        if (tile + 1 < num_tiles) load_stage(stages[(tile + 1) % 2], keys, key_scales, (tile + 1) * TILE_K, total);
-#else
-        half_t* k_tile = tiles + tile % 2 * 2 * TILE;
-        if (tile + 1 < num_tiles) {
-            half_t* next = tiles + (tile + 1) % 2 * 2 * TILE;
-            load_tile(next, keys, (tile + 1) * TILE_K, total);
-            load_tile(next + TILE, vals, (tile + 1) * TILE_K, total);
-        }
-#endif
-        half_t* v_tile = k_tile + TILE;
+        if (next < total) load_stage(stages[(stage + 1) % 2], keys, key_scales, next, total);
         commit_copies();
-        wait_copies<1>();
+        convert(k_tile, stages[stage % 2], stage * STAGE_K, total);
         __syncthreads();
-#if KV_INT8
-        convert(tiles, stages[tile % 2], tile * TILE_K, total);
-        __syncthreads();
+#else
+        half_t* k_tile = tiles + stage % 2 * 2 * TILE;
+        if (next < total) {
+            half_t* other = tiles + (stage + 1) % 2 * 2 * TILE;
+            load_rows<STAGE_K>(other, keys + (u64)next * HEAD_DIM, HEAD_DIM, total - next);
+            load_rows<STAGE_K>(other + TILE, vals + (u64)next * HEAD_DIM, HEAD_DIM, total - next);
+        }
+        commit_copies();
 #endif
+        k_tile += group * TILE_K * PITCH;
+        const int first_key = stage * STAGE_K + group * TILE_K;
+        if (first_key >= seen_by_any) continue;
+        Scores scores;
+        make_scores(scores, q, k_tile, lane);
+        if (first_key + TILE_K > seen_by_all) mask(scores, start + row + 1 - first_key, lane);
+        weigh(sums, scores);
+        add_values(sums, scores, k_tile + TILE, lane);
+    }
+    if (GROUPS == 2) {
+        merge_groups(sums, (float*)tiles, group);
+        if (group == 1) return;
+    }
 
-        float scores[KEY_TILES][4] = {};
 #pragma unroll
-        for (int s = 0; s < STEPS; ++s)
-#pragma unroll
-            for (int n = 0; n < KEY_TILES; n += 2) {
-                u32 b[4];  // keys n*8.. and n*8+8.., columns s*16.. and s*16+8..
-                load_matrices(b, k_tile + (n * 8 + lane / 16 * 8 + lane % 8) * PITCH + s * 16 + lane / 8 % 2 * 8);
-                multiply(scores[n], q[s], b[0], b[1]);
-                multiply(scores[n + 1], q[s], b[2], b[3]);
-            }
-        const int first_key = tile * TILE_K;
-        const bool masked = first_key + TILE_K > start + first_q + warp * 16 + 1;
+    for (int m = 0; m < BLOCKS; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int limit = start + row + h * 8;  // the last key this row sees
-            float top = peak[h];
+            float sum = sums.sum[m][h];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const int r = row + m * 16 + h * 8;
+            if (r >= count) continue;
+            u32* out = (u32*)(output + ((u64)r * HEADS + head) * HEAD_DIM + column);
+            const float scale = 1.f / sum;
 #pragma unroll
-            for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    float& score = scores[n][2 * h + j];
-                    score = masked && first_key + n * 8 + column + j > limit ? LOWEST : score * SCALE_LOG2E;
-                    top = fmaxf(top, score);
-                }
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            const float shrink = exp2f(peak[h] - top);
-            peak[h] = top;
-            sum[h] *= shrink;
-#pragma unroll
-            for (int n = 0; n < DIM_TILES; ++n) acc[n][2 * h] *= shrink, acc[n][2 * h + 1] *= shrink;
-#pragma unroll
-            for (int n = 0; n < KEY_TILES; ++n)
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    float& score = scores[n][2 * h + j];
-                    score = exp2f(score - top);
-                    sum[h] += score;
-                }
+            for (int n = 0; n < DIM_TILES; ++n) out[n * 4] = pack2(sums.acc[m][n][2 * h] * scale, sums.acc[m][n][2 * h + 1] * scale);
         }
-#pragma unroll
-        for (int s = 0; s < TILE_K / 16; ++s) {
-            const u32 a[4] = {pack2(scores[2 * s][0], scores[2 * s][1]), pack2(scores[2 * s][2], scores[2 * s][3]),
-                              pack2(scores[2 * s + 1][0], scores[2 * s + 1][1]), pack2(scores[2 * s + 1][2], scores[2 * s + 1][3])};
-#pragma unroll
-            for (int n = 0; n < DIM_TILES; n += 2) {
-                u32 b[4];  // keys s*16.. and s*16+8.., dimensions n*8.. and n*8+8..
-                load_matrices_transposed(b, v_tile + (s * 16 + lane % 16) * PITCH + n * 8 + lane / 16 * 8);
-                multiply(acc[n], a, b[0], b[1]);
-                multiply(acc[n + 1], a, b[2], b[3]);
-            }
-        }
-        __syncthreads();  // before the stage is filled again
-    }
-
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
-        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
-        const int r = row + h * 8;
-        if (r >= count) continue;
-        u32* out = (u32*)(output + ((u64)r * HEADS + head) * HEAD_DIM + column);
-        const float scale = 1.f / sum[h];
-#pragma unroll
-        for (int n = 0; n < DIM_TILES; ++n) out[n * 4] = pack2(acc[n][2 * h] * scale, acc[n][2 * h + 1] * scale);
-    }
 }

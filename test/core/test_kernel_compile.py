@@ -38,7 +38,7 @@ KERNELS = {
         **dict(STAGE=8, BUFFERS=1, DEPTH=2, TOKENS=32, EPILOGUE=2),
     ),
     "attention_decode": {**ATTENTION, "WARPS": 8, "DEPTH": 4},
-    "attention_prefill": ATTENTION,
+    "attention_prefill": {**ATTENTION, "WARPS": 4, "BLOCKS": 2, "GROUPS": 2, "TILE_K": 64},
     "rope_append": ATTENTION,
     "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f", ADD=1),
     "elementwise": dict(COLS=1024),
@@ -73,7 +73,7 @@ def test_every_kernel_compiles(arch):
 def test_the_kernels_of_an_int8_cache_compile(arch):
     head_dim = (16, 96, 256)[_architectures().index(arch) % 3]  # what they have in common decides what compiles
     names = ("attention_decode", "attention_prefill", "rope_append")
-    _compile_all(arch, names, BF16=int(arch == "sm_80"), KV_INT8=1, HEAD_DIM=head_dim, CONTEXT=1003)
+    _compile_all(arch, names, BF16=int(arch == "sm_80"), KV_INT8=1, HEAD_DIM=head_dim, CONTEXT=1003, BLOCKS=1)
 
 
 @pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])

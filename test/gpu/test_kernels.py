@@ -340,9 +340,43 @@ def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, cou
     position, number = ctypes.c_int(start), ctypes.c_int(count)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
     attention.rope_append(*inputs, case.rope, position, number, norms=case.norms, scales=case.scales)(bench.stream)
-    attention.attention_prefill(*inputs, case.output, position, number, case.scales)(bench.stream)
+    attention.attention_prefill(*inputs, case.output, position, number, case.scales)(bench.stream, count)
     # The weights of the keys are rounded to the type here, too.
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
+
+
+@pytest.mark.parametrize("spread", [(4, 1, 2, 64), (4, 2, 2, 64), (4, 2, 1, 64), (4, 2, 1, 32), (8, 1, 1, 64)], ids=str)
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 1, 128), (4, 2, 80)])
+@pytest.mark.parametrize("start, count", [(0, 65), (63, 130), (301, 300)])
+@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
+def test_attention_prefill_however_it_is_spread(bench, spread, heads, kv_heads, head_dim, start, count, kv_int8):
+    dtype = "bf16" if head_dim == 80 else "fp16"
+    case = _Attention(bench, heads, kv_heads, head_dim, False, dtype, count, 603, kv_int8)
+    position, number = ctypes.c_int(start), ctypes.c_int(count)
+    inputs = (case.kernels, case.shape, case.qkv, case.cache)
+    attention.rope_append(*inputs, case.rope, position, number, scales=case.scales)(bench.stream)
+    launch = attention.attention_prefill(
+        *inputs, case.output, position, number, case.scales, attention.PrefillSpread(*spread)
+    )
+    launch(bench.stream, count)
+    case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
+
+
+@pytest.mark.parametrize("spread", [(4, 1, 1, 64), (4, 2, 2, 64)], ids=str)
+def test_attention_prefill_follows_scores_that_grow(bench, spread):
+    """Peaks move late and far: keys grow with their position, so that every tile's scores are above the last one's."""
+    case = _Attention(bench, 4, 1, 64, False, "fp16", 200, 603)
+    case.cached[0] *= np.linspace(0.01, 6, 603)[None, :, None]
+    case.heads[:, 4] *= 6
+    bench.device.upload(case.cache, case.cached.astype(np.float16))
+    bench.device.upload(case.qkv, case.heads.reshape(200, -1).astype(np.float16))
+    case.cached, case.heads = case.cached.astype(np.float16).astype(float), case.heads.astype(np.float16).astype(float)
+    position, number = ctypes.c_int(400), ctypes.c_int(200)
+    inputs = (case.kernels, case.shape, case.qkv, case.cache)
+    attention.rope_append(*inputs, case.rope, position, number)(bench.stream)
+    launch = attention.attention_prefill(*inputs, case.output, position, number, None, attention.PrefillSpread(*spread))
+    launch(bench.stream, 200)
+    case.check(400, TOLERANCE["fp16"] * 4)
 
 
 def test_a_nan_in_an_int8_cache_is_seen_and_zeros_stay_zeros(bench):
