@@ -270,10 +270,6 @@ class Stream:
         """Queues filling ``array`` with zero bytes."""
         self.device.call("cuMemsetD8Async", array.address, 0, array.nbytes, self.handle)
 
-    def copy(self, target: int, source: int, num_bytes: int) -> None:
-        """Queues a copy between two device addresses."""
-        self.device.call("cuMemcpyDtoDAsync", target, source, num_bytes, self.handle)
-
     def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
         """Queues a copy of ``rows`` rows of ``width`` bytes that lie ``pitch`` bytes apart."""
         driver = self.device._driver

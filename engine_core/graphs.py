@@ -6,10 +6,10 @@ launches are queued one by one: the same kernels on the same arrays, hence the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engine_core.device import Graph, Launch, Stream
+from engine_core.device import Graph, Stream
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,11 @@ class GraphKey:
     """All that is baked into a graph."""
 
     batch: int
-    input_address: int  # of the token that is fed
-    output_address: int  # of the logits
+    input_address: int  # of what is fed: a token, or a prompt's chunk
+    output_address: int  # of the logits, or of what a chunk leaves for the head
     adapter: str = ""  # LoRA adapter; "" = none
     kv_bucket: int = 0  # tokens the grid was chosen for; 0 = any
+    rows: int = 1  # tokens of a step; of a chunk, at most
 
 
 class GraphRunner:
@@ -29,18 +30,18 @@ class GraphRunner:
     def __init__(self, stream: Stream, enabled: bool) -> None:
         self._stream = stream
         self._enabled = enabled
-        self._launches: dict[GraphKey, tuple[Launch, ...]] = {}
+        self._launches: dict[GraphKey, tuple[Callable[[Stream], None], ...]] = {}
         self._graphs: dict[GraphKey, Graph] = {}
 
-    def add(self, key: GraphKey, launches: Sequence[Launch]) -> None:
+    def add(self, key: GraphKey, launches: Sequence[Callable[[Stream], None]], capture: bool = True) -> None:
         """Notes the launches of ``key``, runs them once (modules load, errors show) and captures them.
 
-        Raises DeviceError.
+        Without ``capture`` they are always queued one by one. Raises DeviceError.
         """
         self._launches[key] = tuple(launches)
         self._run_eagerly(key)
         self._stream.wait()
-        if self._enabled:
+        if self._enabled and capture:
             self._graphs[key] = Graph(self._stream, lambda: self._run_eagerly(key))
 
     def run(self, key: GraphKey) -> None:

@@ -1,7 +1,8 @@
 """The CUDA backend: our own kernels on an NVIDIA GPU, compiled for it when the engine is opened.
 
 One stream, in order. A decode step is one CUDA graph whose last kernel samples; the token feeds the next step on the
-device and reaches the host through pinned memory, marked by an event, so no step waits for the host.
+device and reaches the host through pinned memory, marked by an event, so no step waits for the host. A chunk of a
+prompt is one CUDA graph, too, of the next larger of a few sizes: its place and length are in device memory.
 """
 
 from __future__ import annotations
@@ -14,18 +15,28 @@ from typing import Any, TypeVar
 import numpy as np
 
 from engine_core.backends import TokenSampling
-from engine_core.backends.cuda_layout import ArraySpec, CudaSpec, planned_bytes, weight_arrays, work_arrays
+from engine_core.backends.cuda_layout import (
+    PROMPT_HEADER,
+    ArraySpec,
+    CudaSpec,
+    planned_bytes,
+    prefill_rows,
+    round_rows,
+    weight_arrays,
+    work_arrays,
+)
 from engine_core.backends.cuda_model import CudaModel
 from engine_core.backends.cuda_weights import CudaWeights, Resolved, resolve
 from engine_core.backends.device_backend import DeviceBackend, SequenceLimits, plan_here, rows_by_id
 from engine_core.backends.device_model import DeviceModel, WeightSource
 from engine_core.config import EngineConfig
-from engine_core.device import ITEM_BYTES, Arena, Device, DeviceArray, Stream
+from engine_core.device import ITEM_BYTES, Arena, Device, DeviceArray, PinnedArray, Stream
 from engine_core.graphs import GraphKey, GraphRunner
-from engine_core.kernels import Kernels
+from engine_core.kernels import CHUNK_WORDS, Kernels
 from engine_core.manifest import Manifest
 from engine_core.memory import MemoryPlan
 
+MAX_GRAPH_ROWS = 512  # of a chunk in a graph: a larger one's launches are queued long before the GPU is done
 Loaded = TypeVar("Loaded", bound="CudaBackend")  # Self is not in Python 3.10
 
 
@@ -97,7 +108,6 @@ class CudaBackend(DeviceBackend):
             self._row_of = rows_by_id(vocab_map, spec.vocab_size)
             self._reset()
             self._capture(undo, use_cuda_graph)
-            self._warm_up()
             self._resources = undo.pop_all()
 
     def _allocate(self, undo: contextlib.ExitStack) -> None:
@@ -123,6 +133,7 @@ class CudaBackend(DeviceBackend):
                 scale_item_bytes=2 if spec.attention.kv_int8 else 0,
             ),
         )
+        self._prompt = [own(PinnedArray(device, (PROMPT_HEADER + spec.chunk,), "int32")) for _ in range(2)]
 
     def _work_arrays(self) -> dict[str, ArraySpec]:
         return work_arrays(self._spec, self._device.num_sms)
@@ -141,24 +152,26 @@ class CudaBackend(DeviceBackend):
         self._graphs.add(self._decode_key, self._model.decode_launches(address))
         self._sample_last = self._model.sampling_launches(address)
         self._model.prepare_prefill()
-
-    def _warm_up(self) -> None:
-        """Runs every size of prefill product once, so that no kernel is loaded during a request."""
-        count = min(self._spec.chunk, self.max_context)
-        while count > 0:
-            self._model.prefill_chunk(count, 0)
-            count -= 64
-        self._graphs.run(self._decode_key)
-        self._stream.wait()
+        self._prefill_keys = {}
+        for rows in prefill_rows(self._spec.chunk):
+            self._prefill_keys[rows] = key = GraphKey(1, work["prompt"].address, work["hidden"].address, rows=rows)
+            self._upload_chunk(0, np.zeros(min(rows, self.max_context), dtype=np.int32), 0)
+            capture = self._model.captures_prefill and rows <= MAX_GRAPH_ROWS
+            self._graphs.add(key, [lambda _stream, rows=rows: self._model.prefill_chunk(rows)], capture)
 
     # --- hooks of DeviceBackend -------------------------------------------------------------------------
 
     def _queue_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
-        count = len(token_ids)
-        self._prompt[slot].host[:count] = token_ids
-        tokens = self._model.work["tokens"]
-        self._stream.upload(DeviceArray(tokens.address, (count,), "int32"), self._prompt[slot])
-        self._model.prefill_chunk(count, position)
+        self._upload_chunk(slot, token_ids, position)
+        rows = min(self._spec.chunk, round_rows(len(token_ids)))
+        self._graphs.run(self._prefill_keys[rows])
+
+    def _upload_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
+        host, length = self._prompt[slot].host, PROMPT_HEADER + len(token_ids)
+        assert 1 <= len(token_ids) <= self._spec.chunk and position + len(token_ids) <= self.max_context
+        host[:CHUNK_WORDS] = position, len(token_ids)
+        host[PROMPT_HEADER:length] = token_ids
+        self._stream.upload(DeviceArray(self._work["prompt"].address, (length,), "int32"), self._prompt[slot])
 
     def _run_sampler(self) -> None:
         for launch in self._sample_last:

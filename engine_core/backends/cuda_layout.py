@@ -27,7 +27,8 @@ PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt t
 # Modules, graphs and cuBLAS's own code, as measured (test/gpu/test_memory_plan.py); the context itself is taken before
 # the plan is made.
 RUNTIME_BYTES = 76 << 20
-ROW_GRAIN = 64  # rows of a prefill product are rounded up to this, so that few cuBLAS kernels serve every length
+ROW_GRAIN = 64  # see round_rows
+PROMPT_HEADER = 4  # int32 before the tokens of a chunk: its CHUNK_WORDS, rounded up to 16 bytes
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,14 @@ class CudaSpec:
 
 
 def round_rows(tokens: int) -> int:
-    """Rows of a prefill product for so many tokens."""
-    return -(-tokens // ROW_GRAIN) * ROW_GRAIN
+    """Rows a prefill step computes for so many tokens: a few sizes, each with its graph and its cuBLAS kernels."""
+    grain = ROW_GRAIN if tokens > 2 * ROW_GRAIN else ROW_GRAIN // 2
+    return -(-tokens // grain) * grain
+
+
+def prefill_rows(chunk: int) -> list[int]:
+    """Every number of rows a prefill step of at most ``chunk`` tokens can have."""
+    return sorted({round_rows(tokens) for tokens in range(1, chunk + 1)})
 
 
 def max_packed_tokens(spec: CudaSpec) -> int:
@@ -183,7 +190,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         "blas": ("scratch", (BLAS_WORKSPACE,), "uint8"),
         "scores": ("scratch", scores_shape(rows), "fp32"),
         "logits": ("io", (rows,), "fp32"),
-        "tokens": ("io", (chunk,), "int32"),
+        "prompt": ("io", (PROMPT_HEADER + chunk,), "int32"),
         "state": ("io", (STATE.itemsize,), "uint8"),
         "params": ("io", (PARAMS.itemsize,), "uint8"),
         "seen": ("io", (-(-rows // 32),), "uint32"),

@@ -8,7 +8,6 @@ are first written out in 16 bits.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 from engine_core.backends.cuda_layout import CudaSpec, max_packed_tokens, product_shapes, work_arrays
@@ -47,7 +46,6 @@ class CudaModel(DeviceModel[_Layer]):
         super().__init__(device, stream, arena, kernels, spec, work_arrays(spec, device.num_sms))
         self.blas = Blas(stream, self.work["blas"])
         self._max_packed = max_packed_tokens(spec)
-        self._pairs, self._values = ctypes.c_uint32(0), ctypes.c_uint32(0)  # set before each chunk
 
     def _decode_layer(self, i: int) -> list[Work]:
         spec, w = self.spec, self.work
@@ -73,7 +71,7 @@ class CudaModel(DeviceModel[_Layer]):
 
     def prepare_prefill(self) -> None:
         w = self.work
-        self._silu = linear.silu_multiply(self._kernels, w["gate_up"], w["activated"], self._pairs)
+        self._silu = linear.SiluMultiply(self._kernels, w["gate_up"], w["activated"])
         super().prepare_prefill()
 
     def _prefill_layer(self, i: int) -> _Layer:
@@ -86,7 +84,7 @@ class CudaModel(DeviceModel[_Layer]):
         bias = weights["qkv_bias"]
         return _Layer(
             input_norm=norm(weights["input_norm"]),
-            bias=None if bias is None else linear.add_bias(kernels, w["qkv"], bias, self._values),
+            bias=None if bias is None else linear.add_bias(kernels, w["qkv"], bias),
             rope_append=self._rope_append(i),
             attend=self._attend(i),
             post_norm=norm(weights["post_norm"]),
@@ -106,37 +104,34 @@ class CudaModel(DeviceModel[_Layer]):
             linear_packed.dequantize_packed(kernels, weight, whole),
             linear_packed.PackedProduct(
                 *(kernels, weight, w[source], w["activated" if epilogue == linear.SILU else target], epilogue),
-                *(self._count, partial, w["packed_counters"]),
+                *(self._chunk, partial, w["packed_counters"]),
             ),
         )
 
-    def _begin_chunk(self, count: int, rows: int) -> None:
-        self._pairs.value = count * self.spec.intermediate
-        self._values.value = count * self.spec.attention.qkv_width
-
-    def _run_layer(self, layer: _Layer, count: int, rows: int) -> None:
+    def _run_layer(self, layer: _Layer, rows: int) -> None:
         w, stream = self.work, self._stream
 
         def multiply(name: str) -> None:
             product = layer.products[name]
-            if product.packed is not None and count <= self._max_packed:
-                product.packed(stream)
+            if product.packed is not None and rows <= self._max_packed:
+                product.packed(stream, rows)
                 return
             if product.dequantize is not None:
                 product.dequantize(stream)
             source, target, epilogue = _ARRAYS[name]
             self.blas.matmul(w[source], product.weight, w[target], rows, epilogue == linear.RESIDUAL)
             if epilogue == linear.SILU:
-                self._silu(stream)
+                self._silu(stream, rows)
 
-        layer.input_norm.set_grid(count)
+        layer.input_norm.set_grid(rows)
         layer.input_norm(stream)
         multiply("qkv")
         if layer.bias is not None:
+            layer.bias.set_grid(rows)
             layer.bias(stream)
-        self._run_attention(layer.rope_append, layer.attend, count)
+        self._run_attention(layer.rope_append, layer.attend, rows)
         multiply("o")
-        layer.post_norm.set_grid(count)
+        layer.post_norm.set_grid(rows)
         layer.post_norm(stream)
         multiply("gate_up")
         multiply("down")

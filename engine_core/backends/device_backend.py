@@ -115,7 +115,6 @@ class DeviceBackend:
         self._limits = limits
         words = -(-limits.vocab_size // 32)
         self._tokens = own(PinnedArray(device, (RING,), "int32"))
-        self._prompt = [own(PinnedArray(device, (limits.chunk,), "int32")) for _ in range(2)]
         self._chunk_done = [own(Event(device)) for _ in range(2)]
         self._masks = own(PinnedArray(device, (RING, words), "uint32"))
         self._params = own(PinnedArray(device, (RING, PARAMS.itemsize), "uint8"))

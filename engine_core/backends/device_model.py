@@ -5,15 +5,14 @@ A decode step is a list of launches, a prefill chunk a method. The residual stre
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from engine_core.backends.cuda_layout import ArraySpec, CudaSpec, round_rows, weight_arrays
+from engine_core.backends.cuda_layout import PROMPT_HEADER, ArraySpec, CudaSpec, weight_arrays
 from engine_core.device import Arena, Device, DeviceArray, Launch, Stream
-from engine_core.kernels import Kernels, attention, linear, linear_packed, sampling
+from engine_core.kernels import CHUNK_WORDS, Kernels, attention, linear, linear_packed, sampling
 
 # name, array → fills the array. From a file, or random for a benchmark.
 WeightSource = Callable[[str, DeviceArray], None]
@@ -27,6 +26,9 @@ class DeviceModel(Generic[Layer]):
 
     A subclass has ``_decode_layer``, ``_prefill_layer``, ``_run_layer`` and ``close``.
     """
+
+    captures_prefill = True  # whether a CUDA graph may hold a prefill step
+    _kept: tuple[str, ...] = ("hidden",)  # arrays whose first row is the last token's after a prefill step
 
     def __init__(
         self,
@@ -44,8 +46,9 @@ class DeviceModel(Generic[Layer]):
         self._kernels = kernels
         self.weights = {name: arena.take(a.shape, a.dtype) for name, a in weight_arrays(spec).items()}
         self.work = {name: arena.take(a.shape, a.dtype) for name, a in work.items()}
-        # Scalars the prepared launches of prefill read: set before each chunk.
-        self._position, self._count = ctypes.c_int(0), ctypes.c_int(0)
+        prompt = self.work["prompt"]
+        self._chunk = DeviceArray(prompt.address, (CHUNK_WORDS,), "int32")
+        self._tokens = DeviceArray(prompt.address + 4 * PROMPT_HEADER, (spec.chunk,), "int32")
 
     def fill(self, source: WeightSource, rope: np.ndarray) -> None:
         """Loads every weight and the RoPE table: float32 [max_context, head_dim / 2, 2], cos and sin."""
@@ -53,7 +56,7 @@ class DeviceModel(Generic[Layer]):
             source(name, array)
         assert rope.dtype == np.float32 and rope.shape == self.work["rope"].shape
         self._device.upload(self.work["rope"], rope)
-        for name in ("counters", "packed_counters", "seen", "bias", "state"):
+        for name in ("counters", "packed_counters", "prompt", "seen", "bias", "state"):
             if name in self.work:
                 self._stream.zero(self.work[name])
         self._device.synchronize()
@@ -126,60 +129,53 @@ class DeviceModel(Generic[Layer]):
 
     def prepare_prefill(self) -> None:
         """Makes the launches of a prefill chunk. Raises KernelCompileError or DeviceError."""
-        w = self.work
-        self._embed = linear.embed(self._kernels, self.weights["embed"], w["tokens"], w["hidden"])
+        self._embed = linear.embed(self._kernels, self.weights["embed"], self._tokens, self.work["hidden"])
+        self._keep = [linear.keep_last_row(self._kernels, self.work[name], self._chunk) for name in self._kept]
         self._layers = [self._prefill_layer(i) for i in range(self.spec.num_layers)]
 
     def _prefill_layer(self, i: int) -> Layer:
         raise NotImplementedError
 
-    def prefill_chunk(self, count: int, position: int) -> None:
-        """Queues the forward pass of ``count`` tokens, whose ids are in ``tokens``, from ``position`` on.
+    def prefill_chunk(self, rows: int) -> None:
+        """Queues the forward pass of the chunk in ``prompt``, which has at most ``rows`` tokens.
 
-        Leaves the last token's state in the first row of ``hidden``, where the head reads it.
+        Nothing else of the chunk is in the launches, so that a graph can hold them. Leaves the last token's state in
+        the first row of ``hidden``, where the head reads it. Rows that are no tokens are computed, too, and never read.
         """
-        spec = self.spec
-        assert 1 <= count <= spec.chunk and position + count <= spec.max_context
-        self._position.value, self._count.value = position, count
-        rows = min(spec.chunk, round_rows(count))
-        self._begin_chunk(count, rows)
-        self._embed.set_grid(count)
+        assert 1 <= rows <= self.spec.chunk
+        self._begin_chunk(rows)
+        self._embed.set_grid(rows)
         self._embed(self._stream)
         for layer in self._layers:
-            self._run_layer(layer, count, rows)
-        if count > 1:
-            self._keep_row(count - 1)
+            self._run_layer(layer, rows)
+        for launch in self._keep:
+            launch(self._stream)
 
-    def _begin_chunk(self, count: int, rows: int) -> None:
-        """Sets what the launches of all layers have to know of a chunk; see ``_run_layer``."""
+    def _begin_chunk(self, rows: int) -> None:
+        """Sets what the launches of all layers have to know of a chunk."""
 
-    def _run_layer(self, layer: Layer, count: int, rows: int) -> None:
-        """Queues one layer for ``count`` tokens; products may compute ``rows``, which are at least as many."""
+    def _run_layer(self, layer: Layer, rows: int) -> None:
+        """Queues one layer."""
         raise NotImplementedError
-
-    def _keep_row(self, row: int) -> None:
-        """Copies what the head needs of a token to the first row."""
-        hidden = self.work["hidden"]
-        self._stream.copy(hidden.address, hidden.at(row).address, self.spec.hidden * 4)
 
     def _rope_append(self, i: int) -> Launch:
         w = self.work
         return attention.rope_append(
             self._kernels,
-            *(self.spec.attention, w["qkv"], w["kv_cache"].at(i), w["rope"], self._position, self._count),
+            *(self.spec.attention, w["qkv"], w["kv_cache"].at(i), w["rope"], self._chunk),
             norms=self._head_norms(i),
             scales=self._scales(i),
         )
 
     def _attend(self, i: int) -> attention.AttentionPrefill:
         w, cache = self.work, self.work["kv_cache"].at(i)
-        arrays = (w["qkv"], cache, w["attended"], self._position, self._count, self._scales(i))
+        arrays = (w["qkv"], cache, w["attended"], self._chunk, self._scales(i))
         return attention.attention_prefill(self._kernels, self.spec.attention, *arrays)
 
-    def _run_attention(self, rope_append: Launch, attend: attention.AttentionPrefill, count: int) -> None:
-        rope_append.set_grid(attention.rope_append_blocks(self.spec.attention, count))
+    def _run_attention(self, rope_append: Launch, attend: attention.AttentionPrefill, rows: int) -> None:
+        rope_append.set_grid(attention.rope_append_blocks(self.spec.attention, rows))
         rope_append(self._stream)
-        attend(self._stream, count)
+        attend(self._stream, rows)
 
     def close(self) -> None:
         raise NotImplementedError

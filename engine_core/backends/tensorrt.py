@@ -167,6 +167,7 @@ class TensorRTBackend(DeviceBackend):
         self._kernels = own(Kernels(device, "fp16"))  # none of those used here reads 16-bit values
         item_bytes = spec.head_dim * ITEM_BYTES[spec.dtype]
         self._allocate_host(own, device, SequenceLimits.of(spec, spec.num_kv_heads, item_bytes))
+        self._prompt = [own(PinnedArray(device, (spec.chunk,), "int32")) for _ in range(2)]
         self._chunk_positions = [own(PinnedArray(device, (spec.chunk,), "int32")) for _ in range(2)]
         self._chunk_last = [own(PinnedArray(device, (1,), "int32")) for _ in range(2)]
         self._chunk_index = [own(PinnedArray(device, (1,), "uint64")) for _ in range(2)]

@@ -34,7 +34,7 @@ from engine_core.backends.trt_products_layout import (
     with_chunk,
 )
 from engine_core.config import EngineConfig
-from engine_core.device import ITEM_BYTES, Arena, Device, DeviceArray, Launch, Stream
+from engine_core.device import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.errors import EngineDirectoryError
 from engine_core.kernels import Kernels, linear
 from engine_core.kernels.attention import AttentionPrefill
@@ -109,6 +109,9 @@ class _Layer:
 
 class ProductsModel(DeviceModel[_Layer]):
     """See the module. A product's result is added to ``hidden`` by the norm that follows it."""
+
+    captures_prefill = False  # a graph would hold only until a context gets other shapes
+    _kept = ("hidden", "delta")
 
     def __init__(
         self,
@@ -192,25 +195,20 @@ class ProductsModel(DeviceModel[_Layer]):
             mlp=self._product(self._prefill, "mlp", i),
         )
 
-    def _begin_chunk(self, count: int, rows: int) -> None:
+    def _begin_chunk(self, rows: int) -> None:
         for name, context in self._prefill.items():
             context.set_shapes({"input": (rows, self.work[_ARRAYS[name][0]].shape[1])})
 
-    def _run_layer(self, layer: _Layer, count: int, rows: int) -> None:
+    def _run_layer(self, layer: _Layer, rows: int) -> None:
         stream = self._stream
-        layer.input_norm.set_grid(count)
+        layer.input_norm.set_grid(rows)
         layer.input_norm(stream)
         layer.qkv(stream)
-        self._run_attention(layer.rope_append, layer.attend, count)
+        self._run_attention(layer.rope_append, layer.attend, rows)
         layer.output(stream)
-        layer.post_norm.set_grid(count)
+        layer.post_norm.set_grid(rows)
         layer.post_norm(stream)
         layer.mlp(stream)
-
-    def _keep_row(self, row: int) -> None:
-        super()._keep_row(row)
-        delta = self.work["delta"]
-        self._stream.copy(delta.address, delta.at(row).address, self.spec.hidden * ITEM_BYTES[delta.dtype])
 
     def close(self) -> None:
         self._resources.close()

@@ -17,6 +17,7 @@ from engine_core.device import Device, DeviceArray, DeviceError, Module
 from engine_core.kernels.nvrtc import compile_kernel
 
 _DIRECTORY = Path(__file__).parent
+CHUNK_WORDS = 2  # int32: a chunk's first position in the KV cache, and its tokens; Chunk of common.cuh
 _SHARED_STATIC = 12 * 1024  # bytes of shared memory left for what kernels declare themselves
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine_core.device import DeviceArray, Launch, Stream
-from engine_core.kernels import KernelArgumentError, Kernels, check, float_define
+from engine_core.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check, float_define
 
 _MAX_GROUP = 8  # query heads of a KV head: the columns of attention_decode.cu's products
 _MAX_DEPTH, _MIN_DEPTH = 6, 3  # pieces of a ring of kv_ring.cuh
 _TILE_KEYS = 16  # of a piece
 _SCALE_GROUP = 8  # fp16 scales in 16 bytes
 _ROPE_THREADS = 128
+_SHARED_SYSTEM = 1024  # bytes of a multiprocessor's shared memory that each CTA takes besides its own
 
 
 @dataclass(frozen=True)
@@ -160,17 +160,17 @@ def rope_append(
     qkv: DeviceArray,
     cache: DeviceArray,
     rope: DeviceArray,
-    position: ctypes.c_int,
-    count: ctypes.c_int,
+    chunk: DeviceArray,
     norms: tuple[DeviceArray, DeviceArray] | None = None,
     scales: DeviceArray | None = None,
 ) -> Launch:
-    """Rotates q of the first ``count`` rows of qkv [n, width] in place; writes their K and V from ``position`` on."""
+    """Rotates q of the rows of ``chunk`` in qkv [n, width] in place; writes their K and V. See CHUNK_WORDS."""
     _check(kernels, shape, cache, scales, rope, norms or ())
+    check("chunk", chunk, (CHUNK_WORDS,), "int32")
     check("qkv", qkv, (qkv.shape[0], shape.qkv_width), kernels.dtype)
     function = kernels.function("rope_append", "rope_append", shape.defines(kernels.device.num_sms))
     q_norm, k_norm = norms or (0, 0)
-    args = [qkv, cache, rope, q_norm, k_norm, position, count, scales or 0]
+    args = [qkv, cache, rope, q_norm, k_norm, chunk, scales or 0]
     grid = (rope_append_blocks(shape, qkv.shape[0]),)
     return Launch(kernels.device, function, grid, _ROPE_THREADS, args)
 
@@ -209,12 +209,11 @@ class PrefillSpread:
         return {"WARPS": self.warps, "BLOCKS": self.blocks, "GROUPS": self.groups, "TILE_K": self.tile_keys}
 
 
-def prefill_spread(shape: AttentionShape, count: int, num_sms: int, max_shared: int, budget: int) -> PrefillSpread:
+def prefill_spread(shape: AttentionShape, count: int, num_sms: int, max_shared: int) -> PrefillSpread:
     """The spread that was fastest for ``count`` tokens where a GPU has about as many CTAs to run.
 
-    ``max_shared``: bytes of shared memory a CTA may have, ``budget``: where two share a multiprocessor. Measured with
-    32 heads of 64 and of 128 on an H200, once for each head and once eight times, as on a GPU with an eighth of its
-    multiprocessors (benchmarks/results/kernels.md).
+    ``max_shared``: bytes of shared memory a CTA may have. Measured with 32 heads of 64 and of 128 on an H200, once for
+    each head and once eight times, as on a GPU with an eighth of its multiprocessors (benchmarks/results/kernels.md).
     """
 
     def fits(spread: PrefillSpread, limit: int) -> bool:
@@ -232,7 +231,8 @@ def prefill_spread(shape: AttentionShape, count: int, num_sms: int, max_shared: 
         if 2 * wide_ctas < 3 * num_sms:
             wide, limit = [PrefillSpread(4, 2, 2, keys)], max_shared
         else:  # two CTAs a multiprocessor
-            wide, limit = [PrefillSpread(4, 2, 1, keys), PrefillSpread(4, 2, 1, keys // 2)], budget
+            wide = [PrefillSpread(4, 2, 1, keys), PrefillSpread(4, 2, 1, keys // 2)]
+            limit = (max_shared - _SHARED_SYSTEM) // 2
         for spread in wide:
             if fits(spread, limit):
                 return spread
@@ -240,18 +240,18 @@ def prefill_spread(shape: AttentionShape, count: int, num_sms: int, max_shared: 
 
 
 class AttentionPrefill:
-    """Attention of a chunk of tokens; the launch that suits the number of tokens is chosen for each chunk."""
+    """Attention of a chunk of tokens, by the launch that suits their number."""
 
     def __init__(self, launches: dict[PrefillSpread, Launch], spread_of: Callable[[int], PrefillSpread], heads: int):
         self._launches = launches
         self._spread_of = spread_of
         self._heads = heads
 
-    def __call__(self, stream: Stream, count: int) -> None:
-        """Queues it for ``count`` tokens, which are what its scalar ``count`` says."""
-        spread = self._spread_of(count)
+    def __call__(self, stream: Stream, rows: int) -> None:
+        """Queues it for at most ``rows`` tokens."""
+        spread = self._spread_of(rows)
         launch = self._launches[spread]
-        launch.set_grid(-(-count // spread.queries), self._heads)
+        launch.set_grid(-(-rows // spread.queries), self._heads)
         launch(stream)
 
 
@@ -261,25 +261,25 @@ def attention_prefill(
     qkv: DeviceArray,
     cache: DeviceArray,
     output: DeviceArray,
-    start: ctypes.c_int,
-    count: ctypes.c_int,
+    chunk: DeviceArray,
     scales: DeviceArray | None = None,
     spread: PrefillSpread | None = None,
 ) -> AttentionPrefill:
-    """Causal attention of the first ``count`` rows of qkv [n, width], at ``start`` on; output [n, heads × head_dim].
+    """Causal attention of the rows of ``chunk`` in qkv [n, width]; output [n, heads × head_dim]. See CHUNK_WORDS.
 
-    ``start`` and ``count`` are read when it is queued. ``spread``: this one always. Raises KernelArgumentError.
+    ``spread``: this one always. Raises KernelArgumentError.
     """
     shape.validate()
     rows = qkv.shape[0]
     check("qkv", qkv, (rows, shape.qkv_width), kernels.dtype)
     _check_cache(kernels, shape, cache, scales)
     check("output", output, (rows, shape.num_heads * shape.head_dim), kernels.dtype)
-    device, budget = kernels.device, kernels.shared_budget
-    args = [qkv, cache, output, start, count, scales or 0]
+    check("chunk", chunk, (CHUNK_WORDS,), "int32")
+    device = kernels.device
+    args = [qkv, cache, output, chunk, scales or 0]
 
     def spread_of(tokens: int) -> PrefillSpread:
-        return spread or prefill_spread(shape, tokens, device.num_sms, device.max_shared, budget)
+        return spread or prefill_spread(shape, tokens, device.num_sms, device.max_shared)
 
     def launch(chosen: PrefillSpread) -> Launch:
         shared = chosen.shared(shape.head_dim, shape.kv_int8)

@@ -1,9 +1,9 @@
-// Causal attention of ``count`` new tokens over the linear KV cache, on tensor cores, with an online softmax: the
+// Causal attention of a chunk of new tokens over the linear KV cache, on tensor cores, with an online softmax: the
 // forward pass of flash attention 2 (Dao 2023, arXiv 2307.08691), 16 BLOCKS query rows per warp.
 //
-// qkv: [count][(HEADS + 2 KV_HEADS) HEAD_DIM] with q rotated; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], which
-// already holds the new K and V; output: [count][HEADS][HEAD_DIM]. Query i is at position start + i. Grid (tiles of TILE_Q,
-// HEADS). WARPS warps make a tile of queries; with two GROUPS of them each takes every other TILE_K keys, and the sums are
+// qkv: [tokens][(HEADS + 2 KV_HEADS) HEAD_DIM] with q rotated; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], which
+// already holds the new K and V; output: [tokens][HEADS][HEAD_DIM]. Grid (tiles of TILE_Q, at
+// least as many as the chunk has, HEADS). WARPS warps make a tile of queries; with two GROUPS of them each takes every other TILE_K keys, and the sums are
 // merged at the end. attention.py says which of these sizes when.
 //
 // With KV_INT8 the cache holds levels and ``scales`` their steps (kv_int8.cuh): a stage is copied as it is, two of them as
@@ -267,7 +267,7 @@ __device__ __forceinline__ void merge_groups(Sums& sums, float* shared, int grou
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_prefill(const half_t* qkv, const item_t* cache, half_t* output, int start, int count, const half_t* scales) {
+    attention_prefill(const half_t* qkv, const item_t* cache, half_t* output, const Chunk* chunk, const half_t* scales) {
     // [2 stages][K, V][STAGE_K][PITCH], then q if it is shared; with KV_INT8 one stage in 16 bits, q, 2 Stages
     extern __shared__ half_t tiles[];
     constexpr int TILE = STAGE_K * PITCH, WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
@@ -275,12 +275,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int head = blockIdx.y, kv_head = head / (HEADS / KV_HEADS);
     const int first_q = (gridDim.x - 1 - blockIdx.x) * TILE_Q;  // the longest work first
     const item_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
+    const auto [start, count] = load_chunk(chunk);
     const int total = start + min(count, first_q + TILE_Q);
     const int num_stages = (total + STAGE_K - 1) / STAGE_K;
     const int first_row = first_q + warp * WARP_Q, row = first_row + lane / 4, column = lane % 4 * 2;  // of the first sums
     const half_t* queries = qkv + head * HEAD_DIM;
     half_t* q_tile = tiles + (KV_INT8 ? 2 : 4) * TILE;
     let_next_start();
+    if (first_q >= count) return;
     wait_for_previous();
 
 #if KV_INT8

@@ -31,6 +31,11 @@ struct State {       // of the running sequence; written by the last kernel of a
     u32 unused;
 };
 
+struct Chunk {  // of a prompt; written before the kernels of a prefill step are queued, so they may read it at once
+    int position;  // of its first token in the KV cache
+    int count;     // of its tokens; arrays may have more rows, which nobody reads
+};
+
 // --- programmatic dependent launch -------------------------------------------------------------------------------
 // A kernel may start while the one before it still runs. Until wait_for_previous it may read weights and nothing else.
 
@@ -111,6 +116,11 @@ __device__ __forceinline__ u32 load4(const void* p) {
 }
 
 __device__ __forceinline__ float load4f(const float* p) { return __uint_as_float(load4(p)); }
+
+__device__ __forceinline__ Chunk load_chunk(const Chunk* p) {
+    const uint2 v = load8(p);
+    return {(int)v.x, (int)v.y};
+}
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 

@@ -16,20 +16,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table,
     }
 }
 
-// [pairs] 16-bit from [pairs] (gate, up).
-extern "C" __global__ void __launch_bounds__(THREADS) silu_multiply(const u32* gate_up, half_t* output, u32 pairs) {
+// 16-bit [gridDim.x][COLS] from [gridDim.x][COLS] (gate, up).
+extern "C" __global__ void __launch_bounds__(THREADS) silu_multiply(const u32* gate_up, half_t* output) {
+    const u64 row = (u64)blockIdx.x * COLS;
     let_next_start();
     wait_for_previous();
-    for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < pairs; i += gridDim.x * THREADS) {
-        const float2 v = unpack2(load4(gate_up + i));
-        output[i] = to_half(swiglu(v.x, v.y));
+    for (int c = blockIdx.y * THREADS + threadIdx.x; c < COLS; c += gridDim.y * THREADS) {
+        const float2 v = unpack2(load4(gate_up + row + c));
+        output[row + c] = to_half(swiglu(v.x, v.y));
     }
 }
 
-// [rows][width] += bias [width], 16-bit.
-extern "C" __global__ void __launch_bounds__(THREADS) add_bias(half_t* values, const half_t* bias, u32 count, u32 width) {
+// [gridDim.x][COLS] += bias [COLS], 16-bit.
+extern "C" __global__ void __launch_bounds__(THREADS) add_bias(half_t* values, const half_t* bias) {
+    const u64 row = (u64)blockIdx.x * COLS;
     let_next_start();
     wait_for_previous();
-    for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < count; i += gridDim.x * THREADS)
-        values[i] = to_half(to_float(values[i]) + to_float(bias[i % width]));
+    for (int c = threadIdx.x; c < COLS; c += THREADS) values[row + c] = to_half(to_float(values[row + c]) + to_float(bias[c]));
+}
+
+// The first of rows of COLS * 16 bytes becomes that of the chunk's last token.
+extern "C" __global__ void __launch_bounds__(THREADS) keep_last_row(uint4* rows, const Chunk* chunk) {
+    const u64 last = (u64)(load_chunk(chunk).count - 1) * COLS;
+    let_next_start();
+    wait_for_previous();
+    for (int c = blockIdx.x * THREADS + threadIdx.x; c < COLS; c += gridDim.x * THREADS) rows[c] = load16(rows + last + c);
 }

@@ -1,6 +1,6 @@
 // Y = X Wᵀ for a few tokens, with W in 4 or 8 bits (packed.cuh): each CTA reads its records once for TOKENS of them, so that a
-// short prompt takes little longer than a decode step. X [count][COLS] and Y are row-major. EPILOGUE 0: Y [count][ROWS] 16-bit;
-// 1: float32 and added to; 2: rows are (gate, up) in turn, Y [count][ROWS / 2] = silu(gate) * up, 16-bit. Grid: (tiles of
+// short prompt takes little longer than a decode step. X [tokens][COLS] and Y are row-major. EPILOGUE 0: Y [tokens][ROWS] 16-bit;
+// 1: float32 and added to; 2: rows are (gate, up) in turn, Y [tokens][ROWS / 2] = silu(gate) * up, 16-bit. Grid: (tiles of
 // TOKENS, SPLITS, CTAs along the rows).
 //
 // Each of a CTA's ROW_WARPS · K_WARPS warps has a band of two tiles and copies its records through a ring of its own, DEPTH
@@ -123,11 +123,11 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gemm_packed(const unsigned char* records, const half_t* input, void* output, int count, float* partial, u32* counters) {
+    gemm_packed(const unsigned char* records, const half_t* input, void* output, const Chunk* chunk, float* partial, u32* counters) {
     extern __shared__ uint4 shared[];  // stages of X, minus the offsets [BUFFERS][STAGE][TOKENS], the rings; afterwards the sums
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
-    const int first_token = blockIdx.x * TOKENS, tokens = min(count - first_token, TOKENS);
+    const int count = load_chunk(chunk).count, first_token = blockIdx.x * TOKENS, tokens = min(count - first_token, TOKENS);
     const int first_band = BANDS * blockIdx.z / gridDim.z, bands = BANDS * (blockIdx.z + 1) / gridDim.z - first_band;
     const int first_group = GROUPS * blockIdx.y / SPLITS, groups = GROUPS * (blockIdx.y + 1) / SPLITS - first_group;
     const int first_tile = (first_band + row_warp) * BAND;

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
-from engine_core.device import DeviceArray, Launch
-from engine_core.kernels import KernelArgumentError, Kernels, check, float_define
+from engine_core.device import ITEM_BYTES, DeviceArray, Launch, Stream
+from engine_core.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check, float_define
 
 # EPILOGUE of gemv.cu.
 STORE, RESIDUAL, SILU, LOGITS = range(4)
@@ -15,6 +14,7 @@ _CHUNK = 256  # columns of a warp's load
 _MAX_WARPS = 16
 _MIN_CTA_BYTES = 96 * 1024  # of weights: with less, a second CTA per multiprocessor only costs its start
 _THREADS = 256
+_PAIRS = 4  # that a thread of silu_multiply has
 _NORM_THREADS = 512
 
 
@@ -159,20 +159,39 @@ def embed(kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: Dev
     return Launch(kernels.device, function, (tokens.shape[0],), _THREADS, [table, tokens, output], overlap=False)
 
 
-def silu_multiply(kernels: Kernels, gate_up: DeviceArray, output: DeviceArray, pairs: ctypes.c_uint32) -> Launch:
-    """output [n, width] ← silu(gate) · up of gate_up [n, 2 width], (gate, up) in turn; the first ``pairs`` of them."""
-    rows, width = output.shape
-    check("gate_up", gate_up, (rows, 2 * width), kernels.dtype)
-    check("output", output, (rows, width), kernels.dtype)
-    function = kernels.function("elementwise", "silu_multiply", {"COLS": 8})
-    return Launch(kernels.device, function, (8 * kernels.device.num_sms,), _THREADS, [gate_up, output, pairs])
+class SiluMultiply:
+    """output [n, width] ← silu(gate) · up of gate_up [n, 2 width], (gate, up) in turn, 16-bit."""
+
+    def __init__(self, kernels: Kernels, gate_up: DeviceArray, output: DeviceArray) -> None:
+        """Raises KernelArgumentError, KernelCompileError or DeviceError."""
+        rows, width = output.shape
+        check("gate_up", gate_up, (rows, 2 * width), kernels.dtype)
+        check("output", output, (rows, width), kernels.dtype)
+        function = kernels.function("elementwise", "silu_multiply", {"COLS": width})
+        self._columns = -(-width // (_PAIRS * _THREADS))
+        self._launch = Launch(kernels.device, function, (rows, self._columns), _THREADS, [gate_up, output])
+
+    def __call__(self, stream: Stream, rows: int) -> None:
+        """Queues it for the first ``rows``."""
+        self._launch.set_grid(rows, self._columns)
+        self._launch(stream)
 
 
-def add_bias(kernels: Kernels, values: DeviceArray, bias: DeviceArray, count: ctypes.c_uint32) -> Launch:
-    """values [n, width] += bias [width], 16-bit; the first ``count`` values."""
+def add_bias(kernels: Kernels, values: DeviceArray, bias: DeviceArray) -> Launch:
+    """values [n, width] += bias [width], 16-bit; the grid is n."""
     rows, width = values.shape
     check("values", values, (rows, width), kernels.dtype)
     check("bias", bias, (width,), kernels.dtype)
-    function = kernels.function("elementwise", "add_bias", {"COLS": 8})
-    args = [values, bias, count, ctypes.c_uint32(width)]
-    return Launch(kernels.device, function, (8 * kernels.device.num_sms,), _THREADS, args)
+    function = kernels.function("elementwise", "add_bias", {"COLS": width})
+    return Launch(kernels.device, function, (rows,), _THREADS, [values, bias])
+
+
+def keep_last_row(kernels: Kernels, rows: DeviceArray, chunk: DeviceArray) -> Launch:
+    """The first of rows [n, width] becomes that of the last token of ``chunk``, see CHUNK_WORDS."""
+    check("chunk", chunk, (CHUNK_WORDS,), "int32")
+    row_bytes = rows.shape[1] * ITEM_BYTES[rows.dtype]
+    if row_bytes % 16:
+        raise KernelArgumentError(f"Rows of {row_bytes} bytes; the kernel copies a multiple of 16.")
+    function = kernels.function("elementwise", "keep_last_row", {"COLS": row_bytes // 16})
+    grid = -(-row_bytes // (16 * _THREADS))
+    return Launch(kernels.device, function, (grid,), _THREADS, [rows, chunk])

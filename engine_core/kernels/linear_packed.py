@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine_core.device import DeviceArray, Launch, Stream
-from engine_core.kernels import KernelArgumentError, Kernels, check, float_define, int4_layout, int8_layout
+from engine_core.kernels import (
+    CHUNK_WORDS,
+    KernelArgumentError,
+    Kernels,
+    check,
+    float_define,
+    int4_layout,
+    int8_layout,
+)
 from engine_core.kernels.int4_layout import GROUP, TILE
 from engine_core.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
 
@@ -173,7 +180,7 @@ def packed_scratch(shapes: Iterable[tuple[int, int]], tokens: int, num_sms: int)
 
 
 class PackedProduct:
-    """Vectors [n, cols] times weightᵀ for the first ``count`` rows, which is read at each call.
+    """Vectors [n, cols] times weightᵀ for the rows of ``chunk``, see CHUNK_WORDS.
 
     ``epilogue`` STORE: output 16-bit [n, rows]; RESIDUAL: float32 and added to; SILU: 16-bit [n, rows / 2] of rows that
     are (gate, up) in turn. ``partial``, float32, and ``counters``, uint32 and zeros, are as long as ``packed_scratch``
@@ -187,7 +194,7 @@ class PackedProduct:
         vectors: DeviceArray,
         output: DeviceArray,
         epilogue: int,
-        count: ctypes.c_int,
+        chunk: DeviceArray,
         partial: DeviceArray,
         counters: DeviceArray,
         shape: GemmShape | None = None,
@@ -199,6 +206,7 @@ class PackedProduct:
         check("output", output, (vectors.shape[0], width), "fp32" if epilogue == RESIDUAL else kernels.dtype)
         check("partial", partial, partial.shape, "fp32")
         check("counters", counters, counters.shape, "uint32")
+        check("chunk", chunk, (CHUNK_WORDS,), "int32")
         device = kernels.device
         shape = shape or gemm_shape(*records.shape, device.num_sms, device.max_shared)
         shared = shape.shared(records.shape[2])
@@ -211,14 +219,14 @@ class PackedProduct:
             "EPILOGUE": epilogue,
         }
         function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
-        self._count = count
         self._grid = (shape.splits, shape.ctas(records.shape[0]))
         threads = 32 * shape.row_warps * shape.k_warps
-        args = [records, vectors, output, count, partial, counters]
+        args = [records, vectors, output, chunk, partial, counters]
         self._launch = Launch(device, function, (1, *self._grid), threads, args, shared)
 
-    def __call__(self, stream: Stream) -> None:
-        self._launch.set_grid(-(-self._count.value // PACKED_TOKENS), *self._grid)
+    def __call__(self, stream: Stream, rows: int) -> None:
+        """Queues it for at most ``rows`` tokens."""
+        self._launch.set_grid(-(-rows // PACKED_TOKENS), *self._grid)
         self._launch(stream)
 
 

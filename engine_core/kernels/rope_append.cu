@@ -1,5 +1,5 @@
-// Prefill: rotates q in place and writes the rotated K and the V of ``count`` tokens into the linear KV cache.
-// qkv: [count][(HEADS + 2 KV_HEADS) HEAD_DIM]; cache, rope, scales as in attention_decode.cu. One head vector per
+// Prefill: rotates q in place and writes the rotated K and the V of the chunk's tokens into the linear KV cache.
+// qkv: [tokens][(HEADS + 2 KV_HEADS) HEAD_DIM]; cache, rope, scales as in attention_decode.cu. One head vector per
 // LANES_PER_HEAD lanes.
 #include "rope.cuh"
 #if KV_INT8
@@ -10,10 +10,11 @@ constexpr int THREADS = 128;
 constexpr int ALL_HEADS = HEADS + 2 * KV_HEADS;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    rope_append(half_t* qkv, item_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm, int position, int count,
+    rope_append(half_t* qkv, item_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm, const Chunk* chunk,
                 half_t* scales) {
     const int lane = threadIdx.x % 32, part = lane % LANES_PER_HEAD, d = 8 * part;
     const int index = ((blockIdx.x * THREADS + threadIdx.x) / 32) * HEAD_SLOTS + lane / LANES_PER_HEAD;
+    const auto [position, count] = load_chunk(chunk);
     const bool inside = index < count * ALL_HEADS;
     const int token = inside ? index / ALL_HEADS : 0, head = inside ? index % ALL_HEADS : 0;
     half_t* vector = qkv + ((u64)token * ALL_HEADS + head) * HEAD_DIM;

@@ -125,8 +125,6 @@ class FakeDriver:
     def _cuMemcpyHtoDAsync(self, target, source, num_bytes, _stream):
         return self.run(lambda: ctypes.memmove(int(target), int(source), num_bytes))
 
-    _cuMemcpyDtoDAsync = _cuMemcpyHtoDAsync
-
     def _cuMemsetD8Async(self, address, value, num_bytes, _stream):
         return self.run(lambda: ctypes.memset(int(address), value, num_bytes))
 

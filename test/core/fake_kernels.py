@@ -9,7 +9,7 @@ import ctypes
 
 import numpy as np
 
-from engine_core.kernels import linear, reference
+from engine_core.kernels import CHUNK_WORDS, linear, reference
 from engine_core.kernels.sampling import STATE
 
 F16, F32, F64 = np.float16, np.float32, np.float64
@@ -23,10 +23,6 @@ def array_at(address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
 
 def address_of(args, index: int) -> int:
     return ctypes.c_uint64.from_address(args[index]).value
-
-
-def _int(args, index: int) -> int:
-    return ctypes.c_int.from_address(args[index]).value
 
 
 def _float(define: str) -> float:
@@ -68,14 +64,25 @@ def gemv(defines: dict, args) -> None:
 
 
 def silu_multiply(defines: dict, args) -> None:
-    gate_up, output, pairs = address_of(args, 0), address_of(args, 1), _int(args, 2)
+    gate_up, output, pairs = address_of(args, 0), address_of(args, 1), defines["GRID"] * defines["COLS"]
     values = array_at(gate_up, (2 * pairs,), F16).astype(F64)
     array_at(output, (pairs,), F16)[:] = reference.silu_multiply(values)
 
 
 def add_bias(defines: dict, args) -> None:
-    values, bias, count, width = address_of(args, 0), address_of(args, 1), _int(args, 2), _int(args, 3)
-    array_at(values, (count // width, width), F16)[:] += array_at(bias, (width,), F16)
+    values, bias, rows, width = address_of(args, 0), address_of(args, 1), defines["GRID"], defines["COLS"]
+    array_at(values, (rows, width), F16)[:] += array_at(bias, (width,), F16)
+
+
+def keep_last_row(defines: dict, args) -> None:
+    rows, (_, count) = address_of(args, 0), _chunk(args, 1)
+    values = array_at(rows, (count, 16 * defines["COLS"]), np.uint8)
+    values[0] = values[-1]
+
+
+def _chunk(args, index: int) -> tuple[int, int]:
+    position, count = array_at(address_of(args, index), (CHUNK_WORDS,), np.int32)
+    return int(position), int(count)
 
 
 class FakeBlas:
@@ -131,14 +138,14 @@ class _Attention:
 
 def rope_append(defines: dict, args) -> None:
     qkv, cache, rope, *norms = (address_of(args, i) for i in range(5))
-    position, count = _int(args, 5), _int(args, 6)
+    position, count = _chunk(args, 5)
     layer = _Attention(defines, qkv, cache, count)
     layer.queries[:] = layer.rotate(defines, rope, tuple(norms), position)
 
 
 def attention_prefill(defines: dict, args) -> None:
     qkv, cache, output = (address_of(args, i) for i in range(3))
-    start, count = _int(args, 3), _int(args, 4)
+    start, count = _chunk(args, 3)
     layer = _Attention(defines, qkv, cache, count)
     layer.attend(layer.queries, start, output)
 
@@ -150,5 +157,5 @@ def attention_decode(defines: dict, args) -> None:
     layer.attend(layer.rotate(defines, rope, (q_norm, k_norm), position), position, output)
 
 
-_ALL = (embed, rms_norm, gemv, silu_multiply, add_bias, rope_append, attention_prefill, attention_decode)
+_ALL = (embed, rms_norm, gemv, silu_multiply, add_bias, keep_last_row, rope_append, attention_prefill, attention_decode)
 KERNELS = {kernel.__name__: kernel for kernel in _ALL}

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import checkpoints
-from device_steps import check_tokens_after_a_prefix, compare_logits, generate
+from device_steps import GREEDY, check_tokens_after_a_prefix, compare_logits, generate
 from engine_core.backends.cuda import CudaBackend
 from engine_core.build.cuda import build_cuda
 from engine_core.config import EngineConfig
@@ -56,6 +56,57 @@ def test_tokens_do_not_depend_on_graphs_chunks_or_prefixes(built, driver, use_cu
     backend = load(built[0], use_cuda_graph=use_cuda_graph, prompt_cache_tokens=64, prefill_chunk=64)
     check_tokens_after_a_prefix(backend, PROMPT)
     assert ("cuGraphLaunch" in driver.log) == use_cuda_graph
+
+
+@pytest.mark.parametrize("use_cuda_graph", [True, False])
+def test_a_chunk_is_one_graph(built, driver, use_cuda_graph):
+    backend = load(built[0], use_cuda_graph=use_cuda_graph, prefill_chunk=64)
+    backend.begin(GREEDY, PROMPT)
+    driver.log.clear()
+    backend.prefill(PROMPT, 0)  # two chunks, then the head and the sampler
+    layers = backend._spec.num_layers
+    assert driver.log.count("cuGraphLaunch") == (2 if use_cuda_graph else 0)
+    assert (driver.log.count("cuLaunchKernelEx") < 8) == use_cuda_graph
+    assert use_cuda_graph or driver.log.count("cuLaunchKernelEx") > 2 * 4 * layers
+    backend.close()
+
+
+@pytest.mark.parametrize("use_cuda_graph", [True, False])
+def test_every_length_brings_the_tokens_it_brings_one_by_one(built, driver, use_cuda_graph):
+    """Lengths around the sizes chunks are rounded to, in an order in which longer chunks leave their rows behind."""
+    backend = load(built[0], use_cuda_graph=use_cuda_graph, prefill_chunk=128)
+    for length in (97, 100, 1, 33, 31, 65, 32, 64, 96):
+        tokens = generate(backend, PROMPT[:length], 3)
+        backend.begin(GREEDY, PROMPT)
+        for position in range(length - 1):
+            backend.extend(PROMPT[position : position + 1], position)
+        assert backend.prefill(PROMPT[length - 1 : length], length - 1).result() == tokens[0]
+        assert None not in tokens
+    backend.close()
+
+
+def test_a_chunk_may_be_rounded_up_beyond_the_context(built, driver):
+    backend = load(built[0], prefill_chunk=64)
+    prompt = np.resize(PROMPT, backend.max_context - 1)
+    whole = generate(backend, prompt, 1)
+    backend.begin(GREEDY, prompt)
+    backend.extend(prompt[:100], 0)  # then 27 tokens in 32 rows, of which 28 would fit
+    assert backend.prefill(prompt[100:], 100).result() == whole[0]
+    backend.close()
+
+
+def test_large_chunks_are_not_captured(built, driver, monkeypatch):
+    monkeypatch.setattr("engine_core.backends.cuda.MAX_GRAPH_ROWS", 32)
+    backend = load(built[0], prefill_chunk=64)
+    expected = generate(backend, PROMPT, 4)
+    driver.log.clear()
+    backend.begin(GREEDY, PROMPT)
+    backend.prefill(PROMPT, 0)  # 64 tokens and 36
+    assert "cuGraphLaunch" not in driver.log
+    backend.close()
+    backend = load(built[0], prefill_chunk=64)
+    assert generate(backend, PROMPT, 4) == expected
+    backend.close()
 
 
 def test_the_plan_is_one_allocation_and_everything_comes_back(built, driver):

@@ -19,7 +19,7 @@ H200, A100, ORIN, THOR, RTX_4060, RTX_4090 = (
 def _spread(gpu: tuple[int, int], count: int, heads: int = 32, head_dim: int = 128, kv_int8: bool = False):
     num_sms, max_shared = gpu
     shape = AttentionShape(heads, heads, head_dim, 8192, kv_int8=kv_int8)
-    return prefill_spread(shape, count, num_sms, max_shared, max_shared // 2 - 1024)
+    return prefill_spread(shape, count, num_sms, max_shared)
 
 
 @pytest.mark.parametrize("gpu", [H200, A100, ORIN, THOR, RTX_4060, RTX_4090])

@@ -59,6 +59,9 @@ class Bench:
         self.device.upload(array, values)
         return array
 
+    def chunk(self, position: int, count: int) -> DeviceArray:
+        return self.put(np.array([position, count], dtype=np.int32), "int32")
+
     def normal(self, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> tuple[DeviceArray, np.ndarray]:
         """(on the device, the same values as float64)."""
         bits = to_bits(self.random.standard_normal(shape, dtype=np.float32) * scale, dtype)

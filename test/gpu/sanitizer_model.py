@@ -19,7 +19,7 @@ from engine_core.backends.cuda_layout import CudaSpec, weight_arrays  # noqa: E4
 from engine_core.device import Device  # noqa: E402
 from engine_core.kernels.attention import AttentionShape  # noqa: E402
 
-VOCAB, CONTEXT, HEAD_DIM = 1008, 333, 32
+VOCAB, CONTEXT, HEAD_DIM = 1008, 309, 32  # the last chunk of 290 tokens has rows beyond the context
 
 
 def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool) -> CudaBackend:

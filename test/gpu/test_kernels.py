@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 from gpu_bench import error, from_bits, to_bits
@@ -113,24 +111,22 @@ def test_packed_product_of_some_tokens(bench, rows, cols, layout, dtype):
     kernels, packed = bench.kernels(dtype), _Packed(bench, layout, rows, cols, dtype)
     vectors, x = bench.normal((70, cols), dtype, 3.0)
     partial, counters = _packed_scratch(bench, rows, cols, bench.device.num_sms)
-    number = ctypes.c_int()
     inputs = (kernels, packed.records, vectors)
-    scratch = (number, partial, counters)
     rounding = TOLERANCE[dtype]  # of scaled weights, and of what is stored in 16 bits
     for count in (1, 8, 33, 70):
-        number.value = count
+        scratch = (bench.chunk(5, count), partial, counters)
         output = bench.poisoned((70, rows), dtype)
-        linear_packed.PackedProduct(*inputs, output, linear.STORE, *scratch)(bench.stream)
+        linear_packed.PackedProduct(*inputs, output, linear.STORE, *scratch)(bench.stream, count)
         found, sums = bench.get(output), x[:count] @ packed.weight.T
         assert error(found[:count], sums) < rounding
         assert np.isnan(found[count:]).all()
         residual, before = bench.normal((70, rows), "fp32")
-        linear_packed.PackedProduct(*inputs, residual, linear.RESIDUAL, *scratch)(bench.stream)
+        linear_packed.PackedProduct(*inputs, residual, linear.RESIDUAL, *scratch)(bench.stream, count)
         found = bench.get(residual)
         assert error(found[:count] - before[:count], sums) < rounding
         assert (found[count:] == before[count:]).all()
         activated = bench.poisoned((70, rows // 2), dtype)
-        linear_packed.PackedProduct(*inputs, activated, linear.SILU, *scratch)(bench.stream)
+        linear_packed.PackedProduct(*inputs, activated, linear.SILU, *scratch)(bench.stream, count)
         found = bench.get(activated)
         assert error(found[:count], reference.silu_multiply(sums)) < rounding
         assert np.isnan(found[count:]).all()
@@ -147,8 +143,8 @@ def test_packed_product_as_smaller_gpus_spread_it(bench, rows, cols, layout, num
     partial, counters = _packed_scratch(bench, rows, cols, num_sms)
     vectors, x = bench.normal((count, cols), "fp16", 3.0)
     output = bench.poisoned((count, rows), "fp16")
-    arrays = (packed.records, vectors, output, linear.STORE, ctypes.c_int(count), partial, counters)
-    linear_packed.PackedProduct(bench.kernels("fp16"), *arrays, shape=shape)(bench.stream)
+    arrays = (packed.records, vectors, output, linear.STORE, bench.chunk(5, count), partial, counters)
+    linear_packed.PackedProduct(bench.kernels("fp16"), *arrays, shape=shape)(bench.stream, count)
     assert error(bench.get(output), x @ packed.weight.T) < TOLERANCE["fp16"]
     assert (bench.get(counters) == 0).all()
 
@@ -209,12 +205,17 @@ def test_rms_norm_embed_silu_bias(bench, rows, cols, dtype):
 
     pairs, p = bench.normal((rows, 2 * cols), dtype)
     output = bench.poisoned((rows, cols), dtype)
-    linear.silu_multiply(kernels, pairs, output, ctypes.c_uint32(rows * cols))(stream)
+    linear.SiluMultiply(kernels, pairs, output)(stream, rows)
     assert error(bench.get(output), reference.silu_multiply(p)) < TOLERANCE[dtype]
 
     values, v = bench.normal((rows, cols), dtype)
-    linear.add_bias(kernels, values, weight, ctypes.c_uint32(rows * cols))(stream)
+    linear.add_bias(kernels, values, weight)(stream)
     assert error(bench.get(values), v + g) < TOLERANCE[dtype]
+    for array in (values, hidden):
+        before = bench.get(array)
+        linear.keep_last_row(kernels, array, bench.chunk(7, max(1, rows - 1)))(stream)
+        before[0] = before[max(0, rows - 2)]
+        assert (bench.get(array) == before).all()
 
 
 # heads, KV heads, head_dim, query and key norms
@@ -337,10 +338,10 @@ def test_attention_decode(bench, heads, kv_heads, head_dim, qk_norm, position, k
 @pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
 def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, count, kv_int8, dtype):
     case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, count, 301, kv_int8)
-    position, number = ctypes.c_int(start), ctypes.c_int(count)
+    chunk = bench.chunk(start, count)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
-    attention.rope_append(*inputs, case.rope, position, number, norms=case.norms, scales=case.scales)(bench.stream)
-    attention.attention_prefill(*inputs, case.output, position, number, case.scales)(bench.stream, count)
+    attention.rope_append(*inputs, case.rope, chunk, norms=case.norms, scales=case.scales)(bench.stream)
+    attention.attention_prefill(*inputs, case.output, chunk, case.scales)(bench.stream, count)
     # The weights of the keys are rounded to the type here, too.
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
 
@@ -352,12 +353,10 @@ def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, cou
 def test_attention_prefill_however_it_is_spread(bench, spread, heads, kv_heads, head_dim, start, count, kv_int8):
     dtype = "bf16" if head_dim == 80 else "fp16"
     case = _Attention(bench, heads, kv_heads, head_dim, False, dtype, count, 603, kv_int8)
-    position, number = ctypes.c_int(start), ctypes.c_int(count)
+    chunk = bench.chunk(start, count)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
-    attention.rope_append(*inputs, case.rope, position, number, scales=case.scales)(bench.stream)
-    launch = attention.attention_prefill(
-        *inputs, case.output, position, number, case.scales, attention.PrefillSpread(*spread)
-    )
+    attention.rope_append(*inputs, case.rope, chunk, scales=case.scales)(bench.stream)
+    launch = attention.attention_prefill(*inputs, case.output, chunk, case.scales, attention.PrefillSpread(*spread))
     launch(bench.stream, count)
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
 
@@ -371,10 +370,10 @@ def test_attention_prefill_follows_scores_that_grow(bench, spread):
     bench.device.upload(case.cache, case.cached.astype(np.float16))
     bench.device.upload(case.qkv, case.heads.reshape(200, -1).astype(np.float16))
     case.cached, case.heads = case.cached.astype(np.float16).astype(float), case.heads.astype(np.float16).astype(float)
-    position, number = ctypes.c_int(400), ctypes.c_int(200)
+    chunk = bench.chunk(400, 200)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
-    attention.rope_append(*inputs, case.rope, position, number)(bench.stream)
-    launch = attention.attention_prefill(*inputs, case.output, position, number, None, attention.PrefillSpread(*spread))
+    attention.rope_append(*inputs, case.rope, chunk)(bench.stream)
+    launch = attention.attention_prefill(*inputs, case.output, chunk, None, attention.PrefillSpread(*spread))
     launch(bench.stream, 200)
     case.check(400, TOLERANCE["fp16"] * 4)
 
@@ -385,9 +384,8 @@ def test_a_nan_in_an_int8_cache_is_seen_and_zeros_stay_zeros(bench):
     values[1, 5, 7] = np.nan  # a key
     values[0, 6] = 0  # a value
     bench.device.upload(case.qkv, values)
-    position, number = ctypes.c_int(4), ctypes.c_int(3)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
-    attention.rope_append(*inputs, case.rope, position, number, scales=case.scales)(bench.stream)
+    attention.rope_append(*inputs, case.rope, bench.chunk(4, 3), scales=case.scales)(bench.stream)
     scales, levels = bench.get(case.scales), bench.get(case.cache)
     assert np.isnan(scales[0, 1, 5]) and np.isfinite(scales[:, 0, :7]).all()
     assert scales[1, 0, 4] == 0 and (levels[1, 0, 4] == 0).all()
@@ -395,7 +393,7 @@ def test_a_nan_in_an_int8_cache_is_seen_and_zeros_stay_zeros(bench):
 
 def test_attention_refuses_a_cache_of_another_type(bench):
     case = _Attention(bench, 4, 2, 64, False, "fp16", 3, 64, True)
-    args = (case.kernels, case.shape, case.qkv, case.cache, case.output, ctypes.c_int(0), ctypes.c_int(3))
+    args = (case.kernels, case.shape, case.qkv, case.cache, case.output, bench.chunk(0, 3))
     with pytest.raises(KernelArgumentError, match="scales"):
         attention.attention_prefill(*args)
     with pytest.raises(KernelArgumentError, match="cache is fp16"):
