@@ -119,7 +119,7 @@ def round_rows(tokens: int) -> int:
 
 def prefill_rows(chunk: int) -> list[int]:
     """Every number of rows a prefill step of at most ``chunk`` tokens can have."""
-    return sorted({round_rows(tokens) for tokens in range(1, chunk + 1)})
+    return sorted({min(chunk, round_rows(tokens)) for tokens in range(1, chunk + 1)})
 
 
 def max_packed_tokens(spec: CudaSpec) -> int:

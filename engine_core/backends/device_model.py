@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from engine_core.backends.cuda_layout import PROMPT_HEADER, ArraySpec, CudaSpec, weight_arrays
+from engine_core.backends.cuda_layout import PROMPT_HEADER, ArraySpec, CudaSpec, prefill_rows, weight_arrays
 from engine_core.device import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.kernels import CHUNK_WORDS, Kernels, attention, linear, linear_packed, sampling
 
@@ -170,7 +170,8 @@ class DeviceModel(Generic[Layer]):
     def _attend(self, i: int) -> attention.AttentionPrefill:
         w, cache = self.work, self.work["kv_cache"].at(i)
         arrays = (w["qkv"], cache, w["attended"], self._chunk, self._scales(i))
-        return attention.attention_prefill(self._kernels, self.spec.attention, *arrays)
+        sizes = prefill_rows(self.spec.chunk)
+        return attention.attention_prefill(self._kernels, self.spec.attention, *arrays, sizes=sizes)
 
     def _run_attention(self, rope_append: Launch, attend: attention.AttentionPrefill, rows: int) -> None:
         rope_append.set_grid(attention.rope_append_blocks(self.spec.attention, rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine_core.device import DeviceArray, Launch, Stream
@@ -219,20 +219,28 @@ def prefill_spread(shape: AttentionShape, count: int, num_sms: int, max_shared: 
     def fits(spread: PrefillSpread, limit: int) -> bool:
         return spread.shared(shape.head_dim, shape.kv_int8) <= limit
 
+    def ctas(queries: int) -> int:
+        return -(-count // queries) * shape.num_heads
+
     keys = 32 if shape.head_dim > 128 else 64
-    narrow = PrefillSpread(4, 1, 1, keys)
+    half = (max_shared - _SHARED_SYSTEM) // 2  # of a multiprocessor's, so that two CTAs fit
+    narrow, split = PrefillSpread(4, 1, 1, keys), PrefillSpread(4, 1, 2, keys)
+    if ctas(16) <= num_sms:  # at most one CTA a multiprocessor: its warps share the keys
+        for few in (
+            PrefillSpread(1, 1, 8, 16) if shape.kv_int8 else PrefillSpread(1, 1, 4, 32),
+            PrefillSpread(1, 1, 4, 16),
+        ):
+            if fits(few, max_shared):
+                return few
     if count <= narrow.queries:
-        return narrow
-    narrow_ctas, wide_ctas = (-(-count // queries) * shape.num_heads for queries in (64, 128))
-    if 4 * wide_ctas < 3 * num_sms:  # a CTA for each multiprocessor at most: two groups, so that it has eight warps
-        split = PrefillSpread(4, 1, 2, keys)
-        return split if narrow_ctas <= num_sms and fits(split, max_shared) else narrow
+        return split if shape.head_dim <= 64 and fits(split, half) else narrow
+    if 2 * ctas(128) < num_sms:
+        return split if fits(split, max_shared) else narrow
     if shape.head_dim <= 128:  # more would not fit the registers
-        if 2 * wide_ctas < 3 * num_sms:
+        if 2 * ctas(128) < 3 * num_sms:  # one CTA a multiprocessor: two groups, so that it has eight warps
             wide, limit = [PrefillSpread(4, 2, 2, keys)], max_shared
-        else:  # two CTAs a multiprocessor
-            wide = [PrefillSpread(4, 2, 1, keys), PrefillSpread(4, 2, 1, keys // 2)]
-            limit = (max_shared - _SHARED_SYSTEM) // 2
+        else:
+            wide, limit = [PrefillSpread(4, 2, 1, keys), PrefillSpread(4, 2, 1, keys // 2)], half
         for spread in wide:
             if fits(spread, limit):
                 return spread
@@ -264,10 +272,12 @@ def attention_prefill(
     chunk: DeviceArray,
     scales: DeviceArray | None = None,
     spread: PrefillSpread | None = None,
+    sizes: Iterable[int] | None = None,
 ) -> AttentionPrefill:
     """Causal attention of the rows of ``chunk`` in qkv [n, width]; output [n, heads × head_dim]. See CHUNK_WORDS.
 
-    ``spread``: this one always. Raises KernelArgumentError.
+    ``sizes``: the numbers of rows it will be queued for, any by default. ``spread``: this one always. Raises
+    KernelArgumentError.
     """
     shape.validate()
     rows = qkv.shape[0]
@@ -287,5 +297,7 @@ def attention_prefill(
         function = kernels.function("attention_prefill", "attention_prefill", defines, shared)
         return Launch(device, function, (1, shape.num_heads), chosen.threads, args, shared)
 
-    chosen = {spread_of(min(tokens, rows)) for tokens in range(64, rows + 64, 64)}
+    if sizes is None:
+        sizes = (min(tokens, rows) for tokens in range(16, rows + 16, 16))  # what comes between decides alike
+    chosen = {spread_of(size) for size in sizes}
     return AttentionPrefill({each: launch(each) for each in chosen}, spread_of, shape.num_heads)

@@ -3,8 +3,8 @@
 //
 // qkv: [tokens][(HEADS + 2 KV_HEADS) HEAD_DIM] with q rotated; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], which
 // already holds the new K and V; output: [tokens][HEADS][HEAD_DIM]. Grid (tiles of TILE_Q, at
-// least as many as the chunk has, HEADS). WARPS warps make a tile of queries; with two GROUPS of them each takes every other TILE_K keys, and the sums are
-// merged at the end. attention.py says which of these sizes when.
+// least as many as the chunk has, HEADS). WARPS warps make a tile of queries; with more GROUPS of them each takes TILE_K keys of every stage, and the sums
+// are merged at the end. attention.py says which of these sizes when.
 //
 // With KV_INT8 the cache holds levels and ``scales`` their steps (kv_int8.cuh): a stage is copied as it is, two of them as
 // well, and made 16-bit in shared memory before the products, as precise as a 16-bit cache would be.
@@ -20,7 +20,6 @@ constexpr int STEPS = HEAD_DIM / 16, KEY_TILES = TILE_K / 8, DIM_TILES = HEAD_DI
 constexpr float LOWEST = -1e30f;  // a peak before the first key
 constexpr float SLACK = 8.f;      // the sums keep an older peak until a weight is 2^8 times as large
 static_assert(HEAD_DIM % 16 == 0, "head_dim must be a multiple of 16");
-static_assert(GROUPS <= 2, "two groups at most are merged");
 
 __device__ __forceinline__ void load_matrices(u32* r, const half_t* p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -230,12 +229,14 @@ __device__ __forceinline__ void add_values(Sums& sums, const Scores& weights, co
     }
 }
 
-// Adds the second group's sums to the first one's, through ``shared``. All threads call it.
+// Adds the other groups' sums to the first one's, through ``shared``. All threads call it.
 __device__ __forceinline__ void merge_groups(Sums& sums, float* shared, int group) {
-    constexpr int LANES = 32 * WARPS;
+    constexpr int LANES = 32 * WARPS, SHARE = LANES * 4 * BLOCKS * (1 + DIM_TILES);
+    static_assert((GROUPS - 1) * SHARE * 4 <= (KV_INT8 ? 2 : 4) * STAGE_K * PITCH * 2, "the sums take the place of the stages");
     float* theirs = shared + threadIdx.x % LANES;
     __syncthreads();  // the last stage has been read
-    if (group == 1) {
+    if (group > 0) {
+        theirs += (group - 1) * SHARE;
 #pragma unroll
         for (int m = 0; m < BLOCKS; ++m) {
 #pragma unroll
@@ -248,22 +249,24 @@ __device__ __forceinline__ void merge_groups(Sums& sums, float* shared, int grou
         }
     }
     __syncthreads();
-    if (group == 1) return;
+    if (group > 0) return;
+    for (int other = 1; other < GROUPS; ++other, theirs += SHARE)
 #pragma unroll
-    for (int m = 0; m < BLOCKS; ++m)
+        for (int m = 0; m < BLOCKS; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const float peak = theirs[(4 * m + h) * LANES], top = fmaxf(sums.peak[m][h], peak);
-            const float mine = power_of_2(sums.peak[m][h] - top), its = power_of_2(peak - top);
-            sums.sum[m][h] = sums.sum[m][h] * mine + theirs[(4 * m + 2 + h) * LANES] * its;
+            for (int h = 0; h < 2; ++h) {
+                const float peak = theirs[(4 * m + h) * LANES], top = fmaxf(sums.peak[m][h], peak);
+                const float mine = power_of_2(sums.peak[m][h] - top), its = power_of_2(peak - top);
+                sums.peak[m][h] = top;
+                sums.sum[m][h] = sums.sum[m][h] * mine + theirs[(4 * m + 2 + h) * LANES] * its;
 #pragma unroll
-            for (int n = 0; n < DIM_TILES; ++n)
+                for (int n = 0; n < DIM_TILES; ++n)
 #pragma unroll
-                for (int j = 2 * h; j < 2 * h + 2; ++j) {
-                    const float value = theirs[(4 * BLOCKS + (m * DIM_TILES + n) * 4 + j) * LANES];
-                    sums.acc[m][n][j] = sums.acc[m][n][j] * mine + value * its;
-                }
-        }
+                    for (int j = 2 * h; j < 2 * h + 2; ++j) {
+                        const float value = theirs[(4 * BLOCKS + (m * DIM_TILES + n) * 4 + j) * LANES];
+                        sums.acc[m][n][j] = sums.acc[m][n][j] * mine + value * its;
+                    }
+            }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -346,9 +349,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         weigh(sums, scores);
         add_values(sums, scores, k_tile + TILE, lane);
     }
-    if (GROUPS == 2) {
+    if (GROUPS > 1) {
         merge_groups(sums, (float*)tiles, group);
-        if (group == 1) return;
+        if (group > 0) return;
     }
 
 #pragma unroll

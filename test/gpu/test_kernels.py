@@ -346,7 +346,13 @@ def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, cou
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
 
 
-@pytest.mark.parametrize("spread", [(4, 1, 2, 64), (4, 2, 2, 64), (4, 2, 1, 64), (4, 2, 1, 32), (8, 1, 1, 64)], ids=str)
+_SPREADS = [
+    *((4, 1, 1, 64), (4, 1, 2, 64), (4, 2, 2, 64), (4, 2, 1, 64), (4, 2, 1, 32), (8, 1, 1, 64)),
+    *((1, 1, 4, 32), (1, 1, 8, 16), (1, 1, 4, 16)),
+]
+
+
+@pytest.mark.parametrize("spread", _SPREADS, ids=str)
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 1, 128), (4, 2, 80)])
 @pytest.mark.parametrize("start, count", [(0, 65), (63, 130), (301, 300)])
 @pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
@@ -361,7 +367,7 @@ def test_attention_prefill_however_it_is_spread(bench, spread, heads, kv_heads, 
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
 
 
-@pytest.mark.parametrize("spread", [(4, 1, 1, 64), (4, 2, 2, 64)], ids=str)
+@pytest.mark.parametrize("spread", [(4, 1, 1, 64), (4, 2, 2, 64), (1, 1, 4, 32)], ids=str)
 def test_attention_prefill_follows_scores_that_grow(bench, spread):
     """Peaks move late and far: keys grow with their position, so that every tile's scores are above the last one's."""
     case = _Attention(bench, 4, 1, 64, False, "fp16", 200, 603)
