@@ -91,7 +91,7 @@ SPECS: tuple[ParameterSpec, ...] = (
     _fixed("max_context", 0, "Tokens of prompt and answer together; 0 = what was built.", range=(0, _MAX_INT)),
     _fixed("max_batch", 1, "Requests decoded at the same time.", range=(1, 64)),
     _fixed("kv_cache_type", "auto", "Type of the KV cache's numbers.", choices=KV_CACHE_TYPES),
-    _fixed("use_cuda_graph", True, "Replay decode steps, and chunks of a prompt, as CUDA graphs where the backend can."),
+    _fixed("use_cuda_graph", True, "Replay decode steps and prompt chunks as CUDA graphs where the backend can."),
     _fixed("prefill_chunk", 0, "Tokens per prefill step; 0 = the backend's choice.", range=(0, _MAX_INT)),
     _fixed("prompt_cache_entries", 2, "System prompts whose KV is kept beside the cache.", range=(0, 64)),
     _fixed("prompt_cache_tokens", 512, "Tokens each kept system prompt can have.", range=(1, _MAX_INT)),
