@@ -5,8 +5,9 @@
 
 Models of published shapes with random weights on the GPU that is there. The floor of a step is the bytes it has to
 read (every weight but the embedding's rows, and the KV cache with its scales) over the read bandwidth measured in the
-same run. Decode is timed as the engine drives it: one step queued ahead, each token read on the host. Prints a table,
-then one JSON line per measurement, which --output appends to a file; gpu_plot.py draws it.
+same run. Decode is timed as the engine drives it: one step queued ahead, each token read on the host. A turn is the
+time to the first token after 32 more tokens, when the prompt is in the cache. Prints a table, then one JSON line per
+measurement, which --output appends to a file; gpu_plot.py draws it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from engine_core.kernels.attention import AttentionShape
 from engine_core.kernels.nvrtc import compile_kernel
 
 GENERATED = 128
+TURN = 32  # tokens of a turn of a conversation
 GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
 READ_SOURCE = """
 extern "C" __global__ void read(const uint4* data, unsigned long long count, unsigned* sink) {
@@ -165,6 +167,15 @@ def measure(backend: CudaBackend, prompt_tokens: int, generated: int) -> tuple[f
     return first - start, (end - first) / (generated - 1)
 
 
+def measure_turn(backend: CudaBackend, context: int) -> float:
+    """s to the first token after ``TURN`` more, where ``context`` tokens are in the cache."""
+    prompt = np.random.default_rng(2).integers(0, backend.vocab_size, context + TURN).astype(np.int32)
+    backend.begin(GREEDY, prompt)
+    start = time.perf_counter()
+    assert backend.prefill(prompt[context:], context).result() is not None
+    return time.perf_counter() - start
+
+
 def median_of(runs: list[tuple[float, float]]) -> tuple[float, float]:
     return statistics.median(a for a, _ in runs), statistics.median(b for _, b in runs)
 
@@ -182,10 +193,11 @@ def bench_ours(name: str, weights: str, kv_cache_type: str, contexts: list[int],
     for context in contexts:
         measure(backend, context, 8)
         ttft, per_token = median_of([measure(backend, context, GENERATED) for _ in range(5)])
+        turn = statistics.median(measure_turn(backend, context) for _ in range(5))
         num_bytes = step_bytes(spec, context + GENERATED // 2)
         rows.append(
             record(name, "cuda", weights, kv_cache_type, context, ttft, per_token, num_bytes, bandwidth)
-            | {"load_s": round(load, 2)}
+            | {"load_s": round(load, 2), "turn_ms": round(1e3 * turn, 3)}
         )
     backend.close()
     return rows
@@ -291,7 +303,7 @@ def main() -> None:
     print(f"{gpu}: reads {bandwidth / 1e12:.3f} TB/s")
     print(
         f"{'shape':<16}{'engine':<22}{'weights':<9}{'KV':<6}{'prompt':>7}{'TTFT ms':>9}{'ms/token':>10}{'tok/s':>8}"
-        f"{'floor':>7}"
+        f"{'floor':>7}{'turn ms':>9}"
     )
     rows = []
     for name in options.shapes:
@@ -305,7 +317,7 @@ def main() -> None:
             print(
                 f"{row['shape']:<16}{row['engine']:<22}{row['weights']:<9}{row['kv_cache_type']:<6}"
                 f"{row['prompt_tokens']:>7}{row['ttft_ms']:>9.2f}{row['ms_per_token']:>10.4f}"
-                f"{1e3 / row['ms_per_token']:>8.1f}{row['fraction']:>7.0%}"
+                f"{1e3 / row['ms_per_token']:>8.1f}{row['fraction']:>7.0%}{row.get('turn_ms', ''):>9}"
             )
         rows += found
     lines = [json.dumps({"gpu": gpu, **row}) for row in rows]

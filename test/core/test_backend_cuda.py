@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import checkpoints
+from benchmarks.gpu_decode import TURN, measure_turn
 from device_steps import GREEDY, check_tokens_after_a_prefix, compare_logits, generate
 from engine_core.backends.cuda import CudaBackend
 from engine_core.build.cuda import build_cuda
@@ -106,6 +107,14 @@ def test_large_chunks_are_not_captured(built, driver, monkeypatch):
     backend.close()
     backend = load(built[0], prefill_chunk=64)
     assert generate(backend, PROMPT, 4) == expected
+    backend.close()
+
+
+def test_a_turn_is_timed_as_the_benchmark_says(built, driver):
+    backend = load(built[0])
+    driver.log.clear()
+    assert measure_turn(backend, 64) > 0
+    assert driver.log.count("cuGraphLaunch") == 1 and backend._position == 64 + TURN
     backend.close()
 
 
