@@ -11,7 +11,7 @@ pytest.importorskip("onnxruntime")
 
 import checkpoints
 import fake_tensorrt
-from device_steps import check_tokens_after_a_prefix, compare_logits, generate
+from device_steps import GREEDY, check_tokens_after_a_prefix, compare_logits, generate
 from engine_core.backends.tensorrt import TensorRTBackend
 from engine_core.backends.trt_api import TensorRT, TensorRTError
 from engine_core.build.tensorrt import build_tensorrt
@@ -69,6 +69,18 @@ def test_tokens_do_not_depend_on_graphs_chunks_or_prefixes(built, driver, use_cu
     backend = load(built[0], driver, use_cuda_graph=use_cuda_graph, prompt_cache_tokens=64)
     check_tokens_after_a_prefix(backend, LONG)
     assert ("cuGraphLaunch" in driver.log) == use_cuda_graph
+
+
+def test_a_chunk_is_no_graph(built, driver):
+    """A context's shapes change between chunks, which a graph of it would not survive."""
+    backend = load(built[0], driver)
+    driver.log.clear()
+    backend.begin(GREEDY, LONG)
+    backend.prefill(LONG, 0)
+    assert "cuGraphLaunch" not in driver.log
+    backend.decode().result()
+    assert driver.log.count("cuGraphLaunch") == 1
+    backend.close()
 
 
 def test_nothing_is_allocated_after_load_and_everything_comes_back(built, driver):
