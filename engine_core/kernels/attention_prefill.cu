@@ -2,9 +2,9 @@
 // forward pass of flash attention 2 (Dao 2023, arXiv 2307.08691), 16 BLOCKS query rows per warp.
 //
 // qkv: [tokens][(HEADS + 2 KV_HEADS) HEAD_DIM] with q rotated; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], which
-// already holds the new K and V; output: [tokens][HEADS][HEAD_DIM]. Grid (tiles of TILE_Q, at
-// least as many as the chunk has, HEADS). WARPS warps make a tile of queries; with more GROUPS of them each takes TILE_K keys of every stage, and the sums
-// are merged at the end. attention.py says which of these sizes when.
+// already holds the new K and V; output: [tokens][HEADS][HEAD_DIM]. Grid (tiles of TILE_Q, at least as many as the chunk
+// has, HEADS). WARPS warps make a tile of queries; with more GROUPS of them each takes TILE_K keys of every stage, and
+// the sums are merged at the end. attention.py says which of these sizes when.
 //
 // With KV_INT8 the cache holds levels and ``scales`` their steps (kv_int8.cuh): a stage is copied as it is, two of them as
 // well, and made 16-bit in shared memory before the products, as precise as a 16-bit cache would be.
@@ -172,7 +172,8 @@ __device__ __forceinline__ void weigh(Sums& sums, Scores& scores) {
         for (int h = 0; h < 2; ++h) {
             top[m][h] = MASKED;
 #pragma unroll
-            for (int n = 0; n < KEY_TILES; ++n) top[m][h] = fmaxf(top[m][h], fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+            for (int n = 0; n < KEY_TILES; ++n)
+                top[m][h] = fmaxf(top[m][h], fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
             top[m][h] *= SCALE_LOG2E;
             grows |= top[m][h] > sums.peak[m][h] + SLACK;
         }
@@ -366,6 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             u32* out = (u32*)(output + ((u64)r * HEADS + head) * HEAD_DIM + column);
             const float scale = 1.f / sum;
 #pragma unroll
-            for (int n = 0; n < DIM_TILES; ++n) out[n * 4] = pack2(sums.acc[m][n][2 * h] * scale, sums.acc[m][n][2 * h + 1] * scale);
+            for (int n = 0; n < DIM_TILES; ++n)
+                out[n * 4] = pack2(sums.acc[m][n][2 * h] * scale, sums.acc[m][n][2 * h + 1] * scale);
         }
 }
