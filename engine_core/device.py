@@ -386,8 +386,9 @@ class Launch:
             return ctypes.c_uint64(arg.address)
         return ctypes.c_uint64(arg) if isinstance(arg, int) else arg
 
-    def set_grid(self, x: int, y: int = 1, z: int = 1) -> None:
-        self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = x, y, z
+    def set_grid(self, x: int) -> None:
+        """Changes the grid's first dimension; the others stay."""
+        self._config.gridDimX = x
 
     def __call__(self, stream: Stream) -> None:
         self._config.hStream = stream.handle

@@ -71,7 +71,7 @@ class CudaModel(DeviceModel[_Layer]):
 
     def prepare_prefill(self) -> None:
         w = self.work
-        self._silu = linear.SiluMultiply(self._kernels, w["gate_up"], w["activated"])
+        self._silu = linear.silu_multiply(self._kernels, w["gate_up"], w["activated"])
         super().prepare_prefill()
 
     def _prefill_layer(self, i: int) -> _Layer:
@@ -121,7 +121,8 @@ class CudaModel(DeviceModel[_Layer]):
             source, target, epilogue = _ARRAYS[name]
             self.blas.matmul(w[source], product.weight, w[target], rows, epilogue == linear.RESIDUAL)
             if epilogue == linear.SILU:
-                self._silu(stream, rows)
+                self._silu.set_grid(rows)
+                self._silu(stream)
 
         layer.input_norm.set_grid(rows)
         layer.input_norm(stream)

@@ -250,16 +250,15 @@ def prefill_spread(shape: AttentionShape, count: int, num_sms: int, max_shared: 
 class AttentionPrefill:
     """Attention of a chunk of tokens, by the launch that suits their number."""
 
-    def __init__(self, launches: dict[PrefillSpread, Launch], spread_of: Callable[[int], PrefillSpread], heads: int):
+    def __init__(self, launches: dict[PrefillSpread, Launch], spread_of: Callable[[int], PrefillSpread]) -> None:
         self._launches = launches
         self._spread_of = spread_of
-        self._heads = heads
 
     def __call__(self, stream: Stream, rows: int) -> None:
         """Queues it for at most ``rows`` tokens."""
         spread = self._spread_of(rows)
         launch = self._launches[spread]
-        launch.set_grid(-(-rows // spread.queries), self._heads)
+        launch.set_grid(-(-rows // spread.queries))
         launch(stream)
 
 
@@ -300,4 +299,4 @@ def attention_prefill(
     if sizes is None:
         sizes = (min(tokens, rows) for tokens in range(16, rows + 16, 16))  # what comes between decides alike
     chosen = {spread_of(size) for size in sizes}
-    return AttentionPrefill({each: launch(each) for each in chosen}, spread_of, shape.num_heads)
+    return AttentionPrefill({each: launch(each) for each in chosen}, spread_of)

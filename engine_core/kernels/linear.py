@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine_core.device import ITEM_BYTES, DeviceArray, Launch, Stream
+from engine_core.device import ITEM_BYTES, DeviceArray, Launch
 from engine_core.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check, float_define
 
 # EPILOGUE of gemv.cu.
@@ -159,22 +159,14 @@ def embed(kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: Dev
     return Launch(kernels.device, function, (tokens.shape[0],), _THREADS, [table, tokens, output], overlap=False)
 
 
-class SiluMultiply:
-    """output [n, width] ← silu(gate) · up of gate_up [n, 2 width], (gate, up) in turn, 16-bit."""
-
-    def __init__(self, kernels: Kernels, gate_up: DeviceArray, output: DeviceArray) -> None:
-        """Raises KernelArgumentError, KernelCompileError or DeviceError."""
-        rows, width = output.shape
-        check("gate_up", gate_up, (rows, 2 * width), kernels.dtype)
-        check("output", output, (rows, width), kernels.dtype)
-        function = kernels.function("elementwise", "silu_multiply", {"COLS": width})
-        self._columns = -(-width // (_PAIRS * _THREADS))
-        self._launch = Launch(kernels.device, function, (rows, self._columns), _THREADS, [gate_up, output])
-
-    def __call__(self, stream: Stream, rows: int) -> None:
-        """Queues it for the first ``rows``."""
-        self._launch.set_grid(rows, self._columns)
-        self._launch(stream)
+def silu_multiply(kernels: Kernels, gate_up: DeviceArray, output: DeviceArray) -> Launch:
+    """output [n, width] ← silu(gate) · up of gate_up [n, 2 width], (gate, up) in turn, 16-bit; the grid's first is n."""
+    rows, width = output.shape
+    check("gate_up", gate_up, (rows, 2 * width), kernels.dtype)
+    check("output", output, (rows, width), kernels.dtype)
+    function = kernels.function("elementwise", "silu_multiply", {"COLS": width})
+    grid = (rows, -(-width // (_PAIRS * _THREADS)))
+    return Launch(kernels.device, function, grid, _THREADS, [gate_up, output])
 
 
 def add_bias(kernels: Kernels, values: DeviceArray, bias: DeviceArray) -> Launch:

@@ -219,14 +219,14 @@ class PackedProduct:
             "EPILOGUE": epilogue,
         }
         function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
-        self._grid = (shape.splits, shape.ctas(records.shape[0]))
+        grid = (1, shape.splits, shape.ctas(records.shape[0]))
         threads = 32 * shape.row_warps * shape.k_warps
         args = [records, vectors, output, chunk, partial, counters]
-        self._launch = Launch(device, function, (1, *self._grid), threads, args, shared)
+        self._launch = Launch(device, function, grid, threads, args, shared)
 
     def __call__(self, stream: Stream, rows: int) -> None:
         """Queues it for at most ``rows`` tokens."""
-        self._launch.set_grid(-(-rows // PACKED_TOKENS), *self._grid)
+        self._launch.set_grid(-(-rows // PACKED_TOKENS))
         self._launch(stream)
 
 

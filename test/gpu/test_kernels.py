@@ -205,7 +205,7 @@ def test_rms_norm_embed_silu_bias(bench, rows, cols, dtype):
 
     pairs, p = bench.normal((rows, 2 * cols), dtype)
     output = bench.poisoned((rows, cols), dtype)
-    linear.SiluMultiply(kernels, pairs, output)(stream, rows)
+    linear.silu_multiply(kernels, pairs, output)(stream)
     assert error(bench.get(output), reference.silu_multiply(p)) < TOLERANCE[dtype]
 
     values, v = bench.normal((rows, cols), dtype)
