@@ -97,8 +97,9 @@ def test_a_chunk_may_be_rounded_up_beyond_the_context(built, driver):
 
 
 def test_large_chunks_are_not_captured(built, driver, monkeypatch):
-    monkeypatch.setattr("engine_core.backends.cuda.MAX_GRAPH_ROWS", 32)
-    backend = load(built[0], prefill_chunk=64)
+    with monkeypatch.context() as patch:
+        patch.setattr("engine_core.backends.cuda.MAX_GRAPH_ROWS", 32)
+        backend = load(built[0], prefill_chunk=64)
     expected = generate(backend, PROMPT, 4)
     driver.log.clear()
     backend.begin(GREEDY, PROMPT)
