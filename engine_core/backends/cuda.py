@@ -21,7 +21,7 @@ from engine_core.backends.cuda_layout import (
     CudaSpec,
     planned_bytes,
     prefill_rows,
-    round_rows,
+    rows_of_chunk,
     weight_arrays,
     work_arrays,
 )
@@ -163,8 +163,7 @@ class CudaBackend(DeviceBackend):
 
     def _queue_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
         self._upload_chunk(slot, token_ids, position)
-        rows = min(self._spec.chunk, round_rows(len(token_ids)))
-        self._graphs.run(self._prefill_keys[rows])
+        self._graphs.run(self._prefill_keys[rows_of_chunk(len(token_ids), self._spec.chunk)])
 
     def _upload_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
         host, length = self._prompt[slot].host, PROMPT_HEADER + len(token_ids)

@@ -117,9 +117,14 @@ def round_rows(tokens: int) -> int:
     return -(-tokens // grain) * grain
 
 
+def rows_of_chunk(tokens: int, chunk: int) -> int:
+    """The same where a step has at most ``chunk`` rows."""
+    return min(chunk, round_rows(tokens))
+
+
 def prefill_rows(chunk: int) -> list[int]:
     """Every number of rows a prefill step of at most ``chunk`` tokens can have."""
-    return sorted({min(chunk, round_rows(tokens)) for tokens in range(1, chunk + 1)})
+    return sorted({rows_of_chunk(tokens, chunk) for tokens in range(1, chunk + 1)})
 
 
 def max_packed_tokens(spec: CudaSpec) -> int:
