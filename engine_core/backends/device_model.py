@@ -49,6 +49,8 @@ class DeviceModel(Generic[Layer]):
         prompt = self.work["prompt"]
         self._chunk = DeviceArray(prompt.address, (CHUNK_WORDS,), "int32")
         self._tokens = DeviceArray(prompt.address + 4 * PROMPT_HEADER, (spec.chunk,), "int32")
+        gpu = (device.num_sms, device.max_shared)
+        self._spreads = {n: attention.prefill_spread(spec.attention, n, *gpu) for n in prefill_rows(spec.chunk)}
 
     def fill(self, source: WeightSource, rope: np.ndarray) -> None:
         """Loads every weight and the RoPE table: float32 [max_context, head_dim / 2, 2], cos and sin."""
@@ -169,9 +171,10 @@ class DeviceModel(Generic[Layer]):
 
     def _attend(self, i: int) -> attention.AttentionPrefill:
         w, cache = self.work, self.work["kv_cache"].at(i)
-        arrays = (w["qkv"], cache, w["attended"], self._chunk, self._scales(i))
-        sizes = prefill_rows(self.spec.chunk)
-        return attention.attention_prefill(self._kernels, self.spec.attention, *arrays, sizes=sizes)
+        arrays = (w["qkv"], cache, w["attended"], self._chunk)
+        return attention.attention_prefill(
+            self._kernels, self.spec.attention, *arrays, self._spreads, scales=self._scales(i)
+        )
 
     def _run_attention(self, rope_append: Launch, attend: attention.AttentionPrefill, rows: int) -> None:
         rope_append.set_grid(attention.rope_append_blocks(self.spec.attention, rows))

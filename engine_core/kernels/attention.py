@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine_core.device import DeviceArray, Launch, Stream
@@ -250,15 +250,14 @@ def prefill_spread(shape: AttentionShape, count: int, num_sms: int, max_shared: 
 class AttentionPrefill:
     """Attention of a chunk of tokens, by the launch that suits their number."""
 
-    def __init__(self, launches: dict[PrefillSpread, Launch], spread_of: Callable[[int], PrefillSpread]) -> None:
+    def __init__(self, launches: dict[int, tuple[Launch, int]]) -> None:
+        """``launches``: rows → (launch, tiles of queries)."""
         self._launches = launches
-        self._spread_of = spread_of
 
     def __call__(self, stream: Stream, rows: int) -> None:
         """Queues it for at most ``rows`` tokens."""
-        spread = self._spread_of(rows)
-        launch = self._launches[spread]
-        launch.set_grid(-(-rows // spread.queries))
+        launch, tiles = self._launches[rows]
+        launch.set_grid(tiles)
         launch(stream)
 
 
@@ -269,14 +268,12 @@ def attention_prefill(
     cache: DeviceArray,
     output: DeviceArray,
     chunk: DeviceArray,
+    spreads: Mapping[int, PrefillSpread],
     scales: DeviceArray | None = None,
-    spread: PrefillSpread | None = None,
-    sizes: Iterable[int] | None = None,
 ) -> AttentionPrefill:
     """Causal attention of the rows of ``chunk`` in qkv [n, width]; output [n, heads × head_dim]. See CHUNK_WORDS.
 
-    ``sizes``: the numbers of rows it will be queued for, any by default. ``spread``: this one always. Raises
-    KernelArgumentError.
+    ``spreads``: of every number of rows it will be queued for; see ``prefill_spread``. Raises KernelArgumentError.
     """
     shape.validate()
     rows = qkv.shape[0]
@@ -284,19 +281,13 @@ def attention_prefill(
     _check_cache(kernels, shape, cache, scales)
     check("output", output, (rows, shape.num_heads * shape.head_dim), kernels.dtype)
     check("chunk", chunk, (CHUNK_WORDS,), "int32")
-    device = kernels.device
     args = [qkv, cache, output, chunk, scales or 0]
 
-    def spread_of(tokens: int) -> PrefillSpread:
-        return spread or prefill_spread(shape, tokens, device.num_sms, device.max_shared)
-
-    def launch(chosen: PrefillSpread) -> Launch:
-        shared = chosen.shared(shape.head_dim, shape.kv_int8)
-        defines = {**shape.defines(device.num_sms), **chosen.defines()}
+    def launch(spread: PrefillSpread) -> Launch:
+        shared = spread.shared(shape.head_dim, shape.kv_int8)
+        defines = {**shape.defines(kernels.device.num_sms), **spread.defines()}
         function = kernels.function("attention_prefill", "attention_prefill", defines, shared)
-        return Launch(device, function, (1, shape.num_heads), chosen.threads, args, shared)
+        return Launch(kernels.device, function, (1, shape.num_heads), spread.threads, args, shared)
 
-    if sizes is None:
-        sizes = (min(tokens, rows) for tokens in range(16, rows + 16, 16))  # what comes between decides alike
-    chosen = {spread_of(size) for size in sizes}
-    return AttentionPrefill({each: launch(each) for each in chosen}, spread_of)
+    launches = {spread: launch(spread) for spread in set(spreads.values())}
+    return AttentionPrefill({n: (launches[spread], -(-n // spread.queries)) for n, spread in spreads.items()})

@@ -160,7 +160,7 @@ def embed(kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: Dev
 
 
 def silu_multiply(kernels: Kernels, gate_up: DeviceArray, output: DeviceArray) -> Launch:
-    """output [n, width] ← silu(gate) · up of gate_up [n, 2 width], (gate, up) in turn, 16-bit; the grid's first is n."""
+    """output [n, width] ← silu(gate) · up of gate_up [n, 2 width], (gate, up) in turn, 16-bit; the grid is n first."""
     rows, width = output.shape
     check("gate_up", gate_up, (rows, 2 * width), kernels.dtype)
     check("output", output, (rows, width), kernels.dtype)

@@ -341,7 +341,8 @@ def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, cou
     chunk = bench.chunk(start, count)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
     attention.rope_append(*inputs, case.rope, chunk, norms=case.norms, scales=case.scales)(bench.stream)
-    attention.attention_prefill(*inputs, case.output, chunk, case.scales)(bench.stream, count)
+    spreads = {count: attention.prefill_spread(case.shape, count, bench.device.num_sms, bench.device.max_shared)}
+    attention.attention_prefill(*inputs, case.output, chunk, spreads, case.scales)(bench.stream, count)
     # The weights of the keys are rounded to the type here, too.
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
 
@@ -362,7 +363,8 @@ def test_attention_prefill_however_it_is_spread(bench, spread, heads, kv_heads, 
     chunk = bench.chunk(start, count)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
     attention.rope_append(*inputs, case.rope, chunk, scales=case.scales)(bench.stream)
-    launch = attention.attention_prefill(*inputs, case.output, chunk, case.scales, attention.PrefillSpread(*spread))
+    spreads = {count: attention.PrefillSpread(*spread)}
+    launch = attention.attention_prefill(*inputs, case.output, chunk, spreads, case.scales)
     launch(bench.stream, count)
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
 
@@ -379,7 +381,7 @@ def test_attention_prefill_follows_scores_that_grow(bench, spread):
     chunk = bench.chunk(400, 200)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
     attention.rope_append(*inputs, case.rope, chunk)(bench.stream)
-    launch = attention.attention_prefill(*inputs, case.output, chunk, None, attention.PrefillSpread(*spread))
+    launch = attention.attention_prefill(*inputs, case.output, chunk, {200: attention.PrefillSpread(*spread)})
     launch(bench.stream, 200)
     case.check(400, TOLERANCE["fp16"] * 4)
 
@@ -399,7 +401,7 @@ def test_a_nan_in_an_int8_cache_is_seen_and_zeros_stay_zeros(bench):
 
 def test_attention_refuses_a_cache_of_another_type(bench):
     case = _Attention(bench, 4, 2, 64, False, "fp16", 3, 64, True)
-    args = (case.kernels, case.shape, case.qkv, case.cache, case.output, bench.chunk(0, 3))
+    args = (case.kernels, case.shape, case.qkv, case.cache, case.output, bench.chunk(0, 3), {})
     with pytest.raises(KernelArgumentError, match="scales"):
         attention.attention_prefill(*args)
     with pytest.raises(KernelArgumentError, match="cache is fp16"):
