@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from engine_core.safetensors_file import SafetensorsFile, write_safetensors
+from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
 
 
 class Runner(Protocol):
@@ -87,16 +87,16 @@ def _ours(weights: str, **options) -> Engine:
     folder = "ours-" + weights.replace(" ", "-")
 
     def make(directory: Path, config: dict, max_context: int) -> None:
-        from engine_core.build.build import build_engine
+        from engine_core.backends.onnxruntime.build import build_engine
 
         if not (directory / folder / "engine.json").is_file():
             build_engine(directory / "checkpoint", directory / folder, max_context=max_context, **options)
 
     @contextlib.contextmanager
     def open_(directory: Path, threads: int, max_context: int) -> Iterator[Runner]:
-        from engine_core.backends.onnxruntime import OnnxRuntimeBackend
+        from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
         from engine_core.config import EngineConfig
-        from engine_core.manifest import read_manifest
+        from engine_core.formats.manifest import read_manifest
 
         config = EngineConfig(directory / folder, num_threads=threads, max_context=max_context)
         manifest = read_manifest(directory / folder, verify_hashes=False)

@@ -26,11 +26,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine_core.backends import TokenSampling
-from engine_core.backends.cuda import CudaBackend
-from engine_core.backends.cuda_layout import CudaSpec, round_rows, weight_arrays
-from engine_core.device import ALIGNMENT, Arena, Device, DeviceArray, Event, Launch, Module, Stream
-from engine_core.kernels.attention import AttentionShape
-from engine_core.kernels.nvrtc import compile_kernel
+from engine_core.backends.cuda.backend import CudaBackend
+from engine_core.backends.cuda.layout import CudaSpec, round_rows, weight_arrays
+from engine_core.cuda.driver import ALIGNMENT, Arena, Device, DeviceArray, Event, Launch, Module, Stream
+from engine_core.cuda.kernels.attention import AttentionShape
+from engine_core.cuda.kernels.nvrtc import compile_kernel
 
 GENERATED = 128
 TURN = 32  # tokens of a turn of a conversation

@@ -39,7 +39,7 @@ from benchmarks.gpu_decode import (
     step_bytes,
 )
 from benchmarks.random_checkpoint import write_random_checkpoint
-from engine_core.device import Device
+from engine_core.cuda.driver import Device
 
 RUNS = 5
 _MARK = "TRANSFORMERS "  # before the JSON line of the other Python
@@ -66,7 +66,7 @@ def model_config(shape: Shape, max_context: int) -> dict:
 
 def build(name: str, shape: Shape, max_context: int, work: Path, dialect: str, level: int) -> tuple[Path, float]:
     """(engine directory, s it took to build; 0 if it was there)."""
-    from engine_core.build.tensorrt import build_tensorrt
+    from engine_core.backends.tensorrt.build import build_tensorrt
 
     engine_dir = work / f"{name}-{shape.layers}-{max_context}-{dialect}-{level}"
     if (engine_dir / "engine.json").is_file():
@@ -131,9 +131,9 @@ def slowest_layers(backend, count: int = 30) -> list[tuple[str, float]]:
 def bench_engine(
     engine_dir: Path, name: str, shape: Shape, options: argparse.Namespace, bandwidth: float
 ) -> list[dict]:
-    from engine_core.backends.tensorrt import TensorRTBackend
+    from engine_core.backends.tensorrt.backend import TensorRTBackend
     from engine_core.config import EngineConfig
-    from engine_core.manifest import read_manifest
+    from engine_core.formats.manifest import read_manifest
 
     manifest, rows = read_manifest(engine_dir, verify_hashes=False), []
     for graph in (True, False):

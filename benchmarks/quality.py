@@ -40,17 +40,17 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine_core.bench import Benchmark  # noqa: E402
-from engine_core.build.build import build_engine  # noqa: E402
-from engine_core.build.quantize import quantize_checkpoint  # noqa: E402
-from engine_core.build.quantize.formats import to_16_bit  # noqa: E402
-from engine_core.build.reduce_vocab import reduce_vocab  # noqa: E402
-from engine_core.build.tensor_writer import TensorWriter  # noqa: E402
+from engine_core.backends.onnxruntime.build import build_engine  # noqa: E402
 from engine_core.config import EngineConfig  # noqa: E402
-from engine_core.engine import CancelToken, Engine  # noqa: E402
+from engine_core.formats.number_formats import to_16_bit  # noqa: E402
+from engine_core.formats.safetensors_file import SafetensorsFile  # noqa: E402
+from engine_core.formats.tensor_writer import TensorWriter  # noqa: E402
+from engine_core.measure.bench import Benchmark  # noqa: E402
+from engine_core.quantize import quantize_checkpoint  # noqa: E402
+from engine_core.reduce_vocab.reduce import reduce_vocab  # noqa: E402
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams  # noqa: E402
-from engine_core.safetensors_file import SafetensorsFile  # noqa: E402
-from engine_core.texts import Document  # noqa: E402
+from engine_core.serving.engine import CancelToken, Engine  # noqa: E402
+from engine_core.text.documents import Document  # noqa: E402
 from tools.demo_model.evaluate import held_out_examples  # noqa: E402
 from tools.demo_model.grammar import Example, Generator  # noqa: E402
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.build.checkpoint import Checkpoint
-from engine_core.build.model import read_spec
-from engine_core.build.tensor_writer import TensorWriter
-from engine_core.safetensors_file import write_safetensors
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.safetensors_file import write_safetensors
+from engine_core.formats.tensor_writer import TensorWriter
+from engine_core.models.spec import read_spec
 
 _BLOCK = 1 << 24  # values drawn; larger tensors repeat them, from another place each
 

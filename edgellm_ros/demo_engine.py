@@ -12,7 +12,7 @@ from pathlib import Path
 
 import engine_core
 from engine_core.errors import EngineDirectoryError
-from engine_core.manifest import list_variants
+from engine_core.formats.manifest import list_variants
 
 
 def checkpoint_dir() -> Path:

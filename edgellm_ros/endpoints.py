@@ -19,7 +19,7 @@ from edgellm_ros.msg import ChatMessage
 from edgellm_ros.srv import Generate, Tokenize
 from edgellm_ros.threads import Started
 from engine_core.request import FinishReason, GenerationResult, Piece
-from engine_core.worker import Ticket
+from engine_core.serving.worker import Ticket
 
 # Seconds a finished goal's result is kept for a client that has not asked for it yet. rclpy's default of 15 minutes
 # would let clients pile up memory.

@@ -12,10 +12,10 @@ from edgellm_ros.conversions import error_message, refused, to_messages, to_requ
 from edgellm_ros.parameters import Settings
 from edgellm_ros.streams import RequestStream, Topics
 from edgellm_ros.threads import SerialThread, complete, new_future
-from engine_core.engine import Engine
 from engine_core.errors import NotActiveError
 from engine_core.request import GenerationRequest, GenerationResult, Piece
-from engine_core.worker import Ticket, Worker
+from engine_core.serving.engine import Engine
+from engine_core.serving.worker import Ticket, Worker
 
 _QUICK_CHARS = 4096
 # Seconds the executor leaves Python to the worker when it begins with a request: the executor's next rounds would take

@@ -32,9 +32,9 @@ from edgellm_ros.srv import GetInfo
 from edgellm_ros.streams import Topics
 from edgellm_ros.threads import Soon
 from edgellm_ros.transitions import Transitions
-from engine_core.engine import Engine
 from engine_core.errors import ConfigurationError, EdgeLLMError, EngineFaultError
-from engine_core.worker import Worker
+from engine_core.serving.engine import Engine
+from engine_core.serving.worker import Worker
 
 SUCCESS, FAILURE, ERROR = (
     TransitionCallbackReturn.SUCCESS,

@@ -23,7 +23,7 @@ from rclpy.parameter import Parameter
 
 from engine_core.config import BACKENDS, KV_CACHE_TYPES, QUANTIZATIONS, EngineConfig
 from engine_core.request import SamplingParams
-from engine_core.worker import BUSY_POLICIES
+from engine_core.serving.worker import BUSY_POLICIES
 
 DEACTIVATE_POLICIES = ("finish", "cancel")
 RANDOM_SEED = -1

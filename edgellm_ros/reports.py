@@ -16,9 +16,9 @@ from edgellm_ros.msg import EngineStatus
 from edgellm_ros.srv import GetInfo
 from edgellm_ros.streams import Topics
 from engine_core import __version__
-from engine_core.engine import Engine
 from engine_core.errors import NotActiveError
 from engine_core.memory import format_bytes
+from engine_core.serving.engine import Engine
 
 _PACKAGES = ("rclpy", "numpy", "onnxruntime", "tensorrt", "tokenizers", "transformers", "llguidance")
 _STATE_NAMES = {

@@ -13,7 +13,7 @@ from edgellm_ros import qos
 from edgellm_ros.conversions import error_code, fill_stats, finish_reason, wire_text
 from edgellm_ros.msg import GenerationStats, Sentence, TokenPiece
 from engine_core.request import GenerationResult, Piece
-from engine_core.sentences import SentenceSplitter
+from engine_core.text.sentences import SentenceSplitter
 
 
 class Topics:

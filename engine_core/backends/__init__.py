@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from engine_core.config import EngineConfig
-    from engine_core.manifest import Manifest
+    from engine_core.formats.manifest import Manifest
     from engine_core.memory import MemoryPlan
 
 
@@ -105,9 +105,9 @@ class Backend(Protocol):
 
 # name → (module, class); imported only when asked for.
 _BACKENDS = {
-    "cuda": ("engine_core.backends.cuda", "CudaBackend"),
-    "onnxruntime": ("engine_core.backends.onnxruntime", "OnnxRuntimeBackend"),
-    "tensorrt": ("engine_core.backends.tensorrt", "TensorRTBackend"),
+    "cuda": ("engine_core.backends.cuda.backend", "CudaBackend"),
+    "onnxruntime": ("engine_core.backends.onnxruntime.backend", "OnnxRuntimeBackend"),
+    "tensorrt": ("engine_core.backends.tensorrt.backend", "TensorRTBackend"),
 }
 
 

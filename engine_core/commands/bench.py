@@ -27,8 +27,8 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from engine_core.bench import Benchmark
     from engine_core.errors import ConfigurationError
+    from engine_core.measure.bench import Benchmark
 
     if min(options.prompt_tokens) < 1 or options.new_tokens < 3 or options.repeats < 1:
         raise ConfigurationError("bench needs at least 1 prompt token, 3 new tokens and 1 repeat.")

@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
     if options.backend != "onnxruntime":
         return {"cuda": _build_cuda, "tensorrt": _build_tensorrt}[options.backend](options)
     try:
-        from engine_core.build.build import build_engine
-        from engine_core.build.quantize.detect import default_quantization
+        from engine_core.backends.onnxruntime.build import build_engine
+        from engine_core.formats.detect import default_quantization
     except ImportError as error:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
     quantizations = options.quantization or default_quantization(options.checkpoint) or "int8"
@@ -98,8 +98,8 @@ def _variants(options: argparse.Namespace, quantizations: str) -> list[tuple[str
 
 
 def _build_cuda(options: argparse.Namespace) -> int:
-    from engine_core.build.cuda import QUANTIZATIONS, build_cuda
-    from engine_core.build.quantize.detect import default_quantization
+    from engine_core.backends.cuda.build import QUANTIZATIONS, build_cuda
+    from engine_core.formats.detect import default_quantization
 
     if options.group_size not in (0, 128) or options.head_bits:
         raise BuildError(
@@ -125,7 +125,7 @@ def _build_cuda(options: argparse.Namespace) -> int:
 
 def _build_tensorrt(options: argparse.Namespace) -> int:
     try:
-        from engine_core.build.tensorrt import build_tensorrt
+        from engine_core.backends.tensorrt.build import build_tensorrt
     except ImportError as error:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
     if options.group_size or options.head_bits:

@@ -20,7 +20,7 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from engine_core.doctor import examine
+    from engine_core.planning.doctor import examine
 
     found = examine()
     if options.json:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine_core.commands.arguments import add_engine, add_opening, engine_config
 from engine_core.commands.tables import print_notes, print_table
-from engine_core.manifest import list_variants
+from engine_core.formats.manifest import list_variants
 
 
 def add(commands) -> None:
@@ -67,9 +67,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace, variant: str) -> dict:
-    from engine_core.engine import Engine
     from engine_core.errors import BuildError
-    from engine_core.evaluation import measure_perplexity, sequences_of
+    from engine_core.measure.evaluation import measure_perplexity, sequences_of
+    from engine_core.serving.engine import Engine
 
     config = dataclasses.replace(engine_config(options), quantization=variant)
     show = sys.stderr.isatty() and not options.json

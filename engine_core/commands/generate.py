@@ -25,8 +25,8 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from engine_core.engine import CancelToken, Engine
     from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
+    from engine_core.serving.engine import CancelToken, Engine
 
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     system = (ChatMessage("system", options.system),) if options.system else ()

@@ -26,7 +26,7 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from engine_core.build.shapes import is_checkpoint
+    from engine_core.models.shapes import is_checkpoint
 
     if is_checkpoint(options.target):
         return _checkpoint(options)
@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _engine(options: argparse.Namespace) -> int:
     from engine_core.config import EngineConfig
-    from engine_core.manifest import list_variants, read_manifest, select_variant
-    from engine_core.planning import plan_engine
+    from engine_core.formats.manifest import list_variants, read_manifest, select_variant
+    from engine_core.planning.plan import plan_engine
 
     directories = list_variants(options.target)
     if options.quantization != "auto":
@@ -114,7 +114,7 @@ def _print_files(title: str, manifest, verified: bool) -> None:
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from engine_core.build.describe import describe_checkpoint
+    from engine_core.planning.describe import describe_checkpoint
 
     found = describe_checkpoint(options.target)
     if options.json:

@@ -42,8 +42,8 @@ def _count(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    from engine_core.build.shapes import is_checkpoint
-    from engine_core.planning import advice, is_possible
+    from engine_core.models.shapes import is_checkpoint
+    from engine_core.planning.plan import advice, is_possible
 
     device = _device(options)
     quantization = "" if options.quantization == "auto" else options.quantization
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _device(options: argparse.Namespace):
-    from engine_core import devices
+    from engine_core.planning import devices
 
     if options.memory:
         device = devices.of_memory(devices.parse_bytes(options.memory), gpu=options.backend != "onnxruntime")
@@ -81,8 +81,8 @@ def _device(options: argparse.Namespace):
 
 def _of_checkpoint(options: argparse.Namespace, device, quantization: str):
     from engine_core.errors import BuildError, ConfigurationError
-    from engine_core.estimates import CheckpointEstimate, Size
-    from engine_core.planning import Asked, plan_checkpoint
+    from engine_core.planning.estimates import CheckpointEstimate, Size
+    from engine_core.planning.plan import Asked, plan_checkpoint
 
     estimate = CheckpointEstimate(options.target)
     asked = Asked(
@@ -119,8 +119,8 @@ def _of_checkpoint(options: argparse.Namespace, device, quantization: str):
 def _of_engine(options: argparse.Namespace, device):
     from engine_core.config import EngineConfig
     from engine_core.errors import ConfigurationError
-    from engine_core.manifest import list_variants, read_manifest
-    from engine_core.planning import plan_engine
+    from engine_core.formats.manifest import list_variants, read_manifest
+    from engine_core.planning.plan import plan_engine
 
     if options.vocab_size:
         raise ConfigurationError(

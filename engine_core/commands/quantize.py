@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from engine_core.build.quantize import quantize_checkpoint
+        from engine_core.quantize import quantize_checkpoint
     except ImportError as error:
         raise BuildError(f"Quantizing needs the Python package {error.name!r}: pip install it.") from error
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -37,7 +37,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        from engine_core.build.reduce_vocab import reduce_vocab
+        from engine_core.reduce_vocab.reduce import reduce_vocab
     except ImportError as error:
         raise BuildError(f"Reducing needs the Python package {error.name!r}: pip install it.") from error
     result = reduce_vocab(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine_core.backends import TokenSampling
-from engine_core.device import DeviceArray
-from engine_core.kernels.sampling import STATE
+from engine_core.cuda.driver import DeviceArray
+from engine_core.cuda.kernels.sampling import STATE
 
 TOLERANCE = 0.02  # of the logits' spread, for a model in 16 bits
 GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())

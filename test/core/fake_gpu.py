@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import fake_kernels
-from engine_core.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
+from engine_core.cuda.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
 from fake_kernels import address_of, array_at
 
 POISON = 0xFF
@@ -186,11 +186,11 @@ def compile_kernel(source: str, *, name: str, arch: str, headers: dict, defines:
 
 def install(monkeypatch, driver: FakeDriver) -> None:
     """Makes every ``Device`` opened from here on one of ``driver``."""
-    import engine_core.device
-    import engine_core.kernels
+    import engine_core.cuda.driver
+    import engine_core.cuda.kernels
 
-    monkeypatch.setattr(engine_core.device, "bindings", lambda: (driver, None))
-    monkeypatch.setattr(engine_core.kernels, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(engine_core.cuda.driver, "bindings", lambda: (driver, None))
+    monkeypatch.setattr(engine_core.cuda.kernels, "compile_kernel", compile_kernel)
 
 
 # --- kernels, as numpy --------------------------------------------------------------------------------------

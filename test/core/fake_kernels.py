@@ -9,8 +9,8 @@ import ctypes
 
 import numpy as np
 
-from engine_core.kernels import CHUNK_WORDS, linear, reference
-from engine_core.kernels.sampling import STATE
+from engine_core.cuda.kernels import CHUNK_WORDS, linear, reference
+from engine_core.cuda.kernels.sampling import STATE
 
 F16, F32, F64 = np.float16, np.float32, np.float64
 
@@ -86,7 +86,7 @@ def _chunk(args, index: int) -> tuple[int, int]:
 
 
 class FakeBlas:
-    """Stands for ``engine_core.kernels.blas.Blas``: 16-bit in, sums in float64."""
+    """Stands for ``engine_core.cuda.kernels.blas.Blas``: 16-bit in, sums in float64."""
 
     def __init__(self, stream, workspace) -> None:
         self._device = stream.device

@@ -10,12 +10,12 @@ import numpy as np
 
 from engine_core.backends import TokenSampling
 from engine_core.config import EngineConfig
-from engine_core.engine import Engine
 from engine_core.errors import EngineFaultError
-from engine_core.manifest import Manifest, ModelGeometry
+from engine_core.formats.manifest import Manifest, ModelGeometry
 from engine_core.memory import MemoryItem, MemoryPlan
 from engine_core.sampling import Sampler
-from engine_core.tokenizer import Tokenizer
+from engine_core.serving.engine import Engine
+from engine_core.text.tokenizer import Tokenizer
 
 BOS, EOS, END = 256, 257, 258
 VOCAB_SIZE = 260

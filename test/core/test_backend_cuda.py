@@ -14,11 +14,11 @@ pytest.importorskip("transformers")
 import checkpoints
 from benchmarks.gpu_decode import TURN, measure_turn
 from device_steps import GREEDY, check_tokens_after_a_prefix, compare_logits, generate
-from engine_core.backends.cuda import CudaBackend
-from engine_core.build.cuda import build_cuda
+from engine_core.backends.cuda.backend import CudaBackend
+from engine_core.backends.cuda.build import build_cuda
 from engine_core.config import EngineConfig
-from engine_core.device import DeviceMemoryError
-from engine_core.manifest import read_manifest
+from engine_core.cuda.driver import DeviceMemoryError
+from engine_core.formats.manifest import read_manifest
 from fake_gpu import FakeDriver, install
 from fake_kernels import FakeBlas
 from peak_memory import growth, large_checkpoint
@@ -31,7 +31,7 @@ FOLLOWING = np.array([5, 77, 200], dtype=np.int32)
 def driver(monkeypatch):
     driver = FakeDriver()
     install(monkeypatch, driver)
-    monkeypatch.setattr("engine_core.backends.cuda_model.Blas", FakeBlas)
+    monkeypatch.setattr("engine_core.backends.cuda.model.Blas", FakeBlas)
     return driver
 
 
@@ -98,7 +98,7 @@ def test_a_chunk_may_be_rounded_up_beyond_the_context(built, driver):
 
 def test_large_chunks_are_not_captured(built, driver, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("engine_core.backends.cuda.MAX_GRAPH_ROWS", 32)
+        patch.setattr("engine_core.backends.cuda.backend.MAX_GRAPH_ROWS", 32)
         backend = load(built[0], prefill_chunk=64)
     expected = generate(backend, PROMPT, 4)
     driver.log.clear()
@@ -139,7 +139,7 @@ def test_the_plan_is_one_allocation_and_everything_comes_back(built, driver):
 
 def test_a_build_takes_less_memory_than_one_and_a_half_checkpoints(tmp_path):
     directory, size = large_checkpoint(tmp_path / "checkpoint")
-    imports = "from engine_core.build.cuda import build_cuda"
+    imports = "from engine_core.backends.cuda.build import build_cuda"
     code = "build_cuda(Path(sys.argv[1]), Path(sys.argv[2]), dtype='fp16', max_context=256)"
     found = growth(imports, code, directory, tmp_path / "engine")
     # The checkpoint is mapped, so its own pages count once they are read; a copy in float32 would be 2 more of it.

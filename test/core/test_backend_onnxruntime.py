@@ -15,12 +15,12 @@ pytest.importorskip("onnxruntime")
 
 import checkpoints
 from engine_core.backends import TokenSampling
-from engine_core.backends.onnxruntime import OnnxRuntimeBackend
-from engine_core.build.build import build_engine
+from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
+from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError, EngineFaultError, InvalidSamplingError
-from engine_core.safetensors_file import write_safetensors
-from engine_core.vocab import TENSOR_NAME
+from engine_core.formats.safetensors_file import write_safetensors
+from engine_core.formats.vocab_map import TENSOR_NAME
 
 GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset())
 PROMPT = np.random.default_rng(5).integers(3, 331, size=40).astype(np.int32)

@@ -19,18 +19,18 @@ import checkpoints
 import fake_tensorrt
 from device_steps import generate
 from engine_core.backends import TokenSampling
-from engine_core.backends.tensorrt import TensorRTBackend
-from engine_core.backends.trt_api import TensorRT
-from engine_core.build.tensorrt import build_tensorrt
+from engine_core.backends.tensorrt.api import TensorRT
+from engine_core.backends.tensorrt.backend import TensorRTBackend
+from engine_core.backends.tensorrt.build import build_tensorrt
 from engine_core.config import EngineConfig
-from engine_core.device import DeviceMemoryError
+from engine_core.cuda.driver import DeviceMemoryError
 from engine_core.errors import (
     ConfigurationError,
     EngineDirectoryError,
     EngineFaultError,
     InvalidSamplingError,
 )
-from engine_core.manifest import read_manifest
+from engine_core.formats.manifest import read_manifest
 from fake_gpu import FakeDriver, install
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=45).astype(np.int32)
@@ -155,7 +155,7 @@ def test_a_nan_does_not_outlive_its_request(built, driver):
 
 
 def _nan_row(backend):
-    from engine_core.device import PinnedArray
+    from engine_core.cuda.driver import PinnedArray
 
     row = PinnedArray(backend._device, (32,), "float32")
     row.host[:] = np.nan

@@ -16,12 +16,12 @@ pytest.importorskip("onnx")
 
 import checkpoints
 from engine_core import cli
-from engine_core.backends.ort_session import OrtSession
-from engine_core.build import build
-from engine_core.build.build import build_engine
-from engine_core.build.ort_dialect import Precision
-from engine_core.build.quantize import dequantize_rows, quantize_rows
+from engine_core.backends.onnxruntime import build
+from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.backends.onnxruntime.exporter import Precision
+from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.errors import BuildError, CheckpointError, UnsupportedModelError
+from engine_core.quantize import dequantize_rows, quantize_rows
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=20)
 

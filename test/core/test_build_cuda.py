@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from engine_core import cli
-from engine_core.backends.cuda import CudaBackend
-from engine_core.backends.cuda_layout import LAYOUTS, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
-from engine_core.backends.cuda_weights import CudaWeights, kept_rows, resolve
-from engine_core.build.cuda import build_cuda, to_records
+from engine_core.backends.cuda.backend import CudaBackend
+from engine_core.backends.cuda.build import build_cuda, to_records
+from engine_core.backends.cuda.layout import LAYOUTS, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+from engine_core.backends.cuda.weights import CudaWeights, kept_rows, resolve
 from engine_core.config import EngineConfig
-from engine_core.device import aligned
+from engine_core.cuda.driver import aligned
+from engine_core.cuda.kernels import int4_layout, int8_layout
+from engine_core.cuda.kernels.reference import dequantize
 from engine_core.errors import BuildError, ConfigurationError, UnsupportedModelError
-from engine_core.kernels import int4_layout, int8_layout
-from engine_core.kernels.reference import dequantize
-from engine_core.manifest import read_manifest
-from engine_core.safetensors_file import SafetensorsFile, write_safetensors
-from engine_core.vocab import write_vocab_map
+from engine_core.formats.manifest import read_manifest
+from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
+from engine_core.formats.vocab_map import write_vocab_map
 from fake_gpu import FakeDriver, install
 
 CONFIG = dict(

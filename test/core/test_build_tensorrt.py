@@ -17,8 +17,8 @@ import checkpoints
 import fake_tensorrt
 from device_steps import generate
 from engine_core import cli
-from engine_core.backends.trt_api import TensorRT, TensorRTError
-from engine_core.build.tensorrt import build_tensorrt, workspace_limit
+from engine_core.backends.tensorrt.api import TensorRT, TensorRTError
+from engine_core.backends.tensorrt.build import build_tensorrt, workspace_limit
 from engine_core.errors import (
     BackendUnavailableError,
     BuildError,
@@ -26,8 +26,8 @@ from engine_core.errors import (
     InsufficientMemoryError,
     UnsupportedModelError,
 )
-from engine_core.manifest import read_manifest
-from engine_core.safetensors_file import write_safetensors
+from engine_core.formats.manifest import read_manifest
+from engine_core.formats.safetensors_file import write_safetensors
 from fake_gpu import FakeDriver, install
 from test_backend_tensorrt import PROMPT, load
 
@@ -212,7 +212,7 @@ def test_too_little_memory_is_refused_with_the_numbers(checkpoint, driver, tmp_p
 
 
 def test_running_out_of_memory_while_building_is_named(checkpoint, driver, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine_core.build.tensorrt._WORKSPACE", 1)
+    monkeypatch.setattr("engine_core.backends.tensorrt.build._WORKSPACE", 1)
     with pytest.raises(InsufficientMemoryError, match="build_serialized_network ran out of GPU memory"):
         build(checkpoint, tmp_path / "engine", driver)
     assert not (tmp_path / "engine").exists()
@@ -234,7 +234,7 @@ def test_without_tensorrt_the_message_says_what_to_install(monkeypatch):
 def test_the_command_hands_its_options_over(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "engine_core.build.tensorrt.build_tensorrt", lambda *args, **kwargs: calls.append((args, kwargs))
+        "engine_core.backends.tensorrt.build.build_tensorrt", lambda *args, **kwargs: calls.append((args, kwargs))
     )
     command = ["build", "CHECKPOINT", "ENGINE", "--backend", "tensorrt"]
 

@@ -8,8 +8,9 @@ import subprocess
 
 import pytest
 
-from engine_core import cli, doctor
-from engine_core.gpu_info import GpuInfo, GpuReport, find_gpus
+from engine_core import cli
+from engine_core.cuda.gpu_info import GpuInfo, GpuReport, find_gpus
+from engine_core.planning import doctor
 
 ORIN = GpuReport((GpuInfo("Orin", 87, 16, 64 << 30, True),), "12.6")
 PACKAGES = {name: "1.0" for name in doctor.PACKAGES} | {"cuda-bindings": "12.6.2", "onnxruntime": "1.23.0"}
@@ -81,8 +82,8 @@ def test_what_a_gpu_backend_lacks_comes_with_the_command_that_helps(monkeypatch)
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):
-    from engine_core import device
-    from engine_core.kernels import blas
+    from engine_core.cuda import driver as device
+    from engine_core.cuda.kernels import blas
 
     class Nvrtc:
         @staticmethod

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from engine_core import cli
-from engine_core.backends.ort_files import DATA_NAME
-from engine_core.bench import Benchmark, step_bytes
-from engine_core.build.build import build_engine
-from engine_core.build.cuda import build_cuda
+from engine_core.backends.cuda.build import build_cuda
+from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.backends.onnxruntime.files import DATA_NAME
 from engine_core.config import EngineConfig
-from engine_core.planning import plan_engine
+from engine_core.measure.bench import Benchmark, step_bytes
+from engine_core.planning.plan import plan_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"

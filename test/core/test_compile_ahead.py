@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-import engine_core.kernels
-from engine_core.device import Device, KernelCompileError
-from engine_core.kernels import Kernels
+import engine_core.cuda.kernels
+from engine_core.cuda.driver import Device, KernelCompileError
+from engine_core.cuda.kernels import Kernels
 from fake_gpu import FakeDriver, compile_kernel, install
 
 
@@ -22,7 +22,7 @@ def compiled(monkeypatch):
         order.append(kwargs["defines"]["COLS"])
         return compile_kernel(source, **kwargs)
 
-    monkeypatch.setattr(engine_core.kernels, "compile_kernel", note)
+    monkeypatch.setattr(engine_core.cuda.kernels, "compile_kernel", note)
     return order
 
 
@@ -52,8 +52,8 @@ def test_two_are_compiled_at_the_same_time(kernels, monkeypatch):
         both.wait(timeout=20)
         return compile_kernel(source, **kwargs)
 
-    monkeypatch.setattr(engine_core.kernels, "compile_kernel", wait_for_the_other)
-    monkeypatch.setattr(engine_core.kernels.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(engine_core.cuda.kernels, "compile_kernel", wait_for_the_other)
+    monkeypatch.setattr(engine_core.cuda.kernels.os, "cpu_count", lambda: 2)
     kernels.compile_ahead(lambda: _ask(kernels, 8, 16))
 
 
@@ -62,7 +62,7 @@ def test_an_error_comes_out_and_the_next_attempt_starts_anew(kernels, compiled, 
         raise KernelCompileError("no")
 
     with monkeypatch.context() as context:
-        context.setattr(engine_core.kernels, "compile_kernel", refuse)
+        context.setattr(engine_core.cuda.kernels, "compile_kernel", refuse)
         with pytest.raises(KernelCompileError, match="no"):
             kernels.compile_ahead(lambda: _ask(kernels, 8))
     with pytest.raises(ZeroDivisionError):

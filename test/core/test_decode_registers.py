@@ -15,11 +15,11 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
 
-from engine_core.device import Device, DeviceArray, DeviceUnavailableError
-from engine_core.kernels import Kernels, attention, int4_layout, int8_layout, kernel_source, linear, linear_packed
-from engine_core.kernels.attention import AttentionShape
-from engine_core.kernels.nvrtc import compile_kernel
-from engine_core.kernels.sampling import STATE
+from engine_core.cuda.driver import Device, DeviceArray, DeviceUnavailableError
+from engine_core.cuda.kernels import Kernels, attention, int4_layout, int8_layout, kernel_source, linear, linear_packed
+from engine_core.cuda.kernels.attention import AttentionShape
+from engine_core.cuda.kernels.nvrtc import compile_kernel
+from engine_core.cuda.kernels.sampling import STATE
 from fake_gpu import FakeDriver, install
 
 SCHEDULERS, REGISTERS = 4, 16384
@@ -135,7 +135,7 @@ def noted(monkeypatch, tmp_path):
 
     monkeypatch.setenv("EDGELLM_KERNEL_CACHE", str(tmp_path))
     noted = Noted(monkeypatch)
-    monkeypatch.setattr("engine_core.kernels.nvrtc.bindings", lambda: (None, nvrtc))
+    monkeypatch.setattr("engine_core.cuda.kernels.nvrtc.bindings", lambda: (None, nvrtc))
     return noted
 
 

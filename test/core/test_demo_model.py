@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from engine_core.build.build import build_engine
-from engine_core.cancellation import CancelToken
+from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
-from engine_core.engine import Engine
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
-from engine_core.tokenizer import Tokenizer
+from engine_core.serving.cancellation import CancelToken
+from engine_core.serving.engine import Engine
+from engine_core.text.tokenizer import Tokenizer
 from tools.demo_model import evaluate, talk, templates, words
 from tools.demo_model.conversations import CONVERSATIONS
 from tools.demo_model.grammar import HELD_OUT, Generator

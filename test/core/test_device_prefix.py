@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine_core.backends.device_backend import DeviceBackend, SequenceLimits
-from engine_core.device import Arena, Device, Stream
+from engine_core.backends.gpu_backend import DeviceBackend, SequenceLimits
+from engine_core.cuda.driver import Arena, Device, Stream
 from fake_gpu import FakeDriver, array_at, install
 
 ROWS, CONTEXT, TOKENS, SLOTS, ITEM = 12, 21, 10, 3, 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine_core.device import Arena, Device, Stream
+from engine_core.cuda.driver import Arena, Device, Stream
 from fake_gpu import FakeDriver, array_at, install
 
 

@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from engine_core.engine import CancelToken
 from engine_core.errors import (
     EmptyPromptError,
     EngineFaultError,
@@ -20,6 +19,7 @@ from engine_core.errors import (
     PromptTooLongError,
 )
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
+from engine_core.serving.engine import CancelToken
 from fakes import END, EOS, text_ids
 
 NAN, INF = float("nan"), float("inf")

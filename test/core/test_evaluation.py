@@ -15,13 +15,13 @@ pytest.importorskip("onnxruntime")
 import checkpoints
 import vocab_checkpoints
 from engine_core import cli
-from engine_core.build.build import build_engine
+from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
-from engine_core.engine import CancelToken, Engine
 from engine_core.errors import BackendUnavailableError
-from engine_core.evaluation import Sequence, measure_perplexity, sequences_of
+from engine_core.formats.vocab_map import write_vocab_map
+from engine_core.measure.evaluation import Sequence, measure_perplexity, sequences_of
 from engine_core.request import GenerationRequest, SamplingParams
-from engine_core.vocab import write_vocab_map
+from engine_core.serving.engine import CancelToken, Engine
 
 CHATS = [
     [("user", "where is Anna?"), ("assistant", "in the kitchen"), ("user", "sure?"), ("assistant", "yes")],

@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 
 import checkpoints
-from engine_core.backends.ort_session import OrtSession
-from engine_core.build.build import build_engine
+from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.backends.onnxruntime.session import OrtSession
 
 MAX_ERROR = 1e-4
 PROMPT = np.random.default_rng(3).integers(3, 331, size=45)  # longer than every window, shorter than longrope's switch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine_core.kernels import int4_layout, int8_layout
-from engine_core.kernels.linear_packed import PACKED_TOKENS, gemm_shape, packed_scratch
+from engine_core.cuda.kernels import int4_layout, int8_layout
+from engine_core.cuda.kernels.linear_packed import PACKED_TOKENS, gemm_shape, packed_scratch
 
 GPUS = [(8, 166912), (16, 166912), (20, 101376), (20, 232448), (46, 101376), (128, 101376), (132, 232448)]
 MATRICES = [(16, 128), (48, 384), (528, 4864), (1152, 896), (3072, 2048), (4096, 14336), (28672, 4096), (70000, 128)]

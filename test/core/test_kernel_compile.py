@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from engine_core.device import KernelCompileError
-from engine_core.kernels import kernel_source
-from engine_core.kernels.nvrtc import compile_kernel
+from engine_core.cuda.driver import KernelCompileError
+from engine_core.cuda.kernels import kernel_source
+from engine_core.cuda.kernels.nvrtc import compile_kernel
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
 

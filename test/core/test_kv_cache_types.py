@@ -16,13 +16,13 @@ import onnxruntime as ort
 
 import checkpoints
 import fakes
-from engine_core.backends import ort_session
-from engine_core.backends.onnxruntime import OnnxRuntimeBackend
-from engine_core.backends.ort_session import OrtSession
-from engine_core.build import kv_cache
-from engine_core.build.build import build_engine
+from engine_core.backends.onnxruntime import session as ort_session
+from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
+from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, BuildError, ConfigurationError
+from engine_core.quantize import kv_cache
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 MAX_CONTEXT = 64
@@ -191,7 +191,7 @@ def demo(tmp_path_factory):
 def test_the_demo_model_says_the_same(demo, kind):
     """Teacher-forced, so that one other token does not change all that follow."""
     from engine_core.request import ChatMessage
-    from engine_core.tokenizer import Tokenizer
+    from engine_core.text.tokenizer import Tokenizer
     from tools.demo_model.grammar import Generator
 
     tokenizer, generator = Tokenizer(DEMO), Generator(1_000_003)

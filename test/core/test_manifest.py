@@ -10,7 +10,6 @@ import os
 import pytest
 
 from engine_core.config import EngineConfig
-from engine_core.engine import Engine
 from engine_core.errors import (
     BackendUnavailableError,
     BuildError,
@@ -19,7 +18,7 @@ from engine_core.errors import (
     IntegrityError,
     SchemaVersionError,
 )
-from engine_core.manifest import (
+from engine_core.formats.manifest import (
     MANIFEST_NAME,
     Manifest,
     ModelGeometry,
@@ -29,6 +28,7 @@ from engine_core.manifest import (
     select_variant,
     write_variant,
 )
+from engine_core.serving.engine import Engine
 
 GEOMETRY = ModelGeometry("LlamaForCausalLM", 2, 64, 128, 4, 2, 16, 300, 128, 12345)
 MANIFEST = Manifest("tiny", GEOMETRY, "onnxruntime", "fp32", "fp32", 128, 1, (2,), options={"graph": "model.onnx"})

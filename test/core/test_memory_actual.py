@@ -19,9 +19,9 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from engine_core.build.build import build_engine
-from engine_core.safetensors_file import write_safetensors
-from engine_core.vocab import write_vocab_map
+from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.formats.safetensors_file import write_safetensors
+from engine_core.formats.vocab_map import write_vocab_map
 
 LARGE = os.environ.get("EDGELLM_LARGE") == "1"
 NOISE = 0 if LARGE else 3 << 20  # bytes
@@ -31,9 +31,9 @@ HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCAB = (1536, 4096, 20, 24, 48000) if LARG
 PROGRAM = """
 import dataclasses, json, sys
 from pathlib import Path
-from engine_core.backends.onnxruntime import OnnxRuntimeBackend
+from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.config import EngineConfig
-from engine_core.manifest import read_manifest
+from engine_core.formats.manifest import read_manifest
 
 
 def resident():

@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 import checkpoints
-from engine_core import cli, devices
+from engine_core import cli
 from engine_core.backends import backend_class
-from engine_core.build.build import build_engine
-from engine_core.build.cuda import build_cuda
+from engine_core.backends.cuda.build import build_cuda
+from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
-from engine_core.estimates import FORMATS, CheckpointEstimate, Size
-from engine_core.manifest import read_manifest
+from engine_core.formats.manifest import read_manifest
+from engine_core.formats.safetensors_file import write_safetensors
+from engine_core.formats.vocab_map import TENSOR_NAME
 from engine_core.memory import kv_cache_bytes
-from engine_core.planning import Asked, advice, is_possible, longest_context, plan_checkpoint, plan_engine
-from engine_core.safetensors_file import write_safetensors
-from engine_core.vocab import TENSOR_NAME
+from engine_core.planning import devices
+from engine_core.planning.estimates import FORMATS, CheckpointEstimate, Size
+from engine_core.planning.plan import Asked, advice, is_possible, longest_context, plan_checkpoint, plan_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -166,8 +167,8 @@ def test_a_reduced_vocabulary_is_planned_as_it_is_built(tmp_path):
 
 
 def test_the_plan_of_awq_is_that_of_the_engine_built_from_an_awq_checkpoint(tmp_path):
-    pytest.importorskip("engine_core.build.quantize.quantizer")
-    from engine_core.build.quantize import quantize_checkpoint
+    pytest.importorskip("engine_core.quantize.quantizer")
+    from engine_core.quantize import quantize_checkpoint
 
     quantize_checkpoint(
         ROOT / "models" / "demo", tmp_path / "checkpoint", method="int4_awq", num_samples=2, sequence_length=64

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine_core.backends.cuda_layout import max_packed_tokens, prefill_rows, round_rows
+from engine_core.backends.cuda.layout import max_packed_tokens, prefill_rows, round_rows
 
 
 def test_the_sizes_up_to_512():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine_core.kernels.attention import AttentionShape, PrefillSpread, prefill_spread
+from engine_core.cuda.kernels.attention import AttentionShape, PrefillSpread, prefill_spread
 
 H200, A100, ORIN, THOR, RTX_4060, RTX_4090 = (
     (132, 232448),

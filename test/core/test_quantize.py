@@ -18,17 +18,17 @@ import onnx
 import checkpoints
 import fakes
 from engine_core import cli
-from engine_core.backends.ort_session import OrtSession
-from engine_core.build import build
-from engine_core.build.build import build_engine
-from engine_core.build.checkpoint import Checkpoint
-from engine_core.build.model import read_spec
-from engine_core.build.ort_dialect import Precision
-from engine_core.build.quantize import quantize_checkpoint
-from engine_core.build.quantize.formats import unpack_nibbles
+from engine_core.backends.onnxruntime import build
+from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.backends.onnxruntime.exporter import Precision
+from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.config import EngineConfig
-from engine_core.engine import Engine
 from engine_core.errors import BackendUnavailableError, BuildError, CheckpointError
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.number_formats import unpack_nibbles
+from engine_core.models.spec import read_spec
+from engine_core.quantize import quantize_checkpoint
+from engine_core.serving.engine import Engine
 
 PROMPT = np.random.default_rng(3).integers(3, 259, size=20)
 TEXT = "Bring the red cup from the kitchen, then wait. " * 40

@@ -13,12 +13,12 @@ pytest.importorskip("transformers")
 import torch
 
 import checkpoints
-from engine_core.build.checkpoint import Checkpoint
-from engine_core.build.model import read_spec
-from engine_core.build.quantize.calibration import Tokens, linears_of, run_layers
-from engine_core.build.quantize.output import changed_weights
-from engine_core.build.quantize.scheme import make_scheme
-from engine_core.build.quantize.search import change_of
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.models.spec import read_spec
+from engine_core.quantize.calibration import Tokens, linears_of, run_layers
+from engine_core.quantize.output import changed_weights
+from engine_core.quantize.scheme import make_scheme
+from engine_core.quantize.search import change_of
 
 LENGTHS = np.array([17, 30, 9])
 RANDOM = np.random.default_rng(8)

@@ -10,15 +10,15 @@ pytest.importorskip("transformers")
 
 import checkpoints
 from engine_core import cli
-from engine_core.build.checkpoint import Checkpoint
-from engine_core.build.cuda import build_cuda
-from engine_core.build.model import read_spec
-from engine_core.build.quantize import quantize_checkpoint
+from engine_core.backends.cuda.build import build_cuda
+from engine_core.cuda.kernels import int4_layout
+from engine_core.cuda.kernels.reference import dequantize
 from engine_core.errors import BuildError
-from engine_core.kernels import int4_layout
-from engine_core.kernels.reference import dequantize
-from engine_core.manifest import read_manifest
-from engine_core.safetensors_file import SafetensorsFile
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.manifest import read_manifest
+from engine_core.formats.safetensors_file import SafetensorsFile
+from engine_core.models.spec import read_spec
+from engine_core.quantize import quantize_checkpoint
 
 SIZES = dict(vocab_size=320, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine_core.build.quantize import formats
+from engine_core.formats import number_formats as formats
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 RANDOM = np.random.default_rng(0)

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from engine_core.build.checkpoint import Checkpoint
-from engine_core.build.quantize.formats import E2M1, E4M3, to_16_bit
-from engine_core.build.tensor_writer import TensorWriter
 from engine_core.errors import CheckpointError, UnsupportedModelError
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.number_formats import E2M1, E4M3, to_16_bit
+from engine_core.formats.tensor_writer import TensorWriter
 
 ROWS, COLUMNS, GROUP = 24, 64, 32
 NAME = "model.layers.0.self_attn.q_proj"

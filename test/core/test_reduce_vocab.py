@@ -12,18 +12,18 @@ pytest.importorskip("transformers")
 
 import vocab_checkpoints
 from engine_core import cli
-from engine_core.build import reduce_vocab as module
-from engine_core.build.build import build_engine
-from engine_core.build.reduce_vocab import reduce_vocab
-from engine_core.build.reduce_vocab_select import Chooser
-from engine_core.build.reduce_vocab_texts import tokenize
+from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
-from engine_core.engine import Engine
 from engine_core.errors import BuildError, CheckpointError, ConfigurationError
-from engine_core.safetensors_file import SafetensorsFile, write_safetensors
-from engine_core.texts import read_documents
-from engine_core.tokenizer import Tokenizer
-from engine_core.vocab import FINGERPRINT, TENSOR_NAME, read_vocab_map, tokenizer_fingerprint
+from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
+from engine_core.formats.vocab_map import FINGERPRINT, TENSOR_NAME, read_vocab_map, tokenizer_fingerprint
+from engine_core.reduce_vocab import reduce as module
+from engine_core.reduce_vocab.reduce import reduce_vocab
+from engine_core.reduce_vocab.select import Chooser
+from engine_core.reduce_vocab.texts import tokenize
+from engine_core.serving.engine import Engine
+from engine_core.text.documents import read_documents
+from engine_core.text.tokenizer import Tokenizer
 
 CHATS = [
     [("system", "Be brief."), ("user", f"bring the red cup {i}"), ("assistant", '{"plan": [{"do": "pick"}]}')]

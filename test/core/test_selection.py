@@ -9,9 +9,8 @@ import pytest
 
 import fake_gpu
 from engine_core import backends
-from engine_core.backends import tensorrt
+from engine_core.backends.tensorrt import backend as tensorrt
 from engine_core.config import EngineConfig
-from engine_core.engine import Engine
 from engine_core.errors import (
     BackendUnavailableError,
     ConfigurationError,
@@ -19,9 +18,10 @@ from engine_core.errors import (
     InsufficientMemoryError,
     IntegrityError,
 )
-from engine_core.manifest import Manifest, ModelGeometry, list_variants, seal, write_variant
+from engine_core.formats.manifest import Manifest, ModelGeometry, list_variants, seal, write_variant
 from engine_core.memory import MemoryItem, MemoryPlan
-from engine_core.selection import choose
+from engine_core.planning.selection import choose
+from engine_core.serving.engine import Engine
 from fakes import END, EOS, VOCAB_SIZE, ScriptedBackend, write_tokenizer
 
 GEOMETRY = ModelGeometry("FakeForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB_SIZE, 512, 1000)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from engine_core.sentences import SentenceSplitter
+from engine_core.text.sentences import SentenceSplitter
 
 CASES = [
     ("I go to the kitchen. Then I pick the cup!", ["I go to the kitchen.", "Then I pick the cup!"]),

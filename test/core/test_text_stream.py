@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from engine_core.text_stream import Detokenizer, StopStrings
-from engine_core.tokenizer import Tokenizer
+from engine_core.text.detokenizer import Detokenizer, StopStrings
+from engine_core.text.tokenizer import Tokenizer
 from fakes import text_ids
 
 

@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 
 import vocab_checkpoints
 from engine_core.errors import BuildError
-from engine_core.texts import read_documents, text_start, token_sequences
-from engine_core.tokenizer import Tokenizer
+from engine_core.text.documents import read_documents, text_start, token_sequences
+from engine_core.text.tokenizer import Tokenizer
 
 CHAT = [("system", "Be short."), ("user", "where is Anna?"), ("assistant", "in the kitchen")]
 CHAT += [("user", "sure?"), ("assistant", "yes")]

@@ -12,14 +12,14 @@ pytest.importorskip("onnxruntime")
 import checkpoints
 import fake_tensorrt
 from device_steps import GREEDY, check_tokens_after_a_prefix, compare_logits, generate
-from engine_core.backends.tensorrt import TensorRTBackend
-from engine_core.backends.trt_api import TensorRT, TensorRTError
-from engine_core.build.tensorrt import build_tensorrt
+from engine_core.backends.tensorrt.api import TensorRT, TensorRTError
+from engine_core.backends.tensorrt.backend import TensorRTBackend
+from engine_core.backends.tensorrt.build import build_tensorrt
 from engine_core.config import EngineConfig
-from engine_core.device import DeviceMemoryError
+from engine_core.cuda.driver import DeviceMemoryError
 from engine_core.errors import BuildError, ConfigurationError, EngineDirectoryError, UnsupportedModelError
-from engine_core.manifest import read_manifest
-from engine_core.safetensors_file import write_safetensors
+from engine_core.formats.manifest import read_manifest
+from engine_core.formats.safetensors_file import write_safetensors
 from fake_gpu import FakeDriver, install
 from test_backend_tensorrt import PROMPT, load
 

@@ -16,18 +16,19 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 
 import vocab_checkpoints
-from engine_core.backends import TokenSampling, ort_head
-from engine_core.backends.onnxruntime import OnnxRuntimeBackend
-from engine_core.build.build import build_engine
-from engine_core.build.reduce_vocab import reduce_vocab
-from engine_core.cancellation import CancelToken
+from engine_core.backends import TokenSampling
+from engine_core.backends.onnxruntime import head as ort_head
+from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
+from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
-from engine_core.engine import Engine
 from engine_core.errors import ConfigurationError, InvalidSamplingError
+from engine_core.formats.safetensors_file import write_safetensors
+from engine_core.formats.vocab_map import TENSOR_NAME
+from engine_core.reduce_vocab.reduce import reduce_vocab
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
-from engine_core.safetensors_file import write_safetensors
 from engine_core.sampling import Sampler
-from engine_core.vocab import TENSOR_NAME
+from engine_core.serving.cancellation import CancelToken
+from engine_core.serving.engine import Engine
 from test_demo_model import MODEL, SCHEMA, conforms
 from tools.demo_model.grammar import Generator
 

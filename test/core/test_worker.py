@@ -9,7 +9,7 @@ import pytest
 
 from engine_core.errors import ConfigurationError, EmptyPromptError, EngineFaultError, NotActiveError, QueueFullError
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
-from engine_core.worker import Worker
+from engine_core.serving.worker import Worker
 
 WAIT = 10.0
 

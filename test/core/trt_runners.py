@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.build.model import ModelSpec
+from engine_core.models.spec import ModelSpec
 
 POISON = 1000.0  # finite, as the backend's zeroed cache always is; a position that is read before it is written shows
 

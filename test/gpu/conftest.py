@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from gpu_bench import Bench
 
-from engine_core.device import Device
+from engine_core.cuda.driver import Device
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "core"))  # device_steps, trt_runners
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_core.build.cuda import build_cuda
+from engine_core.backends.cuda.build import build_cuda
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 
@@ -19,6 +19,6 @@ def build_demo(backend: str, engine_dir: Path) -> None:
         return
     if importlib.util.find_spec("tensorrt") is None:
         pytest.skip("needs the Python package tensorrt")
-    from engine_core.build.tensorrt import build_tensorrt
+    from engine_core.backends.tensorrt.build import build_tensorrt
 
     build_tensorrt(MODEL, engine_dir, level=1)

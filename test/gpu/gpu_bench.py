@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine_core.device import Arena, Device, DeviceArray, Stream
-from engine_core.kernels import Kernels
+from engine_core.cuda.driver import Arena, Device, DeviceArray, Stream
+from engine_core.cuda.kernels import Kernels
 
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 NUMPY |= {"int32": np.int32, "uint32": np.uint32, "int8": np.int8}

@@ -15,8 +15,8 @@ import numpy as np  # noqa: E402
 
 from engine_core.backends import TokenSampling, backend_class  # noqa: E402
 from engine_core.config import EngineConfig  # noqa: E402
-from engine_core.device import Device  # noqa: E402
-from engine_core.manifest import read_manifest  # noqa: E402
+from engine_core.cuda.driver import Device  # noqa: E402
+from engine_core.formats.manifest import read_manifest  # noqa: E402
 
 GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
 

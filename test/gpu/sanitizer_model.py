@@ -14,10 +14,10 @@ import numpy as np  # noqa: E402
 
 from device_steps import generate  # noqa: E402
 from engine_core.backends import TokenSampling  # noqa: E402
-from engine_core.backends.cuda import CudaBackend  # noqa: E402
-from engine_core.backends.cuda_layout import CudaSpec, weight_arrays  # noqa: E402
-from engine_core.device import Device  # noqa: E402
-from engine_core.kernels.attention import AttentionShape  # noqa: E402
+from engine_core.backends.cuda.backend import CudaBackend  # noqa: E402
+from engine_core.backends.cuda.layout import CudaSpec, weight_arrays  # noqa: E402
+from engine_core.cuda.driver import Device  # noqa: E402
+from engine_core.cuda.kernels.attention import AttentionShape  # noqa: E402
 
 VOCAB, CONTEXT, HEAD_DIM = 1008, 309, 32  # the last chunk of 290 tokens has rows beyond the context
 

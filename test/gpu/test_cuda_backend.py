@@ -7,11 +7,11 @@ import pytest
 
 from device_steps import generate
 from engine_core.backends import TokenSampling
-from engine_core.backends.cuda import CudaBackend
-from engine_core.backends.cuda_layout import CudaSpec, weight_arrays
-from engine_core.device import Device, DeviceMemoryError
+from engine_core.backends.cuda.backend import CudaBackend
+from engine_core.backends.cuda.layout import CudaSpec, weight_arrays
+from engine_core.cuda.driver import Device, DeviceMemoryError
+from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.errors import EngineFaultError, InvalidSamplingError
-from engine_core.kernels.attention import AttentionShape
 
 pytestmark = pytest.mark.gpu
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_cuda_models import check_greedy, use_weights_of
 
-from engine_core.build.checkpoint import Checkpoint
-from engine_core.build.cuda import build_cuda
-from engine_core.kernels import int4_layout, int8_layout
-from engine_core.safetensors_file import write_safetensors
+from engine_core.backends.cuda.build import build_cuda
+from engine_core.cuda.kernels import int4_layout, int8_layout
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.safetensors_file import write_safetensors
 
 pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")

@@ -10,13 +10,13 @@ from gpu_bench import NUMPY, error, from_bits
 
 from device_steps import GREEDY, generate
 from engine_core.backends import TokenSampling
-from engine_core.backends.cuda import CudaBackend
-from engine_core.build.cuda import build_cuda
+from engine_core.backends.cuda.backend import CudaBackend
+from engine_core.backends.cuda.build import build_cuda
 from engine_core.config import EngineConfig
-from engine_core.kernels import int4_layout, int8_layout, reference
-from engine_core.manifest import read_manifest
-from engine_core.safetensors_file import SafetensorsFile
-from engine_core.vocab import write_vocab_map
+from engine_core.cuda.kernels import int4_layout, int8_layout, reference
+from engine_core.formats.manifest import read_manifest
+from engine_core.formats.safetensors_file import SafetensorsFile
+from engine_core.formats.vocab_map import write_vocab_map
 
 pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")

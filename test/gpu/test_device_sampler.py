@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine_core.backends import TokenSampling
-from engine_core.kernels import sampling
+from engine_core.cuda.kernels import sampling
 from engine_core.sampling import Sampler
 
 pytestmark = pytest.mark.gpu

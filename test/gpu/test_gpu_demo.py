@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from demo_engines import MODEL, build_demo
 
-from engine_core.build.build import build_engine
-from engine_core.cancellation import CancelToken
+from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
-from engine_core.engine import Engine
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
+from engine_core.serving.cancellation import CancelToken
+from engine_core.serving.engine import Engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 pytest.importorskip("onnxruntime")

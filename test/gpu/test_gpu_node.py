@@ -16,7 +16,7 @@ except ImportError:
 import rclpy
 from demo_engines import build_demo
 
-from engine_core.device import Device
+from engine_core.cuda.driver import Device
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "test" / "ros"), str(ROOT / "test" / "core")]

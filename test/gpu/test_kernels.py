@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gpu_bench import error, from_bits, to_bits
 
-from engine_core.device import DeviceArray
-from engine_core.kernels import (
+from engine_core.cuda.driver import DeviceArray
+from engine_core.cuda.kernels import (
     KernelArgumentError,
     attention,
     int4_layout,

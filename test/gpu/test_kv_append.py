@@ -7,9 +7,9 @@ import ctypes
 import numpy as np
 import pytest
 
-from engine_core.device import DeviceArray
-from engine_core.kernels.kv_append import AppendShape, NextStep, kv_append, kv_append_blocks
-from engine_core.kernels.sampling import STATE
+from engine_core.cuda.driver import DeviceArray
+from engine_core.cuda.kernels.kv_append import AppendShape, NextStep, kv_append, kv_append_blocks
+from engine_core.cuda.kernels.sampling import STATE
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.gpu_decode import SHAPES
 from benchmarks.gpu_trt import model_config
 from benchmarks.random_checkpoint import write_random_checkpoint
-from engine_core.build.cuda import build_cuda
+from engine_core.backends.cuda.build import build_cuda
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 PROBE = Path(__file__).with_name("memory_probe.py")
@@ -32,7 +32,7 @@ def test_the_plan_is_what_is_taken(checkpoint, tmp_path, quantization):
     if quantization == "tensorrt":
         if importlib.util.find_spec("tensorrt") is None:
             pytest.skip("needs the Python package tensorrt")
-        from engine_core.build.tensorrt import build_tensorrt
+        from engine_core.backends.tensorrt.build import build_tensorrt
 
         build_tensorrt(checkpoint, engine_dir, max_context=CONTEXT, level=1)
     else:

@@ -14,9 +14,9 @@ from benchmarks.random_checkpoint import write_random_checkpoint
 from device_steps import generate
 from engine_core.backends import TokenSampling
 from engine_core.config import EngineConfig
-from engine_core.device import Device, DeviceMemoryError
+from engine_core.cuda.driver import Device, DeviceMemoryError
 from engine_core.errors import EngineDirectoryError, EngineFaultError
-from engine_core.manifest import read_manifest
+from engine_core.formats.manifest import read_manifest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,7 +73,7 @@ def options(**changes) -> TokenSampling:
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
     """(engine directory, checkpoint directory)."""
-    from engine_core.build.tensorrt import build_tensorrt
+    from engine_core.backends.tensorrt.build import build_tensorrt
 
     directory = tmp_path_factory.mktemp(request.param)
     checkpoint = write_random_checkpoint(directory / "checkpoint", {**COMMON, **MODELS[request.param]}, scale=0.09)
@@ -86,16 +86,16 @@ def model(request, tmp_path_factory):
 
 
 def load(engine_dir, **config):
-    from engine_core.backends.tensorrt import TensorRTBackend
+    from engine_core.backends.tensorrt.backend import TensorRTBackend
 
     return TensorRTBackend.load(engine_dir, read_manifest(engine_dir), EngineConfig(engine_dir, **config))
 
 
 def test_logits_are_those_of_the_exported_model(model, tmp_path):
-    from engine_core.build.checkpoint import Checkpoint
-    from engine_core.build.model import read_spec
-    from engine_core.build.trt_export import export_onnx
-    from engine_core.build.weights import Weights
+    from engine_core.backends.tensorrt.export import export_onnx
+    from engine_core.formats.checkpoint import Checkpoint
+    from engine_core.formats.weights import Weights
+    from engine_core.models.spec import read_spec
     from trt_runners import PlainRunner
 
     checkpoint = Checkpoint(model[1])
@@ -166,7 +166,7 @@ def test_twenty_loads_give_all_memory_back(model):
 
 
 def test_the_plan_covers_what_load_takes(model):
-    from engine_core.backends.tensorrt import TensorRTBackend
+    from engine_core.backends.tensorrt.backend import TensorRTBackend
 
     load(model[0]).close()
     outer = Device()
@@ -190,7 +190,7 @@ def test_what_does_not_fit_leaves_nothing_behind(model):
 
 
 def test_plans_of_other_machines_and_damaged_ones_are_refused(model, tmp_path):
-    from engine_core.backends.tensorrt import TensorRTBackend
+    from engine_core.backends.tensorrt.backend import TensorRTBackend
 
     manifest, config = read_manifest(model[0]), EngineConfig(model[0])
     other = dataclasses.replace(manifest, gpu_arch="sm_53")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine_core.errors import EngineFaultError
-from engine_core.manifest import Manifest, ModelGeometry, seal, write_variant
+from engine_core.formats.manifest import Manifest, ModelGeometry, seal, write_variant
 from engine_core.memory import MemoryItem, MemoryPlan
 from fakes import END, EOS, VOCAB_SIZE, ScriptedBackend, write_tokenizer
 

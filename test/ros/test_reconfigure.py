@@ -11,9 +11,9 @@ from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.parameter import Parameter
 
 from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason
-from engine_core.build.build import build_engine
-from engine_core.safetensors_file import write_safetensors
-from engine_core.vocab import TENSOR_NAME
+from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.formats.safetensors_file import write_safetensors
+from engine_core.formats.vocab_map import TENSOR_NAME
 from llm_client import ACTIVATE, CLEANUP, CONFIGURE, DEACTIVATE, UNCONFIGURED, Nodes
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"

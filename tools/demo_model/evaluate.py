@@ -65,10 +65,10 @@ def transformers_answers(directory: Path, batch: int = 128) -> Answer:
 
 def engine_answers(directory: Path, schema: str = "") -> Answer:
     """Through our engine; with ``schema``, its answers are held to that JSON schema."""
-    from engine_core.cancellation import CancelToken
     from engine_core.config import EngineConfig
-    from engine_core.engine import Engine
     from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
+    from engine_core.serving.cancellation import CancelToken
+    from engine_core.serving.engine import Engine
 
     engine = Engine.open(EngineConfig(directory))
 

@@ -1,0 +1,180 @@
+"""The CUDA backend: our own kernels on an NVIDIA GPU, compiled for it when the engine is opened.
+
+One stream, in order. A decode step is one CUDA graph whose last kernel samples; the token feeds the next step on the
+device and reaches the host through pinned memory, marked by an event, so no step waits for the host. A chunk of a
+prompt is one CUDA graph, too, of the next larger of a few sizes: its place and length are in device memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from engine_core.backends import TokenSampling
+from engine_core.backends.cuda.layout import (
+    PROMPT_HEADER,
+    ArraySpec,
+    CudaSpec,
+    planned_bytes,
+    prefill_rows,
+    rows_of_chunk,
+    weight_arrays,
+    work_arrays,
+)
+from engine_core.backends.cuda.model import CudaModel
+from engine_core.backends.cuda.weights import CudaWeights, Resolved, resolve
+from engine_core.backends.gpu_backend import DeviceBackend, SequenceLimits, plan_here, rows_by_id
+from engine_core.backends.gpu_model import DeviceModel, WeightSource
+from engine_core.config import EngineConfig
+from engine_core.cuda.driver import ITEM_BYTES, Arena, Device, DeviceArray, PinnedArray, Stream
+from engine_core.cuda.graphs import GraphKey, GraphRunner
+from engine_core.cuda.kernels import CHUNK_WORDS, Kernels
+from engine_core.formats.manifest import Manifest
+from engine_core.memory import MemoryPlan
+
+MAX_GRAPH_ROWS = 512  # of a chunk in a graph: a larger one's launches are queued long before the GPU is done
+Loaded = TypeVar("Loaded", bound="CudaBackend")  # Self is not in Python 3.10
+
+
+class CudaBackend(DeviceBackend):
+    """See ``engine_core.backends.Backend``."""
+
+    name = "cuda"
+
+    @classmethod
+    def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
+        spec = resolve(variant_dir, manifest, config).spec
+        return plan_here(lambda device: planned_bytes(spec, device.num_sms))
+
+    @classmethod
+    def load(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> CudaBackend:
+        return cls._load(variant_dir, resolve(variant_dir, manifest, config), config)
+
+    @classmethod
+    def _load(
+        cls: type[Loaded],
+        variant_dir: Path,
+        resolved: Resolved,
+        config: EngineConfig,
+        check: Callable[[Device], None] = lambda device: None,
+        **kwargs: Any,
+    ) -> Loaded:
+        """``check`` may refuse the device, ``kwargs`` are a subclass's own."""
+        weights = CudaWeights(variant_dir, resolved)
+        device = Device()
+        try:
+            check(device)
+            return cls(
+                device,
+                resolved.spec,
+                lambda name, array: device.upload(array, weights.read(name)),
+                weights.rope(),
+                vocab_map=resolved.vocab_map,
+                use_cuda_graph=config.use_cuda_graph,
+                **kwargs,
+            )
+        except BaseException:
+            device.close()
+            raise
+
+    def __init__(
+        self,
+        device: Device,
+        spec: CudaSpec,
+        source: WeightSource,
+        rope: np.ndarray,
+        *,
+        vocab_map: np.ndarray | None = None,
+        use_cuda_graph: bool = True,
+    ) -> None:
+        """Allocate, load, capture, warm up. Owns ``device`` once it returns; leaves nothing behind when it raises.
+
+        ``rope``: float32 [max_context, head_dim / 2, 2], cos and sin.
+        """
+        self._device = device
+        self._spec = spec
+        self.max_context = spec.max_context
+        self.vocab_size = spec.vocab_size
+        self.reduced_vocab_size = spec.head_rows
+        with contextlib.ExitStack() as undo:
+            self._allocate(undo)
+            self._model.fill(source, rope)
+            if vocab_map is not None:
+                device.upload(self._model.work["vocab_map"], vocab_map.astype(np.int32))
+            self._row_of = rows_by_id(vocab_map, spec.vocab_size)
+            self._reset()
+            self._capture(undo, use_cuda_graph)
+            self._resources = undo.pop_all()
+
+    def _allocate(self, undo: contextlib.ExitStack) -> None:
+        device, spec = self._device, self._spec
+
+        def own(resource):
+            undo.callback(resource.close)
+            return resource
+
+        arrays = [*weight_arrays(spec).values(), *self._work_arrays().values()]
+        self._stream = own(Stream(device))
+        arena = own(Arena(device, sum(array.nbytes for array in arrays)))
+        kernels = own(Kernels(device, spec.dtype))
+        self._model = own(self._make_model(arena, kernels))
+        self._work = self._model.work
+        self._allocate_host(
+            own,
+            device,
+            SequenceLimits.of(
+                spec,
+                spec.attention.num_kv_heads,
+                cache_item_bytes=spec.attention.head_dim * ITEM_BYTES[self._work["kv_cache"].dtype],
+                scale_item_bytes=2 if spec.attention.kv_int8 else 0,
+            ),
+        )
+        self._prompt = [own(PinnedArray(device, (PROMPT_HEADER + spec.chunk,), "int32")) for _ in range(2)]
+
+    def _work_arrays(self) -> dict[str, ArraySpec]:
+        return work_arrays(self._spec, self._device.num_sms)
+
+    def _make_model(self, arena: Arena, kernels: Kernels) -> DeviceModel:
+        return CudaModel(self._device, self._stream, arena, kernels, self._spec)
+
+    def _capture(self, undo: contextlib.ExitStack, enabled: bool) -> None:
+        work = self._model.work
+        address = self._tokens.device_address
+        self._decode_key = GraphKey(1, work["state"].address, work["logits"].address)
+        self._graphs = GraphRunner(self._stream, enabled)
+        undo.callback(self._graphs.close)
+        self._set_params(TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset()))
+        self._model.compile_ahead(address)
+        self._graphs.add(self._decode_key, self._model.decode_launches(address))
+        self._sample_last = self._model.sampling_launches(address)
+        self._model.prepare_prefill()
+        self._prefill_keys = {}
+        for rows in prefill_rows(self._spec.chunk):
+            self._prefill_keys[rows] = key = GraphKey(1, work["prompt"].address, work["hidden"].address, rows=rows)
+            self._upload_chunk(0, np.zeros(min(rows, self.max_context), dtype=np.int32), 0)
+            capture = self._model.captures_prefill and rows <= MAX_GRAPH_ROWS
+            self._graphs.add(key, [lambda _stream, rows=rows: self._model.prefill_chunk(rows)], capture)
+
+    # --- hooks of DeviceBackend -------------------------------------------------------------------------
+
+    def _queue_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
+        self._upload_chunk(slot, token_ids, position)
+        self._graphs.run(self._prefill_keys[rows_of_chunk(len(token_ids), self._spec.chunk)])
+
+    def _upload_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
+        host, length = self._prompt[slot].host, PROMPT_HEADER + len(token_ids)
+        assert 1 <= len(token_ids) <= self._spec.chunk and position + len(token_ids) <= self.max_context
+        host[:CHUNK_WORDS] = position, len(token_ids)
+        host[PROMPT_HEADER:length] = token_ids
+        self._stream.upload(DeviceArray(self._work["prompt"].address, (length,), "int32"), self._prompt[slot])
+
+    def _run_sampler(self) -> None:
+        for launch in self._sample_last:
+            launch(self._stream)
+
+    def _run_decode(self) -> None:
+        self._graphs.run(self._decode_key)

@@ -1,0 +1,261 @@
+"""Builds an engine directory for the CUDA backend: the checkpoint's 16-bit weights, fused and laid out for the kernels.
+
+Nothing is compiled here: one directory serves every NVIDIA GPU. Needs numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from engine_core.backends.cuda.layout import KV_CACHE_TYPES, LAYOUTS, CudaSpec, options_of, weight_arrays
+from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
+from engine_core.config import EngineConfig
+from engine_core.cuda.kernels.int4_layout import GROUP, TILE, fits
+from engine_core.errors import BuildError, UnsupportedModelError
+from engine_core.formats import companions
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.manifest import Manifest, seal, write_variant
+from engine_core.formats.number_formats import from_16_bit, to_16_bit
+from engine_core.formats.tensor_writer import TensorWriter
+from engine_core.formats.weights import Weights
+from engine_core.models.spec import LayerSpec, ModelSpec, check_tensors, read_spec
+
+QUANTIZATIONS = ("fp16", "int8", "int4", "int4_awq")
+
+
+def build_cuda(
+    checkpoint_dir: Path,
+    engine_dir: Path,
+    *,
+    quantization: str = "fp16",
+    max_context: int = 0,
+    dtype: str = "auto",
+    vocab_map: Path | None = None,
+    kv_cache_type: str = "auto",
+    model_name: str = "",
+) -> Manifest:
+    """Writes the variant ``engine_dir`` from a Hugging Face checkpoint directory.
+
+    ``quantization``: fp16 (16-bit weights of either type), int8 or int4 (rounded to nearest, groups of 128, the LM head
+    too) or int4_awq, which is int4 from a checkpoint in int4. A checkpoint's own symmetric levels of as many bits are
+    kept with their scales, of groups of 128 or a multiple of that, such as a row; others are dequantized first.
+    ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
+    ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps; a file of that name in the
+    checkpoint is used by itself.
+    ``kv_cache_type``: fp16 or int8, what the engine opens with unless told otherwise (auto = fp16).
+    Raises CheckpointError, UnsupportedModelError or BuildError; nothing half-written is left behind.
+    """
+    checkpoint = Checkpoint(checkpoint_dir)
+    spec = read_spec(checkpoint)
+    max_context = max_context or min(spec.max_position, 8192)
+    check_supported(spec, max_context)
+    if dtype == "auto":
+        stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+        dtype = "bf16" if stored == "bfloat16" else "fp16"
+    if dtype not in ("fp16", "bf16"):
+        raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
+    if quantization not in QUANTIZATIONS:
+        raise BuildError(f"The cuda backend has no {quantization!r} weights; choose one of {', '.join(QUANTIZATIONS)}.")
+    if kv_cache_type not in ("auto", *KV_CACHE_TYPES):
+        raise BuildError(
+            f"The cuda backend has no {kv_cache_type!r} KV cache; choose one of {', '.join(KV_CACHE_TYPES)}."
+        )
+    stored = checkpoint.stored(spec.layers[0].qkv.parts[0])
+    if quantization == "int4_awq" and (stored is None or stored.kind != "int4"):
+        raise BuildError(
+            "int4_awq takes the levels of a checkpoint in int4, which this one is not; make one with "
+            "'edgellm quantize --method int4_awq', or build int4, which rounds to nearest."
+        )
+    vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
+    kept = companions.kept_ids(vocab_map, checkpoint, spec)
+    manifest = Manifest(
+        model_name=model_name or companions.model_name(checkpoint),
+        geometry=spec.geometry(check_tensors(spec, checkpoint)),
+        backend="cuda",
+        quantization=quantization,
+        kv_cache_type="fp16" if kv_cache_type == "auto" else kv_cache_type,
+        max_context=max_context,
+        max_batch=1,
+        eos_token_ids=companions.eos_token_ids(checkpoint),
+        reduced_vocab_size=0 if kept is None else len(kept),
+        group_size=0 if quantization == "fp16" else GROUP,
+        use_cuda_graph=True,
+        builder=companions.versions(()),
+        options=model_options(spec, dtype),
+    )
+    with write_variant(Path(engine_dir)) as directory:
+        companions.copy_companions(checkpoint, directory)
+        companions.copy_vocab_map(vocab_map, kept, directory)
+        write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
+        manifest = seal(directory, manifest)
+    return manifest
+
+
+def check_supported(spec: ModelSpec, max_context: int) -> None:
+    """Raises UnsupportedModelError naming the first trait the kernels lack."""
+    has_window = any(0 < layer.window < max_context for layer in spec.layers)
+    lacking = {
+        "norms with an offset": spec.norm_offset != 0,
+        f"the activation {spec.activation}": spec.activation != "silu",
+        "soft capping": spec.attention_softcap != 0 or spec.logits_softcap != 0,
+        "a scaled embedding": spec.embedding_scale != 1,
+        "an attention scale of its own": not np.isclose(spec.attention_scale, spec.head_dim**-0.5),
+        "a bias of the head": bool(spec.head_bias),
+        "several RoPE tables": len(spec.ropes) != 1,
+        "a partly rotated head": spec.ropes[0].dim != spec.head_dim,
+        "a sliding window shorter than max_context": has_window,
+        "norms after attention or MLP": any(x.post_attention_norm or x.post_mlp_norm for x in spec.layers),
+        "biases outside QKV": any(x.output.biases or x.gate_up.biases or x.down.biases for x in spec.layers),
+        "a hidden or intermediate size that is not a multiple of 8": bool(
+            spec.hidden_size % 8 or spec.intermediate_size % 8
+        ),
+        "a head size that is not a multiple of 16 up to 256": bool(spec.head_dim % 16) or spec.head_dim > 256,
+        "more than 8 query heads for a KV head": spec.num_heads // spec.num_kv_heads > 8,
+    }
+    for trait, is_lacking in lacking.items():
+        if is_lacking:
+            raise UnsupportedModelError(
+                f"{spec.architecture} has {trait}, which the cuda backend does not run; use the backend onnxruntime."
+            )
+
+
+def model_options(spec: ModelSpec, dtype: str) -> dict:
+    return options_of(
+        dtype=dtype,
+        norm_eps=spec.norm_eps,
+        qk_norm=bool(spec.layers[0].q_norm),
+        qkv_bias=bool(spec.layers[0].qkv.biases),
+        tied=spec.tied,
+    )
+
+
+def fused_tensors(
+    weights: Weights, has_head: bool, *, paired: bool = True
+) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+    """(name in the engine's weights file, blocks of float32 values), in the order of ``weight_arrays``.
+
+    ``paired``: rows of gate and up in turn, as the kernels read them; else all of gate, then all of up.
+    """
+    spec = weights.spec
+    yield "embed", weights.embedding()
+    yield "norm", [weights.norm(spec.final_norm)]
+    if has_head:
+        yield "head", weights.head()
+    for i, layer in enumerate(spec.layers):
+        for name, blocks in _layer_tensors(weights, layer, paired):
+            yield f"layers.{i}.{name}", blocks
+
+
+def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+    yield "input_norm", [weights.norm(layer.input_norm)]
+    yield "qkv", weights.linear(layer.qkv)
+    yield "o", weights.linear(layer.output)
+    yield "post_norm", [weights.norm(layer.mlp_norm)]
+    yield "gate_up", weights.paired(layer.gate_up) if paired else weights.linear(layer.gate_up)
+    yield "down", weights.linear(layer.down)
+    if layer.qkv.biases:
+        yield "qkv_bias", [weights.bias(layer.qkv)]
+    if layer.q_norm:
+        yield "q_norm", [weights.norm(layer.q_norm)]
+        yield "k_norm", [weights.norm(layer.k_norm)]
+
+
+def own_levels(checkpoint: Checkpoint, spec: ModelSpec, name: str, bits: int, dtype: str) -> np.ndarray | None:
+    """Records with the checkpoint's own levels and scales, of the fused tensor ``name``.
+
+    None unless all its parts are in ``bits`` bits, symmetric, in groups of a multiple of 128 columns, with scales that
+    ``dtype`` holds exactly.
+    """
+    if not name.startswith("layers."):
+        return None
+    _, index, which = name.split(".")
+    layer = spec.layers[int(index)]
+    linear = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}[which]
+    found = [checkpoint.quantized(part) for part in linear.parts]
+    if any(part is None or part.bits != bits or part.group_size % GROUP for part in found):
+        return None
+    if any(part.zeros is not None and (part.zeros != 1 << (bits - 1)).any() for part in found):
+        return None
+    found = [part.regrouped(GROUP) for part in found]
+    levels, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))
+    stored = to_16_bit(scales, dtype)
+    if not fits(*levels.shape) or not np.array_equal(from_16_bit(stored), scales):
+        return None
+    if which == "gate_up":
+        levels, stored = _paired(levels), _paired(stored)
+    return LAYOUTS[bits].pack(levels, stored)
+
+
+def _paired(gate_up: np.ndarray) -> np.ndarray:
+    """Rows of gate and up in turn: one CTA computes both rows of a pair, and so the activation."""
+    return gate_up.reshape(2, -1, gate_up.shape[1]).swapaxes(0, 1).reshape(gate_up.shape)
+
+
+def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
+    """float32 [max_context, head_dim / 2, 2]: cos and sin."""
+    return np.stack(spec.ropes[0].table(max_context), axis=-1)
+
+
+def to_records(values: np.ndarray, bits: int, dtype: str) -> np.ndarray:
+    """float32 [rows, cols] rounded to nearest, symmetric, in groups of 128: records of kernels/int4_layout.py or 8.
+
+    In 4 bits the value of largest magnitude becomes -8, which spends all 16 levels; in 8 bits it becomes ±127. The
+    scale is rounded to ``dtype`` first, so that the levels make up for it. Raises BuildError on a shape the records
+    cannot hold.
+    """
+    rows, cols = values.shape
+    if not fits(rows, cols):
+        raise BuildError(
+            f"A weight is {rows} × {cols}, but int{bits} takes rows in multiples of {TILE} and columns in "
+            f"multiples of {GROUP}; build fp16 instead."
+        )
+    layout = LAYOUTS[bits]
+    grouped = values.reshape(rows, cols // GROUP, GROUP)
+    peak = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
+    scales = to_16_bit(peak / np.float32(-8) if bits == 4 else np.abs(peak) / np.float32(127), dtype)
+    rounded = (scales.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else scales.astype(np.float32)
+    inverse = np.divide(1.0, rounded, out=np.zeros_like(rounded), where=rounded != 0)
+    low, high = (0, 15) if bits == 4 else (1, 255)
+    levels = np.clip(np.rint(grouped * inverse[:, :, None]) + layout.ZERO, low, high).astype(np.uint8)
+    return layout.pack(levels.reshape(rows, cols), scales)
+
+
+def write_weights(
+    path: Path,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    manifest: Manifest,
+    kept: np.ndarray | None,
+    *,
+    paired: bool = True,
+) -> None:
+    """The weights file of a variant. ``kept``: the LM head's rows, None = all; ``paired``: see ``fused_tensors``.
+
+    Raises CheckpointError or BuildError.
+    """
+    cuda_spec = CudaSpec.create(manifest, EngineConfig(engine_dir=path.parent, max_context=manifest.max_context))
+    dtype = cuda_spec.dtype
+    arrays = weight_arrays(cuda_spec)
+    tensors = {name: (STORED_TYPES[array.dtype], array.shape) for name, array in arrays.items()}
+    table = rope_table(spec, manifest.max_context)
+    bits = cuda_spec.weight_bits
+
+    def records(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
+        own = own_levels(checkpoint, spec, name, bits, dtype)
+        return to_records(np.concatenate(list(blocks)), bits, dtype) if own is None else own
+
+    writer = TensorWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)})
+    try:
+        for name, blocks in fused_tensors(Weights(checkpoint, spec, kept), cuda_spec.has_head, paired=paired):
+            if arrays[name].dtype == "uint8":
+                writer.write(name, records(name, blocks))
+            else:
+                writer.write_blocks(name, (to_16_bit(block, dtype) for block in blocks))
+        writer.write(ROPE_NAME, table)
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()

@@ -1,0 +1,269 @@
+"""What the CUDA backend keeps in device memory: every array, its shape and its purpose.
+
+The memory plan adds these up and ``load`` takes exactly these, so that the plan cannot be wrong about itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from engine_core.config import EngineConfig
+from engine_core.cuda.driver import ITEM_BYTES, aligned
+from engine_core.cuda.kernels import int4_layout, int8_layout
+from engine_core.cuda.kernels.attention import AttentionShape, scale_pitch
+from engine_core.cuda.kernels.int4_layout import GROUP
+from engine_core.cuda.kernels.linear_packed import packed_scratch
+from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
+from engine_core.errors import ConfigurationError, EngineDirectoryError
+from engine_core.formats.manifest import Manifest
+
+KV_CACHE_TYPES = ("fp16", "int8")  # fp16 stands for the 16-bit type of the weights
+LAYOUTS = {4: int4_layout, 8: int8_layout}  # of packed weights, by their bits
+_WEIGHT_BITS = {"fp16": 16, "int8": 8, "int4": 4, "int4_awq": 4}
+BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
+PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
+# Modules, graphs and cuBLAS's own code, as measured (test/gpu/test_memory_plan.py); the context itself is taken before
+# the plan is made.
+RUNTIME_BYTES = 76 << 20
+ROW_GRAIN = 64  # see round_rows
+PROMPT_HEADER = 4  # int32 before the tokens of a chunk: its CHUNK_WORDS, rounded up to 16 bytes
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    purpose: str  # the memory plan's item
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return aligned(math.prod(self.shape) * ITEM_BYTES[self.dtype])
+
+
+@dataclass(frozen=True)
+class CudaSpec:
+    """One model as this backend runs it."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    attention: AttentionShape
+    vocab_size: int
+    head_rows: int  # rows of the LM head: vocab_size, or fewer with a vocabulary map
+    dtype: str  # fp16 or bf16: weights, activations, and the KV cache unless attention.kv_int8
+    norm_eps: float
+    qkv_bias: bool
+    tied: bool  # the LM head is the embedding
+    weight_bits: int  # of the products and the head: 16, or 4 or 8 in records of kernels/int4_layout.py, int8_layout.py
+    chunk: int  # tokens of a prefill step
+    prefix_slots: int
+    prefix_tokens: int
+
+    @property
+    def max_context(self) -> int:
+        return self.attention.max_context
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the LM head has an array of its own."""
+        return self.weight_bits < 16 or not self.tied or self.head_rows != self.vocab_size
+
+    @classmethod
+    def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
+        """As it was built; a vocab map given at load is ``cuda_weights.resolve``'s matter.
+
+        Raises ConfigurationError or EngineDirectoryError.
+        """
+        geometry, options = manifest.geometry, manifest.options
+        _check_config(manifest, config)
+        try:
+            dtype, norm_eps = options["dtype"], float(options["norm_eps"])
+            qk_norm, qkv_bias, tied = (bool(options[key]) for key in ("qk_norm", "qkv_bias", "tied"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineDirectoryError(f"The manifest's options lack {error}; build the engine again.") from error
+        max_context = config.max_context or manifest.max_context
+        chunk = min(config.prefill_chunk or PREFILL_CHUNK, max_context)
+        return cls(
+            num_layers=geometry.num_layers,
+            hidden=geometry.hidden_size,
+            intermediate=geometry.intermediate_size,
+            attention=AttentionShape(
+                num_heads=geometry.num_heads,
+                num_kv_heads=geometry.num_kv_heads,
+                head_dim=geometry.head_dim,
+                max_context=max_context,
+                norm_eps=norm_eps,
+                qk_norm=qk_norm,
+                kv_int8=_kv_cache_type(manifest, config) == "int8",
+            ),
+            vocab_size=geometry.vocab_size,
+            head_rows=manifest.reduced_vocab_size or geometry.vocab_size,
+            dtype=dtype,
+            norm_eps=norm_eps,
+            qkv_bias=qkv_bias,
+            tied=tied,
+            weight_bits=_weight_bits(manifest),
+            chunk=round_rows(chunk),
+            prefix_slots=config.prompt_cache_entries,
+            prefix_tokens=min(config.prompt_cache_tokens, max_context),
+        )
+
+
+def round_rows(tokens: int) -> int:
+    """Rows a prefill step computes for so many tokens: a few sizes, each with its graph and its cuBLAS kernels."""
+    grain = ROW_GRAIN if tokens > 2 * ROW_GRAIN else ROW_GRAIN // 2
+    return -(-tokens // grain) * grain
+
+
+def rows_of_chunk(tokens: int, chunk: int) -> int:
+    """The same where a step has at most ``chunk`` rows."""
+    return min(chunk, round_rows(tokens))
+
+
+def prefill_rows(chunk: int) -> list[int]:
+    """Every number of rows a prefill step of at most ``chunk`` tokens can have."""
+    return sorted({rows_of_chunk(tokens, chunk) for tokens in range(1, chunk + 1)})
+
+
+def max_packed_tokens(spec: CudaSpec) -> int:
+    """Up to which prefill multiplies by 4- and 8-bit weights as they are, as measured (benchmarks/results/kernels.md).
+
+    Small matrices are written out in 16 bits so fast that it soon pays.
+    """
+    return 64 if spec.hidden <= 2048 else 96
+
+
+def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
+    """Name in ``weights.safetensors`` → array. Of gate_up the rows are (gate, up) in turn; of qkv q, k, v in a row."""
+    attention, dtype = spec.attention, spec.dtype
+    shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab_size, spec.hidden), "norm": (spec.hidden,)}
+    if spec.has_head:
+        shapes["head"] = (spec.head_rows, spec.hidden)
+    products = product_shapes(spec)
+    for i in range(spec.num_layers):
+        layer: dict[str, tuple[int, ...]] = {
+            "input_norm": (spec.hidden,),
+            "qkv": products["qkv"],
+            "o": products["o"],
+            "post_norm": (spec.hidden,),
+            "gate_up": products["gate_up"],
+            "down": products["down"],
+        }
+        if spec.qkv_bias:
+            layer["qkv_bias"] = (attention.qkv_width,)
+        if attention.qk_norm:
+            layer["q_norm"] = layer["k_norm"] = (attention.head_dim,)
+        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
+    quantized = ("head", *products) if spec.weight_bits < 16 else ()
+    return {
+        name: ArraySpec("weights", LAYOUTS[spec.weight_bits].records_shape(*shape), "uint8")
+        if name.split(".")[-1] in quantized
+        else ArraySpec("weights", shape, dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def product_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the matrices of a layer."""
+    attention = spec.attention
+    return {
+        "qkv": (attention.qkv_width, spec.hidden),
+        "o": (spec.hidden, attention.num_heads * attention.head_dim),
+        "gate_up": (2 * spec.intermediate, spec.hidden),
+        "down": (spec.hidden, spec.intermediate),
+    }
+
+
+def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
+    """Everything that is not a weight. Decode uses the first rows of what prefill uses."""
+    attention, dtype, chunk, rows = spec.attention, spec.dtype, spec.chunk, spec.head_rows
+    kv_heads, head_dim = attention.num_kv_heads, attention.head_dim
+    kv_dtype = "int8" if attention.kv_int8 else dtype
+    arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
+        "kv_cache": ("kv_cache", (spec.num_layers, 2, kv_heads, spec.max_context, head_dim), kv_dtype),
+        "rope": ("rope", (spec.max_context, head_dim // 2, 2), "fp32"),
+        "hidden": ("scratch", (chunk, spec.hidden), "fp32"),
+        "normed": ("scratch", (chunk, spec.hidden), dtype),
+        "qkv": ("scratch", (chunk, attention.qkv_width), dtype),
+        "attended": ("scratch", (chunk, attention.num_heads * head_dim), dtype),
+        "gate_up": ("scratch", (chunk, 2 * spec.intermediate), dtype),
+        "activated": ("scratch", (chunk, spec.intermediate), dtype),
+        "partial": ("scratch", (attention.partial_floats(num_sms),), "fp32"),
+        "counters": ("scratch", (kv_heads,), "uint32"),
+        "blas": ("scratch", (BLAS_WORKSPACE,), "uint8"),
+        "scores": ("scratch", scores_shape(rows), "fp32"),
+        "logits": ("io", (rows,), "fp32"),
+        "prompt": ("io", (PROMPT_HEADER + chunk,), "int32"),
+        "state": ("io", (STATE.itemsize,), "uint8"),
+        "params": ("io", (PARAMS.itemsize,), "uint8"),
+        "seen": ("io", (-(-rows // 32),), "uint32"),
+        "bias": ("io", (rows,), "fp32"),
+        "mask": ("io", (-(-spec.vocab_size // 32),), "uint32"),
+    }
+    if attention.kv_int8:
+        arrays["kv_scales"] = ("kv_cache", (spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
+    if rows != spec.vocab_size:
+        arrays["vocab_map"] = ("io", (rows,), "int32")
+    if spec.weight_bits < 16:  # for prefill: one matrix at a time in 16 bits, or partial sums of products of few tokens
+        shapes = product_shapes(spec).values()
+        sums, counters = packed_scratch(shapes, min(chunk, max_packed_tokens(spec)), num_sms)
+        arrays["dequantized"] = ("scratch", (max(2 * sums, *map(math.prod, shapes)),), dtype)
+        arrays["packed_counters"] = ("scratch", (counters,), "uint32")
+    if spec.prefix_slots:
+        rows_of_slot = (spec.prefix_slots, spec.num_layers * 2 * kv_heads)
+        arrays["prefixes"] = ("prefix_cache", (*rows_of_slot, spec.prefix_tokens, head_dim), kv_dtype)
+        if attention.kv_int8:
+            arrays["prefix_scales"] = ("prefix_cache", (*rows_of_slot, scale_pitch(spec.prefix_tokens)), "fp16")
+    return {name: ArraySpec(*values) for name, values in arrays.items()}
+
+
+def _check_config(manifest: Manifest, config: EngineConfig) -> None:
+    """Raises ConfigurationError on what this backend does not do."""
+    if config.max_batch != 1:
+        raise ConfigurationError(
+            f"max_batch is {config.max_batch}, but the {manifest.backend} backend runs one sequence at a time; "
+            "set it to 1."
+        )
+
+
+def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
+    """What the engine opens with: the parameter, else what it was built to open with. Raises ConfigurationError."""
+    kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
+    if kind not in KV_CACHE_TYPES:
+        known = " and ".join(map(repr, KV_CACHE_TYPES))
+        raise ConfigurationError(
+            f"kv_cache_type is {kind!r}, but the {manifest.backend} backend has {known}; set it to one of them or auto."
+        )
+    return kind
+
+
+def _weight_bits(manifest: Manifest) -> int:
+    """Raises EngineDirectoryError."""
+    if manifest.quantization not in _WEIGHT_BITS or manifest.group_size not in (0, GROUP):
+        raise EngineDirectoryError(
+            f"The variant is {manifest.quantization} with groups of {manifest.group_size}, but the cuda backend reads "
+            f"fp16, int8 and int4 with groups of {GROUP}; build the engine again."
+        )
+    return _WEIGHT_BITS[manifest.quantization]
+
+
+def planned_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:
+    """Everything ``load`` takes, by purpose, on a GPU with so many multiprocessors."""
+    totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, num_sms))
+    totals["runtime"] = RUNTIME_BYTES
+    return totals
+
+
+def bytes_by_purpose(*groups: dict[str, ArraySpec]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for group in groups:
+        for array in group.values():
+            totals[array.purpose] = totals.get(array.purpose, 0) + array.nbytes
+    return totals
+
+
+def options_of(*, dtype: str, norm_eps: float, qk_norm: bool, qkv_bias: bool, tied: bool) -> dict[str, Any]:
+    """What a builder writes into the manifest's ``options`` for this backend."""
+    return {"dtype": dtype, "norm_eps": norm_eps, "qk_norm": qk_norm, "qkv_bias": qkv_bias, "tied": tied}

@@ -1,0 +1,151 @@
+"""The transformer on our own kernels alone.
+
+Decode takes five kernels a layer, each of which may start while the one before it ends: norm + QKV product, attention
+(with RoPE and the append to the KV cache), output product + residual, norm + gate-up product + SiLU, down product +
+residual. Prefill's products are cuBLAS's, but of 4- and 8-bit weights only those for many tokens, for which the weights
+are first written out in 16 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine_core.backends.cuda.layout import CudaSpec, max_packed_tokens, product_shapes, work_arrays
+from engine_core.backends.gpu_model import DeviceModel, Work
+from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
+from engine_core.cuda.kernels import Kernels, linear, linear_packed
+from engine_core.cuda.kernels.attention import AttentionPrefill
+from engine_core.cuda.kernels.blas import Blas
+
+
+@dataclass
+class _Product:
+    """A 16-bit matrix for cuBLAS and, where it is kept in 4 or 8 bits, what makes it and what does without."""
+
+    weight: DeviceArray
+    dequantize: Launch | None = None
+    packed: linear_packed.PackedProduct | None = None
+
+
+@dataclass
+class _Layer:
+    """The launches and the matrices of one layer's prefill."""
+
+    input_norm: Launch
+    bias: Launch | None
+    rope_append: Launch
+    attend: AttentionPrefill
+    post_norm: Launch
+    products: dict[str, _Product]
+
+
+class CudaModel(DeviceModel[_Layer]):
+    """See the module."""
+
+    def __init__(self, device: Device, stream: Stream, arena: Arena, kernels: Kernels, spec: CudaSpec) -> None:
+        super().__init__(device, stream, arena, kernels, spec, work_arrays(spec, device.num_sms))
+        self.blas = Blas(stream, self.work["blas"])
+        self._max_packed = max_packed_tokens(spec)
+
+    def _decode_layer(self, i: int) -> list[Work]:
+        spec, w = self.spec, self.work
+        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in _LAYER_WEIGHTS}
+        hidden, qkv, attended, activated = (w[name].at(0) for name in ("hidden", "qkv", "attended", "activated"))
+        eps = spec.norm_eps
+        return [
+            self._gemv(
+                *(weights["qkv"], hidden, qkv, linear.STORE),
+                norm_weight=weights["input_norm"],
+                bias=weights["qkv_bias"],
+                norm_eps=eps,
+            ),
+            self._attend_one(i),
+            self._gemv(weights["o"], attended, hidden, linear.RESIDUAL),
+            self._gemv(
+                *(weights["gate_up"], hidden, activated, linear.SILU),
+                norm_weight=weights["post_norm"],
+                norm_eps=eps,
+            ),
+            self._gemv(weights["down"], activated, hidden, linear.RESIDUAL),
+        ]
+
+    def prepare_prefill(self) -> None:
+        w = self.work
+        self._silu = linear.silu_multiply(self._kernels, w["gate_up"], w["activated"])
+        super().prepare_prefill()
+
+    def _prefill_layer(self, i: int) -> _Layer:
+        kernels, spec, w = self._kernels, self.spec, self.work
+        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in _LAYER_WEIGHTS}
+
+        def norm(weight: DeviceArray) -> Launch:
+            return linear.rms_norm(kernels, w["hidden"], weight, w["normed"], spec.norm_eps)
+
+        bias = weights["qkv_bias"]
+        return _Layer(
+            input_norm=norm(weights["input_norm"]),
+            bias=None if bias is None else linear.add_bias(kernels, w["qkv"], bias),
+            rope_append=self._rope_append(i),
+            attend=self._attend(i),
+            post_norm=norm(weights["post_norm"]),
+            products={name: self._product(name, weights[name]) for name in _ARRAYS},
+        )
+
+    def _product(self, name: str, weight: DeviceArray) -> _Product:
+        if self.spec.weight_bits == 16:
+            return _Product(weight)
+        kernels, w = self._kernels, self.work
+        source, target, epilogue = _ARRAYS[name]
+        either = w["dequantized"]  # of the matrix written out or, with few tokens, the partial sums
+        whole = DeviceArray(either.address, product_shapes(self.spec)[name], self.spec.dtype)
+        partial = DeviceArray(either.address, (either.nbytes // 4,), "fp32")
+        return _Product(
+            whole,
+            linear_packed.dequantize_packed(kernels, weight, whole),
+            linear_packed.PackedProduct(
+                *(kernels, weight, w[source], w["activated" if epilogue == linear.SILU else target], epilogue),
+                *(self._chunk, partial, w["packed_counters"]),
+            ),
+        )
+
+    def _run_layer(self, layer: _Layer, rows: int) -> None:
+        w, stream = self.work, self._stream
+
+        def multiply(name: str) -> None:
+            product = layer.products[name]
+            if product.packed is not None and rows <= self._max_packed:
+                product.packed(stream, rows)
+                return
+            if product.dequantize is not None:
+                product.dequantize(stream)
+            source, target, epilogue = _ARRAYS[name]
+            self.blas.matmul(w[source], product.weight, w[target], rows, epilogue == linear.RESIDUAL)
+            if epilogue == linear.SILU:
+                self._silu.set_grid(rows)
+                self._silu(stream)
+
+        layer.input_norm.set_grid(rows)
+        layer.input_norm(stream)
+        multiply("qkv")
+        if layer.bias is not None:
+            layer.bias.set_grid(rows)
+            layer.bias(stream)
+        self._run_attention(layer.rope_append, layer.attend, rows)
+        multiply("o")
+        layer.post_norm.set_grid(rows)
+        layer.post_norm(stream)
+        multiply("gate_up")
+        multiply("down")
+
+    def close(self) -> None:
+        self.blas.close()
+
+
+# Product → what it reads and writes, and its epilogue. SiLU's result goes from "gate_up" to "activated".
+_ARRAYS = {
+    "qkv": ("normed", "qkv", linear.STORE),
+    "o": ("attended", "hidden", linear.RESIDUAL),
+    "gate_up": ("normed", "gate_up", linear.SILU),
+    "down": ("activated", "hidden", linear.RESIDUAL),
+}
+_LAYER_WEIGHTS = ("input_norm", "qkv", "qkv_bias", "o", "post_norm", "gate_up", "down")

@@ -1,0 +1,185 @@
+"""The transformer on the device, whatever multiplies its matrices: arrays, embedding, attention, head, sampling.
+
+A decode step is a list of launches, a prefill chunk a method. The residual stream is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from engine_core.backends.cuda.layout import PROMPT_HEADER, ArraySpec, CudaSpec, prefill_rows, weight_arrays
+from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
+from engine_core.cuda.kernels import CHUNK_WORDS, Kernels, attention, linear, linear_packed, sampling
+
+# name, array → fills the array. From a file, or random for a benchmark.
+WeightSource = Callable[[str, DeviceArray], None]
+# What is queued on a stream: a kernel's launch, or a run of a TensorRT context.
+Work = Callable[[Stream], None]
+Layer = TypeVar("Layer")  # what a subclass prepares for one layer's prefill
+
+
+class DeviceModel(Generic[Layer]):
+    """Weights, KV cache and scratch of one model in one arena, and what runs on them.
+
+    A subclass has ``_decode_layer``, ``_prefill_layer``, ``_run_layer`` and ``close``.
+    """
+
+    captures_prefill = True  # whether a CUDA graph may hold a prefill step
+    _kept: tuple[str, ...] = ("hidden",)  # arrays whose first row is the last token's after a prefill step
+
+    def __init__(
+        self,
+        device: Device,
+        stream: Stream,
+        arena: Arena,
+        kernels: Kernels,
+        spec: CudaSpec,
+        work: Mapping[str, ArraySpec],
+    ) -> None:
+        """``work``: everything that is not a weight."""
+        self.spec = spec
+        self._device = device
+        self._stream = stream
+        self._kernels = kernels
+        self.weights = {name: arena.take(a.shape, a.dtype) for name, a in weight_arrays(spec).items()}
+        self.work = {name: arena.take(a.shape, a.dtype) for name, a in work.items()}
+        prompt = self.work["prompt"]
+        self._chunk = DeviceArray(prompt.address, (CHUNK_WORDS,), "int32")
+        self._tokens = DeviceArray(prompt.address + 4 * PROMPT_HEADER, (spec.chunk,), "int32")
+        gpu = (device.num_sms, device.max_shared)
+        self._spreads = {n: attention.prefill_spread(spec.attention, n, *gpu) for n in prefill_rows(spec.chunk)}
+
+    def fill(self, source: WeightSource, rope: np.ndarray) -> None:
+        """Loads every weight and the RoPE table: float32 [max_context, head_dim / 2, 2], cos and sin."""
+        for name, array in self.weights.items():
+            source(name, array)
+        assert rope.dtype == np.float32 and rope.shape == self.work["rope"].shape
+        self._device.upload(self.work["rope"], rope)
+        for name in ("counters", "packed_counters", "prompt", "seen", "bias", "state"):
+            if name in self.work:
+                self._stream.zero(self.work[name])
+        self._device.synchronize()
+
+    def compile_ahead(self, host_tokens: int) -> None:
+        """Compiles the kernels of decode_launches and prepare_prefill. Raises KernelCompileError or DeviceError."""
+
+        def prepare() -> None:
+            self.decode_launches(host_tokens)
+            self.prepare_prefill()
+
+        self._kernels.compile_ahead(prepare)
+
+    # --- decode ---------------------------------------------------------------------------------------
+
+    def sampling_launches(self, host_tokens: int) -> list[Work]:
+        """The head on the first row of ``hidden``, then the sampler; the token also goes to ``host_tokens``."""
+        w = self.work
+        arrays = [w[name] for name in ("logits", "scores", "params", "state", "seen", "bias", "mask")]
+        return [*self._head(), *sampling.sample(self._kernels, *arrays, w.get("vocab_map"), host_tokens)]
+
+    def _head(self) -> list[Work]:
+        w, weights = self.work, self.weights
+        head = weights["head" if self.spec.has_head else "embed"]
+        return [
+            self._gemv(
+                *(head, w["hidden"].at(0), w["logits"], linear.LOGITS),
+                norm_weight=weights["norm"],
+                norm_eps=self.spec.norm_eps,
+            )
+        ]
+
+    def decode_launches(self, host_tokens: int) -> list[Work]:
+        """One whole step: reads the token and position of ``state``, writes both."""
+        w = self.work
+        token = DeviceArray(w["state"].address + sampling.STATE.fields["token"][1], (1,), "int32")
+        hidden = DeviceArray(w["hidden"].address, (1, self.spec.hidden), "fp32")
+        launches: list[Work] = [linear.embed(self._kernels, self.weights["embed"], token, hidden)]
+        for i in range(self.spec.num_layers):
+            launches += self._decode_layer(i)
+        return launches + self.sampling_launches(host_tokens)
+
+    def _decode_layer(self, i: int) -> list[Work]:
+        raise NotImplementedError
+
+    def _gemv(self, weight: DeviceArray, *args: Any, **kwargs: Any) -> Launch:
+        gemv = linear_packed.gemv_packed if weight.dtype == "uint8" else linear.gemv
+        return gemv(self._kernels, weight, *args, **kwargs)
+
+    def _attend_one(self, i: int) -> Launch:
+        """Layer ``i``'s attention of a decode step: from the first row of ``qkv`` to the first of ``attended``."""
+        w = self.work
+        arrays = (w["kv_cache"].at(i), *(w[name] for name in ("rope", "state", "partial", "counters")))
+        return attention.attention_decode(
+            self._kernels,
+            *(self.spec.attention, w["qkv"].at(0), *arrays, w["attended"].at(0)),
+            norms=self._head_norms(i),
+            scales=self._scales(i),
+        )
+
+    def _head_norms(self, i: int) -> tuple[DeviceArray, DeviceArray] | None:
+        if not self.spec.attention.qk_norm:
+            return None
+        return self.weights[f"layers.{i}.q_norm"], self.weights[f"layers.{i}.k_norm"]
+
+    def _scales(self, i: int) -> DeviceArray | None:
+        return self.work["kv_scales"].at(i) if self.spec.attention.kv_int8 else None
+
+    # --- prefill --------------------------------------------------------------------------------------
+
+    def prepare_prefill(self) -> None:
+        """Makes the launches of a prefill chunk. Raises KernelCompileError or DeviceError."""
+        self._embed = linear.embed(self._kernels, self.weights["embed"], self._tokens, self.work["hidden"])
+        self._keep = [linear.keep_last_row(self._kernels, self.work[name], self._chunk) for name in self._kept]
+        self._layers = [self._prefill_layer(i) for i in range(self.spec.num_layers)]
+
+    def _prefill_layer(self, i: int) -> Layer:
+        raise NotImplementedError
+
+    def prefill_chunk(self, rows: int) -> None:
+        """Queues the forward pass of the chunk in ``prompt``, which has at most ``rows`` tokens.
+
+        Nothing else of the chunk is in the launches, so that a graph can hold them. Leaves the last token's state in
+        the first row of ``hidden``, where the head reads it. Rows that are no tokens are computed, too, and never read.
+        """
+        assert 1 <= rows <= self.spec.chunk
+        self._begin_chunk(rows)
+        self._embed.set_grid(rows)
+        self._embed(self._stream)
+        for layer in self._layers:
+            self._run_layer(layer, rows)
+        for launch in self._keep:
+            launch(self._stream)
+
+    def _begin_chunk(self, rows: int) -> None:
+        """Sets what the launches of all layers have to know of a chunk."""
+
+    def _run_layer(self, layer: Layer, rows: int) -> None:
+        """Queues one layer."""
+        raise NotImplementedError
+
+    def _rope_append(self, i: int) -> Launch:
+        w = self.work
+        return attention.rope_append(
+            self._kernels,
+            *(self.spec.attention, w["qkv"], w["kv_cache"].at(i), w["rope"], self._chunk),
+            norms=self._head_norms(i),
+            scales=self._scales(i),
+        )
+
+    def _attend(self, i: int) -> attention.AttentionPrefill:
+        w, cache = self.work, self.work["kv_cache"].at(i)
+        arrays = (w["qkv"], cache, w["attended"], self._chunk)
+        return attention.attention_prefill(
+            self._kernels, self.spec.attention, *arrays, self._spreads, scales=self._scales(i)
+        )
+
+    def _run_attention(self, rope_append: Launch, attend: attention.AttentionPrefill, rows: int) -> None:
+        rope_append.set_grid(attention.rope_append_blocks(self.spec.attention, rows))
+        rope_append(self._stream)
+        attend(self._stream, rows)
+
+    def close(self) -> None:
+        raise NotImplementedError

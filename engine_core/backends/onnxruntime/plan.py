@@ -1,0 +1,205 @@
+"""What the ONNX Runtime backend decides before it loads: sizes, threads, chunk, and the memory plan that follows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine_core.backends.onnxruntime.files import DATA_NAME, held_types
+from engine_core.backends.onnxruntime.session import has_flash_attention
+from engine_core.config import EngineConfig
+from engine_core.errors import BackendUnavailableError, ConfigurationError
+from engine_core.formats.manifest import Manifest
+from engine_core.formats.vocab_map import configured_vocab_map
+from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
+
+# Parameters below which a second thread costs more in hand-overs than it computes, see docs/cpu_backend.md.
+_SINGLE_THREAD_PARAMETERS = 20_000_000
+_CHUNK = 128  # tokens per prefill step: see docs/cpu_backend.md
+# What loading adds to a process that has imported the library: code it had not touched yet, and the graph's objects.
+_RUNTIME_BYTES = 23 << 19
+_RUNTIME_LAYER_BYTES = 128 << 10
+_CUTTING_BYTES = 11 << 20  # the onnx package, with which a head is cut at load
+_ARENA_BYTES = 512 << 10  # small tensors of a step
+_NEEDS_GPU = {"fp8": "8.9", "nvfp4": "10.0"}  # the first generation whose tensor cores have the type
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything ``auto`` and 0 became."""
+
+    max_context: int
+    kv_cache_type: str
+    chunk: int
+    threads: int
+    vocab_size: int
+    head_rows: int  # rows of the LM head that runs
+    vocab_map: np.ndarray | None  # int32 [rows]
+    cuts_head: bool  # the head is whole in the engine; ``vocab_map`` was given at load
+    prefix_slots: int
+    prefix_tokens: int
+
+
+def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layout:
+    """Raises ConfigurationError for what this backend cannot do, BackendUnavailableError for weights in a type the CPU
+    lacks, EngineDirectoryError for a damaged vocab map."""
+    if manifest.quantization in _NEEDS_GPU:
+        raise BackendUnavailableError(
+            f"{manifest.quantization} weights need an NVIDIA GPU of compute capability "
+            f"{_NEEDS_GPU[manifest.quantization]} or newer, but the onnxruntime backend runs on the CPU; "
+            "choose int8 or int4_awq."
+        )
+    if config.max_batch != 1:
+        raise ConfigurationError(f"max_batch is {config.max_batch}, but the onnxruntime backend works on one sequence.")
+    max_context = config.max_context or manifest.max_context
+    if max_context > manifest.max_context:
+        raise ConfigurationError(
+            f"max_context is {max_context}, but the engine was built for {manifest.max_context}; "
+            f"build it again with --max-context {max_context}."
+        )
+    vocab_map, cuts_head = configured_vocab_map(variant_dir, manifest, config)
+    return Layout(
+        max_context=max_context,
+        kv_cache_type=_kv_cache_type(manifest, config),
+        chunk=min(config.prefill_chunk or _CHUNK, max_context),
+        threads=config.num_threads or _default_threads(manifest.geometry.num_parameters),
+        vocab_size=manifest.geometry.vocab_size,
+        head_rows=manifest.geometry.vocab_size if vocab_map is None else len(vocab_map),
+        vocab_map=vocab_map,
+        cuts_head=cuts_head,
+        prefix_slots=config.prompt_cache_entries,
+        prefix_tokens=min(config.prompt_cache_tokens, max_context),
+    )
+
+
+def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
+    kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
+    if kind == "fp8":
+        raise ConfigurationError(
+            "kv_cache_type is 'fp8', but the onnxruntime backend has no such KV cache on the CPU; a GPU of compute "
+            "capability 8.9 or more (Ada, Hopper, Thor) could compute with one. Choose fp32, fp16 or int8."
+        )
+    held = held_types(manifest.files)
+    if kind not in held:
+        raise ConfigurationError(
+            f"kv_cache_type is {kind!r}, but this engine was built for {', '.join(held)}; choose one of them, or build "
+            f"it again with --kv-cache-type {kind}."
+        )
+    return kind
+
+
+def _default_threads(num_parameters: int) -> int:
+    return 1 if num_parameters < _SINGLE_THREAD_PARAMETERS else count_cores()
+
+
+def count_cores() -> int:
+    """Physical cores this process may use: a second hardware thread of a core adds no memory bandwidth."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text().strip() if siblings.is_file() else str(cpu))
+    return len(cores)
+
+
+def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
+    """Every byte ``load`` takes, by purpose, and what the machine has free."""
+    geometry = manifest.geometry
+    cache = dict(
+        num_layers=geometry.num_layers,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        kv_cache_type=layout.kv_cache_type,
+    )
+    prefix = kv_cache_bytes(**cache, max_context=layout.prefix_tokens, int8_scales="none") * layout.prefix_slots
+    data = manifest.files[DATA_NAME].size if DATA_NAME in manifest.files else 0
+    rope = _rope_values(manifest) * (2 if layout.kv_cache_type == "fp16" else 4)
+    stored = stored_rope_bytes(manifest)  # those of the other type stay on the disk
+    rows = layout.head_rows
+    runtime = _RUNTIME_BYTES + _RUNTIME_LAYER_BYTES * geometry.num_layers
+    runtime += _CUTTING_BYTES if layout.cuts_head else 0
+    return MemoryPlan(
+        (
+            MemoryItem("weights", max(0, data - stored + _packed_bytes(layout, manifest))),
+            MemoryItem("kv_cache", kv_cache_bytes(**cache, max_context=layout.max_context, int8_scales="channel")),
+            MemoryItem("prefix_cache", prefix),
+            MemoryItem("scratch", _scratch_bytes(layout, manifest)),
+            MemoryItem("rope", rope),
+            MemoryItem("io", 8 * layout.chunk + 4 * rows + 13 * rows),
+            MemoryItem("runtime", runtime),
+        ),
+        available=available_memory(),
+        device="the CPU",
+    )
+
+
+def _rope_values(manifest: Manifest) -> int:
+    """Of cos and sin together."""
+    return sum(manifest.options.get("rope_dims", [manifest.geometry.head_dim])) * manifest.max_context
+
+
+def stored_rope_bytes(manifest: Manifest) -> int:
+    """Of the tables in the data file: in float32, and in fp16 for the cache of that type."""
+    return _rope_values(manifest) * (6 if "fp16" in held_types(manifest.files) else 4)
+
+
+def head_row_bytes(manifest: Manifest) -> tuple[int, int]:
+    """(bytes of a row of the LM head in the data file, those of them that are its scales)."""
+    hidden, bits = manifest.geometry.hidden_size, manifest.options.get("head_bits", 32)
+    scales = 4 * -(-hidden // manifest.group_size) if bits < 16 else 0
+    return hidden * bits // 8 + scales, scales
+
+
+def _packed_bytes(layout: Layout, manifest: Manifest) -> int:
+    """What the weights take beside the data file; negative where more of the file is not loaded than is packed.
+
+    Values that the runtime packs leave the mapped file for its own memory; what is shared with the lookup stays too.
+    """
+    options = manifest.options
+    packed = options.get("packed_bytes", 0) - options.get("released_bytes", 0)
+    return packed + (_cut_head_bytes(layout, manifest) if layout.cuts_head else 0)
+
+
+def _cut_head_bytes(layout: Layout, manifest: Manifest) -> int:
+    """What a head that is cut at load takes more than the whole one: the kept rows twice, as they are and packed."""
+    geometry, options = manifest.geometry, manifest.options
+    row, scales = head_row_bytes(manifest)
+    whole = options.get("packed_head_bytes", 0)
+    mapped = 0 if options.get("shares_head") else geometry.vocab_size * (scales or row)
+    buffer = (geometry.vocab_size - layout.head_rows) * scales  # the largest of the model: see ort_dialect.Packing
+    return layout.head_rows * (row + whole // geometry.vocab_size) - whole - mapped - buffer
+
+
+def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:
+    """The regions of the runtime's arena that a chunk fills, fitted to what it takes: docs/cpu_backend.md.
+
+    The MLP's tensors are the widest moment. Quantized weights round its input beside it; attention over an fp16 cache,
+    and in older runtimes over an fp32 one, has the scores of all heads, twice.
+    """
+    geometry = manifest.geometry
+    hidden, intermediate = geometry.hidden_size, geometry.intermediate_size
+    values = 6 * hidden + 6 * intermediate  # float32, for each token
+    extra = _ARENA_BYTES
+    if manifest.quantization != "fp32":
+        values += hidden + intermediate
+        extra += 2 * _ARENA_BYTES
+    if layout.kv_cache_type == "fp16" or (layout.kv_cache_type == "fp32" and not has_flash_attention()):
+        scores = 2 * geometry.num_heads * layout.max_context
+        values = max(values, 6 * hidden + 4 * intermediate + scores)
+    return 4 * layout.chunk * values + extra
+
+
+def available_memory() -> int:
+    """Bytes a process could take now: what the kernel calls available, or less inside a memory-limited cgroup."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))

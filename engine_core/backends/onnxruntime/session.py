@@ -1,0 +1,158 @@
+"""One ONNX Runtime session with everything it reads and writes bound once: inputs, logits and the KV cache in place."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
+from engine_core.backends.onnxruntime.head import cut_head
+from engine_core.errors import BackendUnavailableError
+from engine_core.formats.manifest import ModelGeometry
+
+DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}  # of the KV cache
+# Before 1.27 the CPU's attention operator reads no int8 cache: 1.26 opens the graph and fails in the first step.
+_FIRST_WITH_INT8_CACHE = (1, 27)
+_MADV_POPULATE_READ = 22  # linux/mman.h
+# Before, attention over a float cache makes the scores of all heads at once: chunk x context of them for each.
+_FIRST_WITH_FLASH_ATTENTION = (1, 32)
+_ERROR, _FATAL = 3, 4  # ONNX Runtime's log severities
+
+
+class OrtSession:
+    """The model and its KV cache, DTYPES[kv_cache_type] [layers, 1, 2 (K, V), kv_heads, max_context, head_dim].
+
+    Past and present of a layer are bound to the same memory, so a step writes its own positions and copies nothing.
+    ``packed``: the runtime makes copies of the weights in its kernels' own layout, which only quantized ones need.
+    ``kept``: int32 [rows], what the model's whole LM head is cut to; None: it stays as it is.
+    ``logits``: float32 [rows], overwritten by every step. Not thread-safe, but for ``terminate``.
+    """
+
+    def __init__(
+        self,
+        variant_dir: Path,
+        geometry: ModelGeometry,
+        rows: int,
+        max_context: int,
+        chunk: int,
+        threads: int,
+        kv_cache_type: str = "fp32",
+        packed: bool = True,
+        kept: np.ndarray | None = None,
+    ):
+        self.max_context = max_context
+        self.chunk = chunk
+        options, model = session_options(threads, packed), _model_path(variant_dir, kv_cache_type)
+        source, self._head = (str(model), None) if kept is None else cut_head(model, kept, options)
+        self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        populate(variant_dir / DATA_NAME)
+        shape = (geometry.num_layers, 1, 2, geometry.num_kv_heads, max_context, geometry.head_dim)
+        self.kv_cache = np.empty(shape, dtype=DTYPES[kv_cache_type])
+        self.kv_cache.fill(0)  # takes the pages now rather than token by token
+        self.logits = np.zeros(rows, dtype=np.float32)
+        self._last_position = np.zeros(1, dtype=np.int32)
+        self._length = np.zeros((), dtype=np.int32)
+        self._token = np.zeros((1, 1), dtype=np.int64)
+        self._tokens = np.zeros(chunk, dtype=np.int64)
+        self._decode = self._bind(self._token)
+        self._prefill = self._bind(self._tokens[None])
+        self._bound_tokens = chunk
+        self._decode_options = ort.RunOptions()
+        self._prefill_options = ort.RunOptions()
+        self._prefill_options.log_severity_level = _FATAL  # being ended by ``terminate`` is no error worth a line
+
+    def _bind(self, token_ids: np.ndarray) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        _bind_input(binding, "input_ids", token_ids)
+        _bind_input(binding, "last_position", self._last_position)
+        _bind_input(binding, "length", self._length)
+        for layer in range(self.kv_cache.shape[0]):
+            for index, kind in enumerate(("key", "value")):
+                cache = self.kv_cache[layer, :, index]
+                _bind_input(binding, f"past_{kind}.{layer}", cache)
+                _bind_output(binding, f"present_{kind}.{layer}", cache)
+        _bind_output(binding, "logits", self.logits[None])
+        return binding
+
+    def decode(self, token_id: int, position: int) -> None:
+        """Feeds one token at ``position``; its logits are in ``logits`` afterwards."""
+        self._token[0, 0] = token_id
+        self._last_position[0] = position
+        self._length[...] = position + 1
+        self._session.run_with_iobinding(self._decode, self._decode_options)
+
+    def prefill(self, token_ids: np.ndarray, position: int) -> None:
+        """Feeds 1 to ``chunk`` tokens, integers [n], at ``position`` and on; ``logits`` are those after the last."""
+        count = len(token_ids)
+        self._tokens[:count] = token_ids
+        if count != self._bound_tokens:
+            _bind_input(self._prefill, "input_ids", self._tokens[None, :count])
+            self._bound_tokens = count
+        self._last_position[0] = position + count - 1
+        self._length[...] = position + count
+        self._session.run_with_iobinding(self._prefill, self._prefill_options)
+
+    def terminate(self, stop: bool) -> None:
+        """True: a ``prefill`` that runs or comes ends, with an exception, at its next node. From any thread."""
+        self._prefill_options.terminate = stop
+
+
+def check_runtime(kv_cache_type: str) -> None:
+    """Raises BackendUnavailableError if the ONNX Runtime that is installed has no such KV cache."""
+    if kv_cache_type == "int8" and _version() < _FIRST_WITH_INT8_CACHE:
+        first = ".".join(map(str, _FIRST_WITH_INT8_CACHE))
+        raise BackendUnavailableError(
+            f"ONNX Runtime {ort.__version__} has no int8 KV cache on the CPU, {first} is the first with one; update "
+            "onnxruntime (Python 3.11 or newer), or set kv_cache_type to fp16 or fp32."
+        )
+
+
+def has_flash_attention() -> bool:
+    return _version() >= _FIRST_WITH_FLASH_ATTENTION
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in ort.__version__.split(".")[:2])
+
+
+def _model_path(variant_dir: Path, kv_cache_type: str) -> Path:
+    old = variant_dir / graph_name(kv_cache_type, window_before_1_24=True)
+    return old if _version() < (1, 24) and old.is_file() else variant_dir / graph_name(kv_cache_type)
+
+
+def session_options(threads: int, packed: bool = True) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _ERROR
+    options.enable_mem_pattern = False  # it takes a block anew for every length of a chunk
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def populate(path: Path) -> None:
+    """Brings every page of ``path`` that this process has mapped into memory, so that no step waits for the disk.
+
+    Linux 5.14 and newer; before, pages come when they are first read.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] == str(path.resolve()):
+            start, end = (int(part, 16) for part in fields[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_POPULATE_READ)
+
+
+def _bind_input(binding: ort.IOBinding, name: str, array: np.ndarray) -> None:
+    assert array.flags.c_contiguous
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: ort.IOBinding, name: str, array: np.ndarray) -> None:
+    assert array.flags.c_contiguous
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

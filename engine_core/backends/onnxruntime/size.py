@@ -1,0 +1,79 @@
+"""How many bytes the CPU backend's weights would have: a graph is written as for an engine, its data only counted.
+
+The dialect that writes an engine is the one that is counted here, so that the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from engine_core.backends.onnxruntime.exporter import OrtDialect, Packing, Precision
+from engine_core.formats.onnx_graph import write_decoder
+from engine_core.formats.onnx_writer import GraphWriter
+from engine_core.formats.weights import Weights
+from engine_core.models.rope import RopeSpec
+from engine_core.models.shapes import ConfigCheckpoint
+from engine_core.models.spec import ModelSpec
+
+
+class _CountingFile:
+    """The data file that is only as long as what would be in it."""
+
+    def __init__(self) -> None:
+        self._length = 0
+
+    def tell(self) -> int:
+        return self._length
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._length += memoryview(data).nbytes
+
+    def flush(self) -> None:
+        pass
+
+
+class _CountingWriter(GraphWriter):
+    """Writes nothing, and takes no block: what is left of a tensor is its shape, as zeros nobody touches."""
+
+    def _open_data(self) -> _CountingFile:
+        return _CountingFile()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._data.tell()
+
+    def stream(
+        self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray], *args, **kw
+    ) -> str:
+        return super().stream(name, dtype, shape, [np.zeros(shape, dtype)], *args, **kw)
+
+    def save(self, *args, **options) -> None:
+        pass
+
+
+class _ZeroRope(RopeSpec):
+    """A table of the same size that is not computed."""
+
+    def table(self, max_context: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = (max_context, self.dim // 2)
+        return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+
+
+def count_data(
+    checkpoint: ConfigCheckpoint, spec: ModelSpec, precision: Precision, max_context: int, head_rows: int
+) -> tuple[int, Packing]:
+    """Size of model.onnx.data, and what of it is packed.
+
+    ``head_rows``: of the LM head, spec.vocab_size without a vocabulary map.
+    Raises UnsupportedModelError for what the runtime's operators cannot do.
+    """
+    ropes = tuple(_ZeroRope(**{f.name: getattr(rope, f.name) for f in dataclasses.fields(rope)}) for rope in spec.ropes)
+    kept = None if head_rows == spec.vocab_size else np.arange(head_rows, dtype=np.int32)
+    weights = Weights(checkpoint, dataclasses.replace(spec, ropes=ropes), kept)
+    writer = _CountingWriter(checkpoint.directory, spec.architecture)
+    dialect = OrtDialect(writer, weights, precision, max_context)
+    write_decoder(weights.spec, dialect)
+    return writer.num_bytes, dialect.packing

@@ -1,0 +1,129 @@
+"""Streams weights into an ONNX file in the form of MatMulNBits and GatherBlockQuantized: rounded here, or with the
+levels, scales and zeros a quantized checkpoint has already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine_core.errors import BuildError
+from engine_core.formats.number_formats import QuantizedTensor, pack_nibbles
+from engine_core.formats.onnx_writer import GraphWriter
+from engine_core.formats.rows import quantize_rows
+from engine_core.formats.weights import Weights
+from engine_core.models.spec import LinearSpec
+
+BLOCK_SIZES = (256, 128, 64, 32, 16)  # what the two operators take
+_FLOAT, _BYTES = np.dtype(np.float32), np.dtype(np.uint8)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Names of the graph's tensors: values uint8 [rows, groups, bytes], scales float32 [rows, groups], zeros uint8
+    [rows, bytes of all groups] or ""."""
+
+    values: str
+    scales: str
+    zeros: str
+    bits: int
+    block_size: int
+
+
+def packed_shape(shape: tuple[int, int], bits: int, block_size: int) -> tuple[int, int, int]:
+    return shape[0], -(-shape[1] // block_size), block_size * bits // 8
+
+
+def rounded(
+    writer: GraphWriter,
+    name: str,
+    shape: tuple[int, int],
+    blocks: Iterator[np.ndarray],
+    bits: int,
+    block_size: int,
+    flat: bool = False,
+) -> PackedWeight:
+    """Rounds float32 rows to the nearest level. ``flat``: values are [rows, groups * bytes], as the lookup wants them.
+    """
+    rows, groups, size = packed_shape(shape, bits, block_size)
+    scales: list[np.ndarray] = []
+
+    def values() -> Iterator[np.ndarray]:
+        for block in blocks:
+            quantized = quantize_rows(block, bits, block_size)
+            scales.append(quantized.scales)
+            yield quantized.values
+
+    writer.stream(name, _BYTES, (rows, groups * size) if flat else (rows, groups, size), values())
+    writer.stream(_scales_name(name), _FLOAT, (rows, groups), scales)
+    return PackedWeight(name, _scales_name(name), "", bits, block_size)
+
+
+def own_block_size(weights: Weights, linear: LinearSpec, fallback: int) -> int:
+    """Of ``own_levels``. Raises BuildError."""
+    layout = weights.integer_layout(linear)
+    if layout.group_size >= weights.linear_shape(linear)[1]:
+        return fallback
+    for block_size in BLOCK_SIZES:
+        if layout.group_size % block_size == 0:
+            return block_size
+    raise BuildError(
+        f"{linear.parts[0]} has groups of {layout.group_size} weights, but the CPU's operators take multiples of "
+        f"{BLOCK_SIZES[-1]}; build fp32, or int8, which rounds the weights anew."
+    )
+
+
+def own_levels(writer: GraphWriter, name: str, weights: Weights, linear: LinearSpec, fallback: int) -> PackedWeight:
+    """The checkpoint's own levels, scales and zeros. ``fallback``: block size where a scale covers a whole row.
+
+    Raises BuildError for groups the operators do not take.
+    """
+    layout = weights.integer_layout(linear)
+    assert layout is not None
+    shape = weights.linear_shape(linear)
+    block_size = own_block_size(weights, linear, fallback)
+    rows, groups, size = packed_shape(shape, layout.bits, block_size)
+    scales: list[np.ndarray] = []
+    zeros: list[np.ndarray] = []
+
+    def values() -> Iterator[np.ndarray]:
+        for block in weights.integers(linear, block_size):
+            scales.append(block.scales)
+            if layout.has_zeros:
+                zeros.append(_packed(_zeros_of(block), layout.bits))
+            yield _packed(_padded(block, groups * block_size), layout.bits)
+
+    writer.stream(name, _BYTES, (rows, groups, size), values())
+    writer.stream(_scales_name(name), _FLOAT, (rows, groups), scales)
+    zeros_name = ""
+    if layout.has_zeros:
+        zeros_name = f"{_stem(name)}.zeros"
+        writer.stream(zeros_name, _BYTES, (rows, -(-groups * layout.bits // 8)), zeros)
+    return PackedWeight(name, _scales_name(name), zeros_name, layout.bits, block_size)
+
+
+def _packed(levels: np.ndarray, bits: int) -> np.ndarray:
+    return pack_nibbles(levels) if bits == 4 else levels
+
+
+def _zeros_of(block: QuantizedTensor) -> np.ndarray:
+    middle = np.uint8(1 << (block.bits - 1))
+    return np.full(block.scales.shape, middle, np.uint8) if block.zeros is None else block.zeros
+
+
+def _padded(block: QuantizedTensor, columns: int) -> np.ndarray:
+    """Levels [rows, columns]; what is added stands for 0."""
+    missing = columns - block.levels.shape[1]
+    if not missing:
+        return block.levels
+    return np.concatenate([block.levels, np.repeat(_zeros_of(block)[:, -1:], missing, axis=1)], axis=1)
+
+
+def _stem(name: str) -> str:
+    return name[: -len(".weight")] if name.endswith(".weight") else name
+
+
+def _scales_name(name: str) -> str:
+    return f"{_stem(name)}.scales"

@@ -1,0 +1,299 @@
+"""Builds an engine directory for the TensorRT backend: ONNX from the checkpoint, then a plan for this machine's GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine_core.backends.cuda.build import check_supported, model_options, write_weights
+from engine_core.backends.cuda.layout import CudaSpec, product_shapes
+from engine_core.backends.cuda.weights import WEIGHTS_NAME
+from engine_core.backends.onnxruntime.build import DEFAULT_MAX_CONTEXT
+from engine_core.backends.tensorrt.api import TensorRT
+from engine_core.backends.tensorrt.export import export_onnx
+from engine_core.backends.tensorrt.exporter import DTYPES, FP32
+from engine_core.backends.tensorrt.gemm_exporter import export_product
+from engine_core.backends.tensorrt.gemm_layout import PRODUCTS, plan_name, weight_shapes, with_chunk
+from engine_core.backends.tensorrt.layout import (
+    CONTEXT_STEP,
+    DECODE,
+    DEFAULT_MAX_PREFILL,
+    PLAN_NAME,
+    PREFILL,
+    TrtSpec,
+    check_context,
+    profile_shapes,
+    work_arrays,
+)
+from engine_core.backends.tensorrt.plain_exporter import TRANSPOSED
+from engine_core.config import EngineConfig
+from engine_core.cuda.driver import Device
+from engine_core.errors import BuildError, InsufficientMemoryError, UnsupportedModelError
+from engine_core.formats import companions
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.manifest import Manifest, seal, write_variant
+from engine_core.formats.onnx_writer import DATA_NAME
+from engine_core.formats.weights import Weights
+from engine_core.memory import format_bytes
+from engine_core.models.spec import ModelSpec, check_tensors, read_spec
+
+_log = logging.getLogger(__name__)
+
+QUANTIZATIONS = tuple(DTYPES)
+DIALECTS = ("auto", "products", "plain", "native")
+# Bytes a layer may take while it runs. More than this buys no faster tactic for products of these sizes, and every
+# byte of it is one less for the KV cache.
+_WORKSPACE = 1 << 30
+_MIN_WORKSPACE = 64 << 20
+_RESERVE = 512 << 20  # for CUDA's own needs and the tactics' inputs while they are timed
+_HEAD_DIM_STEP = 8  # kv_append.cu moves 16 bytes at a time
+
+
+def build_tensorrt(
+    checkpoint_dir: Path,
+    engine_dir: Path,
+    *,
+    quantization: str = "fp16",
+    max_context: int = 0,
+    max_prefill: int = 0,
+    dialect: str = "auto",
+    vocab_map: Path | None = None,
+    model_name: str = "",
+    level: int = 3,
+    report: Callable[[str], None] = _log.info,
+    api: TensorRT | None = None,
+) -> Manifest:
+    """Writes the variant ``engine_dir`` for this machine's GPU and TensorRT.
+
+    ``quantization``: fp16 or fp32. ``max_context``: tokens, a multiple of 64; 0 = the model's, at most 4096.
+    ``max_prefill``: tokens of a prefill step, 0 = 512. ``dialect``: products (fp16) leaves all but the layers' matrix
+    products to the CUDA backend's kernels and takes the models these run; plain takes every model and puts all of it
+    into one plan; native does the same and needs TensorRT 10.15; auto is products where that can be, else plain.
+    ``level``: how long tactics are searched, 0 to 5. The timing cache is kept beside ``engine_dir``.
+
+    Raises CheckpointError, UnsupportedModelError, BuildError, BackendUnavailableError, InsufficientMemoryError or
+    TensorRTError; then ``engine_dir`` is as it was before.
+    """
+    checkpoint = Checkpoint(checkpoint_dir)
+    spec = read_spec(checkpoint)
+    num_parameters = check_tensors(spec, checkpoint)
+    check_quantization(quantization)
+    max_context = check_model(spec, max_context)
+    max_prefill = min(max_prefill or DEFAULT_MAX_PREFILL, max_context)
+    dialect = choose_dialect(spec, max_context, quantization, dialect)
+    api = api or TensorRT()
+    if dialect == "native" and not api.has_kv_cache_update:
+        raise BuildError(f"TensorRT {api.version} lacks the native dialect's operators (10.15 has them); use plain.")
+    vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
+    kept = companions.kept_ids(vocab_map, checkpoint, spec)
+    device = Device()
+    try:
+        manifest = Manifest(
+            model_name=model_name or companions.model_name(checkpoint),
+            geometry=spec.geometry(num_parameters),
+            backend="tensorrt",
+            quantization=quantization,
+            kv_cache_type=quantization,
+            max_context=max_context,
+            max_batch=1,
+            eos_token_ids=companions.eos_token_ids(checkpoint),
+            reduced_vocab_size=0 if kept is None else len(kept),
+            use_cuda_graph=True,
+            gpu_arch=device.arch,
+            builder={**companions.versions(), "tensorrt": api.version},
+            options={"dtype": quantization, "dialect": dialect, "max_prefill": max_prefill},
+        )
+        with write_variant(Path(engine_dir)) as directory:
+            companions.copy_companions(checkpoint, directory)
+            companions.copy_vocab_map(vocab_map, kept, directory)
+            cache_path = timing_cache_path(Path(engine_dir), api, device)
+            tools = _Tools(api, device, cache_path, level, report)
+            if dialect == "products":
+                manifest.options.update(model_options(spec, quantization))
+                write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept, paired=False)
+                scratch = _write_products(tools, manifest, directory)
+            else:
+                scratch = _write_plan(tools, manifest, Weights(checkpoint, spec, kept), directory)
+            manifest.options["scratch_bytes"] = scratch
+            return seal(directory, manifest)
+    finally:
+        device.close()
+
+
+def choose_dialect(spec: ModelSpec, max_context: int, quantization: str, dialect: str) -> str:
+    """auto resolved. Raises BuildError or UnsupportedModelError where products cannot be what was asked for."""
+    if dialect not in DIALECTS:
+        raise BuildError(f"There is no dialect {dialect!r}; it is one of {', '.join(DIALECTS)}.")
+    if dialect in ("plain", "native"):
+        return dialect
+    try:
+        if quantization != "fp16":
+            raise BuildError(f"The products dialect has fp16 weights, not {quantization}; choose plain.")
+        check_supported(spec, max_context)
+    except (BuildError, UnsupportedModelError):
+        if dialect == "products":
+            raise
+        return "plain"
+    return "products"
+
+
+def check_quantization(quantization: str) -> None:
+    """Raises BuildError for weights no TensorRT engine of ours has."""
+    if quantization not in QUANTIZATIONS:
+        raise BuildError(
+            f"TensorRT engines are built with {' or '.join(QUANTIZATIONS)} weights, not {quantization!r}; for int4 on "
+            "an NVIDIA GPU build for the backend cuda."
+        )
+
+
+def check_model(spec: ModelSpec, max_context: int) -> int:
+    """The resolved max_context. Raises BuildError or UnsupportedModelError."""
+    if spec.head_dim % _HEAD_DIM_STEP:
+        raise UnsupportedModelError(
+            f"{spec.architecture} has heads of {spec.head_dim} values, but the tensorrt backend takes multiples of "
+            f"{_HEAD_DIM_STEP}; use the backend onnxruntime."
+        )
+    if max_context > spec.max_position:
+        raise BuildError(f"max_context is {max_context}, but the model was made for {spec.max_position} tokens.")
+    max_context = max_context or min(DEFAULT_MAX_CONTEXT, spec.max_position) // CONTEXT_STEP * CONTEXT_STEP
+    if reason := check_context(max_context):
+        raise BuildError(f"{reason}; choose one of them.")
+    return max_context
+
+
+def timing_cache_path(engine_dir: Path, api: TensorRT, device: Device) -> Path:
+    """Beside the engine directory, so that a rebuild of it finds the cache; one for each GPU and version."""
+    return engine_dir.absolute().parent / f".tensorrt_{api.version}_{device.arch}.timing_cache"
+
+
+def workspace_limit(free: int, weight_bytes: int, kv_bytes: int) -> int:
+    """Bytes a layer may take: what is left of ``free`` beside weights (twice, while the plan is made) and KV cache.
+
+    Raises InsufficientMemoryError with the numbers.
+    """
+    left = free - 2 * weight_bytes - kv_bytes - _RESERVE
+    if left < _MIN_WORKSPACE:
+        raise InsufficientMemoryError(
+            f"Building needs {format_bytes(2 * weight_bytes + kv_bytes + _RESERVE + _MIN_WORKSPACE)} of GPU memory "
+            f"(weights twice, {format_bytes(weight_bytes)} each, KV cache {format_bytes(kv_bytes)}), but "
+            f"{format_bytes(free)} are free; close other users of the GPU or lower max_context."
+        )
+    return min(left, _WORKSPACE)
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """What every plan of a variant is built with."""
+
+    api: TensorRT
+    device: Device
+    cache_path: Path
+    level: int
+    report: Callable[[str], None]
+
+
+def _write_plan(tools: _Tools, manifest: Manifest, weights: Weights, directory: Path) -> int:
+    """Writes the one plan of a whole decoder into ``directory``; the bytes of scratch its contexts need."""
+    options, device = manifest.options, tools.device
+    spec = TrtSpec.create(manifest, EngineConfig(directory))
+    # On the same disk: the ONNX model is as large as the plan.
+    with tempfile.TemporaryDirectory(prefix=".onnx.", dir=directory.parent) as temporary:
+        tools.report(f"Exporting {weights.spec.architecture} as ONNX ({options['dialect']}, {options['dtype']})")
+        model = export_onnx(
+            Path(temporary), weights, manifest.max_context, dialect=options["dialect"], dtype=options["dtype"]
+        )
+        weight_bytes = (Path(temporary) / DATA_NAME).stat().st_size
+        kv_bytes = work_arrays(spec, 0)["kv_cache"].nbytes
+        workspace = workspace_limit(device.memory_info()[0], weight_bytes, kv_bytes)
+        profiles = [profile_shapes(spec, profile) for profile in (PREFILL, DECODE)]
+        plan = build_plan(tools, model, profiles, workspace, half=spec.dtype == "fp16", fold=not spec.native)
+    return _save_plan(tools, plan, directory / PLAN_NAME)
+
+
+def _write_products(tools: _Tools, manifest: Manifest, directory: Path) -> int:
+    """Writes the plans of a layer's products; the bytes of scratch the hungriest of their contexts needs."""
+    config = EngineConfig(directory)
+    spec = with_chunk(CudaSpec.create(manifest, config), manifest, config)
+    # The builder makes weights of its own to time a product, and what runs is not there yet.
+    weight_bytes = max(2 * math.prod(shape) for shape in product_shapes(spec).values())
+    workspace = workspace_limit(tools.device.memory_info()[0], weight_bytes, 0)
+    scratch = []
+    for product in PRODUCTS:
+        with tempfile.TemporaryDirectory(prefix=".onnx.", dir=directory.parent) as temporary:
+            model = export_product(Path(temporary), product, spec)
+            width = next(iter(weight_shapes(spec)[product].values()))[1]
+            sizes = ((1, spec.chunk, spec.chunk), (1, 1, 1))
+            profiles = [{"input": tuple((rows, width) for rows in three)} for three in sizes]
+            plan = build_plan(tools, model, profiles, workspace, half=True)
+        scratch.append(_save_plan(tools, plan, directory / plan_name(product)))
+    return max(scratch)
+
+
+def _save_plan(tools: _Tools, plan: memoryview, path: Path) -> int:
+    """The bytes of scratch its contexts need."""
+    path.write_bytes(plan)
+    # Loaded once, so that a plan that does not load is never written, and for the memory plan of ``load``.
+    runtime, engine = tools.api.deserialize(plan)
+    scratch = tools.api.scratch_bytes(engine)
+    del engine, runtime
+    tools.report(f"Built {path.name}: {format_bytes(plan.nbytes)}, scratch {format_bytes(scratch)}")
+    return scratch
+
+
+def build_plan(
+    tools: _Tools,
+    model: Path,
+    profiles: Sequence[dict[str, tuple[tuple[int, ...], ...]]],
+    workspace: int,
+    *,
+    half: bool,
+    fold: bool = False,
+) -> memoryview:
+    """The plan of an exported model. Raises TensorRTError or InsufficientMemoryError.
+
+    ``profiles``: input → (least, typical, largest shape). ``workspace``: bytes a layer may take. ``half``: layers
+    may be 16-bit where TensorRT chooses types. ``fold``: products read operands as they lie that the model transposes.
+    """
+    api = tools.api
+    tools.report(
+        f"Building for {tools.device.name} with TensorRT {api.version}, {format_bytes(workspace)} of workspace"
+    )
+    builder = api.create_builder()
+    network = api.create_network(builder)
+    parser = api.parse(network, model)
+    if fold:
+        api.fold_transposes(network, TRANSPOSED)
+    if api.chooses_types and half:
+        api.pin_to_float32(network, FP32)
+    config = api.create_config(builder, workspace, tools.level, half, tools.report)
+    for shapes in profiles:
+        _add_profile(builder, config, shapes)
+    cache_path = tools.cache_path
+    cache = api.use_timing_cache(config, cache_path.read_bytes() if cache_path.is_file() else b"")
+    plan = api.build(builder, network, config)
+    del parser  # the owner of the weights, needed until here
+    with contextlib.suppress(OSError):  # a cache that cannot be kept costs time only
+        _write_aside(cache_path, memoryview(cache.serialize()))
+    return plan
+
+
+def _add_profile(builder: Any, config: Any, shapes: dict[str, tuple[tuple[int, ...], ...]]) -> None:
+    profile = builder.create_optimization_profile()
+    for name, (least, typical, largest) in shapes.items():
+        profile.set_shape(name, least, typical, largest)
+    index = config.add_optimization_profile(profile)
+    assert index >= 0, shapes
+
+
+def _write_aside(path: Path, data: memoryview) -> None:
+    """Raises OSError."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)

@@ -1,0 +1,48 @@
+"""What an engine of the products dialect holds and needs: three plans, the CUDA backend's arrays, one scratch.
+
+TensorRT multiplies; norms, RoPE, attention, the LM head and sampling are the CUDA backend's kernels on its KV cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from engine_core.backends.cuda.layout import ArraySpec, CudaSpec, product_shapes, round_rows, work_arrays
+from engine_core.backends.tensorrt.layout import check_chunk
+from engine_core.config import EngineConfig
+from engine_core.errors import EngineDirectoryError
+from engine_core.formats.manifest import Manifest
+
+# What a layer multiplies, in order: a plan each. With which of the layer's weights, by their names in the plan.
+PRODUCTS = {"qkv": ("qkv", "qkv_bias"), "o": ("o",), "mlp": ("gate_up", "down")}
+# The CUDA backend's own, for cuBLAS and between gate-up and down.
+_UNUSED = ("blas", "gate_up", "activated")
+
+
+def plan_name(product: str) -> str:
+    return f"{product}.plan"
+
+
+def weight_shapes(spec: CudaSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Product → its weights, by name, and their shapes."""
+    shapes: dict[str, tuple[int, ...]] = dict(product_shapes(spec))
+    if spec.qkv_bias:
+        shapes["qkv_bias"] = (spec.attention.qkv_width,)
+    return {name: {key: shapes[key] for key in weights if key in shapes} for name, weights in PRODUCTS.items()}
+
+
+def with_chunk(spec: CudaSpec, manifest: Manifest, config: EngineConfig) -> CudaSpec:
+    """``spec`` with the chunk of prefill the plans allow. Raises ConfigurationError or EngineDirectoryError."""
+    max_prefill = manifest.options.get("max_prefill")
+    if not isinstance(max_prefill, int) or max_prefill < 1:
+        raise EngineDirectoryError(f"The manifest's max_prefill is {max_prefill!r}; build the engine again.")
+    check_chunk(config, max_prefill)
+    return dataclasses.replace(spec, chunk=round_rows(min(config.prefill_chunk or max_prefill, spec.max_context)))
+
+
+def products_work_arrays(spec: CudaSpec, num_sms: int, scratch_bytes: int) -> dict[str, ArraySpec]:
+    """Everything that is not a weight. ``scratch_bytes``: what the hungriest plan works in."""
+    arrays = {name: array for name, array in work_arrays(spec, num_sms).items() if name not in _UNUSED}
+    arrays["engine"] = ArraySpec("scratch", (max(1, scratch_bytes),), "uint8")
+    arrays["delta"] = ArraySpec("scratch", (spec.chunk, spec.hidden), spec.dtype)  # what a product adds to ``hidden``
+    return arrays

@@ -1,0 +1,200 @@
+"""What a TensorRT engine of ours reads and writes: names, shapes, and every array that is bound to them.
+
+The builder makes its optimization profiles from here, the memory plan adds the arrays up, ``load`` takes exactly them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine_core.backends.cuda.layout import ArraySpec
+from engine_core.config import EngineConfig
+from engine_core.cuda.driver import ITEM_BYTES
+from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
+from engine_core.errors import ConfigurationError, EngineDirectoryError
+from engine_core.formats.manifest import Manifest
+
+PLAN_NAME = "model.plan"
+DEFAULT_MAX_PREFILL = 512  # tokens of a prefill step the engine is built for
+PREFILL, DECODE = 0, 1  # optimization profiles
+# Positions of the shortest past. A prompt's first chunk sees none of them and is handed this many.
+MIN_PAST = 64
+# A layer's K starts at a multiple of this many positions, so that every address TensorRT gets is one of 256 bytes.
+CONTEXT_STEP = 64
+ADDRESS_STEP = 256
+
+
+@dataclass(frozen=True)
+class TrtSpec:
+    """One model as this backend runs it."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    head_rows: int  # rows of the LM head: vocab_size, or fewer with a vocabulary map
+    dtype: str  # fp16 or fp32: weights and KV cache
+    native: bool  # the engine writes its cache itself (TensorRT 10.15 and later)
+    max_context: int
+    chunk: int  # tokens of a prefill step
+    prefix_slots: int
+    prefix_tokens: int
+
+    @classmethod
+    def create(cls, manifest: Manifest, config: EngineConfig) -> TrtSpec:
+        """Raises ConfigurationError or EngineDirectoryError."""
+        options, geometry = manifest.options, manifest.geometry
+        try:
+            dtype, dialect, max_prefill = str(options["dtype"]), options["dialect"], int(options["max_prefill"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineDirectoryError(f"The manifest's options lack {error}; build the engine again.") from error
+        if dtype not in ("fp16", "fp32") or dialect not in ("plain", "native") or max_prefill < 1:
+            raise EngineDirectoryError(f"The manifest's options are {options}, which this version does not know.")
+        _check_config(manifest, config, dtype, max_prefill)
+        max_context = config.max_context or manifest.max_context
+        if dialect == "native" and max_context != manifest.max_context:
+            raise ConfigurationError(
+                f"max_context is {max_context}, but this engine has a fixed cache of {manifest.max_context} positions; "
+                "leave it at 0, or build the engine for what you want."
+            )
+        return cls(
+            num_layers=geometry.num_layers,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            vocab_size=geometry.vocab_size,
+            head_rows=manifest.reduced_vocab_size or geometry.vocab_size,
+            dtype=dtype,
+            native=dialect == "native",
+            max_context=max_context,
+            chunk=min(config.prefill_chunk or max_prefill, max_context),
+            prefix_slots=config.prompt_cache_entries,
+            prefix_tokens=min(config.prompt_cache_tokens, max_context),
+        )
+
+    @property
+    def fresh_stride(self) -> int:
+        """Elements from one layer's new keys to its new values, and on to the next layer's keys."""
+        step = ADDRESS_STEP // ITEM_BYTES[self.dtype]
+        return -(-self.chunk * self.num_kv_heads * self.head_dim // step) * step
+
+
+def check_context(max_context: int) -> str:
+    """Why an engine cannot have this ``max_context``; empty if it can."""
+    if max_context < MIN_PAST or max_context % CONTEXT_STEP:
+        return f"max_context is {max_context}, but a TensorRT engine takes multiples of {CONTEXT_STEP}"
+    return ""
+
+
+def check_chunk(config: EngineConfig, max_prefill: int) -> None:
+    """``max_prefill``: tokens of the longest prefill step the engine was built for. Raises ConfigurationError."""
+    if config.prefill_chunk > max_prefill:
+        raise ConfigurationError(
+            f"prefill_chunk is {config.prefill_chunk}, but this engine was built for at most {max_prefill} tokens a "
+            "step; lower it, or build with a larger --max-prefill."
+        )
+
+
+def _check_config(manifest: Manifest, config: EngineConfig, dtype: str, max_prefill: int) -> None:
+    """Raises ConfigurationError on what this backend does not do."""
+    if config.max_batch != 1:
+        raise ConfigurationError(
+            f"max_batch is {config.max_batch}, but the tensorrt backend runs one sequence at a time; set it to 1."
+        )
+    if config.kv_cache_type not in ("auto", dtype):
+        raise ConfigurationError(
+            f"kv_cache_type is {config.kv_cache_type!r}, but this engine was built for {dtype!r}; set it to that or "
+            "auto."
+        )
+    if config.vocab_map not in ("auto", "none") or (config.vocab_map == "none" and manifest.reduced_vocab_size):
+        raise ConfigurationError(
+            f"vocab_map is {config.vocab_map!r}, but a TensorRT engine's LM head is fixed when it is built; "
+            "use 'edgellm build --backend tensorrt' with or without --vocab-map, and choose auto."
+        )
+    check_chunk(config, max_prefill)
+    if config.max_context > manifest.max_context:
+        raise ConfigurationError(
+            f"max_context is {config.max_context}, but this engine was built for {manifest.max_context} tokens; "
+            "lower it, or build the engine again."
+        )
+    if config.max_context and (reason := check_context(config.max_context)):
+        raise ConfigurationError(f"{reason}; choose one of them.")
+
+
+# --- what the engine reads and writes ---------------------------------------------------------------------
+
+
+def cache_names(index: int) -> tuple[str, str]:
+    """The inputs that are layer ``index``'s K and V."""
+    return f"past_key.{index}", f"past_value.{index}"
+
+
+def cache_output_names(spec: TrtSpec, index: int) -> tuple[str, str]:
+    """What comes out for them: the new rows, or (native) the cache itself at the same address."""
+    stem = "present" if spec.native else "new"
+    return f"{stem}_key.{index}", f"{stem}_value.{index}"
+
+
+def input_shapes(spec: TrtSpec, tokens: int, past: int) -> dict[str, tuple[int, ...]]:
+    """The inputs whose shape is dynamic, for a call with ``tokens`` tokens that is handed ``past`` positions."""
+    shapes: dict[str, tuple[int, ...]] = {"token_ids": (tokens,), "positions": (tokens,)}
+    if spec.native:
+        return shapes
+    shapes["past_index"] = (past,)
+    for i in range(spec.num_layers):
+        shapes |= dict.fromkeys(cache_names(i), (spec.num_kv_heads, past, spec.head_dim))
+    return shapes
+
+
+def profile_shapes(spec: TrtSpec, profile: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Input → (least, typical, largest shape) of an optimization profile, for an engine of ``spec``'s own limits."""
+    if profile == PREFILL:
+        # A prompt that fits one chunk is the common case: tactics are chosen for it.
+        sizes = ((1, MIN_PAST), (spec.chunk, MIN_PAST), (spec.chunk, spec.max_context))
+    else:
+        sizes = ((1, MIN_PAST), (1, spec.max_context), (1, spec.max_context))
+    least, typical, largest = (input_shapes(spec, tokens, past) for tokens, past in sizes)
+    return {name: (least[name], typical[name], largest[name]) for name in least}
+
+
+def past_for(spec: TrtSpec, position: int) -> int:
+    """Positions of the cache to hand to a chunk that starts at ``position``.
+
+    A view of fewer than all positions of every head is not contiguous in this cache, so it is all or, where nothing of
+    it is seen, any memory of the least size.
+    """
+    return MIN_PAST if position == 0 else spec.max_context
+
+
+def work_arrays(spec: TrtSpec, scratch_bytes: int) -> dict[str, ArraySpec]:
+    """Everything on the device beside the engine's own weights."""
+    rows, dtype, chunk = spec.head_rows, spec.dtype, spec.chunk
+    kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
+    arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
+        "kv_cache": ("kv_cache", (spec.num_layers, 2, kv_heads, spec.max_context, head_dim), dtype),
+        "engine": ("scratch", (max(1, scratch_bytes),), "uint8"),
+        "scores": ("scratch", scores_shape(rows), "fp32"),
+        "logits": ("io", (rows,), "fp32"),
+        "token_ids": ("io", (chunk,), "int32"),
+        "positions": ("io", (chunk,), "int32"),
+        "last_token": ("io", (1,), "int32"),
+        # The decode step's own, which the device itself fills; its last_token stays 0.
+        "step_token": ("io", (1,), "int32"),
+        "step_position": ("io", (1,), "int32"),
+        "step_last_token": ("io", (1,), "int32"),
+        "state": ("io", (STATE.itemsize,), "uint8"),
+        "params": ("io", (PARAMS.itemsize,), "uint8"),
+        "seen": ("io", (-(-rows // 32),), "uint32"),
+        "bias": ("io", (rows,), "fp32"),
+        "mask": ("io", (-(-spec.vocab_size // 32),), "uint32"),
+    }
+    if spec.native:
+        arrays["write_index"] = arrays["step_write_index"] = ("io", (1,), "uint64")
+    else:
+        arrays["past_index"] = ("io", (spec.max_context,), "int32")
+        arrays["fresh"] = ("io", (2 * spec.num_layers, spec.fresh_stride), dtype)
+    if rows != spec.vocab_size:
+        arrays["vocab_map"] = ("io", (rows,), "int32")
+    if spec.prefix_slots:
+        shape = (spec.prefix_slots, spec.num_layers * 2 * kv_heads, spec.prefix_tokens, head_dim)
+        arrays["prefixes"] = ("prefix_cache", shape, dtype)
+    return {name: ArraySpec(*values) for name, values in arrays.items()}

@@ -1,0 +1,107 @@
+"""CUDA C++ kernels, one ``.cu`` per operation, and their typed wrappers.
+
+A wrapper checks the shapes, types and alignment of its arrays, specialises the source for them (all sizes are
+compile-time constants), and returns a ``Launch`` to be queued as often as needed. Every wrapper has a slow
+twin in ``reference`` that tests compare it with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from engine_core.cuda.driver import Device, DeviceArray, DeviceError, Module
+from engine_core.cuda.kernels.nvrtc import compile_kernel
+
+_DIRECTORY = Path(__file__).parent
+CHUNK_WORDS = 2  # int32: a chunk's first position in the KV cache, and its tokens; Chunk of common.cuh
+_SHARED_STATIC = 12 * 1024  # bytes of shared memory left for what kernels declare themselves
+
+
+class KernelArgumentError(DeviceError):
+    """An array handed to a kernel has another shape, type or alignment than the kernel reads."""
+
+
+def check(name: str, array: DeviceArray, shape: tuple[int, ...], dtype: str) -> None:
+    """Raises KernelArgumentError unless ``array`` is what the kernel reads: shape, type and 16-byte alignment."""
+    if array.shape != shape or array.dtype != dtype:
+        raise KernelArgumentError(
+            f"{name} is {array.dtype} {list(array.shape)}, but the kernel reads {dtype} {list(shape)}."
+        )
+    if array.address % 16:
+        raise KernelArgumentError(f"{name} starts at {array.address:#x}, but the kernel reads 16 bytes at a time.")
+
+
+def kernel_source(name: str) -> tuple[str, dict[str, str]]:
+    """(source of ``name``.cu, header name → text)."""
+    headers = {path.name: path.read_text(encoding="utf-8") for path in _DIRECTORY.glob("*.cuh")}
+    return (_DIRECTORY / f"{name}.cu").read_text(encoding="utf-8"), headers
+
+
+def float_define(value: float) -> str:
+    """A float32 literal of C++."""
+    return f"{value:.9e}f"
+
+
+class Kernels:
+    """The kernels of one device and one 16-bit type ("fp16" or "bf16"), compiled when first asked for."""
+
+    def __init__(self, device: Device, dtype: str) -> None:
+        assert dtype in ("fp16", "bf16"), dtype
+        self.device = device
+        self.dtype = dtype
+        self._modules: dict[tuple, Module] = {}
+        self._functions: dict[tuple, Any] = {}
+        self._wanted: set[tuple] | None = None  # keys
+
+    def function(self, source: str, entry: str, defines: dict[str, int | str], shared: int = 0) -> Any:
+        """Kernel ``entry`` of ``source``.cu specialised by ``defines``. Raises KernelCompileError or DeviceError."""
+        defines = {"BF16": int(self.dtype == "bf16"), **defines}
+        key = (source, *sorted(defines.items()))
+        if self._wanted is not None:
+            self._wanted.add(key)
+            return None
+        if key not in self._modules:
+            self._modules[key] = Module(self.device, self._compile(key))
+        if (key, entry, shared) not in self._functions:
+            self._functions[key, entry, shared] = self._modules[key].function(entry, shared)
+        return self._functions[key, entry, shared]
+
+    def compile_ahead(self, prepare: Callable[[], object]) -> None:
+        """Compiles, side by side, what ``prepare`` asks for: a first configure waits for little else.
+
+        ``prepare`` makes launches and queues none: it is run here only to see which kernels it takes.
+        Raises KernelCompileError or DeviceError.
+        """
+        self._wanted = set()
+        try:
+            prepare()
+        finally:
+            wanted, self._wanted = self._wanted, None
+        missing = list(wanted - self._modules.keys())
+        # Not on all cores: a robot has other work while it configures.
+        with ThreadPoolExecutor(max(2, (os.cpu_count() or 1) // 2)) as threads:
+            binaries = list(threads.map(self._compile, missing))
+        for key, binary in zip(missing, binaries, strict=True):
+            self._modules[key] = Module(self.device, binary)
+
+    def _compile(self, key: tuple) -> bytes:
+        source, *defines = key
+        text, headers = kernel_source(source)
+        return compile_kernel(text, name=source, arch=self.device.arch, headers=headers, defines=dict(defines))
+
+    @property
+    def shared_budget(self) -> int:
+        """Bytes of dynamic shared memory a kernel of a decode step takes, so that the next one fits beside it.
+
+        If it does not need them, too: a third kernel would fit else, and its CTAs would be spread unevenly.
+        """
+        return self.device.max_shared // 2 - _SHARED_STATIC
+
+    def close(self) -> None:
+        self._functions.clear()
+        while self._modules:
+            self._modules.popitem()[1].close()

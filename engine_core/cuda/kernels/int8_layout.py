@@ -1,0 +1,39 @@
+"""How gemv_packed.cu stores a matrix in 8 bits: packing and unpacking with numpy, for the builder and the tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine_core.cuda.kernels.int4_layout import GROUP, TILE, fits, join_scales, split_scales
+
+RECORD_BYTES = TILE * GROUP + TILE * 2
+ZERO = 128  # the value that stands for 0
+
+__all__ = ["GROUP", "RECORD_BYTES", "TILE", "ZERO", "fits", "pack", "records_shape", "unpack"]
+
+
+def records_shape(rows: int, cols: int) -> tuple[int, int, int]:
+    """Of the uint8 array that holds a matrix [rows, cols]; both must be multiples (``fits``)."""
+    return rows // TILE, cols // GROUP, RECORD_BYTES
+
+
+def pack(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """uint8 [rows / 16, cols / 128, RECORD_BYTES].
+
+    ``values``: uint8 [rows, cols], 0 … 255; ``scales``: [rows, cols / 128] of a 16-bit type (bf16 as uint16).
+    """
+    rows, cols = values.shape
+    assert fits(rows, cols) and scales.shape == (rows, cols // GROUP) and scales.dtype.itemsize == 2
+    # Row = half * 8 + g, column = 32 t + 16 piece + byte; a lane reads 16 bytes at once.
+    tiles = values.reshape(rows // TILE, 2, 8, cols // GROUP, 4, 2, 16)
+    tiles = tiles.transpose(0, 3, 1, 5, 2, 4, 6)  # tile, group, half, piece, g, t, byte
+    packed = np.ascontiguousarray(tiles).reshape(rows // TILE, cols // GROUP, -1)
+    return np.concatenate([packed, join_scales(scales)], axis=2)
+
+
+def unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(values, scales as uint16), the inverse of ``pack``."""
+    tiles, groups, _ = records.shape
+    packed, scales = records[..., : TILE * GROUP], records[..., TILE * GROUP :]
+    values = packed.reshape(tiles, groups, 2, 2, 8, 4, 16).transpose(0, 2, 4, 1, 5, 3, 6)
+    return values.reshape(tiles * TILE, groups * GROUP), split_scales(scales)

@@ -1,0 +1,155 @@
+"""Writes an ONNX model node by node; weights go straight to the external data file, never through the graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
+
+_ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
+IR_VERSION = 9  # what ONNX Runtime 1.17 and TensorRT 10 read
+# Types of which two values lie in a byte; FLOAT4E2M1 is not in every onnx.
+_HALF_BYTES = (getattr(TensorProto, "FLOAT4E2M1", -1),)
+_INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
+
+
+class GraphWriter:
+    """Collects nodes and streams tensors to ``directory``; ``save`` writes the model. A context manager."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._directory = directory
+        self._name = name
+        self._data = self._open_data()
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def _open_data(self) -> BinaryIO:
+        return open(self._directory / DATA_NAME, "wb")
+
+    def __enter__(self) -> GraphWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._data.close()
+
+    @property
+    def model_path(self) -> Path:
+        return self._directory / graph_name("fp32")
+
+    # --- the graph ----------------------------------------------------------------------------------
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def node(self, op: str, inputs: Sequence[str], output: str | Sequence[str], domain: str = "", **attributes) -> str:
+        """Adds a node; returns the name of its first output."""
+        outputs = [output] if isinstance(output, str) else list(output)
+        name = outputs[0].replace("/output", "")
+        self._nodes.append(helper.make_node(op, list(inputs), outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    def fork(self) -> GraphWriter:
+        """Another graph over the same data file: what is changed in one is not in the other."""
+        other = copy.copy(self)
+        other._nodes = copy.deepcopy(self._nodes)
+        other._inputs, other._outputs = copy.deepcopy(self._inputs), copy.deepcopy(self._outputs)
+        other._initializers = dict(self._initializers)
+        return other
+
+    def retype(self, prefixes: tuple[str, ...], dtype: int) -> None:
+        """Gives the graph's inputs and outputs whose names start so the element type ``dtype``."""
+        for value in (*self._inputs, *self._outputs):
+            if value.name.startswith(prefixes):
+                value.type.tensor_type.elem_type = dtype
+
+    def rewrite(self, op: str, replace: Callable[[onnx.NodeProto], Sequence[onnx.NodeProto]]) -> None:
+        """Puts what ``replace`` makes of each node of kind ``op`` in its place."""
+        nodes: list[onnx.NodeProto] = []
+        for node in self._nodes:
+            nodes.extend(replace(node) if node.op_type == op else (node,))
+        self._nodes = nodes
+
+    # --- tensors ------------------------------------------------------------------------------------
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        """A tensor that is there as a whole. The same name twice is the same tensor."""
+        if name in self._initializers:
+            return name
+        value = np.asarray(value, order="C")
+        if value.nbytes > _INLINE_BYTES:
+            return self.stream(name, value.dtype, value.shape, [value])
+        self._initializers[name] = onnx.numpy_helper.from_array(value, name)
+        return name
+
+    def stream(
+        self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray], onnx_type: int = 0
+    ) -> str:
+        """A tensor that arrives in blocks along its first axis; only one of them is in memory at a time.
+
+        ``onnx_type``: what bytes stand for, of a type numpy has not: FLOAT8E4M3FN, or FLOAT4E2M1 with two to a byte.
+        """
+        assert name not in self._initializers
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        offset = self._data.tell()
+        for block in blocks:
+            self._data.write(np.ascontiguousarray(block, dtype=dtype).data)
+        length = self._data.tell() - offset
+        expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        assert length == (expected // 2 if onnx_type in _HALF_BYTES else expected), f"{name} has {length} bytes"
+        self._initializers[name] = _external(name, onnx_type or _onnx_type(dtype), shape, offset, length)
+        return name
+
+    def alias(self, name: str, of: str, shape: Sequence[int]) -> str:
+        """The bytes of the streamed tensor ``of`` under another name and shape."""
+        place = {entry.key: entry.value for entry in self._initializers[of].external_data}
+        onnx_type = self._initializers[of].data_type
+        self._initializers[name] = _external(name, onnx_type, shape, int(place["offset"]), int(place["length"]))
+        return name
+
+    def add_to_attribute(self, attribute: str, amount: int) -> bool:
+        """Adds ``amount`` to the integer ``attribute`` of every node that has it; False if none has."""
+        found = [a for node in self._nodes for a in node.attribute if a.name == attribute]
+        for each in found:
+            each.i += amount
+        return bool(found)
+
+    def save(
+        self, opsets: dict[str, int], name: str = graph_name("fp32"), ir_version: int = IR_VERSION
+    ) -> None:
+        graph = helper.make_graph(
+            self._nodes, self._name, self._inputs, self._outputs, initializer=list(self._initializers.values())
+        )
+        model = helper.make_model(
+            graph,
+            producer_name="edgellm_ros",
+            opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
+            ir_version=ir_version,
+        )
+        self._data.flush()
+        (self._directory / name).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _onnx_type(dtype: np.dtype) -> int:
+    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
+def _external(name: str, onnx_type: int, shape: Sequence[int], offset: int, length: int) -> onnx.TensorProto:
+    tensor = TensorProto(name=name, data_type=onnx_type, dims=list(shape))
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", DATA_NAME), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor

@@ -1,0 +1,156 @@
+"""The weights a graph writer asks for, read from the checkpoint a block of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine_core.errors import BuildError
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.number_formats import (
+    NVFP4_BLOCK,
+    QuantizedTensor,
+    ScaledFloat,
+    nvfp4_global_scale,
+    to_fp8,
+    to_nvfp4,
+)
+from engine_core.models.spec import LinearSpec, ModelSpec
+
+_BLOCK_BYTES = 16 << 20  # float32 rows read at a time: bounds the memory of a build, whatever the model's size
+
+
+@dataclass(frozen=True)
+class IntegerLayout:
+    """What the integers of all parts of a linear have in common."""
+
+    bits: int
+    group_size: int  # columns that share a scale; the part with the smallest groups decides
+    has_zeros: bool
+
+
+class Weights:
+    """``vocab_map``: int32 [rows], the full ids an LM head of fewer rows keeps, or None."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, vocab_map: np.ndarray | None = None) -> None:
+        self._checkpoint = checkpoint
+        self.spec = spec
+        self.vocab_map = vocab_map
+
+    def norm(self, name: str) -> np.ndarray:
+        """float32 [size], the architecture's offset added."""
+        return self._checkpoint.read(name) + np.float32(self.spec.norm_offset)
+
+    def linear_shape(self, linear: LinearSpec) -> tuple[int, int]:
+        shapes = [self._checkpoint.shape(part) for part in linear.parts]
+        return sum(shape[0] for shape in shapes), shapes[0][1]
+
+    def linear(self, linear: LinearSpec) -> Iterator[np.ndarray]:
+        """Blocks of rows, float32 [n, in_features], in order."""
+        for part in linear.parts:
+            yield from self._rows(part)
+
+    def paired(self, linear: LinearSpec) -> Iterator[np.ndarray]:
+        """Blocks of rows of the first half and of the second in turn: of gate and up, float32 [2 n, in_features]."""
+        rows, columns = self.linear_shape(linear)
+        half, step = rows // 2, max(1, self._step(columns) // 2)
+        if len(linear.parts) == 1:
+            places = ((linear.parts[0], 0), (linear.parts[0], half))
+        else:
+            places = tuple((part, 0) for part in linear.parts)
+        for start in range(0, half, step):
+            stop = min(half, start + step)
+            both = [self._checkpoint.read(part, slice(first + start, first + stop)) for part, first in places]
+            yield np.stack(both, axis=1).reshape(-1, columns)
+
+    def integer_layout(self, linear: LinearSpec) -> IntegerLayout | None:
+        """None unless every part is stored in integers of the same width, in groups of consecutive columns."""
+        found = [self._checkpoint.stored(part) for part in linear.parts]
+        if any(part is None or part.order is not None or not part.kind.startswith("int") for part in found):
+            return None
+        if len({part.kind for part in found}) > 1:
+            return None
+        group_size = math.gcd(*(part.group_size for part in found))
+        return IntegerLayout(found[0].bits, group_size, any(part.has_zeros for part in found))
+
+    def integers(self, linear: LinearSpec, group_size: int) -> Iterator[QuantizedTensor]:
+        """Blocks of rows in order, as the checkpoint has them, in groups of ``group_size``; see ``integer_layout``."""
+        for part in linear.parts:
+            rows, columns = self._checkpoint.shape(part)
+            step = self._step(columns)
+            for start in range(0, rows, step):
+                yield self._checkpoint.quantized(part, slice(start, start + step)).regrouped(group_size)
+
+    def float_block(self, linear: LinearSpec, kind: str) -> int:
+        """Columns that share a scale in what ``scaled_floats`` gives, or a divisor of that for each of its parts."""
+        found = [self._checkpoint.stored(part) for part in linear.parts]
+        sizes = [part.group_size for part in found if part is not None and part.kind == kind]
+        return math.gcd(*sizes) if sizes else self.linear_shape(linear)[1]
+
+    def scaled_floats(self, linear: LinearSpec, kind: str) -> Iterator[ScaledFloat]:
+        """Blocks of rows in order in fp8 or nvfp4: as the checkpoint has them, else rounded to nearest.
+
+        Raises BuildError for columns that are not a multiple of nvfp4's blocks.
+        """
+        columns = self.linear_shape(linear)[1]
+        if kind == "nvfp4" and columns % NVFP4_BLOCK:
+            raise BuildError(
+                f"{linear.parts[0]} has {columns} columns, which are not a multiple of nvfp4's block of {NVFP4_BLOCK}; "
+                "build fp8."
+            )
+        global_scale = None
+        for part in linear.parts:
+            rows = self._checkpoint.shape(part)[0]
+            stored = self._checkpoint.stored(part)
+            for start in range(0, rows, self._step(columns)):
+                which = slice(start, start + self._step(columns))
+                if stored is not None and stored.kind == kind:
+                    yield stored.read(which)
+                elif kind == "fp8":
+                    yield to_fp8(self._checkpoint.read(part, which), "fp16")
+                else:
+                    if global_scale is None:
+                        peak = max(float(np.abs(block).max()) for block in self.linear(linear))
+                        global_scale = nvfp4_global_scale(peak)
+                    yield to_nvfp4(self._checkpoint.read(part, which), global_scale)
+
+    def bias(self, linear: LinearSpec) -> np.ndarray | None:
+        """float32 [out_features], or None."""
+        if not linear.biases:
+            return None
+        return np.concatenate([self._checkpoint.read(bias) for bias in linear.biases])
+
+    def embedding(self) -> Iterator[np.ndarray]:
+        yield from self._rows(self.spec.embedding)
+
+    @property
+    def head_rows(self) -> int:
+        return self.spec.vocab_size if self.vocab_map is None else len(self.vocab_map)
+
+    def head(self) -> Iterator[np.ndarray]:
+        """Blocks of the LM head's rows, those of ``vocab_map`` only if there is one."""
+        if self.vocab_map is None:
+            yield from self._rows(self.spec.head)
+            return
+        step = self._step(self.spec.hidden_size)
+        for start in range(0, len(self.vocab_map), step):
+            yield self._checkpoint.read(self.spec.head, self.vocab_map[start : start + step])
+
+    def head_bias(self) -> np.ndarray | None:
+        if not self.spec.head_bias:
+            return None
+        bias = self._checkpoint.read(self.spec.head_bias)
+        return bias if self.vocab_map is None else bias[self.vocab_map]
+
+    def _rows(self, name: str) -> Iterator[np.ndarray]:
+        rows, columns = self._checkpoint.shape(name)
+        step = self._step(columns)
+        for start in range(0, rows, step):
+            yield self._checkpoint.read(name, slice(start, start + step))
+
+    @staticmethod
+    def _step(columns: int) -> int:
+        return max(1, _BLOCK_BYTES // (4 * columns))

@@ -1,0 +1,149 @@
+"""How fast an engine is here: time to first token and time per token, through the backend as the engine drives it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine_core.backends import Backend, TokenSampling
+from engine_core.backends.onnxruntime.files import DATA_NAME
+from engine_core.backends.onnxruntime.plan import head_row_bytes, stored_rope_bytes
+from engine_core.config import EngineConfig
+from engine_core.errors import ConfigurationError
+from engine_core.formats.manifest import Manifest
+from engine_core.memory import MemoryPlan
+from engine_core.planning.selection import advice, choose
+
+_GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset())  # no stop ids: every run has the same length
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one prompt length, over all repeats. Seconds."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token: float  # median
+    per_token: float  # median over the repeats of the mean of a run's decode steps
+    per_token_p95: float  # of all single steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1 / self.per_token
+
+
+class Benchmark:
+    """One loaded engine. A context manager.
+
+    The variant is the one that the node would open, for ``reason``. ``load_time``: seconds; ``peak_resident``: bytes
+    the process has grown by since before it was loaded, at its peak. Raises what opening an engine raises.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        choice = choose(dataclasses.replace(config, verify_files=False))
+        config, self.manifest, self.plan = choice.config, choice.manifest, choice.plan
+        self.plan.check(advice(config, self.plan))
+        self.reason = choice.reason
+        gc.collect()
+        self._resident_before = _resident()
+        start = time.perf_counter()
+        self.backend: Backend = choice.backend.load(choice.directory, self.manifest, config)
+        self.load_time = time.perf_counter() - start
+        self.peak_resident = 0
+        self.threads = _threads(choice.directory, self.manifest, config)
+        self.bytes_per_step = step_bytes(self.manifest, self.plan, config, self.backend.reduced_vocab_size)
+
+    def __enter__(self) -> Benchmark:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.backend.close()
+
+    def check(self, prompt_tokens: Sequence[int], new_tokens: int) -> None:
+        """Raises ConfigurationError for a length that does not fit."""
+        longest = max(prompt_tokens) + new_tokens
+        if longest > self.backend.max_context:
+            raise ConfigurationError(
+                f"{max(prompt_tokens)} prompt tokens and {new_tokens} new ones are {longest}, but max_context is "
+                f"{self.backend.max_context}; ask for fewer."
+            )
+
+    def measure(
+        self, prompt_tokens: int, new_tokens: int, repeats: int, report: Callable[[str], None] = lambda line: None
+    ) -> Timing:
+        """One run to warm up, then ``repeats`` of the same random prompt. Needs 3 new tokens or more."""
+        assert new_tokens >= 3 and repeats >= 1
+        ids = np.random.default_rng(1).integers(0, self.backend.vocab_size, prompt_tokens).astype(np.int32)
+        self._run(ids, min(8, new_tokens))
+        runs = []
+        for index in range(repeats):
+            report(f"{prompt_tokens} prompt tokens, run {index + 1} of {repeats}")
+            runs.append(self._run(ids, new_tokens))
+        self.peak_resident = max(self.peak_resident, _resident() - self._resident_before)
+        steps = np.concatenate([run[1] for run in runs])
+        return Timing(
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            first_token=statistics.median(run[0] for run in runs),
+            per_token=statistics.median(float(run[1].mean()) for run in runs),
+            per_token_p95=float(np.percentile(steps, 95)),
+        )
+
+    def _run(self, ids: np.ndarray, count: int) -> tuple[float, np.ndarray]:
+        """(time to first token, times between the tokens after it [count - 1])."""
+        backend = self.backend
+        times = np.empty(count)
+        start = time.perf_counter()
+        backend.begin(_GREEDY, ids)
+        pending = backend.prefill(ids, 0)
+        for index in range(count):  # as the engine does: the next step is queued before the token is read
+            ahead = backend.decode() if index + 1 < count else None
+            pending.result()
+            times[index] = time.perf_counter()
+            pending = ahead
+        return times[0] - start, np.diff(times)
+
+
+def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
+    """Bytes of weights a decode step reads: the layers and ``head_rows`` of the LM head, not the token lookup's table.
+
+    The KV cache is not in it: it grows with the position.
+    """
+    if manifest.backend == "cuda":
+        from engine_core.backends.cuda.layout import CudaSpec, weight_arrays
+
+        spec = dataclasses.replace(CudaSpec.create(manifest, config), head_rows=head_rows)
+        arrays = weight_arrays(spec)
+        return sum(array.nbytes for name, array in arrays.items() if name != "embed" or not spec.has_head)
+    if manifest.backend != "onnxruntime":
+        return plan.item("weights")
+    row, _ = head_row_bytes(manifest)
+    vocab_size = manifest.geometry.vocab_size
+    tables = vocab_size  # rows of the file's tables: the lookup's, and the head's where it has its own
+    if not manifest.options.get("shares_head"):
+        tables += manifest.reduced_vocab_size or vocab_size
+    layers = manifest.files[DATA_NAME].size - stored_rope_bytes(manifest) - tables * row
+    return layers + head_rows * row
+
+
+def _threads(directory: Path, manifest: Manifest, config: EngineConfig) -> int:
+    """CPU threads that compute; 0 on a GPU."""
+    if manifest.backend != "onnxruntime":
+        return 0
+    from engine_core.backends.onnxruntime.plan import resolve
+
+    return resolve(directory, manifest, config).threads
+
+
+def _resident() -> int:
+    """Bytes of main memory this process holds."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,93 @@
+"""A checkpoint's sizes from its config.json alone: what planning needs before anything is downloaded."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from engine_core.errors import CheckpointError
+from engine_core.formats.checkpoint import Checkpoint, read_json
+from engine_core.models.spec import ModelSpec, read_spec
+
+
+class ConfigCheckpoint:
+    """Answers for a checkpoint of which only config.json is read: which tensors it has, by its family's rules.
+
+    Stands in for ``Checkpoint`` where a ModelSpec is read. ``read`` gives zeros that take no memory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Raises CheckpointError without a readable config.json."""
+        self.directory = Path(directory)
+        self.config = read_json(self.directory / "config.json")
+        self.generation_config = read_json(self.directory / "generation_config.json", required=False)
+        # A quantized checkpoint has the same model inside: its plan is that of the variants made from it.
+        self.stored_quantization = self.config.pop("quantization_config", None)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._levels: SimpleNamespace | None = None
+
+    def __contains__(self, name: str) -> bool:
+        config = self.config
+        architecture = (config.get("architectures") or [""])[0]
+        if name == "lm_head.weight":
+            return not config.get("tie_word_embeddings", architecture.startswith("Gemma"))
+        if not name.endswith(".bias") or name == "lm_head.bias":
+            return False
+        in_qkv = any(part in name for part in (".q_proj.", ".k_proj.", ".v_proj."))
+        if ".self_attn." in name:
+            return bool(config.get("attention_bias")) or (architecture == "Qwen2ForCausalLM" and in_qkv)
+        return bool(config.get("mlp_bias"))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+        assert isinstance(rows, slice)
+        return np.broadcast_to(np.float32(0), self._shapes[name])
+
+    def stored(self, name: str) -> SimpleNamespace | None:
+        """How a weight lies in the checkpoint; None: it is not quantized."""
+        return self._levels
+
+    def with_levels(self, bits: int, group_size: int) -> ConfigCheckpoint:
+        """The same checkpoint with its matrices quantized to integers, in groups of ``group_size`` columns."""
+        other = copy.copy(self)
+        other._levels = SimpleNamespace(
+            kind=f"int{bits}", bits=bits, group_size=group_size, has_zeros=False, order=None
+        )
+        return other
+
+    def describe(self, spec: ModelSpec) -> None:
+        """Takes the shapes of ``spec`` as its own."""
+        self._shapes = spec.shapes()
+
+
+def read_shapes(directory: Path) -> tuple[ConfigCheckpoint, ModelSpec, int]:
+    """(stand-in, spec, number of parameters) of a checkpoint directory; weights are looked at only where they are.
+
+    Raises CheckpointError or UnsupportedModelError.
+    """
+    stand_in = ConfigCheckpoint(directory)
+    source: ConfigCheckpoint | Checkpoint = stand_in
+    if not stand_in.stored_quantization and list(Path(directory).glob("*.safetensors")):
+        source = Checkpoint(directory)
+    spec = read_spec(source)
+    stand_in.describe(spec)
+    return stand_in, spec, sum(math.prod(shape) for shape in spec.shapes().values())
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether ``directory`` is a checkpoint rather than an engine directory."""
+    return (Path(directory) / "config.json").is_file()
+
+
+def stored_bytes(directory: Path) -> int:
+    """Bytes of the safetensors files in ``directory``; 0 if there are none. Raises CheckpointError."""
+    try:
+        return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read ({error}).") from error

@@ -1,0 +1,132 @@
+"""The devices a plan can be made for: the Jetson modules by name, a memory size, or the machine this runs on.
+
+``total`` of a Jetson is what its Linux sees (MemTotal, as tegrastats prints it): the module's memory less what the
+firmware keeps. ``RESERVE`` is what we assume the rest of the robot takes of it, see there. Compute capabilities and
+multiprocessors: NVIDIA's data sheets of the modules (128 CUDA cores are one multiprocessor).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from engine_core.errors import BackendUnavailableError, ConfigurationError
+
+_MIB = 1 << 20
+# Of a Jetson without a desktop (0.6 to 1.2 GiB used when idle) and a ROS 2 stack beside the model (about 1 GiB: it
+# differs with the robot). NVIDIA's Jetson AI Lab (RAM Optimization) counts 0.8 GiB more for the desktop.
+RESERVE = 2 << 30
+RESERVE_NOTE = (
+    "assumed for JetPack without a desktop and a ROS 2 stack (the desktop takes about 0.8 GiB more: "
+    "Jetson AI Lab, RAM Optimization)"
+)
+# Compute capability from which NVIDIA GPUs compute with a type: e4m3 since Ada, e2m1 (nvfp4) since Blackwell.
+MIN_CAPABILITY = {"fp8": 89, "nvfp4": 100}
+_ARCHITECTURES = {"fp8": "Ada, Hopper or Blackwell", "nvfp4": "Blackwell"}
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What a plan has to know of a device. Bytes."""
+
+    name: str
+    title: str
+    total: int
+    reserve: int = 0  # held back for everything else that runs there
+    note: str = ""  # where total and reserve come from
+    capability: int = 0  # of its NVIDIA GPU, 87 = sm_87; 0 = unknown, or none with num_sms 0
+    num_sms: int = 0  # 0 = no GPU
+    shared_memory: bool = True  # CPU and GPU use the same memory
+
+    @property
+    def free(self) -> int:
+        """What the engine may take."""
+        return max(0, self.total - self.reserve)
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.num_sms > 0
+
+    def why_not(self, number_type: str) -> str:
+        """Empty if the GPU computes with ``number_type`` (a quantization or a KV type), else the reason."""
+        needed = MIN_CAPABILITY.get(number_type, 0)
+        if not self.has_gpu or not self.capability or self.capability >= needed:
+            return ""
+        return f"{number_type} needs {_ARCHITECTURES[number_type]}; this GPU is sm_{self.capability}"
+
+
+def _jetson(name: str, title: str, total_mib: int, capability: int, num_sms: int) -> DeviceProfile:
+    return DeviceProfile(name, title, total_mib * _MIB, RESERVE, RESERVE_NOTE, capability, num_sms)
+
+
+DEVICES = {
+    profile.name: profile
+    for profile in (
+        _jetson("orin-nano-8gb", "Jetson Orin Nano 8 GB", 7620, 87, 8),
+        _jetson("orin-nx-8gb", "Jetson Orin NX 8 GB", 7620, 87, 8),
+        _jetson("orin-nx-16gb", "Jetson Orin NX 16 GB", 15656, 87, 8),
+        _jetson("agx-orin-32gb", "Jetson AGX Orin 32 GB", 30536, 87, 14),
+        _jetson("agx-orin-64gb", "Jetson AGX Orin 64 GB", 62841, 87, 16),
+        _jetson("thor-128gb", "Jetson AGX Thor 128 GB", 125772, 110, 20),
+    )
+}
+_GENERIC_SMS = 16  # of a GPU given by its memory alone: attention's scratch grows with it, by less than 1 MiB
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_UNITS |= {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """``16GB`` (10⁹ bytes each), ``16GiB`` or ``16G`` (2³⁰) as bytes. Raises ConfigurationError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigurationError(f"{text!r} is not a memory size; write for instance 16GB, 14.5GiB or 900MiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def of_memory(num_bytes: int, *, gpu: bool) -> DeviceProfile:
+    """A device of which only the free memory is known."""
+    kind = "GPU" if gpu else "CPU"
+    note = "as given; nothing is held back unless --reserve says so"
+    return DeviceProfile("memory", f"a {kind}", num_bytes, 0, note, num_sms=_GENERIC_SMS if gpu else 0)
+
+
+def named(name: str) -> DeviceProfile:
+    """Raises ConfigurationError for a name that is not in DEVICES."""
+    if name not in DEVICES:
+        raise ConfigurationError(f"The device {name!r} is unknown; known are {', '.join(DEVICES)} and this.")
+    return DEVICES[name]
+
+
+def with_reserve(profile: DeviceProfile, reserve: int) -> DeviceProfile:
+    return replace(profile, reserve=reserve, note="as given with --reserve")
+
+
+def this_cpu() -> DeviceProfile:
+    """This machine's main memory: what is free now (within its cgroup), so nothing is held back."""
+    from engine_core.backends.onnxruntime.plan import available_memory
+
+    return DeviceProfile("this", "this machine's CPU", available_memory(), 0, "free now")
+
+
+def this_machine() -> DeviceProfile:
+    """The NVIDIA GPU of this machine with what is free on it now, or the CPU where there is none that can be used."""
+    from engine_core.cuda.driver import Device
+
+    try:
+        device = Device()
+    except BackendUnavailableError:
+        return this_cpu()
+    try:
+        free, _ = device.memory_info()
+        return DeviceProfile(
+            "this",
+            f"this machine's {device.name}",
+            free,
+            note="free now",
+            capability=device.capability,
+            num_sms=device.num_sms,
+            shared_memory=False,
+        )
+    finally:
+        device.close()

@@ -1,0 +1,263 @@
+"""``edgellm plan``: what of a checkpoint or an engine fits a device, at which context, and what would help.
+
+A ``Row`` is one variant at one size. ``plan_checkpoint`` estimates them (estimates.py), ``plan_engine``
+asks the backends of the variants an engine directory holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine_core.backends import backend_class
+from engine_core.config import EngineConfig
+from engine_core.errors import EdgeLLMError
+from engine_core.formats.manifest import Manifest, list_variants, read_manifest
+from engine_core.memory import MemoryPlan, format_bytes
+from engine_core.planning.devices import DeviceProfile
+from engine_core.planning.estimates import KV_TYPES, CheckpointEstimate, Size
+
+_GRAIN = 64  # tokens a suggested context is a multiple of
+_DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant at one size. ``plan`` is None where there is none; ``why_not`` says why it cannot run there."""
+
+    quantization: str
+    backend: str
+    kv_cache_type: str
+    max_context: int
+    max_batch: int
+    plan: MemoryPlan | None
+    why_not: str = ""
+    # (batch, KV type) → most tokens that fit, 0 = none; only of KV types the device computes with
+    longest: dict[tuple[int, str], int] = field(default_factory=dict)
+    only_planned: frozenset[str] = frozenset()  # KV types of ``longest`` that this version's backend does not have
+
+    @property
+    def fits(self) -> bool:
+        return self.plan is not None and self.plan.total <= self.plan.available
+
+    @property
+    def usable(self) -> bool:
+        return self.fits and not self.why_not
+
+    def as_dict(self) -> dict:
+        plan = self.plan
+        return {
+            "quantization": self.quantization,
+            "backend": self.backend,
+            "kv_cache_type": self.kv_cache_type,
+            "max_context": self.max_context,
+            "max_batch": self.max_batch,
+            "items": {} if plan is None else {item.name: item.bytes for item in plan.items},
+            "total": None if plan is None else plan.total,
+            "available": None if plan is None else plan.available,
+            "fits": self.fits,
+            "runs": not self.why_not,
+            "why_not": self.why_not,
+            "longest_context": [
+                {"max_batch": batch, "kv_cache_type": kv, "max_context": count, "runs": kv not in self.only_planned}
+                for (batch, kv), count in self.longest.items()
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for; 0 and "" leave it open."""
+
+    contexts: tuple[int, ...] = ()
+    batches: tuple[int, ...] = (1,)
+    kv_cache_type: str = ""
+    quantization: str = ""
+    head_rows: int = 0
+    backend: str = ""
+
+
+def plan_checkpoint(estimate: CheckpointEstimate, device: DeviceProfile, asked: Asked) -> list[Row]:
+    """Every variant of the device's backends, at every context and batch, in that order of nesting: batch, context."""
+    kinds = estimate.variants(asked.backend or ("gpu" if device.has_gpu else "onnxruntime"))
+    contexts = asked.contexts or (min(_DEFAULT_CONTEXT, estimate.spec.max_position),)
+    return [
+        _estimated(estimate, kind, device, asked, context, batch)
+        for batch in asked.batches
+        for context in contexts
+        for kind in kinds
+    ]
+
+
+def _estimated(
+    estimate: CheckpointEstimate, kind: tuple[str, str], device: DeviceProfile, asked: Asked, context: int, batch: int
+) -> Row:
+    quantization, backend = kind
+    kv_types = KV_TYPES[backend]
+    size = Size(context, batch, asked.kv_cache_type or kv_types[0], asked.head_rows)
+    try:
+        plan = estimate.plan(*kind, size, device)
+        why_not = estimate.why_not(*kind, size, device)
+    except EdgeLLMError as error:
+        return Row(quantization, backend, size.kv_cache_type, context, batch, None, str(error).rstrip("."))
+    longest = {}
+    for each in sorted({1, batch}):
+        for kv in kv_types:
+            if device.why_not(kv) and backend != "onnxruntime":
+                continue
+
+            def fits(tokens: int, each=each, kv=kv) -> bool:
+                found = estimate.plan(*kind, Size(tokens, each, kv, asked.head_rows), device)
+                return found.total <= found.available
+
+            longest[each, kv] = longest_context(fits, estimate.spec.max_position)
+    small = [Size(_GRAIN, kv_cache_type=kv) for kv in kv_types]
+    refused = {each.kv_cache_type for each in small if estimate.why_not(*kind, each, device)}
+    only_planned = frozenset(refused) if len(refused) < len(kv_types) else frozenset()
+    return Row(quantization, backend, size.kv_cache_type, context, batch, plan, why_not, longest, only_planned)
+
+
+def longest_context(fits: Callable[[int], bool], limit: int) -> int:
+    """The most tokens up to ``limit`` for which ``fits``: ``limit`` or a multiple of 64; 0 if not even 64 do."""
+    if fits(limit):
+        return limit
+    low, high = 0, -(-limit // _GRAIN)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * _GRAIN) else (low, middle)
+    return low * _GRAIN
+
+
+def plan_engine(engine_dir: Path, config: EngineConfig, device: DeviceProfile | None) -> list[Row]:
+    """A row for each variant (or the one ``config`` names), by its backend's own plan.
+
+    ``device``: None = this machine. Raises EngineDirectoryError.
+    """
+    variants = list_variants(engine_dir)
+    if config.quantization != "auto":
+        variants = {config.quantization: _only(engine_dir, config.quantization, variants)}
+    return [_planned(directory, config, device) for directory in variants.values()]
+
+
+def _only(engine_dir: Path, quantization: str, variants: dict[str, Path]) -> Path:
+    from engine_core.formats.manifest import select_variant
+
+    return variants.get(quantization) or select_variant(engine_dir, quantization)
+
+
+def _planned(directory: Path, config: EngineConfig, device: DeviceProfile | None) -> Row:
+    manifest = read_manifest(directory, verify_hashes=False)
+    context = config.max_context or manifest.max_context
+    kv = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
+    row = Row(manifest.quantization, manifest.backend, kv, context, config.max_batch, None)
+    try:
+        plan = engine_plan(directory, manifest, config, device)
+    except EdgeLLMError as error:
+        return dataclasses.replace(row, why_not=str(error).rstrip("."))
+
+    def fits(tokens: int) -> bool:
+        found = engine_plan(directory, manifest, dataclasses.replace(config, max_context=tokens), device)
+        return found.total <= found.available
+
+    longest = {(config.max_batch, kv): longest_context(fits, manifest.max_context)}
+    why_not = device.why_not(manifest.quantization) if device and manifest.backend != "onnxruntime" else ""
+    return dataclasses.replace(row, plan=plan, why_not=why_not, longest=longest)
+
+
+def engine_plan(directory: Path, manifest: Manifest, config: EngineConfig, device: DeviceProfile | None) -> MemoryPlan:
+    """The backend's plan, against ``device`` (None = this machine). Raises what ``Backend.plan`` raises."""
+    if device is not None and manifest.backend == "cuda":
+        return _cuda_plan(directory, manifest, config, device)
+    plan = backend_class(manifest.backend).plan(directory, manifest, config)
+    if device is None:
+        return plan
+    return MemoryPlan(plan.items, device.free, device.title)
+
+
+def _cuda_plan(directory: Path, manifest: Manifest, config: EngineConfig, device: DeviceProfile) -> MemoryPlan:
+    """``CudaBackend.plan`` for a GPU that is not here."""
+    from engine_core.backends.cuda.layout import planned_bytes
+    from engine_core.backends.cuda.weights import resolve
+
+    spec = resolve(directory, manifest, config).spec
+    return MemoryPlan.of(planned_bytes(spec, device.num_sms or 1), device.free, device.title)
+
+
+# --- verdict ----------------------------------------------------------------------------------------------
+
+
+def is_possible(rows: list[Row], quantization: str = "") -> bool:
+    """Whether at every size asked for the variant named runs and fits, or any does where none is named."""
+    sizes = {(row.max_context, row.max_batch) for row in rows}
+    usable = {(row.max_context, row.max_batch) for row in rows if row.usable and quantization in ("", row.quantization)}
+    return sizes == usable
+
+
+def advice(rows: list[Row], quantization: str = "", saved_by_vocab: Callable[[str], int] | None = None) -> list[str]:
+    """What would make fit what does not: a sentence for each size of the variant asked for, or of the smallest one.
+
+    ``saved_by_vocab``: quantization → bytes a vocabulary of a quarter saves.
+    """
+    sentences = []
+    for size in sorted({(row.max_batch, row.max_context) for row in rows}):
+        here = [row for row in rows if (row.max_batch, row.max_context) == size and row.plan is not None]
+        runs = [row for row in here if not row.why_not]
+        if quantization:
+            chosen = [row for row in here if row.quantization == quantization]
+        elif any(row.usable for row in runs):
+            continue
+        else:
+            chosen = sorted(runs or here, key=lambda row: row.plan.total)[:1]
+        sentences += [_sentence(row, runs, saved_by_vocab) for row in chosen if not row.usable]
+    return sentences
+
+
+def _sentence(row: Row, runs: list[Row], saved_by_vocab: Callable[[str], int] | None) -> str:
+    plan = row.plan
+    at = f"at max_context {row.max_context}" + (f" and batch {row.max_batch}" if row.max_batch > 1 else "")
+    needs = f"{row.quantization} {at} needs {format_bytes(plan.total)}; {plan.device} has "
+    needs += f"{format_bytes(plan.available)} free"
+    reason = f"; and it does not run there ({row.why_not})" if row.why_not else ""
+    options = [] if row.fits else _smaller(row)
+    options += _other_variant(row, [other for other in runs if other is not row])
+    missing = plan.total - plan.available
+    if saved_by_vocab is not None and missing > 0:
+        saved = saved_by_vocab(row.quantization)
+        if 4 * saved >= missing:
+            rest = "enough" if saved >= missing else f"{format_bytes(missing)} are missing"
+            options.append(f"a vocabulary reduced to a quarter saves {format_bytes(saved)} ({rest})")
+    return (
+        f"{needs}{reason}"
+        + (": " + ", or ".join(options) if options else "; take a smaller model or more memory")
+        + "."
+    )
+
+
+def _smaller(row: Row) -> list[str]:
+    """Less context, smaller KV or batch that fits."""
+    found = []
+    for (batch, kv), count in row.longest.items():
+        if batch != row.max_batch or count <= 0 or kv in row.only_planned or row.why_not:
+            continue
+        if kv == row.kv_cache_type:
+            found.append(f"--max-context {count} fits")
+        elif kv == "int8" and row.kv_cache_type != "int8":
+            found.append(f"--kv-cache-type int8 fits{f' up to {count} tokens' if count < row.max_context else ''}")
+    if row.max_batch > 1 and row.longest.get((1, row.kv_cache_type), 0) >= row.max_context:
+        found.append("batch 1 fits")
+    return found
+
+
+def _other_variant(row: Row, others: list[Row]) -> list[str]:
+    """The best of those that fit as asked, or else the one that holds the most tokens."""
+    usable = [other for other in others if other.usable]
+    if usable:
+        best = max(usable, key=lambda other: other.plan.total)
+        return [f"--quantization {best.quantization} fits ({format_bytes(best.plan.total)})"]
+    lengths = {other.quantization: other.longest.get((other.max_batch, other.kv_cache_type), 0) for other in others}
+    best = max(lengths, key=lengths.__getitem__, default="")
+    if not best or lengths[best] <= row.longest.get((row.max_batch, row.kv_cache_type), 0):
+        return []
+    return [f"--quantization {best} fits up to {lengths[best]} tokens"]

@@ -1,0 +1,56 @@
+"""Quantized weights: the formats, the layouts of checkpoints that hold them, and ``quantize_checkpoint`` that makes
+one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from engine_core.formats.rows import QuantizedRows, dequantize_rows, quantize_rows
+
+__all__ = ["QuantizedRows", "dequantize_rows", "quantize_checkpoint", "quantize_rows"]
+
+_log = logging.getLogger(__name__)
+
+
+def quantize_checkpoint(
+    checkpoint_dir: Path,
+    out_dir: Path,
+    *,
+    method: str,
+    group_size: int = 0,
+    calibration: Path | None = None,
+    num_samples: int = 128,
+    sequence_length: int = 256,
+    symmetric: bool = True,
+    head: bool = False,
+    report: Callable[[str], None] = _log.info,
+    progress: Callable[[int, int], None] = lambda done, layers: None,
+) -> None:
+    """Writes the Hugging Face checkpoint ``out_dir`` in the layout of compressed-tensors.
+
+    ``method``: fp16, int8, int8_smoothquant, int4_awq, int4 (rounded to nearest), fp8 or nvfp4. ``group_size``: weights
+    that share a scale, 32, 64 or 128; 0 = 128 for int4, a row for int8. ``calibration``: a text file or JSONL chats, of
+    which up to ``num_samples`` pieces of up to ``sequence_length`` tokens are taken; needed by int8_smoothquant and
+    int4_awq, for which the checkpoint's own calibration.jsonl is the default. ``symmetric``: False gives int4 zero
+    points. ``head``: quantize an LM head of its own, too. ``progress`` is called with the layers done and all of them.
+
+    Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.
+    """
+    from engine_core.quantize.quantizer import quantize
+
+    quantize(
+        checkpoint_dir,
+        out_dir,
+        method=method,
+        group_size=group_size,
+        calibration=calibration,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        symmetric=symmetric,
+        head=head,
+        report=report,
+        progress=progress,
+    )

@@ -1,0 +1,86 @@
+"""KV caches in 8 bits: the scales, found on calibration text, and the plain numerics the fused paths are held against.
+
+int8 is symmetric with one float32 scale for each channel of each head, as ONNX Runtime's GroupQueryAttention has it.
+fp8 is e4m3 (Micikevicius et al. 2022, arXiv 2209.05433; no infinities, largest value 448) with one float32 scale for
+each head. Scales are static: what is larger than anything seen in calibration is clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine_core.errors import BuildError
+from engine_core.formats.number_formats import E4M3, FP8_MAX, to_minifloat
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from engine_core.formats.manifest import ModelGeometry
+
+KVScales = np.ndarray  # float32 [layers, 2 (K, V), kv_heads, head_dim]
+
+INT8_MAX = 127  # -128 is not used
+_CHUNK = 128  # tokens per step
+_THREADS = 1  # so that the same build gives the same scales
+MIN_TOKENS = 64  # fewer say nothing about the spread of a channel
+
+
+def measure_peaks(directory: Path, geometry: ModelGeometry, rows: int, sequences: Iterable[np.ndarray]) -> np.ndarray:
+    """The largest magnitudes of K, after RoPE, and of V in the float32 cache of the engine in ``directory``.
+
+    ``rows``: of its LM head. ``sequences``: token ids, int32 [n] each. float32 [layers, 2 (K, V), kv_heads, head_dim].
+    Raises BuildError for fewer than MIN_TOKENS tokens.
+    """
+    from engine_core.backends.onnxruntime.session import OrtSession
+
+    sequences = [ids for ids in sequences if len(ids)]
+    total = sum(map(len, sequences))
+    if total < MIN_TOKENS:
+        raise BuildError(
+            f"The calibration text has {total} tokens, expected at least {MIN_TOKENS}; give more text of the kind the "
+            "model will see."
+        )
+    longest = max(map(len, sequences))
+    session = OrtSession(directory, geometry, rows, longest, min(_CHUNK, longest), _THREADS)
+    cache = session.kv_cache[:, 0]  # [layers, 2, kv_heads, longest, head_dim]
+    peaks = np.zeros(cache.shape[:3] + cache.shape[4:], dtype=np.float32)
+    for ids in sequences:
+        for start in range(0, len(ids), session.chunk):
+            session.prefill(ids[start : start + session.chunk], start)
+        np.maximum(peaks, np.abs(cache[..., : len(ids), :]).max(axis=3), out=peaks)
+    return peaks
+
+
+def int8_scales(peaks: np.ndarray) -> KVScales:
+    """One scale per channel; a channel that was never anything but 0 gets the mean of the others."""
+    scales = (peaks / np.float32(INT8_MAX)).astype(np.float32)
+    scales[scales == 0] = scales.mean() or 1.0
+    return scales
+
+
+def quantize_int8(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """``values``: float32 [..., head_dim]; ``scales``: broadcastable to it. int8 of the same shape, ties to even."""
+    return np.clip(np.rint(values / scales), -INT8_MAX, INT8_MAX).astype(np.int8)
+
+
+def fp8_scales(peaks: np.ndarray) -> np.ndarray:
+    """One scale per head: float32 [..., kv_heads] of peaks [..., kv_heads, head_dim]."""
+    scales = (peaks.max(axis=-1) / FP8_MAX).astype(np.float32)
+    scales[scales == 0] = 1.0
+    return scales
+
+
+def quantize_fp8(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """``values``: float32 [..., kv_heads, tokens, head_dim]; ``scales``: float32 [..., kv_heads].
+
+    e4m3 bit patterns, uint8 of the same shape as ``values``; saturating, ties to even.
+    """
+    return to_minifloat(values / scales[..., None, None], E4M3)
+
+
+def dequantize_fp8(patterns: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """float32 of what ``quantize_fp8`` made, with the same ``scales``."""
+    return E4M3[patterns] * scales[..., None, None]
