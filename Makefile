@@ -2,7 +2,7 @@
 #   PYTHON=python3.12   the interpreter, from 3.10 to 3.13 (default: the first that will do)
 #   PYTEST_ARGS="-k x"  handed to pytest
 #   REFERENCE=0         without torch, and without the tests that compare with it
-.PHONY: help demo test lint setup clean
+.PHONY: help demo test lint setup gpu-test clean
 
 export PYTHON
 NO_REFERENCE = $(if $(filter 0,$(REFERENCE)),--no-reference)
@@ -11,6 +11,7 @@ help:
 	@echo "make demo   a lifecycle node answers robot commands, token by token"
 	@echo "make test   all tests that need no GPU"
 	@echo "make lint   the style check alone"
+	@echo "make gpu-test  the tests that need an NVIDIA GPU; outcomes go to benchmarks/results/gpu_tests.jsonl"
 	@echo "make clean  remove everything these made"
 
 demo:
@@ -21,6 +22,10 @@ test:
 
 lint setup:
 	@tools/start $(NO_REFERENCE) $@
+
+gpu-test:
+	@tools/start $(NO_REFERENCE) setup
+	@tools/start $(NO_REFERENCE) run tools/gpu_tests.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf build install log .venv .venv-* .demo .pytest_cache .ruff_cache

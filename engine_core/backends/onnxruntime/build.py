@@ -53,7 +53,7 @@ def build_engine(
     ``head_bits``: 4 or 8 for the LM head and the embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors
     file of the full ids an LM head of fewer rows keeps; a file of that name in the checkpoint is used by itself.
     ``kv_cache_type``: what the engine opens with unless told otherwise; auto = fp32. It holds fp32 and fp16 in any
-    case, and int8 where that was asked for or there is ``calibration`` text (see ``engine_core.text.documents``; by default the
+    case, and int8 where that was asked for or there is ``calibration`` text (see ``text.documents``; by default the
     checkpoint's own calibration.jsonl or .txt).
 
     Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.

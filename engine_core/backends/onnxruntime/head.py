@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from engine_core.errors import BackendUnavailableError, ConfigurationError
 
-_NODES = ("head", "head/product")  # engine_core/backends/onnxruntime/exporter.py: the product, and the sum with its bias
+_NODES = ("head", "head/product")  # exporter.py: the product, and the sum with its bias
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _FOLDER_SINCE = (1, 23)  # seen working in 1.23 and not in 1.20; absolute locations work up to 1.23 and not in 1.32
 

@@ -1,0 +1,108 @@
+"""Runs test/gpu and writes one JSON line per test to benchmarks/results/gpu_tests.jsonl.
+
+    python3 tools/gpu_tests.py [--results FILE] [pytest arguments …]
+
+A line has: date (UTC), commit, gpu, driver_cuda (newest CUDA the driver supports), versions of the packages that
+matter, test (pytest id), outcome (passed, failed, skipped, error), seconds and, unless it passed, the reason.
+A new line replaces an older one of the same test on the same GPU, so that the file holds each test's last outcome.
+Exit status: pytest's; 1 where no GPU was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu_tests.jsonl"
+PACKAGES = ("cuda-bindings", "nvidia-cuda-nvrtc", "numpy", "onnxruntime", "tensorrt", "torch", "transformers")
+
+
+class Recorder:
+    """A pytest plugin that keeps the outcome of each test."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, dict] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        entry = self.outcomes.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
+        entry["seconds"] = round(entry["seconds"] + report.duration, 3)
+        if report.failed:
+            entry["outcome"] = "failed" if report.when == "call" else "error"
+            entry["reason"] = str(report.longrepr).strip().splitlines()[-1][:300]
+        elif report.skipped and entry["outcome"] == "passed":
+            entry["outcome"] = "skipped"
+            entry["reason"] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)[:300]
+
+
+def commit() -> str:
+    """Return the commit the tests run on: EDGELLM_COMMIT where it is set, as for a copy without .git."""
+    if value := os.environ.get("EDGELLM_COMMIT"):
+        return value
+    found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Return the installed version of each package of PACKAGES that is there, and Python's."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def merge(old: list[dict], new: list[dict]) -> list[dict]:
+    """Return ``old`` with the lines of ``new`` in place of those of the same test and GPU, ordered by test and GPU."""
+    lines = {(line["test"], line["gpu"]): line for line in [*old, *new]}
+    return [lines[key] for key in sorted(lines)]
+
+
+def read(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to write (default: %(default)s)")
+    options, arguments = parser.parse_known_args(argv)
+    sys.path.insert(0, str(ROOT))
+    from engine_core.cuda.gpu_info import find_gpus
+
+    report = find_gpus()
+    if not report.gpus:
+        print(f"error: no GPU to test on: {report.why_none}", file=sys.stderr)
+        return 1
+    recorder = Recorder()
+    paths = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments)
+    status = pytest.main([*([] if paths else [str(ROOT / "test" / "gpu")]), *arguments], plugins=[recorder])
+    head = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "commit": commit(),
+        "gpu": report.gpus[0].name,
+        "driver_cuda": report.cuda_version,
+        "versions": versions(),
+    }
+    new = [head | {"test": test} | outcome for test, outcome in recorder.outcomes.items()]
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    lines = merge(read(options.results), new)
+    options.results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print(f"{head['gpu']}, commit {head['commit']}:", dict(Counter(line["outcome"] for line in new)))
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
