@@ -14,6 +14,9 @@ import engine_core
 from engine_core.errors import EngineDirectoryError
 from engine_core.formats.manifest import list_variants
 
+# Folders of engine_core whose code decides what an engine directory holds.
+_BUILDER = ("backends", "formats", "models", "quantize")
+
 
 def checkpoint_dir() -> Path:
     """The demo checkpoint of this package. Raises EngineDirectoryError if it was not installed."""
@@ -34,7 +37,8 @@ def engine_dir(checkpoint: Path, backend: str = "auto", quantization: str = "aut
     """The directory for this checkpoint, this builder and these options; it need not exist yet."""
     digest = hashlib.sha256(f"{engine_core.__version__} {backend} {quantization}".encode())
     core = Path(engine_core.__file__).parent
-    for path in sorted([*checkpoint.iterdir(), *(core / "build").rglob("*.py"), core / "manifest.py"]):
+    builder = [path for folder in _BUILDER for path in (core / folder).rglob("*.py")]
+    for path in sorted([*checkpoint.iterdir(), *builder]):
         if path.is_file():
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return cache_dir() / f"demo-{digest.hexdigest()[:12]}"
