@@ -95,7 +95,7 @@ def to_request(message: Any, settings: Settings) -> GenerationRequest:
         messages=messages,
         prompt=message.prompt,
         sampling=_to_sampling(message.sampling, settings.sampling),
-        stop=tuple(message.stop) or settings.stop,
+        stop=tuple(message.stop) or (() if message.json_schema else settings.stop),
         json_schema=message.json_schema,
         priority=message.priority,
         timeout=message.deadline if message.deadline != 0 else settings.request_timeout,

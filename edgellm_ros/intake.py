@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,27 +12,29 @@ from rclpy.node import Node
 from edgellm_ros.conversions import error_message, refused, to_messages, to_request
 from edgellm_ros.parameters import Settings
 from edgellm_ros.streams import RequestStream, Topics
-from edgellm_ros.threads import SerialThread, complete, new_future
+from edgellm_ros.threads import WorkPool, complete, new_future
 from engine_core.errors import NotActiveError
 from engine_core.request import GenerationRequest, GenerationResult, Piece
 from engine_core.serving.engine import Engine
 from engine_core.serving.worker import Ticket, Worker
 
 _QUICK_CHARS = 4096
+_QUICK_MESSAGES = 64
 # Seconds the executor leaves Python to the worker when it begins with a request: the executor's next rounds would take
 # 0.6 ms of the first token's way.
 _HEAD_START = 0.005
 
 
 def _is_quick(request: GenerationRequest) -> bool:
-    num_chars = len(request.prompt) + sum(len(message.content) for message in request.messages)
-    return num_chars <= _QUICK_CHARS and not request.json_schema
+    if len(request.messages) > _QUICK_MESSAGES or request.json_schema:
+        return False
+    return len(request.prompt) + sum(len(message.content) for message in request.messages) <= _QUICK_CHARS
 
 
 class Intake:
     """Takes requests while ``worker`` is set; used from the executor's thread only.
 
-    Long texts and JSON schemas are worked on in a thread of its own, so that the executor stays free; what takes
+    Long texts and JSON schemas are worked on in threads of their own, so that the executor stays free; what takes
     less than a millisecond is not worth the way there and back.
     """
 
@@ -40,7 +43,7 @@ class Intake:
         self._node = node
         self._topics = topics
         self._before_request = before_request
-        self._thread = SerialThread(node, "edgellm-intake")
+        self._pool = WorkPool(node, "edgellm-intake")
         self.engine: Engine | None = None  # set while configured
         self.worker: Worker | None = None  # set while active
         self.settings = settings
@@ -74,9 +77,10 @@ class Intake:
             self.num_open -= 1
 
     async def _answer(self, message, on_ticket, on_piece) -> GenerationResult:
+        arrival = time.monotonic()
         worker = self._worker_or_raise()
         request = to_request(message, self.settings)
-        stream = RequestStream(self._topics, request.request_id, on_piece)
+        stream = RequestStream(self._topics, request.request_id, on_piece, spoken=not request.json_schema)
         done = new_future(self._node)
 
         def on_done(result: GenerationResult) -> None:
@@ -85,8 +89,8 @@ class Intake:
             finally:
                 complete(self._node, done, result)
 
-        submit = partial(worker.submit, request, on_piece=stream.piece, on_done=on_done)
-        ticket = submit() if _is_quick(request) else await self._thread.run(submit)
+        submit = partial(worker.submit, request, on_piece=stream.piece, on_done=on_done, arrival=arrival)
+        ticket = submit() if _is_quick(request) else await self._pool.run(submit)
         if on_ticket is not None:
             on_ticket(ticket)
         if self.num_open == 1:
@@ -103,10 +107,10 @@ class Intake:
             ids = engine.tokenize(text, to_messages(messages))
             return ids, engine.token_texts(ids)
 
-        return await self._thread.run(work)
+        return await self._pool.run(work)
 
     def close(self) -> None:
-        self._thread.close()
+        self._pool.close()
 
     def _worker_or_raise(self) -> Worker:
         if self.worker is None:

@@ -110,6 +110,10 @@ class LlmNode(LifecycleNodeMixin, Node):
         worker.warm_system_prompt(settings.system_prompt)
         result = super().on_activate(state)
         self._intake.worker = worker
+        engine = self._intake.engine
+        self.get_logger().info(
+            f"Ready: {engine.manifest.model_name} on {engine.backend_name}, loaded in {engine.load_time:.1f} s."
+        )
         return result
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:

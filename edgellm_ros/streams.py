@@ -12,7 +12,7 @@ from rclpy.lifecycle import LifecycleNodeMixin
 from edgellm_ros import qos
 from edgellm_ros.conversions import error_code, fill_stats, finish_reason, wire_text
 from edgellm_ros.msg import GenerationStats, Sentence, TokenPiece
-from engine_core.request import GenerationResult, Piece
+from engine_core.request import FinishReason, GenerationResult, Piece
 from engine_core.text.sentences import SentenceSplitter
 
 
@@ -49,12 +49,16 @@ class Topics:
 class RequestStream:
     """One answer on its way: pieces, sentences and the final ``done`` of each. Messages are reused piece after piece.
 
-    ``on_piece``: a further reader, the action's feedback.
+    ``on_piece``: a further reader, the action's feedback. ``spoken``: whether the answer is prose, of which ~/sentences
+    gets the sentences; of a JSON value it gets the end alone.
     """
 
-    def __init__(self, topics: Topics, request_id: str, on_piece: Callable[[Piece], None] | None = None) -> None:
+    def __init__(
+        self, topics: Topics, request_id: str, on_piece: Callable[[Piece], None] | None = None, spoken: bool = True
+    ) -> None:
         self._topics = topics
         self._on_piece = on_piece
+        self._spoken = spoken
         self._splitter = SentenceSplitter()
         self._token_piece = TokenPiece(request_id=request_id)
         self._sentence = Sentence(request_id=request_id)
@@ -74,8 +78,9 @@ class RequestStream:
             self._topics.tokens.publish(message)
         if piece.sequence == 0:
             self.begun.set()
-        for text in self._splitter.feed(piece.text):
-            self._publish_sentence(text)
+        if self._spoken:
+            for text in self._splitter.feed(piece.text):
+                self._publish_sentence(text)
 
     def done(self, result: GenerationResult) -> None:
         """Ends every stream of the request. To be called once."""
@@ -90,8 +95,9 @@ class RequestStream:
             last.error_code = error_code(result.error)
             self._stamp(last)
             self._topics.tokens.publish(last)
-        rest = self._splitter.flush()
+        rest = self._splitter.flush() if result.finish_reason is FinishReason.STOP else []  # never half a sentence
         self._sentence.done = True
+        self._sentence.finish_reason = finish_reason(result.finish_reason)
         self._publish_sentence(rest[0] if rest else "")
         self._topics.publish_stats(result)
 

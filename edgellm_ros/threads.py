@@ -12,6 +12,7 @@ import queue
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
@@ -90,11 +91,51 @@ class SerialThread:
     def _serve(self) -> None:
         while (item := self._calls.get()) is not None:
             call, future = item
-            try:
-                complete(self._node, future, call())
-            except Exception as error:
-                complete(self._node, future, error=error)
+            _answer(self._node, call, future)
             del call, future, item  # keep nothing alive while waiting
+
+
+class WorkPool:
+    """Runs callables in a few threads, so that one that takes long does not hold up the others."""
+
+    def __init__(self, node: Node, name: str, num_threads: int = 8) -> None:
+        self._node = node
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True) for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, call: Callable[[], Any]) -> Future:
+        """Has ``call`` run; its result or exception becomes the future's. From any thread."""
+        future = new_future(self._node)
+        self._calls.put((call, future))
+        return future
+
+    def close(self, timeout: float = 2.0) -> bool:
+        """Ends the threads after what has been given to them; False if one still runs after ``timeout`` seconds."""
+        for _ in self._threads:
+            self._calls.put(None)
+        end = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _serve(self) -> None:
+        while (item := self._calls.get()) is not None:
+            _answer(self._node, *item)
+            del item  # keep nothing alive while waiting
+
+
+def _answer(node: Node, call: Callable[[], Any], future: Future) -> None:
+    """Completes ``future`` with what ``call`` gives; the thread goes on whatever it raises."""
+    try:
+        complete(node, future, call())
+    except Exception as error:
+        complete(node, future, error=error)
+    except BaseException as error:  # such as a panic of a native library
+        complete(node, future, error=RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 class Soon:
@@ -130,6 +171,9 @@ class Soon:
             self._call()
 
 
+_ONE_STOP = 1.0  # s
+
+
 class StopSignal:
     """Set by a signal or from any thread; the main thread waits for it.
 
@@ -138,8 +182,13 @@ class StopSignal:
     """
 
     def __init__(self, signums: tuple[signal.Signals, ...]) -> None:
-        """From the main thread. Takes these signals over; the second of them ends the process at once."""
+        """From the main thread. Takes these signals over.
+
+        Signals within ``_ONE_STOP`` seconds are one stop: launch forwards a Ctrl-C that the process has got already. A
+        later one ends the process at once.
+        """
         self._is_set = False
+        self._first = 0.0  # s, time.monotonic, of the first signal
         self._reader, self._writer = os.pipe()
         for end in (self._reader, self._writer):
             os.set_blocking(end, False)
@@ -148,8 +197,10 @@ class StopSignal:
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
     def _on_signal(self, signum, frame) -> None:
-        if self._is_set:
+        now = time.monotonic()
+        if self._first and now - self._first > _ONE_STOP:
             os._exit(128 + signum)  # asked twice
+        self._first = self._first or now
         self._is_set = True
 
     def set(self) -> None:

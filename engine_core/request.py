@@ -14,6 +14,24 @@ from engine_core.errors import EmptyPromptError, InvalidRequestError, InvalidSam
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_SEED = 2**64 - 1
+MAX_LOGIT_BIAS = 1e4  # larger amounts, -inf among them, count as this: certain or impossible, and finite in float32
+MIN_TEMPERATURE = 1e-4  # below it sampling is greedy: scores divided by less overflow float32
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may hold, checked before any work is done for it."""
+
+    text_bytes: int = 1 << 20  # UTF-8 bytes of all texts together: prompt, messages, stop strings
+    messages: int = 1024
+    stop_strings: int = 16
+    stop_string_chars: int = 256
+    token_ids: int = 1024  # entries of the logit bias, and of the stop token ids
+    request_id_chars: int = 256
+
+
+LIMITS = RequestLimits()
+MAX_TIMEOUT = 10 * 365 * 86400.0  # s; a later deadline counts as this
 
 
 class FinishReason(enum.Enum):
@@ -76,6 +94,17 @@ class SamplingParams:
             if math.isnan(bias) or bias == math.inf:
                 raise InvalidSamplingError(f"The logit bias of token {token_id} is {bias}, but it must be a number.")
 
+    def total_logit_bias(self) -> tuple[tuple[int, float], ...]:
+        """Return (token id, amount) once for each id: its amounts added up, from -MAX_LOGIT_BIAS to MAX_LOGIT_BIAS."""
+
+        def clamp(value: float) -> float:
+            return max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, value))
+
+        total: dict[int, float] = {}
+        for token_id, bias in self.logit_bias:
+            total[token_id] = total.get(token_id, 0.0) + clamp(bias)
+        return tuple((token_id, clamp(bias)) for token_id, bias in total.items())
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -96,6 +125,7 @@ class GenerationRequest:
 
         Raises EmptyPromptError, InvalidRequestError, InvalidTextError or InvalidSamplingError.
         """
+        self._check_limits()
         if self.prompt and self.messages:
             raise InvalidRequestError("The request has both a prompt and messages; give one of them.")
         if not self.messages and not self.prompt.strip():
@@ -121,9 +151,32 @@ class GenerationRequest:
                 )
         if any(not text for text in self.stop):
             raise InvalidSamplingError("A stop string is empty; leave it out instead.")
+        if self.stop and self.json_schema:
+            raise InvalidSamplingError(
+                "The request has stop strings and a JSON schema, whose value they would cut; leave one of them out."
+            )
         if not (math.isfinite(self.timeout) and self.timeout >= 0):
             raise InvalidRequestError(f"The deadline is {self.timeout} s, but it must be 0 (none) or more seconds.")
         self.sampling.validate()
+
+    def _check_limits(self) -> None:
+        """Raise InvalidRequestError for what is too large, InvalidSamplingError if it is a sampling option."""
+
+        def check(what: str, found: int, limit: int, error: type[InvalidRequestError] = InvalidRequestError) -> None:
+            if found > limit:
+                raise error(f"The request has {found} {what}, but at most {limit} are accepted.")
+
+        check("characters in its request id", len(self.request_id), LIMITS.request_id_chars)
+        check("messages", len(self.messages), LIMITS.messages)
+        check("stop strings", len(self.stop), LIMITS.stop_strings, InvalidSamplingError)
+        check("entries of the logit bias", len(self.sampling.logit_bias), LIMITS.token_ids, InvalidSamplingError)
+        check("stop token ids", len(self.sampling.stop_token_ids), LIMITS.token_ids, InvalidSamplingError)
+        longest = max(map(len, self.stop), default=0)
+        check("characters in a stop string", longest, LIMITS.stop_string_chars, InvalidSamplingError)
+        texts = (self.prompt, *self.stop, *(m.content for m in self.messages), *(m.role for m in self.messages))
+        check("characters of text", sum(map(len, texts)), LIMITS.text_bytes)  # before anything is encoded
+        num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        check("bytes of text", num_bytes, LIMITS.text_bytes)
 
     def replace(self, **changes) -> GenerationRequest:
         return dataclasses.replace(self, **changes)

@@ -60,6 +60,7 @@ class Backend(Protocol):
     max_context: int  # tokens the KV cache holds
     vocab_size: int  # of the full vocabulary
     reduced_vocab_size: int  # rows of the LM head; vocab_size without a vocab map
+    kept_ids: np.ndarray | None  # int32 [reduced_vocab_size], the ids of those rows; None without a vocab map
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:

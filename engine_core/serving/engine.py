@@ -14,18 +14,31 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from engine_core.backends import Backend, PendingToken, TokenSampling
 from engine_core.config import EngineConfig
-from engine_core.errors import BackendUnavailableError, InvalidSamplingError, PromptTooLongError
+from engine_core.errors import (
+    BackendUnavailableError,
+    InvalidRequestError,
+    InvalidSamplingError,
+    InvalidTextError,
+    PromptTooLongError,
+)
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.planning.selection import advice, choose
-from engine_core.request import ChatMessage, FinishReason, GenerationRequest, GenerationResult, Piece
+from engine_core.request import (
+    MIN_TEMPERATURE,
+    ChatMessage,
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    Piece,
+)
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.constraint import ConstraintFactory, JsonConstraint
 from engine_core.serving.prefix_cache import PrefixCache
@@ -119,6 +132,18 @@ class _Answer:
         )
 
 
+@contextlib.contextmanager
+def _request_faults() -> Iterator[None]:
+    """Turn a panic of a native library (a BaseException that is no Exception) into the fault of one request."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InvalidRequestError(f"The tokenizer cannot read this request: {reason}.") from None
+
+
 class Engine:
     """One loaded engine. Make it with ``open``; give everything back with ``close``."""
 
@@ -145,7 +170,8 @@ class Engine:
         self.device: str = plan.device
         self._eos_ids = frozenset(manifest.eos_token_ids)
         self._backend: Backend | None = backend
-        self._constraints = ConstraintFactory(tokenizer, self.vocab_size, manifest.eos_token_ids)
+        kept = getattr(backend, "kept_ids", None)
+        self._constraints = ConstraintFactory(tokenizer, self.vocab_size, manifest.eos_token_ids, kept)
         self._prefixes = PrefixCache(backend, config.prompt_cache_entries, config.prompt_cache_tokens)
 
     @classmethod
@@ -172,13 +198,19 @@ class Engine:
     def close(self) -> None:
         """Gives everything back; may be called twice."""
         backend, self._backend = self._backend, None
+        self._constraints.close()
         if backend is not None:
             backend.close()
 
     # --- before the work: any thread ----------------------------------------------------------------
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Checks and tokenizes. Raises RequestError: what the request is refused with."""
+        """Check and tokenize a request. Raises RequestError: what the request is refused with."""
+        with _request_faults():
+            return self._prepare(request)
+
+    def _prepare(self, request: GenerationRequest) -> PreparedRequest:
+        end = time.monotonic() + request.timeout
         request.validate()
         self._check_ids(request)
         num_chars = len(request.prompt) + sum(len(message.content) for message in request.messages)
@@ -195,7 +227,9 @@ class Engine:
             token_ids = self.tokenizer.encode(request.prompt)
         if len(token_ids) >= self.max_context:
             raise self._too_long(str(len(token_ids)))
-        constraint = self._constraints.compile(request.json_schema) if request.json_schema else None
+        self._check_prompt_ids(token_ids)
+        left = max(0.05, end - time.monotonic()) if request.timeout else None
+        constraint = self._constraints.compile(request.json_schema, left) if request.json_schema else None
         sampling = request.sampling
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_ids)
         return PreparedRequest(
@@ -203,13 +237,13 @@ class Engine:
             token_ids=token_ids,
             prefix_ids=prefix_ids,
             sampling=TokenSampling(
-                temperature=sampling.temperature,
+                temperature=0.0 if sampling.temperature < MIN_TEMPERATURE else sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 min_p=sampling.min_p,
                 repetition_penalty=sampling.repetition_penalty,
                 seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
-                logit_bias=sampling.logit_bias,
+                logit_bias=sampling.total_logit_bias(),
                 stop_ids=stop_ids,
             ),
             max_new_tokens=min(sampling.max_new_tokens, self.max_context - len(token_ids)),
@@ -219,8 +253,9 @@ class Engine:
     def tokenize(self, text: str = "", messages: Sequence[ChatMessage] = ()) -> list[int]:
         """The ids the model would read. Raises InvalidRequestError."""
         request = GenerationRequest("", messages=tuple(messages), prompt=text)
-        request.validate()
-        ids = self.tokenizer.encode_messages(messages) if messages else self.tokenizer.encode(text)
+        with _request_faults():
+            request.validate()
+            ids = self.tokenizer.encode_messages(messages) if messages else self.tokenizer.encode(text)
         return ids.tolist()
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
@@ -357,6 +392,16 @@ class Engine:
             f"The prompt has {num_tokens} tokens, but max_context is {self.max_context}, the answer included; "
             "send a shorter prompt or configure a larger max_context."
         )
+
+    def _check_prompt_ids(self, token_ids: np.ndarray) -> None:
+        outside = token_ids[(token_ids < 0) | (token_ids >= self.vocab_size)]
+        if len(outside):
+            token_id = int(outside[0])
+            text = self.tokenizer.token_texts([token_id])[0]
+            raise InvalidTextError(
+                f"The text holds the token {text!r}, whose id {token_id} the model does "
+                f"not have: its vocabulary ends at {self.vocab_size - 1}; leave the token out."
+            )
 
     def _check_ids(self, request: GenerationRequest) -> None:
         ids = (*request.sampling.stop_token_ids, *(token_id for token_id, _ in request.sampling.logit_bias))

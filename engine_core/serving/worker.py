@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine_core.errors import ConfigurationError, EngineFaultError, NotActiveError, QueueFullError, RequestError
-from engine_core.request import FinishReason, GenerationRequest, GenerationResult, Piece
+from engine_core.request import MAX_TIMEOUT, FinishReason, GenerationRequest, GenerationResult, Piece
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.engine import Engine, PreparedRequest
 
@@ -113,12 +113,14 @@ class Worker:
         *,
         on_piece: Callable[[Piece], None] | None = None,
         on_done: Callable[[GenerationResult], None],
+        arrival: float | None = None,
     ) -> Ticket:
-        """Accepts a request, or raises at once: RequestError (invalid), QueueFullError, NotActiveError.
+        """Accept a request, or raise at once: RequestError (invalid), QueueFullError, NotActiveError.
 
-        Each accepted request gets exactly one ``on_done``, after its last ``on_piece``.
+        Each accepted request gets exactly one ``on_done``, after its last ``on_piece``. ``arrival``: time.monotonic()
+        when it came, from which its deadline runs; by default now.
         """
-        arrival = time.monotonic()
+        arrival = time.monotonic() if arrival is None else arrival
         if self._closed is not None:
             raise NotActiveError(self._closed)
         with self._wake:
@@ -130,7 +132,9 @@ class Worker:
                 raise NotActiveError(self._closed)
             preempted = self._admit(job.priority)
             if request.timeout > 0:
-                job.deadline = threading.Timer(request.timeout, self._cancel, (job, FinishReason.TIMEOUT))
+                left = max(0.0, arrival + min(request.timeout, MAX_TIMEOUT) - time.monotonic())
+                left = min(left, threading.TIMEOUT_MAX)
+                job.deadline = threading.Timer(left, self._cancel, (job, FinishReason.TIMEOUT))
                 job.deadline.daemon = True
                 job.deadline.start()
             heapq.heappush(self._waiting, job)
@@ -194,8 +198,8 @@ class Worker:
                     self._engine.warm_system_prompt(warm)
                 else:
                     self._work(self._running)
-            except Exception as error:
-                self._fail(error)
+            except BaseException as error:  # whatever ends this thread is a fault that is seen
+                self._fail(_as_exception(error))
                 return
 
     def _work(self, job: _Job) -> None:
@@ -214,9 +218,9 @@ class Worker:
                     _guarded(job.on_piece, piece)
         except RequestError as error:
             result = _failed(job, error)
-        except Exception as error:
-            fault = error
-            result = _failed(job, error)
+        except BaseException as error:  # a panic of a native library is none of Exception's
+            fault = _as_exception(error)
+            result = _failed(job, fault)
         with self._wake:
             self._running = None
         self._answer(job, result)
@@ -263,8 +267,14 @@ def _guarded(callback: Callable, value: object) -> None:
     """A client's callback must not take the worker down."""
     try:
         callback(value)
-    except Exception:
+    except BaseException:
         _log.exception("A callback of a request raised")
+
+
+def _as_exception(error: BaseException) -> Exception:
+    if isinstance(error, Exception):
+        return error
+    return EngineFaultError(f"The engine's thread was ended by {type(error).__name__}: {error}.")
 
 
 def _unstarted(job: _Job, reason: FinishReason) -> GenerationResult:

@@ -41,11 +41,11 @@ class Detokenizer:
             text = self._unread(end)
             if text and not text.endswith(_REPLACEMENT):
                 return self._take(text, end)
-        return self.flush()
+        return self._take(self._unread(len(self._ids)), len(self._ids))
 
     def flush(self) -> str:
-        """What is left at the end; incomplete characters become U+FFFD."""
-        return self._take(self._unread(len(self._ids)), len(self._ids))
+        """Return the whole characters that are left at the end; an incomplete one is dropped."""
+        return self._take(self._unread(len(self._ids)), len(self._ids)).rstrip(_REPLACEMENT)
 
     def _unread(self, end: int) -> str:
         context = self._tokenizer.decode(self._ids[self._prefix : self._read])

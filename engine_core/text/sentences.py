@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+# Ends that white space follows: Latin, Armenian, Arabic, Urdu, Devanagari, Ethiopic, Khmer, Burmese, Tibetan.
+_SPACED = ".!?…։՜՞؟۔।॥።፧។៕။༎‼⁇⁈⁉"
 # Sentence ends: a run of end marks with closing quotes or brackets, then white space; a CJK end mark; a line break.
-_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[」』”’）]*|\n+")
-_MAY_GO_ON = ".!?…\"'”’»)]"  # at the end of the text: only what follows says whether it ends a sentence
+_END = re.compile(rf"[{_SPACED}]+[\"'”’»)\]]*(?=\s)|[。！？｡．]+[」』”’）]*|\n+")
+_MAY_GO_ON = _SPACED + "\"'”’»)]"  # at the end of the text: only what follows says whether it ends a sentence
 _ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st no vs etc e.g i.e approx ca fig jr sr inc ltd z.b bzw nr d.h usw".split()
 )

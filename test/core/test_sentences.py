@@ -51,3 +51,15 @@ def test_a_long_text_without_a_sentence_end_costs_no_more_per_piece():
     long = SentenceSplitter()
     long.feed("and so on " * 20_000)
     assert min(seconds(long) for _ in range(3)) < 20 * min(seconds(SentenceSplitter()) for _ in range(3))
+
+
+@pytest.mark.parametrize("mark", "।؟۔։።។။॥!?")
+def test_the_sentence_ends_of_other_scripts(mark):
+    splitter = SentenceSplitter()
+    assert splitter.feed(f"one{mark} two") == [f"one{mark}"]
+
+
+@pytest.mark.parametrize("mark", "。．｡！？")
+def test_full_and_half_width_ends_need_no_space(mark):
+    splitter = SentenceSplitter()
+    assert splitter.feed(f"one{mark}two") == [f"one{mark}"]

@@ -106,6 +106,7 @@ class CudaBackend(DeviceBackend):
             if vocab_map is not None:
                 device.upload(self._model.work["vocab_map"], vocab_map.astype(np.int32))
             self._row_of = rows_by_id(vocab_map, spec.vocab_size)
+            self.kept_ids = vocab_map
             self._reset()
             self._capture(undo, use_cuda_graph)
             self._resources = undo.pop_all()

@@ -59,6 +59,7 @@ class OnnxRuntimeBackend:
         self.max_context = session.max_context
         self.vocab_size = layout.vocab_size
         self.reduced_vocab_size = layout.head_rows
+        self.kept_ids = layout.vocab_map
         self._session: OrtSession | None = session
         self._sampler = Sampler(layout.vocab_size, layout.vocab_map)
         kv = session.kv_cache.shape
@@ -174,7 +175,7 @@ class OnnxRuntimeBackend:
             except EdgeLLMError as error:
                 self._ended = True
                 pending.set(None, error)
-            except Exception as error:  # the runtime's exceptions share no base class
+            except BaseException as error:  # the runtime's exceptions share no base class; the thread has to go on
                 self._ended = True
                 _log.debug("The compute thread failed", exc_info=True)
                 pending.set(None, EngineFaultError(f"ONNX Runtime failed in a step: {_first_line(error)}"))
@@ -260,5 +261,5 @@ class OnnxRuntimeBackend:
             raise EngineFaultError(f"A step would fill {length} positions, but the KV cache has {self.max_context}.")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

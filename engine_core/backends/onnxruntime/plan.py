@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from engine_core.errors import BackendUnavailableError, ConfigurationError
 from engine_core.formats.manifest import Manifest
 from engine_core.formats.vocab_map import configured_vocab_map
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
+
+_log = logging.getLogger(__name__)
 
 # Parameters below which a second thread costs more in hand-overs than it computes, see docs/cpu_backend.md.
 _SINGLE_THREAD_PARAMETERS = 20_000_000
@@ -65,7 +69,7 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
         max_context=max_context,
         kv_cache_type=_kv_cache_type(manifest, config),
         chunk=min(config.prefill_chunk or _CHUNK, max_context),
-        threads=config.num_threads or _default_threads(manifest.geometry.num_parameters),
+        threads=_num_threads(config.num_threads, manifest.geometry.num_parameters),
         vocab_size=manifest.geometry.vocab_size,
         head_rows=manifest.geometry.vocab_size if vocab_map is None else len(vocab_map),
         vocab_map=vocab_map,
@@ -73,6 +77,14 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
         prefix_slots=config.prompt_cache_entries,
         prefix_tokens=min(config.prompt_cache_tokens, max_context),
     )
+
+
+def _num_threads(asked: int, num_parameters: int) -> int:
+    """Return the CPU threads to use: what was asked for, but no more than there are cores."""
+    cores = len(os.sched_getaffinity(0))
+    if asked > cores:
+        _log.warning("num_threads is %d, but this machine has %d cores; using %d threads.", asked, cores, cores)
+    return min(asked, cores) if asked else _default_threads(num_parameters)
 
 
 def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
@@ -192,14 +204,43 @@ def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:
 
 
 def available_memory() -> int:
-    """Bytes a process could take now: what the kernel calls available, or less inside a memory-limited cgroup."""
+    """Return the bytes a process could take now: what the kernel calls available, or less in a memory-limited cgroup.
+
+    Page cache that the kernel can give back counts as free, in each of the groups the process is in (cgroup v1 and v2).
+    """
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
+    rooms = _cgroup_rooms(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    return min([available, *(max(0, room) for room in rooms)])
+
+
+def _cgroup_rooms(root: Path, membership: Path) -> Iterator[int]:
+    """Yield what is left below the limit of every group, from this process's to the root, that has a limit."""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else min(available, max(0, int(limit) - used))
+        lines = membership.read_text().splitlines()
+    except OSError:
+        lines = []
+    places = {(root, ""), (root / "memory", "")}
+    for line in lines:
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers in ("", "memory"):
+            places.add((root if not controllers else root / "memory", path.strip("/")))
+    seen: set[Path] = set()
+    for base, path in places:
+        folder = base / path
+        while folder not in seen and (folder == base or base in folder.parents):
+            seen.add(folder)
+            for limit, usage, inactive in (
+                ("memory.max", "memory.current", "inactive_file"),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            ):
+                try:
+                    most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+                    stat = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
+                    if most != "max":
+                        yield int(most) - used + int(stat.get(inactive, 0))
+                except (OSError, ValueError):
+                    continue
+            folder = folder.parent

@@ -130,6 +130,7 @@ class TensorRTBackend(DeviceBackend):
             self._allocate(undo, scratch_bytes)
             self._fill(vocab_map)
             self._row_of = rows_by_id(vocab_map, spec.vocab_size)
+            self.kept_ids = vocab_map
             self._reset()
             self._prepare(undo, engine)
             self._capture(undo, use_cuda_graph)

@@ -1,0 +1,303 @@
+"""What a client sends can end its own request, and nothing else: schemas, sampling values, texts, sizes, deadlines."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+from tokenizers import normalizers
+
+import fakes
+from engine_core.backends.onnxruntime import plan as ort_plan
+from engine_core.errors import InvalidRequestError, InvalidSamplingError, InvalidSchemaError, InvalidTextError
+from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, SamplingParams
+from engine_core.serving import constraint as constraint_module
+from engine_core.serving.constraint import ConstraintFactory
+from engine_core.serving.engine import CancelToken
+from engine_core.serving.worker import Worker
+from engine_core.text.detokenizer import Detokenizer
+from engine_core.text.tokenizer import Tokenizer
+
+EOS = [fakes.EOS, fakes.END]
+
+
+def ask(text="hello", **fields):
+    return GenerationRequest("1", messages=(ChatMessage("user", text),), **fields)
+
+
+@pytest.fixture
+def factory(tokenizer_dir):
+    made = ConstraintFactory(Tokenizer(tokenizer_dir), fakes.VOCAB_SIZE, EOS)
+    yield made
+    made.close()
+
+
+def write(constraint, choose, limit=400) -> str:
+    """Sample by ``choose(allowed ids)`` until the value is complete; return its text."""
+    text = b""
+    for _ in range(limit):
+        bits = np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")
+        allowed = [int(i) for i in np.flatnonzero(bits[: fakes.VOCAB_SIZE])]
+        token = choose(allowed)
+        if token in EOS:
+            break
+        constraint.accept(token)
+        text += bytes((token,))
+        if constraint.complete:
+            break
+    return text.decode()
+
+
+def run(engine, request):
+    """The whole text of a request; drives prepare and generate."""
+    pieces = engine.generate(engine.prepare(request), CancelToken())
+    text = ""
+    while True:
+        try:
+            text += next(pieces).text
+        except StopIteration as stop:
+            assert stop.value.text == text
+            return stop.value
+
+
+EXPENSIVE = {
+    "reference to itself": {"$ref": "#"},
+    "a million characters": {"type": "string", "pattern": "^(a{1000}){1000}$"},
+    "520 optional properties": {"type": "object", "properties": {f"k{i}": {"type": "string"} for i in range(520)}},
+    "lookahead": {"type": "string", "pattern": "(?=a)b"},
+    "empty enum": {"enum": []},
+    "contradiction": {"allOf": [{"type": "string"}, {"type": "integer"}]},
+    "nested deeply": json.loads('{"items":' * 100 + "{}" + "}" * 100),
+}
+
+
+@pytest.mark.parametrize("schema", EXPENSIVE.values(), ids=EXPENSIVE)
+def test_an_impossible_schema_ends_its_request_with_one_line(open_engine, schema):
+    engine = open_engine()
+    with pytest.raises(InvalidSchemaError) as raised:
+        run(engine, ask(json_schema=json.dumps(schema)))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+    assert run(engine, ask(json_schema='{"type":"boolean"}')).text in ("true", "false")
+
+
+def test_a_schema_that_compiles_for_ever_is_abandoned_and_holds_up_nobody(factory):
+    factory._checker.timeout = 1.0
+    slow = json.dumps({"type": "integer", "multipleOf": 9999991})
+    errors = []
+
+    def compile_slow():
+        try:
+            factory.compile(slow)
+        except InvalidSchemaError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=compile_slow)
+    thread.start()
+    start = time.monotonic()
+    factory.compile('{"type":"boolean"}')
+    alone = time.monotonic() - start
+    thread.join(20.0)
+    assert errors and "takes too" in errors[0]
+    assert alone < 5.0
+    start = time.monotonic()
+    with pytest.raises(InvalidSchemaError):
+        factory.compile(slow)  # the verdict is kept
+    assert time.monotonic() - start < 0.5
+
+
+def test_the_same_schema_is_compiled_once(factory, monkeypatch):
+    schema = json.dumps({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]})
+    factory.compile(schema)
+    monkeypatch.setattr(factory, "_compile", lambda *_: pytest.fail("compiled again"))
+    first, second = factory.compile(schema), factory.compile(schema)
+    first.mask()
+    first.accept(ord("{"))
+    assert write(second, min).startswith("{")  # a state of its own
+
+
+@pytest.mark.parametrize("value", ["<end>", "a</s>b", "k\u2126", "<s>", "\u00e9\u0301", '"\\'])
+def test_a_constant_comes_out_as_it_is(tokenizer_dir, value):
+    tokenizer = Tokenizer(tokenizer_dir)
+    tokenizer.fast.normalizer = normalizers.NFC()
+    factory = ConstraintFactory(tokenizer, fakes.VOCAB_SIZE, EOS)
+    try:
+        text = write(factory.compile(json.dumps({"const": value}, ensure_ascii=False)), min)
+    finally:
+        factory.close()
+    assert json.loads(text) == value
+
+
+def test_only_tokens_that_can_be_sampled_are_allowed(tokenizer_dir):
+    kept = np.array([i for i in range(fakes.VOCAB_SIZE) if i != ord("z")], dtype=np.int32)
+    factory = ConstraintFactory(Tokenizer(tokenizer_dir), fakes.VOCAB_SIZE, EOS, kept)
+    try:
+        assert write(factory.compile('{"const":"battery"}'), min) == '"battery"'
+        with pytest.raises(InvalidSchemaError, match="no value can be written"):
+            write(factory.compile('{"const":"zoo"}'), min)
+    finally:
+        factory.close()
+
+
+@pytest.mark.parametrize("kind", ["integer", "number"])
+def test_numbers_end_and_are_finite(factory, kind):
+    def longest(allowed):
+        return next((i for i in map(ord, "9e.") if i in allowed), fakes.END)
+
+    text = write(factory.compile(json.dumps({"type": kind})), longest)
+    assert len(text) <= constraint_module.MAX_DIGITS + 2 and math.isfinite(json.loads(text))
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda schema: {"name": "x", "strict": True, "schema": schema},
+    lambda schema: {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+])  # fmt: skip
+def test_the_wrapper_of_openai_is_understood(factory, wrap):
+    assert write(factory.compile(json.dumps(wrap({"const": "yes"}))), min) == '"yes"'
+
+
+@pytest.mark.parametrize("schema", ['{"colour":"red"}', '{"name":"x","schema":{},"extra":1}', "false", '{"const":NaN}'])
+def test_what_constrains_nothing_is_refused(factory, schema):
+    with pytest.raises(InvalidSchemaError):
+        factory.compile(schema)
+
+
+def test_stop_strings_do_not_cut_a_value(open_engine):
+    with pytest.raises(InvalidSamplingError, match="stop strings and a JSON schema"):
+        open_engine().prepare(ask(json_schema='{"type":"string"}', stop=('"',)))
+
+
+def test_extreme_biases_are_clamped_and_added_up(open_engine):
+    bias = ((7, 3e38), (7, 3e38), (7, -math.inf), (8, -math.inf))
+    engine = open_engine()
+    prepared = engine.prepare(ask(sampling=SamplingParams(logit_bias=bias, repetition_penalty=100.0)))
+    assert dict(prepared.sampling.logit_bias) == {7: 1e4, 8: -1e4}
+    assert run(engine, prepared.request).finish_reason is FinishReason.LENGTH
+
+
+def test_a_tiny_temperature_is_greedy(open_engine):
+    assert open_engine().prepare(ask(sampling=SamplingParams(temperature=1e-50))).sampling.temperature == 0.0
+
+
+def test_an_id_outside_the_model_is_refused(open_engine):
+    engine = open_engine()
+    engine.vocab_size = 100  # the tokenizer has more
+    with pytest.raises(InvalidTextError, match="does not have"):
+        engine.prepare(ask("\u00ff"))
+
+
+TOO_LARGE = {
+    "text": {"text": "a" * (LIMITS.text_bytes + 1)},
+    "stop strings": {"stop": ("x",) * (LIMITS.stop_strings + 1)},
+    "a stop string": {"stop": ("x" * (LIMITS.stop_string_chars + 1),)},
+    "biases": {"sampling": SamplingParams(logit_bias=((1, 0.0),) * (LIMITS.token_ids + 1))},
+    "stop ids": {"sampling": SamplingParams(stop_token_ids=(1,) * (LIMITS.token_ids + 1))},
+}
+
+
+@pytest.mark.parametrize("fields", TOO_LARGE.values(), ids=TOO_LARGE)
+def test_what_is_too_large_is_refused_before_any_work(open_engine, fields):
+    engine = open_engine()
+    engine.tokenizer.encode = lambda *_, **__: pytest.fail("tokenized")
+    with pytest.raises(InvalidRequestError, match="at most"):
+        engine.prepare(ask(**fields))
+
+
+def test_too_many_messages_and_long_ids_are_refused(open_engine):
+    engine = open_engine()
+    with pytest.raises(InvalidRequestError, match="messages"):
+        engine.prepare(GenerationRequest("1", (ChatMessage("user", "a"),) * (LIMITS.messages + 1)))
+    with pytest.raises(InvalidRequestError, match="request id"):
+        engine.prepare(GenerationRequest("x" * 1000, prompt="a"))
+    with pytest.raises(InvalidRequestError):
+        engine.tokenize("a" * (LIMITS.text_bytes + 1))
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException, which is no Exception."""
+
+
+def test_a_panic_of_the_tokenizer_is_one_refused_request(open_engine):
+    engine = open_engine()
+    encode = engine.tokenizer.encode
+
+    def panic(*_, **__):
+        raise Panic("called unwrap on None\nat line 3")
+
+    engine.tokenizer.encode = panic
+    with pytest.raises(InvalidRequestError, match="called unwrap on None"):
+        engine.prepare(ask())
+    engine.tokenizer.encode = encode
+    engine.prepare(ask())
+
+
+def test_a_panic_of_the_engine_is_a_fault_that_is_seen(open_engine):
+    engine = open_engine()
+
+    def panic(*_):
+        raise Panic("gone")
+
+    engine.generate = panic
+    faults, results, done = [], [], threading.Event()
+    worker = Worker(engine, on_fault=faults.append)
+    worker.submit(ask(), on_done=lambda result: (results.append(result), done.set()))
+    assert done.wait(10.0) and worker.close()
+    assert results[0].finish_reason is FinishReason.ERROR and "Panic" in str(results[0].error)
+    assert len(faults) == 1
+
+
+@pytest.mark.parametrize(("timeout", "reason"), [(1e300, FinishReason.LENGTH), (1e-9, FinishReason.TIMEOUT)])
+def test_every_deadline_is_taken(open_engine, timeout, reason):
+    results, done = [], threading.Event()
+    worker = Worker(open_engine(step_time=0.01))
+    worker.submit(ask(timeout=timeout, sampling=SamplingParams(max_new_tokens=20)),
+                  on_done=lambda result: (results.append(result), done.set()))  # fmt: skip
+    assert done.wait(10.0) and worker.close()
+    assert results[0].finish_reason is reason
+
+
+def test_the_deadline_runs_from_arrival(open_engine):
+    results, done = [], threading.Event()
+    worker = Worker(open_engine(step_time=0.01))
+    worker.submit(ask(timeout=5.0), arrival=time.monotonic() - 6.0,
+                  on_done=lambda result: (results.append(result), done.set()))  # fmt: skip
+    assert done.wait(10.0) and worker.close()
+    assert results[0].finish_reason is FinishReason.TIMEOUT
+
+
+def test_an_answer_cut_inside_a_character_ends_before_it(open_engine):
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", "replace")
+
+    detokenizer = Detokenizer(Bytes())
+    shown = "".join(detokenizer.feed(byte) for byte in "añ€".encode()[:-1])
+    assert shown + detokenizer.flush() == "añ"
+
+
+def test_memory_of_a_container_counts_what_can_be_reclaimed(tmp_path):
+    inner = tmp_path / "fs" / "pod" / "inner"
+    inner.mkdir(parents=True)
+    for folder, limit, used, cache in ((inner, "max", 7, 0), (inner.parent, str(8 << 30), 7 << 30, 6 << 30)):
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text(str(used))
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/pod/inner\n")
+    assert list(ort_plan._cgroup_rooms(tmp_path / "fs", membership)) == [7 << 30]
+    old = tmp_path / "v1" / "memory" / "box"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text(str(2 << 30))
+    (old / "memory.usage_in_bytes").write_text(str(1 << 30))
+    (old / "memory.stat").write_text("total_inactive_file 0\n")
+    membership.write_text("4:memory:/box\n1:cpu:/\n")
+    assert list(ort_plan._cgroup_rooms(tmp_path / "v1", membership)) == [1 << 30]
+
+
+def test_threads_are_no_more_than_cores(caplog):
+    cores = len(ort_plan.os.sched_getaffinity(0))
+    assert ort_plan._num_threads(128 * cores, 10**9) == cores
+    assert "cores" in caplog.text
