@@ -39,13 +39,13 @@ class Diagnostics:
         else:
             self._updater = Updater(node)
             self._updater.setHardwareID(observe().hardware_id)
-            self._updater.add("engine", self._fill)
+            self._updater.add(f"engine of {node.get_fully_qualified_name()}", self._fill)
 
     def _publish(self) -> None:
         health = self._observe()
         status = DiagnosticStatus(
             level=health.level,
-            name=f"{self._node.get_name()}: engine",
+            name=f"{self._node.get_fully_qualified_name()}: engine",
             message=health.message,
             hardware_id=health.hardware_id,
             values=[KeyValue(key=key, value=value) for key, value in health.values.items()],

@@ -16,7 +16,7 @@ from edgellm_ros.action import Generate as GenerateAction
 from edgellm_ros.conversions import error_code, error_message, fill_answer, wire_text
 from edgellm_ros.intake import Intake
 from edgellm_ros.msg import ChatMessage
-from edgellm_ros.srv import Generate, Tokenize
+from edgellm_ros.srv import Cancel, Generate, Tokenize
 from edgellm_ros.threads import Started
 from engine_core.request import FinishReason, GenerationResult, Piece
 from engine_core.serving.worker import Ticket
@@ -35,9 +35,14 @@ class GenerateService:
         options = {"qos_profile": qos.SERVICE, "callback_group": group}
         node.create_service(Generate, "~/generate", self._generate, **options)
         node.create_service(Tokenize, "~/tokenize", self._tokenize, **options)
+        node.create_service(Cancel, "~/cancel", self._cancel, **options)
 
     async def _generate(self, request: Generate.Request, response: Generate.Response) -> Generate.Response:
         return fill_answer(response, await self._intake.answer(request))
+
+    def _cancel(self, request: Cancel.Request, response: Cancel.Response) -> Cancel.Response:
+        response.num_cancelled = self._intake.cancel(request.request_id)
+        return response
 
     async def _tokenize(self, request: Tokenize.Request, response: Tokenize.Response) -> Tokenize.Response:
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,8 +15,8 @@ from edgellm_ros.conversions import error_message, refused, to_messages, to_requ
 from edgellm_ros.parameters import Settings
 from edgellm_ros.streams import RequestStream, Topics
 from edgellm_ros.threads import WorkPool, complete, new_future
-from engine_core.errors import NotActiveError
-from engine_core.request import GenerationRequest, GenerationResult, Piece
+from engine_core.errors import InvalidRequestError, NotActiveError
+from engine_core.request import LIMITS, GenerationRequest, GenerationResult, Piece
 from engine_core.serving.engine import Engine
 from engine_core.serving.worker import Ticket, Worker
 
@@ -29,6 +31,17 @@ def _is_quick(request: GenerationRequest) -> bool:
     if len(request.messages) > _QUICK_MESSAGES or request.json_schema:
         return False
     return len(request.prompt) + sum(len(message.content) for message in request.messages) <= _QUICK_CHARS
+
+
+_WARNING_INTERVAL = 1.0  # s
+
+
+@dataclass
+class _Open:
+    """A request that has not been answered yet."""
+
+    ticket: Ticket | None = None
+    cancelled: bool = False
 
 
 class Intake:
@@ -49,6 +62,9 @@ class Intake:
         self.settings = settings
         self.num_open = 0  # requests whose answer has not been returned yet
         self.num_refused = 0
+        self._open: dict[str, _Open] = {}  # request id → what is known of it
+        self._last_warning = -_WARNING_INTERVAL  # s, time.monotonic
+        self._num_unlogged = 0
 
     @property
     def accepts(self) -> bool:
@@ -66,17 +82,46 @@ class Intake:
         ``on_ticket`` gets the accepted request, for cancelling; ``on_piece`` each piece, in the worker's thread.
         """
         self.num_open += 1
+        message.request_id = request_id = message.request_id or uuid.uuid4().hex
+        entry = _Open()
         try:
+            if request_id in self._open:
+                raise InvalidRequestError(f"A request with the id {request_id[:64]!r} is running; give another id.")
+            self._open[request_id] = entry
             self._before_request()
-            return await self._answer(message, on_ticket, on_piece)
+            return await self._answer(message, entry, on_ticket, on_piece)
         except Exception as error:
             self.num_refused += 1
-            self._node.get_logger().warning(f"Request refused: {error_message(error)}")
-            return refused(message.request_id, error)
+            result = refused(request_id[: LIMITS.request_id_chars], error)
+            self._warn(result.request_id, error)
+            if self.accepts:  # every request that was seen ends on every topic
+                RequestStream(self._topics, result.request_id).done(result)
+            return result
         finally:
             self.num_open -= 1
+            if self._open.get(request_id) is entry:
+                del self._open[request_id]
 
-    async def _answer(self, message, on_ticket, on_piece) -> GenerationResult:
+    def cancel(self, request_id: str) -> int:
+        """End the request of this id, or with an empty one all; return how many were told to end."""
+        found = [entry for name, entry in self._open.items() if request_id in ("", name)]
+        for entry in found:
+            entry.cancelled = True
+            if entry.ticket is not None:
+                entry.ticket.cancel()
+        return len(found)
+
+    def _warn(self, request_id: str, error: Exception) -> None:
+        """Log a refusal, at most one a second; the next line says how many were left out."""
+        now = time.monotonic()
+        if now - self._last_warning < _WARNING_INTERVAL:
+            self._num_unlogged += 1
+            return
+        more = f" ({self._num_unlogged} more were refused since the last line)" if self._num_unlogged else ""
+        self._last_warning, self._num_unlogged = now, 0
+        self._node.get_logger().warning(f"Request {request_id[:64]!r} refused: {error_message(error)[:500]}{more}")
+
+    async def _answer(self, message, entry, on_ticket, on_piece) -> GenerationResult:
         arrival = time.monotonic()
         worker = self._worker_or_raise()
         request = to_request(message, self.settings)
@@ -91,6 +136,9 @@ class Intake:
 
         submit = partial(worker.submit, request, on_piece=stream.piece, on_done=on_done, arrival=arrival)
         ticket = submit() if _is_quick(request) else await self._pool.run(submit)
+        entry.ticket = ticket
+        if entry.cancelled:  # while it was being prepared
+            ticket.cancel()
         if on_ticket is not None:
             on_ticket(ticket)
         if self.num_open == 1:

@@ -186,7 +186,11 @@ class LlmNode(LifecycleNodeMixin, Node):
     # --- the executor's thread ------------------------------------------------------------------------
 
     def _on_set_parameters(self, parameters) -> SetParametersResult:
-        result = check_parameters(parameters, configured=self._state_machine.current_state[1] != "unconfigured")
+        result = check_parameters(
+            parameters,
+            configured=self._state_machine.current_state[1] != "unconfigured",
+            current=lambda name: self.get_parameter(name).value,
+        )
         if result.successful:
             self._parameters_changed = True
             self._parameters_set.trigger()  # read after they have been set: Humble has no callback for that

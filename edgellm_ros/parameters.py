@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ SPECS: tuple[ParameterSpec, ...] = (
         "busy_policy",
         "queue",
         "A request while another runs: queue (it waits), reject (refused), preempt (it ends what has no higher "
-        "priority, with its partial text).",
+        "priority, with its partial text), preempt_lower (it ends what has a lower one).",
         choices=BUSY_POLICIES,
     ),
     ParameterSpec("queue_depth", 8, "Requests that may wait; further ones are refused at once.", range=(0, 1024)),
@@ -150,15 +150,20 @@ def declare_parameters(node: Node) -> None:
     node.declare_parameters("", [(spec.name, spec.default, spec.descriptor()) for spec in SPECS])
 
 
-def check_parameters(parameters: Sequence[Parameter], *, configured: bool) -> SetParametersResult:
-    """Whether the node takes these values. Without side effects; always with a reason. Others' parameters pass."""
+def check_parameters(
+    parameters: Sequence[Parameter], *, configured: bool, current: Callable[[str], Any] | None = None
+) -> SetParametersResult:
+    """Check whether the node takes these values, without side effects and always with a reason.
+
+    Others' parameters pass, and so does a fixed parameter that gets the value it has, by ``current`` (name → value).
+    """
     for parameter in parameters:
         spec = _BY_NAME.get(parameter.name)
         if spec is None:
             continue
         if parameter.type_ == Parameter.Type.NOT_SET:
             reason = f"{spec.name} cannot be removed."
-        elif spec.fixed and configured:
+        elif spec.fixed and configured and (current is None or current(spec.name) != parameter.value):
             reason = f"{spec.name} is fixed while the node is configured; clean up, set it and configure again."
         else:
             reason = spec.problem(parameter.value)

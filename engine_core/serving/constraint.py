@@ -335,7 +335,7 @@ def _depth(value: object) -> int:
 
 def _first_line(error: object) -> str:
     """Return the first line of a message, without its full stop, at most 300 characters."""
-    if str(error) in ("NoExtension", "NoExtensionBias"):  # llguidance's names for it
-        return "no value can be written that meets it"
     lines = str(error).strip().splitlines()
-    return (lines[0].strip().rstrip(".:")[:300] if lines else "") or type(error).__name__
+    line = (lines[0].strip().rstrip(".:")[:300] if lines else "") or type(error).__name__
+    # llguidance's names for a grammar without a continuation.
+    return "no value can be written that meets it" if line.startswith("NoExtension") else line

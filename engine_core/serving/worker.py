@@ -16,7 +16,7 @@ from engine_core.request import MAX_TIMEOUT, FinishReason, GenerationRequest, Ge
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.engine import Engine, PreparedRequest
 
-BUSY_POLICIES = ("queue", "reject", "preempt")
+BUSY_POLICIES = ("queue", "reject", "preempt", "preempt_lower")
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class Worker:
     """Serves requests one after another, the highest priority first.
 
     ``busy_policy``: ``queue`` lets up to ``queue_depth`` requests wait; ``reject`` refuses while one runs; ``preempt``
-    ends whatever has no higher priority than the new request, with its partial text.
+    ends whatever has no higher priority than the new request, with its partial text; ``preempt_lower`` ends only what
+    has a lower one.
     ``on_change()`` is called when ``busy`` or ``queued`` may have changed, ``on_fault(error)`` once when the engine
     has failed: every request has been answered by then and none is accepted any more.
     Callbacks come from the worker thread, or from the thread that cancels or submits; they must not block.
@@ -152,6 +153,8 @@ class Worker:
             raise QueueFullError("A request is running and busy_policy is reject; try again when it is done.")
         if self._busy_policy == "preempt":
             preempted = [other for other in others if other.priority <= priority]
+        elif self._busy_policy == "preempt_lower":
+            preempted = [other for other in others if other.priority < priority]
         staying = len(others) - len(preempted)  # one of them runs or is about to
         if staying > self._queue_depth:
             raise QueueFullError(

@@ -135,6 +135,18 @@ def test_preempt_ends_what_has_no_higher_priority(start):
     assert newer.result.finish_reason is FinishReason.PREEMPTED
 
 
+def test_preempt_lower_keeps_equal_priorities(start):
+    worker = start(backend={"step_time": 0.01}, busy_policy="preempt_lower")
+    first = submit(worker, "first", max_new_tokens=20)
+    assert first.first.wait(WAIT)
+    equal = submit(worker, "equal", max_new_tokens=2)
+    assert first.result.finish_reason is FinishReason.LENGTH and equal.result.finish_reason is FinishReason.LENGTH
+    low = submit(worker, "low", max_new_tokens=200)
+    assert low.first.wait(WAIT)
+    submit(worker, "high", max_new_tokens=2, priority=1)
+    assert low.result.finish_reason is FinishReason.PREEMPTED
+
+
 def test_preempt_works_without_a_queue(start):
     worker = start(backend=SLOW, busy_policy="preempt", queue_depth=0)
     first = submit(worker, **LONG)

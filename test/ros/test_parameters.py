@@ -49,7 +49,11 @@ def test_every_parameter_is_described_and_numbers_have_sliders(llm):
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.fixed], ids=lambda spec: spec.name)
 def test_fixed_parameters_are_refused_while_configured(llm, spec):
-    [(taken, reason)] = llm.set(**{spec.name: spec.default})
+    current = llm.get(spec.name)
+    [(taken, reason)] = llm.set(**{spec.name: current})
+    assert taken, reason  # the value it has: as in a file that 'ros2 param dump' wrote
+    other = not current if isinstance(current, bool) else current + 1 if isinstance(current, int) else f"{current}x"
+    [(taken, reason)] = llm.set(**{spec.name: other})
     assert not taken and reason == f"{spec.name} is fixed while the node is configured; clean up, set it and " \
         "configure again."  # fmt: skip
 

@@ -134,7 +134,25 @@ print("woken")
     assert (done.returncode, done.stdout) == (0, "woken\n")
 
 
-def test_a_second_signal_ends_the_process_at_once():
+def test_signals_within_a_second_are_one_stop():
+    program = """
+import signal, time
+from edgellm_ros.threads import StopSignal
+stop = StopSignal((signal.SIGINT,))
+print("ready", flush=True)
+stop.wait()
+time.sleep(0.3)
+print("stopped in order", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "ready"
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    assert process.communicate(timeout=10)[0] == "stopped in order\n" and process.returncode == 0
+
+
+def test_a_later_signal_ends_the_process_at_once():
     program = """
 import signal, time
 from edgellm_ros.threads import StopSignal
@@ -147,5 +165,7 @@ time.sleep(60)
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     for said in ("ready", "stopping"):
         assert process.stdout.readline().strip() == said
+        if said == "stopping":
+            time.sleep(1.2)  # within a second it would be the same stop
         process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 128 + signal.SIGTERM

@@ -1,0 +1,80 @@
+"""Every request that was seen ends once on every topic, whichever way it came and whatever ended it."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgellm_ros.msg import ErrorCode, FinishReason, GenerationStats, Sentence
+from edgellm_ros.srv import Cancel
+from llm_client import GREEDY_LONG, STREAM
+
+
+@pytest.fixture
+def heard(llm):
+    """(sentences, stats) of the node from now on, and its pieces in llm.pieces."""
+    llm.listen()
+    sentences, stats = [], []
+    subscriptions = [
+        llm.node.create_subscription(Sentence, f"/{llm.name}/sentences", sentences.append, STREAM),
+        llm.node.create_subscription(GenerationStats, f"/{llm.name}/stats", stats.append, STREAM),
+    ]
+    for topic in ("sentences", "stats"):
+        llm.until(lambda topic=topic: llm.node.count_publishers(f"/{llm.name}/{topic}"))
+    llm.spin(0.3)
+    yield sentences, stats
+    for subscription in subscriptions:
+        llm.node.destroy_subscription(subscription)
+
+
+def endings(llm, heard, request_id):
+    """What ended the request on each topic, once nothing more comes."""
+    sentences, stats = heard
+    llm.until(lambda: any(message.request_id == request_id for message in stats))
+    llm.spin(0.3)
+    return (
+        [piece for piece in llm.pieces_of(request_id) if piece.done],
+        [sentence for sentence in sentences if sentence.request_id == request_id and sentence.done],
+        [message for message in stats if message.request_id == request_id],
+    )
+
+
+def test_a_refused_request_ends_on_every_topic(llm, heard):
+    answer = llm.generate(request_id="refused", sampling={"temperature": -1.0})
+    assert answer.error_code == ErrorCode.INVALID_SAMPLING
+    [piece], [sentence], [stats] = endings(llm, heard, "refused")
+    assert piece.error_code == stats.error_code == ErrorCode.INVALID_SAMPLING
+    assert sentence.text == "" and sentence.finish_reason == FinishReason.ERROR
+
+
+def test_cancel_reaches_a_service_request_and_speaks_no_half_sentence(llm, heard):
+    future = llm.generate_async(request_id="service", sampling={"max_new_tokens": GREEDY_LONG, "ignore_eos": True})
+    llm.until(lambda: llm.pieces_of("service"))
+    assert llm.call(Cancel, "cancel", Cancel.Request(request_id="service")).num_cancelled == 1
+    assert llm.wait(future).finish_reason == FinishReason.CANCELLED
+    [piece], [sentence], [stats] = endings(llm, heard, "service")
+    assert piece.finish_reason == sentence.finish_reason == stats.finish_reason == FinishReason.CANCELLED
+    assert sentence.text == ""
+    assert llm.call(Cancel, "cancel", Cancel.Request(request_id="service")).num_cancelled == 0
+
+
+def test_cancel_without_an_id_reaches_all(llm):
+    sampling = {"max_new_tokens": GREEDY_LONG, "ignore_eos": True}
+    futures = [llm.generate_async(sampling=sampling) for _ in range(3)]
+    llm.until(lambda: llm.status().queued == 2)
+    assert llm.call(Cancel, "cancel", Cancel.Request()).num_cancelled == 3
+    assert {llm.wait(future).finish_reason for future in futures} == {FinishReason.CANCELLED}
+
+
+def test_a_length_limit_speaks_no_half_sentence(llm, heard):
+    llm.generate(request_id="length", sampling={"max_new_tokens": 5, "ignore_eos": True})
+    _, [sentence], _ = endings(llm, heard, "length")
+    assert sentence.text == "" and sentence.finish_reason == FinishReason.LENGTH
+
+
+def test_the_id_of_a_running_request_is_refused(llm):
+    sampling = {"max_new_tokens": GREEDY_LONG, "ignore_eos": True}
+    first = llm.generate_async(request_id="twin", sampling=sampling)
+    second = llm.generate(request_id="twin")
+    assert second.error_code == ErrorCode.INVALID_REQUEST and "is running" in second.error_message
+    llm.call(Cancel, "cancel", Cancel.Request(request_id="twin"))
+    assert llm.wait(first).finish_reason == FinishReason.CANCELLED
