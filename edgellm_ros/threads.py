@@ -7,6 +7,7 @@ no thread, so any number of clients can wait.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import select
@@ -17,6 +18,10 @@ from typing import Any
 
 from rclpy.node import Node
 from rclpy.task import Future
+
+from engine_core.errors import as_exception
+
+_log = logging.getLogger(__name__)
 
 
 def new_future(node: Node) -> Future:
@@ -90,17 +95,23 @@ class SerialThread:
     def _serve(self) -> None:
         while (item := self._calls.get()) is not None:
             call, future = item
+            value = error = None
             try:
-                complete(self._node, future, call())
-            except Exception as error:
-                complete(self._node, future, error=error)
+                value = call()
+            except BaseException as raised:  # a Rust panic is no Exception; it must not end the thread
+                error = as_exception(raised)
+            try:
+                complete(self._node, future, value, error)
+            except BaseException:  # the node is gone
+                _log.exception("An answer could not be handed over")
+            value = error = None
             del call, future, item  # keep nothing alive while waiting
 
 
 class Soon:
     """Makes a call ``delay`` s after it was asked for, once for all who ask until then, in a thread of its own.
 
-    The call must not raise. It begins after the last ask it answers, so it sees what was done before that.
+    A call that raises is logged. It begins after the last ask it answers, so it sees what was done before that.
     """
 
     def __init__(self, name: str, call: Callable[[], None], delay: float) -> None:
@@ -127,7 +138,10 @@ class Soon:
             self._asked.wait()
             last = self._closed.wait(self._delay)
             self._asked.clear()  # before the call: whoever asks while it is made gets another
-            self._call()
+            try:
+                self._call()
+            except BaseException:
+                _log.exception("A call of %s failed", self._thread.name)
 
 
 class StopSignal:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,14 @@ import numpy as np
 
 from engine_core.backends import Backend, PendingToken, TokenSampling
 from engine_core.config import EngineConfig
-from engine_core.errors import BackendUnavailableError, InvalidSamplingError, PromptTooLongError
+from engine_core.errors import (
+    BackendUnavailableError,
+    EmptyPromptError,
+    InvalidSamplingError,
+    InvalidTextError,
+    PromptTooLongError,
+    refusing_panics,
+)
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.planning.selection import advice, choose
@@ -162,6 +168,8 @@ class Engine:
         report(f"Memory plan of {manifest.model_name} ({manifest.quantization}, {manifest.backend}):\n{plan.table()}")
         plan.check(advice(config, plan))
         tokenizer = Tokenizer(variant_dir)
+        if tokenizer.folds_system:
+            report("The chat template has no system messages; they are put before the first user message.")
         with contextlib.ExitStack() as undo:
             backend = choice.backend.load(variant_dir, manifest, config)
             undo.callback(backend.close)
@@ -179,6 +187,10 @@ class Engine:
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Checks and tokenizes. Raises RequestError: what the request is refused with."""
+        with refusing_panics("preparing"):
+            return self._prepare(request)
+
+    def _prepare(self, request: GenerationRequest) -> PreparedRequest:
         request.validate()
         self._check_ids(request)
         num_chars = len(request.prompt) + sum(len(message.content) for message in request.messages)
@@ -187,7 +199,7 @@ class Engine:
             raise self._too_long(f"at least {at_least}")
         prefix_ids = np.empty(0, dtype=np.int32)
         if request.messages:
-            token_ids = self.tokenizer.encode_messages(request.messages)
+            token_ids = self.tokenizer.encode_messages(request.messages, allow_special=request.allow_special)
             if request.messages[0].role == "system":
                 prefix_ids = self.tokenizer.system_prefix(request.messages[0].content)
                 prefix_ids = prefix_ids[: common_prefix_length(prefix_ids, token_ids)]
@@ -195,6 +207,7 @@ class Engine:
             token_ids = self.tokenizer.encode(request.prompt)
         if len(token_ids) >= self.max_context:
             raise self._too_long(str(len(token_ids)))
+        self._check_prompt(token_ids)
         constraint = self._constraints.compile(request.json_schema) if request.json_schema else None
         sampling = request.sampling
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_ids)
@@ -202,25 +215,17 @@ class Engine:
             request=request,
             token_ids=token_ids,
             prefix_ids=prefix_ids,
-            sampling=TokenSampling(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                repetition_penalty=sampling.repetition_penalty,
-                seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
-                logit_bias=sampling.logit_bias,
-                stop_ids=stop_ids,
-            ),
+            sampling=TokenSampling.of(sampling, stop_ids),
             max_new_tokens=min(sampling.max_new_tokens, self.max_context - len(token_ids)),
             constraint=constraint,
         )
 
     def tokenize(self, text: str = "", messages: Sequence[ChatMessage] = ()) -> list[int]:
-        """The ids the model would read. Raises InvalidRequestError."""
+        """Return the ids the model would read. Raises RequestError, within the limits of a request."""
         request = GenerationRequest("", messages=tuple(messages), prompt=text)
         request.validate()
-        ids = self.tokenizer.encode_messages(messages) if messages else self.tokenizer.encode(text)
+        with refusing_panics("tokenizing"):
+            ids = self.tokenizer.encode_messages(messages) if messages else self.tokenizer.encode(text)
         return ids.tolist()
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
@@ -230,7 +235,10 @@ class Engine:
 
     def warm_system_prompt(self, text: str) -> int:
         """Computes the KV of a system prompt and keeps it; returns its length in tokens (0: nothing to keep)."""
-        prefix = self.tokenizer.system_prefix(text) if text else np.empty(0, dtype=np.int32)
+        with refusing_panics("tokenizing the system prompt of"):
+            prefix = self.tokenizer.system_prefix(text) if text else np.empty(0, dtype=np.int32)
+        if len(prefix) and int(prefix.max()) >= self.vocab_size:
+            return 0  # requests with it are refused
         prefix = prefix[: min(self.max_context - 1, self.config.prompt_cache_tokens)]
         if not len(prefix) or not self.config.prompt_cache_entries:
             return 0
@@ -304,7 +312,10 @@ class Engine:
             detokenizer=Detokenizer(self.tokenizer),
             stop=StopStrings(prepared.request.stop),
         )
-        answer.cached_tokens = self._prefixes.restore(prepared.token_ids)
+        if self.config.reproducible and prepared.request.sampling.seed is not None:
+            self._prefixes.set_live(prepared.token_ids[:0])
+        else:
+            answer.cached_tokens = self._prefixes.restore(prepared.token_ids)
         return answer
 
     def _prefill(self, answer: _Answer, constraint: JsonConstraint | None) -> PendingToken:
@@ -357,6 +368,17 @@ class Engine:
             f"The prompt has {num_tokens} tokens, but max_context is {self.max_context}, the answer included; "
             "send a shorter prompt or configure a larger max_context."
         )
+
+    def _check_prompt(self, token_ids: np.ndarray) -> None:
+        largest = int(token_ids.max(initial=-1))
+        if largest >= self.vocab_size:
+            (text,) = self.tokenizer.token_texts([largest])
+            raise InvalidTextError(
+                f"The prompt holds the token {text!r} with id {largest}, but the model has ids from 0 to "
+                f"{self.vocab_size - 1}; leave it out."
+            )
+        if not len(token_ids):
+            raise EmptyPromptError("The prompt has no tokens; there is nothing to answer.")
 
     def _check_ids(self, request: GenerationRequest) -> None:
         ids = (*request.sampling.stop_token_ids, *(token_id for token_id, _ in request.sampling.logit_bias))

@@ -20,7 +20,8 @@ class Detokenizer:
 
     Two offsets keep the cost of a step constant: ids before ``_prefix`` never matter again, ids from ``_prefix`` to
     ``_read`` give the decoder its context (the white space some decoders strip at the start), ids from ``_read``
-    on have not been shown. A tail that ends in U+FFFD may be half a character, so it waits.
+    on have not been shown. A tail that ends in U+FFFD may be half a character, so it waits. Bytes that are no
+    character are left out, in the middle as at the end: an answer can always be sent back as a message.
     """
 
     def __init__(self, tokenizer: Decoder) -> None:
@@ -44,7 +45,7 @@ class Detokenizer:
         return self.flush()
 
     def flush(self) -> str:
-        """What is left at the end; incomplete characters become U+FFFD."""
+        """Return the whole characters that are left at the end."""
         return self._take(self._unread(len(self._ids)), len(self._ids))
 
     def _unread(self, end: int) -> str:
@@ -57,7 +58,7 @@ class Detokenizer:
             del self._ids[: self._prefix]
             self._read -= self._prefix
             self._prefix = 0
-        return text
+        return text.replace(_REPLACEMENT, "")
 
 
 class StopStrings:

@@ -174,7 +174,7 @@ class OnnxRuntimeBackend:
             except EdgeLLMError as error:
                 self._ended = True
                 pending.set(None, error)
-            except Exception as error:  # the runtime's exceptions share no base class
+            except BaseException as error:  # the runtime's exceptions share no base class; panics are no Exception
                 self._ended = True
                 _log.debug("The compute thread failed", exc_info=True)
                 pending.set(None, EngineFaultError(f"ONNX Runtime failed in a step: {_first_line(error)}"))
@@ -260,5 +260,5 @@ class OnnxRuntimeBackend:
             raise EngineFaultError(f"A step would fill {length} positions, but the KV cache has {self.max_context}.")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
