@@ -13,7 +13,7 @@ from edgellm_ros.parameters import Settings
 from engine_core import errors
 from engine_core.errors import InvalidSamplingError
 from engine_core.memory import MemoryPlan
-from engine_core.request import ChatMessage, FinishReason, GenerationRequest, GenerationResult, SamplingParams
+from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, GenerationResult, SamplingParams
 
 # Class → code. The nearest base class counts; what is not in the table is a defect of ours.
 _ERROR_CODES: dict[type[Exception], int] = {
@@ -79,6 +79,7 @@ def finish_reason(reason: FinishReason) -> int:
 
 
 def to_messages(messages: Any) -> tuple[ChatMessage, ...]:
+    LIMITS.check_messages(len(messages))
     return tuple(ChatMessage(message.role, message.content) for message in messages)
 
 
@@ -100,12 +101,15 @@ def to_request(message: Any, settings: Settings) -> GenerationRequest:
         priority=message.priority,
         timeout=message.deadline if message.deadline != 0 else settings.request_timeout,
         stream_interval=settings.stream_interval,
+        allow_special=message.allow_special,
     )
 
 
 def _to_sampling(options: Any, defaults: SamplingParams) -> SamplingParams:
     given = {name: getattr(options, name)[0] for name in _OPTIONS if len(getattr(options, name))}
     ids, values = options.logit_bias_token_ids, options.logit_bias_values
+    LIMITS.check_count("logit biases", max(len(ids), len(values)), LIMITS.logit_biases)
+    LIMITS.check_count("stop token ids", len(options.stop_token_ids), LIMITS.stop_token_ids)
     if len(ids) != len(values):
         raise InvalidSamplingError(
             f"logit_bias_token_ids has {len(ids)} entries and logit_bias_values has {len(values)}; give one value "

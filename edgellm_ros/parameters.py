@@ -96,6 +96,11 @@ SPECS: tuple[ParameterSpec, ...] = (
     _fixed("prompt_cache_entries", 2, "System prompts whose KV is kept beside the cache.", range=(0, 64)),
     _fixed("prompt_cache_tokens", 512, "Tokens each kept system prompt can have.", range=(1, _MAX_INT)),
     _fixed("num_threads", 0, "CPU threads; 0 = the backend's choice.", range=(0, 1024)),
+    _fixed(
+        "reproducible",
+        True,
+        "A request with a seed of its own reuses no KV, so that it gives the same text whatever is cached.",
+    ),
     _fixed("verify_files", True, "Check the SHA-256 of every file of the engine, not only its size."),
     ParameterSpec("temperature", 0.0, "Randomness of the answer; 0 = greedy.", range=(0.0, 2.0)),
     ParameterSpec("top_p", 1.0, "Sample among the likeliest tokens of this total probability; 1 = off.", (0.01, 1.0)),

@@ -28,6 +28,9 @@ class EngineConfig:
     prefill_chunk: int = 0  # tokens per prefill step; 0 = the backend's choice
     prompt_cache_entries: int = 2  # saved prefixes (system prompts); their memory is part of the plan
     prompt_cache_tokens: int = 512  # tokens each saved prefix can hold
+    # A request with a seed of its own computes its whole prompt: KV reused from other requests was computed in other
+    # chunks, whose rounding (most of all int8's) can change a sampled token. Without it, seeds repeat only mostly.
+    reproducible: bool = True
     num_threads: int = 0  # CPU threads; 0 = the backend's choice
     verify_files: bool = True  # check the SHA-256 of every file, not only its size
 

@@ -5,6 +5,11 @@ One exception is one wire code: the table that maps these classes to the constan
 what was expected and what to do, in one sentence.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class EdgeLLMError(Exception):
     """Base of all errors of the inference core."""
@@ -90,3 +95,28 @@ class NotActiveError(RequestError):
 
 class EngineFaultError(EdgeLLMError):
     """The engine itself failed while it ran; it has to be configured again."""
+
+
+def as_exception(error: BaseException) -> Exception:
+    """Return ``error``, or an EngineFaultError for what is no Exception: a Rust panic, an exit in a thread."""
+    if isinstance(error, Exception):
+        return error
+    fault = EngineFaultError(f"A thread was ended by {type(error).__name__}: {first_line(error)}.")
+    fault.__cause__ = error
+    return fault
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the error's text, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+@contextlib.contextmanager
+def refusing_panics(doing: str) -> Iterator[None]:
+    """Turns a Rust panic of tokenizers or llguidance, which is a BaseException, into an InvalidRequestError."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise InvalidRequestError(f"A library failed when {doing} this request ({first_line(error)[:200]}).") from error

@@ -10,28 +10,45 @@ import enum
 import math
 from dataclasses import dataclass, field
 
-from engine_core.errors import EmptyPromptError, InvalidRequestError, InvalidSamplingError, InvalidTextError
+from engine_core.errors import (
+    EmptyPromptError,
+    InvalidRequestError,
+    InvalidSamplingError,
+    InvalidSchemaError,
+    InvalidTextError,
+    PromptTooLongError,
+)
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_SEED = 2**64 - 1
-MAX_LOGIT_BIAS = 1e4  # larger amounts, -inf among them, count as this: certain or impossible, and finite in float32
-MIN_TEMPERATURE = 1e-4  # below it sampling is greedy: scores divided by less overflow float32
+GREEDY_BELOW = 1e-4  # a temperature below this is greedy: float32 could not tell it from 0
+MAX_LOGIT_BIAS = 1e4  # larger biases are clamped; no model's logits come near it
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may hold, checked before any work is done for it."""
+    """How large the parts of one request may be. They are checked before any work is done with the parts."""
 
-    text_bytes: int = 1 << 20  # UTF-8 bytes of all texts together: prompt, messages, stop strings
+    text_bytes: int = 1 << 20  # UTF-8, of the prompt or of all messages together
+    schema_bytes: int = 1 << 18  # UTF-8
     messages: int = 1024
     stop_strings: int = 16
-    stop_string_chars: int = 256
-    token_ids: int = 1024  # entries of the logit bias, and of the stop token ids
+    stop_chars: int = 256  # of each stop string
+    logit_biases: int = 1024
+    stop_token_ids: int = 1024
     request_id_chars: int = 256
+    priority: int = 255  # from 0
+
+    def check_count(self, name: str, count: int, limit: int) -> None:
+        """Raises InvalidRequestError if ``count`` is above ``limit``."""
+        if count > limit:
+            raise InvalidRequestError(f"The request has {count} {name}, but at most {limit} are accepted.")
+
+    def check_messages(self, count: int) -> None:
+        self.check_count("messages", count, self.messages)
 
 
 LIMITS = RequestLimits()
-MAX_TIMEOUT = 10 * 365 * 86400.0  # s; a later deadline counts as this
 
 
 class FinishReason(enum.Enum):
@@ -61,16 +78,16 @@ class SamplingParams:
     temperature, top-k, top-p, min-p. ``temperature`` 0 is greedy. All values are checked by ``validate``.
     """
 
-    temperature: float = 0.0  # >= 0; 0 = greedy
+    temperature: float = 0.0  # >= 0; 0 = greedy, as is all below GREEDY_BELOW
     top_p: float = 1.0  # (0, 1]; 1 = off
     top_k: int = 0  # >= 0; 0 = off
     min_p: float = 0.0  # [0, 1); 0 = off
-    repetition_penalty: float = 1.0  # > 0; 1 = off
+    repetition_penalty: float = 1.0  # 0.01 .. 100; 1 = off
     seed: int | None = None  # 0 .. 2**64 - 1; None = a fresh random seed
     max_new_tokens: int = 256  # >= 1
     ignore_eos: bool = False  # go on past end-of-sequence tokens (for benchmarks)
     stop_token_ids: tuple[int, ...] = ()  # further ids that end generation
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, amount added to its logit)
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, amount added to its logit); see ``biases``
 
     def validate(self) -> None:
         """Raises InvalidSamplingError naming the option, its value and its range."""
@@ -85,8 +102,8 @@ class SamplingParams:
         check("min_p", math.isfinite(self.min_p) and 0 <= self.min_p < 1, "at least 0 and below 1")
         check(
             "repetition_penalty",
-            math.isfinite(self.repetition_penalty) and 0 < self.repetition_penalty <= 100,
-            "above 0 and at most 100",
+            math.isfinite(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
+            "from 0.01 to 100",
         )
         check("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, "from 0 to 2**64 - 1")
         check("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
@@ -94,16 +111,18 @@ class SamplingParams:
             if math.isnan(bias) or bias == math.inf:
                 raise InvalidSamplingError(f"The logit bias of token {token_id} is {bias}, but it must be a number.")
 
-    def total_logit_bias(self) -> tuple[tuple[int, float], ...]:
-        """Return (token id, amount) once for each id: its amounts added up, from -MAX_LOGIT_BIAS to MAX_LOGIT_BIAS."""
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """Return one bias for each token id: the sum of its biases, clamped to +-MAX_LOGIT_BIAS.
 
-        def clamp(value: float) -> float:
-            return max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, value))
-
-        total: dict[int, float] = {}
+        An id with a bias of minus infinity is excluded: its bias stays minus infinity whatever is added. No sum is NaN.
+        """
+        sums: dict[int, float] = {}
         for token_id, bias in self.logit_bias:
-            total[token_id] = total.get(token_id, 0.0) + clamp(bias)
-        return tuple((token_id, clamp(bias)) for token_id, bias in total.items())
+            sums[token_id] = sums.get(token_id, 0.0) + (bias if bias == -math.inf else max(-1e30, min(1e30, bias)))
+        return tuple(
+            (token_id, total if total == -math.inf else max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, total)))
+            for token_id, total in sums.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -117,15 +136,18 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()  # generation ends before the first of these; never part of the text
     json_schema: str = ""  # "" = free text; otherwise the answer is one JSON value of this schema
     priority: int = 0  # the highest waiting goes first; equal ones in order of arrival
-    timeout: float = 0.0  # seconds from arrival, waiting included; 0 = none
+    timeout: float = 0.0  # seconds from arrival, preparation and waiting included; 0 or above 1e8 = none
     stream_interval: float = 0.0  # seconds; pieces are coalesced to at most one per interval, 0 = one per token
+    # Special tokens spelled in the messages' contents become control tokens; by default they are plain text. A raw
+    # prompt is always read with its special tokens: whoever sends one writes the template's part too.
+    allow_special: bool = False
 
-    def validate(self) -> None:
-        """Checks all that needs no tokenizer.
+    def validate(self, limits: RequestLimits = LIMITS) -> None:
+        """Checks all that needs no tokenizer; the sizes come first.
 
-        Raises EmptyPromptError, InvalidRequestError, InvalidTextError or InvalidSamplingError.
+        Raises EmptyPromptError, InvalidRequestError, InvalidTextError, InvalidSamplingError or PromptTooLongError.
         """
-        self._check_limits()
+        self._check_sizes(limits)
         if self.prompt and self.messages:
             raise InvalidRequestError("The request has both a prompt and messages; give one of them.")
         if not self.messages and not self.prompt.strip():
@@ -137,7 +159,7 @@ class GenerationRequest:
                 )
         if self.messages and not any(m.content.strip() for m in self.messages if m.role != "system"):
             raise EmptyPromptError("All messages are empty; there is nothing to answer.")
-        for text in (self.prompt, self.json_schema, *self.stop, *(m.content for m in self.messages)):
+        for text in (self.request_id, self.prompt, self.json_schema, *self.stop, *(m.content for m in self.messages)):
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
@@ -159,27 +181,35 @@ class GenerationRequest:
             raise InvalidRequestError(f"The deadline is {self.timeout} s, but it must be 0 (none) or more seconds.")
         self.sampling.validate()
 
-    def _check_limits(self) -> None:
-        """Raise InvalidRequestError for what is too large, InvalidSamplingError if it is a sampling option."""
-
-        def check(what: str, found: int, limit: int, error: type[InvalidRequestError] = InvalidRequestError) -> None:
-            if found > limit:
-                raise error(f"The request has {found} {what}, but at most {limit} are accepted.")
-
-        check("characters in its request id", len(self.request_id), LIMITS.request_id_chars)
-        check("messages", len(self.messages), LIMITS.messages)
-        check("stop strings", len(self.stop), LIMITS.stop_strings, InvalidSamplingError)
-        check("entries of the logit bias", len(self.sampling.logit_bias), LIMITS.token_ids, InvalidSamplingError)
-        check("stop token ids", len(self.sampling.stop_token_ids), LIMITS.token_ids, InvalidSamplingError)
-        longest = max(map(len, self.stop), default=0)
-        check("characters in a stop string", longest, LIMITS.stop_string_chars, InvalidSamplingError)
-        texts = (self.prompt, *self.stop, *(m.content for m in self.messages), *(m.role for m in self.messages))
-        check("characters of text", sum(map(len, texts)), LIMITS.text_bytes)  # before anything is encoded
-        num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-        check("bytes of text", num_bytes, LIMITS.text_bytes)
+    def _check_sizes(self, limits: RequestLimits) -> None:
+        limits.check_messages(len(self.messages))
+        limits.check_count("stop strings", len(self.stop), limits.stop_strings)
+        limits.check_count("logit biases", len(self.sampling.logit_bias), limits.logit_biases)
+        limits.check_count("stop token ids", len(self.sampling.stop_token_ids), limits.stop_token_ids)
+        limits.check_count("characters in its id", len(self.request_id), limits.request_id_chars)
+        limits.check_count("characters in a stop string", max(map(len, self.stop), default=0), limits.stop_chars)
+        if not 0 <= self.priority <= limits.priority:
+            raise InvalidRequestError(f"The priority is {self.priority}, but it must be from 0 to {limits.priority}.")
+        size = _num_bytes((self.prompt, *(message.content for message in self.messages)), limits.text_bytes)
+        if size > limits.text_bytes:
+            raise PromptTooLongError(
+                f"The request has at least {size} bytes of text, but at most {limits.text_bytes} are accepted; "
+                "send a shorter prompt."
+            )
+        schema_size = _num_bytes((self.json_schema,), limits.schema_bytes)
+        if schema_size > limits.schema_bytes:
+            raise InvalidSchemaError(
+                f"The JSON schema has at least {schema_size} bytes, but at most {limits.schema_bytes} are accepted."
+            )
 
     def replace(self, **changes) -> GenerationRequest:
         return dataclasses.replace(self, **changes)
+
+
+def _num_bytes(texts: tuple[str, ...], limit: int) -> int:
+    """Return the UTF-8 bytes of ``texts``, or their characters if these alone are more than ``limit``."""
+    num_chars = sum(map(len, texts))
+    return num_chars if num_chars > limit else sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ the engine calls ``decode`` again *before* it reads the token of the call before
 from __future__ import annotations
 
 import importlib
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from engine_core.errors import BackendUnavailableError
+from engine_core.request import GREEDY_BELOW, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +36,21 @@ class TokenSampling:
     seed: int
     logit_bias: tuple[tuple[int, float], ...]
     stop_ids: frozenset[int]  # full-vocabulary ids after which the sequence has ended
+
+    @classmethod
+    def of(cls, sampling: SamplingParams, stop_ids: frozenset[int]) -> TokenSampling:
+        """Return what every backend's sampler gets for ``sampling``, so that all of them agree: one finite (or -inf)
+        bias for each id, and temperature 0 for all that is greedy. Without a seed it is a fresh random one."""
+        return cls(
+            temperature=0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            logit_bias=sampling.biases(),
+            stop_ids=stop_ids,
+        )
 
 
 class PendingToken(Protocol):

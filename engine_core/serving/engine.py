@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,22 +22,16 @@ from engine_core.backends import Backend, PendingToken, TokenSampling
 from engine_core.config import EngineConfig
 from engine_core.errors import (
     BackendUnavailableError,
-    InvalidRequestError,
+    EmptyPromptError,
     InvalidSamplingError,
     InvalidTextError,
     PromptTooLongError,
+    refusing_panics,
 )
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.planning.selection import advice, choose
-from engine_core.request import (
-    MIN_TEMPERATURE,
-    ChatMessage,
-    FinishReason,
-    GenerationRequest,
-    GenerationResult,
-    Piece,
-)
+from engine_core.request import ChatMessage, FinishReason, GenerationRequest, GenerationResult, Piece
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.constraint import ConstraintFactory, JsonConstraint
 from engine_core.serving.prefix_cache import PrefixCache
@@ -132,18 +125,6 @@ class _Answer:
         )
 
 
-@contextlib.contextmanager
-def _request_faults() -> Iterator[None]:
-    """Turn a panic of a native library (a BaseException that is no Exception) into the fault of one request."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InvalidRequestError(f"The tokenizer cannot read this request: {reason}.") from None
-
-
 class Engine:
     """One loaded engine. Make it with ``open``; give everything back with ``close``."""
 
@@ -188,6 +169,8 @@ class Engine:
         report(f"Memory plan of {manifest.model_name} ({manifest.quantization}, {manifest.backend}):\n{plan.table()}")
         plan.check(advice(config, plan))
         tokenizer = Tokenizer(variant_dir)
+        if tokenizer.folds_system:
+            report("The chat template has no system messages; they are put before the first user message.")
         with contextlib.ExitStack() as undo:
             backend = choice.backend.load(variant_dir, manifest, config)
             undo.callback(backend.close)
@@ -205,8 +188,8 @@ class Engine:
     # --- before the work: any thread ----------------------------------------------------------------
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Check and tokenize a request. Raises RequestError: what the request is refused with."""
-        with _request_faults():
+        """Checks and tokenizes. Raises RequestError: what the request is refused with."""
+        with refusing_panics("preparing"):
             return self._prepare(request)
 
     def _prepare(self, request: GenerationRequest) -> PreparedRequest:
@@ -219,7 +202,7 @@ class Engine:
             raise self._too_long(f"at least {at_least}")
         prefix_ids = np.empty(0, dtype=np.int32)
         if request.messages:
-            token_ids = self.tokenizer.encode_messages(request.messages)
+            token_ids = self.tokenizer.encode_messages(request.messages, allow_special=request.allow_special)
             if request.messages[0].role == "system":
                 prefix_ids = self.tokenizer.system_prefix(request.messages[0].content)
                 prefix_ids = prefix_ids[: common_prefix_length(prefix_ids, token_ids)]
@@ -227,7 +210,7 @@ class Engine:
             token_ids = self.tokenizer.encode(request.prompt)
         if len(token_ids) >= self.max_context:
             raise self._too_long(str(len(token_ids)))
-        self._check_prompt_ids(token_ids)
+        self._check_prompt(token_ids)
         left = max(0.05, end - time.monotonic()) if request.timeout else None
         constraint = self._constraints.compile(request.json_schema, left) if request.json_schema else None
         sampling = request.sampling
@@ -236,25 +219,16 @@ class Engine:
             request=request,
             token_ids=token_ids,
             prefix_ids=prefix_ids,
-            sampling=TokenSampling(
-                temperature=0.0 if sampling.temperature < MIN_TEMPERATURE else sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                repetition_penalty=sampling.repetition_penalty,
-                seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
-                logit_bias=sampling.total_logit_bias(),
-                stop_ids=stop_ids,
-            ),
+            sampling=TokenSampling.of(sampling, stop_ids),
             max_new_tokens=min(sampling.max_new_tokens, self.max_context - len(token_ids)),
             constraint=constraint,
         )
 
     def tokenize(self, text: str = "", messages: Sequence[ChatMessage] = ()) -> list[int]:
-        """The ids the model would read. Raises InvalidRequestError."""
+        """Return the ids the model would read. Raises RequestError, within the limits of a request."""
         request = GenerationRequest("", messages=tuple(messages), prompt=text)
-        with _request_faults():
-            request.validate()
+        request.validate()
+        with refusing_panics("tokenizing"):
             ids = self.tokenizer.encode_messages(messages) if messages else self.tokenizer.encode(text)
         return ids.tolist()
 
@@ -265,7 +239,10 @@ class Engine:
 
     def warm_system_prompt(self, text: str) -> int:
         """Computes the KV of a system prompt and keeps it; returns its length in tokens (0: nothing to keep)."""
-        prefix = self.tokenizer.system_prefix(text) if text else np.empty(0, dtype=np.int32)
+        with refusing_panics("tokenizing the system prompt of"):
+            prefix = self.tokenizer.system_prefix(text) if text else np.empty(0, dtype=np.int32)
+        if len(prefix) and int(prefix.max()) >= self.vocab_size:
+            return 0  # requests with it are refused
         prefix = prefix[: min(self.max_context - 1, self.config.prompt_cache_tokens)]
         if not len(prefix) or not self.config.prompt_cache_entries:
             return 0
@@ -339,7 +316,10 @@ class Engine:
             detokenizer=Detokenizer(self.tokenizer),
             stop=StopStrings(prepared.request.stop),
         )
-        answer.cached_tokens = self._prefixes.restore(prepared.token_ids)
+        if self.config.reproducible and prepared.request.sampling.seed is not None:
+            self._prefixes.set_live(prepared.token_ids[:0])
+        else:
+            answer.cached_tokens = self._prefixes.restore(prepared.token_ids)
         return answer
 
     def _prefill(self, answer: _Answer, constraint: JsonConstraint | None) -> PendingToken:
@@ -393,15 +373,16 @@ class Engine:
             "send a shorter prompt or configure a larger max_context."
         )
 
-    def _check_prompt_ids(self, token_ids: np.ndarray) -> None:
-        outside = token_ids[(token_ids < 0) | (token_ids >= self.vocab_size)]
-        if len(outside):
-            token_id = int(outside[0])
-            text = self.tokenizer.token_texts([token_id])[0]
+    def _check_prompt(self, token_ids: np.ndarray) -> None:
+        largest = int(token_ids.max(initial=-1))
+        if largest >= self.vocab_size:
+            (text,) = self.tokenizer.token_texts([largest])
             raise InvalidTextError(
-                f"The text holds the token {text!r}, whose id {token_id} the model does "
-                f"not have: its vocabulary ends at {self.vocab_size - 1}; leave the token out."
+                f"The prompt holds the token {text!r} with id {largest}, but the model has ids from 0 to "
+                f"{self.vocab_size - 1}; leave it out."
             )
+        if not len(token_ids):
+            raise EmptyPromptError("The prompt has no tokens; there is nothing to answer.")
 
     def _check_ids(self, request: GenerationRequest) -> None:
         ids = (*request.sampling.stop_token_ids, *(token_id for token_id, _ in request.sampling.logit_bias))

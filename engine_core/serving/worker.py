@@ -11,12 +11,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine_core.errors import ConfigurationError, EngineFaultError, NotActiveError, QueueFullError, RequestError
-from engine_core.request import MAX_TIMEOUT, FinishReason, GenerationRequest, GenerationResult, Piece
+from engine_core.errors import (
+    ConfigurationError,
+    EngineFaultError,
+    NotActiveError,
+    QueueFullError,
+    RequestError,
+    as_exception,
+)
+from engine_core.request import FinishReason, GenerationRequest, GenerationResult, Piece
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.engine import Engine, PreparedRequest
 
 BUSY_POLICIES = ("queue", "reject", "preempt", "preempt_lower")
+_NO_DEADLINE = 1e8  # s; three years, and less than any platform's threading.TIMEOUT_MAX
 
 _log = logging.getLogger(__name__)
 
@@ -116,10 +124,11 @@ class Worker:
         on_done: Callable[[GenerationResult], None],
         arrival: float | None = None,
     ) -> Ticket:
-        """Accept a request, or raise at once: RequestError (invalid), QueueFullError, NotActiveError.
+        """Accepts a request, or raises at once: RequestError (invalid), QueueFullError, NotActiveError.
 
         Each accepted request gets exactly one ``on_done``, after its last ``on_piece``. ``arrival``: time.monotonic()
-        when it came, from which its deadline runs; by default now.
+        when the request came, from where its deadline counts; None: now. One whose deadline has passed when it is
+        prepared is answered with TIMEOUT before this returns.
         """
         arrival = time.monotonic() if arrival is None else arrival
         if self._closed is not None:
@@ -131,15 +140,20 @@ class Worker:
         with self._wake:
             if self._closed is not None:
                 raise NotActiveError(self._closed)
-            preempted = self._admit(job.priority)
-            if request.timeout > 0:
-                left = max(0.0, arrival + min(request.timeout, MAX_TIMEOUT) - time.monotonic())
-                left = min(left, threading.TIMEOUT_MAX)
-                job.deadline = threading.Timer(left, self._cancel, (job, FinishReason.TIMEOUT))
-                job.deadline.daemon = True
-                job.deadline.start()
-            heapq.heappush(self._waiting, job)
-            self._wake.notify_all()
+            remaining = arrival + request.timeout - time.monotonic()
+            is_late = request.timeout > 0 and remaining <= 0
+            preempted = [] if is_late else self._admit(job.priority)
+            if not is_late:
+                if 0 < request.timeout <= _NO_DEADLINE:
+                    job.deadline = threading.Timer(remaining, self._cancel, (job, FinishReason.TIMEOUT))
+                    job.deadline.daemon = True
+                    job.deadline.start()
+                heapq.heappush(self._waiting, job)
+                self._wake.notify_all()
+        if is_late:
+            job.cancel.cancel(FinishReason.TIMEOUT)
+            self._answer(job, _unstarted(job, FinishReason.TIMEOUT))
+            return Ticket(self, job)
         for other in preempted:
             self._cancel(other, FinishReason.PREEMPTED)
         self._on_change()
@@ -188,22 +202,29 @@ class Worker:
     # --- the thread -----------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while True:
-            with self._wake:
-                while not self._waiting and self._warm is None and self._closed is None:
-                    self._wake.wait()
-                warm, self._warm = self._warm, None
-                if self._closed is not None and not self._waiting:
-                    return
-                self._running = heapq.heappop(self._waiting) if warm is None else None
-            try:
-                if warm is not None:
-                    self._engine.warm_system_prompt(warm)
-                else:
-                    self._work(self._running)
-            except BaseException as error:  # whatever ends this thread is a fault that is seen
-                self._fail(_as_exception(error))
-                return
+        try:
+            while self._serve_next():
+                pass
+        except BaseException as error:  # a Rust panic is no Exception; a thread that ends in silence answers nobody
+            self._fail(as_exception(error))
+
+    def _serve_next(self) -> bool:
+        """Waits for one job or warm-up and does it; False when nothing is left to do. Raises when the engine failed."""
+        with self._wake:
+            while not self._waiting and self._warm is None and self._closed is None:
+                self._wake.wait()
+            warm, self._warm = self._warm, None
+            if self._closed is not None and not self._waiting:
+                return False
+            self._running = heapq.heappop(self._waiting) if warm is None else None
+        if warm is None:
+            self._work(self._running)
+            return True
+        try:
+            self._engine.warm_system_prompt(warm)
+        except RequestError as error:
+            _log.warning("The system prompt is not kept: %s", error)
+        return True
 
     def _work(self, job: _Job) -> None:
         """Runs one job to its end. Raises only when the engine failed, with the job answered."""
@@ -221,8 +242,8 @@ class Worker:
                     _guarded(job.on_piece, piece)
         except RequestError as error:
             result = _failed(job, error)
-        except BaseException as error:  # a panic of a native library is none of Exception's
-            fault = _as_exception(error)
+        except BaseException as error:
+            fault = as_exception(error)
             result = _failed(job, fault)
         with self._wake:
             self._running = None
@@ -233,8 +254,12 @@ class Worker:
 
     def _fail(self, error: Exception) -> None:
         _log.error("The engine failed: %s", error, exc_info=not isinstance(error, EngineFaultError))
+        with self._wake:
+            running, self._running = self._running, None
+        if running is not None:  # what failed was not its work
+            self._answer(running, _failed(running, error))
         self._stop_accepting(f"The engine has failed ({error}); configure the node again.", error)
-        self._on_fault(error)
+        _guarded(self._on_fault, error)
 
     def _stop_accepting(self, why: str, error: Exception | None = None) -> None:
         with self._wake:
@@ -271,13 +296,7 @@ def _guarded(callback: Callable, value: object) -> None:
     try:
         callback(value)
     except BaseException:
-        _log.exception("A callback of a request raised")
-
-
-def _as_exception(error: BaseException) -> Exception:
-    if isinstance(error, Exception):
-        return error
-    return EngineFaultError(f"The engine's thread was ended by {type(error).__name__}: {error}.")
+        _log.exception("A callback raised")
 
 
 def _unstarted(job: _Job, reason: FinishReason) -> GenerationResult:

@@ -20,7 +20,8 @@ class Detokenizer:
 
     Two offsets keep the cost of a step constant: ids before ``_prefix`` never matter again, ids from ``_prefix`` to
     ``_read`` give the decoder its context (the white space some decoders strip at the start), ids from ``_read``
-    on have not been shown. A tail that ends in U+FFFD may be half a character, so it waits.
+    on have not been shown. A tail that ends in U+FFFD may be half a character, so it waits. Bytes that are no
+    character are left out, in the middle as at the end: an answer can always be sent back as a message.
     """
 
     def __init__(self, tokenizer: Decoder) -> None:
@@ -41,11 +42,11 @@ class Detokenizer:
             text = self._unread(end)
             if text and not text.endswith(_REPLACEMENT):
                 return self._take(text, end)
-        return self._take(self._unread(len(self._ids)), len(self._ids))
+        return self.flush()
 
     def flush(self) -> str:
-        """Return the whole characters that are left at the end; an incomplete one is dropped."""
-        return self._take(self._unread(len(self._ids)), len(self._ids)).rstrip(_REPLACEMENT)
+        """Return the whole characters that are left at the end."""
+        return self._take(self._unread(len(self._ids)), len(self._ids))
 
     def _unread(self, end: int) -> str:
         context = self._tokenizer.decode(self._ids[self._prefix : self._read])
@@ -57,7 +58,7 @@ class Detokenizer:
             del self._ids[: self._prefix]
             self._read -= self._prefix
             self._prefix = 0
-        return text
+        return text.replace(_REPLACEMENT, "")
 
 
 class StopStrings:

@@ -45,13 +45,13 @@ def test_combined_emoji_and_mixed_scripts(tokenizer):
 def test_bytes_that_are_no_character_neither_stall_nor_harm_what_follows(tokenizer):
     pieces = stream(tokenizer, [0xFF] * 100 + text_ids("ok é"))
     text = "".join(pieces)
-    assert text.endswith("ok é")
-    assert text.count("\ufffd") == 100
-    assert sum(1 for piece in pieces[:100] if piece) >= 5, "the stream went on meanwhile"
+    assert text == "ok é"
 
 
 def test_half_a_character_at_the_end_is_left_out(tokenizer):
-    assert "".join(stream(tokenizer, text_ids("a") + [0xF0, 0x9F])) == "a"
+    """Shown as U+FFFD, the answer could never be sent back as a message."""
+    for rest in ([0xF0, 0x9F], [0xC3], [0xE2, 0x82], text_ids("\ufffd")):
+        assert "".join(stream(tokenizer, text_ids("a") + rest)) == "a"
 
 
 def test_a_long_answer_stays_exact(tokenizer):

@@ -24,7 +24,7 @@ TABLE = [
     ("negative deadline", {"deadline": -1.0}, ErrorCode.INVALID_REQUEST, "-1.0"),
     ("NaN deadline", {"deadline": math.nan}, ErrorCode.INVALID_REQUEST, "nan"),
     ("too long", {"prompt": "x" * 3000}, ErrorCode.PROMPT_TOO_LONG, f"{MAX_CONTEXT}"),
-    ("far too long", {"prompt": "x" * 3_000_000}, ErrorCode.PROMPT_TOO_LONG, f"{MAX_CONTEXT}"),
+    ("far too long", {"prompt": "x" * 3_000_000}, ErrorCode.PROMPT_TOO_LONG, "at most 1048576"),
     ("negative temperature", {"sampling": {"temperature": -0.5}}, ErrorCode.INVALID_SAMPLING, "-0.5"),
     ("NaN temperature", {"sampling": {"temperature": math.nan}}, ErrorCode.INVALID_SAMPLING, "nan"),
     ("infinite penalty", {"sampling": {"repetition_penalty": math.inf}}, ErrorCode.INVALID_SAMPLING, "inf"),

@@ -23,7 +23,7 @@ class Worker:
     def __init__(self, after_submit) -> None:
         self._after_submit = after_submit
 
-    def submit(self, request, *, on_piece, on_done) -> object:
+    def submit(self, request, *, on_piece, on_done, arrival) -> object:
         threading.Timer(0.05, self._after_submit, (on_piece, on_done)).start()
         return object()
 

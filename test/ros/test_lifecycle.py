@@ -65,7 +65,7 @@ def test_late_subscribers_get_the_status_and_diagnostics_name_the_device(nodes, 
         late.close()
     heard = []
     llm.node.create_subscription(DiagnosticArray, "/diagnostics", heard.append, 10)
-    ours = lambda: [s for m in heard for s in m.status if s.name.startswith(llm.name)]  # noqa: E731
+    ours = lambda: [s for m in heard for s in m.status if f"/{llm.name}" in s.name]  # noqa: E731
     llm.until(ours)
     assert ours()[0].level == DiagnosticStatus.OK and "fake device" in ours()[0].hardware_id
     assert {"model", "backend", "busy", "queued"} <= {value.key for value in ours()[0].values}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rcl_interfaces.msg import ParameterType
-from rclpy.parameter import Parameter
+from rclpy.parameter import Parameter, parameter_value_to_python
 
 from edgellm_ros.msg import FinishReason
 from edgellm_ros.parameters import SPECS, check_parameters
@@ -49,7 +49,7 @@ def test_every_parameter_is_described_and_numbers_have_sliders(llm):
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.fixed], ids=lambda spec: spec.name)
 def test_fixed_parameters_are_refused_while_configured(llm, spec):
-    current = llm.get(spec.name)
+    current = parameter_value_to_python(llm.get(spec.name)[0])
     [(taken, reason)] = llm.set(**{spec.name: current})
     assert taken, reason  # the value it has: as in a file that 'ros2 param dump' wrote
     other = not current if isinstance(current, bool) else current + 1 if isinstance(current, int) else f"{current}x"

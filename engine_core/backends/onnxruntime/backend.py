@@ -175,7 +175,7 @@ class OnnxRuntimeBackend:
             except EdgeLLMError as error:
                 self._ended = True
                 pending.set(None, error)
-            except BaseException as error:  # the runtime's exceptions share no base class; the thread has to go on
+            except BaseException as error:  # the runtime's exceptions share no base class; panics are no Exception
                 self._ended = True
                 _log.debug("The compute thread failed", exc_info=True)
                 pending.set(None, EngineFaultError(f"ONNX Runtime failed in a step: {_first_line(error)}"))
