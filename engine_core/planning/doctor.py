@@ -131,7 +131,8 @@ def _has_package(prefix: str) -> bool:
 
 
 def find_cpu(root: Path = _ROOT) -> dict:
-    from engine_core.backends.onnxruntime.plan import available_memory, count_cores
+    from engine_core.backends.onnxruntime.plan import count_cores
+    from engine_core.host_memory import available_memory
 
     text = _read(root / "proc/cpuinfo")
     name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.M)

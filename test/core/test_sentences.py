@@ -21,6 +21,19 @@ CASES = [
     ('"Really?!" she said. ("Yes.") Ok', ['"Really?!"', "she said.", '("Yes.")', "Ok"]),
     ("See fig. 3 and Mr. Lee... Or st. 4.) Go.", ["See fig. 3 and Mr. Lee...", "Or st. 4.)", "Go."]),
     ("  \n ", []),
+    ("मैं रसोई में जा रहा हूँ। आप यहाँ रुकें॥ ठीक", ["मैं रसोई में जा रहा हूँ।", "आप यहाँ रुकें॥", "ठीक"]),
+    ("أين الكوب؟ هنا.", ["أين الكوب؟", "هنا."]),
+    ("میں آتا ہوں۔ آپ کہاں ہیں؟ یہاں", ["میں آتا ہوں۔", "آپ کہاں ہیں؟", "یہاں"]),
+    ("Ես գալիս եմ։ Լավ", ["Ես գալիս եմ։", "Լավ"]),
+    ("他说「来。」然后走了．好｡是", ["他说「来。」", "然后走了．", "好｡", "是"]),
+    ("重さは３．５キロ！？はい", ["重さは３．５キロ！？", "はい"]),
+    ("እመጣለሁ። የት ነህ፧ እዚህ", ["እመጣለሁ።", "የት ነህ፧", "እዚህ"]),
+    ("ខ្ញុំមក។ បាទ៕ល្អ", ["ខ្ញុំមក។", "បាទ៕", "ល្អ"]),
+    ("ကျွန်တော်လာမယ်။ ဟုတ်", ["ကျွန်တော်လာမယ်။", "ဟုတ်"]),
+    ("ฉันไปที่ครัว แล้วหยิบถ้วย\nตกลง", ["ฉันไปที่ครัว แล้วหยิบถ้วย", "ตกลง"]),
+    ("Это я. Иди сюда.", ["Это я.", "Иди сюда."]),
+    ("J. Doe waits. a. Go. b. Stop.", ["J. Doe waits.", "a. Go.", "b. Stop."]),
+    ("Now?! Yes‼ Go\r\nOn\u2028End", ["Now?!", "Yes‼", "Go", "On", "End"]),
 ]
 
 
@@ -63,3 +76,20 @@ def test_the_sentence_ends_of_other_scripts(mark):
 def test_full_and_half_width_ends_need_no_space(mark):
     splitter = SentenceSplitter()
     assert splitter.feed(f"one{mark}two") == [f"one{mark}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [("I go to the", []), ("It weighs 3.", []), ("Really?", ["Really?"]), ("आप यहाँ रुकें।", ["आप यहाँ रुकें।"]),
+     ("元気ですか？」", ["元気ですか？」"]), ("", [])],
+)  # fmt: skip
+def test_the_rest_of_a_cut_answer_is_given_only_if_it_is_whole(text, rest):
+    splitter = SentenceSplitter()
+    assert splitter.feed(text) == [] and splitter.flush(cut=True) == rest
+
+
+def test_an_answer_of_nothing_but_marks_costs_no_more_per_mark():
+    splitter, start = SentenceSplitter(), time.perf_counter()
+    for _ in range(4000):
+        assert splitter.feed("!") == []
+    assert time.perf_counter() - start < 10.0 and splitter.flush() == ["!" * 4000]

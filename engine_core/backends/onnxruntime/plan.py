@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError
 from engine_core.formats.manifest import Manifest
 from engine_core.formats.vocab_map import configured_vocab_map
+from engine_core.host_memory import available_memory
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
 
 _log = logging.getLogger(__name__)
@@ -201,46 +201,3 @@ def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:
         scores = 2 * geometry.num_heads * layout.max_context
         values = max(values, 6 * hidden + 4 * intermediate + scores)
     return 4 * layout.chunk * values + extra
-
-
-def available_memory() -> int:
-    """Return the bytes a process could take now: what the kernel calls available, or less in a memory-limited cgroup.
-
-    Page cache that the kernel can give back counts as free, in each of the groups the process is in (cgroup v1 and v2).
-    """
-    available = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    rooms = _cgroup_rooms(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    return min([available, *(max(0, room) for room in rooms)])
-
-
-def _cgroup_rooms(root: Path, membership: Path) -> Iterator[int]:
-    """Yield what is left below the limit of every group, from this process's to the root, that has a limit."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        lines = []
-    places = {(root, ""), (root / "memory", "")}
-    for line in lines:
-        controllers, _, path = line.partition(":")[2].partition(":")
-        if controllers in ("", "memory"):
-            places.add((root if not controllers else root / "memory", path.strip("/")))
-    seen: set[Path] = set()
-    for base, path in places:
-        folder = base / path
-        while folder not in seen and (folder == base or base in folder.parents):
-            seen.add(folder)
-            for limit, usage, inactive in (
-                ("memory.max", "memory.current", "inactive_file"),
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-            ):
-                try:
-                    most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
-                    stat = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
-                    if most != "max":
-                        yield int(most) - used + int(stat.get(inactive, 0))
-                except (OSError, ValueError):
-                    continue
-            folder = folder.parent
