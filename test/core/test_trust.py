@@ -284,25 +284,6 @@ def test_an_answer_cut_inside_a_character_ends_before_it(open_engine):
     assert shown + detokenizer.flush() == "añ"
 
 
-def test_memory_of_a_container_counts_what_can_be_reclaimed(tmp_path):
-    inner = tmp_path / "fs" / "pod" / "inner"
-    inner.mkdir(parents=True)
-    for folder, limit, used, cache in ((inner, "max", 7, 0), (inner.parent, str(8 << 30), 7 << 30, 6 << 30)):
-        (folder / "memory.max").write_text(limit)
-        (folder / "memory.current").write_text(str(used))
-        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
-    membership = tmp_path / "cgroup"
-    membership.write_text("0::/pod/inner\n")
-    assert list(ort_plan._cgroup_rooms(tmp_path / "fs", membership)) == [7 << 30]
-    old = tmp_path / "v1" / "memory" / "box"
-    old.mkdir(parents=True)
-    (old / "memory.limit_in_bytes").write_text(str(2 << 30))
-    (old / "memory.usage_in_bytes").write_text(str(1 << 30))
-    (old / "memory.stat").write_text("total_inactive_file 0\n")
-    membership.write_text("4:memory:/box\n1:cpu:/\n")
-    assert list(ort_plan._cgroup_rooms(tmp_path / "v1", membership)) == [1 << 30]
-
-
 def test_threads_are_no_more_than_cores(caplog):
     cores = len(ort_plan.os.sched_getaffinity(0))
     assert ort_plan._num_threads(128 * cores, 10**9) == cores
