@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.formats.checkpoint import Checkpoint
+from engine_core.errors import CheckpointError
+from engine_core.formats.checkpoint import Checkpoint, read_json
 from engine_core.formats.vocab_map import (
     VOCAB_MAP_NAME,
     check_ends,
@@ -17,6 +18,7 @@ from engine_core.formats.vocab_map import (
     vocab_map_metadata,
     write_vocab_map,
 )
+from engine_core.models.families import family_of
 from engine_core.models.spec import ModelSpec
 
 # What the tokenizer and the chat template may need; copied where the checkpoint has it.
@@ -59,17 +61,61 @@ def copy_vocab_map(vocab_map: Path | None, kept: np.ndarray | None, directory: P
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Those of generation_config.json and of config.json: both are in use, and they may differ."""
-    return tuple(sorted(set(config_ids(checkpoint, "eos_token_id"))))
+    """Those of generation_config.json, of config.json and of the tokenizer: all are in use, and they may differ.
+
+    Where none of them names one, that of the family's configuration class. Raises CheckpointError.
+    """
+    ids = {*config_ids(checkpoint, "eos_token_id"), *_tokenizer_eos(checkpoint)}
+    if not ids and "eos_token_id" not in checkpoint.config:
+        default = family_of(checkpoint.config).eos_token_id
+        ids = set() if default is None else {default}
+    return tuple(sorted(ids))
 
 
 def config_ids(checkpoint: Checkpoint, name: str) -> list[int]:
-    """What config.json and generation_config.json have under ``name``: a token id, several, or none."""
+    """What config.json and generation_config.json have under ``name``: a token id, several, or none.
+
+    Negative ids stand for none. Raises CheckpointError for what is no id.
+    """
     ids: list[int] = []
-    for config in (checkpoint.config, checkpoint.generation_config):
+    for file, config in (("config.json", checkpoint.config), ("generation_config.json", checkpoint.generation_config)):
         value = config.get(name)
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    return [int(token_id) for token_id in ids]
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(x, bool) or not isinstance(x, int) or x >= 2**31 for x in values):
+            raise CheckpointError(f"{file} has {name}={str(value)[:60]}, expected a token id or a list of them.")
+        ids += [token_id for token_id in values if token_id >= 0]
+    return ids
+
+
+def _tokenizer_eos(checkpoint: Checkpoint) -> list[int]:
+    """The id of the end-of-sequence token that tokenizer_config.json names, else special_tokens_map.json; or none."""
+    directory = checkpoint.directory
+    config = read_json(directory / "tokenizer_config.json", required=False)
+    token = config.get("eos_token")
+    if token is None:
+        token = read_json(directory / "special_tokens_map.json", required=False).get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        return []
+    found = None
+    tokenizer = read_json(directory / "tokenizer.json", required=False)
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        found = vocabulary.get(text)
+    elif isinstance(vocabulary, list):  # Unigram's: pairs of a token and its score
+        found = next((i for i, pair in enumerate(vocabulary) if isinstance(pair, list) and pair[:1] == [text]), None)
+    for each in added if isinstance(added, list) else []:
+        if isinstance(each, dict) and each.get("content") == text:
+            found = each.get("id")
+    if not tokenizer:
+        decoder = config.get("added_tokens_decoder")
+        for index, each in decoder.items() if isinstance(decoder, dict) else ():
+            if isinstance(each, dict) and each.get("content") == text and index.isdecimal():
+                found = int(index)
+    size = checkpoint.config.get("vocab_size")
+    usable = isinstance(found, int) and found >= 0 and not (isinstance(size, int) and found >= size)
+    return [found] if usable and isinstance(found, int) else []
 
 
 def model_name(checkpoint: Checkpoint) -> str:

@@ -26,6 +26,15 @@ class RopeSpec:
     max_position: int = 0
     parameters: dict = field(default_factory=dict, hash=False)
 
+    def check(self) -> None:
+        """Raises UnsupportedModelError for a scaling that is not implemented or lacks a parameter."""
+        for length in {1, self.original_max_position + 1}:  # both sets of LongRoPE's factors
+            frequencies, attention_factor = self._frequencies(length)
+            if not (np.isfinite(frequencies).all() and math.isfinite(attention_factor)):
+                raise UnsupportedModelError(
+                    f"The RoPE scaling {self.kind!r} has parameters without finite frequencies."
+                )
+
     def table(self, max_context: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin, float32 [max_context, dim / 2] each.
 
@@ -43,7 +52,7 @@ class RopeSpec:
         if self.kind == "default":
             return base, 1.0
         if self.kind == "linear":
-            return base / np.float32(self._value("factor")), 1.0
+            return base / np.float32(self._positive("factor")), 1.0
         if self.kind == "llama3":
             return self._llama3(base), 1.0
         if self.kind == "yarn":
@@ -60,8 +69,16 @@ class RopeSpec:
             raise UnsupportedModelError(f"The RoPE scaling {self.kind!r} has no usable {name!r} (it is {value!r}).")
         return float(value)
 
+    def _positive(self, name: str, default: float | None = None) -> float:
+        value = self._value(name, default)
+        if value <= 0:
+            raise UnsupportedModelError(f"The RoPE scaling {self.kind!r} has {name!r} = {value:g}, expected above 0.")
+        return value
+
     def _llama3(self, base: np.ndarray) -> np.ndarray:
-        factor, low, high = (self._value(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+        factor, low, high = (self._positive(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+        if low == high:
+            raise UnsupportedModelError("The RoPE scaling 'llama3' has equal low_freq_factor and high_freq_factor.")
         original = self._value("original_max_position_embeddings", self.original_max_position or None)
         wavelength = 2 * math.pi / base
         smooth = (original / wavelength - low) / (high - low)
@@ -71,15 +88,18 @@ class RopeSpec:
         return np.where(between, blended, scaled)
 
     def _yarn(self, base: np.ndarray) -> tuple[np.ndarray, float]:
-        factor = self._value("factor")
+        factor = self._positive("factor")
         original = self._value("original_max_position_embeddings", self.original_max_position or None)
+
+        if self.theta == 1 or min(self._value("beta_fast", 32.0), self._value("beta_slow", 1.0)) < 0:
+            raise UnsupportedModelError("The RoPE scaling 'yarn' needs a rope_theta other than 1 and positive betas.")
 
         def correction(rotations: float) -> float:
             """The dimension whose wavelength fits ``rotations`` times into the original context."""
             return self.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
-        low = correction(self._value("beta_fast", 32.0))
-        high = correction(self._value("beta_slow", 1.0))
+        low = correction(self._value("beta_fast", 32.0) or 32.0)
+        high = correction(self._value("beta_slow", 1.0) or 1.0)
         if self.parameters.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.dim - 1)
@@ -101,13 +121,18 @@ class RopeSpec:
     def _longrope(self, base: np.ndarray, max_context: int) -> tuple[np.ndarray, float]:
         original = self._value("original_max_position_embeddings", self.original_max_position or None)
         name = "long_factor" if max_context > original else "short_factor"
-        factors = np.asarray(self.parameters.get(name, ()), dtype=np.float32)
+        values = self.parameters.get(name, ())
+        if not isinstance(values, list) or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in values):
+            raise UnsupportedModelError(f"The RoPE scaling 'longrope' has no list of numbers in {name}.")
+        factors = np.asarray(values, dtype=np.float32)
+        if factors.size and not (np.isfinite(factors).all() and factors.min() > 0):
+            raise UnsupportedModelError(f"The RoPE scaling 'longrope' has values in {name} that are not above 0.")
         if factors.shape != base.shape:
             raise UnsupportedModelError(
                 f"The RoPE scaling 'longrope' has {factors.size} values in {name}, expected {base.size}."
             )
         if self.parameters.get("attention_factor") is not None:
             return base / factors, self._value("attention_factor")
-        stretch = self._value("factor", self.max_position / original)
-        attention = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
+        stretch = self._positive("factor", self.max_position / original)
+        attention = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(max(original, 2)))
         return base / factors, attention

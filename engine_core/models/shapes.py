@@ -31,16 +31,7 @@ class ConfigCheckpoint:
         self._levels: SimpleNamespace | None = None
 
     def __contains__(self, name: str) -> bool:
-        config = self.config
-        architecture = (config.get("architectures") or [""])[0]
-        if name == "lm_head.weight":
-            return not config.get("tie_word_embeddings", architecture.startswith("Gemma"))
-        if not name.endswith(".bias") or name == "lm_head.bias":
-            return False
-        in_qkv = any(part in name for part in (".q_proj.", ".k_proj.", ".v_proj."))
-        if ".self_attn." in name:
-            return bool(config.get("attention_bias")) or (architecture == "Qwen2ForCausalLM" and in_qkv)
-        return bool(config.get("mlp_bias"))
+        return False  # nothing is stored beside what the configuration says
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]

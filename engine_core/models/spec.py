@@ -13,10 +13,19 @@ import numpy as np
 from engine_core.errors import CheckpointError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.manifest import ModelGeometry
+from engine_core.models.families import family_of
+from engine_core.models.families.family import FULL, SLIDING, Family, never
+from engine_core.models.fields import Fields
 from engine_core.models.rope import RopeSpec
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+}
+_MOST_LAYERS = 10_000
+_BLOCK_VALUES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,16 @@ class ModelSpec:
     @property
     def tied(self) -> bool:
         return self.head == self.embedding
+
+    @property
+    def default_position(self) -> int:
+        """The longest context an engine is built for unless more is asked for.
+
+        LongRoPE has other factors beyond its original length: an engine for longer contexts takes them for every
+        prompt, so that short ones differ from transformers.
+        """
+        lengths = [rope.original_max_position for rope in self.ropes if rope.kind == "longrope"]
+        return min(self.max_position, *lengths) if lengths else self.max_position
 
     @property
     def qkv_size(self) -> int:
@@ -137,77 +156,68 @@ def check_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> int:
 
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     """Raises UnsupportedModelError for an architecture or trait that is not implemented, CheckpointError for a
-    config.json that lacks a number."""
-    config = checkpoint.config
-    architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
-    if architecture not in _ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"The architecture {architecture} is not supported; supported are {', '.join(sorted(_ARCHITECTURES))}."
-        )
-    for trait in ("use_bidirectional_attention", "head_dim_per_layer"):
-        if config.get(trait):
+    config.json with a field that is missing, of the wrong type or out of range."""
+    family = family_of(checkpoint.config)
+    for trait in ("use_bidirectional_attention", "head_dim_per_layer", "per_layer_config"):
+        if checkpoint.config.get(trait):
             raise UnsupportedModelError(f"The checkpoint sets {trait!r}, which is not supported; use plain weights.")
-    return _Reader(checkpoint, architecture).spec()
-
-
-_ARCHITECTURES = {
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "Phi3ForCausalLM",
-}
+    return _Reader(checkpoint, family).spec()
 
 
 class _Reader:
-    """Reads one config.json; the families' differences are the conditions below."""
+    """Reads one config.json by the defaults and traits of its family."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
         self.checkpoint = checkpoint
-        self.config = checkpoint.config
-        self.architecture = architecture
-        self.gemma = architecture.startswith("Gemma")
-        self.num_heads = self._int("num_attention_heads")
-        self.hidden_size = self._int("hidden_size")
-        self.head_dim = self._int("head_dim", 256 if self.gemma else self.hidden_size // self.num_heads)
-        self.num_layers = self._int("num_hidden_layers")
-        self.max_position = self._int("max_position_embeddings", 8192 if self.gemma else 2048)
+        self.family = family
+        self.fields = fields = Fields(checkpoint.config)
+        self.num_heads = fields.whole("num_attention_heads")
+        self.hidden_size = fields.whole("hidden_size")
+        self.num_layers = fields.whole("num_hidden_layers")
+        if self.num_layers > _MOST_LAYERS:
+            fields.refuse("num_hidden_layers", f"at most {_MOST_LAYERS}")
+        self.max_position = fields.whole("max_position_embeddings", family.max_position)
+        self.head_dim = self._head_dim()
 
     def spec(self) -> ModelSpec:
-        config, gemma = self.config, self.gemma
-        kv_heads = self._int("num_key_value_heads", self.num_heads)
+        family, fields = self.family, self.fields
+        kv_heads = fields.whole("num_key_value_heads", family.num_kv_heads, optional=family.kv_heads_nullable)
+        kv_heads = kv_heads or self.num_heads
         if self.num_heads % kv_heads:
             raise CheckpointError(f"config.json has {self.num_heads} heads for {kv_heads} KV heads: not a multiple.")
-        activation = config.get("hidden_activation") or config.get("hidden_act")
-        if gemma and activation in (None, "gelu"):
-            activation = "gelu_pytorch_tanh"  # what transformers makes of Gemma's early configurations
-        if (activation or "silu") not in _ACTIVATIONS:
-            raise UnsupportedModelError(f"The activation {activation!r} is not supported; silu and gelu_tanh are.")
-        embedding = "model.embed_tokens.weight"
-        tied = config.get("tie_word_embeddings", gemma) or "lm_head.weight" not in self.checkpoint
+        activation = fields.text(family.activation_field, family.activation)
+        if activation not in _ACTIVATIONS:
+            raise UnsupportedModelError(
+                f"The activation {activation!r} is not supported; {', '.join(sorted(_ACTIVATIONS))} are."
+            )
+        norm_eps = fields.number("rms_norm_eps", family.norm_eps, zero=True)
+        if norm_eps >= 1:
+            fields.refuse("rms_norm_eps", "a number below 1")
+        scalar = self.head_dim
+        if family.attention_scalar is not None:
+            scalar = fields.number("query_pre_attn_scalar", family.attention_scalar)
+        embedding, head = self._embedding_and_head()
         kinds = self._layer_kinds()
-        rope_kinds = [FULL, SLIDING] if self.architecture == "Gemma3ForCausalLM" else [FULL]
+        rope_kinds = [FULL, SLIDING] if family.local_rope_theta else [FULL]
         return ModelSpec(
-            architecture=self.architecture,
+            architecture=family.architecture,
             hidden_size=self.hidden_size,
-            intermediate_size=self._int("intermediate_size"),
+            intermediate_size=fields.whole("intermediate_size"),
             num_heads=self.num_heads,
             num_kv_heads=kv_heads,
             head_dim=self.head_dim,
-            vocab_size=self._int("vocab_size"),
+            vocab_size=fields.whole("vocab_size"),
             max_position=self.max_position,
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            norm_offset=1.0 if gemma else 0.0,
-            activation=_ACTIVATIONS[activation or "silu"],
-            attention_scale=float(config.get("query_pre_attn_scalar", 256) if gemma else self.head_dim) ** -0.5,
-            attention_softcap=self._softcap("attn_logit_softcapping", 50.0),
-            logits_softcap=self._softcap("final_logit_softcapping", 30.0),
-            embedding_scale=self.hidden_size**0.5 if gemma else 1.0,
+            norm_eps=norm_eps,
+            norm_offset=family.norm_offset,
+            activation=_ACTIVATIONS[activation],
+            attention_scale=float(scalar) ** -0.5,
+            attention_softcap=self._softcap("attn_logit_softcapping", family.attention_softcap),
+            logits_softcap=self._softcap("final_logit_softcapping", family.logits_softcap),
+            embedding_scale=self.hidden_size**0.5 if family.scaled_embedding else 1.0,
             embedding=embedding,
-            head=embedding if tied else "lm_head.weight",
-            head_bias="lm_head.bias" if "lm_head.bias" in self.checkpoint and not tied else "",
+            head=head,
+            head_bias="lm_head.bias" if "lm_head.bias" in self.checkpoint and head != embedding else "",
             final_norm="model.norm.weight",
             ropes=tuple(self._rope(kind) for kind in rope_kinds),
             layers=tuple(self._layer(i, kind, rope_kinds) for i, kind in enumerate(kinds)),
@@ -215,101 +225,157 @@ class _Reader:
 
     # --- parts ------------------------------------------------------------------------------------
 
+    def _head_dim(self) -> int:
+        family, fields = self.family, self.fields
+        head_dim = fields.whole(
+            "head_dim", family.head_dim, optional=family.head_dim_nullable or "head_dim" not in fields
+        )
+        if head_dim is None and self.hidden_size % self.num_heads:
+            raise CheckpointError(
+                f"config.json has hidden_size={self.hidden_size} for {self.num_heads} heads and no head_dim: "
+                "not a multiple."
+            )
+        return head_dim or self.hidden_size // self.num_heads
+
+    def _embedding_and_head(self) -> tuple[str, str]:
+        """Their tensors' names: one where they are tied, which needs both stored equal or only one stored."""
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        if not self.fields.flag("tie_word_embeddings", self.family.tied):
+            unsaid = "tie_word_embeddings" not in self.fields
+            only_embedding = head not in self.checkpoint and embedding in self.checkpoint
+            return embedding, embedding if unsaid and only_embedding else head
+        if head not in self.checkpoint:
+            return embedding, embedding
+        if embedding not in self.checkpoint:
+            return head, head
+        return embedding, embedding if self._equal(embedding, head) else head
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two stored matrices have the same values; read in blocks, up to the first difference."""
+        shape = self.checkpoint.shape(one)
+        if self.checkpoint.shape(other) != shape or len(shape) != 2:
+            return False
+        step = max(1, _BLOCK_VALUES // max(1, shape[1]))
+        blocks = (slice(start, start + step) for start in range(0, shape[0], step))
+        return all(
+            np.array_equal(self.checkpoint.read(one, rows), self.checkpoint.read(other, rows)) for rows in blocks
+        )
+
     def _layer(self, index: int, kind: str, rope_kinds: list[str]) -> LayerSpec:
+        family = self.family
         prefix = f"model.layers.{index}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        fused = self.architecture == "Phi3ForCausalLM"
-        normed = self.architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM")
-        gemma = self.gemma
+        qkv = ("qkv_proj",) if family.fused else ("q_proj", "k_proj", "v_proj")
         return LayerSpec(
             input_norm=prefix + "input_layernorm.weight",
-            qkv=self._linear(attention, ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")),
-            q_norm=attention + "q_norm.weight" if normed else "",
-            k_norm=attention + "k_norm.weight" if normed else "",
-            output=self._linear(attention, ("o_proj",)),
-            post_attention_norm=prefix + "post_attention_layernorm.weight" if gemma else "",
-            mlp_norm=prefix + ("pre_feedforward" if gemma else "post_attention") + "_layernorm.weight",
-            gate_up=self._linear(mlp, ("gate_up_proj",) if fused else ("gate_proj", "up_proj")),
-            down=self._linear(mlp, ("down_proj",)),
-            post_mlp_norm=prefix + "post_feedforward_layernorm.weight" if gemma else "",
-            window=self._window() if kind == SLIDING else 0,
+            qkv=self._linear(attention, qkv, family.qkv_bias),
+            q_norm=attention + "q_norm.weight" if family.qk_norm else "",
+            k_norm=attention + "k_norm.weight" if family.qk_norm else "",
+            output=self._linear(attention, ("o_proj",), family.output_bias),
+            post_attention_norm=prefix + "post_attention_layernorm.weight" if family.outer_norms else "",
+            mlp_norm=prefix + ("pre_feedforward" if family.outer_norms else "post_attention") + "_layernorm.weight",
+            gate_up=self._linear(mlp, ("gate_up_proj",) if family.fused else ("gate_proj", "up_proj"), family.mlp_bias),
+            down=self._linear(mlp, ("down_proj",), family.mlp_bias),
+            post_mlp_norm=prefix + "post_feedforward_layernorm.weight" if family.outer_norms else "",
+            window=self._window() or 0 if kind == SLIDING else 0,
             rope=rope_kinds.index(kind) if kind in rope_kinds else 0,
         )
 
-    def _linear(self, prefix: str, names: tuple[str, ...]) -> LinearSpec:
-        biases = tuple(f"{prefix}{name}.bias" for name in names)
-        present = [bias in self.checkpoint for bias in biases]
-        if any(present) and not all(present):
-            raise CheckpointError(f"The checkpoint has some of the biases {', '.join(biases)}, but not all.")
-        return LinearSpec(tuple(f"{prefix}{name}.weight" for name in names), biases if all(present) else ())
+    def _linear(self, prefix: str, names: tuple[str, ...], bias: str | bool) -> LinearSpec:
+        has_bias = self.fields.flag(bias, False) if isinstance(bias, str) else bias
+        biases = tuple(f"{prefix}{name}.bias" for name in names) if has_bias else ()
+        return LinearSpec(tuple(f"{prefix}{name}.weight" for name in names), biases)
 
     def _layer_kinds(self) -> list[str]:
-        config = self.config
-        if self._window() == 0:
-            return [FULL] * self.num_layers
-        kinds = config.get("layer_types")
+        family, fields, window = self.family, self.fields, self._window()
+        kinds = fields.texts("layer_types") if family.reads_layer_types else None
         if kinds is None:
-            first = int(config.get("max_window_layers", 0)) if self.architecture.startswith("Qwen") else 0
-            pattern = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6}.get(self.architecture, 0)
-            if self.architecture == "Gemma3ForCausalLM":
-                pattern = int(config.get("sliding_window_pattern") or pattern)
-            full = [bool(pattern and (i + 1) % pattern == 0) or i < first for i in range(self.num_layers)]
-            kinds = [FULL if is_full else SLIDING for is_full in full]
+            if window is None and (family.window_switch or not family.reads_layer_types):
+                return [FULL] * self.num_layers
+            kinds = family.layer_kinds(fields, self.num_layers)
         if len(kinds) != self.num_layers or not set(kinds) <= {FULL, SLIDING}:
             raise UnsupportedModelError(
-                f"config.json has the layer types {sorted(set(map(str, kinds)))} for {self.num_layers} layers; "
+                f"config.json has the layer types {sorted(set(kinds))} for {self.num_layers} layers; "
                 f"one of {FULL} and {SLIDING} for each is supported."
             )
-        return list(kinds)
+        if window is None and SLIDING in kinds:
+            raise CheckpointError(f"config.json has layers of the type {SLIDING}, but no sliding_window for them.")
+        return kinds
 
-    def _window(self) -> int:
-        config = self.config
-        if self.architecture in ("LlamaForCausalLM",):
-            return 0
-        if self.architecture.startswith("Qwen") and not config.get("use_sliding_window", False):
-            return 0
-        default = 4096 if self.gemma else None
-        return int(config.get("sliding_window", default) or 0)
+    def _window(self) -> int | None:
+        """Tokens a layer with a window sees; None: there is no such layer."""
+        family, fields = self.family, self.fields
+        window = fields.whole("sliding_window", family.sliding_window, optional=True)
+        if family.window_switch and not fields.flag(family.window_switch, False):
+            return None
+        return window if family.layer_kinds is not never else None
 
     def _rope(self, kind: str) -> RopeSpec:
+        family, fields = self.family, self.fields
         values = self._rope_values(kind)
-        scaling = str(values.get("rope_type") or values.get("type") or "default")
-        if self.architecture == "Phi3ForCausalLM" and scaling in ("su", "yarn"):
-            scaling = "longrope"  # the names it had in the first Phi-3 releases
-        partial = values.get("partial_rotary_factor", self.config.get("partial_rotary_factor", 1.0))
-        original = self.config.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
-        values = dict(values, original_max_position_embeddings=original or self.max_position)
+        own = Fields(values, "config.json's RoPE parameters")
+        name = "rope_type" if "rope_type" in own else "type"
+        scaling = own.text(name, "default")
+        scaling = dict(family.rope_names).get(scaling, scaling)
+        if scaling not in family.rope_kinds:
+            raise UnsupportedModelError(
+                f"The RoPE scaling {scaling!r} is not implemented for {family.architecture}; "
+                f"{', '.join(family.rope_kinds)} are."
+            )
+        partial = fields.number("partial_rotary_factor", 1.0, optional=not family.partial_rotary)
+        partial = own.number("partial_rotary_factor", 1.0 if partial is None else partial)
+        dim = int(self.head_dim * partial)
+        if (partial != 1 and not family.partial_rotary) or not 0 < dim <= self.head_dim or dim % 2:
+            raise UnsupportedModelError(
+                f"config.json has partial_rotary_factor={partial:g} of heads of {self.head_dim} values, which is not "
+                f"supported for {family.architecture}; an even number of values, and all but in Phi-3, are rotated."
+            )
+        original = None
+        if not family.local_rope_theta:  # beside the RoPE's own, and it goes first
+            original = fields.whole("original_max_position_embeddings", family.original_max_position, optional=True)
+            if original is None and "original_max_position_embeddings" in fields:
+                fields.refuse("original_max_position_embeddings", "a whole number above 0")
+        if original is None:
+            original = own.whole("original_max_position_embeddings", self.max_position)
         spec = RopeSpec(
-            dim=int(self.head_dim * float(partial)),
-            theta=float(values.get("rope_theta") or 10000.0),
+            dim=dim,
+            theta=own.number("rope_theta", family.rope_theta),
             kind=scaling,
-            original_max_position=int(original or self.max_position),
+            original_max_position=original,
             max_position=self.max_position,
-            parameters={name: value for name, value in values.items() if value is not None},
+            parameters={
+                **{name: value for name, value in values.items() if value is not None},
+                "original_max_position_embeddings": original,
+            },
         )
-        spec.table(1)  # refuses what is not implemented
+        spec.check()  # refuses what is not implemented
         return spec
 
     def _rope_values(self, kind: str) -> dict:
-        """theta and scaling of layers of ``kind``, as rope_parameters or as rope_theta and rope_scaling."""
-        config = self.config
-        values = config.get("rope_parameters")
-        if values:
-            nested = values.get(kind)
-            return dict(nested) if isinstance(nested, dict) else dict(values)
-        if self.architecture == "Gemma3ForCausalLM" and kind == SLIDING:
-            return {"rope_theta": config.get("rope_local_base_freq", 10000.0)}
-        theta = config.get("rope_theta", 1e6 if self.architecture == "Gemma3ForCausalLM" else 10000.0)
-        return {"rope_theta": theta, **(config.get("rope_scaling") or {})}
+        """theta and scaling of layers of ``kind``, as transformers 5 (rope_parameters) or 4 (the others) spells it."""
+        fields, family = self.fields, self.family
+        scaling, parameters = fields.table("rope_scaling"), fields.table("rope_parameters")
+        if family.local_rope_theta:
+            nested = Fields(parameters or {}, "config.json's rope_parameters")
+            if parameters and not ({FULL, SLIDING} & parameters.keys()):
+                fields.refuse("rope_parameters", f"an object with {FULL} and {SLIDING}")
+            values = dict(nested.table(kind) or {})
+            if kind == FULL and scaling is not None:
+                if parameters and nested.table(kind) is None:
+                    fields.refuse("rope_scaling", f"rope_parameters with {FULL} beside it")
+                values.update(scaling)
+            name = "rope_theta" if kind == FULL else "rope_local_base_freq"
+            default = family.rope_theta if kind == FULL else family.local_rope_theta
+        else:
+            values = dict(scaling or parameters or {})
+            if any(isinstance(value, dict) for value in values.values()):
+                fields.refuse("rope_scaling" if scaling else "rope_parameters", "one RoPE for all layers")
+            name, default = "rope_theta", family.rope_theta
+        if "rope_theta" not in values:
+            values["rope_theta"] = fields.number(name, default)
+        return values
 
-    def _softcap(self, name: str, default: float) -> float:
-        if not self.gemma:
+    def _softcap(self, name: str, default: float | None) -> float:
+        if not self.family.has_softcaps:
             return 0.0
-        return float(self.config.get(name, default if self.architecture == "Gemma2ForCausalLM" else None) or 0.0)
-
-    def _int(self, name: str, default: int | None = None) -> int:
-        value = self.config.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or value <= 0:
-            raise CheckpointError(f"config.json has {name}={value!r}, expected a whole number above 0.")
-        return value
+        return self.fields.number(name, default, optional=True) or 0.0

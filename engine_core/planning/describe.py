@@ -24,7 +24,7 @@ def describe_checkpoint(directory: Path) -> dict:
     source = ConfigCheckpoint(directory)
     config = source.config
     found: dict = {
-        "architecture": (config.get("architectures") or [config.get("model_type", "unknown")])[0],
+        "architecture": _architecture(config),
         "supported": False,
         "quantization": _stored_quantization(source.stored_quantization),
         "weights_bytes": stored_bytes(directory),
@@ -48,6 +48,11 @@ def describe_checkpoint(directory: Path) -> dict:
         if not (directory / name).is_file():
             why_not[name] = "missing; without it an engine cannot read text"
     return found | {"backends": backends, "why_not": why_not}
+
+
+def _architecture(config: dict) -> str:
+    names = config.get("architectures")
+    return str(names[0] if isinstance(names, list) and names else config.get("model_type", "unknown"))
 
 
 def _sizes(spec: ModelSpec, num_parameters: int, config: dict) -> dict:
@@ -76,7 +81,7 @@ def _backends(directory: Path, spec: ModelSpec) -> tuple[dict[str, list[str]], d
     """(backend → what can be built for it, backend → why not)."""
     backends: dict[str, list[str]] = {"onnxruntime": [], "cuda": []}
     why_not = {}
-    context = min(spec.max_position, 4096)
+    context = min(spec.default_position, 4096)
     estimate = CheckpointEstimate(directory)
     try:
         estimate.plan_items("fp32", "onnxruntime", Size(context))

@@ -46,6 +46,8 @@ def checkpoint(tmp_path):
         config = {**CONFIG, **changes}
         hidden, width = config["hidden_size"], config["head_dim"]
         shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+        if not config["tie_word_embeddings"]:
+            shapes["lm_head.weight"] = (config["vocab_size"], hidden)
         for i in range(config["num_hidden_layers"]):
             layer = f"model.layers.{i}."
             shapes |= {

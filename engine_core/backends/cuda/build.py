@@ -50,7 +50,7 @@ def build_cuda(
     """
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
-    max_context = max_context or min(spec.max_position, 8192)
+    max_context = max_context or min(spec.default_position, 8192)
     check_supported(spec, max_context)
     if dtype == "auto":
         stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))

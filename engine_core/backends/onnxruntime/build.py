@@ -180,4 +180,4 @@ def _calibration(kv_cache_type: str, given: Path | None, checkpoint: Checkpoint)
 def _max_context(asked: int, spec: ModelSpec) -> int:
     if asked < 0 or asked > spec.max_position:
         raise BuildError(f"max_context is {asked}, but the model was made for 1 to {spec.max_position} tokens.")
-    return asked or min(DEFAULT_MAX_CONTEXT, spec.max_position)
+    return asked or min(DEFAULT_MAX_CONTEXT, spec.default_position)

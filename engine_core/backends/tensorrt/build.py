@@ -162,7 +162,7 @@ def check_model(spec: ModelSpec, max_context: int) -> int:
         )
     if max_context > spec.max_position:
         raise BuildError(f"max_context is {max_context}, but the model was made for {spec.max_position} tokens.")
-    max_context = max_context or min(DEFAULT_MAX_CONTEXT, spec.max_position) // CONTEXT_STEP * CONTEXT_STEP
+    max_context = max_context or min(DEFAULT_MAX_CONTEXT, spec.default_position) // CONTEXT_STEP * CONTEXT_STEP
     if reason := check_context(max_context):
         raise BuildError(f"{reason}; choose one of them.")
     return max_context

@@ -1,0 +1,127 @@
+"""How config.json is read, against transformers: defaults, RoPE's spellings, tied heads, wrong types."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("onnxruntime")
+
+import checkpoints
+from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.backends.onnxruntime.session import OrtSession
+from engine_core.errors import CheckpointError, EdgeLLMError
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.companions import eos_token_ids
+from engine_core.models.families import FAMILIES, family_of
+from engine_core.models.spec import read_spec
+
+PROMPT = np.random.default_rng(3).integers(3, 331, size=45)
+
+
+def change(directory, remove=(), **values):
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in remove}))
+
+
+def assert_same_logits(directory, prompt=PROMPT, max_context=64):
+    manifest = build_engine(directory, directory / "engine", max_context=max_context)
+    session = OrtSession(
+        directory / "engine", manifest.geometry, manifest.geometry.vocab_size, max_context, max_context, 1
+    )
+    session.prefill(prompt, 0)
+    expected = checkpoints.reference_logits(checkpoints.reference(directory), prompt)[-1]
+    assert np.abs(session.logits - expected).max() < 1e-4
+
+
+def test_a_top_level_rope_theta_beside_rope_parameters(tmp_path):
+    checkpoints.write(tmp_path, "qwen2")
+    change(tmp_path, rope_parameters={"rope_type": "default"}, rope_theta=300.0)
+    assert_same_logits(tmp_path)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_tied_checkpoint_with_a_head_of_its_own(tmp_path, equal):
+    checkpoints.write(tmp_path, "llama-yarn")
+    if equal:
+        from safetensors.numpy import load_file, save_file
+
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    change(tmp_path, tie_word_embeddings=True)
+    assert read_spec(Checkpoint(tmp_path)).tied == equal
+    assert_same_logits(tmp_path)
+
+
+@pytest.mark.parametrize(("length", "max_context"), [(45, 64), (80, 96)])
+def test_longrope_takes_the_factors_of_transformers(tmp_path, length, max_context):
+    checkpoints.write(tmp_path, "phi3-longrope")
+    assert read_spec(Checkpoint(tmp_path)).default_position == 64
+    assert_same_logits(tmp_path, np.random.default_rng(4).integers(3, 331, size=length), max_context)
+
+
+def test_defaults_are_those_of_the_configuration_classes():
+    from transformers import AutoConfig
+
+    for family in FAMILIES:
+        config = AutoConfig.for_model(family.model_type)
+        assert config.max_position_embeddings == family.max_position, family
+        assert config.rms_norm_eps == family.norm_eps, family
+        assert config.num_key_value_heads == (family.num_kv_heads or config.num_attention_heads), family
+        assert config.tie_word_embeddings == family.tied and config.eos_token_id == family.eos_token_id, family
+        if family.sliding_window and not family.window_switch:
+            assert config.sliding_window == family.sliding_window, family
+        assert family_of({"model_type": family.model_type}) is family
+
+
+def test_mistral_without_a_window_has_that_of_its_class(tmp_path):
+    checkpoints.write(tmp_path, "mistral-window")
+    change(tmp_path, remove=("sliding_window",))
+    assert {layer.window for layer in read_spec(Checkpoint(tmp_path)).layers} == {4096}
+    change(tmp_path, sliding_window=None)
+    assert {layer.window for layer in read_spec(Checkpoint(tmp_path)).layers} == {0}
+
+
+WRONG = ("x", [[]], {"a": 1}, -1, True, float("nan"), 1e300, 0)
+
+
+def test_wrong_values_are_refused_in_one_sentence(tmp_path):
+    """Every field of every case, each with each wrong value: a reading or one line, never another exception."""
+    for name in ("llama3", "gemma3", "phi3-longrope", "qwen2-window"):
+        directory = tmp_path / name
+        checkpoints.write(directory, name)
+        checkpoint = Checkpoint(directory)
+        original = dict(checkpoint.config)
+        for field in (*original, "rope_scaling", "rope_theta", "head_dim"):
+            for value in (None, *WRONG):
+                checkpoint.config = original | {field: value}
+                try:
+                    read_spec(checkpoint)
+                except EdgeLLMError as error:
+                    assert "\n" not in str(error)
+        for field, value in (("rope_theta", "x"), ("hidden_size", None), ("architectures", [[]])):
+            checkpoint.config = {k: v for k, v in original.items() if k != "rope_parameters"} | {field: value}
+            if name == "llama3":
+                with pytest.raises(CheckpointError, match=field):
+                    read_spec(checkpoint)
+
+
+def test_the_end_of_sequence_token_of_the_tokenizer_is_taken(tmp_path):
+    checkpoints.write(tmp_path, "llama-yarn")
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    change(tmp_path, remove=("eos_token_id",))
+    assert eos_token_ids(Checkpoint(tmp_path)) == (2,)  # of the class
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|end|>"}}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": "<|end|>"}]}))
+    assert eos_token_ids(Checkpoint(tmp_path)) == (7,)
+    change(tmp_path, eos_token_id=[3, 5])
+    assert eos_token_ids(Checkpoint(tmp_path)) == (3, 5, 7)
+    change(tmp_path, eos_token_id="x")
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        eos_token_ids(Checkpoint(tmp_path))
