@@ -223,6 +223,8 @@ class LlmNode(LifecycleNodeMixin, Node):
         try:
             with self._status_lock:  # the last message is the newest
                 status = make_status(self._intake, self._error)
+                if self._state_machine.current_state[0] == State.PRIMARY_STATE_FINALIZED:
+                    status.state = EngineStatus.FINALIZED
                 status.header.stamp = self.get_clock().now().to_msg()
                 self._status.publish(status)
         except Exception as error:

@@ -95,7 +95,9 @@ class RequestStream:
             last.error_code = error_code(result.error)
             self._stamp(last)
             self._topics.tokens.publish(last)
-        rest = self._splitter.flush() if result.finish_reason is FinishReason.STOP else []  # never half a sentence
+        rest = []  # never half a sentence, and nothing after an interruption
+        if result.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            rest = self._splitter.flush(cut=result.finish_reason is FinishReason.LENGTH)
         self._sentence.done = True
         self._sentence.finish_reason = finish_reason(result.finish_reason)
         self._publish_sentence(rest[0] if rest else "")

@@ -44,6 +44,7 @@ def test_there_and_back_with_honest_states(nodes, engine_dir):
     assert llm.status(lambda status: status.state == EngineStatus.UNCONFIGURED).model_name == ""
     assert llm.change(Transition.TRANSITION_UNCONFIGURED_SHUTDOWN)
     assert llm.state() == State.PRIMARY_STATE_FINALIZED
+    assert llm.status(lambda status: status.state == EngineStatus.FINALIZED).error_code == 0
 
 
 def test_auto_takes_what_runs_here_and_says_why(nodes, tmp_path):
