@@ -21,7 +21,7 @@ from engine_core.backends.onnxruntime import head as ort_head
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
-from engine_core.errors import ConfigurationError, InvalidSamplingError
+from engine_core.errors import ConfigurationError, InvalidSamplingError, InvalidSchemaError
 from engine_core.formats.safetensors_file import write_safetensors
 from engine_core.formats.vocab_map import TENSOR_NAME
 from engine_core.reduce_vocab.reduce import reduce_vocab
@@ -221,7 +221,7 @@ def test_a_bias_on_a_lost_token_changes_nothing(quarter):
     opened, lost, kept = quarter
     for sampling in ({}, {"temperature": 1.0, "seed": 5}):
         plain = answer(opened, COMMANDS[0], **sampling)
-        biased = answer(opened, COMMANDS[0], logit_bias=tuple((int(i), 90.0) for i in lost), **sampling)
+        biased = answer(opened, COMMANDS[0], logit_bias=tuple((int(i), 90.0) for i in lost[:1000]), **sampling)
         assert biased.token_ids == plain.token_ids
     wanted = int(kept[300])
     assert set(answer(opened, "go", logit_bias=((wanted, 1e4),), max_new_tokens=5).token_ids) == {wanted}
@@ -257,7 +257,7 @@ def test_a_constraint_that_needs_a_lost_token_is_an_error_and_the_next_request_i
     opened = Engine.open(EngineConfig(directory / "engine", vocab_map=str(tmp_path / "map.safetensors")))
     try:
         for _ in range(2):
-            with pytest.raises(InvalidSamplingError, match="No token is left to sample"):
+            with pytest.raises(InvalidSchemaError, match="no value can be written that meets it"):
                 answer(opened, "stop", schema='{"type": "object", "additionalProperties": false}')
             result = answer(opened, "hello", schema='{"type": "string", "maxLength": 20}')
             assert isinstance(json.loads(result.text), str)
