@@ -81,7 +81,7 @@ class _Counting(NodeTransformer):
 
     def visit_Concat(self, node):
         node = self.generic_visit(node)
-        call = nodes.Call(nodes.EnvironmentAttribute("concat"), node.nodes, [], None, None)
+        call = nodes.Call(nodes.EnvironmentAttribute("join_values"), node.nodes, [], None, None)
         for inner in (call, call.node):
             inner.set_lineno(node.lineno).set_environment(node.environment)
         return call
@@ -113,7 +113,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         if size > MAX_CHARS:
             raise TemplateLimitError(f"the template makes a text of more than {MAX_CHARS} characters")
 
-    def concat(self, *values: Any) -> str:
+    def concat(self, parts) -> str:  # Jinja's hook, for what macros and blocks put together
+        texts = list(parts)
+        self.check_size(sum(map(len, texts)))
+        return "".join(texts)
+
+    def join_values(self, *values: Any) -> str:
         self.count()
         texts = [str(value) for value in values]
         self.check_size(sum(map(len, texts)))
@@ -145,9 +150,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context, function: Any, *arguments: Any, **options: Any) -> Any:  # noqa: D102
-        if function == self.count or function == self.concat:
+        if function == self.count or function == self.join_values:
             return function(*arguments)
-        owner = getattr(function, "__self__", None)
+        owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # the sandbox wraps str.format
         own = (owner,) if isinstance(owner, (str, bytes, list, tuple, dict)) else ()
         self._check_arguments(getattr(function, "__name__", ""), (*own, *arguments), options)
         return self._checked(super().call(context, function, *arguments, **options))
