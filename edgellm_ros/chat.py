@@ -22,7 +22,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 from edgellm_ros.action import Generate
-from edgellm_ros.msg import ChatMessage, FinishReason, SamplingOptions
+from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason, SamplingOptions
 
 _OPTIONS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
             "seed": int, "max_new_tokens": int}  # fmt: skip
@@ -31,7 +31,11 @@ _ENDINGS = {FinishReason.CANCELLED: "cancelled", FinishReason.TIMEOUT: "timeout"
 
 
 class ChatError(Exception):
-    """One sentence: why there is no answer."""
+    """One sentence: why there is no answer. ``code``: a constant of ErrorCode, where the node gave one."""
+
+    def __init__(self, message: str, code: int = ErrorCode.NONE) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Interrupts:
@@ -101,7 +105,7 @@ class Client:
                 self._pause()
         result = answer.result().result
         if result.error_code:
-            raise ChatError(result.error_message)
+            raise ChatError(result.error_message, result.error_code)
         # Feedback may be lost at the end; the result has all of the text.
         shown = "".join(printed)
         print(result.text[len(shown) :] if result.text.startswith(shown) else f"\n{result.text}")
@@ -146,8 +150,22 @@ class Chat:
     def _say(self, text: str) -> None:
         system = [ChatMessage(role="system", content=self._system_prompt)] if self._system_prompt else []
         question = ChatMessage(role="user", content=text)
-        goal = Generate.Goal(messages=[*system, *self._turns, question], sampling=self._sampling)
-        result = self._client.ask(goal)
+        while True:
+            goal = Generate.Goal(messages=[*system, *self._turns, question], sampling=self._sampling)
+            try:
+                result = self._client.ask(goal)
+                break
+            except ChatError as error:
+                if error.code != ErrorCode.PROMPT_TOO_LONG or not self._turns:
+                    raise
+            # Half of the turns, so that the next lines do not wait for the same again; in pairs, question and answer.
+            dropped = max(2, len(self._turns) // 4 * 2)
+            del self._turns[:dropped]
+            print(
+                f"[the context is full: the oldest {dropped} of {dropped + len(self._turns)} messages are forgotten; "
+                "/reset forgets all]",
+                file=sys.stderr,
+            )
         if ending := _ENDINGS.get(result.finish_reason):
             print(f"[{ending}]", file=sys.stderr)
         if result.text:

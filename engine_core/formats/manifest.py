@@ -13,16 +13,21 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine_core.errors import BuildError, EngineDirectoryError, IntegrityError, SchemaVersionError
+from engine_core.formats.atomic import replaced_directory
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "engine.json"
+# What the tokenizer library reads from a directory by itself where it finds it.
+_READ_IF_THERE = (
+    "tokenizer*", "chat_template*", "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "config.json",
+)  # fmt: skip
 # Best first: what "quantization: auto" takes when a directory holds several variants.
 AUTO_ORDER = ("int4_awq", "int4", "int8", "fp8", "nvfp4", "fp16", "fp32")
 
@@ -106,6 +111,13 @@ def read_manifest(variant_dir: Path, *, verify_hashes: bool = True) -> Manifest:
                 f"{path} has SHA-256 {found[:12]}…, but its manifest says {record.sha256[:12]}…; "
                 "copy or build the engine again."
             )
+    for path in sorted(found for pattern in _READ_IF_THERE for found in variant_dir.glob(pattern)):
+        name = path.relative_to(variant_dir).as_posix()
+        if name not in manifest.files:
+            raise IntegrityError(
+                f"{path} is not listed in {MANIFEST_NAME}, but the tokenizer would read it; remove it or build the "
+                "engine again."
+            )
     return manifest
 
 
@@ -133,12 +145,46 @@ def _parse(variant_dir: Path) -> Manifest:
             "update edgellm_ros or build the engine again."
         )
     try:
-        values["geometry"] = ModelGeometry(**values["geometry"])
-        values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
-        values["eos_token_ids"] = tuple(values["eos_token_ids"])
-        return Manifest(**values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise EngineDirectoryError(f"{path} is not a whole manifest ({error}); build the engine again.") from error
+        return _typed(Manifest, values, "")
+    except ValueError as error:
+        raise EngineDirectoryError(f"{path} is not a whole manifest: {error}; build the engine again.") from None
+
+
+def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
+    """Return ``value``, read from JSON, as ``kind``: a dataclass, tuple[X, …], dict[str, X], dict, str, int or bool.
+
+    Raises ValueError naming the field that is missing, unknown or of another type.
+    """
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name or 'it'} is not an object")
+        kinds = typing.get_type_hints(kind)
+        if unknown := sorted(value.keys() - kinds.keys()):
+            raise ValueError(f"{name}{unknown[0]!r} is not known")
+        given = {key: _typed(kinds[key], item, f"{name}{key}.") for key, item in value.items()}
+        needed = [
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if missing := [key for key in needed if key not in given]:
+            raise ValueError(f"{name}{missing[0]} is missing")
+        return kind(**given)
+    label = name.rstrip(".")
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{label} is not a list")
+        return tuple(_typed(typing.get_args(kind)[0], item, name) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{label} is not an object")
+        return {key: _typed(typing.get_args(kind)[1], item, f"{name}{key}.") for key, item in value.items()}
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{label} is {json.dumps(value)[:60]}, which is no {kind.__name__}")
+    if kind is int and not 0 <= value < 1 << 63:
+        raise ValueError(f"{label} is {value}, which is out of range")
+    return value
 
 
 def find_variants(engine_dir: Path) -> list[tuple[Path, Manifest]]:
@@ -201,27 +247,14 @@ def write_variant(variant_dir: Path) -> Iterator[Path]:
     variant_dir = variant_dir.absolute()
     if variant_dir.exists() and not _replaceable(variant_dir):
         raise BuildError(f"{variant_dir} exists and is not an engine directory; name another one.")
-    temporary = None
     try:
-        variant_dir.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{variant_dir.name}.", dir=variant_dir.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        assert (temporary / MANIFEST_NAME).is_file(), "write_variant: the body did not call seal"
-        old = None
-        if variant_dir.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{variant_dir.name}.old.", dir=variant_dir.parent))
-            os.replace(variant_dir, old)
-        os.replace(temporary, variant_dir)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        with replaced_directory(variant_dir) as temporary:
+            yield temporary
+            assert (temporary / MANIFEST_NAME).is_file(), "write_variant: the body did not call seal"
     except OSError as error:
         raise BuildError(
             f"The engine could not be written to {variant_dir} ({error.strerror or error}); nothing was left behind."
         ) from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replaceable(directory: Path) -> bool:

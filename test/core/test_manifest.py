@@ -170,3 +170,58 @@ def test_an_engine_is_replaced_and_anything_else_is_not(tmp_path):
     with pytest.raises(BuildError, match="is not an engine directory"):
         write(tmp_path / "thesis")
     assert os.listdir(tmp_path / "thesis") == ["chapter"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_context": "x"}, {"max_context": -1}, {"eos_token_ids": 5}, {"eos_token_ids": ["a"]}, {"files": []},
+        {"files": {"a": {"size": 1, "sha256": 5}}}, {"files": {"a": None}}, {"geometry": None}, {"options": []},
+        {"geometry": {"num_layers": 1}}, {"model_name": None}, {"use_cuda_graph": 1}, {"colour": "red"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_with_wrong_types_is_refused_with_one_sentence(tmp_path, change):
+    write(tmp_path / "engine")
+    edit(tmp_path / "engine", lambda values: values.update(change))
+    with pytest.raises(EngineDirectoryError) as raised:
+        read_manifest(tmp_path / "engine")
+    assert "\n" not in str(raised.value) and "not a whole manifest" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["additional_chat_templates/default.jinja", "chat_template.jinja", "tokenizer.model"])
+def test_a_file_that_would_be_read_and_is_not_listed_is_refused(tmp_path, name):
+    path = write(tmp_path / "engine") / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{{ 'obey me' }}")
+    with pytest.raises(IntegrityError, match="not listed"):
+        read_manifest(tmp_path / "engine", verify_hashes=False)
+
+
+def test_the_old_engine_comes_back_when_the_second_rename_fails(tmp_path, monkeypatch):
+    write(tmp_path / "engine", model_name="old")
+    rename, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(BuildError, match="Input/output"):
+        write(tmp_path / "engine", model_name="new")
+    monkeypatch.undo()
+    assert read_manifest(tmp_path / "engine").model_name == "old"
+    assert os.listdir(tmp_path) == ["engine"]
+
+
+def test_what_a_killed_build_left_is_removed_and_an_engine_it_moved_away_comes_back(tmp_path):
+    write(tmp_path / "engine", model_name="old")
+    dead = 2**22 + 1  # above the largest process id
+    os.rename(tmp_path / "engine", tmp_path / f".engine.old.{dead}.x")
+    (tmp_path / f".engine.new.{dead}.y").mkdir()
+    with pytest.raises(RuntimeError), write_variant(tmp_path / "engine"):
+        raise RuntimeError("killed again")
+    assert os.listdir(tmp_path) == ["engine"]
+    assert read_manifest(tmp_path / "engine").model_name == "old"

@@ -44,6 +44,15 @@ def test_a_piped_conversation_keeps_its_turns(llm, start):
     assert "/nonsense" in err and "[length limit]" in err
 
 
+def test_a_long_conversation_forgets_its_oldest_turns_and_goes_on(llm, start):
+    chat = start("--max-new-tokens", "40", **PIPES)
+    lines = [f"this is line number {number} of a long conversation" for number in range(64)]
+    out, err = chat.communicate("\n".join(lines) + "\n", timeout=60)
+    assert chat.returncode == 0, err
+    assert len(out.splitlines()) == len(lines) and all(out.splitlines())
+    assert "the context is full" in err and "/reset" in err
+
+
 def test_errors_are_said_and_counted(llm, start):
     chat = start("--temperature", "-1", **PIPES)
     out, err = chat.communicate("hello\n", timeout=20)
