@@ -128,6 +128,11 @@ def _build_tensorrt(options: argparse.Namespace) -> int:
         from engine_core.backends.tensorrt.build import build_tensorrt
     except ImportError as error:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
+    if options.kv_cache_type != "auto" or options.calibration:
+        raise BuildError(
+            "A tensorrt engine takes its kv_cache_type when it is configured, and measures the scales "
+            "of an int8 one as it runs; leave --kv-cache-type and --calibration out."
+        )
     if options.group_size or options.head_bits:
         raise BuildError("group_size and head_bits belong to int8 and int4, which TensorRT engines are not built with.")
     for kind, engine_dir in _variants(options, options.quantization or "fp16"):

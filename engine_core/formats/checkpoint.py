@@ -29,8 +29,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise CheckpointError(f"The checkpoint directory {self.directory} does not exist.")
+        _check_directory(self.directory)
         self.config = read_json(self.directory / "config.json")
         self.generation_config = read_json(self.directory / "generation_config.json", required=False)
         self._file_of = self._open()
@@ -103,6 +102,27 @@ class Checkpoint:
         if name not in self._file_of:
             raise CheckpointError(f"The checkpoint {self.directory} has no tensor {name!r}.")
         return self._file_of[name]
+
+
+def _check_directory(directory: Path) -> None:
+    """Raises CheckpointError for what is no checkpoint directory, with what to do."""
+    if directory.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{directory} is a GGUF file, which this version does not read; take the model's safetensors checkpoint."
+        )
+    if not directory.exists():
+        is_model_id = len(directory.parts) == 2 and not directory.is_absolute() and not directory.parent.exists()
+        hint = ""
+        if is_model_id:
+            hint = f" If it is a model of a hub, download it first: 'hf download {directory} --local-dir DIR'."
+        raise CheckpointError(f"The checkpoint directory {directory} does not exist.{hint}")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; a checkpoint is a directory with config.json and safetensors.")
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory} has an adapter_config.json: a LoRA adapter is not applied by a build; merge it into its base "
+            "model first, or remove that file if the weights are merged already."
+        )
 
 
 def read_json(path: Path, *, required: bool = True) -> dict:

@@ -123,7 +123,16 @@ class _Reader:
         zeros = None
         if stem + "weight_zero_point" in self._files:
             words = self._raw(stem + "weight_zero_point")
-            zeros = unpack_int32(np.ascontiguousarray(words.T), bits, rows).T
+            if words.dtype == np.int8:  # not packed: one signed number for each scale
+                zeros = (words.astype(np.int16) + (1 << (bits - 1))).reshape(rows, -1).astype(np.uint8)
+            elif words.dtype == np.int32:
+                zeros = unpack_int32(np.ascontiguousarray(words.T), bits, rows).T
+            else:
+                raise CheckpointError(f"{stem}weight_zero_point has the type {words.dtype}; int32 and int8 are read.")
+            if zeros.shape != scales.shape:
+                raise CheckpointError(
+                    f"{stem}weight_zero_point has {list(zeros.shape)} zero points for {list(scales.shape)} scales."
+                )
         order, group_size = self._order(stem + "weight_g_idx", columns, scales.shape[1])
 
         def read(which: Rows) -> QuantizedTensor:

@@ -91,7 +91,8 @@ class SafetensorsFile:
 
     def read(self, name: str, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Rows (a slice or indices) of a floating-point tensor as float32, copied. Raises CheckpointError."""
-        raw = self.raw(name)[rows]
+        raw = self.raw(name)
+        raw = raw[rows] if raw.ndim else raw.reshape(1)  # a scale stored without a dimension is one of one
         if self.dtype(name) == _BF16:
             return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
         if raw.dtype.kind != "f":

@@ -296,3 +296,47 @@ def test_bf16_scales_are_read(tmp_path):
     tensors = {"weight": np.array([[1, -2], [3, 4]], dtype=np.int8), "weight_scale": scales}
     checkpoint = write(tmp_path / "a", {"quant_method": "compressed-tensors"}, tensors, {"weight_scale": "BF16"})
     np.testing.assert_array_equal(checkpoint.read(f"{NAME}.weight"), [[0.5, -1], [9, 12]])
+
+
+def test_compressed_tensors_with_zero_points_that_are_not_packed(tmp_path, weight):
+    """Stored as int8, one for each scale, where the weights are packed."""
+    levels, scales, zeros = weight
+    tensors = {
+        "weight_packed": words(levels.reshape(ROWS, -1, 8)),
+        "weight_scale": scales.astype(np.float16),
+        "weight_shape": np.array([ROWS, COLUMNS]),
+        "weight_zero_point": (zeros.astype(np.int16) - 8).astype(np.int8),
+    }
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    check(write(tmp_path / "a", config, tensors), levels, scales, zeros, meaning(levels, scales, zeros))
+    tensors["weight_zero_point"] = tensors["weight_zero_point"][:, :1]
+    with pytest.raises(CheckpointError, match="zero points"):
+        write(tmp_path / "b", config, tensors)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_scale_without_a_dimension_is_one_scale(tmp_path, shape):
+    codes = np.arange(ROWS * COLUMNS, dtype=np.uint8).reshape(ROWS, COLUMNS) % 100
+    tensors = {"weight": codes, "weight_scale": np.full(shape, 0.5, dtype=np.float32)}
+    header = {f"{NAME}.weight": ("F8_E4M3", codes.shape), f"{NAME}.weight_scale": ("F32", shape)}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "modelopt"}}))
+    writer = TensorWriter(tmp_path / "model.safetensors", header)
+    for name, values in tensors.items():
+        writer.write(f"{NAME}.{name}", values)
+    writer.close()
+    np.testing.assert_array_equal(Checkpoint(tmp_path).read(f"{NAME}.weight"), E4M3[codes] * np.float32(0.5))
+
+
+def test_what_is_no_checkpoint_is_told_apart(tmp_path):
+    with pytest.raises(CheckpointError, match="GGUF"):
+        Checkpoint(tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match="hf download"):
+        Checkpoint("nobody-has-this/model-7b")
+    with pytest.raises(CheckpointError, match="does not exist.$"):
+        Checkpoint(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a file"):
+        Checkpoint(tmp_path / "config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="LoRA"):
+        Checkpoint(tmp_path)
