@@ -21,7 +21,9 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
+from edgellm_ros import qos
 from edgellm_ros.action import Generate
+from edgellm_ros.client import PieceText
 from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason, SamplingOptions
 
 _OPTIONS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
@@ -67,7 +69,9 @@ class Client:
         self._interrupts = interrupts
         self._name = name
         self._node = rclpy.create_node("llm_chat")
-        self._action = ActionClient(self._node, Generate, f"{name}/generate")
+        self._action = ActionClient(
+            self._node, Generate, f"{name}/generate", feedback_sub_qos_profile=qos.STREAM
+        )
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self._node)
         self._thread = threading.Thread(target=self._executor.spin, daemon=True)
@@ -86,11 +90,10 @@ class Client:
 
     def ask(self, goal: Generate.Goal) -> Generate.Result:
         """Prints the answer as it comes; raises ChatError if there is none."""
-        printed: list[str] = []
+        text = PieceText()
 
         def show(message) -> None:
-            printed.append(message.feedback.text)
-            print(message.feedback.text, end="", flush=True)
+            print(text.piece(message.feedback.sequence, message.feedback.text), end="", flush=True)
 
         with self._interrupts.during_answer():
             handle = self._wait(self._action.send_goal_async(goal, feedback_callback=show))
@@ -106,9 +109,7 @@ class Client:
         result = answer.result().result
         if result.error_code:
             raise ChatError(result.error_message, result.error_code)
-        # Feedback may be lost at the end; the result has all of the text.
-        shown = "".join(printed)
-        print(result.text[len(shown) :] if result.text.startswith(shown) else f"\n{result.text}")
+        print(text.rest(result.text))  # feedback may be lost; the result has all of the text
         return result
 
     def _wait(self, future):

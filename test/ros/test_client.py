@@ -1,0 +1,93 @@
+"""The Python client: pieces that always add up to the result, cancel on exit, typed errors."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from edgellm_ros import client as module
+from edgellm_ros.client import LLM, InvalidRequestError, NotActiveError, PromptTooLongError, UnavailableError
+from edgellm_ros.msg import FinishReason
+
+
+@pytest.fixture
+def client(llm):
+    with LLM(llm.name) as client:
+        yield client
+
+
+def test_a_stream_adds_up_to_its_result(client, llm):
+    async def run():
+        stream = client.stream("hello", max_new_tokens=50, temperature=0)
+        return "".join([piece async for piece in stream]), stream.result
+
+    text, result = asyncio.run(run())
+    assert text == result.text and result.generated_tokens == 50 and result.finish_reason == FinishReason.LENGTH
+    assert client.ask("hello", max_new_tokens=50).text == text
+
+
+def test_many_streams_at_once(client):
+    async def one(number):
+        stream = client.stream([{"role": "user", "content": f"number {number}"}], max_new_tokens=20)
+        return "".join([piece async for piece in stream]) == stream.result.text
+
+    async def run():
+        return await asyncio.gather(*(one(number) for number in range(16)))
+
+    assert all(asyncio.run(run()))
+
+
+def test_leaving_a_stream_cancels_the_request(client, llm):
+    async def run():
+        async for _ in client.stream("hello", max_new_tokens=1000):
+            break
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    llm.until(lambda: not llm.status().busy)
+    pieces = client.pieces("hello", max_new_tokens=1000)
+    next(pieces)
+    pieces.close()
+    llm.until(lambda: not llm.status().busy)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"temperature": -1}, InvalidRequestError), ({"prompt": "x" * 3000}, PromptTooLongError)],
+)
+def test_errors_have_types(client, options, error):
+    messages = () if "prompt" in options else "hello"
+    with pytest.raises(error) as raised:
+        client.ask(messages, **options)
+    assert raised.value.code and "\n" not in str(raised.value)
+
+
+def test_a_node_that_is_not_there_or_not_active(nodes, engine_dir):
+    with LLM("/nobody", wait=0.3) as client, pytest.raises(UnavailableError, match="/nobody/generate"):
+        client.ask("hello")
+    idle = nodes.start(engine_dir)
+    with LLM(idle.name) as client, pytest.raises(NotActiveError):
+        client.ask("hello")
+
+
+def test_unknown_options_are_refused(client):
+    with pytest.raises(TypeError, match="colour"):
+        client.stream("hello", colour="red")
+
+
+def test_a_gap_is_filled_from_the_result():
+    text = module.PieceText()
+    assert [text.piece(0, "a"), text.piece(1, "b"), text.piece(3, "d"), text.piece(4, "e")] == ["a", "b", "", ""]
+    assert text.rest("abcde") == "cde"
+
+
+def test_a_fast_stream_loses_nothing(nodes, tmp_path):
+    """Without a pause between steps, as a small model on a GPU."""
+    from fake_backend import write_engine
+
+    fast = nodes.start(write_engine(tmp_path / "engine", script="word " * 300)).bring_up()
+    with LLM(fast.name) as client:
+        for _ in range(5):
+            pieces = list(client.pieces("go", max_new_tokens=1500))
+            assert "".join(pieces) == "word " * 300
