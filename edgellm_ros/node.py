@@ -6,7 +6,8 @@ import gc
 import threading
 import traceback
 
-from lifecycle_msgs.msg import State
+from lifecycle_msgs.msg import State, Transition
+from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
@@ -14,6 +15,7 @@ from rclpy.lifecycle import LifecycleNodeMixin, LifecycleState, TransitionCallba
 from rclpy.node import Node
 
 from edgellm_ros import qos
+from edgellm_ros.bond import make_bond
 from edgellm_ros.conversions import error_message
 from edgellm_ros.diagnostics import Diagnostics, Health
 from edgellm_ros.endpoints import GenerateActionServer, GenerateService, PromptTopic
@@ -65,7 +67,9 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._parameters_changed = False
         self._intake = Intake(self, self._topics, read_settings(self), before_request=self._take_over_parameters)
         self._transitions = Transitions(self, after=self._publish_status)
-        self._transitions.take_over(self._service_change_state)
+        self._transitions.take_over(self._service_change_state, self._hand_over_to_manager)
+        self._is_managed = False  # somebody else makes the transitions: autostart holds back
+        self._bond = make_bond(self, self.get_parameter("bond").value)
         self._status = self.create_publisher(EngineStatus, "~/status", qos.LATCHED, event_callbacks=qos.NO_EVENTS)
         self._status_lock = threading.Lock()
         # A transition is in ~/status before it is answered. What a request changes is said when its first token is
@@ -111,6 +115,8 @@ class LlmNode(LifecycleNodeMixin, Node):
         result = super().on_activate(state)
         self._intake.worker = worker
         engine = self._intake.engine
+        if self._bond is not None:
+            self._bond.start()
         self.get_logger().info(
             f"Ready: {engine.manifest.model_name} on {engine.backend_name}, loaded in {engine.load_time:.1f} s."
         )
@@ -141,6 +147,8 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     def _stop_worker(self, *, drain: bool = False, timeout: float = 2.0) -> bool:
         """Answers every request. False if the engine hangs in a step; it is then left to its thread."""
+        if self._bond is not None:
+            self._bond.stop()
         worker, self._intake.worker = self._intake.worker, None
         # One second of the worker's limit is for cancelling what has not finished by then.
         if worker is None or worker.close(drain=drain, timeout=timeout + 1.0):
@@ -178,10 +186,25 @@ class LlmNode(LifecycleNodeMixin, Node):
         self.destroy_timer(self._autostart_timer)
 
         def start() -> None:
-            if self.trigger_configure() == SUCCESS:
+            if not self._is_managed and self.trigger_configure() == SUCCESS and not self._is_managed:
                 self.trigger_activate()
 
         self._transitions.run("Autostart", start)
+
+    def _hand_over_to_manager(self, request: ChangeState.Request) -> bool | None:
+        """Give the first configure of a lifecycle manager what it expects of a node that has started by itself.
+
+        nav2_lifecycle_manager demands that configure succeeds and leaves the node inactive, before it activates it.
+        """
+        was_managed, self._is_managed = self._is_managed, True
+        asked = request.transition
+        is_configure = asked.id == Transition.TRANSITION_CONFIGURE or asked.label == "configure"
+        state = self._state_machine.current_state[0]
+        if was_managed or not is_configure or not self.get_parameter("autostart").value:
+            return None
+        if state == State.PRIMARY_STATE_ACTIVE:
+            return self.trigger_deactivate() == SUCCESS
+        return True if state == State.PRIMARY_STATE_INACTIVE else None
 
     # --- the executor's thread ------------------------------------------------------------------------
 

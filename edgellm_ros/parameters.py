@@ -21,6 +21,7 @@ from rcl_interfaces.msg import (
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
+from edgellm_ros.bond import MODES as BOND_MODES
 from engine_core.config import BACKENDS, KV_CACHE_TYPES, QUANTIZATIONS, EngineConfig
 from engine_core.request import SamplingParams
 from engine_core.serving.worker import BUSY_POLICIES
@@ -128,6 +129,13 @@ SPECS: tuple[ParameterSpec, ...] = (
         "deactivate_policy", "finish", "What deactivate does to the running request.", choices=DEACTIVATE_POLICIES
     ),
     ParameterSpec("deactivate_timeout", 5.0, "Seconds the running request may go on in deactivate.", (0.0, 300.0)),
+    ParameterSpec(
+        "bond",
+        "auto",
+        "Heartbeats for nav2_lifecycle_manager: auto (once it sends its own), always, never.",
+        choices=BOND_MODES,
+        read_only=True,
+    ),
     ParameterSpec("autostart", False, "Configure and activate without a lifecycle manager.", read_only=True),
 )
 _BY_NAME = {spec.name: spec for spec in SPECS}

@@ -27,9 +27,17 @@ class Transitions:
         self._after = after
         self._thread = SerialThread(node, "edgellm-lifecycle")
 
-    def take_over(self, service: Service) -> None:
-        """Has the change_state service of ``node`` answered through this thread."""
-        change = service.callback
+    def take_over(self, service: Service, instead: Callable[[ChangeState.Request], bool | None]) -> None:
+        """Has the change_state service of ``node`` answered through this thread.
+
+        ``instead`` is asked first, there: it answers a request with whether it succeeded, or with None to have the
+        transition made as usual.
+        """
+        make_transition = service.callback
+
+        def change(request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
+            success = instead(request)
+            return make_transition(request, response) if success is None else ChangeState.Response(success=success)
 
         async def on_change_state(request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
             what = f"Transition {request.transition.label or request.transition.id}"

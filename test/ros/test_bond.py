@@ -1,0 +1,108 @@
+"""Beside nav2_lifecycle_manager: its order of calls with autostart, and the bond it waits for."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from edgellm_ros.bond import Bond, status_type
+from llm_client import ACTIVATE, ACTIVE, CONFIGURE, DEACTIVATE, INACTIVE, STREAM
+
+
+def test_a_manager_takes_over_a_node_that_started_by_itself(nodes, engine_dir):
+    """As LifecycleManager::changeStateForNode: each transition succeeds and leads to its state."""
+    llm = nodes.start(engine_dir, autostart=True)
+    llm.until(lambda: llm.state() == ACTIVE)
+    assert llm.change(CONFIGURE) and llm.state() == INACTIVE
+    assert llm.change(ACTIVATE) and llm.state() == ACTIVE
+    assert not llm.change(CONFIGURE) and llm.state() == ACTIVE  # from then on the manager's own fault
+    assert llm.change(DEACTIVATE) and llm.state() == INACTIVE
+
+
+def test_a_manager_that_comes_while_the_node_starts(nodes, engine_dir):
+    llm = nodes.start(engine_dir, autostart=True)
+    assert llm.change(CONFIGURE) and llm.state() == INACTIVE
+    time.sleep(0.5)
+    assert llm.state() == INACTIVE  # autostart holds back
+    assert llm.change(ACTIVATE) and llm.state() == ACTIVE
+
+
+class FakeNode:
+    """What Bond asks of a node; ``sent``: what it published."""
+
+    def __init__(self):
+        self.sent = []
+
+    def get_name(self):
+        return "llm"
+
+    def get_logger(self):
+        return SimpleNamespace(info=lambda text: None)
+
+    def get_clock(self):
+        return SimpleNamespace(now=lambda: SimpleNamespace(to_msg=lambda: 0))
+
+    def create_publisher(self, *_, **__):
+        return SimpleNamespace(publish=self.sent.append)
+
+    def create_subscription(self, *_, **__):
+        pass
+
+    def create_timer(self, *_, **__):
+        pass
+
+
+def status(**values):
+    return SimpleNamespace(header=SimpleNamespace(stamp=None), heartbeat_timeout=0.0, heartbeat_period=0.0, **values)
+
+
+def test_auto_answers_a_manager_and_nobody_else():
+    node = FakeNode()
+    bond = Bond(node, status, "auto")
+    bond.start()
+    bond._beat()
+    assert node.sent == []  # nobody has asked
+    bond._on_status(status(id="other", instance_id="m", active=True))
+    assert not bond.is_formed and node.sent == []
+    bond._on_status(status(id="llm", instance_id="m", active=True))
+    assert bond.is_formed and [message.active for message in node.sent] == [True]
+    bond._on_status(node.sent[0])  # its own heartbeat comes back
+    bond._beat()
+    assert len(node.sent) == 2 and node.sent[0].instance_id == node.sent[1].instance_id != "m"
+    assert node.sent[0].heartbeat_timeout == 4.0
+    bond.stop()
+    assert [message.active for message in node.sent] == [True, True, False]
+    bond._beat()
+    assert len(node.sent) == 3
+
+
+def test_always_beats_at_once_and_an_ended_bond_can_be_formed_again():
+    node = FakeNode()
+    bond = Bond(node, status, "always")
+    bond.start()
+    assert len(node.sent) == 1
+    for instance in ("m1", "m2"):
+        bond._on_status(status(id="llm", instance_id=instance, active=True))
+        assert bond.is_formed
+        bond._on_status(status(id="llm", instance_id=instance, active=False))
+        assert not bond.is_formed
+
+
+@pytest.mark.skipif(status_type() is None, reason="the ROS package 'bond' is not installed")
+def test_a_manager_forms_its_bond_within_two_seconds(nodes, engine_dir):
+    """nav2_lifecycle_manager waits for half of bond_timeout, 4 s by default, and sends a heartbeat every 0.1 s."""
+    llm = nodes.start(engine_dir).bring_up()
+    heard = []
+    llm.node.create_subscription(status_type(), "bond", heard.append, STREAM)
+    publisher = llm.node.create_publisher(status_type(), "bond", STREAM)
+    end = time.monotonic() + 2.0
+    while not any(message.instance_id != "manager" and message.active for message in heard):
+        assert time.monotonic() < end
+        publisher.publish(status_type()(id=llm.name, instance_id="manager", active=True))
+        llm.spin(0.1)
+    llm.spin(1.0)
+    assert sum(message.instance_id != "manager" for message in heard) >= 3  # it goes on beating
+    assert llm.change(DEACTIVATE)
+    llm.until(lambda: any(message.instance_id != "manager" and not message.active for message in heard))
