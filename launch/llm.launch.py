@@ -2,10 +2,15 @@
 
 Without engine_dir, in the arguments or in the params_file, the engine of the demo model is built on first use.
 Works on ROS 2 Humble and Jazzy.
+
+Included by another launch file, it has to be given its arguments with the prefix ``llm_``, such as ``llm_params_file``:
+names like params_file and namespace are the parent's own there, and launch hands them down without being asked. Nothing
+it sets stays behind for what the parent includes next.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import yaml
@@ -14,9 +19,11 @@ from launch import LaunchContext, LaunchDescription
 from launch.actions import (
     DeclareLaunchArgument,
     ExecuteProcess,
+    GroupAction,
     LogInfo,
     OpaqueFunction,
     RegisterEventHandler,
+    UnsetLaunchConfiguration,
 )
 from launch.event_handlers import OnProcessExit
 from launch.substitutions import LaunchConfiguration
@@ -40,6 +47,9 @@ ARGUMENTS = {
     "autostart": ("true", "Configure and activate the node by itself: true or false."),
     "log_level": ("info", "debug, info, warn, error or fatal."),
 }
+PREFIX = "llm_"
+# Names that other launch files have, too: taken without the prefix only where this file is the one that is launched.
+COMMON = ("params_file", "namespace", "name", "autostart", "log_level")
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -47,12 +57,36 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument(name, default_value=default, description=description)
         for name, (default, description) in ARGUMENTS.items()
     ]
-    return LaunchDescription([*declared, OpaqueFunction(function=start)])
+    declared += [
+        DeclareLaunchArgument(PREFIX + name, default_value="", description=f"As {name}, which it comes before.")
+        for name in ARGUMENTS
+    ]
+    # What an including file gave lies in its own scope and would meet the next include of this file.
+    forget = [UnsetLaunchConfiguration(PREFIX + name) for name in ARGUMENTS]
+    return LaunchDescription([GroupAction([*declared, OpaqueFunction(function=start)], scoped=True), *forget])
+
+
+def is_launched_directly() -> bool:
+    """Whether this file is the one on the command line, not one that another launch file includes."""
+    return any(Path(argument).name == Path(__file__).name for argument in sys.argv)
+
+
+def read_arguments(context: LaunchContext) -> dict[str, str]:
+    """Return the value of each of ARGUMENTS: with the prefix, else without it, else its default."""
+    given = {}
+    for name, (default, _) in ARGUMENTS.items():
+        value = LaunchConfiguration(PREFIX + name).perform(context).strip()
+        if not value and (name not in COMMON or is_launched_directly()):
+            value = LaunchConfiguration(name).perform(context).strip()
+        elif not value:
+            value = default
+        given[name] = value
+    return given
 
 
 def start(context: LaunchContext) -> list:
     """The node at once, or after the demo engine has been built."""
-    given = {name: LaunchConfiguration(name).perform(context).strip() for name in ARGUMENTS}
+    given = read_arguments(context)
     if given["engine_dir"] or file_names_engine(Path(given["params_file"])):
         return [make_node(given)]
     checkpoint = demo_engine.checkpoint_dir()

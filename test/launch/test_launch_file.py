@@ -18,7 +18,6 @@ rclpy = pytest.importorskip("rclpy", reason="rclpy is not installed")
 
 from ament_index_python.packages import get_package_share_directory  # noqa: E402
 from launch import LaunchContext, LaunchDescription  # noqa: E402
-from launch.actions import DeclareLaunchArgument  # noqa: E402
 from launch.launch_description_sources import get_launch_description_from_python_launch_file  # noqa: E402
 from lifecycle_msgs.srv import GetState  # noqa: E402
 from rcl_interfaces.srv import GetParameters  # noqa: E402
@@ -78,12 +77,12 @@ class Client:
 
 
 @contextlib.contextmanager
-def launched(home: Path, log: Path, *arguments: str):
+def launched(home: Path, log: Path, *arguments: str, file: Path = LAUNCH_FILE):
     """The launch system as a process; on exit interrupted as by Ctrl-C, after which nothing of it may be left."""
     env = os.environ | {"ROS_HOME": str(home), "ROS_LOG_DIR": str(home / "log")}
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, str(RUNNER), str(LAUNCH_FILE), *arguments],
+            [sys.executable, str(RUNNER), str(file), *arguments],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True,
         )  # fmt: skip
     try:
@@ -108,11 +107,12 @@ def run_to_its_end(home: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_declares_its_arguments_with_descriptions():
     description: LaunchDescription = get_launch_description_from_python_launch_file(str(LAUNCH_FILE))
-    declared = {entity.name: entity for entity in description.entities if isinstance(entity, DeclareLaunchArgument)}
-    assert set(declared) == {
+    declared = {argument.name: argument for argument in description.get_launch_arguments()}
+    names = {
         "engine_dir", "backend", "quantization", "vocab_map", "max_context", "params_file", "namespace", "name",
         "autostart", "log_level",
     }  # fmt: skip
+    assert set(declared) == names | {f"llm_{name}" for name in names}
     context = LaunchContext()
     for argument in declared.values():
         assert argument.description
@@ -181,3 +181,41 @@ def test_bad_arguments_end_the_launch_with_a_reason(home, argument, says):
     result = run_to_its_end(home, argument)
     assert says in result.stdout
     assert result.returncode == 1
+
+
+PARENT = """
+from pathlib import Path
+from launch import LaunchDescription
+from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, OpaqueFunction
+from launch.launch_description_sources import AnyLaunchDescriptionSource
+
+MINE = {{"params_file": "/nowhere/nav2.yaml", "namespace": "navigation", "autostart": "false", "log_level": "warn"}}
+
+def include(**arguments):
+    return IncludeLaunchDescription(AnyLaunchDescriptionSource({file!r}), launch_arguments=list(arguments.items()))
+
+def note(context):
+    Path({out!r}).write_text(repr(sorted(context.launch_configurations.items())))
+
+def generate_launch_description():
+    return LaunchDescription([
+        *(DeclareLaunchArgument(name, default_value=value) for name, value in MINE.items()),
+        include(engine_dir={engine!r}, llm_name="fast", llm_max_context="128"),
+        include(llm_engine_dir={engine!r}, llm_name="big", llm_namespace="robot1"),
+        OpaqueFunction(function=note),
+    ])
+"""
+
+
+def test_a_parent_keeps_its_arguments_and_includes_two(home, client, tmp_path, engine):
+    parent, out = tmp_path / "parent.launch.py", tmp_path / "configurations"
+    parent.write_text(PARENT.format(file=str(LAUNCH_FILE), engine=str(engine), out=str(out)))
+    with launched(home, tmp_path / "log", file=parent):
+        client.wait_for_state("/fast", "active")  # neither the parent's namespace nor its autostart nor its params_file
+        client.wait_for_state("/robot1/big", "active")
+        assert client.parameters("/fast", "max_context") == [128]
+        assert client.parameters("/robot1/big", "max_context") == [0]  # not what the first include was given
+    left = dict(eval(out.read_text()))
+    mine = {"params_file": "/nowhere/nav2.yaml", "namespace": "navigation", "autostart": "false", "log_level": "warn"}
+    assert {name: left.get(name) for name in mine} == mine
+    assert "llm_params_file" not in left and "backend" not in left  # declared by the included file
