@@ -23,6 +23,7 @@ from rclpy.parameter import Parameter
 
 from edgellm_ros.bond import MODES as BOND_MODES
 from engine_core.config import BACKENDS, KV_CACHE_TYPES, QUANTIZATIONS, EngineConfig
+from engine_core.errors import EngineDirectoryError
 from engine_core.request import SamplingParams
 from engine_core.serving.worker import BUSY_POLICIES
 
@@ -126,6 +127,9 @@ SPECS: tuple[ParameterSpec, ...] = (
         "request_timeout", 0.0, "Seconds until a request without a deadline ends; 0 = never.", range=(0.0, 86400.0)
     ),
     ParameterSpec(
+        "warn_wait", 5.0, "Seconds a request may wait before /diagnostics warns; 0 = never.", range=(0.0, 86400.0)
+    ),
+    ParameterSpec(
         "deactivate_policy", "finish", "What deactivate does to the running request.", choices=DEACTIVATE_POLICIES
     ),
     ParameterSpec("deactivate_timeout", 5.0, "Seconds the running request may go on in deactivate.", (0.0, 300.0)),
@@ -154,6 +158,7 @@ class Settings:
     busy_policy: str
     queue_depth: int
     request_timeout: float  # s; 0 = none
+    warn_wait: float  # s; 0 = never
     deactivate_policy: str
     deactivate_timeout: float  # s
 
@@ -191,7 +196,13 @@ def check_declared(node: Node) -> str:
 
 
 def read_engine_config(node: Node) -> EngineConfig:
-    """The fixed parameters. Raises ConfigurationError."""
+    """Return the fixed parameters. Raises ConfigurationError, and EngineDirectoryError if engine_dir is empty."""
+    if not node.get_parameter("engine_dir").value:
+        name = node.get_fully_qualified_name()
+        raise EngineDirectoryError(
+            f"The parameter engine_dir is empty; set it to a directory made by 'edgellm build'. In a params_file it "
+            f"belongs into the section '{name}' (or '/**'): sections of other nodes are not read."
+        )
     return EngineConfig.from_dict({name: node.get_parameter(name).value for name in _ENGINE_OPTIONS})
 
 
@@ -212,6 +223,7 @@ def read_settings(node: Node) -> Settings:
         busy_policy=value("busy_policy"),
         queue_depth=value("queue_depth"),
         request_timeout=value("request_timeout"),
+        warn_wait=value("warn_wait"),
         deactivate_policy=value("deactivate_policy"),
         deactivate_timeout=value("deactivate_timeout"),
     )

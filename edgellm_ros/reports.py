@@ -88,6 +88,9 @@ def make_health(intake: Intake, topics: Topics, error: Exception | None) -> Heal
         values["memory"] = format_bytes(engine.plan.total)
     if worker is not None:
         values["busy"], values["queued"] = str(worker.busy), str(worker.queued)
+    wait = worker.longest_wait if worker is not None else 0.0
+    if (times := topics.first_token_percentiles()) is not None:
+        values["time to first token, p50"], values["time to first token, p95"] = (f"{t * 1e3:.1f} ms" for t in times)
     if last is not None:
         values["last finish reason"] = last.finish_reason.value
         values["last time to first token"] = f"{last.time_to_first_token * 1e3:.1f} ms"
@@ -97,6 +100,8 @@ def make_health(intake: Intake, topics: Topics, error: Exception | None) -> Heal
         level, message = DiagnosticStatus.ERROR, error_message(error)
     elif worker is not None and worker.queued >= max(1, intake.settings.queue_depth):
         level, message = DiagnosticStatus.WARN, f"the queue is full ({worker.queued} requests wait)"
+    elif 0 < intake.settings.warn_wait < wait:
+        level, message = DiagnosticStatus.WARN, f"a request has been waiting for {wait:.1f} s"
     device = engine.device if engine is not None else "no engine"
     return Health(level, message, f"{platform.node()}: {device}", values)
 

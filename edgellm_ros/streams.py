@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +15,8 @@ from edgellm_ros.conversions import error_code, fill_stats, finish_reason, wire_
 from edgellm_ros.msg import GenerationStats, Sentence, TokenPiece
 from engine_core.request import FinishReason, GenerationResult, Piece
 from engine_core.text.sentences import SentenceSplitter
+
+_KEPT_TIMES = 100
 
 
 class Topics:
@@ -32,12 +35,23 @@ class Topics:
         with self._lock:
             self.requests_total = self.tokens_total = 0
             self.last: GenerationResult | None = None
+            self._first_tokens: deque[float] = deque(maxlen=_KEPT_TIMES)  # s
+
+    def first_token_percentiles(self) -> tuple[float, float] | None:
+        """Return the median and the 95th percentile, in s, of the last times to a first token; None without any."""
+        with self._lock:
+            times = sorted(self._first_tokens)
+        if not times:
+            return None
+        return times[(len(times) - 1) // 2], times[min(len(times) - 1, int(0.95 * len(times)))]
 
     def publish_stats(self, result: GenerationResult) -> None:
         with self._lock:
             self.requests_total += 1
             self.tokens_total += result.generated_tokens
             self.last = result
+            if result.generated_tokens:
+                self._first_tokens.append(result.time_to_first_token)
             totals = self.requests_total, self.tokens_total
         if self._stats.get_subscription_count():
             stats = fill_stats(GenerationStats(), result)
@@ -106,6 +120,7 @@ class RequestStream:
     def _publish_sentence(self, text: str) -> None:
         if self._topics.sentences.get_subscription_count():
             self._sentence.text = wire_text(text)
+            self._sentence.complete = bool(text)  # the splitter gives whole sentences only
             self._stamp(self._sentence)
             self._topics.sentences.publish(self._sentence)
         self._sentence.sequence += 1

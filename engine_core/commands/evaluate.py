@@ -11,7 +11,8 @@ from pathlib import Path
 
 from engine_core.commands.arguments import add_engine, add_opening, engine_config
 from engine_core.commands.tables import print_notes, print_table
-from engine_core.formats.manifest import list_variants
+from engine_core.errors import BackendUnavailableError, InsufficientMemoryError
+from engine_core.formats.manifest import find_variants
 
 
 def add(commands) -> None:
@@ -35,12 +36,17 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    variants = [options.quantization]
-    if options.quantization == "auto":
-        variants = sorted(list_variants(options.engine_dir))
-    rows = [_evaluate(options, variant) for variant in variants]
+    rows, refused = [], []
+    for backend, variant in _variants(options):
+        try:
+            rows.append(_evaluate(options, backend, variant))
+        except (BackendUnavailableError, InsufficientMemoryError) as error:
+            refused.append((f"{variant} ({backend}) was not measured: {error}", error))
+    if not rows:
+        raise refused[0][1]
     if options.json:
-        print(json.dumps({"kind": "evaluate", "results": rows}, indent=2))
+        document = {"kind": "evaluate", "results": rows, "not_measured": [text for text, _ in refused]}
+        print(json.dumps(document, indent=2))
         return 0
     best = min((row["perplexity"] for row in rows if row["scored_tokens"]), default=math.nan)
     print_table(
@@ -59,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
         ],
         left=2,
     )
+    print_notes([text for text, _ in refused])
     if any(row["lost_tokens"] for row in rows):
         print_notes(["Lost: tokens outside the reduced vocabulary; the perplexity is that of the others."])
     if any(row["cut_tokens"] for row in rows):
@@ -66,12 +73,23 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(options: argparse.Namespace, variant: str) -> dict:
+def _variants(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return (backend, quantization) of every variant that the options leave, in order."""
+    found = [(manifest.backend, manifest.quantization) for _, manifest in find_variants(options.engine_dir)]
+    kept = sorted(
+        (backend, quantization)
+        for backend, quantization in found
+        if options.backend in ("auto", backend) and options.quantization in ("auto", quantization)
+    )
+    return kept or [(options.backend, options.quantization)]  # opening it says what there is
+
+
+def _evaluate(options: argparse.Namespace, backend: str, variant: str) -> dict:
     from engine_core.errors import BuildError
     from engine_core.measure.evaluation import measure_perplexity, sequences_of
     from engine_core.serving.engine import Engine
 
-    config = dataclasses.replace(engine_config(options), quantization=variant)
+    config = dataclasses.replace(engine_config(options), backend=backend, quantization=variant)
     show = sys.stderr.isatty() and not options.json
 
     def report(done: int) -> None:
@@ -91,6 +109,7 @@ def _evaluate(options: argparse.Namespace, variant: str) -> dict:
             print("\r\033[K", end="", file=sys.stderr)
     return {
         "variant": engine.manifest.quantization,
+        "backend": engine.backend_name,
         "kv_cache_type": engine.manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type,
         "vocab_size": engine.reduced_vocab_size,
         **dataclasses.asdict(found),

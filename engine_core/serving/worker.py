@@ -106,6 +106,12 @@ class Worker:
     def queued(self) -> int:
         return len(self._waiting)
 
+    @property
+    def longest_wait(self) -> float:
+        """Seconds that the oldest waiting request has waited; 0 if none waits."""
+        with self._wake:
+            return max((time.monotonic() - job.arrival for job in self._waiting), default=0.0)
+
     def update(self, *, queue_depth: int | None = None, busy_policy: str | None = None) -> None:
         """Takes new settings for the requests to come. Raises ConfigurationError."""
         if busy_policy is not None and busy_policy not in BUSY_POLICIES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -143,3 +144,18 @@ def test_the_command_compares_the_variants(model, tmp_path, capsys):
     (tmp_path / "none.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     assert cli.main(["evaluate", str(tmp_path / "engine"), "--texts", str(tmp_path / "none.jsonl")]) == 1
     assert "no token to score" in capsys.readouterr().err
+
+
+def test_two_backends_with_the_same_quantization_are_measured_or_named(model, tmp_path, capsys):
+    """A variant that cannot run here costs the others nothing."""
+    directory, _ = model
+    build_engine(directory, tmp_path / "engine" / "a", quantization="fp32")
+    shutil.copytree(tmp_path / "engine" / "a", tmp_path / "engine" / "b")
+    path = tmp_path / "engine" / "b" / "engine.json"
+    path.write_text(path.read_text().replace('"backend": "onnxruntime"', '"backend": "tensorrt"'))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("bring the red cup to the kitchen")
+    assert cli.main(["evaluate", str(tmp_path / "engine"), "--texts", str(texts), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["backend"] for row in found["results"]] == ["onnxruntime"]
+    assert len(found["not_measured"]) == 1 and "tensorrt" in found["not_measured"][0]

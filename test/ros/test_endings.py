@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 
 from edgellm_ros.msg import ErrorCode, FinishReason, GenerationStats, Sentence
 from edgellm_ros.srv import Cancel
+from fake_backend import write_engine
 from llm_client import GREEDY_LONG, STREAM
 
 
@@ -78,3 +80,36 @@ def test_the_id_of_a_running_request_is_refused(llm):
     assert second.error_code == ErrorCode.INVALID_REQUEST and "is running" in second.error_message
     llm.call(Cancel, "cancel", Cancel.Request(request_id="twin"))
     assert llm.wait(first).finish_reason == FinishReason.CANCELLED
+
+
+def test_whole_sentences_are_marked_as_such(nodes, tmp_path):
+    llm = nodes.start(write_engine(tmp_path / "engine", script="One is done. Two is cut")).bring_up()
+    llm.listen()
+    heard = []
+    llm.node.create_subscription(Sentence, f"/{llm.name}/sentences", heard.append, STREAM)
+    llm.until(lambda: llm.node.count_publishers(f"/{llm.name}/sentences"))
+    llm.spin(0.3)
+    llm.generate(sampling={"max_new_tokens": 18})
+    llm.until(lambda: any(sentence.done for sentence in heard))
+    assert [(s.text, s.complete, s.done) for s in heard] == [("One is done.", True, False), ("", False, True)]
+
+
+def test_diagnostics_warn_of_a_long_wait_and_have_percentiles(llm):
+    llm.must_set(warn_wait=0.1)
+    llm.generate()
+    heard = []
+    llm.node.create_subscription(DiagnosticArray, "/diagnostics", heard.append, 10)
+    sampling = {"max_new_tokens": GREEDY_LONG, "ignore_eos": True}
+    futures = [llm.generate_async(sampling=sampling) for _ in range(2)]
+
+    def warned():
+        statuses = [status for message in heard for status in message.status if f"/{llm.name}" in status.name]
+        return [status for status in statuses if "has been waiting" in status.message]
+
+    llm.until(warned)
+    assert warned()[0].level == DiagnosticStatus.WARN
+    assert {"time to first token, p50", "time to first token, p95"} <= {value.key for value in warned()[0].values}
+    llm.call(Cancel, "cancel", Cancel.Request())
+    for future in futures:
+        llm.wait(future)
+    llm.must_set(warn_wait=5.0)

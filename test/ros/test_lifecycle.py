@@ -72,6 +72,13 @@ def test_late_subscribers_get_the_status_and_diagnostics_name_the_device(nodes, 
     assert {"model", "backend", "busy", "queued"} <= {value.key for value in ours()[0].values}
 
 
+def test_an_empty_engine_dir_is_named(nodes):
+    llm = nodes.start()
+    assert not llm.change(CONFIGURE)
+    status = llm.status(lambda status: status.error_code != 0)
+    assert "engine_dir is empty" in status.error_message and f"/{llm.name}" in status.error_message
+
+
 def test_fifty_rounds_without_growth(nodes, tmp_path):
     llm = nodes.start(write_engine(tmp_path / "engine", script="done"))
 
