@@ -151,22 +151,24 @@ class Chat:
     def _say(self, text: str) -> None:
         system = [ChatMessage(role="system", content=self._system_prompt)] if self._system_prompt else []
         question = ChatMessage(role="user", content=text)
+        turns = list(self._turns)  # forgotten only if the question fits without them
         while True:
-            goal = Generate.Goal(messages=[*system, *self._turns, question], sampling=self._sampling)
+            goal = Generate.Goal(messages=[*system, *turns, question], sampling=self._sampling)
             try:
                 result = self._client.ask(goal)
                 break
             except ChatError as error:
-                if error.code != ErrorCode.PROMPT_TOO_LONG or not self._turns:
+                if error.code != ErrorCode.PROMPT_TOO_LONG or not turns:
                     raise
             # Half of the turns, so that the next lines do not wait for the same again; in pairs, question and answer.
-            dropped = max(2, len(self._turns) // 4 * 2)
-            del self._turns[:dropped]
+            del turns[: max(2, len(turns) // 4 * 2)]
+        if dropped := len(self._turns) - len(turns):
             print(
-                f"[the context is full: the oldest {dropped} of {dropped + len(self._turns)} messages are forgotten; "
+                f"[the context was full: the oldest {dropped} of {len(self._turns)} messages are forgotten; "
                 "/reset forgets all]",
                 file=sys.stderr,
             )
+        self._turns = turns
         if ending := _ENDINGS.get(result.finish_reason):
             print(f"[{ending}]", file=sys.stderr)
         if result.text:

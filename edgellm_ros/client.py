@@ -24,7 +24,9 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import rclpy
@@ -38,6 +40,8 @@ from edgellm_ros.action import Generate
 from edgellm_ros.msg import ChatMessage, ErrorCode
 
 _CHECK_INTERVAL = 0.5  # s between two looks whether the node is still there
+_CLOSING = 1.0  # s that the node has to answer cancels when a client is closed
+_LOOK = object()  # an event that asks for such a look
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens")
 
 Messages = str | Sequence[dict[str, str] | ChatMessage]
@@ -112,9 +116,21 @@ class PieceText:
 class _Call:
     """One request on its way. ``put`` gets ``(sequence, text)`` for each piece, then a result or an LLMError."""
 
-    def __init__(self, action: ActionClient, goal: Generate.Goal, put: Callable[[Any], None]) -> None:
+    def __init__(
+        self,
+        action: ActionClient,
+        goal: Generate.Goal,
+        put: Callable[[Any], None],
+        forget: Callable[[_Call], None],
+        find_servers: Callable[[], set[bytes]],
+    ) -> None:
+        """``forget`` is called with this call when it has ended; ``find_servers`` returns who serves the action."""
         self._action = action
         self._put = put
+        self._forget = forget
+        self._find_servers = find_servers
+        self._servers = find_servers()
+        self._cancel_answered = False
         self._lock = threading.Lock()
         self._handle = None
         self._cancelled = self._ended = False
@@ -127,11 +143,24 @@ class _Call:
             self._cancelled = True
             handle = None if self._ended else self._handle
         if handle is not None:
-            handle.cancel_goal_async()
+            self._send_cancel(handle)
+
+    @property
+    def is_settled(self) -> bool:
+        """The request has ended, or the node has heard that it is to end."""
+        return self._ended or self._cancel_answered
 
     def is_alone(self) -> bool:
-        """The node is gone, so that nothing will come any more."""
-        return not self._ended and not self._action.server_is_ready()
+        """The node is gone, or another has taken its place: nothing will come any more."""
+        if self._ended:
+            return False
+        return not self._action.server_is_ready() or not self._servers & self._find_servers()
+
+    def _send_cancel(self, handle) -> None:
+        def answered(_future) -> None:
+            self._cancel_answered = True
+
+        handle.cancel_goal_async().add_done_callback(answered)
 
     def _on_feedback(self, message) -> None:
         self._put((message.feedback.sequence, message.feedback.text))
@@ -146,7 +175,7 @@ class _Call:
                 self._handle = handle
                 cancelled = self._cancelled
             if cancelled:
-                handle.cancel_goal_async()
+                self._send_cancel(handle)
             handle.get_result_async().add_done_callback(self._on_result)
         except Exception as error:
             self._end(UnavailableError(f"The request could not be sent ({error})."))
@@ -162,7 +191,13 @@ class _Call:
     def _end(self, outcome: Any) -> None:
         with self._lock:
             self._ended = True
+        self._forget(self)
         self._put(outcome)
+
+
+def _publishers(node: Node, topic: str) -> set[bytes]:
+    """Return the identities of those who publish ``topic``; a node that was started again has another."""
+    return {bytes(info.endpoint_gid) for info in node.get_publishers_info_by_topic(topic)}
 
 
 class Stream:
@@ -184,11 +219,12 @@ class Stream:
 
         call = self._llm._send(self._goal, put)
         text = PieceText()
+        # Beside the queue instead of a time limit on it, which could swallow a cancellation (Python 3.10 and 3.11).
+        watcher = asyncio.ensure_future(_look_now_and_then(events))
         try:
             while True:
-                try:
-                    event = await asyncio.wait_for(events.get(), _CHECK_INTERVAL)
-                except (asyncio.TimeoutError, TimeoutError):
+                event = await events.get()
+                if event is _LOOK:
                     self._llm._check(call)
                     continue
                 if isinstance(event, LLMError):
@@ -202,8 +238,15 @@ class Stream:
                 if not is_piece:
                     return
         finally:
+            watcher.cancel()
             if self.result is None:
                 call.cancel()
+
+
+async def _look_now_and_then(events: asyncio.Queue) -> None:
+    while True:
+        await asyncio.sleep(_CHECK_INTERVAL)
+        events.put_nowait(_LOOK)
 
 
 class LLM:
@@ -230,12 +273,19 @@ class LLM:
             self._thread = threading.Thread(target=self._executor.spin, name="llm-client", daemon=True)
             self._thread.start()
         self._node = node
+        self._calls: set[_Call] = set()  # requests that have not ended
         self._action = ActionClient(node, Generate, f"{self._name}/generate", feedback_sub_qos_profile=qos.STREAM)
 
     def close(self) -> None:
-        """Give everything back; may be called twice."""
+        """Cancel what still runs and give everything back; may be called twice."""
         if self._action is None:
             return
+        calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        end = time.monotonic() + _CLOSING
+        while any(not call.is_settled for call in calls) and time.monotonic() < end:
+            time.sleep(0.005)  # the executor's thread sends the cancels and hears that they have arrived
         if self._executor is not None:
             self._executor.shutdown()
             self._thread.join(2.0)
@@ -317,9 +367,16 @@ class LLM:
     # --- helpers --------------------------------------------------------------------------------------
 
     def _send(self, goal: Generate.Goal, put: Callable[[Any], None]) -> _Call:
-        return _Call(self._action, goal, put)
+        if self._action is None:
+            raise UnavailableError(f"The client of {self._name} is closed.")
+        topic = f"{self._name}/generate/_action/feedback"
+        call = _Call(self._action, goal, put, self._calls.discard, partial(_publishers, self._node, topic))
+        self._calls.add(call)
+        return call
 
     def _check(self, call: _Call) -> None:
+        if self._action is None:
+            raise UnavailableError(f"The client of {self._name} was closed.")
         if call.is_alone():
             raise UnavailableError(f"The node {self._name} is gone.")
 

@@ -50,7 +50,18 @@ def test_a_long_conversation_forgets_its_oldest_turns_and_goes_on(llm, start):
     out, err = chat.communicate("\n".join(lines) + "\n", timeout=60)
     assert chat.returncode == 0, err
     assert len(out.splitlines()) == len(lines) and all(out.splitlines())
-    assert "the context is full" in err and "/reset" in err
+    assert "the context was full" in err and "/reset" in err
+
+
+def test_a_line_that_is_too_long_alone_forgets_nothing(llm, start):
+    first = llm.generate("one", sampling={"max_new_tokens": 6}).text
+    turns = [("user", "one"), ("assistant", first), ("user", "two")]
+    second = llm.generate(
+        messages=[ChatMessage(role=r, content=c) for r, c in turns], sampling={"max_new_tokens": 6}
+    ).text
+    chat = start("--max-new-tokens", "6", **PIPES)
+    out, err = chat.communicate("one\n" + "x" * 3000 + "\ntwo\n", timeout=20)
+    assert out == f"{first}\n{second}\n" and "max_context" in err and "forgotten" not in err
 
 
 def test_errors_are_said_and_counted(llm, start):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from edgellm_ros import client as module
 from edgellm_ros.client import LLM, InvalidRequestError, NotActiveError, PromptTooLongError, UnavailableError
 from edgellm_ros.msg import FinishReason
+from llm_client import NodeProcess, Nodes
 
 
 @pytest.fixture
@@ -50,6 +52,49 @@ def test_leaving_a_stream_cancels_the_request(client, llm):
     next(pieces)
     pieces.close()
     llm.until(lambda: not llm.status().busy)
+
+
+@pytest.mark.parametrize("how", ["break", "error", "cancel"])
+def test_leaving_the_client_with_the_stream_cancels_the_request(llm, how):
+    """As the documentation shows it: the client is closed in the same breath."""
+
+    async def run():
+        async with LLM(llm.name) as client:
+            async for _ in client.stream("hello", max_new_tokens=1900):
+                if how == "break":
+                    break
+                if how == "error":
+                    raise ZeroDivisionError
+                asyncio.current_task().cancel()
+
+    expected = {"break": (), "error": (ZeroDivisionError,), "cancel": (asyncio.CancelledError,)}[how]
+    try:
+        asyncio.run(run())
+        assert not expected
+    except expected:
+        pass
+    end = time.monotonic() + 2.0  # 1,900 tokens take 8 s
+    while llm.status().busy:
+        assert time.monotonic() < end
+
+
+def test_a_node_that_is_killed_and_started_again_ends_its_requests(tmp_path, engine_dir):
+    nodes = Nodes(tmp_path)
+    try:
+        llm = nodes.start(engine_dir).bring_up()
+        with LLM(llm.name) as client:
+            pieces = client.pieces("hello", max_new_tokens=1900)
+            next(pieces)
+            llm.node_process.process.kill()
+            llm.node_process.process.wait()
+            again = NodeProcess(llm.name, tmp_path / "again.log", engine_dir=engine_dir)
+            start = time.monotonic()
+            with pytest.raises(UnavailableError):
+                list(pieces)
+            assert time.monotonic() - start < 30.0
+            again.stop()
+    finally:
+        nodes.close()
 
 
 @pytest.mark.parametrize(
