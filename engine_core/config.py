@@ -35,6 +35,13 @@ class EngineConfig:
     verify_files: bool = True  # check the SHA-256 of every file, not only its size
 
     def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value, kind = getattr(self, option.name), type(option.default)
+            if option.name == "engine_dir":
+                if not isinstance(value, (str, Path)):
+                    raise ConfigurationError(f"engine_dir is {value!r:.60}, expected a path.")
+            elif type(value) is not kind:
+                raise ConfigurationError(f"{option.name} is {value!r:.60}, expected a value of type {kind.__name__}.")
         object.__setattr__(self, "engine_dir", Path(self.engine_dir).expanduser())
         for name, choices in (
             ("backend", BACKENDS),

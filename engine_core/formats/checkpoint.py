@@ -45,8 +45,8 @@ class Checkpoint:
                 f"{self.directory} has neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read."
             )
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map; fetch it again.")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map of tensor names to file names; fetch it again.")
         files = {}
         for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from engine_core.formats.vocab_map import (
 from engine_core.models.families import family_of
 from engine_core.models.spec import ModelSpec
 
+_log = logging.getLogger(__name__)
+
 # What the tokenizer and the chat template may need; copied where the checkpoint has it.
 _FILES = (
     "tokenizer.json",
@@ -37,6 +40,43 @@ def copy_companions(checkpoint: Checkpoint, directory: Path) -> None:
     for name in _FILES:
         if (checkpoint.directory / name).is_file():
             shutil.copyfile(checkpoint.directory / name, directory / name)
+
+
+def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
+    """Warn of tokens that the model does not have. Raises CheckpointError for a tokenizer that no engine could load."""
+    path = checkpoint.directory / "tokenizer.json"
+    if not path.is_file():
+        if (checkpoint.directory / "tokenizer.model").is_file():
+            raise CheckpointError(
+                f"{checkpoint.directory} has a tokenizer.model but no tokenizer.json, which is read; convert it: "
+                "AutoTokenizer.from_pretrained(DIR, use_fast=True).save_pretrained(DIR)."
+            )
+        return
+    tokens = _token_ids(read_json(path))
+    bad = [token for token, token_id in tokens.items() if not 0 <= token_id < 1 << 31]
+    if bad:
+        raise CheckpointError(f"{path} gives the token {bad[0]!r} the id {tokens[bad[0]]}; 0 to 2^31 - 1 are read.")
+    beyond = [token for token, token_id in tokens.items() if token_id >= vocab_size]
+    if beyond:
+        _log.warning(
+            "%s has %d tokens beyond the model's vocabulary of %d, such as %r: texts that hold one are refused.",
+            path, len(beyond), vocab_size, beyond[0],
+        )  # fmt: skip
+
+
+def _token_ids(tokenizer: dict) -> dict[str, int]:
+    """Return token → id of what a tokenizer.json lists, as far as it has the usual form."""
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    found: dict[str, int] = {}
+    if isinstance(vocabulary, dict):
+        found = {token: i for token, i in vocabulary.items() if isinstance(i, int)}
+    elif isinstance(vocabulary, list):
+        found = {str(pair[0]): i for i, pair in enumerate(vocabulary) if isinstance(pair, list) and pair}
+    for each in added if isinstance(added, list) else []:
+        if isinstance(each, dict) and isinstance(each.get("id"), int):
+            found[str(each.get("content"))] = each["id"]
+    return found
 
 
 def find_vocab_map(checkpoint: Checkpoint, given: Path | None) -> Path | None:

@@ -20,7 +20,8 @@ def quantization_of(checkpoint: Checkpoint, spec: ModelSpec) -> str:
     stored = [checkpoint.stored(part) for linear in linears for part in linear.parts]
     kinds = {"" if each is None or each.order is not None else each.kind for each in stored}
     kind = kinds.pop() if len(kinds) == 1 else ""
-    rounded = checkpoint.config.get(MARK, {}).get("method") == "int4"
+    mark = checkpoint.config.get(MARK)
+    rounded = isinstance(mark, dict) and mark.get("method") == "int4"
     return "int4_awq" if kind == "int4" and not rounded else kind
 
 

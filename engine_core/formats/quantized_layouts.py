@@ -65,8 +65,9 @@ def find_stored(config: dict, files: Mapping[str, SafetensorsFile]) -> dict[str,
     quantization = config.get("quantization_config") or config.get("compression_config") or {}
     if not quantization:
         return {}
+    _check_types(quantization)
     method = quantization.get("quant_method")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise UnsupportedModelError(
             f"The checkpoint's quantization_config has the method {method!r}; {', '.join(_METHODS)} are read, "
             "so use one of those or the plain weights."
@@ -82,6 +83,35 @@ def find_stored(config: dict, files: Mapping[str, SafetensorsFile]) -> dict[str,
         if kind in ("qweight", "weight_packed", "weight") and (found := reader.stored(f"{stem}.", kind)):
             stored[f"{stem}.weight"] = found
     return stored
+
+
+def _check_types(quantization: object) -> None:
+    """Raises CheckpointError if a part of the quantization_config is of another type than is read."""
+    objects = ("transform_config", "sparsity_config", "config_groups")
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"config.json has a quantization_config that is no object: {str(quantization)[:60]}.")
+    for name in objects:
+        if not isinstance(quantization.get(name) or {}, dict):
+            raise CheckpointError(f"The quantization_config has {name}={str(quantization[name])[:60]}, not an object.")
+    for group in (quantization.get("config_groups") or {}).values():
+        weights = group.get("weights") if isinstance(group, dict) else group
+        if not isinstance(group, dict) or not isinstance(weights or {}, dict):
+            raise CheckpointError("The quantization_config has a config group that is no object with weights.")
+        _check_block((weights or {}).get("block_structure"))
+    _check_block(quantization.get("weight_block_size"))
+    for name in ("bits", "w_bit"):
+        value = quantization.get(name, 4)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise CheckpointError(f"The quantization_config has {name}={str(value)[:60]}, not a whole number.")
+
+
+def _check_block(block: object) -> None:
+    """Raises CheckpointError unless ``block`` is the rows and columns of a block, or none."""
+    if block is None:
+        return
+    is_pair = isinstance(block, (list, tuple)) and len(block) == 2
+    if not is_pair or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in block):
+        raise CheckpointError(f"The quantization_config has the block {str(block)[:60]}, not two numbers above 0.")
 
 
 class _Reader:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.errors import BuildError, CheckpointError
+from engine_core.formats.atomic import replaced_directory
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import MARK
 from engine_core.formats.number_formats import nvfp4_global_scale, to_16_bit
@@ -201,32 +201,16 @@ def write_directory(out_dir: Path) -> Iterator[Path]:
     out_dir = Path(out_dir).absolute()
     if out_dir.exists() and not _replaceable(out_dir):
         raise BuildError(f"{out_dir} exists and is not a checkpoint of 'edgellm quantize'; name another directory.")
-    temporary = old = None
     try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if out_dir.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.old.", dir=out_dir.parent))
-            os.replace(out_dir, old)
-        try:
-            os.replace(temporary, out_dir)
-        except OSError:
-            if old is not None:
-                os.replace(old, out_dir)
-            raise
+        with replaced_directory(out_dir) as temporary:
+            yield temporary
+            for path in temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
     except OSError as error:
         raise BuildError(
             f"The checkpoint could not be written to {out_dir} ({error.strerror or error}); nothing was left behind."
         ) from error
-    finally:
-        for path in (temporary, old):
-            if path is not None and path.exists():
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _replaceable(directory: Path) -> bool:

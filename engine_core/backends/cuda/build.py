@@ -69,6 +69,7 @@ def build_cuda(
             "int4_awq takes the levels of a checkpoint in int4, which this one is not; make one with "
             "'edgellm quantize --method int4_awq', or build int4, which rounds to nearest."
         )
+    companions.check_tokenizer(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     manifest = Manifest(

@@ -66,6 +66,7 @@ def build_engine(
     _check_levels(checkpoint, spec, quantization, group_size)
     num_parameters = check_tensors(spec, checkpoint)
     max_context = _max_context(max_context, spec)
+    companions.check_tokenizer(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     calibration = _calibration(kv_cache_type, calibration, checkpoint) if precision.linear_bits else None

@@ -91,6 +91,7 @@ def build_tensorrt(
     api = api or TensorRT()
     if dialect == "native" and not api.has_kv_cache_update:
         raise BuildError(f"TensorRT {api.version} lacks the native dialect's operators (10.15 has them); use plain.")
+    companions.check_tokenizer(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     device = Device()
