@@ -14,7 +14,7 @@ from pathlib import Path
 from engine_core.cuda.gpu_info import GpuReport, find_gpus
 from engine_core.errors import BackendUnavailableError
 from engine_core.planning.devices import DeviceProfile
-from engine_core.planning.estimates import GPU_VARIANTS, cpu_variants, why_no_builder
+from engine_core.planning.estimates import cpu_variants, gpu_variants, why_no_builder
 
 # Distributions by what they are for; several names = alternatives.
 PACKAGES: dict[str, tuple[str, ...]] = {
@@ -193,7 +193,7 @@ def cpu_checks(packages: dict[str, str]) -> list[Check]:
 
 def gpu_checks(packages: dict[str, str], gpus: GpuReport, on_jetson: bool) -> list[Check]:
     checks = []
-    for quantization, backend in sorted(GPU_VARIANTS, key=lambda pair: pair[1]):
+    for quantization, backend in sorted(gpu_variants(), key=lambda pair: pair[1]):
         if reason := why_no_builder(quantization, backend):
             checks.append(Check(backend, quantization, reason))
             continue

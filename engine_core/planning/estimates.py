@@ -32,14 +32,7 @@ from engine_core.planning.devices import DeviceProfile
 if TYPE_CHECKING:
     from engine_core.backends.onnxruntime.exporter import Packing
 
-GPU_VARIANTS = (
-    ("fp16", "cuda"),
-    ("fp8", "tensorrt"),
-    ("int8", "cuda"),
-    ("int4", "cuda"),
-    ("int4_awq", "tensorrt"),
-    ("nvfp4", "tensorrt"),
-)
+_GPU_KINDS = ("fp16", "fp8", "int8", "int4", "int4_awq", "nvfp4")  # the columns of a GPU's plan, in order
 _CPU_VARIANTS = ("fp32", "int8", "int4", "int4_awq")  # those that the runtime computes with as they are stored
 _AWQ_GROUP = 128
 _GPU_KV_TYPES = ("fp16", "int8", "fp8")
@@ -98,7 +91,7 @@ class CheckpointEstimate:
         if backend == "onnxruntime":
             return tuple((quantization, backend) for quantization in cpu_variants())
         own = (("fp16", "tensorrt"),) if backend == "tensorrt" else ()  # of all GPU backends, cuda has the fp16 column
-        return own + tuple(pair for pair in GPU_VARIANTS if backend in ("gpu", pair[1]))
+        return own + tuple(pair for pair in gpu_variants() if backend in ("gpu", pair[1]))
 
     def plan(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> MemoryPlan:
         """Every byte by purpose, against what is free on ``device``. Raises UnsupportedModelError."""
@@ -140,7 +133,7 @@ class CheckpointEstimate:
     def why_not_packed(self, head_rows: int, quantization: str) -> str:
         """Empty if the cuda backend's records of int4 and int8 can hold every matrix, or are not needed."""
         spec = self.spec
-        if quantization not in ("int4", "int8"):
+        if not quantization.startswith("int"):
             return ""
         for rows, columns in (*_matrices(spec), (head_rows, spec.hidden_size)):
             if not int4_layout.fits(rows, columns):
@@ -212,7 +205,7 @@ class CheckpointEstimate:
     def _gpu_manifest(self, quantization: str, size: Size) -> Manifest:
         from engine_core.backends.cuda.build import model_options
 
-        group = int4_layout.GROUP if quantization in ("int4", "int8") else 0
+        group = int4_layout.GROUP if quantization.startswith("int") else 0
         options = model_options(self.spec, "fp16")
         manifest = self._manifest("cuda", quantization, size, group_size=group, options=options)
         return dataclasses.replace(manifest, kv_cache_type="fp16")  # the configuration names another
@@ -259,6 +252,13 @@ def why_no_builder(quantization: str, backend: str) -> str:
         if quantization not in built:
             return f"this version builds {' and '.join(built)} for tensorrt, not {quantization}"
     return ""
+
+
+def gpu_variants() -> tuple[tuple[str, str], ...]:
+    """Return (quantization, backend) of every column: cuda if its builder makes it, else tensorrt, estimated."""
+    from engine_core.backends.cuda.build import QUANTIZATIONS
+
+    return tuple((kind, "cuda" if kind in QUANTIZATIONS else "tensorrt") for kind in _GPU_KINDS)
 
 
 def cpu_variants() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -288,3 +289,15 @@ def test_the_command_on_engines_of_several_variants(tmp_path, capsys):
     assert cli.main(["plan", str(tmp_path), "--max-context", "1024"]) == 1
     assert "the engine was built for 512" in capsys.readouterr().out
     assert cli.main(["plan", str(tmp_path), "--quantization", "fp16"]) == 1
+
+
+@pytest.mark.parametrize("backend", ["cuda", "onnxruntime"])
+def test_every_variant_that_is_built_can_be_planned(backend, capsys):
+    """``plan`` asks the builder what there is."""
+    build = importlib.import_module(f"engine_core.backends.{backend}.build")
+    runnable = [kind for kind in build.QUANTIZATIONS if kind not in ("fp8", "nvfp4")]  # those that no backend runs yet
+    for kind in runnable:
+        arguments = ["plan", str(ROOT / "models" / "demo"), "--memory", "16GB", "--backend", backend]
+        cli.main([*arguments, "--quantization", kind, "--max-context", "256"])
+        captured = capsys.readouterr()
+        assert "no such variant" not in captured.err and f"There is no {kind}" not in captured.err, captured.err

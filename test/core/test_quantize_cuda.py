@@ -50,16 +50,20 @@ def test_symmetric_groups_of_128_keep_levels_and_scales(original, tmp_path):
             if name == "gate_up":  # rows of the two in turn
                 levels = np.stack(np.split(levels, 2), axis=1).reshape(levels.shape)
                 scales = np.stack(np.split(scales, 2), axis=1).reshape(scales.shape)
+            assert "requantized" not in read_manifest(tmp_path / "engine").options
             found = stored(tmp_path / "engine", f"layers.{i}.{name}")
             np.testing.assert_array_equal(found[0], levels)
             np.testing.assert_array_equal(found[1], scales)
 
 
 @pytest.mark.parametrize("options", [{"group_size": 32}, {"symmetric": False}])
-def test_other_groups_and_zero_points_are_dequantized_first(original, tmp_path, options):
+def test_other_groups_and_zero_points_are_dequantized_first_and_told(original, tmp_path, options, caplog):
     quantize_checkpoint(original, tmp_path / "out", method="int4", **options)
     build_cuda(tmp_path / "out", tmp_path / "engine", quantization="int4_awq")
-    assert read_manifest(tmp_path / "engine").quantization == "int4_awq"
+    manifest = read_manifest(tmp_path / "engine")
+    assert manifest.quantization == "int4_awq"
+    assert manifest.options["requantized"] == 4 * manifest.geometry.num_layers
+    assert "rounded anew" in caplog.text and "onnxruntime" in caplog.text
     expected = Checkpoint(tmp_path / "out").read("model.layers.1.mlp.down_proj.weight")
     levels, scales = stored(tmp_path / "engine", "layers.1.down")
     restored = dequantize(levels, scales.astype(np.float64), int4_layout.GROUP, int4_layout.ZERO)

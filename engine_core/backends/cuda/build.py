@@ -5,6 +5,8 @@ Nothing is compiled here: one directory serves every NVIDIA GPU. Needs numpy onl
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.number_formats import from_16_bit, to_16_bit
 from engine_core.formats.tensor_writer import TensorWriter
 from engine_core.formats.weights import Weights
-from engine_core.models.spec import LayerSpec, ModelSpec, check_tensors, read_spec
+from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
+
+_log = logging.getLogger(__name__)
 
 QUANTIZATIONS = ("fp16", "int8", "int4", "int4_awq")
 
@@ -90,7 +94,14 @@ def build_cuda(
     with write_variant(Path(engine_dir)) as directory:
         companions.copy_companions(checkpoint, directory)
         companions.copy_vocab_map(vocab_map, kept, directory)
-        write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
+        rounded = write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
+        if rounded:
+            _log.warning(
+                "%d quantized matrices of %s are dequantized and rounded anew to %s, since the cuda backend holds "
+                "symmetric values in groups of %d only, such as %s; the backend onnxruntime keeps them as they are.",
+                len(rounded), checkpoint.directory, quantization, GROUP, rounded[0],
+            )  # fmt: skip
+            manifest = dataclasses.replace(manifest, options=manifest.options | {"requantized": len(rounded)})
         manifest = seal(directory, manifest)
     return manifest
 
@@ -172,10 +183,7 @@ def own_levels(checkpoint: Checkpoint, spec: ModelSpec, name: str, bits: int, dt
     """
     if not name.startswith("layers."):
         return None
-    _, index, which = name.split(".")
-    layer = spec.layers[int(index)]
-    linear = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}[which]
-    found = [checkpoint.quantized(part) for part in linear.parts]
+    found = [checkpoint.quantized(part) for part in _linear_of(spec, name).parts]
     if any(part is None or part.bits != bits or part.group_size % GROUP for part in found):
         return None
     if any(part.zeros is not None and (part.zeros != 1 << (bits - 1)).any() for part in found):
@@ -185,9 +193,16 @@ def own_levels(checkpoint: Checkpoint, spec: ModelSpec, name: str, bits: int, dt
     stored = to_16_bit(scales, dtype)
     if not fits(*levels.shape) or not np.array_equal(from_16_bit(stored), scales):
         return None
-    if which == "gate_up":
+    if name.endswith(".gate_up"):
         levels, stored = _paired(levels), _paired(stored)
     return LAYOUTS[bits].pack(levels, stored)
+
+
+def _linear_of(spec: ModelSpec, name: str) -> LinearSpec:
+    """Return the linear of a fused tensor such as ``layers.3.qkv``."""
+    _, index, which = name.split(".")
+    layer = spec.layers[int(index)]
+    return {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}[which]
 
 
 def _paired(gate_up: np.ndarray) -> np.ndarray:
@@ -232,10 +247,10 @@ def write_weights(
     kept: np.ndarray | None,
     *,
     paired: bool = True,
-) -> None:
-    """The weights file of a variant. ``kept``: the LM head's rows, None = all; ``paired``: see ``fused_tensors``.
+) -> list[str]:
+    """Write the weights file of a variant; return the packed matrices whose own quantized values were not kept.
 
-    Raises CheckpointError or BuildError.
+    ``kept``: the LM head's rows, None = all; ``paired``: see ``fused_tensors``. Raises CheckpointError or BuildError.
     """
     cuda_spec = CudaSpec.create(manifest, EngineConfig(engine_dir=path.parent, max_context=manifest.max_context))
     dtype = cuda_spec.dtype
@@ -244,8 +259,12 @@ def write_weights(
     table = rope_table(spec, manifest.max_context)
     bits = cuda_spec.weight_bits
 
+    rounded: list[str] = []
+
     def records(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
         own = own_levels(checkpoint, spec, name, bits, dtype)
+        if own is None and _is_quantized(checkpoint, spec, name):
+            rounded.append(name)
         return to_records(np.concatenate(list(blocks)), bits, dtype) if own is None else own
 
     writer = TensorWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)})
@@ -260,3 +279,11 @@ def write_weights(
         writer.abandon()
         raise
     writer.close()
+    return rounded
+
+
+def _is_quantized(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> bool:
+    """Whether any part of the fused tensor ``name`` is stored in integers."""
+    parts = _linear_of(spec, name).parts if name.startswith("layers.") else ()
+    stored = [checkpoint.stored(part) for part in parts]
+    return any(part is not None and part.kind.startswith("int") for part in stored)
