@@ -5,7 +5,8 @@ Works on ROS 2 Humble and Jazzy.
 
 Included by another launch file, it has to be given its arguments with the prefix ``llm_``, such as ``llm_params_file``:
 names like params_file and namespace are the parent's own there, and launch hands them down without being asked. Nothing
-it sets stays behind for what the parent includes next.
+it sets stays behind for what the parent includes next. What scopes every node of a group holds here, too:
+PushROSNamespace, SetRemap, SetParameter and the environment.
 """
 
 from __future__ import annotations
@@ -23,10 +24,8 @@ from launch.actions import (
     LogInfo,
     OpaqueFunction,
     RegisterEventHandler,
-    UnsetLaunchConfiguration,
 )
 from launch.event_handlers import OnProcessExit
-from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
 
 from edgellm_ros import demo_engine
@@ -49,7 +48,7 @@ ARGUMENTS = {
 }
 PREFIX = "llm_"
 # Names that other launch files have, too: taken without the prefix only where this file is the one that is launched.
-COMMON = ("params_file", "namespace", "name", "autostart", "log_level")
+COMMON = ("params_file", "namespace", "name", "autostart", "log_level", "backend", "quantization", "max_context")
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -61,32 +60,74 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument(PREFIX + name, default_value="", description=f"As {name}, which it comes before.")
         for name in ARGUMENTS
     ]
-    # What an including file gave lies in its own scope and would meet the next include of this file.
-    forget = [UnsetLaunchConfiguration(PREFIX + name) for name in ARGUMENTS]
-    return LaunchDescription([GroupAction([*declared, OpaqueFunction(function=start)], scoped=True), *forget])
+    # With forwarding: without it, -s would not list the arguments, and --launch-prefix and PushROSNamespace be lost.
+    group = GroupAction([*declared, OpaqueFunction(function=start)], scoped=True, forwarding=True)
+    return LaunchDescription([group, OpaqueFunction(function=mark_as_used)])
 
 
-def is_launched_directly() -> bool:
-    """Whether this file is the one on the command line, not one that another launch file includes."""
-    return any(Path(argument).name == Path(__file__).name for argument in sys.argv)
+class Used(str):
+    """A value that an include of this file was given: still there for the parent, but not for the next include."""
+
+    is_used_llm_argument = True  # asked for by name, since each include loads this file, and with it the class, anew
 
 
-def read_arguments(context: LaunchContext) -> dict[str, str]:
-    """Return the value of each of ARGUMENTS: with the prefix, else without it, else its default."""
-    given = {}
+def mark_as_used(context: LaunchContext) -> None:
+    """Keep what this include was given from the next one.
+
+    An include sets its arguments in the parent's scope, where they stay. They cannot be removed: the parent may have
+    declared them, to pass them on again. Passing one on makes an ordinary string of it.
+    """
+    configurations = context.launch_configurations
+    for name in ARGUMENTS:
+        if (value := configurations.get(PREFIX + name)) is not None:
+            configurations[PREFIX + name] = Used(value)
+
+
+def is_launched_directly(command_line: list[str]) -> bool:
+    """Return whether the command line names this very file, by path or as ``edgellm_ros llm.launch.py``.
+
+    launch itself does not tell: to it, ``ros2 launch`` includes the file, as another launch file does.
+    """
+    this = Path(__file__)
+    for before, word in zip(["", *command_line], command_line, strict=False):
+        if Path(word).name != this.name or ":=" in word:
+            continue
+        if (before, word) == ("edgellm_ros", this.name) or (Path(word).is_file() and Path(word).samefile(this)):
+            return True
+    return False
+
+
+def read_arguments(context: LaunchContext) -> tuple[dict[str, str], list[str]]:
+    """Return the value of each of ARGUMENTS, and the names whose values are left to an including file.
+
+    A value is the one with the prefix, else the one without it, else the default.
+    """
+    given, foreign, direct = {}, [], is_launched_directly(sys.argv)
     for name, (default, _) in ARGUMENTS.items():
-        value = LaunchConfiguration(PREFIX + name).perform(context).strip()
-        if not value and (name not in COMMON or is_launched_directly()):
-            value = LaunchConfiguration(name).perform(context).strip()
+        prefixed = context.launch_configurations[PREFIX + name]
+        value = "" if hasattr(prefixed, "is_used_llm_argument") else prefixed.strip()
+        plain = context.launch_configurations[name].strip()
+        if not value and (direct or name not in COMMON):
+            value = plain
         elif not value:
             value = default
+            if plain != default:
+                foreign.append(name)
         given[name] = value
-    return given
+    return given, foreign
 
 
 def start(context: LaunchContext) -> list:
     """The node at once, or after the demo engine has been built."""
-    given = read_arguments(context)
+    given, foreign = read_arguments(context)
+    if not foreign:
+        return start_node(context, given)
+    ours = ", ".join(PREFIX + name for name in foreign)
+    text = f"llm.launch.py leaves {', '.join(foreign)} to the launch file that includes it; here they are {ours}."
+    return [LogInfo(msg=text), *start_node(context, given)]
+
+
+def start_node(context: LaunchContext, given: dict[str, str]) -> list:
     if given["engine_dir"] or file_names_engine(Path(given["params_file"])):
         return [make_node(given)]
     checkpoint = demo_engine.checkpoint_dir()
@@ -99,10 +140,19 @@ def start(context: LaunchContext) -> list:
         cmd=demo_engine.build_command(checkpoint, directory, **options), name="build_demo_engine", output="screen"
     )
 
+    # The node starts when the scopes of this file and of the groups around it have ended: PushROSNamespace, SetRemap.
+    configurations, environment = dict(context.launch_configurations), dict(context.environment)
+
+    def restore_scope(later: LaunchContext) -> None:
+        later.launch_configurations.update(configurations)
+        later.environment.update(environment)
+
     def after_build(event, _context: LaunchContext) -> list:
-        if event.returncode != 0:  # an exception, unlike a Shutdown, gives ros2 launch an exit status
+        # A second include of this file may have built the same engine meanwhile.
+        if event.returncode != 0 and not demo_engine.is_built(directory):
+            # An exception, unlike a Shutdown, gives ros2 launch an exit status.
             raise RuntimeError("The demo engine could not be built; its builder says why above.")
-        return [node]
+        return [GroupAction([OpaqueFunction(function=restore_scope), node], scoped=True)]
 
     return [
         LogInfo(msg=f"No engine_dir was given: building the demo model's engine into {directory}, once."),

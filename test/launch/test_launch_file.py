@@ -219,3 +219,69 @@ def test_a_parent_keeps_its_arguments_and_includes_two(home, client, tmp_path, e
     mine = {"params_file": "/nowhere/nav2.yaml", "namespace": "navigation", "autostart": "false", "log_level": "warn"}
     assert {name: left.get(name) for name in mine} == mine
     assert "llm_params_file" not in left and "backend" not in left  # declared by the included file
+
+
+INCLUDES = """
+from launch import LaunchDescription
+from launch.actions import DeclareLaunchArgument, GroupAction, IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import PushRosNamespace
+
+
+def declare(name, value):
+    return DeclareLaunchArgument(name, default_value=value)
+
+
+def llm(**arguments):
+    given = [("llm_" + name, value) for name, value in arguments.items()]
+    return IncludeLaunchDescription(PythonLaunchDescriptionSource({file!r}), launch_arguments=given)
+
+
+def generate_launch_description():
+    return LaunchDescription([{actions}])
+"""
+
+
+def write_parent(path: Path, actions: str) -> Path:
+    path.write_text(INCLUDES.format(file=str(LAUNCH_FILE), actions=actions))
+    return path
+
+
+def test_two_includes_build_one_demo_engine_and_keep_the_scopes_around_them(home, client, tmp_path):
+    """The nodes start when the build has ended, long after the groups have."""
+    shutil.rmtree(home / "edgellm", ignore_errors=True)
+    actions = "GroupAction([PushRosNamespace('robot3'), llm(name='first')]), llm(name='second')"
+    with launched(home, tmp_path / "log", file=write_parent(tmp_path / "parent.launch.py", actions)):
+        client.wait_for_state("/robot3/first", "active", timeout=60.0)
+        client.wait_for_state("/second", "active", timeout=60.0)
+    (_,) = (home / "edgellm").glob("demo-*")
+
+
+def test_a_parent_passes_its_own_argument_on_twice(home, client, tmp_path, engine):
+    """The third include is not given it, and does not find what the others were given."""
+    same = f"engine_dir={str(engine)!r}, max_context=LaunchConfiguration('llm_max_context')"
+    actions = (
+        f"declare('llm_max_context', '96'), llm(name='first', namespace='robot5', {same}), llm(name='second', {same}), "
+        f"llm(name='third', engine_dir={str(engine)!r})"
+    )
+    with launched(home, tmp_path / "log", file=write_parent(tmp_path / "parent.launch.py", actions)):
+        for node, max_context in (("/robot5/first", 96), ("/second", 96), ("/third", 0)):
+            client.wait_for_state(node, "active")
+            assert client.parameters(node, "max_context") == [max_context]
+
+
+def test_a_parent_of_the_same_file_name_keeps_its_arguments(home, client, tmp_path, engine):
+    own = {"namespace": "nav", "backend": "gazebo", "max_context": "7", "log_level": "fatal", "autostart": "false"}
+    actions = ", ".join(f"declare({name!r}, {value!r})" for name, value in own.items())
+    file = write_parent(tmp_path / LAUNCH_FILE.name, f"{actions}, llm(engine_dir={str(engine)!r})")
+    with launched(home, tmp_path / "log", "namespace:=robot1", file=file):
+        client.wait_for_state("/llm", "active")
+        assert client.parameters("/llm", "backend", "max_context") == ["auto", 0]
+    assert "leaves backend, max_context, namespace, autostart, log_level to" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("argument", ["namespace:=robot4", "llm_namespace:=robot4"])
+def test_launched_directly_it_takes_both_names(home, client, tmp_path, engine, argument):
+    with launched(home, tmp_path / "log", f"engine_dir:={engine}", argument):
+        client.wait_for_state("/robot4/llm", "active")
