@@ -3,10 +3,11 @@
     python3 benchmarks/soak.py ENGINE_DIR [--requests 10000] [--clients 16] [--kills 20] [--transitions 100]
 
 Starts a node on the engine and client processes beside it. Each client sends requests through the action: greedy
-questions whose answers are known, random cancels, deadlines, priorities, JSON schemas, and bad input. ``--kills`` clients
-are ended by SIGKILL meanwhile and replaced; afterwards the node is led through ``--transitions`` lifecycle transitions.
-Prints a table and appends a row to benchmarks/results/soak.jsonl: date, commit, requests by outcome; lost (no answer within a minute), doubled (two answers), wrong (another text than alone, JSON that
-does not parse, a refusal with another code); KiB, threads and file descriptors of the node grown per 1,000 requests.
+questions whose answers are known, random cancels, deadlines, priorities, JSON schemas, and bad input. ``--kills``
+clients are ended by SIGKILL meanwhile and replaced; afterwards the node is led through ``--transitions`` lifecycle
+transitions. Prints a table and appends a row to benchmarks/results/soak.jsonl: date, commit, requests by outcome; lost
+(no answer within a minute), doubled (two answers), wrong (another text than alone, JSON that does not parse, bad input
+that was answered); KiB, threads and file descriptors of the node grown per 1,000 requests.
 Exit status 1 if anything was lost, doubled or wrong.
 """
 
