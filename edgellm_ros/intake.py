@@ -57,6 +57,7 @@ class Intake:
         self._topics = topics
         self._before_request = before_request
         self._pool = WorkPool(node, "edgellm-intake")
+        self._schemas = WorkPool(node, "edgellm-schema")  # new ones can take seconds, which no text waits for
         self.engine: Engine | None = None  # set while configured
         self.worker: Worker | None = None  # set while active
         self.settings = settings
@@ -135,7 +136,7 @@ class Intake:
                 complete(self._node, done, result)
 
         submit = partial(worker.submit, request, on_piece=stream.piece, on_done=on_done, arrival=arrival)
-        ticket = submit() if _is_quick(request) else await self._pool.run(submit)
+        ticket = submit() if _is_quick(request) else await self._pool_for(request).run(submit)
         entry.ticket = ticket
         if entry.cancelled:  # while it was being prepared
             ticket.cancel()
@@ -159,6 +160,11 @@ class Intake:
 
     def close(self) -> None:
         self._pool.close()
+        self._schemas.close()
+
+    def _pool_for(self, request: GenerationRequest) -> WorkPool:
+        engine, schema = self.engine, request.json_schema
+        return self._schemas if schema and engine is not None and not engine.knows_schema(schema) else self._pool
 
     def _worker_or_raise(self) -> Worker:
         if self.worker is None:

@@ -12,8 +12,9 @@ import json
 import logging
 import re
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,19 +35,29 @@ MAX_DIGITS = 17  # of a number: what a double can hold
 _CACHED_SCHEMAS = 64
 # One optional space or line break where JSON allows any amount: small models otherwise fill the context with it.
 _WHITE_SPACE = r"[ \n]?"
-# One of them has to be in a schema object, or it constrains nothing.
-_KEYWORDS = frozenset(
-    "$ref $defs definitions type enum const anyOf oneOf allOf not if then else properties required "
-    "additionalProperties "
-    "patternProperties propertyNames minProperties maxProperties items prefixItems additionalItems minItems maxItems "
-    "uniqueItems contains minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minLength maxLength pattern "
-    "format "
-    "$schema $id $anchor $comment title description default examples readOnly writeOnly deprecated x-guidance "
-    "dependentRequired dependentSchemas unevaluatedProperties unevaluatedItems contentEncoding contentMediaType "
-    "$dynamicRef $dynamicAnchor $vocabulary minContains maxContains nullable id discriminator".split()
+# Keywords that describe a schema and do not constrain a value.
+_ANNOTATIONS = frozenset(
+    "$schema $id $anchor $comment $vocabulary $dynamicAnchor id title description default examples readOnly writeOnly "
+    "deprecated $defs definitions nullable discriminator contentEncoding contentMediaType".split()
 )
+# One of these has to be in a schema with unknown keywords, or it constrains nothing.
+_CONSTRAINTS = frozenset(
+    "$ref $dynamicRef type enum const anyOf oneOf allOf not if then else properties required additionalProperties "
+    "patternProperties propertyNames minProperties maxProperties items prefixItems additionalItems minItems maxItems "
+    "uniqueItems contains minContains maxContains minimum maximum exclusiveMinimum exclusiveMaximum multipleOf "
+    "minLength maxLength pattern format dependentRequired dependentSchemas unevaluatedProperties "
+    "unevaluatedItems".split()
+)
+# Where schemas lie inside a schema: one, a list of them, or an object of them by name.
+_INNER = frozenset(
+    "not if then else items additionalItems additionalProperties propertyNames contains unevaluatedProperties "
+    "unevaluatedItems anyOf oneOf allOf prefixItems".split()
+)
+_INNER_BY_NAME = frozenset("properties patternProperties dependentSchemas $defs definitions".split())
 _LEADING_DIGITS = re.compile(rb"[0-9.]*")
 _EXPONENT = re.compile(rb"[0-9.]*[eE]")
+# A number that begins inside the token, outside every string, and has an exponent or too many digits.
+_UNBOUNDED = re.compile(rb'[^"]*(?:[0-9.][eE]|[0-9.]{%d})' % (MAX_DIGITS + 2))
 
 
 class ConstraintFactory:
@@ -67,6 +78,7 @@ class ConstraintFactory:
         self._why_not = ""
         self._checker = SchemaChecker()
         self._cache: OrderedDict[bytes, object] = OrderedDict()  # digest → LLMatcher or InvalidSchemaError
+        self._running: dict[bytes, threading.Event] = {}  # digest → set when it is no longer being compiled
         self._lock = threading.Lock()
         try:
             import llguidance  # noqa: F401
@@ -100,20 +112,43 @@ class ConstraintFactory:
             raise InvalidSchemaError(
                 f"The JSON schema has {len(schema)} characters, but at most {MAX_SCHEMA_CHARS} are accepted."
             )
-        key = hashlib.sha256(schema.encode("utf-8", "surrogatepass")).digest()
+        found = self._find(schema, timeout)
+        if isinstance(found, InvalidSchemaError):
+            raise InvalidSchemaError(str(found))
+        return JsonConstraint(found.deep_copy(), self._vocab_size, self._tokens)
+
+    def knows(self, schema: str) -> bool:
+        """Return whether ``compile`` would answer at once, having seen ``schema`` before."""
         with self._lock:
-            found = self._cache.get(key)
-            if found is not None:
-                self._cache.move_to_end(key)
-        if found is None:
+            return _digest(schema) in self._cache
+
+    def _find(self, schema: str, timeout: float | None) -> object:
+        """Return the LLMatcher or the InvalidSchemaError of ``schema``; who asks meanwhile waits for the first."""
+        key = _digest(schema)
+        end = time.monotonic() + min(self._checker.timeout, timeout or self._checker.timeout)
+        while True:
+            with self._lock:
+                if (found := self._cache.get(key)) is not None:
+                    self._cache.move_to_end(key)
+                    return found
+                running = self._running.get(key)
+                if running is None:
+                    finished = self._running[key] = threading.Event()
+                    break
+            if not running.wait(max(0.0, end - time.monotonic())):
+                raise InvalidSchemaError("The JSON schema cannot be used: it takes too long to compile.")
+            timeout = max(0.05, end - time.monotonic())
+        try:
             found = self._compile(schema, timeout)
             with self._lock:
                 self._cache[key] = found
                 while len(self._cache) > _CACHED_SCHEMAS:
                     self._cache.popitem(last=False)
-        if isinstance(found, InvalidSchemaError):
-            raise InvalidSchemaError(str(found))
-        return JsonConstraint(found.deep_copy(), self._vocab_size, self._tokens)
+            return found
+        finally:
+            with self._lock:
+                del self._running[key]
+            finished.set()
 
     def _compile(self, schema: str, timeout: float | None) -> object:
         from llguidance import LLMatcher
@@ -161,7 +196,7 @@ class JsonConstraint:
             raise InvalidSchemaError(f"The JSON schema cannot be used: {_first_line(self._matcher.get_error())}.")
         if not self._mask.any():
             raise InvalidSchemaError("The JSON schema cannot be met: no token of this model goes on with the value.")
-        if self._number:
+        if not self._in_string:
             self._bound_number()
         return self._mask
 
@@ -197,9 +232,12 @@ class JsonConstraint:
                 self._number = b""
 
     def _bound_number(self) -> None:
-        """Take away what makes the number at the end too long or infinite, if anything else is left."""
-        left = MAX_DIGITS - sum(byte in b"0123456789" for byte in self._number)
-        longer = self._tokens.longer_than(max(0, left))
+        """Take away what makes the number at the end, or a new one, too long or infinite, if anything else is left."""
+        if self._number:
+            left = MAX_DIGITS - sum(byte in b"0123456789" for byte in self._number)
+            longer = self._tokens.longer_than(max(0, left))
+        else:
+            longer = self._tokens.unbounded
         bounded = self._mask & ~longer
         if bounded.any():
             self._mask[:] = bounded
@@ -225,14 +263,14 @@ class _TokenTable:
         if kept_ids is not None:
             allowed[:] = False
             allowed[kept_ids] = True
-        allowed[base.vocab_size :] = False
+        name_of = {i: name for name, i in tokenizer.fast.get_vocab(with_added_tokens=True).items()}
+        # Ids without a token, at the end and between: the library gives them a made-up text.
+        allowed[[i for i in range(vocab_size) if i not in name_of]] = False
         self._eos = [i for i in eos if i < vocab_size]
         self.eos_token_id = self._eos[0] if self._eos else max(0, vocab_size - 1)
         self.bos_token_id = None
         self.special_token_ids = sorted(special)
         self._bytes = [base.decode_bytes([i]) if allowed[i] and i not in special else b"" for i in range(vocab_size)]
-        names = tokenizer.fast.get_vocab(with_added_tokens=True)
-        name_of = {i: name for name, i in names.items()}
         self.tokens = [
             name_of.get(i, f"<{i}>").encode() if i in special else value for i, value in enumerate(self._bytes)
         ]
@@ -250,6 +288,8 @@ class _TokenTable:
                 self._lead[i] = len(_LEADING_DIGITS.match(value).group().replace(b".", b""))
                 self._exponent[i] = _EXPONENT.match(value) is not None
         self._longer: dict[int, np.ndarray] = {}
+        # uint32 mask: tokens in which a number begins that is too long already, or has an exponent
+        self.unbounded = self._mask_of(np.array([_UNBOUNDED.match(value) is not None for value in self._bytes]))
 
     def ll_tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer, TokenizerWrapper
@@ -262,10 +302,13 @@ class _TokenTable:
     def longer_than(self, digits: int) -> np.ndarray:
         """Return the mask, uint32, of the tokens that begin with more digits, or go on with an exponent."""
         if digits not in self._longer:
-            bits = np.zeros((self._vocab_size + 31) // 32 * 32, dtype=np.uint8)
-            bits[: self._vocab_size] = (self._lead > digits) | self._exponent
-            self._longer[digits] = np.packbits(bits, bitorder="little").view(np.uint32)
+            self._longer[digits] = self._mask_of((self._lead > digits) | self._exponent)
         return self._longer[digits]
+
+    def _mask_of(self, chosen: np.ndarray) -> np.ndarray:
+        bits = np.zeros((self._vocab_size + 31) // 32 * 32, dtype=np.uint8)
+        bits[: self._vocab_size] = chosen
+        return np.packbits(bits, bitorder="little").view(np.uint32)
 
     def __call__(self, text: bytes | str) -> list[int]:
         """Return the ids that spell ``text`` byte for byte."""
@@ -313,12 +356,35 @@ def _parse(schema: str) -> dict:
         raise InvalidSchemaError(
             f"The JSON schema has {depth} levels of objects and arrays, but at most {MAX_SCHEMA_DEPTH} are accepted."
         )
-    if parsed and not parsed.keys() & _KEYWORDS:
-        raise InvalidSchemaError(
-            f"The JSON schema has no keyword of JSON Schema, only {', '.join(sorted(map(repr, parsed))[:3])}; "
-            "it would allow every value."
-        )
+    if "x-guidance" in parsed:  # llguidance's own options: separators that are no JSON, unknown keywords ignored
+        raise InvalidSchemaError("The JSON schema has the key 'x-guidance', which is not accepted; leave it out.")
+    for inner in _schemas(parsed):
+        unknown = sorted(inner.keys() - _ANNOTATIONS - _CONSTRAINTS)
+        if unknown and not inner.keys() & _CONSTRAINTS:
+            raise InvalidSchemaError(
+                "The JSON schema has a part without a keyword of JSON Schema that constrains it, only "
+                f"{', '.join(map(repr, unknown[:3]))[:200]}; it would allow every value."
+            )
     return parsed
+
+
+def _digest(schema: str) -> bytes:
+    return hashlib.sha256(schema.encode("utf-8", "surrogatepass")).digest()
+
+
+def _schemas(schema: dict) -> Iterator[dict]:
+    """Yield ``schema`` and every schema inside it; constants, examples and the like are no schemas."""
+    waiting: list[object] = [schema]
+    while waiting:
+        item = waiting.pop()
+        if not isinstance(item, dict):
+            continue
+        yield item
+        for key, value in item.items():
+            if key in _INNER:
+                waiting.extend(value if isinstance(value, list) else [value])
+            elif key in _INNER_BY_NAME and isinstance(value, dict):
+                waiting.extend(value.values())
 
 
 def _depth(value: object) -> int:
@@ -336,6 +402,9 @@ def _depth(value: object) -> int:
 def _first_line(error: object) -> str:
     """Return the first line of a message, without its full stop, at most 300 characters."""
     lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("regex parse error"):  # the pattern and a mark follow, and then the reason
+        reason = next((line for line in lines if line.startswith("error: ")), "")
+        lines[0] = f"a pattern does not parse: {reason.removeprefix('error: ')[:200]}" if reason else lines[0]
     line = (lines[0].strip().rstrip(".:")[:300] if lines else "") or type(error).__name__
     # llguidance's names for a grammar without a continuation.
     return "no value can be written that meets it" if line.startswith("NoExtension") else line

@@ -232,6 +232,10 @@ class Engine:
             ids = self.tokenizer.encode_messages(messages) if messages else self.tokenizer.encode(text)
         return ids.tolist()
 
+    def knows_schema(self, schema: str) -> bool:
+        """Return whether ``schema`` has been compiled before, so that preparing a request with it takes no time."""
+        return self._constraints.knows(schema)
+
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         return self.tokenizer.token_texts(ids)
 

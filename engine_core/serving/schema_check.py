@@ -18,6 +18,10 @@ import time
 
 _MEMORY_LIMIT = 1 << 30  # bytes of address space beyond what the library itself maps
 _MAX_PROCESSES = 4
+_TOO_LONG = "it takes too long to compile"
+# Bytes. The library follows references by recursion, and a stack that overflows ends the process. What passes with this
+# one has room to spare on the engine's threads, which have 8 MiB.
+_STACK = 2 << 20
 
 
 class SchemaChecker:
@@ -52,9 +56,13 @@ class SchemaChecker:
         with self._lock:
             process = self._idle.pop() if self._idle else None
         if process is None or process.poll() is not None:
-            process = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, __file__],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+            except OSError as error:
+                return f"the process that checks it cannot be started ({error.strerror}); try again later"
         try:
             process.stdin.write(json.dumps(grammar).encode() + b"\n")
             process.stdin.flush()
@@ -64,7 +72,7 @@ class SchemaChecker:
         if answer is None:
             died = process.poll() is not None
             _kill(process)
-            return "it takes too much memory to compile" if died else "it takes too long to compile"
+            return "it takes too much memory, or its references are too deep, to compile" if died else _TOO_LONG
         with self._lock:
             if not self._closed:
                 self._idle.append(process)
@@ -126,5 +134,8 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    threading.stack_size(_STACK)
+    serving = threading.Thread(target=_serve, daemon=True)
+    serving.start()
     with contextlib.suppress(KeyboardInterrupt):
-        _serve()
+        serving.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
 import time
 
@@ -163,6 +164,109 @@ def test_numbers_end_and_are_finite(factory, kind):
 ])  # fmt: skip
 def test_the_wrapper_of_openai_is_understood(factory, wrap):
     assert write(factory.compile(json.dumps(wrap({"const": "yes"}))), min) == '"yes"'
+
+
+@pytest.mark.parametrize("schema", [
+    '{"name":"move","description":"a tool","parameters":{"type":"object"}}',
+    '{"title":"a typo","tpye":"integer"}',
+    '{"type":"object","properties":{"a":{"tipe":"integer"}},"required":["a"]}',
+    '{"type":"object","x-guidance":{"item_separator":";","lenient":true}}',
+])  # fmt: skip
+def test_what_constrains_nothing_or_steers_the_library_is_refused(factory, schema):
+    with pytest.raises(InvalidSchemaError, match="leave it out|would allow every value"):
+        factory.compile(schema)
+
+
+def test_names_and_constants_are_not_taken_for_keywords(factory):
+    schema = {
+        "type": "object", "title": "t", "properties": {"tipe": {"const": {"banana": 1}}, "any": {"title": "free"}},
+        "required": ["tipe"], "additionalProperties": False,
+    }  # fmt: skip
+    assert json.loads(write(factory.compile(json.dumps(schema)), max))["tipe"] == {"banana": 1}
+
+
+def test_a_pattern_that_does_not_parse_is_refused_with_the_reason(factory):
+    with pytest.raises(InvalidSchemaError, match="^[^\n]*look-around[^\n]*$"):
+        factory.compile('{"type":"string","pattern":"(?=a)b"}')
+
+
+def test_a_long_chain_of_references_overflows_no_stack(factory):
+    """The worker's stack is a quarter of a thread's, so that what passes there has room in the engine's process."""
+
+    def chain(length):
+        links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(length)}
+        return json.dumps({"$ref": "#/$defs/d0", "$defs": {**links, f"d{length}": {"const": 1}}})
+
+    assert write(factory.compile(chain(200)), min) == "1"
+    for length in (1500, 5000):
+        with pytest.raises(InvalidSchemaError, match="references are too deep"):
+            factory.compile(chain(length))
+
+
+def test_a_schema_asked_for_by_many_at_once_is_compiled_once(factory, monkeypatch):
+    calls, compile_one = [], factory._compile
+
+    def slow(schema, timeout):
+        calls.append(schema)
+        time.sleep(0.3)
+        return compile_one(schema, timeout)
+
+    monkeypatch.setattr(factory, "_compile", slow)
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(factory.compile('{"const":7}'))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20.0)
+    assert [write(constraint, min) for constraint in made] == ["7"] * 6 and len(calls) == 1
+    assert factory.knows('{"const":7}') and not factory.knows('{"const":8}')
+
+
+def tokenizer_with(tokenizer_dir, directory, token: str, token_id: int) -> Tokenizer:
+    """Return the tokenizer with a further token of two characters; the special ones follow from 257 on."""
+    shutil.copytree(tokenizer_dir, directory)
+    path = directory / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["model"]["vocab"][token] = token_id
+    values["model"]["merges"] = [list(token)]
+    for added in values["added_tokens"]:
+        added["id"] += 1
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return Tokenizer(directory)
+
+
+def allowed_ids(constraint) -> set[int]:
+    return set(np.flatnonzero(np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")).tolist())
+
+
+def test_a_token_with_an_exponent_begins_no_number(tokenizer_dir, tmp_path):
+    """A vocabulary has tokens such as '1e', after which the digits of the exponent would have no bound."""
+    tokenizer = tokenizer_with(tokenizer_dir, tmp_path / "tokenizer", "1e", 256)
+    factory = ConstraintFactory(tokenizer, fakes.VOCAB_SIZE, [258, 259])
+    try:
+        at_start = allowed_ids(factory.compile('{"type":"number"}'))
+        assert ord("1") in at_start and 256 not in at_start
+        in_string = factory.compile('{"type":"string"}')
+        in_string.mask()
+        in_string.accept(ord('"'))
+        assert 256 in allowed_ids(in_string)
+    finally:
+        factory.close()
+
+
+def test_an_id_without_a_token_is_no_text(tokenizer_dir, tmp_path):
+    """Ids between those of the tokens: llguidance would write them as '<[256]>'."""
+    tokenizer = tokenizer_with(tokenizer_dir, tmp_path / "tokenizer", "1e", 260)
+    gaps = set(range(270)) - set(tokenizer.fast.get_vocab(with_added_tokens=True).values())
+    assert 256 in gaps
+    factory = ConstraintFactory(tokenizer, 270, [258])
+    try:
+        constraint = factory.compile('{"type":"string"}')
+        constraint.mask()
+        constraint.accept(ord('"'))
+        assert ord("a") in allowed_ids(constraint) and not allowed_ids(constraint) & gaps
+    finally:
+        factory.close()
 
 
 @pytest.mark.parametrize("schema", ['{"colour":"red"}', '{"name":"x","schema":{},"extra":1}', "false", '{"const":NaN}'])
