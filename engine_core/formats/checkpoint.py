@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint directory: config.json and safetensors, one file or several, memory-mapped.
 
-Weights that are quantized (``quantize/layouts.py``) have the name, the shape and the values they stand for, like
-others.
+Weights that are quantized (``formats/quantized_layouts.py``) have the name, the shape and the values they stand for,
+like others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The decoder as a graph: walks a ModelSpec and asks a dialect for each operation.
+"""The decoder as a graph: walks a ModelSpec and asks an exporter for each operation.
 
-What a layer does stands here once; which operators do it is the dialect's matter (``ort_dialect``: ONNX Runtime's fused
-ones). Values are names of graph tensors; activations are float [1, tokens, features].
+What a layer does stands here once; which operators do it is the exporter's matter (ONNX Runtime's fused ones in
+``backends/onnxruntime/exporter.py``). Values are names of graph tensors; activations are float [1, tokens, features].
 """
 
 from __future__ import annotations

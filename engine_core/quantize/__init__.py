@@ -1,6 +1,4 @@
-"""Quantized weights: the formats, the layouts of checkpoints that hold them, and ``quantize_checkpoint`` that makes
-one.
-"""
+"""``edgellm quantize``: calibrate a checkpoint where the method asks for it and write it with quantized weights."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""``edgellm reduce-vocab``: choose the tokens that an LM head keeps and write the vocabulary map."""

@@ -72,7 +72,7 @@ class CudaSpec:
 
     @classmethod
     def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
-        """As it was built; a vocab map given at load is ``cuda_weights.resolve``'s matter.
+        """As it was built; a vocab map given at load is resolved by ``weights.resolve``.
 
         Raises ConfigurationError or EngineDirectoryError.
         """

@@ -180,7 +180,7 @@ def _cut_head_bytes(layout: Layout, manifest: Manifest) -> int:
     row, scales = head_row_bytes(manifest)
     whole = options.get("packed_head_bytes", 0)
     mapped = 0 if options.get("shares_head") else geometry.vocab_size * (scales or row)
-    buffer = (geometry.vocab_size - layout.head_rows) * scales  # the largest of the model: see ort_dialect.Packing
+    buffer = (geometry.vocab_size - layout.head_rows) * scales  # the largest of the model: see exporter.Packing
     return layout.head_rows * (row + whole // geometry.vocab_size) - whole - mapped - buffer
 
 

@@ -1,7 +1,7 @@
 """The decoder with fp8 or nvfp4 weights as ONNX has them: stored in 8 or 4 bits, made floats by DequantizeLinear.
 
 nvfp4 is dequantized in two levels: the block scales (fp8) times the tensor's scale (float32), then the weights (e2m1)
-times those. The rest is ``ort_dialect``'s, with the embedding and the head in float16.
+times those. The rest is as in ``exporter``, with the embedding and the head in float16.
 """
 
 from __future__ import annotations

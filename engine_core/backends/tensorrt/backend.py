@@ -296,5 +296,5 @@ class TensorRTBackend(DeviceBackend):
 
 
 def _has_products(manifest: Manifest) -> bool:
-    """Whether the engine's dialect is that of ``trt_products``."""
+    """Tell whether ``gemm_exporter`` wrote the engine: its manifest's ``dialect`` is "products"."""
     return manifest.options.get("dialect") == "products"
