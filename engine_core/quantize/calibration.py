@@ -73,7 +73,7 @@ def run_layers(
         import torch
         import transformers
     except ImportError as error:
-        raise BuildError(f"Calibrating needs the Python package {error.name!r}: pip install torch transformers.") from error
+        raise BuildError(f"Calibrating needs {error.name}: pip install torch transformers.") from error
     with torch.device("meta"):
         model = getattr(transformers, spec.architecture)._from_config(
             transformers.AutoConfig.from_pretrained(str(checkpoint.directory)), attn_implementation="eager"
