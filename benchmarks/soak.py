@@ -1,14 +1,16 @@
 """How a node bears many clients that do all sorts of things: nothing lost, doubled, wrong or hung, and nothing grows.
 
-    python3 benchmarks/soak.py ENGINE_DIR [--requests 10000] [--clients 16] [--kills 20] [--transitions 100]
+    tools/start run "$PWD/benchmarks/soak.py" ENGINE_DIR [--requests 10000] [--clients 16] [--kills 20]
 
 Starts a node on the engine and client processes beside it. Each client sends requests through the action: greedy
 questions whose answers are known, random cancels, deadlines, priorities, JSON schemas, and bad input. ``--kills``
-clients are ended by SIGKILL meanwhile and replaced; afterwards the node is led through ``--transitions`` lifecycle
-transitions. Prints a table and appends a row to benchmarks/results/soak.jsonl: date, commit, requests by outcome; lost
-(no answer within a minute), doubled (two answers), wrong (another text than alone, JSON that does not parse, bad input
-that was answered); KiB, threads and file descriptors of the node grown per 1,000 requests.
-Exit status 1 if anything was lost, doubled or wrong.
+clients are ended by SIGKILL meanwhile and replaced. Then the node itself is killed ``--node-kills`` times under the
+same load and started again: each request has to end, with an answer or with the news that the node is gone. Last, a
+node is led through ``--transitions`` lifecycle transitions. Prints a table and appends a row to
+benchmarks/results/soak.jsonl: date, commit, requests by outcome; lost (a client ended without an answer), doubled (two
+answers), wrong (another text than alone, JSON that does not parse, bad input that was answered), hung (no answer within
+a minute); KiB, threads and file descriptors of the node grown per 1,000 requests.
+Exit status 1 if anything was lost, doubled, wrong or hung, or a transition failed.
 """
 
 from __future__ import annotations
@@ -20,26 +22,31 @@ import json
 import multiprocessing
 import os
 import platform
-import queue
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import rclpy
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 
-from edgellm_ros.client import LLM, InvalidRequestError, LLMError, QueueFullError
+from edgellm_ros.client import LLM, InvalidRequestError, LLMError, NotActiveError, QueueFullError, UnavailableError
 from edgellm_ros.msg import FinishReason
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import isolation  # noqa: E402  # from tools/: no other node hears this one
+
 RESULTS = ROOT / "benchmarks" / "results" / "soak.jsonl"
 NAME = "/soak"
-LIMIT = 60.0  # s without an answer after which a request counts as lost
+LIMIT = 60.0  # s without an answer after which a request counts as hung
 QUESTIONS = tuple(f"go to the {room}" for room in ("kitchen", "bedroom", "garage", "office", "bathroom", "garden"))
 SCHEMAS = (
     '{"type":"boolean"}', '{"enum":["red","green","blue"]}', '{"type":"integer","minimum":0,"maximum":9}',
@@ -84,29 +91,41 @@ def ask(llm: LLM, expected: dict[str, str], rng: random.Random) -> str:
         return "answered" if whole else "cut by its deadline"
     except QueueFullError:
         return "queue full"
+    except (UnavailableError, NotActiveError) as error:
+        return f"gone: {error}"
     except (LLMError, ValueError) as error:
         return f"wrong: {type(error).__name__} {error}"
 
 
-def client(number: int, seed: int, expected: dict[str, str], quota, outcomes) -> None:
-    """One client process: takes requests from ``quota`` until none is left; each outcome goes to ``outcomes``."""
+def serve(seed: float, expected: dict[str, str], quota, pipe: Connection) -> None:
+    """One client process: takes requests from ``quota`` until none is left; tells ``pipe`` "sent" and each outcome."""
     rng = random.Random(seed)
     with LLM(NAME, wait=30.0) as llm:
         while True:
             with quota.get_lock():
                 if quota.value <= 0:
-                    return
+                    break
                 quota.value -= 1
-            started = time.monotonic()
-            outcomes.put((number, "sent"))
-            outcome = ask(llm, expected, rng)
-            outcomes.put((number, "lost" if time.monotonic() - started > LIMIT else outcome))
+            pipe.send("sent")
+            pipe.send(ask(llm, expected, rng))
+    pipe.send("end")
+
+
+@dataclass
+class Client:
+    """A client process as its parent sees it."""
+
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
+    sent: float = 0.0  # time.monotonic() of its open request; 0 = none
+    has_ended: bool = False  # it said so
 
 
 class Node:
     """The node's process and what it holds."""
 
     def __init__(self, engine: Path, log: Path) -> None:
+        self._engine, self._log = engine, log
         executable = ROOT / "install" / "edgellm_ros" / "lib" / "edgellm_ros" / "llm_node"
         options = {"engine_dir": engine, "autostart": "true", "queue_depth": 256}
         command = [sys.executable, str(executable), "--ros-args", "-r", f"__node:={NAME[1:]}", "--log-level", "error"]
@@ -114,6 +133,12 @@ class Node:
             command += ["-p", f"{name}:={value}"]
         with open(log, "wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+    def restart(self) -> None:
+        """Kill it and start another."""
+        self.process.kill()
+        self.process.wait()
+        self.__init__(self._engine, self._log)
 
     def holds(self) -> dict[str, int]:
         """Resident KiB, threads and open file descriptors."""
@@ -130,48 +155,74 @@ class Node:
         return self.process.wait(20)
 
 
-def requests(options: argparse.Namespace, expected: dict[str, str]) -> collections.Counter:
-    """Run the client processes to their end, killing some; return how often each outcome came."""
+def requests(
+    options: argparse.Namespace, expected: dict[str, str], count: int, kills: int = 0, restart=None, node_kills: int = 0
+) -> collections.Counter:
+    """Run client processes until ``count`` requests were sent; return how often each outcome came.
+
+    ``kills`` clients are killed and replaced; ``restart`` kills the node and starts another, ``node_kills`` times.
+    """
     spawn = multiprocessing.get_context("spawn")
-    quota, outcomes = spawn.Value("i", options.requests), spawn.Queue()
+    quota = spawn.Value("i", count)
     rng = random.Random(options.seed)
     counts: collections.Counter = collections.Counter()
-    open_requests: collections.Counter = collections.Counter()
-    running: dict[int, multiprocessing.Process] = {}
-    kills_left, next_kill, last = options.kills, time.monotonic() + 2.0, time.monotonic()
+    clients: list[Client] = []
+    next_kill = next_node_kill = time.monotonic() + 2.0
 
-    def start(number: int) -> None:
-        running[number] = spawn.Process(target=client, args=(number, rng.random(), expected, quota, outcomes))
-        running[number].start()
+    def start() -> None:
+        pipe, theirs = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=serve, args=(rng.random(), expected, quota, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        clients.append(Client(process, pipe))
 
-    for number in range(options.clients):
-        start(number)
-    while any(process.is_alive() for process in running.values()) or not outcomes.empty():
+    def hear(client: Client) -> None:
         try:
-            number, outcome = outcomes.get(timeout=0.2)
-            last = time.monotonic()
-        except queue.Empty:
-            if time.monotonic() - last > 2 * LIMIT:
-                break
-            continue
-        if outcome == "sent":
-            open_requests[number] += 1
+            outcome = client.pipe.recv()
+        except EOFError:
+            clients.remove(client)
+            if not client.has_ended:
+                counts["lost"] += 1
+                print(f"a client ended by itself, exit status {client.process.exitcode}", file=sys.stderr)
+            return
+        if outcome == "end":
+            client.has_ended = True
+        elif outcome == "sent":
+            client.sent = time.monotonic()
         else:
-            open_requests[number] -= 1
-            counts["doubled" if open_requests[number] < 0 else outcome.partition(":")[0]] += 1
-            if outcome.startswith("wrong") and counts["wrong"] <= 10:
-                print(outcome[:200], file=sys.stderr)
-        if kills_left and time.monotonic() > next_kill:
-            victim = rng.choice([number for number, process in running.items() if process.is_alive()] or [-1])
-            if victim >= 0:
-                running[victim].kill()
-                running[victim].join()
-                counts["client killed"] += open_requests.pop(victim, 0)
-                start(len(running))
-                kills_left, next_kill = kills_left - 1, time.monotonic() + 0.5
-    for process in running.values():
-        process.kill()
-    counts["lost"] += sum(open_requests.values())
+            kind = outcome.partition(":")[0] if client.sent else "doubled"
+            if kind == "gone" and restart is None:
+                kind = "wrong"
+            client.sent = 0.0
+            counts[kind] += 1
+            if kind in ("wrong", "doubled"):
+                print(outcome[:300], file=sys.stderr)
+
+    def kill(client: Client) -> None:
+        client.process.kill()
+        client.process.join()
+        clients.remove(client)
+
+    for _ in range(options.clients):
+        start()
+    while clients:
+        for pipe in wait([client.pipe for client in clients], timeout=0.2):
+            hear(next(client for client in clients if client.pipe is pipe))
+        now = time.monotonic()
+        for client in [client for client in clients if client.sent and now - client.sent > LIMIT]:
+            counts["hung"] += 1
+            print(f"a client waits for {LIMIT:.0f} s already", file=sys.stderr)
+            kill(client)
+        if kills and now > next_kill and clients:
+            kill(rng.choice(clients))
+            counts["client killed"] += 1
+            start()
+            kills, next_kill = kills - 1, now + 0.5
+        if node_kills and now > next_node_kill:
+            restart()
+            node_kills, next_node_kill = node_kills - 1, time.monotonic() + 2.0
+            if not node_kills:
+                quota.value = 0
     return counts
 
 
@@ -191,35 +242,49 @@ def transitions(count: int) -> int:
     return failed
 
 
+def learn_answers(log: Path) -> dict[str, str]:
+    """Return the node's answer to each question, asked alone, once it is active."""
+    end = time.monotonic() + 2 * LIMIT
+    with LLM(NAME, wait=LIMIT) as llm:
+        while True:
+            try:
+                return {text: llm.ask(text, temperature=0.0, max_new_tokens=64).text for text in QUESTIONS}
+            except LLMError:
+                assert time.monotonic() < end, log.read_text()
+                time.sleep(0.2)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("engine_dir", type=Path)
     parser.add_argument("--requests", type=int, default=10000, help="in all (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=16, help="processes (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=20, help="clients ended by SIGKILL (default: %(default)s)")
+    parser.add_argument("--node-kills", type=int, default=0, help="times the node is killed (default: %(default)s)")
     parser.add_argument("--transitions", type=int, default=100, help="lifecycle transitions (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to append to (default: %(default)s)")
     options = parser.parse_args()
+    isolation.isolate()
     rclpy.init()
+    counts: collections.Counter = collections.Counter()
+    growth, seconds = {}, 0.0
     with tempfile.TemporaryDirectory() as directory:
-        node = Node(options.engine_dir, Path(directory) / "node.log")
+        log = Path(directory) / "node.log"
+        node = Node(options.engine_dir, log)
         try:
-            with LLM(NAME, wait=60.0) as llm:
-                end = time.monotonic() + 60.0
-                while True:
-                    try:
-                        expected = {text: llm.ask(text, temperature=0.0, max_new_tokens=64).text for text in QUESTIONS}
-                        break
-                    except LLMError:
-                        assert time.monotonic() < end, (Path(directory) / "node.log").read_text()
-                        time.sleep(0.2)
-            warm = argparse.Namespace(**{**vars(options), "requests": max(200, options.requests // 10), "kills": 0})
-            requests(warm, expected)  # what a node takes once is no growth
-            before, started = node.holds(), time.monotonic()
-            counts = requests(options, expected)
-            seconds, after = time.monotonic() - started, node.holds()
-            failed = transitions(options.transitions)
+            expected = learn_answers(log)
+            if options.requests:
+                requests(options, expected, max(200, options.requests // 10))  # what a node takes once is no growth
+                before, started = node.holds(), time.monotonic()
+                counts += requests(options, expected, options.requests, options.kills)
+                seconds, after = time.monotonic() - started, node.holds()
+                growth = {key: round((after[key] - before[key]) * 1000 / options.requests, 2) for key in before}
+            if options.node_kills:
+                many = 2**31 - 1
+                counts += requests(options, expected, many, restart=node.restart, node_kills=options.node_kills)
+                learn_answers(log)
+            failed = transitions(options.transitions) if options.transitions else 0
             status = node.stop()
         finally:
             node.process.kill()
@@ -233,20 +298,21 @@ def main() -> int:
         "requests": options.requests,
         "clients": options.clients,
         "kills": options.kills,
+        "node_kills": options.node_kills,
         "seconds": round(seconds, 1),
         "outcomes": {name: count for name, count in sorted(counts.items()) if count},
-        **{name: counts[name] for name in ("lost", "doubled", "wrong")},
+        **{name: counts[name] for name in ("lost", "doubled", "wrong", "hung")},
         "transitions": options.transitions // 4 * 4,
         "transitions_failed": failed,
         "exit_status": status,
-        "grown_per_1000": {key: round((after[key] - before[key]) * 1000 / options.requests, 2) for key in before},
+        "grown_per_1000": growth,
     }
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with open(options.results, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     for name, value in row.items():
         print(f"{name:20} {value}")
-    return 1 if row["lost"] or row["doubled"] or row["wrong"] or failed or status else 0
+    return 1 if any(row[name] for name in ("lost", "doubled", "wrong", "hung")) or failed or status else 0
 
 
 if __name__ == "__main__":

@@ -11,20 +11,14 @@ import argparse
 import contextlib
 import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import rclpy
-from rclpy.action import ActionClient
-from rclpy.executors import SingleThreadedExecutor
-from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
-from edgellm_ros import qos
 from edgellm_ros.action import Generate
-from edgellm_ros.client import PieceText
-from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason, SamplingOptions
+from edgellm_ros.client import LLM, LLMError, PromptTooLongError, UnavailableError
+from edgellm_ros.msg import FinishReason
 
 _OPTIONS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
             "seed": int, "max_new_tokens": int}  # fmt: skip
@@ -32,105 +26,41 @@ _ENDINGS = {FinishReason.CANCELLED: "cancelled", FinishReason.TIMEOUT: "timeout"
             FinishReason.LENGTH: "length limit"}  # fmt: skip
 
 
-class ChatError(Exception):
-    """One sentence: why there is no answer. ``code``: a constant of ErrorCode, where the node gave one."""
-
-    def __init__(self, message: str, code: int = ErrorCode.NONE) -> None:
-        super().__init__(message)
-        self.code = code
+_HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit leaves; Ctrl-C ends an answer."
 
 
 class Interrupts:
     """Counts Ctrl-C: the first one of an answer cancels it, the next raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.pending = False
-        self.answering = False
+        self._cancel: Callable[[], None] | None = None  # while an answer runs that has not been cancelled
         signal.signal(signal.SIGINT, self._on_sigint)
 
     def _on_sigint(self, _signum, _frame) -> None:
-        if not self.answering or self.pending:
+        cancel, self._cancel = self._cancel, None
+        if cancel is None:
             raise KeyboardInterrupt
-        self.pending = True
+        cancel()
 
     @contextlib.contextmanager
-    def during_answer(self) -> Iterator[None]:
-        self.pending, self.answering = False, True
+    def during_answer(self, cancel: Callable[[], None]) -> Iterator[None]:
+        """Call ``cancel`` at the first Ctrl-C inside."""
+        self._cancel = cancel
         try:
             yield
         finally:
-            self.answering = False
-
-
-class Client:
-    """The action's client; rclpy spins in a thread of its own, so that the main one can be interrupted."""
-
-    def __init__(self, name: str, interrupts: Interrupts) -> None:
-        self._interrupts = interrupts
-        self._name = name
-        self._node = rclpy.create_node("llm_chat")
-        self._action = ActionClient(
-            self._node, Generate, f"{name}/generate", feedback_sub_qos_profile=qos.STREAM
-        )
-        self._executor = SingleThreadedExecutor()
-        self._executor.add_node(self._node)
-        self._thread = threading.Thread(target=self._executor.spin, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._executor.shutdown()
-        self._thread.join(2.0)
-        self._action.destroy()
-        self._node.destroy_node()
-
-    def wait_for_node(self, timeout: float) -> None:
-        """Raises ChatError if no node offers the action within ``timeout`` seconds."""
-        if not self._action.wait_for_server(timeout):
-            raise ChatError(f"No node offers {self._name}/generate; start it, or name it with --node.")
-
-    def ask(self, goal: Generate.Goal) -> Generate.Result:
-        """Prints the answer as it comes; raises ChatError if there is none."""
-        text = PieceText()
-
-        def show(message) -> None:
-            print(text.piece(message.feedback.sequence, message.feedback.text), end="", flush=True)
-
-        with self._interrupts.during_answer():
-            handle = self._wait(self._action.send_goal_async(goal, feedback_callback=show))
-            if not handle.accepted:
-                raise ChatError(f"{self._name} is not active; configure and activate it first.")
-            answer = handle.get_result_async()
-            cancelled = False
-            while not answer.done():
-                if self._interrupts.pending and not cancelled:
-                    cancelled = True
-                    handle.cancel_goal_async()
-                self._pause()
-        result = answer.result().result
-        if result.error_code:
-            raise ChatError(result.error_message, result.error_code)
-        print(text.rest(result.text))  # feedback may be lost; the result has all of the text
-        return result
-
-    def _wait(self, future):
-        while not future.done():
-            self._pause()
-        return future.result()
-
-    def _pause(self) -> None:
-        if not self._action.server_is_ready():
-            raise ChatError(f"{self._name} is gone.")
-        time.sleep(0.005)
+            self._cancel = None
 
 
 class Chat:
     """A conversation; failed and empty turns do not become part of it."""
 
-    def __init__(self, client: Client, system_prompt: str, sampling: SamplingOptions) -> None:
-        self._client = client
+    def __init__(self, llm: LLM, interrupts: Interrupts, system_prompt: str, sampling: dict[str, Any]) -> None:
+        self._llm = llm
+        self._interrupts = interrupts
         self._system_prompt = system_prompt
         self._sampling = sampling
-        self._turns: list[ChatMessage] = []
+        self._turns: list[dict[str, str]] = []
 
     def line(self, line: str) -> bool:
         """Takes one line of input; False: the user wants to leave."""
@@ -142,23 +72,24 @@ class Chat:
         elif command == "/system":
             self._system_prompt = rest.strip()
             self._turns.clear()
+        elif command == "/help":
+            print(_HELP, file=sys.stderr)
         elif command.startswith("/"):
-            print(f"Unknown command {command}; there are /reset, /system TEXT and /quit.", file=sys.stderr)
+            print(f"Unknown command {command}; {_HELP}", file=sys.stderr)
         elif line.strip():
             self._say(line)
         return True
 
     def _say(self, text: str) -> None:
-        system = [ChatMessage(role="system", content=self._system_prompt)] if self._system_prompt else []
-        question = ChatMessage(role="user", content=text)
+        system = [{"role": "system", "content": self._system_prompt}] if self._system_prompt else []
+        question = {"role": "user", "content": text}
         turns = list(self._turns)  # forgotten only if the question fits without them
         while True:
-            goal = Generate.Goal(messages=[*system, *turns, question], sampling=self._sampling)
             try:
-                result = self._client.ask(goal)
+                result = self._show([*system, *turns, question])
                 break
-            except ChatError as error:
-                if error.code != ErrorCode.PROMPT_TOO_LONG or not turns:
+            except PromptTooLongError:
+                if not turns:
                     raise
             # Half of the turns, so that the next lines do not wait for the same again; in pairs, question and answer.
             del turns[: max(2, len(turns) // 4 * 2)]
@@ -172,7 +103,16 @@ class Chat:
         if ending := _ENDINGS.get(result.finish_reason):
             print(f"[{ending}]", file=sys.stderr)
         if result.text:
-            self._turns += [question, ChatMessage(role="assistant", content=result.text)]
+            self._turns += [question, {"role": "assistant", "content": result.text}]
+
+    def _show(self, messages: list[dict[str, str]]) -> Generate.Result:
+        """Print the answer as it comes, and return its result."""
+        pieces = self._llm.pieces(messages, **self._sampling)
+        with self._interrupts.during_answer(pieces.cancel):
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        print()
+        return pieces.result
 
 
 def read_lines(interactive: bool) -> Iterator[str]:
@@ -191,28 +131,26 @@ def read_lines(interactive: bool) -> Iterator[str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    sampling = SamplingOptions()
-    for name in _OPTIONS:
-        if (value := getattr(arguments, name)) is not None:
-            setattr(sampling, name, [value])
+    sampling = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
     interactive = sys.stdin.isatty()
-    client = Client(arguments.node, Interrupts())
+    interrupts = Interrupts()
     failed = False
-    try:
-        client.wait_for_node(arguments.wait)
-        chat = Chat(client, arguments.system, sampling)
-        for line in read_lines(interactive):
-            try:
-                if not chat.line(line):
-                    break
-            except ChatError as error:
-                failed = True
-                print(f"{error}", file=sys.stderr)
-    except ChatError as error:
-        failed = True
-        print(f"{error}", file=sys.stderr)
-    finally:
-        client.close()
+    with LLM(arguments.node, wait=arguments.wait) as llm:
+        try:
+            llm.wait()
+            if interactive:
+                print(f"Connected to {arguments.node}. {_HELP}", file=sys.stderr)
+            chat = Chat(llm, interrupts, arguments.system, sampling)
+            for line in read_lines(interactive):
+                try:
+                    if not chat.line(line):
+                        break
+                except LLMError as error:
+                    failed = True
+                    print(f"{error}", file=sys.stderr)
+        except UnavailableError as error:
+            failed = True
+            print(f"{error}", file=sys.stderr)
     return 1 if failed and not interactive else 0
 
 
@@ -229,8 +167,6 @@ def parse(args: list[str]) -> argparse.Namespace:
 def main(args: list[str] | None = None) -> None:
     args = sys.argv if args is None else args
     arguments = parse(remove_ros_args(args)[1:])
-    arguments.node = arguments.node if arguments.node.startswith("/") else f"/{arguments.node}"
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     try:
         code = run(arguments)
     except KeyboardInterrupt:
@@ -238,7 +174,6 @@ def main(args: list[str] | None = None) -> None:
         code = 130
     except BrokenPipeError:
         code = 1
-    rclpy.shutdown()
     raise SystemExit(code)
 
 

@@ -21,19 +21,24 @@ Leaving an iterator early cancels the request.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import rclpy
+from action_msgs.msg import GoalStatus
 from rclpy.action import ActionClient
+from rclpy.action.client import ClientGoalHandle
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.task import Future
 
 from edgellm_ros import qos
 from edgellm_ros.action import Generate
@@ -41,7 +46,11 @@ from edgellm_ros.msg import ChatMessage, ErrorCode
 
 _CHECK_INTERVAL = 0.5  # s between two looks whether the node is still there
 _CLOSING = 1.0  # s that the node has to answer cancels when a client is closed
-_LOOK = object()  # an event that asks for such a look
+_SEND_LIMIT = 30.0  # s that the node has to accept or reject a request
+_RESULT_DELAY = 1.0  # s that a result may come after the news that it exists, before it is asked for again
+_LOOK = object()  # an event that asks for a look whether the node is still there
+_CANCEL = object()  # an event that asks for the end of the request
+_TERMINAL = (GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_CANCELED, GoalStatus.STATUS_ABORTED)
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens")
 
 Messages = str | Sequence[dict[str, str] | ChatMessage]
@@ -113,91 +122,143 @@ class PieceText:
         return whole[len("".join(self._parts)) :]
 
 
+class _Action:
+    """The action's client, whose calls may be made from any thread.
+
+    rclpy's ActionClient is not made for that: a response that arrives while ``send_goal_async`` is still noting its
+    sequence number is dropped. Calls therefore run in the executor, in the callback group of the ActionClient.
+    """
+
+    def __init__(self, node: Node, name: str) -> None:
+        group = MutuallyExclusiveCallbackGroup()
+        self._node = node
+        self._feedback_topic = f"{name}/_action/feedback"
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._guard = node.create_guard_condition(self._run_calls, callback_group=group)
+        # All clients' responses arrive at every client, so that rclpy's depth of 10 is not enough for many of them.
+        self.client = ActionClient(
+            node, Generate, name, callback_group=group, feedback_sub_qos_profile=qos.STREAM,
+            goal_service_qos_profile=qos.SERVICE, result_service_qos_profile=qos.SERVICE,
+            cancel_service_qos_profile=qos.SERVICE,
+        )  # fmt: skip
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Have the executor run ``call`` soon; from any thread."""
+        self._calls.append(call)
+        self._guard.trigger()
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
+
+    def servers(self) -> set[bytes]:
+        """Return the identities of those who serve the action; a node that was started again has another."""
+        return {bytes(info.endpoint_gid) for info in self._node.get_publishers_info_by_topic(self._feedback_topic)}
+
+    def destroy(self) -> None:
+        self.client.destroy()
+        self._node.destroy_guard_condition(self._guard)
+
+
 class _Call:
     """One request on its way. ``put`` gets ``(sequence, text)`` for each piece, then a result or an LLMError."""
 
     def __init__(
-        self,
-        action: ActionClient,
-        goal: Generate.Goal,
-        put: Callable[[Any], None],
-        forget: Callable[[_Call], None],
-        find_servers: Callable[[], set[bytes]],
+        self, action: _Action, goal: Generate.Goal, put: Callable[[Any], None], forget: Callable[[_Call], None]
     ) -> None:
-        """``forget`` is called with this call when it has ended; ``find_servers`` returns who serves the action."""
+        """``forget`` is called with this call when it has ended."""
         self._action = action
         self._put = put
         self._forget = forget
-        self._find_servers = find_servers
-        self._servers = find_servers()
-        self._cancel_answered = False
-        self._lock = threading.Lock()
-        self._handle = None
-        self._cancelled = self._ended = False
-        sent = action.send_goal_async(goal, feedback_callback=self._on_feedback)
-        sent.add_done_callback(self._on_sent)
+        self._servers = action.servers()
+        self._sent = time.monotonic()
+        self._handle: ClientGoalHandle | None = None  # this and what follows belongs to the executor's thread
+        self._was_sent = self._cancelled = self._cancel_answered = self._ended = False
+        self._terminal_since: float | None = None
+        action.run(partial(self._send, goal))
 
     def cancel(self) -> None:
         """End the request if it runs; from any thread, at once."""
-        with self._lock:
-            self._cancelled = True
-            handle = None if self._ended else self._handle
-        if handle is not None:
-            self._send_cancel(handle)
+        self._action.run(self._cancel)
 
     @property
     def is_settled(self) -> bool:
         """The request has ended, or the node has heard that it is to end."""
         return self._ended or self._cancel_answered
 
-    def is_alone(self) -> bool:
-        """The node is gone, or another has taken its place: nothing will come any more."""
+    def check(self) -> None:
+        """Raise UnavailableError if nothing will come any more; to be called now and then while waiting."""
         if self._ended:
-            return False
-        return not self._action.server_is_ready() or not self._servers & self._find_servers()
+            return
+        if not self._action.client.server_is_ready() or not self._servers & self._action.servers():
+            raise UnavailableError("The node is gone.")  # or another has taken its place
+        if self._handle is None and time.monotonic() - self._sent > _SEND_LIMIT:
+            reason = "has not answered" if self._was_sent else "was not asked: no executor spins the client's node"
+            raise UnavailableError(f"The node {reason} for {_SEND_LIMIT:.0f} s.")
+        self._action.run(self._look_for_result)
 
-    def _send_cancel(self, handle) -> None:
-        def answered(_future) -> None:
-            self._cancel_answered = True
+    # --- in the executor's thread ---------------------------------------------------------------------
 
-        handle.cancel_goal_async().add_done_callback(answered)
+    def _send(self, goal: Generate.Goal) -> None:
+        self._was_sent = True
+        if self._cancelled:
+            self._end(UnavailableError("The request was cancelled before it was sent."))
+            return
+        sent = self._action.client.send_goal_async(goal, feedback_callback=self._on_feedback)
+        sent.add_done_callback(self._on_sent)
 
-    def _on_feedback(self, message) -> None:
+    def _cancel(self) -> None:
+        self._cancelled = True
+        if self._handle is not None and not self._ended:
+            self._handle.cancel_goal_async().add_done_callback(self._on_cancelled)
+
+    def _on_cancelled(self, _future: Future) -> None:
+        self._cancel_answered = True
+
+    def _on_feedback(self, message: Any) -> None:
         self._put((message.feedback.sequence, message.feedback.text))
 
-    def _on_sent(self, future) -> None:
+    def _on_sent(self, future: Future) -> None:
         try:
             handle = future.result()
             if not handle.accepted:
                 self._end(NotActiveError("The node is not active; configure and activate it.", ErrorCode.NOT_ACTIVE))
                 return
-            with self._lock:
-                self._handle = handle
-                cancelled = self._cancelled
-            if cancelled:
-                self._send_cancel(handle)
+            self._handle = handle
+            if self._cancelled:
+                self._cancel()
             handle.get_result_async().add_done_callback(self._on_result)
         except Exception as error:
             self._end(UnavailableError(f"The request could not be sent ({error})."))
 
-    def _on_result(self, future) -> None:
+    def _look_for_result(self) -> None:
+        """Ask again for a result that has been there for a while without arriving: middleware may drop a response."""
+        if self._ended or self._handle is None or self._handle.status not in _TERMINAL:
+            return
+        now = time.monotonic()
+        if self._terminal_since is None:
+            self._terminal_since = now
+        elif now - self._terminal_since > _RESULT_DELAY:
+            self._terminal_since = now
+            self._handle.get_result_async().add_done_callback(self._on_result)
+
+    def _on_result(self, future: Future) -> None:
+        if self._ended:
+            return
         try:
-            result = future.result().result
+            answer = future.result()
+            if answer.status not in _TERMINAL:
+                raise LookupError("the node does not know it any more")
+            result = answer.result
             failed = result.error_code != ErrorCode.NONE
             self._end(error_of(result.error_code, result.error_message) if failed else result)
         except Exception as error:
             self._end(UnavailableError(f"The answer was lost ({error})."))
 
     def _end(self, outcome: Any) -> None:
-        with self._lock:
-            self._ended = True
+        self._ended = True
         self._forget(self)
         self._put(outcome)
-
-
-def _publishers(node: Node, topic: str) -> set[bytes]:
-    """Return the identities of those who publish ``topic``; a node that was started again has another."""
-    return {bytes(info.endpoint_gid) for info in node.get_publishers_info_by_topic(topic)}
 
 
 class Stream:
@@ -249,6 +310,60 @@ async def _look_now_and_then(events: asyncio.Queue) -> None:
         events.put_nowait(_LOOK)
 
 
+class Pieces:
+    """The pieces of one answer, an iterator of str. ``result``: the action's result, once it has ended.
+
+    The request is sent when the first piece is asked for. ``close`` leaves the iterator and cancels the request.
+    """
+
+    def __init__(self, llm: LLM, goal: Generate.Goal) -> None:
+        self.result: Generate.Result | None = None
+        self._llm = llm
+        self._events: queue.SimpleQueue = queue.SimpleQueue()
+        self._pieces = self._receive(goal)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the request if it runs, and the iterator."""
+        self._pieces.close()
+
+    def cancel(self) -> None:
+        """End the request; the iterator goes on to its end and gives a result with what there was.
+
+        May be called from any thread and from a signal handler."""
+        self._events.put(_CANCEL)
+
+    def _receive(self, goal: Generate.Goal) -> Generator[str, None, None]:
+        self._llm.wait()
+        call = self._llm._send(goal, self._events.put)
+        text, ended = PieceText(), False
+        try:
+            while not ended:
+                try:
+                    event = self._events.get(timeout=_CHECK_INTERVAL)
+                except queue.Empty:
+                    self._llm._check(call)
+                    continue
+                if event is _CANCEL:
+                    call.cancel()
+                    continue
+                ended = not isinstance(event, tuple)
+                if isinstance(event, LLMError):
+                    raise event
+                if ended:
+                    self.result = event
+                if given := text.rest(event.text) if ended else text.piece(*event):
+                    yield given
+        finally:
+            if not ended:
+                call.cancel()
+
+
 class LLM:
     """A client of the node ``name``. Without ``node`` it has a node and an executor thread of its own.
 
@@ -264,21 +379,28 @@ class LLM:
         self._wait = wait
         self._context: Context | None = None
         self._executor: SingleThreadedExecutor | None = None
+        self._closing = False
         if node is None:
             self._context = Context()
             rclpy.init(context=self._context)
             node = Node("llm_client", context=self._context, start_parameter_services=False)
             self._executor = SingleThreadedExecutor(context=self._context)
             self._executor.add_node(node)
-            self._thread = threading.Thread(target=self._executor.spin, name="llm-client", daemon=True)
-            self._thread.start()
         self._node = node
         self._calls: set[_Call] = set()  # requests that have not ended
-        self._action = ActionClient(node, Generate, f"{self._name}/generate", feedback_sub_qos_profile=qos.STREAM)
+        self._action: _Action | None = _Action(node, f"{self._name}/generate")
+        if self._executor is not None:
+            self._thread = threading.Thread(target=self._spin, name="llm-client", daemon=True)
+            self._thread.start()
+
+    def _spin(self) -> None:
+        while not self._closing and self._context.ok():
+            self._executor.spin_once(timeout_sec=_CHECK_INTERVAL)
 
     def close(self) -> None:
         """Cancel what still runs and give everything back; may be called twice."""
-        if self._action is None:
+        action, self._action = self._action, None
+        if action is None:
             return
         calls = list(self._calls)
         for call in calls:
@@ -287,10 +409,11 @@ class LLM:
         while any(not call.is_settled for call in calls) and time.monotonic() < end:
             time.sleep(0.005)  # the executor's thread sends the cancels and hears that they have arrived
         if self._executor is not None:
-            self._executor.shutdown()
+            self._closing = True
+            action.run(lambda: None)  # wakes it
             self._thread.join(2.0)
-        self._action.destroy()
-        self._action = None
+            self._executor.shutdown()
+        action.destroy()
         if self._context is not None:
             self._node.destroy_node()
             self._context.try_shutdown()
@@ -309,7 +432,7 @@ class LLM:
 
     def wait(self) -> None:
         """Wait for the node. Raises UnavailableError if none offers the action in time."""
-        if not self._action.wait_for_server(self._wait):
+        if not self._open_action().client.wait_for_server(self._wait):
             raise UnavailableError(f"No node offers {self._name}/generate; start it, or give another name.")
 
     # --- asyncio --------------------------------------------------------------------------------------
@@ -328,57 +451,33 @@ class LLM:
 
     # --- without asyncio ------------------------------------------------------------------------------
 
-    def pieces(self, messages: Messages = (), **options: Any) -> Iterator[str]:
-        """Yield the pieces of an answer; the generator's return value is the result. Raises LLMError."""
-        return self._pieces(make_goal(messages, **options))
+    def pieces(self, messages: Messages = (), **options: Any) -> Pieces:
+        """Return the pieces of an answer as they come. Iterating raises LLMError."""
+        return Pieces(self, make_goal(messages, **options))
 
     def ask(self, messages: Messages = (), **options: Any) -> Generate.Result:
         """Return the whole answer, with its figures. Raises LLMError."""
         pieces = self.pieces(messages, **options)
-        while True:
-            try:
-                next(pieces)
-            except StopIteration as stop:
-                return stop.value
-
-    def _pieces(self, goal: Generate.Goal) -> Iterator[str]:
-        self.wait()
-        events: queue.SimpleQueue = queue.SimpleQueue()
-        call = self._send(goal, events.put)
-        text, ended = PieceText(), False
-        try:
-            while True:
-                try:
-                    event = events.get(timeout=_CHECK_INTERVAL)
-                except queue.Empty:
-                    self._check(call)
-                    continue
-                ended = not isinstance(event, tuple)
-                if isinstance(event, LLMError):
-                    raise event
-                if given := text.rest(event.text) if ended else text.piece(*event):
-                    yield given
-                if ended:
-                    return event
-        finally:
-            if not ended:
-                call.cancel()
+        for _ in pieces:
+            pass
+        assert pieces.result is not None
+        return pieces.result
 
     # --- helpers --------------------------------------------------------------------------------------
 
-    def _send(self, goal: Generate.Goal, put: Callable[[Any], None]) -> _Call:
+    def _open_action(self) -> _Action:
         if self._action is None:
             raise UnavailableError(f"The client of {self._name} is closed.")
-        topic = f"{self._name}/generate/_action/feedback"
-        call = _Call(self._action, goal, put, self._calls.discard, partial(_publishers, self._node, topic))
+        return self._action
+
+    def _send(self, goal: Generate.Goal, put: Callable[[Any], None]) -> _Call:
+        call = _Call(self._open_action(), goal, put, self._calls.discard)
         self._calls.add(call)
         return call
 
     def _check(self, call: _Call) -> None:
-        if self._action is None:
-            raise UnavailableError(f"The client of {self._name} was closed.")
-        if call.is_alone():
-            raise UnavailableError(f"The node {self._name} is gone.")
+        self._open_action()
+        call.check()
 
 
 def make_goal(

@@ -22,8 +22,8 @@ from engine_core.request import FinishReason, GenerationResult, Piece
 from engine_core.serving.worker import Ticket
 
 # Seconds a finished goal's result is kept for a client that has not asked for it yet. rclpy's default of 15 minutes
-# would let clients pile up memory.
-RESULT_TIMEOUT = 30
+# would let clients pile up memory; and each change of a goal's state publishes the states of all that are kept.
+RESULT_TIMEOUT = 10
 
 
 class GenerateService:

@@ -1,7 +1,7 @@
 """The demo: a lifecycle node loads the demo model and answers robot commands, token by token, over ROS 2.
 
 Run by "make demo", which sets up what it needs. The node is a process of its own; this one is a client that knows it
-only by its lifecycle services, its action and its topic of tokens. Ctrl-C stops both.
+only by its lifecycle services and through edgellm_ros.client. Ctrl-C stops both.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from pathlib import Path
 import rclpy
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
-from rclpy.action import ActionClient
-from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 
 import isolation
 from demo_model.conversations import CONVERSATIONS
 from edgellm_ros import demo_engine
 from edgellm_ros.action import Generate
-from edgellm_ros.msg import ChatMessage, TokenPiece
+from edgellm_ros.client import LLM, LLMError
 from edgellm_ros.srv import GetInfo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,16 +96,6 @@ class Client:
         self._node = rclpy.create_node("edgellm_demo")
         self._lifecycle = self._node.create_client(ChangeState, "/llm/change_state")
         self._info = self._node.create_client(GetInfo, "/llm/get_info")
-        self._action = ActionClient(self._node, Generate, "/llm/generate")
-        self._stream_id, self._stream_done = "", False
-        qos = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
-        self._node.create_subscription(TokenPiece, "/llm/tokens", self._on_piece, qos)
-
-    def _on_piece(self, piece: TokenPiece) -> None:
-        if piece.request_id == self._stream_id:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
-            self._stream_done = piece.done
 
     def _spin_until(self, done, what: str, limit: float) -> None:
         end = time.monotonic() + limit
@@ -129,20 +117,6 @@ class Client:
 
     def info(self) -> GetInfo.Response:
         return self._wait(self._info.call_async(GetInfo.Request()), "get_info", 10.0)
-
-    def ask(self, messages: list[ChatMessage], request_id: str) -> Generate.Result:
-        """Prints the answer as it is generated and returns it with its figures."""
-        self._stream_id, self._stream_done = request_id, False
-        self._spin_until(self._action.server_is_ready, "Finding the action", 10.0)
-        goal = Generate.Goal(request_id=request_id, messages=messages)
-        handle = self._wait(self._action.send_goal_async(goal), "Sending the command", 10.0)
-        if not handle.accepted:
-            raise DemoError("The node did not accept the command.")
-        result = self._wait(handle.get_result_async(), "The answer", 60.0).result
-        if result.error_code:
-            raise DemoError(f"The node answered with error {result.error_code}: {result.error_message}")
-        self._spin_until(lambda: self._stream_done, "The last token", 5.0)
-        return result
 
 
 def build_engine(log: Path, stop: StopRequest) -> Path:
@@ -167,19 +141,34 @@ def build_engine(log: Path, stop: StopRequest) -> Path:
     return directory
 
 
-def talk(client: Client) -> None:
+def ask(llm: LLM, messages: list[dict[str, str]], stop: StopRequest) -> Generate.Result:
+    """Print the answer as it is generated and return it with its figures."""
+    pieces = llm.pieces(messages, deadline=60.0)
+    try:
+        for piece in pieces:
+            stop.check()
+            print(piece, end="", flush=True)
+    except LLMError as error:
+        raise DemoError(f"The node answered with error {error.code}: {error}") from None
+    finally:
+        pieces.close()
+    return pieces.result
+
+
+def talk(client: Client, stop: StopRequest) -> None:
     info = client.info()
     print(f"{info.model_name}: {info.parameters / 1e6:.1f} M parameters, {info.backend}, {info.quantization}, "
           f"{info.memory.total / 2**20:.0f} MiB planned, loaded in {info.load_time:.2f} s")  # fmt: skip
-    for number, commands in enumerate(CONVERSATIONS):
-        messages: list[ChatMessage] = []
-        for turn, command in enumerate(commands):
-            messages.append(ChatMessage(role="user", content=command))
-            print(f"\nyou    {command}\nrobot  ", end="", flush=True)
-            result = client.ask(messages, f"demo-{number}-{turn}")
-            messages.append(ChatMessage(role="assistant", content=result.text))
-            print(f"\n       time to first token {result.time_to_first_token * 1e3:.1f} ms, "
-                  f"{result.generated_tokens} tokens at {result.tokens_per_second:.0f} tokens/s")  # fmt: skip
+    with LLM("/llm") as llm:
+        for commands in CONVERSATIONS:
+            messages: list[dict[str, str]] = []
+            for command in commands:
+                messages.append({"role": "user", "content": command})
+                print(f"\nyou    {command}\nrobot  ", end="", flush=True)
+                result = ask(llm, messages, stop)
+                messages.append({"role": "assistant", "content": result.text})
+                print(f"\n       time to first token {result.time_to_first_token * 1e3:.1f} ms, "
+                      f"{result.generated_tokens} tokens at {result.tokens_per_second:.0f} tokens/s")  # fmt: skip
 
 
 def run(work: Path, stop: StopRequest) -> None:
@@ -189,7 +178,7 @@ def run(work: Path, stop: StopRequest) -> None:
         client = Client(process)
         client.change_state(Transition.TRANSITION_CONFIGURE, "configure")
         client.change_state(Transition.TRANSITION_ACTIVATE, "activate")
-        talk(client)
+        talk(client, stop)
         client.change_state(Transition.TRANSITION_DEACTIVATE, "deactivate")
         client.change_state(Transition.TRANSITION_CLEANUP, "clean up")
     print("\nThe node has stopped.")

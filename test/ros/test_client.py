@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 
 import pytest
+import rclpy
+from rclpy.executors import MultiThreadedExecutor, SingleThreadedExecutor
 
 from edgellm_ros import client as module
 from edgellm_ros.client import LLM, InvalidRequestError, NotActiveError, PromptTooLongError, UnavailableError
@@ -17,6 +21,15 @@ from llm_client import NodeProcess, Nodes
 def client(llm):
     with LLM(llm.name) as client:
         yield client
+
+
+@contextlib.contextmanager
+def rclpy_node(name):
+    node = rclpy.create_node(name)
+    try:
+        yield node
+    finally:
+        node.destroy_node()
 
 
 def test_a_stream_adds_up_to_its_result(client, llm):
@@ -52,6 +65,38 @@ def test_leaving_a_stream_cancels_the_request(client, llm):
     next(pieces)
     pieces.close()
     llm.until(lambda: not llm.status().busy)
+
+
+def test_cancel_ends_the_request_with_what_there_was(client):
+    pieces = client.pieces("hello", max_new_tokens=1900)
+    text = next(pieces)
+    pieces.cancel()
+    text += "".join(pieces)
+    assert pieces.result.finish_reason == FinishReason.CANCELLED and pieces.result.text == text
+
+
+@pytest.mark.parametrize("make", [SingleThreadedExecutor, MultiThreadedExecutor])
+def test_with_a_node_of_the_application(llm, make):
+    with rclpy_node("application") as node:
+        executor = make()
+        executor.add_node(node)
+        thread = threading.Thread(target=executor.spin, daemon=True)
+        thread.start()
+        with LLM(llm.name, node=node) as client:
+            texts = {client.ask("hello", max_new_tokens=5, temperature=0).text for _ in range(20)}
+        executor.shutdown()
+        thread.join(5.0)
+    assert len(texts) == 1
+
+
+def test_a_node_that_nobody_spins_is_told(llm, monkeypatch):
+    monkeypatch.setattr(module, "_SEND_LIMIT", 0.5)
+    with (
+        rclpy_node("idle_application") as node,
+        LLM(llm.name, node=node) as client,
+        pytest.raises(UnavailableError, match="no executor"),
+    ):
+        client.ask("hello")
 
 
 @pytest.mark.parametrize("how", ["break", "error", "cancel"])
