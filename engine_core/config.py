@@ -6,11 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_core.backends import backend_names
+from engine_core.backends.capabilities import all_kv_cache_types, all_quantizations
 from engine_core.errors import ConfigurationError
 
-BACKENDS = ("auto", "tensorrt", "cuda", "onnxruntime")
-QUANTIZATIONS = ("auto", "fp32", "fp16", "fp8", "int8", "int4", "int4_awq", "nvfp4")
-KV_CACHE_TYPES = ("auto", "fp32", "fp16", "int8", "fp8")
+BACKENDS = ("auto", *backend_names())
+QUANTIZATIONS = ("auto", *all_quantizations())
+KV_CACHE_TYPES = ("auto", *all_kv_cache_types())
 
 
 @dataclass(frozen=True)

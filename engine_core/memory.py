@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine_core.errors import InsufficientMemoryError
 
-_DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+NUMBER_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 
 
 def format_bytes(count: int) -> str:
@@ -42,7 +42,7 @@ def kv_cache_bytes(
         scales = {"token": vectors * 2, "channel": heads * head_dim * 4, "none": 0}[int8_scales]
     elif kv_cache_type == "fp8":
         scales = heads * 4
-    return vectors * head_dim * _DTYPE_BYTES[kv_cache_type] + scales
+    return vectors * head_dim * NUMBER_BYTES[kv_cache_type] + scales
 
 
 @dataclass(frozen=True)

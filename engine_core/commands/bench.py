@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from engine_core.backends.capabilities import capabilities_of
 from engine_core.commands.arguments import add_engine, add_opening, engine_config
 from engine_core.commands.tables import print_notes, print_table
 from engine_core.memory import format_bytes
@@ -55,7 +56,7 @@ def _line(options: argparse.Namespace, bench, timing) -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         "versions": _versions(manifest.backend),
-        "device": bench.plan.device if manifest.backend != "onnxruntime" else _cpu_name(),
+        "device": bench.plan.device if capabilities_of(manifest.backend).on_gpu else _cpu_name(),
         "shape": manifest.model_name,
         "engine": manifest.backend,
         "weights": manifest.quantization,
@@ -114,9 +115,8 @@ def _print(bench, lines: list[dict]) -> None:
 def _versions(backend: str) -> dict[str, str]:
     import importlib.metadata
 
-    packages = {"onnxruntime": ("onnxruntime",), "cuda": ("cuda-bindings",), "tensorrt": ("tensorrt",)}
     found = {}
-    for package in ("edgellm", *packages.get(backend, ()), "numpy"):
+    for package in ("edgellm", *capabilities_of(backend).packages, "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

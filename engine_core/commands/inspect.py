@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from engine_core.backends.capabilities import capabilities_of
 from engine_core.commands.tables import print_notes, print_table
 from engine_core.config import QUANTIZATIONS
 from engine_core.memory import format_bytes
@@ -79,7 +80,7 @@ def _print_variants(manifests: dict, rows: dict) -> None:
         line("KV cache", [m.kv_cache_type for m in found]),
         line("rows of the LM head", [m.reduced_vocab_size or m.geometry.vocab_size for m in found]),
         line("vocabulary map", ["yes" if m.reduced_vocab_size else "no" for m in found]),
-        line("GPU", [m.gpu_arch or "any" if m.backend != "onnxruntime" else "-" for m in found]),
+        line("GPU", [m.gpu_arch or "any" if capabilities_of(m.backend).on_gpu else "-" for m in found]),
         line("on disk", [format_bytes(sum(record.size for record in m.files.values())) for m in found]),
     ]
     for name in ("weights", "kv_cache", "prefix_cache", "scratch", "rope", "io", "runtime"):
@@ -93,7 +94,7 @@ def _print_variants(manifests: dict, rows: dict) -> None:
     notes.append(
         "built with " + (", ".join(f"{k} {v}" for k, v in sorted(first.builder.items())) or "unknown versions")
     )
-    notes += [f"{kind}: no memory plan here: {row.why_not}." for kind, row in rows.items() if row.plan is None]
+    notes += [f"{kind}: no memory plan here: {row.why_not}" for kind, row in rows.items() if row.plan is None]
     print()
     print_notes(notes)
 
@@ -120,16 +121,25 @@ def _checkpoint(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"kind": "checkpoint", **found}, indent=2))
         return 0 if found["supported"] else 1
-    backends = found.pop("backends")
+    backends, kv_cache_types = found.pop("backends"), found.pop("kv_cache_types")
     why_not = found.pop("why_not")
     rows = [(name.replace("_", " "), _number(value)) for name, value in found.items() if value not in ("", None)]
     print_table([str(options.target), ""], rows)
     print()
     if backends:
-        print_table(["backend", "quantization"], [(name, ", ".join(kinds) or "-") for name, kinds in backends.items()])
+        rows = [line for name in backends for line in _backend_lines(name, kv_cache_types[name])]
+        print_table(["backend", "quantization", "KV cache"], rows, left=3)
         print()
     print_notes([f"{name}: {reason}" for name, reason in why_not.items()])
     return 0 if found["supported"] else 1
+
+
+def _backend_lines(name: str, kv_cache_types: dict[str, list[str]]) -> list[tuple[str, str, str]]:
+    """A line for each set of KV cache types, with the weight formats that have it."""
+    formats: dict[str, list[str]] = {}
+    for kind, types in kv_cache_types.items():
+        formats.setdefault(", ".join(types), []).append(kind)
+    return [(name, ", ".join(kinds), types) for types, kinds in formats.items()] or [(name, "-", "-")]
 
 
 def _number(value) -> str:

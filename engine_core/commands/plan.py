@@ -6,8 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
+from engine_core.backends.capabilities import all_capabilities, capabilities_of
 from engine_core.commands.tables import print_notes, print_table
-from engine_core.config import BACKENDS, QUANTIZATIONS
+from engine_core.config import BACKENDS, KV_CACHE_TYPES, QUANTIZATIONS
 
 _ITEMS = ("weights", "kv_cache", "prefix_cache", "scratch", "rope", "io", "runtime")
 
@@ -26,7 +27,7 @@ def add(commands) -> None:
     parser.add_argument("--reserve", help="what to hold back for all else on the device, such as 1.5GiB")
     parser.add_argument("--max-context", type=_count, nargs="+", default=[], help="tokens (default: 4096 or built)")
     parser.add_argument("--max-batch", type=_count, nargs="+", default=[1], help="sequences at a time (default: 1)")
-    parser.add_argument("--kv-cache-type", choices=("fp32", "fp16", "int8", "fp8"), default="")
+    parser.add_argument("--kv-cache-type", choices=KV_CACHE_TYPES[1:], default="")
     parser.add_argument("--vocab-size", type=_count, default=0, help="rows of a reduced LM head (a checkpoint's plan)")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="the variant asked for")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: the GPU's where there is one")
@@ -70,12 +71,13 @@ def run(options: argparse.Namespace) -> int:
 def _device(options: argparse.Namespace):
     from engine_core.planning import devices
 
+    on_gpu = options.backend == "auto" or capabilities_of(options.backend).on_gpu
     if options.memory:
-        device = devices.of_memory(devices.parse_bytes(options.memory), gpu=options.backend != "onnxruntime")
+        device = devices.of_memory(devices.parse_bytes(options.memory), gpu=on_gpu)
     elif options.device != "this":
         device = devices.named(options.device)
     else:
-        device = devices.this_cpu() if options.backend == "onnxruntime" else devices.this_machine()
+        device = devices.this_machine() if on_gpu else devices.this_cpu()
     return devices.with_reserve(device, devices.parse_bytes(options.reserve)) if options.reserve else device
 
 
@@ -99,12 +101,10 @@ def _of_checkpoint(options: argparse.Namespace, device, quantization: str):
     try:
         rows = plan_checkpoint(estimate, device, asked)
     except ImportError as error:
-        raise BuildError(f"A plan for the CPU needs the Python package {error.name!r}: pip install it.") from error
-    backends = {row.quantization: row.backend for row in rows}
-    if quantization and quantization not in backends:
-        raise ConfigurationError(
-            f"There is no {quantization} variant for this backend; there are {', '.join(backends)} (see --backend)."
-        )
+        raise BuildError(f"This plan needs the Python package {error.name!r}: pip install it.") from error
+    backends = {row.quantization: row.backend for row in rows if row.plan is not None}
+    if quantization and quantization not in {row.quantization for row in rows}:
+        raise ConfigurationError(_no_column(quantization, options.backend, device))
 
     def saved(kind: str) -> int:
         whole, quarter = (
@@ -114,6 +114,15 @@ def _of_checkpoint(options: argparse.Namespace, device, quantization: str):
         return whole - quarter
 
     return estimate.name, rows, None if options.vocab_size or not rows else saved
+
+
+def _no_column(quantization: str, backend: str, device) -> str:
+    """The refusal of a format that the backend asked for, or else every backend of the device, does not even plan."""
+    asked = [capabilities_of(backend)] if backend != "auto" else list(all_capabilities())
+    reasons = (
+        each.format_refusal(quantization) for each in asked if each.on_gpu == device.has_gpu or backend != "auto"
+    )
+    return " ".join(reason for reason in reasons if reason is not None)
 
 
 def _of_engine(options: argparse.Namespace, device):
@@ -156,7 +165,7 @@ def _print(name: str, rows: list, device, sentences: list[str]) -> None:
         header = ["", *(row.quantization for row in here)]
         print_table(header, _lines(here, divisor, digits, notes), title=title)
         print()
-    numbered = [f"[{number}] {text}." for text, number in notes.items()]
+    numbered = [f"[{number}] {text}" for text, number in notes.items()]
     if any(row.only_planned & {kv for _, kv in row.longest} for row in rows):
         numbered.append("(…): would fit, but this version's backend has no such KV cache for that variant.")
     plans = [row.plan for row in rows if row.plan is not None]
@@ -181,7 +190,7 @@ def _lines(rows: list, divisor: int, digits: int, notes: dict[str, int]) -> list
     def amount(row, count: int | None) -> str:
         return "-" if row.plan is None or count is None else f"{count / divisor:.{digits}f}"
 
-    lines = [["backend", *(row.backend.replace("onnxruntime", "onnx") for row in rows)]]
+    lines = [["backend", *(row.backend for row in rows)]]
     lines += [[item, *(amount(row, row.plan and row.plan.item(item)) for row in rows)] for item in _ITEMS]
     lines.append(["total", *(amount(row, row.plan and row.plan.total) for row in rows)])
     lines.append(["free", *(amount(row, row.plan and row.plan.available) for row in rows)])

@@ -25,6 +25,17 @@ def quantization_of(checkpoint: Checkpoint, spec: ModelSpec) -> str:
     return "int4_awq" if kind == "int4" and not rounded else kind
 
 
+def levels_refusal(quantization: str, found: str) -> str | None:
+    """Say why a checkpoint that is ``found`` (see ``quantization_of``) cannot become ``quantization``; None: it can."""
+    if quantization != "int4_awq" or found.startswith("int4"):
+        return None
+    what = f"is {found}" if found else "is not, or not in consecutive groups"
+    return (
+        f"int4_awq takes the levels of a checkpoint in int4, but this one {what}; make one with 'edgellm quantize "
+        "--method int4_awq', or build int4, which rounds to nearest."
+    )
+
+
 def default_quantization(checkpoint_dir: Path) -> str:
     """``quantization_of`` a directory. Raises CheckpointError or UnsupportedModelError."""
     checkpoint = Checkpoint(checkpoint_dir)

@@ -9,13 +9,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from engine_core.backends import Backend, TokenSampling
-from engine_core.backends.onnxruntime.files import DATA_NAME
-from engine_core.backends.onnxruntime.plan import head_row_bytes, stored_rope_bytes
+from engine_core.backends.toolkit import toolkit_of
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.formats.manifest import Manifest
@@ -58,7 +56,7 @@ class Benchmark:
         self.backend: Backend = choice.backend.load(choice.directory, self.manifest, config)
         self.load_time = time.perf_counter() - start
         self.peak_resident = 0
-        self.threads = _threads(choice.directory, self.manifest, config)
+        self.threads = toolkit_of(self.manifest.backend).num_threads(choice.directory, self.manifest, config)
         self.bytes_per_step = step_bytes(self.manifest, self.plan, config, self.backend.reduced_vocab_size)
 
     def __enter__(self) -> Benchmark:
@@ -117,30 +115,7 @@ def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_
 
     The KV cache is not in it: it grows with the position.
     """
-    if manifest.backend == "cuda":
-        from engine_core.backends.cuda.layout import CudaSpec, weight_arrays
-
-        spec = dataclasses.replace(CudaSpec.create(manifest, config), head_rows=head_rows)
-        arrays = weight_arrays(spec)
-        return sum(array.nbytes for name, array in arrays.items() if name != "embed" or not spec.has_head)
-    if manifest.backend != "onnxruntime":
-        return plan.item("weights")
-    row, _ = head_row_bytes(manifest)
-    vocab_size = manifest.geometry.vocab_size
-    tables = vocab_size  # rows of the file's tables: the lookup's, and the head's where it has its own
-    if not manifest.options.get("shares_head"):
-        tables += manifest.reduced_vocab_size or vocab_size
-    layers = manifest.files[DATA_NAME].size - stored_rope_bytes(manifest) - tables * row
-    return layers + head_rows * row
-
-
-def _threads(directory: Path, manifest: Manifest, config: EngineConfig) -> int:
-    """CPU threads that compute; 0 on a GPU."""
-    if manifest.backend != "onnxruntime":
-        return 0
-    from engine_core.backends.onnxruntime.plan import resolve
-
-    return resolve(directory, manifest, config).threads
+    return toolkit_of(manifest.backend).step_bytes(manifest, plan, config, head_rows)
 
 
 def _resident() -> int:

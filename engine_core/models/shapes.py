@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +13,7 @@ from engine_core.models.spec import ModelSpec, read_spec
 
 
 class ConfigCheckpoint:
-    """Answers for a checkpoint of which only config.json is read: which tensors it has, by its family's rules.
-
-    Stands in for ``Checkpoint`` where a ModelSpec is read. ``read`` gives zeros that take no memory.
-    """
+    """Answers for a checkpoint of which only config.json is read; stands in for ``Checkpoint`` in ``read_spec``."""
 
     def __init__(self, directory: Path) -> None:
         """Raises CheckpointError without a readable config.json."""
@@ -27,11 +22,24 @@ class ConfigCheckpoint:
         self.generation_config = read_json(self.directory / "generation_config.json", required=False)
         # A quantized checkpoint has the same model inside: its plan is that of the variants made from it.
         self.stored_quantization = self.config.pop("quantization_config", None)
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._levels: SimpleNamespace | None = None
 
     def __contains__(self, name: str) -> bool:
         return False  # nothing is stored beside what the configuration says
+
+
+class SpecTensors:
+    """The tensors of a model, by their shapes alone; stands in for ``Checkpoint`` where weights are counted.
+
+    ``read`` gives zeros that take no memory. ``bits``, ``group_size``: the matrices are integers in such groups of
+    columns; 0 = they are not quantized.
+    """
+
+    def __init__(self, spec: ModelSpec, bits: int = 0, group_size: int = 0) -> None:
+        self._shapes = spec.shapes()
+        self._stored: SimpleNamespace | None = None
+        if bits:
+            layout = dict(bits=bits, group_size=group_size, has_zeros=False, order=None)
+            self._stored = SimpleNamespace(kind=f"int{bits}", **layout)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -42,23 +50,11 @@ class ConfigCheckpoint:
 
     def stored(self, name: str) -> SimpleNamespace | None:
         """How a weight lies in the checkpoint; None: it is not quantized."""
-        return self._levels
-
-    def with_levels(self, bits: int, group_size: int) -> ConfigCheckpoint:
-        """The same checkpoint with its matrices quantized to integers, in groups of ``group_size`` columns."""
-        other = copy.copy(self)
-        other._levels = SimpleNamespace(
-            kind=f"int{bits}", bits=bits, group_size=group_size, has_zeros=False, order=None
-        )
-        return other
-
-    def describe(self, spec: ModelSpec) -> None:
-        """Takes the shapes of ``spec`` as its own."""
-        self._shapes = spec.shapes()
+        return self._stored
 
 
-def read_shapes(directory: Path) -> tuple[ConfigCheckpoint, ModelSpec, int]:
-    """(stand-in, spec, number of parameters) of a checkpoint directory; weights are looked at only where they are.
+def read_shapes(directory: Path) -> tuple[ConfigCheckpoint, ModelSpec]:
+    """(configuration, spec) of a checkpoint directory; weights are looked at only where they are.
 
     Raises CheckpointError or UnsupportedModelError.
     """
@@ -66,9 +62,7 @@ def read_shapes(directory: Path) -> tuple[ConfigCheckpoint, ModelSpec, int]:
     source: ConfigCheckpoint | Checkpoint = stand_in
     if not stand_in.stored_quantization and list(Path(directory).glob("*.safetensors")):
         source = Checkpoint(directory)
-    spec = read_spec(source)
-    stand_in.describe(spec)
-    return stand_in, spec, sum(math.prod(shape) for shape in spec.shapes().values())
+    return stand_in, read_spec(source)
 
 
 def is_checkpoint(directory: Path) -> bool:

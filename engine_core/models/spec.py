@@ -6,7 +6,9 @@ RoPE and a gated MLP. A trait this description has no word for is refused rather
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -96,9 +98,25 @@ class ModelSpec:
     def qkv_size(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
+    @property
+    def layer_matrices(self) -> dict[str, tuple[int, int]]:
+        """Return (rows, columns) of each matrix of a layer: qkv, o, gate_up and down."""
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        return {
+            "qkv": (self.qkv_size, hidden),
+            "o": (hidden, self.num_heads * self.head_dim),
+            "gate_up": (2 * intermediate, hidden),
+            "down": (hidden, intermediate),
+        }
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Return the number of weights; a tied head counts once."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """What the checkpoint has to hold: tensor name → shape; a stack's parts share their rows as they like."""
-        hidden, heads = self.hidden_size, self.num_heads * self.head_dim
+        hidden, matrices = self.hidden_size, self.layer_matrices
         shapes: dict[str, tuple[int, ...]] = {
             self.embedding: (self.vocab_size, hidden),
             self.head: (self.vocab_size, hidden),
@@ -108,11 +126,11 @@ class ModelSpec:
             for norm in (layer.input_norm, layer.post_attention_norm, layer.mlp_norm, layer.post_mlp_norm):
                 shapes[norm] = (hidden,)
             shapes[layer.q_norm] = shapes[layer.k_norm] = (self.head_dim,)
-            for linear, rows, columns in (
-                (layer.qkv, self.qkv_size, hidden),
-                (layer.output, hidden, heads),
-                (layer.gate_up, 2 * self.intermediate_size, hidden),
-                (layer.down, hidden, self.intermediate_size),
+            for linear, (rows, columns) in (
+                (layer.qkv, matrices["qkv"]),
+                (layer.output, matrices["o"]),
+                (layer.gate_up, matrices["gate_up"]),
+                (layer.down, matrices["down"]),
             ):
                 for names, tail in ((linear.parts, (columns,)), (linear.biases, ())):
                     for name, part in zip(names, self._split(rows, linear, len(names))):

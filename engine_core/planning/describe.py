@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from engine_core.backends.cuda.build import check_supported
-from engine_core.cuda.kernels import int4_layout
-from engine_core.errors import CheckpointError, EdgeLLMError, UnsupportedModelError
+from engine_core.backends.capabilities import Capabilities, all_capabilities
+from engine_core.errors import CheckpointError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.detect import levels_refusal, quantization_of
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.models.rope import RopeSpec
 from engine_core.models.shapes import ConfigCheckpoint, read_shapes, stored_bytes
 from engine_core.models.spec import ModelSpec, check_tensors, read_spec
-from engine_core.planning.estimates import CheckpointEstimate, Size, cpu_variants
 
 
 def describe_checkpoint(directory: Path) -> dict:
-    """JSON-safe: sizes, types, ``supported``, ``backends`` (name → quantizations), ``why_not`` (what → reason).
+    """JSON-safe: sizes, types, ``supported``, ``backends`` (name → quantizations that can be built and run),
+    ``kv_cache_types`` (name → quantization → types), ``why_not`` (what → reason).
 
     Raises CheckpointError if config.json or a safetensors file cannot be read.
     """
@@ -32,14 +32,25 @@ def describe_checkpoint(directory: Path) -> dict:
     }
     why_not: dict[str, str] = {}
     backends: dict[str, list[str]] = {}
+    kv_cache_types: dict[str, dict[str, list[str]]] = {}
     try:
-        _, spec, num_parameters = read_shapes(directory)
-        found |= _sizes(spec, num_parameters, config)
+        _, spec = read_shapes(directory)
+        found |= _sizes(spec, config)
+        stored = None if source.stored_quantization else ""  # None: its weights would have to be looked at
         if found["weights_bytes"]:  # what the builders do first
             checkpoint = Checkpoint(directory)
             check_tensors(read_spec(checkpoint), checkpoint)
+            stored = quantization_of(checkpoint, spec)
         found["supported"] = True
-        backends, why_not = _backends(directory, spec)
+        for each in all_capabilities():
+            refused = _refusals(each, spec, stored)
+            runs = [kind for kind in each.known_formats if kind not in refused]
+            backends[each.backend] = runs
+            kv_cache_types[each.backend] = {kind: list(each.kv_cache_types_for(spec, kind)) for kind in runs}
+            if (reason := each.model_refusal(spec)) is not None:
+                why_not[each.backend] = reason
+            else:
+                why_not |= {f"{each.backend} {kind}": reason for kind, reason in refused.items()}
     except (UnsupportedModelError, CheckpointError) as error:
         why_not["checkpoint"] = str(error)
     if not found["weights_bytes"]:
@@ -47,7 +58,7 @@ def describe_checkpoint(directory: Path) -> dict:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (directory / name).is_file():
             why_not[name] = "missing; without it an engine cannot read text"
-    return found | {"backends": backends, "why_not": why_not}
+    return found | {"backends": backends, "kv_cache_types": kv_cache_types, "why_not": why_not}
 
 
 def _architecture(config: dict) -> str:
@@ -55,10 +66,10 @@ def _architecture(config: dict) -> str:
     return str(names[0] if isinstance(names, list) and names else config.get("model_type", "unknown"))
 
 
-def _sizes(spec: ModelSpec, num_parameters: int, config: dict) -> dict:
+def _sizes(spec: ModelSpec, config: dict) -> dict:
     windows = sorted({layer.window for layer in spec.layers if layer.window})
     return {
-        "parameters": num_parameters,
+        "parameters": spec.num_parameters,
         "num_layers": len(spec.layers),
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,
@@ -77,31 +88,17 @@ def _rope(rope: RopeSpec) -> str:
     return f"{rope.kind}, theta {rope.theta:g}"
 
 
-def _backends(directory: Path, spec: ModelSpec) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """(backend → what can be built for it, backend → why not)."""
-    backends: dict[str, list[str]] = {"onnxruntime": [], "cuda": []}
-    why_not = {}
-    context = min(spec.default_position, 4096)
-    estimate = CheckpointEstimate(directory)
-    try:
-        estimate.plan_items("fp32", "onnxruntime", Size(context))
-        backends["onnxruntime"] = list(cpu_variants())
-    except EdgeLLMError as error:
-        why_not["onnxruntime"] = str(error)
-    except ImportError as error:
-        why_not["onnxruntime"] = f"building for the CPU needs the Python package {error.name!r}: pip install it"
-    try:
-        check_supported(spec, context)
-        backends["cuda"] = ["fp16"]
-        for quantization in ("int8", "int4"):
-            reason = estimate.why_not_packed(spec.vocab_size, quantization)
-            if reason:
-                why_not[f"cuda {quantization}"] = f"{reason} (groups of {int4_layout.GROUP})"
-            else:
-                backends["cuda"].append(quantization)
-    except UnsupportedModelError as error:
-        why_not["cuda"] = str(error)
-    return backends, why_not
+def _refusals(capabilities: Capabilities, spec: ModelSpec, stored: str | None) -> dict[str, str]:
+    """Return weight format → why it is not built from this checkpoint or does not run. ``stored``: see
+    ``formats.detect.quantization_of``; None = unknown."""
+    found = {}
+    for kind in capabilities.known_formats:
+        reason = capabilities.refusal(spec, kind)
+        if reason is None and stored is not None:
+            reason = levels_refusal(kind, stored)
+        if reason is not None:
+            found[kind] = reason
+    return found
 
 
 def _stored_quantization(values: dict | None) -> str:

@@ -20,9 +20,6 @@ RESERVE_NOTE = (
     "assumed for JetPack without a desktop and a ROS 2 stack (the desktop takes about 0.8 GiB more: "
     "Jetson AI Lab, RAM Optimization)"
 )
-# Compute capability from which NVIDIA GPUs compute with a type: e4m3 since Ada, e2m1 (nvfp4) since Blackwell.
-MIN_CAPABILITY = {"fp8": 89, "nvfp4": 100}
-_ARCHITECTURES = {"fp8": "Ada, Hopper or Blackwell", "nvfp4": "Blackwell"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +43,6 @@ class DeviceProfile:
     @property
     def has_gpu(self) -> bool:
         return self.num_sms > 0
-
-    def why_not(self, number_type: str) -> str:
-        """Empty if the GPU computes with ``number_type`` (a quantization or a KV type), else the reason."""
-        needed = MIN_CAPABILITY.get(number_type, 0)
-        if not self.has_gpu or not self.capability or self.capability >= needed:
-            return ""
-        return f"{number_type} needs {_ARCHITECTURES[number_type]}; this GPU is sm_{self.capability}"
 
 
 def _jetson(name: str, title: str, total_mib: int, capability: int, num_sms: int) -> DeviceProfile:

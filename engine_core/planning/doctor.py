@@ -11,10 +11,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engine_core.cuda.gpu_info import GpuReport, find_gpus
-from engine_core.errors import BackendUnavailableError
-from engine_core.planning.devices import DeviceProfile
-from engine_core.planning.estimates import cpu_variants, gpu_variants, why_no_builder
+from engine_core.backends.capabilities import Capabilities, all_capabilities
+from engine_core.backends.machine import Machine, Missing
+from engine_core.cuda.gpu_info import find_gpus
+from engine_core.host_cpu import count_cores
 
 # Distributions by what they are for; several names = alternatives.
 PACKAGES: dict[str, tuple[str, ...]] = {
@@ -35,7 +35,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 }
 REQUIRED = ("numpy", "tokenizers", "transformers", "jinja2", "llguidance")
 _CPU_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve", "bf16")
-_MIN_CAPABILITY = 80  # the cuda backend's kernels copy asynchronously and use the matrix units of Ampere
 # NVIDIA L4T release → JetPack.
 _JETPACKS = {"35": "5", "36.2": "6.0 DP", "36.3": "6.0", "36.4": "6.1 or 6.2", "38.2": "7.0", "38.4": "7.1"}
 _ROOT = Path("/")
@@ -47,6 +46,7 @@ class Check:
 
     backend: str
     quantization: str
+    kv_cache_types: tuple[str, ...]  # of a model that the backend runs in full
     why_not: str = ""
     install: str = ""
 
@@ -60,7 +60,7 @@ def examine() -> dict:
     gpus = find_gpus()
     packages = {name: version_of(*names) for name, names in PACKAGES.items()}
     jetson = find_jetson()
-    checks = [*cpu_checks(packages), *gpu_checks(packages, gpus, bool(jetson))]
+    checks = check_backends(Machine(packages, gpus, bool(jetson)))
     missing = [name for name in REQUIRED if not packages[name]]
     return {
         "healthy": any(check.runs for check in checks) and not missing,
@@ -131,7 +131,6 @@ def _has_package(prefix: str) -> bool:
 
 
 def find_cpu(root: Path = _ROOT) -> dict:
-    from engine_core.backends.onnxruntime.plan import count_cores
     from engine_core.host_memory import available_memory
 
     text = _read(root / "proc/cpuinfo")
@@ -177,80 +176,16 @@ def _read(path: Path) -> str:
 # --- the backends -----------------------------------------------------------------------------------------
 
 
-def cpu_checks(packages: dict[str, str]) -> list[Check]:
-    try:
-        quantizations = cpu_variants()
-    except ImportError:  # of onnx, which only the builder needs
-        quantizations = ("fp32", "int8", "int4")
-    why_not, install = "", ""
-    version = packages["onnxruntime"]
-    if not version:
-        why_not, install = "onnxruntime is not installed", "pip install 'onnxruntime>=1.20'"
-    elif tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (1, 20):
-        why_not, install = f"onnxruntime is {version}, 1.20 is needed", "pip install -U 'onnxruntime>=1.20'"
-    return [Check("onnxruntime", quantization, why_not, install) for quantization in quantizations]
+def check_backends(machine: Machine) -> list[Check]:
+    """Return a check for every weight format that any backend knows."""
+    return [_check(each, kind, machine) for each in all_capabilities() for kind in each.known_formats]
 
 
-def gpu_checks(packages: dict[str, str], gpus: GpuReport, on_jetson: bool) -> list[Check]:
-    checks = []
-    for quantization, backend in sorted(gpu_variants(), key=lambda pair: pair[1]):
-        if reason := why_no_builder(quantization, backend):
-            checks.append(Check(backend, quantization, reason))
-            continue
-        if gpus.why_none:
-            checks.append(Check(backend, quantization, gpus.why_none, _driver_line(on_jetson)))
-            continue
-        gpu = gpus.gpus[0]
-        profile = DeviceProfile("this", gpu.name, gpu.memory, capability=gpu.capability, num_sms=gpu.num_sms)
-        if reason := profile.why_not(quantization):
-            checks.append(Check(backend, quantization, reason))
-            continue
-        why_not, install = _backend_lacks(backend, packages, gpus, on_jetson)
-        checks.append(Check(backend, quantization, why_not, install))
-    return checks
-
-
-def _driver_line(on_jetson: bool) -> str:
-    return "sudo apt install nvidia-jetpack" if on_jetson else "install the NVIDIA driver, then see nvidia-smi"
-
-
-def _backend_lacks(backend: str, packages: dict[str, str], gpus: GpuReport, on_jetson: bool) -> tuple[str, str]:
-    """(reason, command), both empty if ``backend`` has all it needs."""
-    major = gpus.cuda_version.partition(".")[0]
-    capability = gpus.gpus[0].capability
-    if backend == "cuda" and capability < _MIN_CAPABILITY:
-        return f"the kernels need sm_{_MIN_CAPABILITY} or newer; this GPU is sm_{capability}", ""
-    if not packages["cuda-bindings"]:
-        return "cuda-bindings is not installed", f"pip install 'cuda-bindings=={major}.*' cuda-pathfinder"
-    if int(packages["cuda-bindings"].partition(".")[0]) > int(major):
-        reason = f"cuda-bindings is {packages['cuda-bindings']}, but the driver supports CUDA {gpus.cuda_version}"
-        return reason, f"pip install 'cuda-bindings=={major}.*'"
-    if backend == "tensorrt":
-        line = "sudo apt install python3-libnvinfer" if on_jetson else f"pip install tensorrt-cu{major}"
-        return ("", "") if packages["tensorrt"] else ("tensorrt is not installed", line)
-    return _libraries_lack(gpus.cuda_version, on_jetson)
-
-
-def _libraries_lack(cuda_version: str, on_jetson: bool) -> tuple[str, str]:
-    """NVRTC and cuBLAS, asked as the kernels ask for them."""
-    from engine_core.cuda.driver import bindings
-    from engine_core.cuda.kernels.blas import load_library
-
-    major, dashed = cuda_version.partition(".")[0], cuda_version.replace(".", "-")
-    suffix = "-cu12" if major == "12" else ""
-    try:
-        _, nvrtc = bindings()
-        nvrtc.nvrtcVersion()
-    except (BackendUnavailableError, RuntimeError) as error:
-        line = f"sudo apt install cuda-nvrtc-{dashed}" if on_jetson else f"pip install nvidia-cuda-nvrtc{suffix}"
-        return f"NVRTC was not found ({_first_line(error)})", line
-    try:
-        load_library()
-    except BackendUnavailableError as error:
-        line = f"sudo apt install libcublas-{dashed}" if on_jetson else f"pip install nvidia-cublas{suffix}"
-        return _first_line(error), line
-    return "", ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+def _check(capabilities: Capabilities, weight_format: str, machine: Machine) -> Check:
+    kv_cache_types = capabilities.kv_cache_types_for(None, weight_format)
+    gpus = machine.gpus.gpus if capabilities.on_gpu else ()
+    reason = capabilities.refusal(None, weight_format, capability=gpus[0].capability if gpus else 0)
+    if reason is not None:
+        return Check(capabilities.backend, weight_format, kv_cache_types, reason)
+    missing = capabilities.missing(machine) or Missing("")
+    return Check(capabilities.backend, weight_format, kv_cache_types, missing.reason, missing.install)

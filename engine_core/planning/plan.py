@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine_core.backends import backend_class
+from engine_core.backends.capabilities import capabilities_of
+from engine_core.backends.toolkit import Size, toolkit_of
 from engine_core.config import EngineConfig
 from engine_core.errors import EdgeLLMError
 from engine_core.formats.manifest import Manifest, list_variants, read_manifest
 from engine_core.memory import MemoryPlan, format_bytes
 from engine_core.planning.devices import DeviceProfile
-from engine_core.planning.estimates import KV_TYPES, CheckpointEstimate, Size
+from engine_core.planning.estimates import CheckpointEstimate
 
 _GRAIN = 64  # tokens a suggested context is a multiple of
 _DEFAULT_CONTEXT = 4096
@@ -81,7 +83,7 @@ class Asked:
 
 def plan_checkpoint(estimate: CheckpointEstimate, device: DeviceProfile, asked: Asked) -> list[Row]:
     """Every variant of the device's backends, at every context and batch, in that order of nesting: batch, context."""
-    kinds = estimate.variants(asked.backend or ("gpu" if device.has_gpu else "onnxruntime"))
+    kinds = estimate.variants(asked.backend, on_gpu=device.has_gpu)
     contexts = asked.contexts or (min(_DEFAULT_CONTEXT, estimate.spec.max_position),)
     return [
         _estimated(estimate, kind, device, asked, context, batch)
@@ -95,18 +97,18 @@ def _estimated(
     estimate: CheckpointEstimate, kind: tuple[str, str], device: DeviceProfile, asked: Asked, context: int, batch: int
 ) -> Row:
     quantization, backend = kind
-    kv_types = KV_TYPES[backend]
+    kv_types = estimate.kv_cache_types(*kind, device)
     size = Size(context, batch, asked.kv_cache_type or kv_types[0], asked.head_rows)
+    why_not = estimate.why_not(*kind, size, device)
+    if quantization in capabilities_of(backend).built_only:
+        return Row(quantization, backend, size.kv_cache_type, context, batch, None, why_not)
     try:
         plan = estimate.plan(*kind, size, device)
-        why_not = estimate.why_not(*kind, size, device)
     except EdgeLLMError as error:
-        return Row(quantization, backend, size.kv_cache_type, context, batch, None, str(error).rstrip("."))
+        return Row(quantization, backend, size.kv_cache_type, context, batch, None, why_not or str(error))
     longest = {}
     for each in sorted({1, batch}):
         for kv in kv_types:
-            if device.why_not(kv) and backend != "onnxruntime":
-                continue
 
             def fits(tokens: int, each=each, kv=kv) -> bool:
                 found = estimate.plan(*kind, Size(tokens, each, kv, asked.head_rows), device)
@@ -155,34 +157,26 @@ def _planned(directory: Path, config: EngineConfig, device: DeviceProfile | None
     try:
         plan = engine_plan(directory, manifest, config, device)
     except EdgeLLMError as error:
-        return dataclasses.replace(row, why_not=str(error).rstrip("."))
+        return dataclasses.replace(row, why_not=str(error))
 
     def fits(tokens: int) -> bool:
         found = engine_plan(directory, manifest, dataclasses.replace(config, max_context=tokens), device)
         return found.total <= found.available
 
     longest = {(config.max_batch, kv): longest_context(fits, manifest.max_context)}
-    why_not = device.why_not(manifest.quantization) if device and manifest.backend != "onnxruntime" else ""
+    why_not = ""
+    if device is not None and device.has_gpu:
+        capabilities = capabilities_of(manifest.backend)
+        why_not = capabilities.device_refusal(manifest.quantization, kv, device.capability) or ""
     return dataclasses.replace(row, plan=plan, why_not=why_not, longest=longest)
 
 
 def engine_plan(directory: Path, manifest: Manifest, config: EngineConfig, device: DeviceProfile | None) -> MemoryPlan:
     """The backend's plan, against ``device`` (None = this machine). Raises what ``Backend.plan`` raises."""
-    if device is not None and manifest.backend == "cuda":
-        return _cuda_plan(directory, manifest, config, device)
-    plan = backend_class(manifest.backend).plan(directory, manifest, config)
     if device is None:
-        return plan
-    return MemoryPlan(plan.items, device.free, device.title)
-
-
-def _cuda_plan(directory: Path, manifest: Manifest, config: EngineConfig, device: DeviceProfile) -> MemoryPlan:
-    """``CudaBackend.plan`` for a GPU that is not here."""
-    from engine_core.backends.cuda.layout import planned_bytes
-    from engine_core.backends.cuda.weights import resolve
-
-    spec = resolve(directory, manifest, config).spec
-    return MemoryPlan.of(planned_bytes(spec, device.num_sms or 1), device.free, device.title)
+        return backend_class(manifest.backend).plan(directory, manifest, config)
+    found = toolkit_of(manifest.backend).engine_bytes(directory, manifest, config, device.num_sms)
+    return MemoryPlan.of(found, device.free, device.title)
 
 
 # --- verdict ----------------------------------------------------------------------------------------------
@@ -219,7 +213,7 @@ def _sentence(row: Row, runs: list[Row], saved_by_vocab: Callable[[str], int] | 
     at = f"at max_context {row.max_context}" + (f" and batch {row.max_batch}" if row.max_batch > 1 else "")
     needs = f"{row.quantization} {at} needs {format_bytes(plan.total)}; {plan.device} has "
     needs += f"{format_bytes(plan.available)} free"
-    reason = f"; and it does not run there ({row.why_not})" if row.why_not else ""
+    reason = f"; and it does not run there ({row.why_not.rstrip('.')})" if row.why_not else ""
     options = [] if row.fits else _smaller(row)
     options += _other_variant(row, [other for other in runs if other is not row])
     missing = plan.total - plan.available
@@ -251,10 +245,11 @@ def _smaller(row: Row) -> list[str]:
 
 
 def _other_variant(row: Row, others: list[Row]) -> list[str]:
-    """The best of those that fit as asked, or else the one that holds the most tokens."""
-    usable = [other for other in others if other.usable]
+    """The largest of those that fit as asked and are smaller, or else the one that holds the most tokens."""
+    usable = sorted((other for other in others if other.usable), key=lambda other: other.plan.total)
     if usable:
-        best = max(usable, key=lambda other: other.plan.total)
+        smaller = [other for other in usable if other.plan.total <= row.plan.total]
+        best = smaller[-1] if smaller else usable[0]
         return [f"--quantization {best.quantization} fits ({format_bytes(best.plan.total)})"]
     lengths = {other.quantization: other.longest.get((other.max_batch, other.kv_cache_type), 0) for other in others}
     best = max(lengths, key=lengths.__getitem__, default="")

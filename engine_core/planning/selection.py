@@ -1,7 +1,7 @@
 """Which variant of an engine directory is opened, and why: the fastest of what is there, runs here and fits.
 
-``auto`` asks the variants' backends in the order of ``SPEED_ORDER``; within a backend the smallest weights come first,
-as decoding is bound by memory. What is passed over is named with its reason.
+``auto`` asks the variants' backends in the order of ``backend_names``; within a backend the smallest weights come
+first, as decoding is bound by memory. What is passed over is named with its reason.
 """
 
 from __future__ import annotations
@@ -10,15 +10,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_core.backends import Backend, backend_class
+from engine_core.backends import Backend, backend_class, backend_names
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError, EdgeLLMError, EngineDirectoryError
 from engine_core.formats.manifest import AUTO_ORDER, Manifest, find_variants, read_manifest
 from engine_core.memory import MemoryPlan
-
-# Fastest first, by tokens a second at batch 1: on one H200 the CUDA kernels decode at 56 to 90 % of the memory limit
-# (benchmarks/results/kernels.md), a TensorRT 8.6 plan from ONNX at 24 %; a CPU has a tenth of a GPU's bandwidth.
-SPEED_ORDER = ("cuda", "tensorrt", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -89,10 +85,12 @@ def _candidates(config: EngineConfig) -> list[tuple[Path, Manifest]]:
             f"set backend to auto or {names}, or build it with 'edgellm build --backend {config.backend}'."
         )
 
+    fastest_first = backend_names()
+
     def rank(pair: tuple[Path, Manifest]) -> tuple[int, int]:
         backend, quantization = pair[1].backend, pair[1].quantization
         return (
-            SPEED_ORDER.index(backend) if backend in SPEED_ORDER else len(SPEED_ORDER),
+            fastest_first.index(backend) if backend in fastest_first else len(fastest_first),
             AUTO_ORDER.index(quantization) if quantization in AUTO_ORDER else len(AUTO_ORDER),
         )
 

@@ -248,7 +248,7 @@ def _tensors(engine_dir) -> dict[str, np.ndarray]:
     "changes, text",
     [
         (dict(max_batch=2), "max_batch is 2"),
-        (dict(kv_cache_type="fp8"), "kv_cache_type is 'fp8'"),
+        (dict(kv_cache_type="fp8"), "no 'fp8' KV cache"),
     ],
 )
 def test_a_configuration_the_backend_does_not_do_is_refused(checkpoint, tmp_path, changes, text):

@@ -9,7 +9,11 @@ import subprocess
 import pytest
 
 from engine_core import cli
+from engine_core.backends.capabilities import capabilities_of
+from engine_core.backends.machine import Machine
+from engine_core.cuda import driver
 from engine_core.cuda.gpu_info import GpuInfo, GpuReport, find_gpus
+from engine_core.cuda.kernels import blas
 from engine_core.planning import doctor
 
 ORIN = GpuReport((GpuInfo("Orin", 87, 16, 64 << 30, True),), "12.6")
@@ -29,6 +33,12 @@ int cuDeviceGetAttribute(int *value, int which, int device) {
     return 0;
 }
 """
+
+
+class Nvrtc:
+    @staticmethod
+    def nvrtcVersion():
+        return 0, 12, 6
 
 
 def fake_driver(tmp_path, count: int) -> str:
@@ -64,11 +74,13 @@ def test_the_driver_is_asked_for_its_gpus(tmp_path):
 
 def reasons(report: GpuReport, *, on_jetson: bool = False, **packages: str) -> dict[str, doctor.Check]:
     changed = PACKAGES | {name.replace("_", "-"): version for name, version in packages.items()}
-    return {check.quantization: check for check in doctor.gpu_checks(changed, report, on_jetson)}
+    checks = doctor.check_backends(Machine(changed, report, on_jetson))
+    return {check.quantization: check for check in checks if check.backend == "cuda"}
 
 
 def test_what_a_gpu_backend_lacks_comes_with_the_command_that_helps(monkeypatch):
-    monkeypatch.setattr(doctor, "_libraries_lack", lambda cuda_version, on_jetson: ("", ""))
+    monkeypatch.setattr(driver, "bindings", lambda: (None, Nvrtc))
+    monkeypatch.setattr(blas, "load_library", lambda: None)
     assert reasons(ORIN)["fp16"].runs and reasons(ORIN)["int4"].runs
     without = reasons(ORIN, cuda_bindings="")["fp16"]
     assert not without.runs and without.install == "pip install 'cuda-bindings==12.*' cuda-pathfinder"
@@ -76,28 +88,25 @@ def test_what_a_gpu_backend_lacks_comes_with_the_command_that_helps(monkeypatch)
     assert "driver supports CUDA 12.6" in newer.why_not and "==12.*" in newer.install
     old = reasons(GpuReport((GpuInfo("T4", 75, 40, 16 << 30, False),), "12.6"))["fp16"]
     assert "sm_75" in old.why_not
-    assert "this version builds fp16 and fp32 for tensorrt, not nvfp4" in reasons(ORIN)["nvfp4"].why_not
+    assert reasons(ORIN)["nvfp4"].why_not == "nvfp4 needs Blackwell; this GPU is sm_87."
     none = reasons(GpuReport(why_none="there is no NVIDIA driver"), on_jetson=True)["fp16"]
     assert none.install == "sudo apt install nvidia-jetpack"
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):
-    from engine_core.cuda import driver as device
-    from engine_core.cuda.kernels import blas
-
-    class Nvrtc:
+    class Missing:
         @staticmethod
         def nvrtcVersion():
             raise RuntimeError("Failed to dlopen libnvrtc.so.12")
 
-    monkeypatch.setattr(device, "bindings", lambda: (None, Nvrtc))
+    monkeypatch.setattr(driver, "bindings", lambda: (None, Missing))
     lacking = reasons(ORIN, on_jetson=True)["fp16"]
     assert "libnvrtc.so.12" in lacking.why_not and lacking.install == "sudo apt install cuda-nvrtc-12-6"
     assert reasons(ORIN)["fp16"].install == "pip install nvidia-cuda-nvrtc-cu12"
-    Nvrtc.nvrtcVersion = staticmethod(lambda: (0, 12, 6))
+    monkeypatch.setattr(driver, "bindings", lambda: (None, Nvrtc))
 
     def no_library():
-        raise device.DeviceUnavailableError("cuBLAS was not found.")
+        raise driver.DeviceUnavailableError("cuBLAS was not found.")
 
     monkeypatch.setattr(blas, "load_library", no_library)
     lacking = reasons(ORIN)["fp16"]
@@ -108,7 +117,13 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
 
 @pytest.mark.parametrize(("version", "runs"), [("", False), ("1.19.2", False), ("1.20.0", True), ("2.0", True)])
 def test_onnxruntime_is_new_enough(version, runs):
-    for check in doctor.cpu_checks(PACKAGES | {"onnxruntime": version}):
+    machine = Machine(PACKAGES | {"onnxruntime": version}, GpuReport(why_none="there is no NVIDIA driver"))
+    formats = capabilities_of("onnxruntime").weight_formats
+    checks = [check for check in doctor.check_backends(machine) if check.backend == "onnxruntime"]
+    assert [check.quantization for check in checks if check.quantization in formats] == list(formats)
+    for check in checks:
+        if check.quantization not in formats:
+            continue
         assert check.runs == runs and bool(check.install) != runs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def test_a_7b_model_in_fp16_and_int4(config_only, config, parameters):
     """16-bit weights of 7 B parameters are 13 to 15 GB: on a 32 GB Jetson, not on a 16 GB one; int4 on 16 and 8 GB."""
     directory = config_only(**config)
     estimate = CheckpointEstimate(directory)
-    assert estimate.num_parameters == parameters
+    assert estimate.spec.num_parameters == parameters
     plans = {name: rows_of(directory, devices.named(name), contexts=(4096,)) for name in devices.DEVICES}
     fp16 = plans["agx-orin-32gb"]["fp16"]
     assert fp16.plan.item("weights") == pytest.approx(2 * parameters, rel=0.001)
@@ -238,7 +237,7 @@ def test_kv_types_a_backend_lacks_are_estimated(config_only):
     shape = dict(num_layers=32, num_kv_heads=8, head_dim=128, max_context=4096)
     assert row["fp16"].plan.item("kv_cache") == kv_cache_bytes(**shape, kv_cache_type="fp8")
     assert not row["fp16"].usable
-    row = rows_of(directory, devices.named("agx-orin-64gb"), contexts=(4096,), kv_cache_type="int8", backend="cuda")
+    row = rows_of(directory, devices.named("thor-128gb"), contexts=(4096,), kv_cache_type="int8", backend="cuda")
     assert row["fp16"].plan.item("kv_cache") == kv_cache_bytes(**shape, kv_cache_type="int8")
     assert row["fp16"].usable and row["fp16"].only_planned == {"fp8"}
 
@@ -289,15 +288,3 @@ def test_the_command_on_engines_of_several_variants(tmp_path, capsys):
     assert cli.main(["plan", str(tmp_path), "--max-context", "1024"]) == 1
     assert "the engine was built for 512" in capsys.readouterr().out
     assert cli.main(["plan", str(tmp_path), "--quantization", "fp16"]) == 1
-
-
-@pytest.mark.parametrize("backend", ["cuda", "onnxruntime"])
-def test_every_variant_that_is_built_can_be_planned(backend, capsys):
-    """``plan`` asks the builder what there is."""
-    build = importlib.import_module(f"engine_core.backends.{backend}.build")
-    runnable = [kind for kind in build.QUANTIZATIONS if kind not in ("fp8", "nvfp4")]  # those that no backend runs yet
-    for kind in runnable:
-        arguments = ["plan", str(ROOT / "models" / "demo"), "--memory", "16GB", "--backend", backend]
-        cli.main([*arguments, "--quantization", kind, "--max-context", "256"])
-        captured = capsys.readouterr()
-        assert "no such variant" not in captured.err and f"There is no {kind}" not in captured.err, captured.err

@@ -74,3 +74,80 @@ def test_importing_the_core_loads_nothing_heavy(tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert (result.stdout.strip(), result.stderr, result.returncode) == ("[]", "", 0)
+
+
+# --- backends ---------------------------------------------------------------------------------------------
+
+BACKENDS = {path.name for path in (CORE / "backends").iterdir() if (path / "capabilities.py").is_file()}
+OUTSIDE = sorted(
+    path
+    for folder in ("engine_core", "edgellm_ros", "launch", "scripts", "tools")
+    for path in (ROOT / folder).rglob("*.py")
+    if CORE / "backends" not in path.parents and "demo_model" not in path.parts
+)
+# What asks a backend only through ``backends``, ``capabilities`` and ``toolkit``.
+GENERAL = ("planning", "commands", "measure", "serving")
+
+
+def names_compared(source: str) -> list[int]:
+    """Lines that compare with a backend's name, match it, or look something up by it in a literal table."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            operands = [node.value]
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+            operands = node.value.keys
+        else:
+            continue
+        literals = [each for operand in operands if operand is not None for each in ast.walk(operand)]
+        if any(isinstance(each, ast.Constant) and each.value in BACKENDS for each in literals):
+            found.append(node.lineno)
+    return found
+
+
+def test_there_are_backends_to_look_for():
+    assert {"cuda", "onnxruntime", "tensorrt"} == BACKENDS
+    for source in (
+        'if backend == "cuda": pass',
+        'if "tensorrt" != name: pass',
+        'if x in ("cpu", "cuda"): pass',
+        '{"cuda": 1, "tensorrt": 2}[name]',
+        'match name:\n    case "cuda":\n        pass',
+    ):
+        assert names_compared(source) == [2 if source.startswith("match") else 1], source
+    assert names_compared('backend = "onnxruntime"\nprint({"cuda": 1})') == []
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_outside_backends_asks_for_a_backends_name(path):
+    assert names_compared(path.read_text(encoding="utf-8")) == []
+
+
+GENERAL_SOURCES = sorted(path for folder in GENERAL for path in (CORE / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", GENERAL_SOURCES, ids=lambda path: str(path.relative_to(CORE)))
+def test_general_code_imports_no_backend(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    own = tuple(f"engine_core.backends.{name}" for name in BACKENDS)
+    assert [module for module in modules if module.startswith(own)] == []
+
+
+def test_capabilities_need_no_package_of_a_backend(tmp_path):
+    """A machine without a GPU, ONNX Runtime or onnx can say what another one would run."""
+    heavy = TENSORS - {"numpy"}
+    program = (
+        "import sys\n"
+        "from engine_core.backends.capabilities import all_capabilities\n"
+        "assert [each.refusal(None, 'int8') for each in all_capabilities()]\n"
+        "import engine_core.cli\n"
+        "engine_core.cli._parser()\n"
+        f"print(sorted({heavy!r} & sys.modules.keys()))"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert (result.stdout.strip(), result.stderr, result.returncode) == ("[]", "", 0)

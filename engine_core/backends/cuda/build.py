@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.backends.cuda.layout import KV_CACHE_TYPES, LAYOUTS, CudaSpec, options_of, weight_arrays
+from engine_core.backends.cuda.capabilities import CAPABILITIES
+from engine_core.backends.cuda.layout import LAYOUTS, CudaSpec, options_of, weight_arrays
 from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE, fits
-from engine_core.errors import BuildError, UnsupportedModelError
+from engine_core.errors import BuildError
 from engine_core.formats import companions
 from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.detect import levels_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.number_formats import from_16_bit, to_16_bit
 from engine_core.formats.tensor_writer import TensorWriter
@@ -26,8 +28,6 @@ from engine_core.formats.weights import Weights
 from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
 
 _log = logging.getLogger(__name__)
-
-QUANTIZATIONS = ("fp16", "int8", "int4", "int4_awq")
 
 
 def build_cuda(
@@ -54,28 +54,19 @@ def build_cuda(
     """
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
-    max_context = max_context or min(spec.default_position, 8192)
-    check_supported(spec, max_context)
+    max_context = max_context or CAPABILITIES.default_context(spec)
     if dtype == "auto":
         stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
         dtype = "bf16" if stored == "bfloat16" else "fp16"
     if dtype not in ("fp16", "bf16"):
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
-    if quantization not in QUANTIZATIONS:
-        raise BuildError(f"The cuda backend has no {quantization!r} weights; choose one of {', '.join(QUANTIZATIONS)}.")
-    if kv_cache_type not in ("auto", *KV_CACHE_TYPES):
-        raise BuildError(
-            f"The cuda backend has no {kv_cache_type!r} KV cache; choose one of {', '.join(KV_CACHE_TYPES)}."
-        )
-    stored = checkpoint.stored(spec.layers[0].qkv.parts[0])
-    if quantization == "int4_awq" and (stored is None or stored.kind != "int4"):
-        raise BuildError(
-            "int4_awq takes the levels of a checkpoint in int4, which this one is not; make one with "
-            "'edgellm quantize --method int4_awq', or build int4, which rounds to nearest."
-        )
+    if (reason := levels_refusal(quantization, quantization_of(checkpoint, spec))) is not None:
+        raise BuildError(reason)
     companions.check_tokenizer(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
+    rows = spec.vocab_size if kept is None else len(kept)
+    CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context, head_rows=rows)
     manifest = Manifest(
         model_name=model_name or companions.model_name(checkpoint),
         geometry=spec.geometry(check_tensors(spec, checkpoint)),
@@ -104,34 +95,6 @@ def build_cuda(
             manifest = dataclasses.replace(manifest, options=manifest.options | {"requantized": len(rounded)})
         manifest = seal(directory, manifest)
     return manifest
-
-
-def check_supported(spec: ModelSpec, max_context: int) -> None:
-    """Raises UnsupportedModelError naming the first trait the kernels lack."""
-    has_window = any(0 < layer.window < max_context for layer in spec.layers)
-    lacking = {
-        "norms with an offset": spec.norm_offset != 0,
-        f"the activation {spec.activation}": spec.activation != "silu",
-        "soft capping": spec.attention_softcap != 0 or spec.logits_softcap != 0,
-        "a scaled embedding": spec.embedding_scale != 1,
-        "an attention scale of its own": not np.isclose(spec.attention_scale, spec.head_dim**-0.5),
-        "a bias of the head": bool(spec.head_bias),
-        "several RoPE tables": len(spec.ropes) != 1,
-        "a partly rotated head": spec.ropes[0].dim != spec.head_dim,
-        "a sliding window shorter than max_context": has_window,
-        "norms after attention or MLP": any(x.post_attention_norm or x.post_mlp_norm for x in spec.layers),
-        "biases outside QKV": any(x.output.biases or x.gate_up.biases or x.down.biases for x in spec.layers),
-        "a hidden or intermediate size that is not a multiple of 8": bool(
-            spec.hidden_size % 8 or spec.intermediate_size % 8
-        ),
-        "a head size that is not a multiple of 16 up to 256": bool(spec.head_dim % 16) or spec.head_dim > 256,
-        "more than 8 query heads for a KV head": spec.num_heads // spec.num_kv_heads > 8,
-    }
-    for trait, is_lacking in lacking.items():
-        if is_lacking:
-            raise UnsupportedModelError(
-                f"{spec.architecture} has {trait}, which the cuda backend does not run; use the backend onnxruntime."
-            )
 
 
 def model_options(spec: ModelSpec, dtype: str) -> dict:

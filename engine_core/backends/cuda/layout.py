@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from engine_core.backends.capabilities import capabilities_of
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, aligned
 from engine_core.cuda.kernels import int4_layout, int8_layout
@@ -19,7 +20,6 @@ from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.errors import ConfigurationError, EngineDirectoryError
 from engine_core.formats.manifest import Manifest
 
-KV_CACHE_TYPES = ("fp16", "int8")  # fp16 stands for the 16-bit type of the weights
 LAYOUTS = {4: int4_layout, 8: int8_layout}  # of packed weights, by their bits
 _WEIGHT_BITS = {"fp16": 16, "int8": 8, "int4": 4, "int4_awq": 4}
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
@@ -77,7 +77,8 @@ class CudaSpec:
         Raises ConfigurationError or EngineDirectoryError.
         """
         geometry, options = manifest.geometry, manifest.options
-        _check_config(manifest, config)
+        if (reason := capabilities_of(manifest.backend).batch_refusal(config.max_batch)) is not None:
+            raise ConfigurationError(reason)
         try:
             dtype, norm_eps = options["dtype"], float(options["norm_eps"])
             qk_norm, qkv_bias, tied = (bool(options[key]) for key in ("qk_norm", "qkv_bias", "tied"))
@@ -219,23 +220,12 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     return {name: ArraySpec(*values) for name, values in arrays.items()}
 
 
-def _check_config(manifest: Manifest, config: EngineConfig) -> None:
-    """Raises ConfigurationError on what this backend does not do."""
-    if config.max_batch != 1:
-        raise ConfigurationError(
-            f"max_batch is {config.max_batch}, but the {manifest.backend} backend runs one sequence at a time; "
-            "set it to 1."
-        )
-
-
 def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
     """What the engine opens with: the parameter, else what it was built to open with. Raises ConfigurationError."""
     kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
-    if kind not in KV_CACHE_TYPES:
-        known = " and ".join(map(repr, KV_CACHE_TYPES))
-        raise ConfigurationError(
-            f"kv_cache_type is {kind!r}, but the {manifest.backend} backend has {known}; set it to one of them or auto."
-        )
+    reason = capabilities_of(manifest.backend).kv_cache_refusal(None, manifest.quantization, kind)
+    if reason is not None:
+        raise ConfigurationError(reason)
     return kind
 
 

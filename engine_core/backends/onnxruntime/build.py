@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from engine_core.backends.onnxruntime import files as ort_files
+from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
 from engine_core.backends.onnxruntime.exporter import OrtDialect, Packing, Precision
 from engine_core.backends.onnxruntime.qdq_exporter import QdqDialect
 from engine_core.backends.onnxruntime.weight_writer import own_block_size
 from engine_core.errors import BuildError
 from engine_core.formats import companions
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.detect import quantization_of
+from engine_core.formats.detect import levels_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.onnx_graph import write_decoder
 from engine_core.formats.onnx_writer import GraphWriter
@@ -23,11 +23,6 @@ from engine_core.quantize.calibration_texts import NAMES, find_calibration, read
 from engine_core.quantize.kv_cache import int8_scales, measure_peaks
 
 _log = logging.getLogger(__name__)
-
-DEFAULT_MAX_CONTEXT = 4096  # tokens; less where the model was made for less
-QUANTIZATIONS = ("fp32", "int8", "int4", "int4_awq", "fp8", "nvfp4")
-KV_CACHE_TYPES = ("auto", *ort_files.KV_CACHE_TYPES)
-GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
 def build_engine(
@@ -46,10 +41,11 @@ def build_engine(
 ) -> Manifest:
     """Writes the variant directory ``out_dir`` and returns its manifest.
 
-    ``quantization``: one of QUANTIZATIONS, or auto: what the checkpoint is quantized as, else fp32. A quantized
-    checkpoint's int4 or int8 weights keep their levels, scales and zeros; built as anything else they are dequantized
-    first. int4_awq needs a checkpoint in int4; fp8 and nvfp4 are graphs with DequantizeLinear. ``max_context``: tokens
-    the RoPE table covers, 0 = the model's own up to DEFAULT_MAX_CONTEXT. ``group_size``: weights per scale, 0 = 32.
+    ``quantization``: one of CAPABILITIES.buildable_formats, or auto: what the checkpoint is quantized as, else fp32. A
+    quantized checkpoint's int4 or int8 weights keep their levels, scales and zeros; built as anything else they are
+    dequantized first. int4_awq needs a checkpoint in int4; fp8 and nvfp4 are graphs with DequantizeLinear.
+    ``max_context``: tokens the RoPE table covers, 0 = the model's own, at most 4096. ``group_size``: weights per scale,
+    0 = 32.
     ``head_bits``: 4 or 8 for the LM head and the embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors
     file of the full ids an LM head of fewer rows keeps; a file of that name in the checkpoint is used by itself.
     ``kv_cache_type``: what the engine opens with unless told otherwise; auto = fp32. It holds fp32 and fp16 in any
@@ -62,16 +58,15 @@ def build_engine(
     spec = read_spec(checkpoint)
     if quantization == "auto":
         quantization = quantization_of(checkpoint, spec) or "fp32"
+    CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     precision = precision_of(quantization, group_size, head_bits)
     _check_levels(checkpoint, spec, quantization, group_size)
     num_parameters = check_tensors(spec, checkpoint)
-    max_context = _max_context(max_context, spec)
+    max_context = max_context or CAPABILITIES.default_context(spec)
     companions.check_tokenizer(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     calibration = _calibration(kv_cache_type, calibration, checkpoint) if precision.linear_bits else None
-    if not precision.linear_bits and kv_cache_type not in ("auto", "fp32"):
-        raise BuildError(f"An {quantization} graph has an fp32 KV cache only; leave kv_cache_type out.")
     weights = Weights(checkpoint, spec, kept)
     report(f"Building {spec.architecture} with {num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}")
     with write_variant(Path(out_dir)) as directory:
@@ -102,6 +97,8 @@ def build_engine(
         )
         manifest = seal(directory, manifest)
     report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
+    if quantization in CAPABILITIES.built_only:
+        _log.warning("%s does not run: %s", out_dir, CAPABILITIES.built_only[quantization])
     return manifest
 
 
@@ -120,32 +117,26 @@ def engine_options(spec: ModelSpec, precision: Precision, packing: Packing, *, s
 def _check_levels(checkpoint: Checkpoint, spec: ModelSpec, quantization: str, group_size: int) -> None:
     """Refuses what a checkpoint's own levels do not allow. Raises BuildError."""
     found = quantization_of(checkpoint, spec)
-    if quantization == "int4_awq" and not found.startswith("int4"):
-        what = f"is {found}" if found else "is not, or not in consecutive groups"
-        raise BuildError(
-            f"int4_awq takes the levels of a checkpoint in int4, but this one {what}; "
-            "make one with 'edgellm quantize --method int4_awq', or build int4, which rounds to nearest."
-        )
+    if (reason := levels_refusal(quantization, found)) is not None:
+        raise BuildError(reason)
     if group_size and found.split("_")[0] == quantization.split("_")[0] == "int4":
         raise BuildError("The checkpoint is in int4 groups of its own; leave the group size out.")
 
 
 def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> Precision:
     """What ``build_engine`` makes of these; raises BuildError."""
-    if quantization not in QUANTIZATIONS:
-        raise BuildError(
-            f"The onnxruntime backend has no {quantization!r} weights; choose one of {', '.join(QUANTIZATIONS)}."
-        )
+    if (reason := CAPABILITIES.format_refusal(quantization)) is not None:
+        raise BuildError(reason)
     if quantization == "fp32":
         if group_size or head_bits:
             raise BuildError("group_size and head_bits belong to int8 and int4; an fp32 variant has neither.")
         return Precision(32, 32, 32)
-    if quantization in ("fp8", "nvfp4"):
+    if quantization in CAPABILITIES.built_only:
         if group_size or head_bits:
             raise BuildError("group_size and head_bits belong to int8 and int4; fp8 and nvfp4 have neither.")
         return Precision(0, 16, 16, kind=quantization)
-    if group_size not in (0, *GROUP_SIZES):
-        raise BuildError(f"group_size is {group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
+    if (reason := CAPABILITIES.group_refusal(group_size)) is not None:
+        raise BuildError(reason)
     if head_bits not in (0, 4, 8):
         raise BuildError(f"head_bits is {head_bits}, expected 4 or 8.")
     head = head_bits or 8
@@ -163,10 +154,6 @@ def _group_size(weights: Weights, precision: Precision) -> int:
 
 def _calibration(kv_cache_type: str, given: Path | None, checkpoint: Checkpoint) -> Path | None:
     """The text to calibrate an int8 cache on; None: the engine will hold none."""
-    if kv_cache_type not in KV_CACHE_TYPES:
-        raise BuildError(
-            f"The onnxruntime backend has no {kv_cache_type!r} KV cache; choose one of {', '.join(KV_CACHE_TYPES)}."
-        )
     if kv_cache_type in ("fp32", "fp16") and given is None:
         return None
     found = find_calibration(checkpoint, given)
@@ -176,9 +163,3 @@ def _calibration(kv_cache_type: str, given: Path | None, checkpoint: Checkpoint)
             "--calibration FILE with conversations like those the robot will have."
         )
     return found
-
-
-def _max_context(asked: int, spec: ModelSpec) -> int:
-    if asked < 0 or asked > spec.max_position:
-        raise BuildError(f"max_context is {asked}, but the model was made for 1 to {spec.max_position} tokens.")
-    return asked or min(DEFAULT_MAX_CONTEXT, spec.default_position)

@@ -14,14 +14,12 @@ from onnx import TensorProto
 from engine_core.backends.onnxruntime.files import graph_name
 from engine_core.backends.onnxruntime.kv_cache_graphs import KVScales, with_fp16_cache, with_int8_cache
 from engine_core.backends.onnxruntime.weight_writer import PackedWeight, own_levels, packed_shape, rounded
-from engine_core.errors import UnsupportedModelError
 from engine_core.formats.onnx_writer import IR_VERSION, GraphWriter
 from engine_core.formats.weights import Weights
 from engine_core.models.spec import LayerSpec, LinearSpec
 
 _MS = "com.microsoft"
 _OPSETS = {"": 17, _MS: 1}
-_HEAD_DIM_STEP = 16
 _PACKED_GROUP_BYTES = 8  # MatMulNBits keeps the scale and the sum of each group beside its packed values, float32 both
 _ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, products are integers
 
@@ -68,11 +66,6 @@ class OrtDialect:
         self._precision = precision
         self._max_context = max_context
         self._spec = weights.spec
-        if self._spec.head_dim % _HEAD_DIM_STEP:
-            raise UnsupportedModelError(
-                f"The CPU's attention operator needs a head_dim that is a multiple of {_HEAD_DIM_STEP}, "
-                f"but this model's is {self._spec.head_dim}."
-            )
         self.packing = Packing()
         self._tied_head = ""  # the embedding's tensor, where the head can use the same bytes
 

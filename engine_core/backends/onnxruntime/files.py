@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
+
 DATA_NAME = "model.onnx.data"
-KV_CACHE_TYPES = ("fp32", "fp16", "int8")
 
 
 def graph_name(kv_cache_type: str, *, window_before_1_24: bool = False) -> str:
@@ -20,4 +21,4 @@ def graph_name(kv_cache_type: str, *, window_before_1_24: bool = False) -> str:
 
 def held_types(files: Collection[str]) -> list[str]:
     """The KV cache types a variant with these files can be opened with."""
-    return [kind for kind in KV_CACHE_TYPES if graph_name(kind) in files]
+    return [kind for kind in CAPABILITIES.kv_cache_types if graph_name(kind) in files]

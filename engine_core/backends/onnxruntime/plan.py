@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
 from engine_core.backends.onnxruntime.files import DATA_NAME, held_types
 from engine_core.backends.onnxruntime.session import has_flash_attention
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError
 from engine_core.formats.manifest import Manifest
 from engine_core.formats.vocab_map import configured_vocab_map
+from engine_core.host_cpu import count_cores
 from engine_core.host_memory import available_memory
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
 
@@ -28,7 +30,6 @@ _RUNTIME_BYTES = 23 << 19
 _RUNTIME_LAYER_BYTES = 128 << 10
 _CUTTING_BYTES = 11 << 20  # the onnx package, with which a head is cut at load
 _ARENA_BYTES = 512 << 10  # small tensors of a step
-_NEEDS_GPU = {"fp8": "8.9", "nvfp4": "10.0"}  # the first generation whose tensor cores have the type
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,10 @@ class Layout:
 def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layout:
     """Raises ConfigurationError for what this backend cannot do, BackendUnavailableError for weights in a type the CPU
     lacks, EngineDirectoryError for a damaged vocab map."""
-    if manifest.quantization in _NEEDS_GPU:
-        raise BackendUnavailableError(
-            f"{manifest.quantization} weights need an NVIDIA GPU of compute capability "
-            f"{_NEEDS_GPU[manifest.quantization]} or newer, but the onnxruntime backend runs on the CPU; "
-            "choose int8 or int4_awq."
-        )
-    if config.max_batch != 1:
-        raise ConfigurationError(f"max_batch is {config.max_batch}, but the onnxruntime backend works on one sequence.")
+    if (reason := CAPABILITIES.refusal(None, manifest.quantization)) is not None:
+        raise BackendUnavailableError(reason)
+    if (reason := CAPABILITIES.batch_refusal(config.max_batch)) is not None:
+        raise ConfigurationError(reason)
     max_context = config.max_context or manifest.max_context
     if max_context > manifest.max_context:
         raise ConfigurationError(
@@ -89,11 +86,8 @@ def _num_threads(asked: int, num_parameters: int) -> int:
 
 def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
     kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
-    if kind == "fp8":
-        raise ConfigurationError(
-            "kv_cache_type is 'fp8', but the onnxruntime backend has no such KV cache on the CPU; a GPU of compute "
-            "capability 8.9 or more (Ada, Hopper, Thor) could compute with one. Choose fp32, fp16 or int8."
-        )
+    if (reason := CAPABILITIES.kv_cache_refusal(None, manifest.quantization, kind)) is not None:
+        raise ConfigurationError(reason)
     held = held_types(manifest.files)
     if kind not in held:
         raise ConfigurationError(
@@ -105,15 +99,6 @@ def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
 
 def _default_threads(num_parameters: int) -> int:
     return 1 if num_parameters < _SINGLE_THREAD_PARAMETERS else count_cores()
-
-
-def count_cores() -> int:
-    """Physical cores this process may use: a second hardware thread of a core adds no memory bandwidth."""
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text().strip() if siblings.is_file() else str(cpu))
-    return len(cores)
 
 
 def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from engine_core.formats.onnx_graph import write_decoder
 from engine_core.formats.onnx_writer import GraphWriter
 from engine_core.formats.weights import Weights
 from engine_core.models.rope import RopeSpec
-from engine_core.models.shapes import ConfigCheckpoint
+from engine_core.models.shapes import SpecTensors
 from engine_core.models.spec import ModelSpec
 
 
@@ -63,17 +64,16 @@ class _ZeroRope(RopeSpec):
 
 
 def count_data(
-    checkpoint: ConfigCheckpoint, spec: ModelSpec, precision: Precision, max_context: int, head_rows: int
+    tensors: SpecTensors, spec: ModelSpec, precision: Precision, max_context: int, head_rows: int
 ) -> tuple[int, Packing]:
     """Size of model.onnx.data, and what of it is packed.
 
     ``head_rows``: of the LM head, spec.vocab_size without a vocabulary map.
-    Raises UnsupportedModelError for what the runtime's operators cannot do.
     """
     ropes = tuple(_ZeroRope(**{f.name: getattr(rope, f.name) for f in dataclasses.fields(rope)}) for rope in spec.ropes)
     kept = None if head_rows == spec.vocab_size else np.arange(head_rows, dtype=np.int32)
-    weights = Weights(checkpoint, dataclasses.replace(spec, ropes=ropes), kept)
-    writer = _CountingWriter(checkpoint.directory, spec.architecture)
+    weights = Weights(tensors, dataclasses.replace(spec, ropes=ropes), kept)
+    writer = _CountingWriter(Path(), spec.architecture)
     dialect = OrtDialect(writer, weights, precision, max_context)
     write_decoder(weights.spec, dialect)
     return writer.num_bytes, dialect.packing

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends import TokenSampling
-from engine_core.backends.cuda.layout import bytes_by_purpose
 from engine_core.backends.gpu_backend import DeviceBackend, SequenceLimits, plan_here, rows_by_id
 from engine_core.backends.tensorrt.api import TensorRT
 from engine_core.backends.tensorrt.engine import TrtContext, TrtEngine
@@ -31,6 +30,7 @@ from engine_core.backends.tensorrt.layout import (
     work_arrays,
 )
 from engine_core.backends.tensorrt.machine import check_machine, scratch_of
+from engine_core.backends.tensorrt.plan import engine_bytes, has_products
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, Arena, Device, DeviceArray, Launch, PinnedArray, Stream
 from engine_core.cuda.graphs import GraphKey, GraphRunner
@@ -42,9 +42,6 @@ from engine_core.formats.manifest import Manifest
 from engine_core.formats.vocab_map import own_vocab_map
 from engine_core.memory import MemoryPlan
 
-# An allowance for TensorRT's and CUDA's own modules and graphs; the context itself is taken before the plan is made.
-_RUNTIME_BYTES = 512 << 20
-
 
 class TensorRTBackend(DeviceBackend):
     """See ``engine_core.backends.Backend``."""
@@ -53,19 +50,7 @@ class TensorRTBackend(DeviceBackend):
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
-        if _has_products(manifest):
-            return ProductsBackend.plan(variant_dir, manifest, config)
-        spec, path = TrtSpec.create(manifest, config), variant_dir / PLAN_NAME
-
-        def totals(device: Device) -> dict[str, int]:
-            try:
-                weights = path.stat().st_size
-            except OSError as error:
-                raise EngineDirectoryError(f"{path} cannot be read ({error}); build the engine again.") from error
-            work = bytes_by_purpose(work_arrays(spec, scratch_of(manifest)))
-            return {"weights": weights, **work, "runtime": _RUNTIME_BYTES}
-
-        return plan_here(totals)
+        return plan_here(lambda device: engine_bytes(variant_dir, manifest, config, device.num_sms))
 
     @classmethod
     def check_here(cls, manifest: Manifest) -> None:
@@ -81,7 +66,7 @@ class TensorRTBackend(DeviceBackend):
         cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
     ) -> TensorRTBackend | ProductsBackend:
         """``api``: a stand-in for tests."""
-        if _has_products(manifest):
+        if has_products(manifest):
             return ProductsBackend.load(variant_dir, manifest, config, api)
         spec = TrtSpec.create(manifest, config)
         api = api or TensorRT()
@@ -293,8 +278,3 @@ class TensorRTBackend(DeviceBackend):
         except EngineFaultError:
             self._damaged = True
             raise
-
-
-def _has_products(manifest: Manifest) -> bool:
-    """Tell whether ``gemm_exporter`` wrote the engine: its manifest's ``dialect`` is "products"."""
-    return manifest.options.get("dialect") == "products"

@@ -12,23 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_core.backends.cuda.build import check_supported, model_options, write_weights
+from engine_core.backends.cuda.build import model_options, write_weights
 from engine_core.backends.cuda.layout import CudaSpec, product_shapes
 from engine_core.backends.cuda.weights import WEIGHTS_NAME
-from engine_core.backends.onnxruntime.build import DEFAULT_MAX_CONTEXT
 from engine_core.backends.tensorrt.api import TensorRT
+from engine_core.backends.tensorrt.capabilities import CAPABILITIES, products_refusal
 from engine_core.backends.tensorrt.export import export_onnx
-from engine_core.backends.tensorrt.exporter import DTYPES, FP32
+from engine_core.backends.tensorrt.exporter import FP32
 from engine_core.backends.tensorrt.gemm_exporter import export_product
 from engine_core.backends.tensorrt.gemm_layout import PRODUCTS, plan_name, weight_shapes, with_chunk
 from engine_core.backends.tensorrt.layout import (
-    CONTEXT_STEP,
     DECODE,
     DEFAULT_MAX_PREFILL,
     PLAN_NAME,
     PREFILL,
     TrtSpec,
-    check_context,
     profile_shapes,
     work_arrays,
 )
@@ -46,14 +44,12 @@ from engine_core.models.spec import ModelSpec, check_tensors, read_spec
 
 _log = logging.getLogger(__name__)
 
-QUANTIZATIONS = tuple(DTYPES)
 DIALECTS = ("auto", "products", "plain", "native")
 # Bytes a layer may take while it runs. More than this buys no faster tactic for products of these sizes, and every
 # byte of it is one less for the KV cache.
 _WORKSPACE = 1 << 30
 _MIN_WORKSPACE = 64 << 20
 _RESERVE = 512 << 20  # for CUDA's own needs and the tactics' inputs while they are timed
-_HEAD_DIM_STEP = 8  # kv_append.cu moves 16 bytes at a time
 
 
 def build_tensorrt(
@@ -65,6 +61,7 @@ def build_tensorrt(
     max_prefill: int = 0,
     dialect: str = "auto",
     vocab_map: Path | None = None,
+    kv_cache_type: str = "auto",
     model_name: str = "",
     level: int = 3,
     report: Callable[[str], None] = _log.info,
@@ -76,7 +73,8 @@ def build_tensorrt(
     ``max_prefill``: tokens of a prefill step, 0 = 512. ``dialect``: products (fp16) leaves all but the layers' matrix
     products to the CUDA backend's kernels and takes the models these run; plain takes every model and puts all of it
     into one plan; native does the same and needs TensorRT 10.15; auto is products where that can be, else plain.
-    ``level``: how long tactics are searched, 0 to 5. The timing cache is kept beside ``engine_dir``.
+    ``kv_cache_type``: what the engine opens with unless told otherwise, auto = the type of the weights; int8 needs the
+    dialect products. ``level``: how long tactics are searched, 0 to 5. The timing cache is kept beside ``engine_dir``.
 
     Raises CheckpointError, UnsupportedModelError, BuildError, BackendUnavailableError, InsufficientMemoryError or
     TensorRTError; then ``engine_dir`` is as it was before.
@@ -84,10 +82,12 @@ def build_tensorrt(
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
     num_parameters = check_tensors(spec, checkpoint)
-    check_quantization(quantization)
-    max_context = check_model(spec, max_context)
+    CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
+    max_context = max_context or CAPABILITIES.default_context(spec)
     max_prefill = min(max_prefill or DEFAULT_MAX_PREFILL, max_context)
     dialect = choose_dialect(spec, max_context, quantization, dialect)
+    if dialect != "products" and kv_cache_type not in ("auto", quantization):
+        raise BuildError(f"The {dialect} dialect has a KV cache of the weights' type, {quantization}; choose products.")
     api = api or TensorRT()
     if dialect == "native" and not api.has_kv_cache_update:
         raise BuildError(f"TensorRT {api.version} lacks the native dialect's operators (10.15 has them); use plain.")
@@ -101,7 +101,7 @@ def build_tensorrt(
             geometry=spec.geometry(num_parameters),
             backend="tensorrt",
             quantization=quantization,
-            kv_cache_type=quantization,
+            kv_cache_type=quantization if kv_cache_type == "auto" else kv_cache_type,
             max_context=max_context,
             max_batch=1,
             eos_token_ids=companions.eos_token_ids(checkpoint),
@@ -134,39 +134,12 @@ def choose_dialect(spec: ModelSpec, max_context: int, quantization: str, dialect
         raise BuildError(f"There is no dialect {dialect!r}; it is one of {', '.join(DIALECTS)}.")
     if dialect in ("plain", "native"):
         return dialect
-    try:
-        if quantization != "fp16":
-            raise BuildError(f"The products dialect has fp16 weights, not {quantization}; choose plain.")
-        check_supported(spec, max_context)
-    except (BuildError, UnsupportedModelError):
-        if dialect == "products":
-            raise
+    reason = products_refusal(spec, quantization, max_context)
+    if reason is None:
+        return "products"
+    if dialect == "auto":
         return "plain"
-    return "products"
-
-
-def check_quantization(quantization: str) -> None:
-    """Raises BuildError for weights no TensorRT engine of ours has."""
-    if quantization not in QUANTIZATIONS:
-        raise BuildError(
-            f"TensorRT engines are built with {' or '.join(QUANTIZATIONS)} weights, not {quantization!r}; for int4 on "
-            "an NVIDIA GPU build for the backend cuda."
-        )
-
-
-def check_model(spec: ModelSpec, max_context: int) -> int:
-    """The resolved max_context. Raises BuildError or UnsupportedModelError."""
-    if spec.head_dim % _HEAD_DIM_STEP:
-        raise UnsupportedModelError(
-            f"{spec.architecture} has heads of {spec.head_dim} values, but the tensorrt backend takes multiples of "
-            f"{_HEAD_DIM_STEP}; use the backend onnxruntime."
-        )
-    if max_context > spec.max_position:
-        raise BuildError(f"max_context is {max_context}, but the model was made for {spec.max_position} tokens.")
-    max_context = max_context or min(DEFAULT_MAX_CONTEXT, spec.default_position) // CONTEXT_STEP * CONTEXT_STEP
-    if reason := check_context(max_context):
-        raise BuildError(f"{reason}; choose one of them.")
-    return max_context
+    raise BuildError(reason) if quantization != "fp16" else UnsupportedModelError(reason)
 
 
 def timing_cache_path(engine_dir: Path, api: TensorRT, device: Device) -> Path:

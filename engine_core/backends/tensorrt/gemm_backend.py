@@ -9,7 +9,6 @@ captured.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from engine_core.backends.cuda.backend import CudaBackend
-from engine_core.backends.cuda.layout import ArraySpec, CudaSpec, bytes_by_purpose, weight_arrays
-from engine_core.backends.cuda.weights import Resolved, resolve
+from engine_core.backends.cuda.layout import ArraySpec, CudaSpec
 from engine_core.backends.gpu_backend import plan_here
 from engine_core.backends.gpu_model import DeviceModel, WeightSource, Work
 from engine_core.backends.tensorrt.api import TensorRT
@@ -29,10 +27,10 @@ from engine_core.backends.tensorrt.gemm_layout import (
     plan_name,
     products_work_arrays,
     weight_shapes,
-    with_chunk,
 )
 from engine_core.backends.tensorrt.layout import DECODE, PREFILL
 from engine_core.backends.tensorrt.machine import check_machine, scratch_of
+from engine_core.backends.tensorrt.plan import engine_bytes, resolve_products
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import Kernels, linear
@@ -40,10 +38,6 @@ from engine_core.cuda.kernels.attention import AttentionPrefill
 from engine_core.errors import EngineDirectoryError
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
-
-# TensorRT's and CUDA's own modules and graphs, as measured (test/gpu/test_memory_plan.py); the context itself is taken
-# before the plan is made.
-_RUNTIME_BYTES = 12 << 20
 
 
 class ProductsBackend(CudaBackend):
@@ -53,20 +47,14 @@ class ProductsBackend(CudaBackend):
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
-        spec = _resolve(variant_dir, manifest, config).spec
-
-        def totals(device: Device) -> dict[str, int]:
-            work = products_work_arrays(spec, device.num_sms, scratch_of(manifest))
-            return bytes_by_purpose(weight_arrays(spec), work) | {"runtime": _RUNTIME_BYTES}
-
-        return plan_here(totals)
+        return plan_here(lambda device: engine_bytes(variant_dir, manifest, config, device.num_sms))
 
     @classmethod
     def load(
         cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
     ) -> ProductsBackend:
         """``api``: a stand-in for tests."""
-        resolved, api = _resolve(variant_dir, manifest, config), api or TensorRT()
+        resolved, api = resolve_products(variant_dir, manifest, config), api or TensorRT()
         plans = Plans(api, variant_dir, scratch_of(manifest))
         check = partial(check_machine, manifest, api)
         return cls._load(variant_dir, resolved, config, check, plans=plans)
@@ -212,13 +200,6 @@ class ProductsModel(DeviceModel[_Layer]):
 
     def close(self) -> None:
         self._resources.close()
-
-
-def _resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Resolved:
-    """Raises ConfigurationError or EngineDirectoryError."""
-    resolved = resolve(variant_dir, manifest, config)
-    stored, spec = (with_chunk(each, manifest, config) for each in (resolved.stored, resolved.spec))
-    return dataclasses.replace(resolved, stored=stored, spec=spec)
 
 
 # Product → what it reads and what it writes.

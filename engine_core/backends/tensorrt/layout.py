@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine_core.backends.cuda.layout import ArraySpec
+from engine_core.backends.tensorrt.capabilities import CAPABILITIES
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
@@ -19,8 +20,6 @@ DEFAULT_MAX_PREFILL = 512  # tokens of a prefill step the engine is built for
 PREFILL, DECODE = 0, 1  # optimization profiles
 # Positions of the shortest past. A prompt's first chunk sees none of them and is handed this many.
 MIN_PAST = 64
-# A layer's K starts at a multiple of this many positions, so that every address TensorRT gets is one of 256 bytes.
-CONTEXT_STEP = 64
 ADDRESS_STEP = 256
 
 
@@ -78,13 +77,6 @@ class TrtSpec:
         return -(-self.chunk * self.num_kv_heads * self.head_dim // step) * step
 
 
-def check_context(max_context: int) -> str:
-    """Why an engine cannot have this ``max_context``; empty if it can."""
-    if max_context < MIN_PAST or max_context % CONTEXT_STEP:
-        return f"max_context is {max_context}, but a TensorRT engine takes multiples of {CONTEXT_STEP}"
-    return ""
-
-
 def check_chunk(config: EngineConfig, max_prefill: int) -> None:
     """``max_prefill``: tokens of the longest prefill step the engine was built for. Raises ConfigurationError."""
     if config.prefill_chunk > max_prefill:
@@ -96,13 +88,12 @@ def check_chunk(config: EngineConfig, max_prefill: int) -> None:
 
 def _check_config(manifest: Manifest, config: EngineConfig, dtype: str, max_prefill: int) -> None:
     """Raises ConfigurationError on what this backend does not do."""
-    if config.max_batch != 1:
-        raise ConfigurationError(
-            f"max_batch is {config.max_batch}, but the tensorrt backend runs one sequence at a time; set it to 1."
-        )
+    if (reason := CAPABILITIES.batch_refusal(config.max_batch)) is not None:
+        raise ConfigurationError(reason)
     if config.kv_cache_type not in ("auto", dtype):
         raise ConfigurationError(
-            f"kv_cache_type is {config.kv_cache_type!r}, but this engine was built for {dtype!r}; set it to that or "
+            CAPABILITIES.kv_cache_refusal(None, manifest.quantization, config.kv_cache_type)
+            or f"kv_cache_type is {config.kv_cache_type!r}, but this engine was built for {dtype!r}; set it to that or "
             "auto."
         )
     if config.vocab_map not in ("auto", "none") or (config.vocab_map == "none" and manifest.reduced_vocab_size):
@@ -116,8 +107,8 @@ def _check_config(manifest: Manifest, config: EngineConfig, dtype: str, max_pref
             f"max_context is {config.max_context}, but this engine was built for {manifest.max_context} tokens; "
             "lower it, or build the engine again."
         )
-    if config.max_context and (reason := check_context(config.max_context)):
-        raise ConfigurationError(f"{reason}; choose one of them.")
+    if (reason := CAPABILITIES.context_step_refusal(config.max_context)) is not None:
+        raise ConfigurationError(reason)
 
 
 # --- what the engine reads and writes ---------------------------------------------------------------------

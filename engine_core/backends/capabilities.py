@@ -1,0 +1,283 @@
+"""What each backend builds and runs, and why not: the one source of ``plan``, ``build``, ``inspect``, ``doctor``, the
+choices of parameters and the tables of the documentation.
+
+A backend's folder has a module ``capabilities`` with its ``CAPABILITIES``. It needs none of the packages that the
+backend itself needs, so that every machine can say what another one would run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from engine_core.errors import BuildError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from engine_core.backends.machine import Machine, Missing
+    from engine_core.models.spec import ModelSpec
+
+# Number types that a GPU computes with from some compute capability on: e4m3 since Ada, e2m1 (nvfp4) since Blackwell.
+HARDWARE_TYPES = {"fp8": (89, "Ada, Hopper or Blackwell"), "nvfp4": (100, "Blackwell")}
+
+
+@dataclass(frozen=True)
+class Trait:
+    """Something a model can have that a backend does not run. ``label`` completes "the model has"; it may name {spec}."""
+
+    label: str
+    is_in: Callable[[ModelSpec, int], bool]  # of a model, with so many tokens of context
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What one backend builds and runs.
+
+    Every method whose name ends in ``refusal`` returns one sentence with its full stop, or None where there is nothing
+    against it. ``kv_cache_type`` "" or "auto" is the backend's default, ``max_context`` 0 what ``build`` takes.
+    """
+
+    backend: str
+    on_gpu: bool
+    weight_formats: tuple[str, ...]  # built and run; ``build`` takes default_format where a checkpoint has none of them
+    default_format: str
+    kv_cache_types: tuple[str, ...]  # the first is the default
+    longest_default: int  # tokens an engine is built for unless more is asked for and the model was made for more
+    built_only: Mapping[str, str] = field(default_factory=dict)  # format that is built → why it does not run
+    planned_formats: tuple[str, ...] = ()  # neither built nor run; ``plan`` says what they would take
+    planned_kv_cache_types: tuple[str, ...] = ()
+    traits: tuple[Trait, ...] = ()  # what no model that runs may have
+    blocks: Callable[[str], tuple[int, int] | None] = lambda weight_format: None  # rows and columns of one, see _blocks
+    kv_cache_types_of: Callable[[ModelSpec | None, str, int], tuple[str, ...]] | None = None  # where they depend on it
+    group_sizes: tuple[int, ...] = ()  # weights that share a scale in int8 and int4, as ``build --group-size`` takes
+    context_step: int = 1  # max_context is a multiple of it
+    least_capability: int = 0  # of the GPU; 80 = sm_80
+    cuda_graphs: bool = False
+    declined_options: Mapping[str, str] = field(default_factory=dict)  # option of ``build`` it does not take → why not
+    packages: tuple[str, ...] = ()  # distributions whose versions say what ran
+    missing: Callable[[Machine], Missing | None] = field(default=lambda machine: None)  # what a machine lacks to run it
+
+    # --- what there is --------------------------------------------------------------------------------
+
+    @property
+    def buildable_formats(self) -> tuple[str, ...]:
+        """Return the weight formats ``build`` makes, those that do not run last."""
+        return (*self.weight_formats, *self.built_only)
+
+    @property
+    def known_formats(self) -> tuple[str, ...]:
+        """Return every weight format there is something to say about."""
+        return (*self.buildable_formats, *self.planned_formats)
+
+    def kv_cache_types_for(self, spec: ModelSpec | None, weight_format: str, max_context: int = 0) -> tuple[str, ...]:
+        """Return the KV cache types of a model (None: of any) with weights in ``weight_format``, the default first."""
+        if self.kv_cache_types_of is None:
+            return self.kv_cache_types
+        return self.kv_cache_types_of(spec, weight_format, max_context or self._context_for(spec))
+
+    def default_context(self, spec: ModelSpec) -> int:
+        """Return the tokens an engine is built for unless told otherwise."""
+        longest = min(self.longest_default, spec.default_position)
+        return longest // self.context_step * self.context_step
+
+    # --- why not --------------------------------------------------------------------------------------
+
+    def refusal(
+        self,
+        spec: ModelSpec | None,
+        weight_format: str,
+        kv_cache_type: str = "",
+        *,
+        max_context: int = 0,
+        head_rows: int = 0,
+        capability: int = 0,
+    ) -> str | None:
+        """Say why this does not run: the weights, the KV cache, the model and its sizes, the GPU.
+
+        ``spec``: None asks only what holds for every model. ``head_rows``: of a reduced LM head; 0 = all.
+        ``capability``: of the GPU, 87 = sm_87; 0 = unknown.
+        """
+        reasons: Iterable[Callable[[], str | None]] = (
+            lambda: self.device_refusal(weight_format, kv_cache_type, capability),
+            lambda: self.built_only.get(weight_format),
+            lambda: self.build_refusal(
+                spec, weight_format, kv_cache_type, max_context=max_context, head_rows=head_rows
+            ),
+        )
+        return next((found for reason in reasons if (found := reason()) is not None), None)
+
+    def build_refusal(
+        self,
+        spec: ModelSpec | None,
+        weight_format: str,
+        kv_cache_type: str = "",
+        *,
+        max_context: int = 0,
+        head_rows: int = 0,
+    ) -> str | None:
+        """Say why no engine of this is built, on whatever machine."""
+        reasons: list[Callable[[], str | None]] = [
+            lambda: self.format_refusal(weight_format),
+            lambda: self.kv_cache_refusal(spec, weight_format, kv_cache_type, max_context),
+        ]
+        if spec is not None:
+            reasons += [
+                lambda: self.model_refusal(spec, max_context),
+                lambda: self.context_refusal(spec, max_context),
+                lambda: self.shape_refusal(spec, weight_format, head_rows),
+            ]
+        return next((found for reason in reasons if (found := reason()) is not None), None)
+
+    def check_build(
+        self,
+        spec: ModelSpec,
+        weight_format: str,
+        kv_cache_type: str = "",
+        *,
+        max_context: int = 0,
+        head_rows: int = 0,
+    ) -> None:
+        """Raise what ``build_refusal`` says: UnsupportedModelError for the model itself, BuildError for the rest."""
+        found = self.build_refusal(spec, weight_format, kv_cache_type, max_context=max_context, head_rows=head_rows)
+        if found is not None:
+            is_model = found == self.model_refusal(spec, max_context)
+            raise UnsupportedModelError(found) if is_model else BuildError(found)
+
+    def format_refusal(self, weight_format: str) -> str | None:
+        """Say that the backend has no such weights."""
+        if weight_format in self.buildable_formats:
+            return None
+        return f"The {self.backend} backend has no {weight_format!r} weights; it has {_series(self.weight_formats)}."
+
+    def kv_cache_refusal(
+        self, spec: ModelSpec | None, weight_format: str, kv_cache_type: str, max_context: int = 0
+    ) -> str | None:
+        """Say that the backend has no such KV cache, at all or beside such weights."""
+        found = self.kv_cache_types_for(spec, weight_format, max_context)
+        if kv_cache_type in ("", "auto", *found):
+            return None
+        where = ""
+        if found != self.kv_cache_types:
+            where = f" for {spec.architecture}" if spec is not None and found != self._any_model(weight_format) else ""
+            where += f" with {weight_format} weights"
+        return f"The {self.backend} backend has no {kv_cache_type!r} KV cache{where}; it has {_series(found)}."
+
+    def model_refusal(self, spec: ModelSpec, max_context: int = 0) -> str | None:
+        """Name the first trait of the model that the backend does not run, and the backends that do."""
+        context = max_context or self._context_for(spec)
+        trait = next((trait for trait in self.traits if trait.is_in(spec, context)), None)
+        if trait is None:
+            return None
+        others = [each for each in all_capabilities() if each.backend != self.backend]
+        able = [each.backend for each in others if not any(t.is_in(spec, context) for t in each.traits)]
+        use = f"; use the backend {' or '.join(able)}" if able else ""
+        label = trait.label.format(spec=spec)
+        return f"{spec.architecture} has {label}, which the {self.backend} backend does not run{use}."
+
+    def context_refusal(self, spec: ModelSpec, max_context: int) -> str | None:
+        """Say that a ``max_context`` is too long for the model, or no multiple of what the backend takes."""
+        if not max_context:
+            max_context = self.default_context(spec)
+        if not 0 < max_context <= spec.max_position:
+            return f"max_context is {max_context}, but the model was made for 1 to {spec.max_position} tokens."
+        return self.context_step_refusal(max_context)
+
+    def context_step_refusal(self, max_context: int) -> str | None:
+        """Say that ``max_context`` is no multiple of what the backend takes."""
+        if max_context % self.context_step == 0:
+            return None
+        return f"max_context is {max_context}, but the {self.backend} backend takes multiples of {self.context_step}."
+
+    def shape_refusal(self, spec: ModelSpec, weight_format: str, head_rows: int = 0) -> str | None:
+        """Name the first matrix that does not divide into the blocks of ``weight_format``."""
+        block = self.blocks(weight_format)
+        if block is None:
+            return None
+        matrices = [*spec.layer_matrices.values(), (head_rows or spec.vocab_size, spec.hidden_size)]
+        for rows, columns in matrices:
+            if rows % block[0] or columns % block[1]:
+                return (
+                    f"A matrix is {rows} × {columns}, but {weight_format} of the {self.backend} backend takes rows in "
+                    f"multiples of {block[0]} and columns in multiples of {block[1]}; take {self.default_format}."
+                )
+        return None
+
+    def batch_refusal(self, max_batch: int) -> str | None:
+        """Say that the backend does not decode so many sequences at a time."""
+        if max_batch == 1:
+            return None
+        return f"max_batch is {max_batch}, but the {self.backend} backend runs one sequence at a time; set it to 1."
+
+    def group_refusal(self, group_size: int) -> str | None:
+        """Say that weights cannot share a scale in groups of that size; 0 is the backend's own choice."""
+        if group_size in (0, *self.group_sizes):
+            return None
+        known = f"one of {_series(self.group_sizes)}" if self.group_sizes else "none"
+        return f"group_size is {group_size}, but the {self.backend} backend takes {known}."
+
+    def device_refusal(self, weight_format: str, kv_cache_type: str, capability: int) -> str | None:
+        """Say what the GPU of that compute capability lacks; 0 = unknown."""
+        if not self.on_gpu or not capability:
+            return None
+        own = {*self.weight_formats, *self.kv_cache_types}
+        for kind in (weight_format, kv_cache_type):
+            least, names = HARDWARE_TYPES.get(kind, (0, ""))
+            if kind not in own and capability < least:
+                return f"{kind} needs {names}; this GPU is sm_{capability}."
+        if capability < self.least_capability:
+            return f"The {self.backend} backend needs sm_{self.least_capability} or newer; this GPU is sm_{capability}."
+        return None
+
+    # --- helpers --------------------------------------------------------------------------------------
+
+    def _context_for(self, spec: ModelSpec | None) -> int:
+        return self.longest_default if spec is None else self.default_context(spec)
+
+    def _any_model(self, weight_format: str) -> tuple[str, ...]:
+        return self.kv_cache_types_for(None, weight_format)
+
+
+def needed_gpu(weight_format: str) -> str:
+    """Return the compute capability from which GPUs compute with a type of HARDWARE_TYPES, such as "8.9"."""
+    return str(HARDWARE_TYPES[weight_format][0] / 10)
+
+
+def _series(names: Iterable[object]) -> str:
+    """Return "a", "a and b" or "a, b and c"."""
+    *most, last = map(str, names)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+# --- all backends -----------------------------------------------------------------------------------------
+
+
+def capabilities_of(backend: str) -> Capabilities:
+    """Return what ``backend`` builds and runs, installed or not. Raises BackendUnavailableError for another name."""
+    from engine_core.backends import check_name
+
+    check_name(backend)
+    return importlib.import_module(f"engine_core.backends.{backend}.capabilities").CAPABILITIES
+
+
+def all_capabilities() -> Iterator[Capabilities]:
+    """Yield the capabilities of every backend, the fastest first."""
+    from engine_core.backends import backend_names
+
+    return map(capabilities_of, backend_names())
+
+
+def all_quantizations() -> tuple[str, ...]:
+    """Return every weight format that some backend builds or plans, the largest weights first."""
+    from engine_core.formats.manifest import AUTO_ORDER
+
+    found = {name for each in all_capabilities() for name in each.known_formats}
+    return tuple(name for name in reversed(AUTO_ORDER) if name in found)
+
+
+def all_kv_cache_types() -> tuple[str, ...]:
+    """Return every type of KV cache that some backend runs or plans, the largest first."""
+    from engine_core.memory import NUMBER_BYTES
+
+    found = {kind for each in all_capabilities() for kind in (*each.kv_cache_types, *each.planned_kv_cache_types)}
+    return tuple(sorted(found, key=lambda kind: (-NUMBER_BYTES[kind], kind != "int8")))

@@ -1,0 +1,111 @@
+"""What the CUDA backend builds and runs."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from engine_core.backends.capabilities import Capabilities, Trait
+
+if TYPE_CHECKING:
+    from engine_core.backends.machine import Machine, Missing
+    from engine_core.models.spec import ModelSpec
+
+_PACKED = ("int8", "int4", "int4_awq")
+
+
+def _has_window(spec: ModelSpec, max_context: int) -> bool:
+    return any(0 < layer.window < max_context for layer in spec.layers)
+
+
+def _has_other_biases(spec: ModelSpec, max_context: int) -> bool:
+    return any(linear.biases for x in spec.layers for linear in (x.output, x.gate_up, x.down))
+
+
+# What the kernels lack.
+TRAITS = (
+    Trait("norms with an offset", lambda spec, _: spec.norm_offset != 0),
+    Trait("the activation {spec.activation}", lambda spec, _: spec.activation != "silu"),
+    Trait("soft capping", lambda spec, _: spec.attention_softcap != 0 or spec.logits_softcap != 0),
+    Trait("a scaled embedding", lambda spec, _: spec.embedding_scale != 1),
+    Trait(
+        "an attention scale of its own",
+        lambda spec, _: not math.isclose(spec.attention_scale, spec.head_dim**-0.5, rel_tol=1e-5),
+    ),
+    Trait("a bias of the head", lambda spec, _: bool(spec.head_bias)),
+    Trait("several RoPE tables", lambda spec, _: len(spec.ropes) != 1),
+    Trait("a partly rotated head", lambda spec, _: spec.ropes[0].dim != spec.head_dim),
+    Trait("a sliding window shorter than max_context", _has_window),
+    Trait(
+        "norms after attention or MLP",
+        lambda spec, _: any(layer.post_attention_norm or layer.post_mlp_norm for layer in spec.layers),
+    ),
+    Trait("biases outside QKV", _has_other_biases),
+    Trait(
+        "a hidden or intermediate size that is not a multiple of 8",
+        lambda spec, _: bool(spec.hidden_size % 8 or spec.intermediate_size % 8),
+    ),
+    Trait(
+        "a head size that is not a multiple of 16 up to 256",
+        lambda spec, _: spec.head_dim % 16 > 0 or spec.head_dim > 256,
+    ),
+    Trait("more than 8 query heads for a KV head", lambda spec, _: spec.num_heads // spec.num_kv_heads > 8),
+)
+
+
+def _blocks(weight_format: str) -> tuple[int, int] | None:
+    from engine_core.cuda.kernels.int4_layout import GROUP, TILE
+
+    return (TILE, GROUP) if weight_format in _PACKED else None
+
+
+def _missing(machine: Machine) -> Missing | None:
+    """Return what is missing of the driver, NVRTC and cuBLAS, the last two asked as the kernels ask for them."""
+    from engine_core.backends.machine import Missing, missing_driver
+    from engine_core.cuda.driver import bindings
+    from engine_core.cuda.kernels import blas
+    from engine_core.errors import BackendUnavailableError, first_line
+
+    if (missing := missing_driver(machine)) is not None:
+        return missing
+    dashed = machine.gpus.cuda_version.replace(".", "-")
+    suffix = "-cu12" if machine.cuda_major == "12" else ""
+    try:
+        _, nvrtc = bindings()
+        nvrtc.nvrtcVersion()
+    except (BackendUnavailableError, RuntimeError) as error:
+        line = (
+            f"sudo apt install cuda-nvrtc-{dashed}" if machine.on_jetson else f"pip install nvidia-cuda-nvrtc{suffix}"
+        )
+        return Missing(f"NVRTC was not found ({first_line(error)})", line)
+    try:
+        blas.load_library()
+    except BackendUnavailableError as error:
+        line = f"sudo apt install libcublas-{dashed}" if machine.on_jetson else f"pip install nvidia-cublas{suffix}"
+        return Missing(first_line(error), line)
+    return None
+
+
+CAPABILITIES = Capabilities(
+    backend="cuda",
+    on_gpu=True,
+    weight_formats=("fp16", *_PACKED),  # fp16 stands for the checkpoint's 16-bit type
+    default_format="fp16",
+    kv_cache_types=("fp16", "int8"),  # fp16 stands for the 16-bit type of the weights
+    longest_default=8192,
+    planned_formats=("fp8", "nvfp4"),
+    planned_kv_cache_types=("fp8",),
+    traits=TRAITS,
+    blocks=_blocks,
+    group_sizes=(128,),
+    least_capability=80,  # the kernels copy asynchronously and use the matrix units of Ampere
+    cuda_graphs=True,
+    declined_options={
+        "head_bits": "The cuda backend's LM head has the weights' own format; leave --head-bits out.",
+        "calibration": "The cuda backend measures its int8 KV cache's scales as it runs; leave --calibration out.",
+        "max_prefill": "--max-prefill is fixed in an engine for tensorrt only; elsewhere set prefill_chunk.",
+        "dialect": "--dialect is a matter of tensorrt only; leave it out.",
+    },
+    packages=("cuda-bindings",),
+    missing=_missing,
+)

@@ -1,0 +1,68 @@
+"""What ``build``, ``plan`` and ``bench`` ask of the CUDA backend: see ``engine_core.backends.toolkit``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from engine_core.backends.cuda import build as builder
+from engine_core.backends.cuda.capabilities import CAPABILITIES
+from engine_core.backends.cuda.layout import CudaSpec, planned_bytes, weight_arrays
+from engine_core.backends.cuda.weights import resolve
+from engine_core.backends.toolkit import BuildRequest, Size
+from engine_core.config import EngineConfig
+from engine_core.cuda.kernels.int4_layout import GROUP
+from engine_core.formats.manifest import Manifest
+from engine_core.memory import MemoryPlan
+from engine_core.models.spec import ModelSpec
+
+
+def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
+    manifest = builder.build_cuda(
+        request.checkpoint,
+        request.engine_dir,
+        quantization=request.weight_format,
+        max_context=request.max_context,
+        vocab_map=request.vocab_map,
+        kv_cache_type=request.kv_cache_type,
+        model_name=request.model_name,
+    )
+    report(f"Built {request.engine_dir} for the cuda backend with {request.weight_format} weights")
+    return manifest
+
+
+def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> dict[str, int]:
+    return planned_bytes(spec_for(spec, weight_format, size), num_sms or 1)
+
+
+def spec_for(spec: ModelSpec, weight_format: str, size: Size) -> CudaSpec:
+    """Return the model as the engine that ``build`` would make runs it."""
+    manifest = Manifest(
+        model_name="",
+        geometry=spec.geometry(spec.num_parameters),
+        backend=CAPABILITIES.backend,
+        quantization=weight_format,
+        kv_cache_type=size.kv_cache_type or CAPABILITIES.kv_cache_types[0],
+        max_context=size.max_context,
+        max_batch=1,
+        eos_token_ids=(),
+        group_size=0 if CAPABILITIES.blocks(weight_format) is None else GROUP,
+        options=builder.model_options(spec, "fp16"),
+    )
+    made = CudaSpec.create(manifest, EngineConfig(Path()))
+    return dataclasses.replace(made, head_rows=size.head_rows or spec.vocab_size)
+
+
+def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, num_sms: int) -> dict[str, int]:
+    return planned_bytes(resolve(variant_dir, manifest, config).spec, num_sms or 1)
+
+
+def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
+    spec = dataclasses.replace(CudaSpec.create(manifest, config), head_rows=head_rows)
+    arrays = weight_arrays(spec)
+    return sum(array.nbytes for name, array in arrays.items() if name != "embed" or not spec.has_head)
+
+
+def num_threads(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> int:
+    return 0

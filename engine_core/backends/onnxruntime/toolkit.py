@@ -1,0 +1,96 @@
+"""What ``build``, ``plan`` and ``bench`` ask of the ONNX Runtime backend: see ``engine_core.backends.toolkit``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from engine_core.backends.onnxruntime import build as builder
+from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
+from engine_core.backends.onnxruntime.exporter import Packing
+from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
+from engine_core.backends.onnxruntime.plan import head_row_bytes, plan_memory, resolve, stored_rope_bytes
+from engine_core.backends.onnxruntime.size import count_data
+from engine_core.backends.toolkit import BuildRequest, Size
+from engine_core.config import EngineConfig
+from engine_core.formats.manifest import FileRecord, Manifest
+from engine_core.memory import MemoryPlan
+from engine_core.models.shapes import SpecTensors
+from engine_core.models.spec import ModelSpec
+
+_AWQ_BITS, _AWQ_GROUP = 4, 128
+
+
+def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
+    is_rounded = request.weight_format.startswith("int")
+    group = {"group_size": request.group_size, "head_bits": request.head_bits} if is_rounded else {}
+    return builder.build_engine(
+        request.checkpoint,
+        request.engine_dir,
+        quantization=request.weight_format,
+        max_context=request.max_context,
+        vocab_map=request.vocab_map,
+        model_name=request.model_name,
+        kv_cache_type=request.kv_cache_type,
+        calibration=request.calibration,
+        report=report,
+        **group,
+    )
+
+
+def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> dict[str, int]:
+    """The manifest that ``build`` would write is handed to the plan of an engine."""
+    precision = builder.precision_of(weight_format)
+    rows = size.head_rows or spec.vocab_size
+    data, packing = _count_data(spec, weight_format, size.max_context, rows)
+    shares_head = spec.tied and rows == spec.vocab_size
+    kv_cache_type = size.kv_cache_type or CAPABILITIES.kv_cache_types[0]
+    graphs = {graph_name(kind): FileRecord(0, "") for kind in CAPABILITIES.kv_cache_types}
+    manifest = Manifest(
+        model_name="",
+        geometry=spec.geometry(spec.num_parameters),
+        backend=CAPABILITIES.backend,
+        quantization=weight_format,
+        kv_cache_type=kv_cache_type,
+        max_context=size.max_context,
+        max_batch=1,
+        eos_token_ids=(),
+        group_size=precision.group_size,
+        options=builder.engine_options(spec, precision, packing, shares_head=shares_head),
+        files={DATA_NAME: FileRecord(data, "")} | graphs,
+    )
+    layout = resolve(Path(), manifest, EngineConfig(Path()))
+    return _items(plan_memory(dataclasses.replace(layout, head_rows=rows), manifest))
+
+
+@lru_cache(maxsize=64)
+def _count_data(spec: ModelSpec, weight_format: str, max_context: int, head_rows: int) -> tuple[int, Packing]:
+    tensors = SpecTensors(spec)
+    if weight_format == "int4_awq":  # its levels come with the checkpoint
+        tensors = SpecTensors(spec, _AWQ_BITS, _AWQ_GROUP)
+    return count_data(tensors, spec, builder.precision_of(weight_format), max_context, head_rows)
+
+
+def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, num_sms: int) -> dict[str, int]:
+    return _items(plan_memory(resolve(variant_dir, manifest, config), manifest))
+
+
+def _items(plan: MemoryPlan) -> dict[str, int]:
+    return {item.name: item.bytes for item in plan.items}
+
+
+def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
+    """The layers' bytes of the data file, and so many rows of the head."""
+    row, _ = head_row_bytes(manifest)
+    vocab_size = manifest.geometry.vocab_size
+    tables = vocab_size  # rows of the file's tables: the lookup's, and the head's where it has its own
+    if not manifest.options.get("shares_head"):
+        tables += manifest.reduced_vocab_size or vocab_size
+    layers = manifest.files[DATA_NAME].size - stored_rope_bytes(manifest) - tables * row
+    return layers + head_rows * row
+
+
+def num_threads(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> int:
+    return resolve(variant_dir, manifest, config).threads

@@ -1,0 +1,64 @@
+"""What the TensorRT backend builds and runs.
+
+fp16 models that the CUDA backend's kernels run get the products dialect, which has their KV caches; every other model,
+and fp32, gets one plan for the whole decoder, whose cache has the type of the weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine_core.backends.capabilities import Capabilities, Trait
+from engine_core.backends.cuda.capabilities import CAPABILITIES as CUDA
+
+if TYPE_CHECKING:
+    from engine_core.backends.machine import Machine, Missing
+    from engine_core.models.spec import ModelSpec
+
+
+def products_refusal(spec: ModelSpec, weight_format: str, max_context: int) -> str | None:
+    """Say why the CUDA backend's kernels cannot do all but the products of the layers."""
+    if weight_format != "fp16":
+        return f"The products dialect has fp16 weights, not {weight_format}; choose plain."
+    return CUDA.model_refusal(spec, max_context)
+
+
+def _kv_cache_types_of(spec: ModelSpec | None, weight_format: str, max_context: int) -> tuple[str, ...]:
+    if weight_format != "fp16" or (spec is not None and products_refusal(spec, weight_format, max_context)):
+        return (weight_format,)
+    return CUDA.kv_cache_types
+
+
+def _missing(machine: Machine) -> Missing | None:
+    from engine_core.backends.machine import Missing, missing_driver
+
+    if (missing := missing_driver(machine)) is not None:
+        return missing
+    if machine.packages["tensorrt"]:
+        return None
+    jetson, pip = "sudo apt install python3-libnvinfer", f"pip install tensorrt-cu{machine.cuda_major}"
+    return Missing("tensorrt is not installed", jetson if machine.on_jetson else pip)
+
+
+CAPABILITIES = Capabilities(
+    backend="tensorrt",
+    on_gpu=True,
+    weight_formats=("fp16", "fp32"),
+    default_format="fp16",
+    kv_cache_types=("fp16", "int8", "fp32"),
+    longest_default=4096,
+    traits=(
+        # kv_append.cu moves 16 bytes at a time.
+        Trait("a head size that is not a multiple of 8", lambda spec, _: spec.head_dim % 8 > 0),
+    ),
+    kv_cache_types_of=_kv_cache_types_of,
+    context_step=64,  # a layer's K starts at a multiple of this many positions: TensorRT takes addresses of 256 bytes
+    cuda_graphs=True,
+    declined_options={
+        "group_size": "--group-size is for int8 and int4, which TensorRT engines are not built with; leave it out.",
+        "head_bits": "--head-bits is for int8 and int4, which TensorRT engines are not built with; leave it out.",
+        "calibration": "A TensorRT engine measures its int8 KV cache's scales as it runs; leave --calibration out.",
+    },
+    packages=("tensorrt",),
+    missing=_missing,
+)

@@ -1,0 +1,83 @@
+"""The bytes a TensorRT engine takes, by purpose: of one that is built, and of one that is not built yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from engine_core.backends.cuda.layout import CudaSpec, bytes_by_purpose, weight_arrays
+from engine_core.backends.cuda.weights import Resolved, resolve
+from engine_core.backends.tensorrt.gemm_layout import products_work_arrays, with_chunk
+from engine_core.backends.tensorrt.layout import PLAN_NAME, TrtSpec, work_arrays
+from engine_core.backends.tensorrt.machine import scratch_of
+from engine_core.config import EngineConfig
+from engine_core.cuda.driver import ITEM_BYTES
+from engine_core.errors import EngineDirectoryError
+from engine_core.formats.manifest import Manifest
+from engine_core.models.spec import ModelSpec
+
+# Allowances for TensorRT's and CUDA's own modules and graphs; the context itself is taken before the plan is made. That
+# of the products dialect was measured (test/gpu/test_memory_plan.py).
+_RUNTIME_BYTES = 512 << 20
+_PRODUCTS_RUNTIME_BYTES = 12 << 20
+
+
+def has_products(manifest: Manifest) -> bool:
+    """Tell whether ``gemm_exporter`` wrote the engine: its manifest's ``dialect`` is "products"."""
+    return manifest.options.get("dialect") == "products"
+
+
+def resolve_products(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Resolved:
+    """Return an engine of the products dialect as ``config`` asks for it.
+
+    Raises ConfigurationError or EngineDirectoryError.
+    """
+    resolved = resolve(variant_dir, manifest, config)
+    stored, spec = (with_chunk(each, manifest, config) for each in (resolved.stored, resolved.spec))
+    return dataclasses.replace(resolved, stored=stored, spec=spec)
+
+
+def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, num_sms: int) -> dict[str, int]:
+    """Return what ``load`` takes on a GPU with so many multiprocessors.
+
+    Raises ConfigurationError or EngineDirectoryError.
+    """
+    scratch = scratch_of(manifest)
+    if has_products(manifest):
+        return _products_bytes(resolve_products(variant_dir, manifest, config).spec, num_sms, scratch)
+    path = variant_dir / PLAN_NAME
+    spec = TrtSpec.create(manifest, config)
+    try:
+        weights = path.stat().st_size
+    except OSError as error:
+        raise EngineDirectoryError(f"{path} cannot be read ({error}); build the engine again.") from error
+    return {"weights": weights, **bytes_by_purpose(work_arrays(spec, scratch)), "runtime": _RUNTIME_BYTES}
+
+
+def estimated_products_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:
+    """Return about what an engine of the products dialect would take.
+
+    Only the builder knows the scratch of its plans; taken is what the MLP's tensors between its products need.
+    """
+    return _products_bytes(spec, num_sms, spec.chunk * 3 * spec.intermediate * ITEM_BYTES[spec.dtype])
+
+
+def estimated_plan_bytes(model: ModelSpec, spec: TrtSpec) -> dict[str, int]:
+    """Return about what an engine of one plan would take.
+
+    Only the builder knows the scratch of its plan; taken is what the widest moment of a layer needs: the MLP, or the
+    scores of all heads in float32, before and after their softmax.
+    """
+    item = ITEM_BYTES[spec.dtype]
+    mlp = spec.chunk * (4 * model.hidden_size * 2 + 3 * model.intermediate_size) * item
+    scores = 2 * 4 * model.num_heads * spec.chunk * (spec.max_context + spec.chunk)
+    own_head = 0 if model.tied and spec.head_rows == spec.vocab_size else spec.head_rows * model.hidden_size
+    stored_head = 0 if model.tied else model.vocab_size * model.hidden_size
+    weights = (model.num_parameters - stored_head + own_head) * item
+    work = bytes_by_purpose(work_arrays(spec, max(mlp, scores)))
+    return {"weights": weights, **work, "runtime": _RUNTIME_BYTES}
+
+
+def _products_bytes(spec: CudaSpec, num_sms: int, scratch: int) -> dict[str, int]:
+    work = products_work_arrays(spec, num_sms, scratch)
+    return bytes_by_purpose(weight_arrays(spec), work) | {"runtime": _PRODUCTS_RUNTIME_BYTES}

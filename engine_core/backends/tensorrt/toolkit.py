@@ -1,0 +1,68 @@
+"""What ``build``, ``plan`` and ``bench`` ask of the TensorRT backend: see ``engine_core.backends.toolkit``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from engine_core.backends.cuda import toolkit as cuda
+from engine_core.backends.tensorrt import plan
+from engine_core.backends.tensorrt.capabilities import CAPABILITIES, products_refusal
+from engine_core.backends.tensorrt.layout import DEFAULT_MAX_PREFILL, TrtSpec
+from engine_core.backends.toolkit import BuildRequest, Size
+from engine_core.config import EngineConfig
+from engine_core.formats.manifest import Manifest
+from engine_core.memory import MemoryPlan
+from engine_core.models.spec import ModelSpec
+
+
+def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
+    from engine_core.backends.tensorrt import build as builder
+
+    return builder.build_tensorrt(
+        request.checkpoint,
+        request.engine_dir,
+        quantization=request.weight_format,
+        max_context=request.max_context,
+        max_prefill=request.max_prefill,
+        dialect=request.dialect,
+        vocab_map=request.vocab_map,
+        kv_cache_type=request.kv_cache_type,
+        model_name=request.model_name,
+        report=report,
+    )
+
+
+def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> dict[str, int]:
+    """An estimate: the scratch of a plan is known when it is built."""
+    if products_refusal(spec, weight_format, size.max_context) is None:
+        return plan.estimated_products_bytes(cuda.spec_for(spec, weight_format, size), num_sms or 1)
+    made = TrtSpec.create(
+        Manifest(
+            model_name="",
+            geometry=spec.geometry(spec.num_parameters),
+            backend=CAPABILITIES.backend,
+            quantization=weight_format,
+            kv_cache_type=weight_format,
+            max_context=size.max_context,
+            max_batch=1,
+            eos_token_ids=(),
+            reduced_vocab_size=size.head_rows,
+            options={"dtype": weight_format, "dialect": "plain", "max_prefill": DEFAULT_MAX_PREFILL},
+        ),
+        EngineConfig(Path()),
+    )
+    return plan.estimated_plan_bytes(spec, made)
+
+
+def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, num_sms: int) -> dict[str, int]:
+    return plan.engine_bytes(variant_dir, manifest, config, num_sms or 1)
+
+
+def step_bytes(manifest: Manifest, memory: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
+    """All weights: a plan does not tell the token lookup's apart."""
+    return memory.item("weights")
+
+
+def num_threads(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> int:
+    return 0

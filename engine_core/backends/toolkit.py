@@ -1,0 +1,78 @@
+"""What ``build``, ``plan`` and ``bench`` ask of a backend without opening an engine.
+
+A backend's folder has a module ``toolkit`` with these functions. It may need the packages that building needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+if TYPE_CHECKING:
+    from engine_core.config import EngineConfig
+    from engine_core.formats.manifest import Manifest
+    from engine_core.memory import MemoryPlan
+    from engine_core.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What ``edgellm build`` was asked for. 0, "" and "auto" leave a choice to the backend."""
+
+    checkpoint: Path
+    engine_dir: Path
+    weight_format: str
+    max_context: int = 0
+    kv_cache_type: str = "auto"
+    vocab_map: Path | None = None
+    model_name: str = ""
+    group_size: int = 0
+    head_bits: int = 0
+    calibration: Path | None = None
+    max_prefill: int = 0
+    dialect: str = "auto"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is asked of an engine that is not built yet."""
+
+    max_context: int
+    max_batch: int = 1
+    kv_cache_type: str = ""  # "": the backend's default
+    head_rows: int = 0  # of a reduced LM head; 0 = the whole vocabulary
+
+
+class Toolkit(Protocol):
+    """The functions of a backend's ``toolkit``."""
+
+    def build(self, request: BuildRequest, report: Callable[[str], None]) -> Manifest:
+        """Write the engine directory. Raises CheckpointError, UnsupportedModelError or BuildError."""
+
+    def plan_for(self, spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> dict[str, int]:
+        """Return the bytes an engine would take, by purpose, before there is one.
+
+        ``weight_format`` and ``size`` are something the backend has, for one sequence. ``num_sms``: streaming
+        multiprocessors of the GPU.
+        """
+
+    def engine_bytes(self, variant_dir: Path, manifest: Manifest, config: EngineConfig, num_sms: int) -> dict[str, int]:
+        """Return the bytes an engine takes, by purpose. Raises what ``Backend.plan`` raises."""
+
+    def step_bytes(self, manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
+        """Return the bytes of weights a decode step reads with so many rows of the LM head."""
+
+    def num_threads(self, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> int:
+        """Return the CPU threads that compute; 0 on a GPU."""
+
+
+def toolkit_of(backend: str) -> Toolkit:
+    """Return the toolkit of ``backend``. Raises BackendUnavailableError for another name, ImportError where a package
+    is missing that building or planning needs."""
+    from engine_core.backends import check_name
+
+    check_name(backend)
+    return cast(Toolkit, importlib.import_module(f"engine_core.backends.{backend}.toolkit"))

@@ -1,0 +1,228 @@
+"""``plan``, ``build``, ``inspect``, ``doctor`` and configuring agree on what a backend runs, and say the same sentence.
+
+Each asks ``engine_core.backends.capabilities``; here every backend × family × weight format × KV cache type is put to
+all of them.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+import fake_tensorrt
+import sample_checkpoints
+from engine_core import cli
+from engine_core.backends import backend_names
+from engine_core.backends.capabilities import all_kv_cache_types, all_quantizations, capabilities_of
+from engine_core.backends.machine import Machine
+from engine_core.backends.tensorrt import build as tensorrt_build
+from engine_core.backends.tensorrt.api import TensorRT
+from engine_core.backends.toolkit import BuildRequest, Size, toolkit_of
+from engine_core.config import KV_CACHE_TYPES, QUANTIZATIONS, EngineConfig
+from engine_core.cuda.gpu_info import GpuInfo, GpuReport
+from engine_core.errors import BuildError, ConfigurationError, EdgeLLMError, UnsupportedModelError
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.detect import levels_refusal, quantization_of
+from engine_core.models.shapes import read_shapes
+from engine_core.planning import devices, doctor
+from engine_core.planning.describe import describe_checkpoint
+from engine_core.planning.estimates import CheckpointEstimate
+from engine_core.planning.plan import Asked, plan_checkpoint
+from engine_core.quantize import quantize_checkpoint
+from fake_gpu import FakeDriver, install
+
+CONTEXT = 128
+# A GPU that lacks no number type, so that only the backends' own reasons are left; and an Orin, which lacks two.
+THOR, ORIN = devices.named("thor-128gb"), devices.named("agx-orin-64gb")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """(architecture, whether it is quantized) → directory; written once."""
+    written = {}
+
+    def get(architecture: str, quantized: bool = False):
+        key = (architecture, quantized)
+        if key not in written:
+            directory = tmp_path_factory.mktemp("checkpoint")
+            if quantized:
+                quantize_checkpoint(get(architecture), directory / "int4", method="int4", report=lambda line: None)
+                written[key] = directory / "int4"
+            else:
+                written[key] = sample_checkpoints.write(directory / architecture, architecture)
+        return written[key]
+
+    return get
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """Builds for any backend, for tensorrt with a stand-in on a GPU that is not there."""
+    driver = FakeDriver(memory=4 << 30)
+    install(monkeypatch, driver)
+    monkeypatch.setattr(tensorrt_build, "TensorRT", lambda: TensorRT(fake_tensorrt.make("8.6.0", driver)))
+
+    def run(backend: str, checkpoint, weight_format: str, kv_cache_type: str = "auto"):
+        out = tmp_path / "engines" / f"{backend}-{weight_format}-{kv_cache_type}"
+        request = BuildRequest(checkpoint, out, weight_format, max_context=CONTEXT, kv_cache_type=kv_cache_type)
+        return toolkit_of(backend).build(request, lambda line: None), out
+
+    return run
+
+
+def machine_of(device) -> Machine:
+    gpu = GpuInfo(device.title, device.capability, device.num_sms, device.total, True)
+    return Machine({name: "13.0" for name in doctor.PACKAGES}, GpuReport((gpu,), "13.0"))
+
+
+@pytest.mark.parametrize("architecture", sample_checkpoints.ARCHITECTURES)
+@pytest.mark.parametrize("backend", backend_names())
+def test_what_one_refuses_all_refuse_in_the_same_words(backend, architecture, checkpoints, build):
+    capabilities = capabilities_of(backend)
+    _, spec = read_shapes(checkpoints(architecture))
+    for weight_format in all_quantizations():
+        checkpoint = checkpoints(architecture, quantized=weight_format == "int4_awq")
+        engine = None
+        for kv in ("auto", *all_kv_cache_types()):
+            refused = capabilities.build_refusal(spec, weight_format, kv, max_context=CONTEXT)
+            if refused is not None:
+                with pytest.raises((BuildError, UnsupportedModelError)) as raised:
+                    build(backend, checkpoint, weight_format, kv)
+                assert str(raised.value) == refused
+            elif engine is None:
+                engine = build(backend, checkpoint, weight_format)
+                assert engine[0].kv_cache_type == capabilities.kv_cache_types_for(spec, weight_format, CONTEXT)[0]
+            if engine is not None:
+                assert_configuring_agrees(backend, spec, *engine, kv)
+
+
+def assert_configuring_agrees(backend, spec, manifest, directory, kv):
+    """The engine opens with the KV cache types it has; a type that no engine of the backend has is refused as such."""
+    capabilities = capabilities_of(backend)
+    expected = capabilities.refusal(None, manifest.quantization, kv)
+    try:
+        toolkit_of(backend).engine_bytes(directory, manifest, EngineConfig(directory, kv_cache_type=kv), 16)
+    except EdgeLLMError as error:
+        # What this engine was not built for is another matter: int8 without text to calibrate, products or plain.
+        if expected is None:
+            assert isinstance(error, ConfigurationError) and "this engine was built for" in str(error)
+        else:
+            assert str(error) == expected
+    else:
+        assert expected is None
+
+
+@pytest.mark.parametrize("device", [THOR, ORIN], ids=lambda device: device.name)
+@pytest.mark.parametrize("architecture", sample_checkpoints.ARCHITECTURES)
+def test_plans_say_what_builds_say(architecture, device, checkpoints):
+    estimate = CheckpointEstimate(checkpoints(architecture))
+    for backend in backend_names():
+        capabilities = capabilities_of(backend)
+        for kv in ("", *all_kv_cache_types()):
+            asked = Asked(contexts=(CONTEXT,), kv_cache_type=kv, backend=backend)
+            rows = {row.quantization: row for row in plan_checkpoint(estimate, device, asked)}
+            assert set(rows) == set(capabilities.known_formats) >= set(capabilities.buildable_formats)
+            for weight_format, row in rows.items():
+                sizes = dict(max_context=CONTEXT, capability=device.capability)
+                assert row.why_not == (capabilities.refusal(estimate.spec, weight_format, kv, **sizes) or "")
+                assert (row.plan is None) == (weight_format in capabilities.built_only)
+        for weight_format in set(all_quantizations()) - set(capabilities.known_formats):
+            assert capabilities.format_refusal(weight_format) is not None
+
+
+@pytest.mark.parametrize("architecture", sample_checkpoints.ARCHITECTURES)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_inspect_lists_what_can_be_built_and_run(architecture, quantized, checkpoints):
+    directory = checkpoints(architecture, quantized)
+    found = describe_checkpoint(directory)
+    assert found["supported"]
+    checkpoint = Checkpoint(directory)
+    _, spec = read_shapes(directory)
+    stored = quantization_of(checkpoint, spec)
+    assert stored == ("int4" if quantized else "")
+    for backend in backend_names():
+        capabilities = capabilities_of(backend)
+        for weight_format in capabilities.known_formats:
+            reason = capabilities.refusal(spec, weight_format) or levels_refusal(weight_format, stored)
+            assert (weight_format in found["backends"][backend]) == (reason is None)
+            if reason is not None:
+                model_reason = capabilities.model_refusal(spec)
+                name = f"{backend} {weight_format}" if model_reason is None else backend
+                assert found["why_not"][name] == (model_reason or reason)
+                continue
+            for kv in all_kv_cache_types():
+                listed = kv in found["kv_cache_types"][backend][weight_format]
+                assert listed == (capabilities.refusal(spec, weight_format, kv) is None)
+
+
+@pytest.mark.parametrize("device", [THOR, ORIN], ids=lambda device: device.name)
+def test_doctor_says_what_holds_for_every_model(device):
+    checks = {(check.backend, check.quantization): check for check in doctor.check_backends(machine_of(device))}
+    for backend in backend_names():
+        capabilities = capabilities_of(backend)
+        assert {kind for name, kind in checks if name == backend} == set(capabilities.known_formats)
+        missing = capabilities.missing(machine_of(device))
+        for weight_format in capabilities.known_formats:
+            check = checks[backend, weight_format]
+            reason = capabilities.refusal(None, weight_format, capability=device.capability)
+            assert check.why_not == (reason or (missing.reason if missing else ""))
+            for kv in all_kv_cache_types():
+                refused = capabilities.kv_cache_refusal(None, weight_format, kv)
+                assert (kv in check.kv_cache_types) == (refused is None)
+
+
+def test_what_the_backends_run_today(checkpoints):
+    """A few facts as they are, so that the agreement above is not one on nothing."""
+    specs = {name: read_shapes(checkpoints(name))[1] for name in sample_checkpoints.ARCHITECTURES}
+
+    def runs(backend, architecture, *variant):
+        return capabilities_of(backend).refusal(specs[architecture], *variant, max_context=CONTEXT) is None
+
+    for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        assert all(runs("cuda", name, kind, "int8") for kind in ("fp16", "int8", "int4", "int4_awq"))
+        assert runs("tensorrt", name, "fp16", "int8") and not runs("tensorrt", name, "fp32", "int8")
+    for name in ("Gemma2ForCausalLM", "Gemma3ForCausalLM"):
+        assert not runs("cuda", name, "fp16") and runs("tensorrt", name, "fp16", "fp16")
+        assert not runs("tensorrt", name, "fp16", "int8")
+    for name in specs:
+        assert all(runs("onnxruntime", name, kind, "int8") for kind in ("fp32", "int8", "int4", "int4_awq"))
+        assert not runs("onnxruntime", name, "fp8") and not runs("onnxruntime", name, "fp16")
+    assert ("auto", *all_quantizations()) == QUANTIZATIONS and set(KV_CACHE_TYPES[1:]) == {
+        "fp32",
+        "fp16",
+        "int8",
+        "fp8",
+    }
+
+
+def test_a_model_of_odd_sizes_is_refused_by_build_and_plan_alike(tmp_path, build):
+    directory = sample_checkpoints.write(tmp_path / "odd", "LlamaForCausalLM", hidden_size=96, head_dim=24)
+    estimate = CheckpointEstimate(directory)
+    for backend, formats in (("cuda", ("fp16", "int8", "int4")), ("onnxruntime", ("int8",))):
+        for weight_format in formats:
+            reason = estimate.why_not(weight_format, backend, Size(CONTEXT), THOR)
+            assert "not a multiple of 16" in reason
+            with pytest.raises(UnsupportedModelError) as raised:
+                build(backend, directory, weight_format)
+            assert str(raised.value) == reason
+    directory = sample_checkpoints.write(tmp_path / "narrow", "LlamaForCausalLM", hidden_size=96)
+    reason = CheckpointEstimate(directory).why_not("int4", "cuda", Size(CONTEXT), THOR)
+    assert "256 × 96" in reason and "multiples of 128" in reason
+    with pytest.raises(BuildError) as raised:
+        build("cuda", directory, "int4")
+    assert str(raised.value) == reason
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_the_commands_print_the_sentence(backend, checkpoints, tmp_path, capsys):
+    capabilities, checkpoint = capabilities_of(backend), str(checkpoints("LlamaForCausalLM"))
+    for weight_format in all_quantizations():
+        plan = ["plan", checkpoint, "--backend", backend, "--quantization", weight_format, "--max-context", "128"]
+        status = cli.main([*plan, "--memory", "16GB"])
+        planned = capsys.readouterr()
+        reason = capabilities.refusal(read_shapes(checkpoint)[1], weight_format, max_context=CONTEXT)
+        assert status == (reason is not None)
+        assert reason is None or reason in planned.out + planned.err
+        if (refused := capabilities.format_refusal(weight_format)) is not None:
+            build = ["build", checkpoint, str(tmp_path / "engine"), "--backend", backend]
+            assert cli.main([*build, "--quantization", weight_format]) == 1
+            assert refused in capsys.readouterr().err

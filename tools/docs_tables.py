@@ -1,0 +1,146 @@
+"""Writes docs/backends.md: what each backend builds and runs, from what the backends themselves say.
+
+python3 tools/docs_tables.py            # write the page
+python3 tools/docs_tables.py --check    # exit status 1 if the page is not what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine_core.backends.capabilities import Capabilities, all_capabilities, all_quantizations  # noqa: E402
+from engine_core.models.families import FAMILIES  # noqa: E402
+from engine_core.models.shapes import read_shapes  # noqa: E402
+from engine_core.models.spec import ModelSpec  # noqa: E402
+
+PAGE = ROOT / "docs" / "backends.md"
+# A model of each family with its configuration class's defaults for everything but the sizes.
+SIZES = dict(
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=512,
+)
+CONTEXT = 4096
+HEAD = """# What each backend runs
+
+`tools/docs_tables.py` writes this page from `engine_core/backends/*/capabilities.py`, which `edgellm plan`, `build`,
+`inspect` and `doctor` ask, too. Change it there; `make test` compares.
+"""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def weights(backends: Sequence[Capabilities]) -> str:
+    def cell(each: Capabilities, kind: str) -> str:
+        return "yes" if kind in each.weight_formats else "built, does not run" if kind in each.built_only else "–"
+
+    rows = [[kind, *(cell(each, kind) for each in backends)] for kind in all_quantizations()]
+    return table(["`quantization`", *(each.backend for each in backends)], rows)
+
+
+def kv_caches(backends: Sequence[Capabilities]) -> str:
+    rows = []
+    for each in backends:
+        by_types: dict[tuple[str, ...], list[str]] = {}
+        for kind in each.weight_formats:
+            by_types.setdefault(each.kv_cache_types_for(None, kind), []).append(kind)
+        rows += [[each.backend, ", ".join(kinds), ", ".join(types)] for types, kinds in by_types.items()]
+    return table(["backend", "weights", "`kv_cache_type`, the default first"], rows)
+
+
+def families(backends: Sequence[Capabilities]) -> str:
+    def cell(each: Capabilities, spec: ModelSpec) -> str:
+        if (reason := each.model_refusal(spec, CONTEXT)) is not None:
+            return "no: " + reason.partition(" has ")[2].partition(",")[0]
+        types = {each.kv_cache_types_for(spec, kind, CONTEXT) for kind in each.weight_formats}
+        everywhere = {each.kv_cache_types_for(None, kind) for kind in each.weight_formats}
+        return "yes" if types == everywhere else "yes, KV cache in the weights' type"
+
+    return table(
+        ["model", *(each.backend for each in backends)],
+        [[f"`{spec.architecture}`", *(cell(each, spec) for each in backends)] for spec in specs()],
+    )
+
+
+def specs() -> list[ModelSpec]:
+    found = []
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as directory:
+            config = SIZES | {"architectures": [family.architecture]}
+            Path(directory, "config.json").write_text(json.dumps(config))
+            found.append(read_shapes(Path(directory))[1])
+    return found
+
+
+def limits(backends: Sequence[Capabilities]) -> str:
+    def block(each: Capabilities) -> str:
+        blocks = {each.blocks(kind): kind for kind in each.weight_formats if each.blocks(kind)}
+        sizes = "; ".join(f"multiples of {rows} × {columns}" for rows, columns in blocks)
+        return sizes or "any"
+
+    def traits(each: Capabilities) -> str:
+        labels = "; ".join(trait.label for trait in each.traits)
+        return labels.replace("the activation {spec.activation}", "another activation than silu")
+
+    rows = {
+        "runs on": lambda each: "an NVIDIA GPU" if each.on_gpu else "the CPU",
+        "oldest GPU": lambda each: f"sm_{each.least_capability}" if each.least_capability else "–",
+        "`max_context` unless asked for": lambda each: f"the model's, at most {each.longest_default}",
+        "`max_context` is a multiple of": lambda each: str(each.context_step),
+        "`--group-size` of int8 and int4": lambda each: ", ".join(map(str, each.group_sizes)) or "–",
+        "matrices of int8 and int4": block,
+        "CUDA graphs": lambda each: "yes" if each.cuda_graphs else "no",
+        "models it does not run have": traits,
+    }
+    return table(
+        ["", *(each.backend for each in backends)],
+        [[name, *(of(each) for each in backends)] for name, of in rows.items()],
+    )
+
+
+def page() -> str:
+    """Return the whole page."""
+    backends = list(all_capabilities())
+    reasons = [f"- {each.backend}: {reason}" for each in backends for reason in each.built_only.values()]
+    parts = [
+        HEAD,
+        "## Weights\n",
+        weights(backends) + "\n",
+        "\n".join(["What is built and does not run, and why:", "", *reasons]) + "\n",
+        "## KV caches\n",
+        kv_caches(backends) + "\n",
+        f"## Models\n\nWith their configuration class's defaults, `max_context` {CONTEXT} and fitting sizes:\n",
+        families(backends) + "\n",
+        "## Limits\n",
+        limits(backends) + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Writes docs/backends.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not up to date")
+    if parser.parse_args().check:
+        return 0 if PAGE.read_text(encoding="utf-8") == page() else 1
+    PAGE.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
