@@ -27,6 +27,9 @@ class EngineConfig:
     max_batch: int = 1
     kv_cache_type: str = "auto"  # auto: what the engine was built to open with
     use_cuda_graph: bool = True
+    # On a GPU whose launch configurations are not in the table, the first configure measures them for some seconds and
+    # keeps them in the kernel cache. False: the table's rules, extrapolated.
+    tune_kernels: bool = True
     prefill_chunk: int = 0  # tokens per prefill step; 0 = the backend's choice
     prompt_cache_entries: int = 2  # saved prefixes (system prompts); their memory is part of the plan
     prompt_cache_tokens: int = 512  # tokens each saved prefix can hold

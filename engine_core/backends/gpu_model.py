@@ -6,18 +6,24 @@ A decode step is a list of launches, a prefill chunk a method. The residual stre
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from engine_core.backends.cuda.layout import PROMPT_HEADER, ArraySpec, CudaSpec, prefill_rows, weight_arrays
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
-from engine_core.cuda.kernels import CHUNK_WORDS, Kernels, attention, linear, linear_packed, sampling
+from engine_core.cuda.kernels import CHUNK_WORDS, Kernels, attention, linear, linear_packed, sampling, source_hash
+from engine_core.cuda.kernels.launch_configs import PrefillAttentionProblem, Problem
+from engine_core.cuda.kernels.nvrtc import kernel_cache_dir
+from engine_core.cuda.kernels.tuning import ConfigFile, EventTimer, Tuner
 
 # name, array → fills the array. From a file, or random for a benchmark.
 WeightSource = Callable[[str, DeviceArray], None]
 # What is queued on a stream: a kernel's launch, or a run of a TensorRT context.
 Work = Callable[[Stream], None]
+_TUNED_LAYERS = 8  # layers whose kernels tuning times
+_TUNED_CONTEXT = 1024  # tokens in the KV cache when it does
 Layer = TypeVar("Layer")  # what a subclass prepares for one layer's prefill
 
 
@@ -49,8 +55,7 @@ class DeviceModel(Generic[Layer]):
         prompt = self.work["prompt"]
         self._chunk = DeviceArray(prompt.address, (CHUNK_WORDS,), "int32")
         self._tokens = DeviceArray(prompt.address + 4 * PROMPT_HEADER, (spec.chunk,), "int32")
-        gpu = (device.num_sms, device.max_shared)
-        self._spreads = {n: attention.prefill_spread(spec.attention, n, *gpu) for n in prefill_rows(spec.chunk)}
+        self._row_counts = prefill_rows(spec.chunk)
 
     def fill(self, source: WeightSource, rope: np.ndarray) -> None:
         """Loads every weight and the RoPE table: float32 [max_context, head_dim / 2, 2], cos and sin."""
@@ -66,11 +71,52 @@ class DeviceModel(Generic[Layer]):
     def compile_ahead(self, host_tokens: int) -> None:
         """Compiles the kernels of decode_launches and prepare_prefill. Raises KernelCompileError or DeviceError."""
 
-        def prepare() -> None:
-            self.decode_launches(host_tokens)
-            self.prepare_prefill()
+        self._kernels.compile_ahead(lambda: self._prepare(host_tokens))
 
-        self._kernels.compile_ahead(prepare)
+    def _prepare(self, host_tokens: int) -> None:
+        self.decode_launches(host_tokens)
+        self.prepare_prefill()
+
+    def tune(self, host_tokens: int) -> None:
+        """Chooses the launch configurations of a GPU that the table does not list; see ``tuning``.
+
+        Call it after ``fill`` and before ``compile_ahead``. It leaves anything in the KV cache and the scratch arrays.
+        Raises DeviceError.
+        """
+        kernels, state = self._kernels, np.zeros((), dtype=sampling.STATE)
+        if kernels.configs.in_table:
+            return
+        state["position"] = min(_TUNED_CONTEXT, self.spec.max_context) - 1
+        self._device.upload(self.work["state"], np.frombuffer(state.tobytes(), dtype=np.uint8))
+        problems = kernels.problems(lambda: self._prepare(host_tokens))
+        Tuner(
+            kernels.configs,
+            ConfigFile(kernel_cache_dir(), kernels.gpu, kernels.dtype, source_hash()),
+            lambda problem: self._work_of(problem, host_tokens),
+            kernels.compile_ahead,
+            EventTimer(self._stream),
+        ).choose(problems)
+        self._stream.zero(self.work["state"])
+        self._stream.wait()
+        kernels.close()  # the code of candidates that were not chosen
+
+    def _tuned_layers(self) -> range:
+        """A few layers: as in a step, a kernel's weights are not in the L2 cache when it starts."""
+        return range(min(_TUNED_LAYERS, self.spec.num_layers))
+
+    def _place_chunk(self, rows: int) -> None:
+        """Makes the chunk in ``prompt`` one of at most ``rows`` tokens after ``_TUNED_CONTEXT`` others."""
+        count = min(rows, self.spec.chunk, self.spec.max_context)
+        start = min(_TUNED_CONTEXT, self.spec.max_context - count)
+        self._device.upload(self._chunk, np.array([start, count], dtype=np.int32))
+
+    def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
+        """What a step queues for ``problem``, of a few layers."""
+        if isinstance(problem, PrefillAttentionProblem):
+            self._place_chunk(problem.rows)
+            return [partial(self._attend(i), rows=problem.rows) for i in self._tuned_layers()]
+        launches = self.decode_launches(host_tokens, len(self._tuned_layers()))
+        return [launch for launch in launches if isinstance(launch, Launch) and launch.problem == problem]
 
     # --- decode ---------------------------------------------------------------------------------------
 
@@ -91,13 +137,13 @@ class DeviceModel(Generic[Layer]):
             )
         ]
 
-    def decode_launches(self, host_tokens: int) -> list[Work]:
-        """One whole step: reads the token and position of ``state``, writes both."""
+    def decode_launches(self, host_tokens: int, num_layers: int | None = None) -> list[Work]:
+        """One whole step, or its first ``num_layers``: reads the token and position of ``state``, writes both."""
         w = self.work
         token = DeviceArray(w["state"].address + sampling.STATE.fields["token"][1], (1,), "int32")
         hidden = DeviceArray(w["hidden"].address, (1, self.spec.hidden), "fp32")
         launches: list[Work] = [linear.embed(self._kernels, self.weights["embed"], token, hidden)]
-        for i in range(self.spec.num_layers):
+        for i in range(self.spec.num_layers if num_layers is None else num_layers):
             launches += self._decode_layer(i)
         return launches + self.sampling_launches(host_tokens)
 
@@ -173,7 +219,7 @@ class DeviceModel(Generic[Layer]):
         w, cache = self.work, self.work["kv_cache"].at(i)
         arrays = (w["qkv"], cache, w["attended"], self._chunk)
         return attention.attention_prefill(
-            self._kernels, self.spec.attention, *arrays, self._spreads, scales=self._scales(i)
+            self._kernels, self.spec.attention, *arrays, self._row_counts, scales=self._scales(i)
         )
 
     def _run_attention(self, rope_append: Launch, attend: attention.AttentionPrefill, rows: int) -> None:

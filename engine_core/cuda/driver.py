@@ -349,7 +349,7 @@ class Launch:
 
     ``args``: addresses (int, or DeviceArray) and ctypes scalars; a scalar can be changed between launches through
     ``scalars`` (name → ctypes object). ``overlap``: the kernel calls griddepcontrol.wait before it reads what the
-    kernel before it wrote, so it may start early.
+    kernel before it wrote, so it may start early. ``problem``: what its launch configuration was looked up by.
     """
 
     def __init__(
@@ -361,7 +361,9 @@ class Launch:
         args: list[Any],
         shared: int = 0,
         overlap: bool = True,
+        problem: object | None = None,
     ) -> None:
+        self.problem = problem
         self._device = device
         self._function = function
         self._values = [self._as_ctypes(arg) for arg in args]

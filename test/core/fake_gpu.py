@@ -45,6 +45,7 @@ class FakeDriver:
             **fake_kernels.KERNELS,
         }
         self.log: list[str] = []
+        self.milliseconds: Callable[[], float] = lambda: 1.0  # between any two events
         self._buffers: dict[int, np.ndarray] = {}
         self._captured: list[Callable] | None = None
         self._on_the_way: list[Callable] = []  # copies from pageable memory, which nothing but a wait brings in
@@ -154,6 +155,9 @@ class FakeDriver:
 
     def _cuGraphInstantiate(self, graph, _flags):
         return graph
+
+    def _cuEventElapsedTime(self, _start, _end):
+        return self.milliseconds()
 
     def _cuGraphLaunch(self, graph, _stream):
         for work in graph:

@@ -5,6 +5,8 @@ Chunks, positions, graphs, prefixes, memory. That the kernels are right, and how
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -43,8 +45,9 @@ def built(request, tmp_path_factory):
     return directory / "engine", directory
 
 
-def load(engine_dir, **config) -> CudaBackend:
-    return CudaBackend.load(engine_dir, read_manifest(engine_dir), EngineConfig(engine_dir, **config))
+def load(engine_dir, tune_kernels=False, **config) -> CudaBackend:
+    config = EngineConfig(engine_dir, tune_kernels=tune_kernels, **config)
+    return CudaBackend.load(engine_dir, read_manifest(engine_dir), config)
 
 
 @pytest.mark.parametrize("chunk", [0, 64])
@@ -83,6 +86,32 @@ def test_every_length_brings_the_tokens_it_brings_one_by_one(built, driver, use_
             backend.extend(PROMPT[position : position + 1], position)
         assert backend.prefill(PROMPT[length - 1 : length], length - 1).result() == tokens[0]
         assert None not in tokens
+    backend.close()
+
+
+def test_measured_configurations_bring_the_same_tokens(built, driver, monkeypatch, tmp_path):
+    """The fake GPU has 8 SMs. Each timed run is shorter than the one before, so that the last candidates are chosen."""
+    monkeypatch.setenv("EDGELLM_KERNEL_CACHE", str(tmp_path))
+    backend = load(built[0], max_context=100)
+    expected = generate(backend, PROMPT[:90], 4)
+    backend.close()
+    assert not list(tmp_path.iterdir())
+    times = itertools.count()
+    driver.milliseconds = lambda: 0.9 ** next(times)
+    backend = load(built[0], max_context=100, tune_kernels=True)
+    configs = backend._model._kernels.configs
+    chosen = {problem: configs.lookup(problem) for problem in configs._chosen}
+    assert generate(backend, PROMPT[:90], 4) == expected
+    backend.close()
+    assert {type(problem).__name__ for problem in chosen} == {
+        *("GemvProblem", "DecodeAttentionProblem", "PrefillAttentionProblem")
+    }
+    assert all(config == problem.candidates(configs.gpu)[-1] for problem, config in chosen.items())
+    assert any(len(problem.candidates(configs.gpu)) > 1 for problem in chosen)
+    (path,) = tmp_path.glob("launch-configs-*")
+    driver.milliseconds = None  # nothing is timed again
+    backend = load(built[0], max_context=100, tune_kernels=True)
+    assert {problem: backend._model._kernels.config(problem) for problem in chosen} == chosen
     backend.close()
 
 

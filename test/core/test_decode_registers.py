@@ -79,7 +79,7 @@ def _attention(kernels: Kernels, model: str, kv_int8: bool):
     cache = _array((2, kv_heads, 4096, head_dim), "int8" if kv_int8 else "fp16")
     scales = _array((2, kv_heads, shape.scale_pitch), "fp16") if kv_int8 else None
     state = _array((STATE.itemsize,), "uint8")
-    partial = _array((shape.partial_floats(kernels.device.num_sms),), "fp32")
+    partial = _array((shape.partial_floats(kernels.gpu.num_sms),), "fp32")
     return attention.attention_decode(
         kernels, shape, _array((shape.qkv_width,), "fp16"), cache, _array((4096, head_dim // 2, 2), "fp32"), state,
         partial, _array((kv_heads,), "uint32"), _array((heads * head_dim,), "fp16"), scales=scales,

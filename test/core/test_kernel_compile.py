@@ -26,24 +26,22 @@ def _architectures() -> list[str]:
     return [f"sm_{arch}" for arch in wanted if int(code) == 0 and arch in known]
 
 
-ATTENTION = dict(
-    HEADS=8, KV_HEADS=2, HEAD_DIM=64, CONTEXT=512, SPLITS=4, QK_NORM=1, NORM_EPS="1e-5f", SCALE_LOG2E="0.18f"
-)
+ATTENTION = dict(HEADS=8, KV_HEADS=2, HEAD_DIM=64, CONTEXT=512, QK_NORM=1, NORM_EPS="1e-5f", SCALE_LOG2E="0.18f")
 GEMV = dict(ROWS=512, COLS=1024, K_WARPS=4, ROW_WARPS=4, BATCH=4, DEPTH=3, EPILOGUE=2, NORM=1, BIAS=0, NORM_EPS="1e-5f")
 KERNELS = {
     "gemv": GEMV,
-    "gemv_packed": {**GEMV, "BITS": 4},
+    "gemv_packed": {**GEMV, "BITS": 4, "DEQUANTIZE_WARPS": 8},
     "gemm_packed": dict(
         **dict(ROWS=512, COLS=1024, BITS=4, K_WARPS=2, ROW_WARPS=8, SPLITS=2),
         **dict(STAGE=8, BUFFERS=1, DEPTH=2, TOKENS=32, EPILOGUE=2),
     ),
-    "attention_decode": {**ATTENTION, "WARPS": 8, "DEPTH": 4},
+    "attention_decode": {**ATTENTION, "SPLITS": 4, "MIN_KEYS": 256, "WARPS": 8, "DEPTH": 4},
     "attention_prefill": {**ATTENTION, "WARPS": 4, "BLOCKS": 2, "GROUPS": 2, "TILE_K": 64},
-    "rope_append": ATTENTION,
-    "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f", ADD=1),
-    "elementwise": dict(COLS=1024),
-    "sample": dict(ROWS=1000, RING=8),
-    "kv_append": dict(LAYERS=3, KV_HEADS=2, VECTORS=8, CONTEXT=512, FRESH=1024),
+    "rope_append": {**ATTENTION, "THREADS": 128},
+    "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f", ADD=1, THREADS=512),
+    "elementwise": dict(COLS=1024, THREADS=256),
+    "sample": dict(ROWS=1000, RING=8, SCAN_THREADS=256, THREADS=1024),
+    "kv_append": dict(LAYERS=3, KV_HEADS=2, VECTORS=8, CONTEXT=512, FRESH=1024, THREADS=128),
 }
 
 

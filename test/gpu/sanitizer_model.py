@@ -22,7 +22,7 @@ from engine_core.cuda.kernels.attention import AttentionShape  # noqa: E402
 VOCAB, CONTEXT, HEAD_DIM = 1008, 309, 32  # the last chunk of 290 tokens has rows beyond the context
 
 
-def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool) -> CudaBackend:
+def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool, tune_kernels: bool = False) -> CudaBackend:
     spec = CudaSpec(
         num_layers=2,
         hidden=256,
@@ -52,7 +52,7 @@ def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool) -> Cuda
     angles = np.arange(CONTEXT)[:, None] * 100.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
     rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
     source = lambda name, array: device.upload(array, arrays[name])  # noqa: E731
-    return CudaBackend(device, spec, source, rope, use_cuda_graph=use_cuda_graph)
+    return CudaBackend(device, spec, source, rope, use_cuda_graph=use_cuda_graph, tune_kernels=tune_kernels)
 
 
 def main() -> None:

@@ -17,6 +17,13 @@ from engine_core.cuda.kernels import (
     reference,
     sampling,
 )
+from engine_core.cuda.kernels.launch_configs import (
+    GemvConfig,
+    Gpu,
+    LaunchConfigs,
+    PackedGemmProblem,
+    PrefillAttentionConfig,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -50,14 +57,12 @@ def test_gemv_with_every_epilogue(bench, rows, cols, normed, dtype):
         assert error(bench.get(output), expected) < TOLERANCE[output.dtype], epilogue
 
 
-@pytest.mark.parametrize(
-    "shape", [linear.GemvShape(4, 4, 4, 2), linear.GemvShape(2, 1, 1, 8, 2), linear.GemvShape(3, 2, 2, 3)]
-)
-def test_gemv_in_other_spreads(bench, shape):
+@pytest.mark.parametrize("config", [GemvConfig(4, 4, 4, 2), GemvConfig(2, 1, 1, 8, 2), GemvConfig(3, 2, 2, 3)], ids=str)
+def test_gemv_in_other_configurations(bench, config):
     weight, w = bench.normal((1031, 2056), "fp16", 0.02)
     vector, x = bench.normal((2056,), "fp16")
     output = bench.poisoned((1031,), "fp32")
-    linear.gemv(bench.kernels("fp16"), weight, vector, output, linear.LOGITS, shape=shape)(bench.stream)
+    linear.gemv(bench.kernels("fp16"), weight, vector, output, linear.LOGITS, config=config)(bench.stream)
     assert error(bench.get(output), w @ x) < TOLERANCE["fp32"]
 
 
@@ -136,15 +141,17 @@ def test_packed_product_of_some_tokens(bench, rows, cols, layout, dtype):
 @pytest.mark.parametrize("num_sms, max_shared", [(16, 166912), (8, 166912), (20, 101376)])
 @pytest.mark.parametrize("rows, cols", [(6144, 4096), (528, 4864), (1008, 2048)])
 @pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
-def test_packed_product_as_smaller_gpus_spread_it(bench, rows, cols, layout, num_sms, max_shared):
+def test_packed_product_as_smaller_gpus_divide_it(bench, rows, cols, layout, num_sms, max_shared):
     """As on a Jetson AGX Orin, an Orin Nano and a small RTX: more rows a CTA, and CTAs that come in rounds."""
     packed, count = _Packed(bench, layout, rows, cols, "fp16"), 70
-    shape = linear_packed.gemm_shape(*packed.records.shape, num_sms, max_shared)
+    bits = {int4_layout: 4, int8_layout: 8}[layout]
+    gpu = Gpu("smaller", 87, num_sms, max_shared)
+    config = LaunchConfigs(gpu).lookup(PackedGemmProblem(*packed.records.shape, bits))
     partial, counters = _packed_scratch(bench, rows, cols, num_sms)
     vectors, x = bench.normal((count, cols), "fp16", 3.0)
     output = bench.poisoned((count, rows), "fp16")
     arrays = (packed.records, vectors, output, linear.STORE, bench.chunk(5, count), partial, counters)
-    linear_packed.PackedProduct(bench.kernels("fp16"), *arrays, shape=shape)(bench.stream, count)
+    linear_packed.PackedProduct(bench.kernels("fp16"), *arrays, config=config)(bench.stream, count)
     assert error(bench.get(output), x @ packed.weight.T) < TOLERANCE["fp16"]
     assert (bench.get(counters) == 0).all()
 
@@ -341,36 +348,35 @@ def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, cou
     chunk = bench.chunk(start, count)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
     attention.rope_append(*inputs, case.rope, chunk, norms=case.norms, scales=case.scales)(bench.stream)
-    spreads = {count: attention.prefill_spread(case.shape, count, bench.device.num_sms, bench.device.max_shared)}
-    attention.attention_prefill(*inputs, case.output, chunk, spreads, case.scales)(bench.stream, count)
+    attention.attention_prefill(*inputs, case.output, chunk, [count], case.scales)(bench.stream, count)
     # The weights of the keys are rounded to the type here, too.
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
 
 
-_SPREADS = [
+_PREFILL_CONFIGS = [
     *((4, 1, 1, 64), (4, 1, 2, 64), (4, 2, 2, 64), (4, 2, 1, 64), (4, 2, 1, 32), (8, 1, 1, 64)),
     *((1, 1, 4, 32), (1, 1, 8, 16), (1, 1, 4, 16)),
 ]
 
 
-@pytest.mark.parametrize("spread", _SPREADS, ids=str)
+@pytest.mark.parametrize("config", _PREFILL_CONFIGS, ids=str)
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 1, 128), (4, 2, 80)])
 @pytest.mark.parametrize("start, count", [(0, 65), (63, 130), (301, 300)])
 @pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
-def test_attention_prefill_however_it_is_spread(bench, spread, heads, kv_heads, head_dim, start, count, kv_int8):
+def test_attention_prefill_in_every_configuration(bench, config, heads, kv_heads, head_dim, start, count, kv_int8):
     dtype = "bf16" if head_dim == 80 else "fp16"
     case = _Attention(bench, heads, kv_heads, head_dim, False, dtype, count, 603, kv_int8)
     chunk = bench.chunk(start, count)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
     attention.rope_append(*inputs, case.rope, chunk, scales=case.scales)(bench.stream)
-    spreads = {count: attention.PrefillSpread(*spread)}
-    launch = attention.attention_prefill(*inputs, case.output, chunk, spreads, case.scales)
+    config = PrefillAttentionConfig(*config)
+    launch = attention.attention_prefill(*inputs, case.output, chunk, [count], case.scales, config)
     launch(bench.stream, count)
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
 
 
-@pytest.mark.parametrize("spread", [(4, 1, 1, 64), (4, 2, 2, 64), (1, 1, 4, 32)], ids=str)
-def test_attention_prefill_follows_scores_that_grow(bench, spread):
+@pytest.mark.parametrize("config", [(4, 1, 1, 64), (4, 2, 2, 64), (1, 1, 4, 32)], ids=str)
+def test_attention_prefill_follows_scores_that_grow(bench, config):
     """Peaks move late and far: keys grow with their position, so that every tile's scores are above the last one's."""
     case = _Attention(bench, 4, 1, 64, False, "fp16", 200, 603)
     case.cached[0] *= np.linspace(0.01, 6, 603)[None, :, None]
@@ -381,7 +387,8 @@ def test_attention_prefill_follows_scores_that_grow(bench, spread):
     chunk = bench.chunk(400, 200)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
     attention.rope_append(*inputs, case.rope, chunk)(bench.stream)
-    launch = attention.attention_prefill(*inputs, case.output, chunk, {200: attention.PrefillSpread(*spread)})
+    config = PrefillAttentionConfig(*config)
+    launch = attention.attention_prefill(*inputs, case.output, chunk, [200], config=config)
     launch(bench.stream, 200)
     case.check(400, TOLERANCE["fp16"] * 4)
 
@@ -401,7 +408,7 @@ def test_a_nan_in_an_int8_cache_is_seen_and_zeros_stay_zeros(bench):
 
 def test_attention_refuses_a_cache_of_another_type(bench):
     case = _Attention(bench, 4, 2, 64, False, "fp16", 3, 64, True)
-    args = (case.kernels, case.shape, case.qkv, case.cache, case.output, bench.chunk(0, 3), {})
+    args = (case.kernels, case.shape, case.qkv, case.cache, case.output, bench.chunk(0, 3), [])
     with pytest.raises(KernelArgumentError, match="scales"):
         attention.attention_prefill(*args)
     with pytest.raises(KernelArgumentError, match="cache is fp16"):

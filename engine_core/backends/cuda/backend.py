@@ -75,6 +75,7 @@ class CudaBackend(DeviceBackend):
                 weights.rope(),
                 vocab_map=resolved.vocab_map,
                 use_cuda_graph=config.use_cuda_graph,
+                tune_kernels=config.tune_kernels,
                 **kwargs,
             )
         except BaseException:
@@ -90,9 +91,11 @@ class CudaBackend(DeviceBackend):
         *,
         vocab_map: np.ndarray | None = None,
         use_cuda_graph: bool = True,
+        tune_kernels: bool = False,
     ) -> None:
-        """Allocate, load, capture, warm up. Owns ``device`` once it returns; leaves nothing behind when it raises.
+        """Allocate, load, tune, capture, warm up. Owns ``device`` once it returns.
 
+        Leaves nothing behind when it raises. ``tune_kernels``: see ``EngineConfig``.
         ``rope``: float32 [max_context, head_dim / 2, 2], cos and sin.
         """
         self._device = device
@@ -108,6 +111,8 @@ class CudaBackend(DeviceBackend):
             self._row_of = rows_by_id(vocab_map, spec.vocab_size)
             self.kept_ids = vocab_map
             self._reset()
+            if tune_kernels:
+                self._model.tune(self._tokens.device_address)
             self._capture(undo, use_cuda_graph)
             self._resources = undo.pop_all()
 

@@ -15,6 +15,7 @@ from engine_core.cuda.driver import ITEM_BYTES, aligned
 from engine_core.cuda.kernels import int4_layout, int8_layout
 from engine_core.cuda.kernels.attention import AttentionShape, scale_pitch
 from engine_core.cuda.kernels.int4_layout import GROUP
+from engine_core.cuda.kernels.launch_configs import PACKED_ROWS, PackedRowsProblem
 from engine_core.cuda.kernels.linear_packed import packed_scratch
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.errors import ConfigurationError, EngineDirectoryError
@@ -128,12 +129,9 @@ def prefill_rows(chunk: int) -> list[int]:
     return sorted({rows_of_chunk(tokens, chunk) for tokens in range(1, chunk + 1)})
 
 
-def max_packed_tokens(spec: CudaSpec) -> int:
-    """Up to which prefill multiplies by 4- and 8-bit weights as they are, as measured (benchmarks/results/kernels.md).
-
-    Small matrices are written out in 16 bits so fast that it soon pays.
-    """
-    return 64 if spec.hidden <= 2048 else 96
+def packed_rows_problem(spec: CudaSpec) -> PackedRowsProblem:
+    """Its launch configuration says up to how many rows prefill multiplies 4- and 8-bit weights as they are."""
+    return PackedRowsProblem(spec.hidden, spec.intermediate, spec.attention.qkv_width, spec.weight_bits)
 
 
 def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
@@ -209,7 +207,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["vocab_map"] = ("io", (rows,), "int32")
     if spec.weight_bits < 16:  # for prefill: one matrix at a time in 16 bits, or partial sums of products of few tokens
         shapes = product_shapes(spec).values()
-        sums, counters = packed_scratch(shapes, min(chunk, max_packed_tokens(spec)), num_sms)
+        sums, counters = packed_scratch(shapes, min(chunk, PACKED_ROWS[-1]), num_sms)
         arrays["dequantized"] = ("scratch", (max(2 * sums, *map(math.prod, shapes)),), dtype)
         arrays["packed_counters"] = ("scratch", (counters,), "uint32")
     if spec.prefix_slots:

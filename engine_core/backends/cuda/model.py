@@ -9,13 +9,22 @@ are first written out in 16 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from engine_core.backends.cuda.layout import CudaSpec, max_packed_tokens, product_shapes, work_arrays
+from engine_core.backends.cuda.layout import CudaSpec, packed_rows_problem, product_shapes, work_arrays
 from engine_core.backends.gpu_model import DeviceModel, Work
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import Kernels, linear, linear_packed
 from engine_core.cuda.kernels.attention import AttentionPrefill
 from engine_core.cuda.kernels.blas import Blas
+from engine_core.cuda.kernels.launch_configs import (
+    GEMM_TOKENS,
+    PACKED_ROWS,
+    PackedGemmProblem,
+    PackedRowsProblem,
+    Problem,
+)
 
 
 @dataclass
@@ -45,7 +54,6 @@ class CudaModel(DeviceModel[_Layer]):
     def __init__(self, device: Device, stream: Stream, arena: Arena, kernels: Kernels, spec: CudaSpec) -> None:
         super().__init__(device, stream, arena, kernels, spec, work_arrays(spec, device.num_sms))
         self.blas = Blas(stream, self.work["blas"])
-        self._max_packed = max_packed_tokens(spec)
 
     def _decode_layer(self, i: int) -> list[Work]:
         spec, w = self.spec, self.work
@@ -72,7 +80,24 @@ class CudaModel(DeviceModel[_Layer]):
     def prepare_prefill(self) -> None:
         w = self.work
         self._silu = linear.silu_multiply(self._kernels, w["gate_up"], w["activated"])
+        self._max_packed = 0
+        if self.spec.weight_bits < 16:
+            self._max_packed = self._kernels.config(packed_rows_problem(self.spec)).rows
         super().prepare_prefill()
+
+    def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
+        if isinstance(problem, PackedRowsProblem):
+            self._place_chunk(PACKED_ROWS[-1])
+            products, limit = self._prefill_layer(0).products, self._kernels.config(problem).rows
+            sizes = [rows for rows in PACKED_ROWS if rows <= self.spec.chunk]
+            return [partial(self._multiply, products, name, rows, limit) for rows in sizes for name in _ARRAYS]
+        if isinstance(problem, PackedGemmProblem):
+            self._place_chunk(GEMM_TOKENS)
+            rows = min(GEMM_TOKENS, self.spec.chunk)
+            layers = [self._prefill_layer(i).products.values() for i in self._tuned_layers()]
+            packed = [product.packed for products in layers for product in products]
+            return [partial(each, rows=rows) for each in packed if each is not None and each.problem == problem]
+        return super()._work_of(problem, host_tokens)
 
     def _prefill_layer(self, i: int) -> _Layer:
         kernels, spec, w = self._kernels, self.spec, self.work
@@ -98,31 +123,35 @@ class CudaModel(DeviceModel[_Layer]):
         source, target, epilogue = _ARRAYS[name]
         either = w["dequantized"]  # of the matrix written out or, with few tokens, the partial sums
         whole = DeviceArray(either.address, product_shapes(self.spec)[name], self.spec.dtype)
-        partial = DeviceArray(either.address, (either.nbytes // 4,), "fp32")
+        sums = DeviceArray(either.address, (either.nbytes // 4,), "fp32")
         return _Product(
             whole,
             linear_packed.dequantize_packed(kernels, weight, whole),
             linear_packed.PackedProduct(
                 *(kernels, weight, w[source], w["activated" if epilogue == linear.SILU else target], epilogue),
-                *(self._chunk, partial, w["packed_counters"]),
+                *(self._chunk, sums, w["packed_counters"]),
             ),
         )
 
+    def _multiply(self, products: dict[str, _Product], name: str, rows: int, max_packed: int, stream: Stream) -> None:
+        """Queues product ``name`` of ``rows`` rows; up to ``max_packed`` a packed matrix is multiplied as it is."""
+        w, product = self.work, products[name]
+        if product.packed is not None and rows <= max_packed:
+            product.packed(stream, rows)
+            return
+        if product.dequantize is not None:
+            product.dequantize(stream)
+        source, target, epilogue = _ARRAYS[name]
+        self.blas.matmul(w[source], product.weight, w[target], rows, epilogue == linear.RESIDUAL)
+        if epilogue == linear.SILU:
+            self._silu.set_grid(rows)
+            self._silu(stream)
+
     def _run_layer(self, layer: _Layer, rows: int) -> None:
-        w, stream = self.work, self._stream
+        stream = self._stream
 
         def multiply(name: str) -> None:
-            product = layer.products[name]
-            if product.packed is not None and rows <= self._max_packed:
-                product.packed(stream, rows)
-                return
-            if product.dequantize is not None:
-                product.dequantize(stream)
-            source, target, epilogue = _ARRAYS[name]
-            self.blas.matmul(w[source], product.weight, w[target], rows, epilogue == linear.RESIDUAL)
-            if epilogue == linear.SILU:
-                self._silu.set_grid(rows)
-                self._silu(stream)
+            self._multiply(layer.products, name, rows, self._max_packed, stream)
 
         layer.input_norm.set_grid(rows)
         layer.input_norm(stream)

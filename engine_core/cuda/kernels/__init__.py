@@ -1,24 +1,27 @@
 """CUDA C++ kernels, one ``.cu`` per operation, and their typed wrappers.
 
-A wrapper checks the shapes, types and alignment of its arrays, specialises the source for them (all sizes are
-compile-time constants), and returns a ``Launch`` to be queued as often as needed. Every wrapper has a slow
-twin in ``reference`` that tests compare it with.
+A wrapper checks the shapes, dtypes and alignment of its arrays, specialises the source for them (all sizes are
+compile-time constants), takes its launch configuration from ``launch_configs`` and returns a ``Launch`` to be queued
+as often as needed. Every wrapper has a reference in ``reference`` that tests compare it with. docs/kernels.md says what
+the kernels expect of each other.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from engine_core.cuda.driver import Device, DeviceArray, DeviceError, Module
+from engine_core.cuda.kernels.launch_configs import Config, Gpu, LaunchConfigs, Problem
 from engine_core.cuda.kernels.nvrtc import compile_kernel
 
 _DIRECTORY = Path(__file__).parent
 CHUNK_WORDS = 2  # int32: a chunk's first position in the KV cache, and its tokens; Chunk of common.cuh
-_SHARED_STATIC = 12 * 1024  # bytes of shared memory left for what kernels declare themselves
 
 
 class KernelArgumentError(DeviceError):
@@ -41,6 +44,19 @@ def kernel_source(name: str) -> tuple[str, dict[str, str]]:
     return (_DIRECTORY / f"{name}.cu").read_text(encoding="utf-8"), headers
 
 
+def source_hash() -> str:
+    """Return the SHA-256 of everything that launch configurations depend on: kernels, headers, wrappers, rules."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in _DIRECTORY.iterdir() if path.suffix in (".cu", ".cuh", ".py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def gpu_of(device: Device) -> Gpu:
+    """Return what launch configurations depend on of ``device``."""
+    return Gpu(device.name, device.capability, device.num_sms, device.max_shared)
+
+
 def float_define(value: float) -> str:
     """A float32 literal of C++."""
     return f"{value:.9e}f"
@@ -49,10 +65,12 @@ def float_define(value: float) -> str:
 class Kernels:
     """The kernels of one device and one 16-bit type ("fp16" or "bf16"), compiled when first asked for."""
 
-    def __init__(self, device: Device, dtype: str) -> None:
+    def __init__(self, device: Device, dtype: str, gpu: Gpu | None = None) -> None:
+        """``gpu``: what to launch for, ``gpu_of(device)`` unless given. Fewer SMs leave the others without work."""
         assert dtype in ("fp16", "bf16"), dtype
         self.device = device
         self.dtype = dtype
+        self.configs = LaunchConfigs(gpu or gpu_of(device))
         self._modules: dict[tuple, Module] = {}
         self._functions: dict[tuple, Any] = {}
         self._wanted: set[tuple] | None = None  # keys
@@ -76,11 +94,8 @@ class Kernels:
         ``prepare`` makes launches and queues none: it is run here only to see which kernels it takes.
         Raises KernelCompileError or DeviceError.
         """
-        self._wanted = set()
-        try:
+        with self._noting() as wanted:
             prepare()
-        finally:
-            wanted, self._wanted = self._wanted, None
         missing = list(wanted - self._modules.keys())
         # Not on all cores: a robot has other work while it configures.
         with ThreadPoolExecutor(max(2, (os.cpu_count() or 1) // 2)) as threads:
@@ -88,20 +103,37 @@ class Kernels:
         for key, binary in zip(missing, binaries, strict=True):
             self._modules[key] = Module(self.device, binary)
 
+    def problems(self, prepare: Callable[[], object]) -> list[Problem[Any]]:
+        """Return what the launches that ``prepare`` makes look up configurations for. Nothing is compiled."""
+        with self._noting(), self.configs.noting() as problems:
+            prepare()
+        return list(problems)
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[set[tuple]]:
+        """Within the context ``function`` only adds to the set that is yielded."""
+        self._wanted = wanted = set()
+        try:
+            yield wanted
+        finally:
+            self._wanted = None
+
     def _compile(self, key: tuple) -> bytes:
         source, *defines = key
         text, headers = kernel_source(source)
         return compile_kernel(text, name=source, arch=self.device.arch, headers=headers, defines=dict(defines))
 
     @property
-    def shared_budget(self) -> int:
-        """Bytes of dynamic shared memory a kernel of a decode step takes, so that the next one fits beside it.
+    def gpu(self) -> Gpu:
+        """What grids and configurations are chosen for."""
+        return self.configs.gpu
 
-        If it does not need them, too: a third kernel would fit else, and its CTAs would be spread unevenly.
-        """
-        return self.device.max_shared // 2 - _SHARED_STATIC
+    def config(self, problem: Problem[Config]) -> Config:
+        """The launch configuration of ``problem``."""
+        return self.configs.lookup(problem)
 
     def close(self) -> None:
+        """Unload everything compiled; what is asked for afterwards is loaded again. Launches made before are void."""
         self._functions.clear()
         while self._modules:
             self._modules.popitem()[1].close()

@@ -20,7 +20,6 @@
 constexpr int GROUP = HEADS / KV_HEADS;  // query heads of a KV head
 #include "kv_ring.cuh"
 
-constexpr int MIN_KEYS = 256;                  // of a split; with fewer, merging takes longer than reading them
 constexpr int SHARE_GRAIN = KV_INT8 ? 8 : 1;   // a share begins at a group of scales
 constexpr int THREADS = 32 * WARPS;
 constexpr int CHUNKS = HEAD_DIM / 8;

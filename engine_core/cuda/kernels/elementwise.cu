@@ -1,8 +1,6 @@
 // The small steps around the matrix products.
 #include "common.cuh"
 
-constexpr int THREADS = 256;
-
 // float32 [gridDim.x][COLS] from the rows of table [vocab][COLS] named by tokens; a failed step's token reads row 0.
 extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table, const int* tokens, float* output) {
     // The next kernel is not let in early: it gains nothing from a kernel so short.

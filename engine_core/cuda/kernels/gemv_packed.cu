@@ -169,9 +169,9 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
 
 // weight [ROWS][COLS] 16-bit, rounded once. One warp per record; the rows pass through shared memory, so that each store writes
 // whole lines of two of them.
-extern "C" __global__ void __launch_bounds__(256) dequantize_packed(const uint4* records, half_t* weight) {
-    __shared__ uint4 shared[8][TILE * UNITS];
-    const u64 record = (u64)blockIdx.x * 8 + threadIdx.x / 32;
+extern "C" __global__ void __launch_bounds__(32 * DEQUANTIZE_WARPS) dequantize_packed(const uint4* records, half_t* weight) {
+    __shared__ uint4 shared[DEQUANTIZE_WARPS][TILE * UNITS];
+    const u64 record = (u64)blockIdx.x * DEQUANTIZE_WARPS + threadIdx.x / 32;
     if (record >= (u64)TILES * GROUPS) return;
     const int lane = threadIdx.x % 32;
     const uint4* source = records + record * (RECORD / 16);

@@ -4,8 +4,6 @@
 // LAYERS is 0 where the engine writes its cache itself.
 #include "common.cuh"
 
-constexpr int THREADS = 128;
-
 // start: position of the first token, or null after a decode step: the one before the sampler's. state: the sampler's, or
 // null where no decode step follows. next_index may be null.
 extern "C" __global__ void __launch_bounds__(THREADS)

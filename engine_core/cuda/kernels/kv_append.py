@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from engine_core.cuda.driver import ITEM_BYTES, DeviceArray, Launch
 from engine_core.cuda.kernels import KernelArgumentError, Kernels, check
+from engine_core.cuda.kernels.launch_configs import KV_APPEND_THREADS
 from engine_core.cuda.kernels.sampling import STATE
 
-_THREADS = 128
 _MAX_BLOCKS = 1024
 _VECTOR_BYTES = 16
 
@@ -66,14 +66,16 @@ def kv_append(
         "VECTORS": shape.head_dim // vector,
         "CONTEXT": shape.max_context,
         "FRESH": shape.fresh_stride // vector,
+        "THREADS": KV_APPEND_THREADS,
     }
     function = kernels.function("kv_append", "kv_append", defines)
     optional = [0 if array is None else array for array in (state, following.token, following.position)]
     args = [fresh or 0, cache, start or 0, count, *optional, following.write_index or 0]
-    return Launch(kernels.device, function, (kv_append_blocks(shape, count.value),), _THREADS, args, overlap=False)
+    grid = (kv_append_blocks(shape, count.value),)
+    return Launch(kernels.device, function, grid, KV_APPEND_THREADS, args, overlap=False)
 
 
 def kv_append_blocks(shape: AppendShape, count: int) -> int:
     """CTAs for ``count`` tokens; each thread takes several vectors where there are many."""
     vectors = 2 * shape.num_layers * count * shape.num_kv_heads * -(-shape.head_dim // 4)
-    return max(1, min(_MAX_BLOCKS, -(-vectors // _THREADS)))
+    return max(1, min(_MAX_BLOCKS, -(-vectors // KV_APPEND_THREADS)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from engine_core.cuda.driver import DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import (
@@ -16,18 +15,18 @@ from engine_core.cuda.kernels import (
     int8_layout,
 )
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE
+from engine_core.cuda.kernels.launch_configs import (
+    DEQUANTIZE_WARPS,
+    GEMM_TOKENS,
+    PackedGemmConfig,
+    PackedGemmProblem,
+    PackedGemvConfig,
+    PackedGemvProblem,
+    gemm_splits,
+)
 from engine_core.cuda.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
 
 _RECORD_BYTES = {4: int4_layout.RECORD_BYTES, 8: int8_layout.RECORD_BYTES}
-# By bits of a weight: warps of a CTA, and stages of a warp's ring.
-_WARPS, _MAX_DEPTH = {4: 16, 8: 8}, {4: 3, 8: 4}
-_MAX_ROW_WARPS, _MIN_DEPTH = 8, 3
-_ALIGNED_RECORDS = 4  # are a multiple of 128 bytes
-_DEQUANTIZE_WARPS = 8
-PACKED_TOKENS = 32  # of a CTA of gemm_packed.cu: more would take longer than to read its weights
-_BAND = 2  # tiles of a warp
-_MAX_GEMM_WARPS, _MIN_ROW_WARPS, _MAX_SPLITS, _STAGE = 16, 3, 8, 8
-_SHARED_STATIC = 1024  # bytes of what the kernel declares itself, and the driver's
 
 
 def _bits(records: DeviceArray) -> int:
@@ -47,28 +46,6 @@ def _defines(records: DeviceArray, k_warps: int, row_warps: int, depth: int) -> 
     return {**sizes, "K_WARPS": k_warps, "ROW_WARPS": row_warps, "DEPTH": depth}
 
 
-def _spread(records: DeviceArray, num_sms: int, ring: int) -> tuple[int, int, int]:
-    """(warps along the columns, along the rows, stages) for ``ring`` bytes of shared memory.
-
-    By what was fastest on an H200 (benchmarks/results/kernels.md). 4 bits: sixteen warps, a row of them for each tile
-    a CTA has, up to eight; a warp's records start on 128 bytes if they can. 8 bits: eight warps along the columns.
-    """
-    tiles, groups, record_bytes = records.shape
-    bits, row_warps = _bits(records), 1
-    if bits == 4:
-        while row_warps * num_sms < tiles and row_warps < _MAX_ROW_WARPS:
-            row_warps *= 2
-    for share in (1, 2):  # fewer warps where the ring would be too shallow
-        rows = max(1, row_warps // share)
-        most = _WARPS[bits] // share // rows
-        aligned = [k for k in range(most // 2 + 1, most + 1) if bits == 4 and groups % (k * _ALIGNED_RECORDS) == 0]
-        k_warps = max(aligned, default=-(-groups // -(-groups // most)))
-        depth = ring // (k_warps * rows * record_bytes)
-        if depth >= _MIN_DEPTH:
-            break
-    return k_warps, rows, max(1, min(_MAX_DEPTH[bits], depth))
-
-
 def gemv_packed(
     kernels: Kernels,
     records: DeviceArray,
@@ -79,6 +56,7 @@ def gemv_packed(
     norm_weight: DeviceArray | None = None,
     bias: DeviceArray | None = None,
     norm_eps: float = 0.0,
+    config: PackedGemvConfig | None = None,
 ) -> Launch:
     """As ``linear.gemv``, with the weight in records of int4_layout or int8_layout."""
     rows, cols = _sizes(records)
@@ -90,91 +68,33 @@ def gemv_packed(
     if bias is not None:
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
-    k_warps, row_warps, depth = _spread(records, kernels.device.num_sms, kernels.shared_budget - 2 * cols)
-    warps = k_warps * row_warps
-    shared = max(2 * cols + warps * depth * records.shape[2], kernels.shared_budget)
-    if shared > kernels.device.max_shared:
-        raise KernelArgumentError(f"A row of {cols} values does not fit the shared memory of {kernels.device.name}.")
+    problem = PackedGemvProblem(*records.shape, _bits(records), epilogue, norm_weight is not None)
+    config = config or kernels.config(problem)
+    shared = max(config.shared(*records.shape[1:]), kernels.gpu.shared_budget)
+    if shared > kernels.gpu.max_shared:
+        raise KernelArgumentError(f"A row of {cols} values does not fit the shared memory of {kernels.gpu.name}.")
     defines = {
-        **_defines(records, k_warps, row_warps, depth),
+        **_defines(records, config.k_warps, config.row_warps, config.depth),
         "EPILOGUE": epilogue,
         "NORM": int(norm_weight is not None),
         "BIAS": int(bias is not None),
         "NORM_EPS": float_define(norm_eps),
+        "DEQUANTIZE_WARPS": DEQUANTIZE_WARPS,
     }
     function = kernels.function("gemv_packed", "gemv_packed", defines, shared)
-    grid = kernels.device.num_sms  # some may have nothing to do; see attention_decode
+    grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
     args = [records, vector, norm_weight or 0, bias or 0, output]
-    return Launch(kernels.device, function, (grid,), 32 * warps, args, shared)
-
-
-@dataclass(frozen=True)
-class GemmShape:
-    """How gemm_packed.cu spreads a matrix over CTAs and their warps, and X over time."""
-
-    row_warps: int
-    k_warps: int
-    splits: int
-    stage: int  # groups of X
-    buffers: int
-    depth: int = 2
-
-    def ctas(self, tiles: int) -> int:
-        """Along the rows."""
-        return -(-tiles // (_BAND * self.row_warps))
-
-    def shared(self, record_bytes: int) -> int:
-        """Bytes of the stages of X, their offsets and the rings, or of the sums that come after them."""
-        warps = self.row_warps * self.k_warps
-        stages = self.buffers * self.stage * PACKED_TOKENS * (GROUP * 2 + 4)
-        sums = warps * _BAND * TILE * PACKED_TOKENS * 4 if self.k_warps > 1 else 0
-        return max(stages + warps * self.depth * _BAND * record_bytes, sums)
-
-
-def _splits(tiles: int, groups: int, num_sms: int) -> int:
-    """CTAs along the columns: as many as leave each a few groups of X, but enough warps and not too many their rows."""
-
-    def bands(splits: int) -> int:
-        return -(-tiles * splits // (_BAND * num_sms))
-
-    splits = 1
-    while splits < _MAX_SPLITS and groups > splits * _STAGE and bands(2 * splits) <= _MAX_GEMM_WARPS:
-        splits *= 2
-    while splits < _MAX_SPLITS and groups >= 4 * splits and bands(splits) < _MIN_ROW_WARPS:
-        splits *= 2
-    return splits
-
-
-def gemm_shape(tiles: int, groups: int, record_bytes: int, num_sms: int, max_shared: int) -> GemmShape:
-    """For ``tiles`` by ``groups`` records, by what was fastest on an H200 (benchmarks/results/kernels.md)."""
-    splits = _splits(tiles, groups, num_sms)
-    bands, own_groups = -(-tiles // _BAND), -(-groups // splits)
-    rounds = -(-bands * splits // (num_sms * _MAX_GEMM_WARPS))
-    row_warps = -(-bands * splits // (num_sms * rounds))
-    k_warps = 1 if row_warps > _MAX_GEMM_WARPS // 2 else 2 if row_warps > _MIN_ROW_WARPS else 4
-    while k_warps > own_groups:
-        k_warps //= 2
-    while True:
-        stage = min(_STAGE, 1 << (own_groups - 1).bit_length())
-        while stage >= max(k_warps, min(2, own_groups)):
-            shape = GemmShape(row_warps, k_warps, splits, stage, 1 if own_groups <= stage else 2)
-            if shape.shared(record_bytes) <= max_shared - _SHARED_STATIC:
-                return shape
-            stage //= 2
-        if k_warps > 1:
-            k_warps //= 2
-        else:
-            row_warps = -(-row_warps // 2)
+    return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
 
 
 def packed_scratch(shapes: Iterable[tuple[int, int]], tokens: int, num_sms: int) -> tuple[int, int]:
     """(float32 partial sums, counters) that PackedProducts of ``shapes`` (rows, columns) need for ``tokens``."""
     sums = counters = 1
     for rows, cols in shapes:
-        tiles, token_tiles = -(-rows // TILE), -(-tokens // PACKED_TOKENS)
-        splits = _splits(tiles, -(-cols // GROUP), num_sms)
+        tiles, token_tiles = -(-rows // TILE), -(-tokens // GEMM_TOKENS)
+        splits = gemm_splits(tiles, -(-cols // GROUP), num_sms)
         if splits > 1:
-            sums = max(sums, splits * tiles * TILE * PACKED_TOKENS * token_tiles)
+            sums = max(sums, splits * tiles * TILE * GEMM_TOKENS * token_tiles)
             counters = max(counters, tiles * token_tiles)
     return sums, counters
 
@@ -197,7 +117,7 @@ class PackedProduct:
         chunk: DeviceArray,
         partial: DeviceArray,
         counters: DeviceArray,
-        shape: GemmShape | None = None,
+        config: PackedGemmConfig | None = None,
     ) -> None:
         """Raises KernelArgumentError, KernelCompileError or DeviceError."""
         rows, cols = _sizes(records)
@@ -207,26 +127,25 @@ class PackedProduct:
         check("partial", partial, partial.shape, "fp32")
         check("counters", counters, counters.shape, "uint32")
         check("chunk", chunk, (CHUNK_WORDS,), "int32")
-        device = kernels.device
-        shape = shape or gemm_shape(*records.shape, device.num_sms, device.max_shared)
-        shared = shape.shared(records.shape[2])
+        self.problem = PackedGemmProblem(*records.shape, _bits(records), epilogue)
+        config = config or kernels.config(self.problem)
+        shared = config.shared(records.shape[2])
         defines = {
-            **_defines(records, shape.k_warps, shape.row_warps, shape.depth),
-            "SPLITS": shape.splits,
-            "STAGE": shape.stage,
-            "BUFFERS": shape.buffers,
-            "TOKENS": PACKED_TOKENS,
+            **_defines(records, config.k_warps, config.row_warps, config.depth),
+            "SPLITS": config.splits,
+            "STAGE": config.stage,
+            "BUFFERS": config.buffers,
+            "TOKENS": GEMM_TOKENS,
             "EPILOGUE": epilogue,
         }
         function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
-        grid = (1, shape.splits, shape.ctas(records.shape[0]))
-        threads = 32 * shape.row_warps * shape.k_warps
+        grid = (1, config.splits, config.ctas(records.shape[0]))
         args = [records, vectors, output, chunk, partial, counters]
-        self._launch = Launch(device, function, grid, threads, args, shared)
+        self._launch = Launch(kernels.device, function, grid, config.threads, args, shared)
 
     def __call__(self, stream: Stream, rows: int) -> None:
         """Queues it for at most ``rows`` tokens."""
-        self._launch.set_grid(-(-rows // PACKED_TOKENS))
+        self._launch.set_grid(-(-rows // GEMM_TOKENS))
         self._launch(stream)
 
 
@@ -235,6 +154,7 @@ def dequantize_packed(kernels: Kernels, records: DeviceArray, weight: DeviceArra
     rows, cols = _sizes(records)
     check("weight", weight, (rows, cols), kernels.dtype)
     defines = {**_defines(records, 1, 1, 1), "EPILOGUE": LOGITS, "NORM": 0, "BIAS": 0, "NORM_EPS": "0.f"}
+    defines["DEQUANTIZE_WARPS"] = DEQUANTIZE_WARPS
     function = kernels.function("gemv_packed", "dequantize_packed", defines)
-    grid = -(-records.shape[0] * records.shape[1] // _DEQUANTIZE_WARPS)
-    return Launch(kernels.device, function, (grid,), 32 * _DEQUANTIZE_WARPS, [records, weight], overlap=False)
+    grid = -(-records.shape[0] * records.shape[1] // DEQUANTIZE_WARPS)
+    return Launch(kernels.device, function, (grid,), 32 * DEQUANTIZE_WARPS, [records, weight], overlap=False)

@@ -2,7 +2,6 @@
 // With ADD the 16-bit ``delta`` [rows][COLS] is added to the rows first, which keep the sum.
 #include "common.cuh"
 
-constexpr int THREADS = 512;
 constexpr int STEP = THREADS * 4;  // columns of a CTA at once
 constexpr int PARTS = (COLS + STEP - 1) / STEP;
 

@@ -6,7 +6,6 @@
 #include "kv_int8.cuh"
 #endif
 
-constexpr int THREADS = 128;
 constexpr int ALL_HEADS = HEADS + 2 * KV_HEADS;
 
 extern "C" __global__ void __launch_bounds__(THREADS)

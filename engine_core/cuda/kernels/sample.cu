@@ -19,7 +19,7 @@ struct Params {
     u32 has_bias, has_mask;
 };
 
-constexpr int SCAN_THREADS = 256, THREADS = 1024, WARPS = THREADS / 32;
+constexpr int WARPS = THREADS / 32;
 constexpr float LOWEST = -3.4e38f;
 constexpr int FAULT_NAN = -1, FAULT_EMPTY = -2;
 constexpr u32 ALL_LANES = 0xffffffffu;

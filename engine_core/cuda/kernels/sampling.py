@@ -6,6 +6,7 @@ import numpy as np
 
 from engine_core.cuda.driver import DeviceArray, Launch
 from engine_core.cuda.kernels import Kernels, check
+from engine_core.cuda.kernels.launch_configs import SAMPLE_PICK_THREADS, SAMPLE_SCAN_THREADS
 
 RING = 8  # steps whose tokens pinned memory holds
 FAULT_NAN, FAULT_EMPTY = -1, -2  # tokens that are none
@@ -27,8 +28,7 @@ PARAMS = np.dtype(
     ]
 )
 
-_SCAN_THREADS, _PICK_THREADS = 256, 1024
-_RUNS = _PICK_THREADS  # of rows, whose largest scores are kept
+_RUNS = SAMPLE_PICK_THREADS  # of rows, whose largest scores are kept
 
 
 def scores_shape(rows: int) -> tuple[int]:
@@ -63,14 +63,14 @@ def sample(
     check("state", state, (STATE.itemsize,), "uint8")
     if vocab_map is not None:
         check("vocab_map", vocab_map, (rows,), "int32")
-    defines = {"ROWS": rows, "RING": RING}
+    defines = {"ROWS": rows, "RING": RING, "SCAN_THREADS": SAMPLE_SCAN_THREADS, "THREADS": SAMPLE_PICK_THREADS}
     device = kernels.device
-    blocks = device.num_sms  # a warp takes a run; some may have none, see attention_decode
+    blocks = kernels.gpu.num_sms  # a warp takes a run; some may have none, see attention_decode
     scan = kernels.function("sample", "sample_scan", defines)
     pick = kernels.function("sample", "sample_pick", defines)
+    scanned = [logits, seen, bias, mask, vocab_map or 0, params, state, scores]
+    picked = [scores, params, state, seen, vocab_map or 0, host_tokens]
     return (
-        Launch(
-            device, scan, (blocks,), _SCAN_THREADS, [logits, seen, bias, mask, vocab_map or 0, params, state, scores]
-        ),
-        Launch(device, pick, (1,), _PICK_THREADS, [scores, params, state, seen, vocab_map or 0, host_tokens]),
+        Launch(device, scan, (blocks,), SAMPLE_SCAN_THREADS, scanned),
+        Launch(device, pick, (1,), SAMPLE_PICK_THREADS, picked),
     )
