@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,13 @@ import onnxruntime as ort
 
 from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
 from engine_core.backends.onnxruntime.head import cut_head
+from engine_core.backends.onnxruntime.mapped_weights import copy_mapped, held_still
 from engine_core.errors import BackendUnavailableError
 from engine_core.formats.manifest import ModelGeometry
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}  # of the KV cache
 # Before 1.27 the CPU's attention operator reads no int8 cache: 1.26 opens the graph and fails in the first step.
 _FIRST_WITH_INT8_CACHE = (1, 27)
-_MADV_POPULATE_READ = 22  # linux/mman.h
 # Before, attention over a float cache makes the scores of all heads at once: chunk x context of them for each.
 _FIRST_WITH_FLASH_ATTENTION = (1, 32)
 _ERROR, _FATAL = 3, 4  # ONNX Runtime's log severities
@@ -46,9 +45,11 @@ class OrtSession:
         self.max_context = max_context
         self.chunk = chunk
         options, model = session_options(threads, packed), _model_path(variant_dir, kv_cache_type)
-        source, self._head = (str(model), None) if kept is None else cut_head(model, kept, options)
-        self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        populate(variant_dir / DATA_NAME)
+        data = variant_dir / DATA_NAME
+        with held_still(data) as fd:
+            source, self._head = (str(model), None) if kept is None else cut_head(model, kept, options)
+            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            copy_mapped(data, fd)
         shape = (geometry.num_layers, 1, 2, geometry.num_kv_heads, max_context, geometry.head_dim)
         self.kv_cache = np.empty(shape, dtype=DTYPES[kv_cache_type])
         self.kv_cache.fill(0)  # takes the pages now rather than token by token
@@ -133,19 +134,6 @@ def session_options(threads: int, packed: bool = True) -> ort.SessionOptions:
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
-
-
-def populate(path: Path) -> None:
-    """Brings every page of ``path`` that this process has mapped into memory, so that no step waits for the disk.
-
-    Linux 5.14 and newer; before, pages come when they are first read.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5] == str(path.resolve()):
-            start, end = (int(part, 16) for part in fields[0].split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_POPULATE_READ)
 
 
 def _bind_input(binding: ort.IOBinding, name: str, array: np.ndarray) -> None:
