@@ -85,6 +85,13 @@ class PromptTooLongError(RequestError):
     """The prompt does not fit into max_context; the message has both numbers."""
 
 
+class DeadlinePassedError(RequestError):
+    """The request's deadline passed before it was prepared; it ends as one whose deadline passes in the queue."""
+
+    def __init__(self, message: str = "The request's deadline passed while it was being prepared.") -> None:
+        super().__init__(message)
+
+
 class QueueFullError(RequestError):
     """The node is busy and its policy or its queue admits no further request."""
 

@@ -54,6 +54,12 @@ class PreparedRequest:
     max_new_tokens: int
     constraint: JsonConstraint | None
 
+    @classmethod
+    def unread(cls, request: GenerationRequest) -> PreparedRequest:
+        """Return ``request`` as one whose deadline passed before it was tokenized; it can only be answered."""
+        nothing = np.empty(0, dtype=np.int32)
+        return cls(request, nothing, nothing, TokenSampling.of(request.sampling, frozenset()), 0, None)
+
 
 @dataclass
 class _Answer:
@@ -188,7 +194,10 @@ class Engine:
     # --- before the work: any thread ----------------------------------------------------------------
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Checks and tokenizes. Raises RequestError: what the request is refused with."""
+        """Checks and tokenizes. Raises RequestError: what the request is refused with.
+
+        DeadlinePassedError among them, if the request's deadline ends the compiling of its schema.
+        """
         with refusing_panics("preparing"):
             return self._prepare(request)
 

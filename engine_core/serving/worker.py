@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from engine_core.errors import (
     ConfigurationError,
+    DeadlinePassedError,
     EngineFaultError,
     NotActiveError,
     QueueFullError,
@@ -141,13 +142,19 @@ class Worker:
             raise NotActiveError(self._closed)
         with self._wake:
             self._admit(request.priority)  # a full queue refuses before any work is done
-        prepared = self._engine.prepare(request)
+        try:
+            prepared = self._engine.prepare(request)
+        except DeadlinePassedError:
+            prepared = PreparedRequest.unread(request)
+            is_late = True
+        else:
+            is_late = False
         job = _Job((-request.priority, next(self._numbers)), prepared, on_piece, on_done, arrival)
         with self._wake:
             if self._closed is not None:
                 raise NotActiveError(self._closed)
             remaining = arrival + request.timeout - time.monotonic()
-            is_late = request.timeout > 0 and remaining <= 0
+            is_late = is_late or (request.timeout > 0 and remaining <= 0)
             preempted = [] if is_late else self._admit(job.priority)
             if not is_late:
                 if 0 < request.timeout <= _NO_DEADLINE:

@@ -1,0 +1,175 @@
+"""Read the JSON schema of a request: out of its wrapper, checked, and without what the grammar library gets wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from engine_core.errors import InvalidSchemaError
+
+MAX_SCHEMA_DEPTH = 64  # objects and arrays inside each other
+MAX_DIGITS = 17  # of a number: what a double can hold
+# Keywords that describe a schema and do not constrain a value.
+_ANNOTATIONS = frozenset(
+    "$schema $id $anchor $comment $vocabulary $dynamicAnchor id title description default examples readOnly writeOnly "
+    "deprecated $defs definitions nullable discriminator contentEncoding contentMediaType".split()
+)
+# One of these has to be in a schema with unknown keywords, or it constrains nothing.
+_CONSTRAINTS = frozenset(
+    "$ref $dynamicRef type enum const anyOf oneOf allOf not if then else properties required additionalProperties "
+    "patternProperties propertyNames minProperties maxProperties items prefixItems additionalItems minItems maxItems "
+    "uniqueItems contains minContains maxContains minimum maximum exclusiveMinimum exclusiveMaximum multipleOf "
+    "minLength maxLength pattern format dependentRequired dependentSchemas unevaluatedProperties "
+    "unevaluatedItems".split()
+)
+# Where schemas lie inside a schema: one, a list of them, or an object of them by name.
+_INNER = frozenset(
+    "not if then else items additionalItems additionalProperties propertyNames contains unevaluatedProperties "
+    "unevaluatedItems anyOf oneOf allOf prefixItems".split()
+)
+_INNER_BY_NAME = frozenset("properties patternProperties dependentSchemas $defs definitions".split())
+_LARGEST_EXACT = 2**53  # a double holds every whole number up to it
+_LEAST = 1e-15  # the smallest number beside a bound of 0 that is left out
+_YEAR = r"(?:[1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])"
+_DATE = (
+    rf"(?:{_YEAR}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
+    r"|(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:[2468][048]|[13579][26]|0[48])00)-02-29)"
+)
+# What a value has to match beside the library's pattern of its format, which takes leap days of any year and leap
+# seconds of any minute, and small letters that many parsers refuse. The library's decides about the rest.
+_FORMATS = {
+    "date": rf"^{_DATE}$",
+    "time": r"^\d\d:\d\d:[0-5]\d[^z]*$",
+    "date-time": rf"^{_DATE}T\d\d:\d\d:[0-5]\d[^z]*$",
+}
+
+
+def parse_schema(schema: str) -> dict:
+    """Return the schema inside ``schema``, out of OpenAI's wrapper if it is in one. Raises InvalidSchemaError."""
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not a JSON value")
+
+    try:
+        parsed = json.loads(schema, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidSchemaError(f"The JSON schema does not parse as JSON: {first_line(error)}.") from None
+    if isinstance(parsed, dict) and parsed.get("type") == "json_schema" and isinstance(parsed.get("json_schema"), dict):
+        parsed = parsed["json_schema"]
+    if isinstance(parsed, dict) and isinstance(parsed.get("schema"), dict) and not parsed.keys() & {"type", "$ref"}:
+        unknown = sorted(parsed.keys() - {"name", "strict", "schema", "description"})
+        if unknown:
+            raise InvalidSchemaError(f"The JSON schema's wrapper has the unknown key {unknown[0]!r}.")
+        parsed = parsed["schema"]
+    if parsed is True:
+        return {}
+    if not isinstance(parsed, dict):
+        raise InvalidSchemaError(f"The JSON schema is a {type(parsed).__name__}, but it must be an object.")
+    if (depth := _depth(parsed)) > MAX_SCHEMA_DEPTH:
+        raise InvalidSchemaError(
+            f"The JSON schema has {depth} levels of objects and arrays, but at most {MAX_SCHEMA_DEPTH} are accepted."
+        )
+    if "x-guidance" in parsed:  # llguidance's own options: separators that are no JSON, unknown keywords ignored
+        raise InvalidSchemaError("The JSON schema has the key 'x-guidance', which is not accepted; leave it out.")
+    for inner in _schemas(parsed):
+        unknown = sorted(inner.keys() - _ANNOTATIONS - _CONSTRAINTS)
+        if unknown and not inner.keys() & _CONSTRAINTS:
+            raise InvalidSchemaError(
+                "The JSON schema has a part without a keyword of JSON Schema that constrains it, only "
+                f"{', '.join(map(repr, unknown[:3]))[:200]}; it would allow every value."
+            )
+        _mend(inner)
+    return parsed
+
+
+def _mend(schema: dict) -> None:
+    """Change what the library takes otherwise than JSON Schema says. Raises InvalidSchemaError where nothing helps."""
+    pattern = _FORMATS.get(schema["format"]) if isinstance(schema.get("format"), str) else None
+    others = schema.get("allOf", [])
+    if pattern is not None and isinstance(others, list):
+        schema["allOf"] = [*others, {"pattern": pattern}]
+    _mend_bounds(schema)
+    for value in _numbers([schema.get("const"), schema.get("enum")]):
+        if not _is_exact(value):
+            raise InvalidSchemaError(
+                f"The JSON schema has the constant {str(value)[:40]}, of which a double cannot hold every digit; give "
+                "it as a string."
+            )
+
+
+def _mend_bounds(schema: dict) -> None:
+    for name, sign in (("minimum", -1), ("exclusiveMinimum", -1), ("maximum", 1), ("exclusiveMaximum", 1)):
+        value = schema.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if value * sign >= 10**MAX_DIGITS:  # no number that is written is beyond it
+            del schema[name]
+        elif not _is_exact(value):
+            raise InvalidSchemaError(
+                f"The JSON schema has the bound {str(value)[:40]}, of which a double cannot hold every digit; give "
+                f"one up to {_LARGEST_EXACT}."
+            )
+        elif (
+            value == 0 and name.startswith("exclusive") and schema.get("type") != "integer"
+        ):  # the library writes 0 where the other bound is below 1
+            inclusive = name.removeprefix("exclusive").lower()
+            own = schema.get(inclusive)
+            if not isinstance(own, (int, float)) or own * sign >= 0:
+                del schema[name]
+                schema[inclusive] = -sign * _LEAST
+
+
+def _is_exact(value: int | float) -> bool:
+    size = abs(value)
+    return size <= _LARGEST_EXACT or (size < 10**MAX_DIGITS and int(float(value)) == value)
+
+
+def _numbers(value: object) -> Iterator[int | float]:
+    """Yield every number inside constants."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
+        elif isinstance(item, (int, float)) and not isinstance(item, bool):
+            yield item
+
+
+def _schemas(schema: dict) -> Iterator[dict]:
+    """Yield ``schema`` and every schema inside it; constants, examples and the like are no schemas."""
+    waiting: list[object] = [schema]
+    while waiting:
+        item = waiting.pop()
+        if not isinstance(item, dict):
+            continue
+        yield item
+        for key, value in item.items():
+            if key in _INNER:
+                waiting.extend(value if isinstance(value, list) else [value])
+            elif key in _INNER_BY_NAME and isinstance(value, dict):
+                waiting.extend(value.values())
+
+
+def _depth(value: object) -> int:
+    """Return how many objects and arrays lie inside each other, without recursion."""
+    deepest, level = 0, [value]
+    while level:
+        deepest += 1
+        inner: list[object] = []
+        for item in level:
+            inner.extend(item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+        level = [item for item in inner if isinstance(item, (dict, list))]
+    return deepest
+
+
+def first_line(error: object) -> str:
+    """Return the first line of a message, without its full stop, at most 300 characters."""
+    lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("regex parse error"):  # the pattern and a mark follow, and then the reason
+        reason = next((line for line in lines if line.startswith("error: ")), "")
+        lines[0] = f"a pattern does not parse: {reason.removeprefix('error: ')[:200]}" if reason else lines[0]
+    line = (lines[0].strip().rstrip(".:")[:300] if lines else "") or type(error).__name__
+    # llguidance's names for a grammar without a continuation.
+    return "no value can be written that meets it" if line.startswith("NoExtension") else line
