@@ -4,7 +4,8 @@
 
 A line has: date (UTC), commit, gpu, driver_cuda (newest CUDA the driver supports), versions of the packages that
 matter, test (pytest id), outcome (passed, failed, skipped, error), seconds and, unless it passed, the reason.
-A new line replaces an older one of the same test on the same GPU, so that the file holds each test's last outcome.
+A new line replaces an older one of the same test on the same GPU, so that the file holds each test's last outcome. The
+file is written every 10 s, so that a run that is killed leaves what it has done.
 Exit status: pytest's; 1 where no GPU was found.
 """
 
@@ -17,7 +18,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,11 +30,21 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu_tests.jsonl"
 PACKAGES = ("cuda-bindings", "nvidia-cuda-nvrtc", "numpy", "onnxruntime", "tensorrt", "torch", "transformers")
 
 
-class Recorder:
-    """A pytest plugin that keeps the outcome of each test."""
+_SAVE_INTERVAL = 10.0  # s
 
-    def __init__(self) -> None:
+
+class Recorder:
+    """A pytest plugin that keeps the outcome of each test and has them saved now and then."""
+
+    def __init__(self, save: Callable[[dict[str, dict]], None]) -> None:
         self.outcomes: dict[str, dict] = {}
+        self._save = save
+        self._next_save = time.monotonic() + _SAVE_INTERVAL
+
+    def pytest_runtest_logfinish(self) -> None:
+        if time.monotonic() > self._next_save:
+            self._save(self.outcomes)
+            self._next_save = time.monotonic() + _SAVE_INTERVAL
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         entry = self.outcomes.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
@@ -86,9 +99,6 @@ def main(argv: list[str] | None = None) -> int:
     if not report.gpus:
         print(f"error: no GPU to test on: {report.why_none}", file=sys.stderr)
         return 1
-    recorder = Recorder()
-    paths = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments)
-    status = pytest.main([*([] if paths else [str(ROOT / "test" / "gpu")]), *arguments], plugins=[recorder])
     head = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": commit(),
@@ -96,11 +106,20 @@ def main(argv: list[str] | None = None) -> int:
         "driver_cuda": report.cuda_version,
         "versions": versions(),
     }
-    new = [head | {"test": test} | outcome for test, outcome in recorder.outcomes.items()]
+    old = read(options.results)
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    lines = merge(read(options.results), new)
-    options.results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    print(f"{head['gpu']}, commit {head['commit']}:", dict(Counter(line["outcome"] for line in new)))
+
+    def save(outcomes: dict[str, dict]) -> None:
+        new = [head | {"test": test} | outcome for test, outcome in outcomes.items()]
+        lines = "".join(json.dumps(line) + "\n" for line in merge(old, new))
+        options.results.write_text(lines, encoding="utf-8")
+
+    recorder = Recorder(save)
+    paths = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments)
+    status = pytest.main([*([] if paths else [str(ROOT / "test" / "gpu")]), *arguments], plugins=[recorder])
+    save(recorder.outcomes)
+    outcomes = Counter(outcome["outcome"] for outcome in recorder.outcomes.values())
+    print(f"{head['gpu']}, commit {head['commit']}:", dict(outcomes))
     return int(status)
 
 

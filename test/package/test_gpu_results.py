@@ -23,7 +23,7 @@ def test_every_outcome_is_recorded_with_its_reason(tmp_path):
         "def broken(): raise OSError('no device')\n"
         "def test_broken(broken): pass\n"
     )
-    recorder = gpu_tests.Recorder()
+    recorder = gpu_tests.Recorder(lambda outcomes: None)
     pytest.main([str(module), "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)], plugins=[recorder])
     found = {test.rpartition("::")[2]: entry for test, entry in recorder.outcomes.items()}
     assert {name: entry["outcome"] for name, entry in found.items()} == {
