@@ -13,6 +13,14 @@ from engine_core.errors import ConfigurationError
 BACKENDS = ("auto", *backend_names())
 QUANTIZATIONS = ("auto", *all_quantizations())
 KV_CACHE_TYPES = ("auto", *all_kv_cache_types())
+# What becomes of a request while another one runs, see the node's parameter busy_policy.
+BUSY_POLICIES = ("queue", "reject", "preempt", "preempt_lower")
+# Option of EngineConfig → the values it can have, or the least it can be.
+CHOICES = {"backend": BACKENDS, "quantization": QUANTIZATIONS, "kv_cache_type": KV_CACHE_TYPES}
+MINIMUMS = {
+    "max_context": 0, "max_batch": 1, "prefill_chunk": 0, "prompt_cache_entries": 0, "prompt_cache_tokens": 1,
+    "num_threads": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,21 +56,10 @@ class EngineConfig:
             elif type(value) is not kind:
                 raise ConfigurationError(f"{option.name} is {value!r:.60}, expected a value of type {kind.__name__}.")
         object.__setattr__(self, "engine_dir", Path(self.engine_dir).expanduser())
-        for name, choices in (
-            ("backend", BACKENDS),
-            ("quantization", QUANTIZATIONS),
-            ("kv_cache_type", KV_CACHE_TYPES),
-        ):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}.")
-        for name, minimum in (
-            ("max_context", 0),
-            ("max_batch", 1),
-            ("prefill_chunk", 0),
-            ("prompt_cache_entries", 0),
-            ("prompt_cache_tokens", 1),
-            ("num_threads", 0),
-        ):
+        for name, minimum in MINIMUMS.items():
             if getattr(self, name) < minimum:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, expected {minimum} or more.")
 

@@ -26,6 +26,40 @@ MAX_LOGIT_BIAS = 1e4  # larger biases are clamped; no model's logits come near i
 
 
 @dataclass(frozen=True)
+class Range:
+    """The finite numbers from ``low`` to ``high``; an end that is open is not one of them."""
+
+    low: float
+    high: float
+    low_is_open: bool = False
+    high_is_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_is_open else value >= self.low
+        below = value < self.high if self.high_is_open else value <= self.high
+        return above and below  # NaN is neither
+
+    def __str__(self) -> str:
+        if not (self.low_is_open or self.high_is_open):
+            return f"from {self.low} to {self.high}"
+        low = f"above {self.low}" if self.low_is_open else f"at least {self.low}"
+        high = f"below {self.high}" if self.high_is_open else f"at most {self.high}"
+        return f"{low} and {high}"
+
+
+# Of a request's options, and of the node's parameters with the same names. Whole numbers fit the interfaces' int32.
+SAMPLING_RANGES = {
+    "temperature": Range(0.0, 100.0),
+    "top_p": Range(0.0, 1.0, low_is_open=True),
+    "top_k": Range(0, 2**31 - 1),
+    "min_p": Range(0.0, 1.0, high_is_open=True),
+    "repetition_penalty": Range(0.01, 100.0),
+    "seed": Range(0, MAX_SEED),
+    "max_new_tokens": Range(1, 2**31 - 1),
+}
+
+
+@dataclass(frozen=True)
 class RequestLimits:
     """How large the parts of one request may be. They are checked before any work is done with the parts."""
 
@@ -75,16 +109,16 @@ class SamplingParams:
     """How the next token is chosen.
 
     Applied in this order, the one of ``transformers``: repetition penalty, logit bias, JSON constraint,
-    temperature, top-k, top-p, min-p. ``temperature`` 0 is greedy. All values are checked by ``validate``.
+    temperature, top-k, top-p, min-p. ``temperature`` 0 is greedy. ``validate`` holds the values to SAMPLING_RANGES.
     """
 
-    temperature: float = 0.0  # >= 0; 0 = greedy, as is all below GREEDY_BELOW
-    top_p: float = 1.0  # (0, 1]; 1 = off
-    top_k: int = 0  # >= 0; 0 = off
-    min_p: float = 0.0  # [0, 1); 0 = off
-    repetition_penalty: float = 1.0  # 0.01 .. 100; 1 = off
-    seed: int | None = None  # 0 .. 2**64 - 1; None = a fresh random seed
-    max_new_tokens: int = 256  # >= 1
+    temperature: float = 0.0  # 0 = greedy, as is all below GREEDY_BELOW
+    top_p: float = 1.0  # 1 = off
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0  # 0 = off
+    repetition_penalty: float = 1.0  # 1 = off
+    seed: int | None = None  # None = a fresh random seed
+    max_new_tokens: int = 256
     ignore_eos: bool = False  # go on past end-of-sequence tokens (for benchmarks)
     stop_token_ids: tuple[int, ...] = ()  # further ids that end generation
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, amount added to its logit); see ``biases``
@@ -92,21 +126,10 @@ class SamplingParams:
     def validate(self) -> None:
         """Raises InvalidSamplingError naming the option, its value and its range."""
 
-        def check(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                raise InvalidSamplingError(f"{name} is {getattr(self, name)!r}, but it must be {expected}.")
-
-        check("temperature", math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "from 0 to 100")
-        check("top_p", math.isfinite(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("top_k", self.top_k >= 0, "0 (off) or more")
-        check("min_p", math.isfinite(self.min_p) and 0 <= self.min_p < 1, "at least 0 and below 1")
-        check(
-            "repetition_penalty",
-            math.isfinite(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
-            "from 0.01 to 100",
-        )
-        check("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, "from 0 to 2**64 - 1")
-        check("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
+        for name, allowed in SAMPLING_RANGES.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise InvalidSamplingError(f"{name} is {value!r}, but it must be {allowed}.")
         for token_id, bias in self.logit_bias:
             if math.isnan(bias) or bias == math.inf:
                 raise InvalidSamplingError(f"The logit bias of token {token_id} is {bias}, but it must be a number.")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine_core.config import BUSY_POLICIES
 from engine_core.errors import (
     ConfigurationError,
     DeadlinePassedError,
@@ -24,7 +25,6 @@ from engine_core.request import FinishReason, GenerationRequest, GenerationResul
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.engine import Engine, PreparedRequest
 
-BUSY_POLICIES = ("queue", "reject", "preempt", "preempt_lower")
 _NO_DEADLINE = 1e8  # s; three years, and less than any platform's threading.TIMEOUT_MAX
 
 _log = logging.getLogger(__name__)
