@@ -50,7 +50,7 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from edgellm_ros.action import Generate as GenerateAction
-from edgellm_ros.msg import ChatMessage, SamplingOptions, TokenPiece
+from edgellm_ros.msg import ChatMessage, GenerationRequest, SamplingOptions, TokenPiece
 from edgellm_ros.node import LlmNode
 from edgellm_ros.process import run_node
 from edgellm_ros.srv import Generate, GetInfo
@@ -73,8 +73,9 @@ class Row(NamedTuple):
     cached: int  # tokens of the prompt
 
 
-def make_row(first: float, result) -> Row:
-    return Row(first, 1.0 / result.tokens_per_second, result.cached_tokens)
+def make_row(first: float, metrics) -> Row:
+    """``metrics``: what has tokens_per_second and cached_tokens, a message or the core's result."""
+    return Row(first, 1.0 / metrics.tokens_per_second, metrics.cached_tokens)
 
 
 @dataclass
@@ -116,9 +117,7 @@ def serve(num_tokens: int, arguments: list[str]) -> int:
             sampling=core.SamplingParams(max_new_tokens=num_tokens, ignore_eos=True),
         )  # fmt: skip
         times, results = Times(), queue.SimpleQueue()
-        node.worker.submit(
-            request, on_piece=lambda piece: times.piece(len(piece.token_ids)), on_done=results.put
-        )
+        node.worker.submit(request, on_piece=lambda piece: times.piece(len(piece.token_ids)), on_done=results.put)
         result = results.get(timeout=LIMIT)
         return make_row(times.first, result)
 
@@ -151,10 +150,10 @@ class OverRos:
         self._state = self._node.create_client(GetState, f"{NAME}/get_state")
         self._service = self._node.create_client(Generate, f"{NAME}/generate")
         self._action = ActionClient(self._node, GenerateAction, f"{NAME}/generate")
-        self._fields = {
-            "messages": [ChatMessage(role="user", content=PROMPT)],
-            "sampling": SamplingOptions(max_new_tokens=[num_tokens], ignore_eos=True),
-        }
+        self._request = GenerationRequest(
+            messages=[ChatMessage(role="user", content=PROMPT)],
+            sampling=SamplingOptions(max_new_tokens=[num_tokens], ignore_eos=True),
+        )
 
     def bring_up(self) -> None:
         for transition in (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE):
@@ -179,9 +178,9 @@ class OverRos:
 
     def service(self) -> Row:
         start = time.perf_counter()
-        answer = self._wait(self._service.call_async(Generate.Request(**self._fields)))
-        transport = time.perf_counter() - start - answer.total_time
-        return make_row(answer.time_to_first_token + transport, answer)
+        metrics = self._wait(self._service.call_async(Generate.Request(request=self._request))).result.metrics
+        transport = time.perf_counter() - start - metrics.total_time
+        return make_row(metrics.time_to_first_token + transport, metrics)
 
     def empty(self) -> float:
         """s from a client's call to the answer where nothing is asked: what rclpy and the middleware take."""
@@ -192,12 +191,12 @@ class OverRos:
     def action(self) -> Row:
         times = Times()
         sent = self._action.send_goal_async(
-            GenerateAction.Goal(**self._fields), feedback_callback=lambda m: times.piece(len(m.feedback.token_ids))
+            GenerateAction.Goal(request=self._request),
+            feedback_callback=lambda m: times.piece(len(m.feedback.token_ids)),
         )
         answer = self._wait(sent).get_result_async()
         self._rest_after_first(times)
-        result = self._wait(answer).result
-        return make_row(times.first, result)
+        return make_row(times.first, self._wait(answer).result.result.metrics)
 
     def topic(self, latencies: list[float] | None = None) -> Row:
         """With a subscription for this request only, so that the other paths have none.
@@ -217,7 +216,7 @@ class OverRos:
         subscription = self._node.create_subscription(TokenPiece, f"{NAME}/tokens", on_piece, qos)
         self._spin(DISCOVERY)  # until both sides have found each other
         times.start = time.perf_counter()
-        answer = self._service.call_async(Generate.Request(**self._fields))
+        answer = self._service.call_async(Generate.Request(request=self._request))
         if latencies is None:
             self._rest_after_first(times)
         end = time.monotonic() + LIMIT
@@ -226,8 +225,9 @@ class OverRos:
             self._executor.spin_once(timeout_sec=0.1)
         self._node.destroy_subscription(subscription)
         self._spin(0.1)
-        assert len(times.tokens) == answer.result().generated_tokens, "pieces were lost"
-        return make_row(times.first, answer.result())
+        metrics = answer.result().result.metrics
+        assert len(times.tokens) == metrics.generated_tokens, "pieces were lost"
+        return make_row(times.first, metrics)
 
     def _rest_after_first(self, times: Times) -> None:
         end = time.monotonic() + LIMIT

@@ -16,12 +16,10 @@ from typing import Any
 
 from rclpy.utilities import remove_ros_args
 
-from edgellm_ros.action import Generate
 from edgellm_ros.client import LLM, LLMError, PromptTooLongError, UnavailableError
-from edgellm_ros.msg import FinishReason
+from edgellm_ros.msg import FinishReason, GenerationResult
+from edgellm_ros.sampling_options import OPTION_TYPES
 
-_OPTIONS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
-            "seed": int, "max_new_tokens": int}  # fmt: skip
 _ENDINGS = {FinishReason.CANCELLED: "cancelled", FinishReason.TIMEOUT: "timeout", FinishReason.PREEMPTED: "preempted",
             FinishReason.LENGTH: "length limit"}  # fmt: skip
 
@@ -105,7 +103,7 @@ class Chat:
         if result.text:
             self._turns += [question, {"role": "assistant", "content": result.text}]
 
-    def _show(self, messages: list[dict[str, str]]) -> Generate.Result:
+    def _show(self, messages: list[dict[str, str]]) -> GenerationResult:
         """Print the answer as it comes, and return its result."""
         pieces = self._llm.pieces(messages, **self._sampling)
         with self._interrupts.during_answer(pieces.cancel):
@@ -131,7 +129,7 @@ def read_lines(interactive: bool) -> Iterator[str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    sampling = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
+    sampling = {name: value for name in OPTION_TYPES if (value := getattr(arguments, name)) is not None}
     interactive = sys.stdin.isatty()
     interrupts = Interrupts()
     failed = False
@@ -159,7 +157,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--node", default="/llm", help="full name of the node (default: /llm)")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt; without it the node's")
     parser.add_argument("--wait", type=float, default=5.0, metavar="SECONDS", help="how long to look for the node")
-    for name, kind in _OPTIONS.items():
+    for name, kind in OPTION_TYPES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="without it the node's parameter")
     return parser.parse_args(args)
 

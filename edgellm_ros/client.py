@@ -42,7 +42,8 @@ from rclpy.task import Future
 
 from edgellm_ros import qos
 from edgellm_ros.action import Generate
-from edgellm_ros.msg import ChatMessage, ErrorCode
+from edgellm_ros.msg import ChatMessage, ErrorCode, GenerationRequest, GenerationResult
+from edgellm_ros.sampling_options import OPTION_TYPES
 
 _CHECK_INTERVAL = 0.5  # s between two looks whether the node is still there
 _CLOSING = 1.0  # s that the node has to answer cancels when a client is closed
@@ -51,7 +52,6 @@ _RESULT_DELAY = 1.0  # s that a result may come after the news that it exists, b
 _LOOK = object()  # an event that asks for a look whether the node is still there
 _CANCEL = object()  # an event that asks for the end of the request
 _TERMINAL = (GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_CANCELED, GoalStatus.STATUS_ABORTED)
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens")
 
 Messages = str | Sequence[dict[str, str] | ChatMessage]
 
@@ -249,7 +249,7 @@ class _Call:
             answer = future.result()
             if answer.status not in _TERMINAL:
                 raise LookupError("the node does not know it any more")
-            result = answer.result
+            result = answer.result.result
             failed = result.error_code != ErrorCode.NONE
             self._end(error_of(result.error_code, result.error_message) if failed else result)
         except Exception as error:
@@ -262,12 +262,12 @@ class _Call:
 
 
 class Stream:
-    """The pieces of one answer, an async iterator of str. ``result``: the action's result, once it has ended."""
+    """The pieces of one answer, an async iterator of str. ``result``: the whole answer, once it has ended."""
 
     def __init__(self, llm: LLM, goal: Generate.Goal) -> None:
         self._llm = llm
         self._goal = goal
-        self.result: Generate.Result | None = None
+        self.result: GenerationResult | None = None
 
     async def __aiter__(self) -> AsyncIterator[str]:
         loop = asyncio.get_running_loop()
@@ -317,7 +317,7 @@ class Pieces:
     """
 
     def __init__(self, llm: LLM, goal: Generate.Goal) -> None:
-        self.result: Generate.Result | None = None
+        self.result: GenerationResult | None = None
         self._llm = llm
         self._events: queue.SimpleQueue = queue.SimpleQueue()
         self._pieces = self._receive(goal)
@@ -441,7 +441,7 @@ class LLM:
         """Return the pieces of an answer as they come. Iterating raises LLMError."""
         return Stream(self, make_goal(messages, **options))
 
-    async def generate(self, messages: Messages = (), **options: Any) -> Generate.Result:
+    async def generate(self, messages: Messages = (), **options: Any) -> GenerationResult:
         """Return the whole answer, with its figures. Raises LLMError."""
         stream = self.stream(messages, **options)
         async for _ in stream:
@@ -455,7 +455,7 @@ class LLM:
         """Return the pieces of an answer as they come. Iterating raises LLMError."""
         return Pieces(self, make_goal(messages, **options))
 
-    def ask(self, messages: Messages = (), **options: Any) -> Generate.Result:
+    def ask(self, messages: Messages = (), **options: Any) -> GenerationResult:
         """Return the whole answer, with its figures. Raises LLMError."""
         pieces = self.pieces(messages, **options)
         for _ in pieces:
@@ -493,15 +493,14 @@ def make_goal(
     **sampling: float | int,
 ) -> Generate.Goal:
     """Return the action's goal. Raises TypeError for an option that is not known."""
-    if unknown := sorted(sampling.keys() - set(_SAMPLING)):
-        raise TypeError(f"{unknown[0]!r} is no option of a request; sampling options are {', '.join(_SAMPLING)}.")
+    if unknown := sorted(sampling.keys() - OPTION_TYPES.keys()):
+        raise TypeError(f"{unknown[0]!r} is no option of a request; sampling options are {', '.join(OPTION_TYPES)}.")
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    goal = Generate.Goal(
+    request = GenerationRequest(
         messages=[turn if isinstance(turn, ChatMessage) else ChatMessage(**turn) for turn in turns],
         prompt=prompt, json_schema=json_schema, stop=list(stop), priority=priority, deadline=float(deadline),
         request_id=request_id, allow_special=allow_special,
     )  # fmt: skip
     for name, value in sampling.items():
-        is_whole = name in ("top_k", "seed", "max_new_tokens")
-        setattr(goal.sampling, name, [int(value) if is_whole else float(value)])
-    return goal
+        setattr(request.sampling, name, [OPTION_TYPES[name](value)])
+    return Generate.Goal(request=request)

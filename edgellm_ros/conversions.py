@@ -10,6 +10,7 @@ from typing import Any
 from edgellm_ros import msg
 from edgellm_ros.msg import ErrorCode
 from edgellm_ros.parameters import Settings
+from edgellm_ros.sampling_options import OPTION_TYPES
 from engine_core import errors
 from engine_core.errors import InvalidSamplingError
 from engine_core.memory import MemoryPlan
@@ -45,9 +46,7 @@ _FINISH_REASONS = {
     FinishReason.ERROR: msg.FinishReason.ERROR,
 }
 
-_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens")
-_COUNTS = ("prompt_tokens", "cached_tokens", "generated_tokens")
-_TIMES = ("queue_time", "time_to_first_token", "tokens_per_second", "total_time")
+_METRICS = tuple(msg.GenerationMetrics.get_fields_and_field_types())
 
 
 def error_code(error: Exception | None) -> int:
@@ -83,10 +82,10 @@ def to_messages(messages: Any) -> tuple[ChatMessage, ...]:
     return tuple(ChatMessage(message.role, message.content) for message in messages)
 
 
-def to_request(message: Any, settings: Settings) -> GenerationRequest:
-    """The request of a ``Generate`` service request or action goal; what it leaves open comes from ``settings``.
+def to_request(message: msg.GenerationRequest, settings: Settings) -> GenerationRequest:
+    """Return the core's request of a message; what it leaves open comes from ``settings``.
 
-    Raises InvalidSamplingError if the logit bias has no value for each id.
+    Raises InvalidRequestError for too many parts, InvalidSamplingError if the logit bias has no value for each id.
     """
     messages = to_messages(message.messages)
     if messages and settings.system_prompt and all(m.role != "system" for m in messages):
@@ -105,8 +104,8 @@ def to_request(message: Any, settings: Settings) -> GenerationRequest:
     )
 
 
-def _to_sampling(options: Any, defaults: SamplingParams) -> SamplingParams:
-    given = {name: getattr(options, name)[0] for name in _OPTIONS if len(getattr(options, name))}
+def _to_sampling(options: msg.SamplingOptions, defaults: SamplingParams) -> SamplingParams:
+    given = {name: getattr(options, name)[0] for name in OPTION_TYPES if len(getattr(options, name))}
     ids, values = options.logit_bias_token_ids, options.logit_bias_values
     LIMITS.check_count("logit biases", max(len(ids), len(values)), LIMITS.logit_biases)
     LIMITS.check_count("stop token ids", len(options.stop_token_ids), LIMITS.stop_token_ids)
@@ -124,28 +123,30 @@ def _to_sampling(options: Any, defaults: SamplingParams) -> SamplingParams:
     )
 
 
-def fill_answer(answer: Any, result: GenerationResult) -> Any:
-    """Writes ``result`` into a ``Generate`` service response or action result and returns it."""
-    answer.request_id = result.request_id
-    answer.text = wire_text(result.text)
-    answer.token_ids = array("i", result.token_ids)
-    _fill_figures(answer, result)
-    answer.error_message = error_message(result.error)
-    return answer
+def to_result(result: GenerationResult) -> msg.GenerationResult:
+    return msg.GenerationResult(
+        request_id=result.request_id,
+        text=wire_text(result.text),
+        token_ids=array("i", result.token_ids),
+        finish_reason=finish_reason(result.finish_reason),
+        error_code=error_code(result.error),
+        error_message=error_message(result.error),
+        metrics=_to_metrics(result),
+    )
 
 
-def fill_stats(stats: Any, result: GenerationResult) -> Any:
-    """Writes the figures of ``result`` into a ``GenerationStats`` message and returns it."""
-    stats.request_id = result.request_id
-    _fill_figures(stats, result)
-    return stats
+def to_stats(result: GenerationResult) -> msg.GenerationStats:
+    """Return the message of ``result`` without the node's totals and the time."""
+    return msg.GenerationStats(
+        request_id=result.request_id,
+        finish_reason=finish_reason(result.finish_reason),
+        error_code=error_code(result.error),
+        metrics=_to_metrics(result),
+    )
 
 
-def _fill_figures(message: Any, result: GenerationResult) -> None:
-    message.finish_reason = finish_reason(result.finish_reason)
-    message.error_code = error_code(result.error)
-    for name in (*_COUNTS, *_TIMES):
-        setattr(message, name, getattr(result, name))
+def _to_metrics(result: GenerationResult) -> msg.GenerationMetrics:
+    return msg.GenerationMetrics(**{name: getattr(result, name) for name in _METRICS})
 
 
 def refused(request_id: str, error: Exception) -> GenerationResult:

@@ -13,9 +13,9 @@ from std_msgs.msg import String
 
 from edgellm_ros import qos
 from edgellm_ros.action import Generate as GenerateAction
-from edgellm_ros.conversions import error_code, error_message, fill_answer, wire_text
+from edgellm_ros.conversions import error_code, error_message, to_result, wire_text
 from edgellm_ros.intake import Intake
-from edgellm_ros.msg import ChatMessage
+from edgellm_ros.msg import ChatMessage, GenerationRequest
 from edgellm_ros.srv import Cancel, Generate, Tokenize
 from edgellm_ros.threads import Started
 from engine_core.request import FinishReason, GenerationResult, Piece
@@ -38,7 +38,8 @@ class GenerateService:
         node.create_service(Cancel, "~/cancel", self._cancel, **options)
 
     async def _generate(self, request: Generate.Request, response: Generate.Response) -> Generate.Response:
-        return fill_answer(response, await self._intake.answer(request))
+        response.result = to_result(await self._intake.answer(request.request))
+        return response
 
     def _cancel(self, request: Cancel.Request, response: Cancel.Response) -> Cancel.Response:
         response.num_cancelled = self._intake.cancel(request.request_id)
@@ -100,7 +101,7 @@ class GenerateActionServer:
             goal.canceled()
         else:
             goal.abort()
-        return fill_answer(GenerateAction.Result(), result)
+        return GenerateAction.Result(result=to_result(result))
 
     async def _answer(self, goal: ServerGoalHandle) -> GenerationResult:
         feedback = GenerateAction.Feedback()
@@ -111,7 +112,9 @@ class GenerateActionServer:
             feedback.token_ids = array("i", piece.token_ids)
             goal.publish_feedback(feedback)
 
-        return await self._intake.answer(goal.request, on_ticket=partial(self._accepted, goal), on_piece=on_piece)
+        return await self._intake.answer(
+            goal.request.request, on_ticket=partial(self._accepted, goal), on_piece=on_piece
+        )
 
     def _accepted(self, goal: ServerGoalHandle, ticket: Ticket) -> None:
         self._tickets[bytes(goal.goal_id.uuid)] = ticket
@@ -133,7 +136,7 @@ class PromptTopic:
         node.create_subscription(String, "~/prompt", self._prompt, qos.COMMAND, callback_group=ReentrantCallbackGroup())
 
     async def _prompt(self, prompt: String) -> None:
-        request = Generate.Request(messages=[ChatMessage(role="user", content=prompt.data)])
-        result = await self._intake.answer(request)
+        message = GenerationRequest(messages=[ChatMessage(role="user", content=prompt.data)])
+        result = await self._intake.answer(message)
         text = wire_text(result.text) if result.error is None else f"Error: {error_message(result.error)}"
         self._responses.publish(String(data=text))

@@ -12,6 +12,7 @@ from typing import Any
 from rclpy.node import Node
 
 from edgellm_ros.conversions import error_message, refused, to_messages, to_request
+from edgellm_ros.msg import GenerationRequest as GenerationRequestMessage
 from edgellm_ros.parameters import Settings
 from edgellm_ros.streams import RequestStream, Topics
 from edgellm_ros.threads import WorkPool, complete, new_future
@@ -73,12 +74,12 @@ class Intake:
 
     async def answer(
         self,
-        message: Any,
+        message: GenerationRequestMessage,
         *,
         on_ticket: Callable[[Ticket], None] | None = None,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> GenerationResult:
-        """The result of a ``Generate`` request or goal; what cannot be accepted is answered with its error.
+        """Return the result of a request; what cannot be accepted is answered with its error.
 
         ``on_ticket`` gets the accepted request, for cancelling; ``on_piece`` each piece, in the worker's thread.
         """

@@ -11,7 +11,7 @@ from functools import partial
 from rclpy.lifecycle import LifecycleNodeMixin
 
 from edgellm_ros import qos
-from edgellm_ros.conversions import error_code, fill_stats, finish_reason, wire_text
+from edgellm_ros.conversions import error_code, finish_reason, to_stats, wire_text
 from edgellm_ros.msg import GenerationStats, Sentence, TokenPiece
 from engine_core.request import FinishReason, GenerationResult, Piece
 from engine_core.text.sentences import SentenceSplitter
@@ -54,7 +54,7 @@ class Topics:
                 self._first_tokens.append(result.time_to_first_token)
             totals = self.requests_total, self.tokens_total
         if self._stats.get_subscription_count():
-            stats = fill_stats(GenerationStats(), result)
+            stats = to_stats(result)
             stats.requests_total, stats.tokens_total = totals
             stats.header.stamp = self.clock.now().to_msg()
             self._stats.publish(stats)

@@ -23,8 +23,8 @@ from rclpy.signals import SignalHandlerOptions
 import isolation
 from demo_model.conversations import CONVERSATIONS
 from edgellm_ros import demo_engine
-from edgellm_ros.action import Generate
 from edgellm_ros.client import LLM, LLMError
+from edgellm_ros.msg import GenerationResult
 from edgellm_ros.srv import GetInfo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +141,7 @@ def build_engine(log: Path, stop: StopRequest) -> Path:
     return directory
 
 
-def ask(llm: LLM, messages: list[dict[str, str]], stop: StopRequest) -> Generate.Result:
+def ask(llm: LLM, messages: list[dict[str, str]], stop: StopRequest) -> GenerationResult:
     """Print the answer as it is generated and return it with its figures."""
     pieces = llm.pieces(messages, deadline=60.0)
     try:
@@ -167,8 +167,9 @@ def talk(client: Client, stop: StopRequest) -> None:
                 print(f"\nyou    {command}\nrobot  ", end="", flush=True)
                 result = ask(llm, messages, stop)
                 messages.append({"role": "assistant", "content": result.text})
-                print(f"\n       time to first token {result.time_to_first_token * 1e3:.1f} ms, "
-                      f"{result.generated_tokens} tokens at {result.tokens_per_second:.0f} tokens/s")  # fmt: skip
+                metrics = result.metrics
+                print(f"\n       time to first token {metrics.time_to_first_token * 1e3:.1f} ms, "
+                      f"{metrics.generated_tokens} tokens at {metrics.tokens_per_second:.0f} tokens/s")  # fmt: skip
 
 
 def run(work: Path, stop: StopRequest) -> None:

@@ -58,7 +58,7 @@ def test_service_action_and_topic_say_the_same(llm):
     assert info.backend == llm.name.removeprefix("llm_")
     llm.listen()
     answer = llm.generate(COMMAND, sampling={"max_new_tokens": 200}, request_id="service")
-    assert answer.error_code == 0 and answer.text.startswith('{"plan":') and answer.generated_tokens > 10
+    assert answer.error_code == 0 and answer.text.startswith('{"plan":') and answer.metrics.generated_tokens > 10
     goal = llm.goal(COMMAND, sampling={"max_new_tokens": 200}, request_id="action")
     status, result = goal.result()
     assert status == SUCCEEDED and result.text == answer.text
@@ -66,7 +66,8 @@ def test_service_action_and_topic_say_the_same(llm):
     llm.until(lambda: sum(piece.done for piece in llm.pieces) == 2)
     for request_id in ("service", "action"):
         assert "".join(piece.text for piece in llm.pieces_of(request_id)) == answer.text
-    print(f"{answer.time_to_first_token * 1e3:.2f} ms to the first token, {answer.tokens_per_second:.0f} tokens/s")
+    metrics = answer.metrics
+    print(f"{metrics.time_to_first_token * 1e3:.2f} ms to the first token, {metrics.tokens_per_second:.0f} tokens/s")
     llm.pieces.clear()
     assert llm.change(DEACTIVATE) and llm.change(CLEANUP)
 
@@ -77,7 +78,7 @@ def test_a_goal_is_cancelled_within_a_token(llm):
     llm.until(lambda: len(goal.feedback) > 5)
     goal.cancel()
     _, result = goal.result()
-    assert result.generated_tokens < 1500
+    assert result.metrics.generated_tokens < 1500
     assert llm.change(DEACTIVATE) and llm.change(CLEANUP)
 
 
@@ -86,7 +87,7 @@ def test_twenty_rounds_give_all_device_memory_back(llm):
         llm.bring_up()
         for index in range(requests):
             answer = llm.generate(f"{COMMAND} Then wait {index} seconds.", sampling={"max_new_tokens": 8})
-            assert answer.error_code == 0 and answer.generated_tokens == 8
+            assert answer.error_code == 0 and answer.metrics.generated_tokens == 8
         assert llm.change(DEACTIVATE) and llm.change(CLEANUP)
 
     one_round(5)  # the driver and the libraries keep some of their own the first time

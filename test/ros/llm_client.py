@@ -20,7 +20,7 @@ from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
 from edgellm_ros.action import Generate as GenerateAction
-from edgellm_ros.msg import ChatMessage, EngineStatus, SamplingOptions, TokenPiece
+from edgellm_ros.msg import ChatMessage, EngineStatus, GenerationRequest, GenerationResult, SamplingOptions, TokenPiece
 from edgellm_ros.srv import Generate, GetInfo, Tokenize
 
 HERE = Path(__file__).parent
@@ -47,15 +47,12 @@ def options(**values) -> SamplingOptions:
     return message
 
 
-def fill(message, text="hello", **fields):
-    """A Generate request or goal that says ``text`` unless ``messages`` or ``prompt`` is given."""
+def make_request(text="hello", **fields) -> GenerationRequest:
+    """A request that says ``text`` unless ``messages`` or ``prompt`` is given."""
     if "prompt" not in fields and "messages" not in fields:
         fields["messages"] = [ChatMessage(role="user", content=text)]
     sampling = fields.pop("sampling", None) or {"max_new_tokens": 8}
-    message.sampling = options(**sampling)
-    for name, value in fields.items():
-        setattr(message, name, value)
-    return message
+    return GenerationRequest(sampling=options(**sampling), **fields)
 
 
 class NodeProcess:
@@ -116,7 +113,7 @@ class Goal:
     def result(self):
         """(status, result)"""
         answer = self._client.wait(self._result)
-        return answer.status, answer.result
+        return answer.status, answer.result.result
 
     def cancel(self):
         return self._client.wait(self.handle.cancel_goal_async())
@@ -126,6 +123,19 @@ class LlmClient:
     """Asks one node; all waiting spins here, with a limit."""
 
     def __init__(self, name: str, process: NodeProcess | None = None) -> None:
+class Answer:
+    """The future of what the service answers."""
+
+    def __init__(self, future) -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def result(self) -> GenerationResult:
+        return self._future.result().result
+
+
         self.name, self.node_process = name, process
         self.may_end = False  # the node's end is no failure while something is waited for
         self.node = rclpy.create_node(f"client_{next(_numbers)}_of_{name}")
@@ -206,15 +216,15 @@ class LlmClient:
         assert self.change(ACTIVATE)
         return self
 
-    def generate_async(self, text="hello", **fields):
-        return self.call_async(Generate, "generate", fill(Generate.Request(), text, **fields))
+    def generate_async(self, text="hello", **fields) -> Answer:
+        return Answer(self.call_async(Generate, "generate", Generate.Request(request=make_request(text, **fields))))
 
-    def generate(self, text="hello", **fields) -> Generate.Response:
+    def generate(self, text="hello", **fields) -> GenerationResult:
         return self.wait(self.generate_async(text, **fields))
 
     def goal(self, text="hello", **fields) -> Goal:
         self.until(self.action.server_is_ready)
-        return Goal(self, fill(GenerateAction.Goal(), text, **fields))
+        return Goal(self, GenerateAction.Goal(request=make_request(text, **fields)))
 
     def info(self) -> GetInfo.Response:
         return self.call(GetInfo, "get_info", GetInfo.Request())

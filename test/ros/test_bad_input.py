@@ -6,10 +6,9 @@ import math
 
 import pytest
 
-from edgellm_ros.msg import ChatMessage, ErrorCode
-from edgellm_ros.srv import Generate
+from edgellm_ros.msg import ChatMessage, ErrorCode, GenerationRequest
 from fake_backend import MAX_CONTEXT
-from llm_client import ABORTED, CONFIGURE, fill
+from llm_client import ABORTED, CONFIGURE, make_request
 
 USER = ChatMessage(role="user", content="hello")
 BROKEN = "\udcff"  # stands for a byte that is not UTF-8; see send_bytes
@@ -49,7 +48,7 @@ TABLE = [
 @pytest.mark.parametrize("fields, code, words", [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
 def test_refused_with_a_reason(llm, fields, code, words):
     answer = llm.generate(**fields)
-    assert (answer.error_code, answer.text, answer.generated_tokens) == (code, "", 0), answer.error_message
+    assert (answer.error_code, answer.text, answer.metrics.generated_tokens) == (code, "", 0), answer.error_message
     assert words in answer.error_message and "\n" not in answer.error_message
 
 
@@ -74,9 +73,9 @@ def test_invalid_utf8_bytes(llm):
     """Bytes that are not UTF-8 reach the node as U+FFFD, by rclpy's conversion."""
     from rclpy.serialization import deserialize_message, serialize_message
 
-    data = serialize_message(fill(Generate.Request(), prompt="ab"))
+    data = serialize_message(make_request(prompt="ab"))
     position = data.index(b"ab")
-    broken = deserialize_message(data[:position] + b"a\xff" + data[position + 2 :], Generate.Request)
+    broken = deserialize_message(data[:position] + b"a\xff" + data[position + 2 :], GenerationRequest)
     assert llm.generate(prompt=broken.prompt).error_code == ErrorCode.INVALID_TEXT
 
 

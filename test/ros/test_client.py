@@ -38,7 +38,7 @@ def test_a_stream_adds_up_to_its_result(client, llm):
         return "".join([piece async for piece in stream]), stream.result
 
     text, result = asyncio.run(run())
-    assert text == result.text and result.generated_tokens == 50 and result.finish_reason == FinishReason.LENGTH
+    assert text == result.text and result.metrics.generated_tokens == 50 and result.finish_reason == FinishReason.LENGTH
     assert client.ask("hello", max_new_tokens=50).text == text
 
 

@@ -18,8 +18,9 @@ def test_service_answers_with_text_ids_and_figures(llm):
     assert (answer.request_id, answer.error_code, answer.finish_reason) == ("mine", 0, FinishReason.LENGTH)
     assert answer.text == bytes(list(answer.token_ids)).decode() and len(answer.token_ids) == 12
     prompt = llm.tokenize(messages=[ChatMessage(role="user", content="hi")])
-    assert (answer.generated_tokens, answer.prompt_tokens) == (12, len(prompt.token_ids))
-    assert 0 < answer.time_to_first_token < answer.total_time and answer.tokens_per_second > 0
+    metrics = answer.metrics
+    assert (metrics.generated_tokens, metrics.prompt_tokens) == (12, len(prompt.token_ids))
+    assert 0 < metrics.time_to_first_token < metrics.total_time and metrics.tokens_per_second > 0
     assert llm.generate("hi", sampling={"max_new_tokens": 12}).text == answer.text
 
 
@@ -90,7 +91,7 @@ def test_cancel_returns_the_partial_text_and_keeps_the_kv(llm):
         ChatMessage(role="user", content="go on"),
     ]
     answer = llm.generate(messages=follow_up)
-    assert answer.cached_tokens >= result.prompt_tokens + len(result.token_ids) - 2
+    assert answer.metrics.cached_tokens >= result.metrics.prompt_tokens + len(result.token_ids) - 2
 
 
 def test_cancel_of_a_waiting_goal(llm):
@@ -147,7 +148,7 @@ def test_deadline_counts_from_arrival(llm, waiting):
     goal = llm.goal("a", **LONG) if waiting else None
     answer = llm.generate("b", deadline=0.3, **LONG)
     assert answer.finish_reason == FinishReason.TIMEOUT and answer.error_code == 0
-    assert 0.28 < answer.total_time < 0.5
+    assert 0.28 < answer.metrics.total_time < 0.5
     assert bool(answer.text) != waiting
     if goal is not None:
         goal.cancel()
@@ -192,7 +193,7 @@ def test_system_prompt_is_put_first_and_its_kv_is_reused(llm):
         ChatMessage(role="user", content="hi"),
     ]
     first = llm.generate("hi")
-    assert first.cached_tokens > 50  # computed when it was set
+    assert first.metrics.cached_tokens > 50  # computed when it was set
     assert first.text == llm.generate(messages=explicit).text
     own = [ChatMessage(role="system", content="Mine."), ChatMessage(role="user", content="hi")]
     assert llm.generate(messages=own).text != first.text
@@ -213,7 +214,7 @@ def test_sentences_and_stats(nodes, tmp_path):
     assert answer.text == text and answer.finish_reason == FinishReason.STOP
     assert [s.text for s in sentences] == ["I am coming.", "Dr. Who asked for 3.5 litres!", "Anything else"]
     assert [s.sequence for s in sentences] == [0, 1, 2]
-    assert stats[0].generated_tokens == answer.generated_tokens == stats[0].tokens_total
+    assert stats[0].metrics.generated_tokens == answer.metrics.generated_tokens == stats[0].tokens_total
     assert stats[0].requests_total == 1
 
 

@@ -8,9 +8,8 @@ import time
 import pytest
 
 from edgellm_ros import intake as module
-from edgellm_ros.msg import ChatMessage
+from edgellm_ros.msg import ChatMessage, GenerationRequest
 from edgellm_ros.node import LlmNode
-from edgellm_ros.srv import Generate
 from edgellm_ros.threads import Started
 from engine_core.request import GenerationResult, Piece
 
@@ -36,7 +35,7 @@ def take(monkeypatch):
 
     def take(after_submit=lambda on_piece, on_done: None) -> float:
         node._intake.worker = Worker(after_submit)
-        request = Generate.Request(messages=[ChatMessage(role="user", content="go to the kitchen")])
+        request = GenerationRequest(messages=[ChatMessage(role="user", content="go to the kitchen")])
         start = time.perf_counter()
         kept.append(Started(node._intake.answer(request)))
         return time.perf_counter() - start

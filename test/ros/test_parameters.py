@@ -83,11 +83,11 @@ def test_validation_has_its_own_reasons():
 
 def test_dynamic_parameters_hold_from_the_next_request_on(llm):
     llm.must_set(max_new_tokens=3)
-    assert llm.generate(sampling={"ignore_eos": False}).generated_tokens == 3
+    assert llm.generate(sampling={"ignore_eos": False}).metrics.generated_tokens == 3
     llm.must_set(max_new_tokens=5, stop=["\x7f", ""])
     answer = llm.generate(sampling={"ignore_eos": False})
-    assert answer.generated_tokens == 5 and answer.finish_reason == FinishReason.LENGTH
-    assert llm.generate(sampling={"max_new_tokens": 4}).generated_tokens == 4
+    assert answer.metrics.generated_tokens == 5 and answer.finish_reason == FinishReason.LENGTH
+    assert llm.generate(sampling={"max_new_tokens": 4}).metrics.generated_tokens == 4
     llm.must_set(stop=[""])
 
 
