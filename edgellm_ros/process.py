@@ -58,10 +58,7 @@ def run_node(make_node: Callable[[], object], args: list[str] | None) -> int:
     try:
         node = make_node()
     except (ConfigurationError, InvalidParameterTypeException, InvalidParameterValueException) as error:
-        hint = ""
-        if isinstance(error, InvalidParameterTypeException) and "DOUBLE" in str(error):
-            hint = " Write a number with a decimal point, such as 1.0."
-        print(f"The node cannot start with these parameters: {error}{hint}", file=sys.stderr)
+        print(f"The node cannot start with these parameters: {error}", file=sys.stderr)
         rclpy.shutdown()
         return 1
     executor = SingleThreadedExecutor()

@@ -29,26 +29,22 @@ from launch.event_handlers import OnProcessExit
 from launch_ros.actions import LifecycleNode
 
 from edgellm_ros import demo_engine
+from edgellm_ros.parameter_table import LAUNCH_SPECS
 
 # name → (default, description). An empty default leaves the value to params_file, and without one there to the node.
 ARGUMENTS = {
-    "engine_dir": ("", "Engine directory made by 'edgellm build'. Empty: params_file's, else the demo model's."),
-    "backend": ("", "auto, tensorrt, cuda or onnxruntime."),
-    "quantization": ("", "Variant of the engine: auto, fp32, fp16, fp8, int8, int4, int4_awq or nvfp4."),
-    "vocab_map": ("", "auto (the engine's, if it has one), none, or a path."),
-    "max_context": ("", "Tokens of prompt and answer together; 0 = what the engine was built for."),
+    **{spec.name: (spec.launch_default, spec.full_description) for spec in LAUNCH_SPECS},
     "params_file": (
         str(Path(get_package_share_directory("edgellm_ros")) / "config" / "llm.yaml"),
         "YAML file with the node's parameters; the arguments above come before it.",
     ),
     "namespace": ("", "Namespace of the node."),
     "name": ("llm", "Name of the node."),
-    "autostart": ("true", "Configure and activate the node by itself: true or false."),
     "log_level": ("info", "debug, info, warn, error or fatal."),
 }
 PREFIX = "llm_"
-# Names that other launch files have, too: taken without the prefix only where this file is the one that is launched.
-COMMON = ("params_file", "namespace", "name", "autostart", "log_level", "backend", "quantization", "max_context")
+# Names that no other launch file has. The others are taken without the prefix only where this file is launched itself.
+UNMISTAKABLE = ("engine_dir", "vocab_map")
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -107,7 +103,7 @@ def read_arguments(context: LaunchContext) -> tuple[dict[str, str], list[str]]:
         prefixed = context.launch_configurations[PREFIX + name]
         value = "" if hasattr(prefixed, "is_used_llm_argument") else prefixed.strip()
         plain = context.launch_configurations[name].strip()
-        if not value and (direct or name not in COMMON):
+        if not value and (direct or name in UNMISTAKABLE):
             value = plain
         elif not value:
             value = default
@@ -165,12 +161,10 @@ def make_node(given: dict[str, str]) -> LifecycleNode:
     """The node activates itself (its parameter autostart). Doing that from here would need the transition events of a
     process that is just starting: a first event sent before launch has discovered the topic is lost, and with it the
     activation."""
-    values: dict[str, str | int | bool] = {"autostart": as_bool("autostart", given["autostart"])}
-    for name in ("engine_dir", "backend", "quantization", "vocab_map"):
-        if given[name]:
-            values[name] = given[name]
-    if given["max_context"]:
-        values["max_context"] = as_int("max_context", given["max_context"])
+    try:
+        values = {spec.name: spec.value_of(given[spec.name]) for spec in LAUNCH_SPECS if given[spec.name]}
+    except ValueError as error:
+        raise RuntimeError(f"The launch argument {error}") from None
     return LifecycleNode(
         package="edgellm_ros",
         executable="llm_node",
@@ -197,16 +191,3 @@ def file_names_engine(params_file: Path) -> bool:
         return bool(value.get("engine_dir")) or any(search(child) for child in value.values())
 
     return search(tree)
-
-
-def as_bool(name: str, text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise RuntimeError(f"The launch argument {name} is {text!r}, expected true or false.")
-    return text.lower() == "true"
-
-
-def as_int(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise RuntimeError(f"The launch argument {name} is {text!r}, expected a whole number.") from None

@@ -23,6 +23,7 @@ from lifecycle_msgs.srv import GetState  # noqa: E402
 from rcl_interfaces.srv import GetParameters  # noqa: E402
 
 from edgellm_ros import demo_engine  # noqa: E402
+from edgellm_ros.parameter_table import LAUNCH_SPECS  # noqa: E402
 
 LAUNCH_FILE = Path(get_package_share_directory("edgellm_ros")) / "launch" / "llm.launch.py"
 RUNNER = Path(__file__).with_name("runner.py")
@@ -108,10 +109,7 @@ def run_to_its_end(home: Path, *arguments: str) -> subprocess.CompletedProcess:
 def test_declares_its_arguments_with_descriptions():
     description: LaunchDescription = get_launch_description_from_python_launch_file(str(LAUNCH_FILE))
     declared = {argument.name: argument for argument in description.get_launch_arguments()}
-    names = {
-        "engine_dir", "backend", "quantization", "vocab_map", "max_context", "params_file", "namespace", "name",
-        "autostart", "log_level",
-    }  # fmt: skip
+    names = {spec.name for spec in LAUNCH_SPECS} | {"params_file", "namespace", "name", "log_level"}
     assert set(declared) == names | {f"llm_{name}" for name in names}
     context = LaunchContext()
     for argument in declared.values():
@@ -278,7 +276,7 @@ def test_a_parent_of_the_same_file_name_keeps_its_arguments(home, client, tmp_pa
     with launched(home, tmp_path / "log", "namespace:=robot1", file=file):
         client.wait_for_state("/llm", "active")
         assert client.parameters("/llm", "backend", "max_context") == ["auto", 0]
-    assert "leaves backend, max_context, namespace, autostart, log_level to" in (tmp_path / "log").read_text()
+    assert "leaves backend, max_context, autostart, namespace, log_level to" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("argument", ["namespace:=robot4", "llm_namespace:=robot4"])

@@ -58,8 +58,12 @@ def make_request(text="hello", **fields) -> GenerationRequest:
 class NodeProcess:
     """One llm_node, in a process of its own, under a name of its own."""
 
-    def __init__(self, name: str, log: Path, script: str = "fake_llm_node.py", **parameters) -> None:
+    def __init__(
+        self, name: str, log: Path, script: str = "fake_llm_node.py", params_file: Path | None = None, **parameters
+    ) -> None:
         arguments = ["--ros-args", "-r", f"__node:={name}"]
+        if params_file is not None:
+            arguments += ["--params-file", str(params_file)]
         for key, value in parameters.items():
             arguments += ["-p", f"{key}:={str(value).lower() if isinstance(value, bool) else value}"]
         self.log = log
@@ -119,10 +123,6 @@ class Goal:
         return self._client.wait(self.handle.cancel_goal_async())
 
 
-class LlmClient:
-    """Asks one node; all waiting spins here, with a limit."""
-
-    def __init__(self, name: str, process: NodeProcess | None = None) -> None:
 class Answer:
     """The future of what the service answers."""
 
@@ -136,6 +136,10 @@ class Answer:
         return self._future.result().result
 
 
+class LlmClient:
+    """Asks one node; all waiting spins here, with a limit."""
+
+    def __init__(self, name: str, process: NodeProcess | None = None) -> None:
         self.name, self.node_process = name, process
         self.may_end = False  # the node's end is no failure while something is waited for
         self.node = rclpy.create_node(f"client_{next(_numbers)}_of_{name}")

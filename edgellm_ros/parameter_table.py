@@ -1,0 +1,178 @@
+"""The table of the node's parameters: the one place that says what each is.
+
+From it come their declaration and validation (``parameters.py``), the launch arguments (``llm.launch.py``), and, by
+``tools/write_generated.py``, config/llm.yaml and the README's table. It needs neither ROS nor other packages: launch
+runs on the system's Python. generate_parameter_library exists in Python for Humble and Jazzy, but is not used: its YAML
+cannot take defaults, ranges and choices from the engine's classes, knows no parameter that is fixed only while the node
+is configured, and writes no launch arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from engine_core.config import BUSY_POLICIES, CHOICES, MINIMUMS, EngineConfig
+from engine_core.request import SAMPLING_RANGES, Range, SamplingParams
+
+DEACTIVATE_POLICIES = ("finish", "cancel")
+BOND_MODES = ("auto", "always", "never")  # not on and off, which YAML takes for booleans
+RANDOM_SEED = -1
+_MAX_INT = 2**31 - 1
+
+
+class Kind(enum.Enum):
+    """When a parameter may change."""
+
+    FIXED = "fixed"  # read when the node is configured; a change while it is configured is refused
+    DYNAMIC = "dynamic"  # holds from the next request on
+    AT_START = "at start"  # read when the process starts; read-only
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter; its type is the default's."""
+
+    name: str
+    kind: Kind
+    default: bool | int | float | str | list[str]
+    description: str
+    range: Range | None = None
+    choices: tuple[str, ...] = ()
+    # The default of the launch argument of this name; "" leaves the value to the parameter file and the node, None:
+    # there is no such argument.
+    launch_default: str | None = None
+
+    def problem(self, value: Any) -> str:
+        """Return why ``value``, which has the declared type, is refused; "" if it is not."""
+        if self.choices and value not in self.choices:
+            return f"{self.name} is {value!r}, but it must be one of {', '.join(self.choices)}."
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{self.name} is {value}, but it must be a finite number."
+        if self.range is not None and value not in self.range:
+            return f"{self.name} is {value}, but it must be {self.range}."
+        return ""
+
+    def value_of(self, text: str) -> bool | int | float | str:
+        """Return the value that a launch argument's text stands for. Raises ValueError saying what was expected."""
+        kind = type(self.default)
+        if kind is bool:
+            if text.lower() not in ("true", "false"):
+                raise ValueError(f"{self.name} is {text!r}, expected true or false.")
+            return text.lower() == "true"
+        try:
+            return kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{self.name} is {text!r}, expected {what}.") from None
+
+    @property
+    def full_description(self) -> str:
+        """The description with the choices or the range behind it."""
+        if self.choices:
+            return f"{self.description} One of {', '.join(self.choices)}."
+        if self.range is not None and self.range.high < _MAX_INT:
+            return f"{self.description} {str(self.range).capitalize()}."
+        return self.description
+
+
+def _engine(name: str, description: str, high: float = _MAX_INT, **options: Any) -> ParameterSpec:
+    """Return the parameter of an option of EngineConfig."""
+    fields = {field.name: field for field in dataclasses.fields(EngineConfig)}
+    if name in MINIMUMS:
+        options["range"] = Range(MINIMUMS[name], high)
+    if name in CHOICES:
+        options["choices"] = CHOICES[name]
+    return ParameterSpec(name, Kind.FIXED, fields[name].default, description, **options)
+
+
+def _sampling(name: str, description: str) -> ParameterSpec:
+    """Return the parameter of an option of SamplingParams."""
+    default = getattr(SamplingParams(), name)
+    return ParameterSpec(name, Kind.DYNAMIC, default, description, range=SAMPLING_RANGES[name])
+
+
+def _dynamic(name: str, default: Any, description: str, *limits: float, **options: Any) -> ParameterSpec:
+    return ParameterSpec(name, Kind.DYNAMIC, default, description, range=Range(*limits) if limits else None, **options)
+
+
+def _at_start(name: str, default: Any, description: str, **options: Any) -> ParameterSpec:
+    return ParameterSpec(name, Kind.AT_START, default, description, **options)
+
+
+# Title → parameters, in the order in which they are shown.
+SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
+    "The engine": (
+        ParameterSpec(
+            "engine_dir", Kind.FIXED, "",
+            "Engine directory made by 'edgellm build'; where none is named, llm.launch.py takes the demo model's.",
+            launch_default="",
+        ),
+        _engine(
+            "backend", "What runs the model; auto takes the fastest that is built, runs here and fits.",
+            launch_default="",
+        ),
+        _engine("quantization", "Variant of the engine directory; auto takes the smallest.", launch_default=""),
+        _engine(
+            "vocab_map", "Reduced vocabulary: auto (the engine's, if it has one), none, or the path of a file.",
+            launch_default="",
+        ),
+        _engine("max_context", "Tokens of prompt and answer together; 0 = what was built.", launch_default=""),
+        _engine("kv_cache_type", "Number format of the KV cache; auto: what the engine was built for."),
+        _engine("use_cuda_graph", "Replay decode steps and prompt chunks as CUDA graphs where the backend can."),
+        _engine("prefill_chunk", "Tokens per prefill step; 0 = the backend's choice."),
+        _engine("prompt_cache_entries", "System prompts whose KV is kept beside the cache.", 64),
+        _engine("prompt_cache_tokens", "Tokens each kept system prompt can have."),
+        _engine("num_threads", "CPU threads; 0 = the backend's choice.", 1024),
+        _engine(
+            "reproducible",
+            "A request with a seed of its own reuses no KV, so that it gives the same text whatever is cached.",
+        ),
+        _engine("verify_files", "Check the SHA-256 of every file of the engine, not only its size."),
+    ),
+    "What a request gets that does not say otherwise": (
+        _sampling("temperature", "Randomness of the answer; 0 = greedy."),
+        _sampling("top_p", "Sample among the likeliest tokens of this total probability; 1 = off."),
+        _sampling("top_k", "Sample among this many likeliest tokens; 0 = off."),
+        _sampling("min_p", "Drop tokens below this share of the likeliest one's probability; 0 = off."),
+        _sampling("repetition_penalty", "Divides the logits of tokens seen before; 1 = off."),
+        _dynamic(
+            "seed", RANDOM_SEED, f"Seed of the sampling; {RANDOM_SEED} = a fresh one per request.",
+            RANDOM_SEED, 2**63 - 1,
+        ),
+        _sampling("max_new_tokens", "Most tokens of an answer."),
+        # An empty list has no type in a parameter file, so "no stop strings" is a list of one empty string.
+        _dynamic("stop", [""], "Strings before which an answer ends; empty ones are ignored."),
+        _dynamic("system_prompt", "", "Put before conversations without a system message; its KV is kept."),
+    ),
+    "How requests are served": (
+        _dynamic("stream_interval", 0.0, "Milliseconds between two pieces; 0 = one piece per token.", 0.0, 10000.0),
+        _dynamic(
+            "busy_policy", "queue",
+            "A request while another runs: queue (it waits), reject (refused), preempt (it ends what has no higher "
+            "priority, with its partial text), preempt_lower (it ends what has a lower one).",
+            choices=BUSY_POLICIES,
+        ),
+        _dynamic("queue_depth", 8, "Requests that may wait; further ones are refused at once.", 0, 1024),
+        _dynamic("request_timeout", 0.0, "Seconds until a request without a deadline ends; 0 = never.", 0.0, 86400.0),
+        _dynamic("warn_wait", 5.0, "Seconds a request may wait before /diagnostics warns; 0 = never.", 0.0, 86400.0),
+        _dynamic(
+            "deactivate_policy", "finish", "What deactivate does to the running request.", choices=DEACTIVATE_POLICIES
+        ),
+        _dynamic("deactivate_timeout", 5.0, "Seconds the running request may go on in deactivate.", 0.0, 300.0),
+    ),
+    "The process": (
+        _at_start(
+            "bond", "auto",
+            "Heartbeats for nav2_lifecycle_manager, with the ROS package bond: auto (once it sends its own), always, "
+            "never.",
+            choices=BOND_MODES,
+        ),
+        _at_start("autostart", False, "Configure and activate without a lifecycle manager.", launch_default="true"),
+    ),
+}  # fmt: skip
+SPECS: tuple[ParameterSpec, ...] = tuple(spec for specs in SECTIONS.values() for spec in specs)
+LAUNCH_SPECS = tuple(spec for spec in SPECS if spec.launch_default is not None)
