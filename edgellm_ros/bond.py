@@ -7,6 +7,7 @@ on the topic ``bond`` (bond_core, bondcpp/src/bond.cpp: a bond is formed when ea
 
 from __future__ import annotations
 
+import os
 import uuid
 from typing import Any
 
@@ -16,7 +17,6 @@ from rclpy.node import Node
 
 from edgellm_ros import qos
 
-MODES = ("auto", "always", "never")  # not on and off, which YAML takes for booleans
 _PERIOD = 0.25  # s between heartbeats
 _TIMEOUT = 4.0  # s without a heartbeat after which a bond counts as broken; Nav2's value
 
@@ -62,6 +62,9 @@ class Bond:
             self._publish(active=False)
         self._active = self._beating = self.is_formed = False
 
+    def on_managed(self) -> None:
+        """A lifecycle manager configures the node."""
+
     def _on_status(self, message: Any) -> None:
         if not self._active or message.id != self._node.get_name() or message.instance_id == self._instance:
             return
@@ -84,13 +87,37 @@ class Bond:
         self._publisher.publish(message)
 
 
-def make_bond(node: Node, mode: str) -> Bond | None:
-    """Return the node's bond, or None if it is switched off or the package bond is not installed."""
+class NoBond:
+    """Stands for a bond where none can be formed. ``hint``: said once, when a lifecycle manager configures the node."""
+
+    is_formed = False
+
+    def __init__(self, node: Node, hint: str = "") -> None:
+        self._node = node
+        self._hint = hint
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def on_managed(self) -> None:
+        hint, self._hint = self._hint, ""
+        if hint:
+            self._node.get_logger().warning(hint)
+
+
+def make_bond(node: Node, mode: str) -> Bond | NoBond:
+    """Return the node's bond; one that does nothing if ``mode`` is ``never`` or the package bond is not installed."""
     if mode == "never":
-        return None
-    status = status_type()
-    if status is None:
-        if mode == "always":
-            node.get_logger().warning("The parameter bond is always, but the ROS package 'bond' is not installed.")
-        return None
-    return Bond(node, status, mode)
+        return NoBond(node)
+    if (status := status_type()) is not None:
+        return Bond(node, status, mode)
+    package = f"ros-{os.environ.get('ROS_DISTRO', '$ROS_DISTRO')}-bond"
+    hint = (
+        f"No bond can be formed, since the ROS package 'bond' is not installed (sudo apt install {package}); without "
+        "one nav2_lifecycle_manager gives the node up, unless its bond_timeout is 0.0."
+    )
+    if mode == "always":
+        node.get_logger().warning(hint)
+        return NoBond(node)
+    return NoBond(node, hint)

@@ -73,7 +73,7 @@ class GenerateActionServer:
             self._execute,
             callback_group=ReentrantCallbackGroup(),
             handle_accepted_callback=self._begin,
-            goal_callback=lambda goal: GoalResponse.ACCEPT if intake.accepts else GoalResponse.REJECT,
+            goal_callback=self._on_goal,
             cancel_callback=self._cancel,
             goal_service_qos_profile=qos.SERVICE,
             result_service_qos_profile=qos.SERVICE,
@@ -84,6 +84,9 @@ class GenerateActionServer:
 
     def destroy(self) -> None:
         self._server.destroy()
+
+    def _on_goal(self, goal: GenerateAction.Goal) -> GoalResponse:
+        return GoalResponse.REJECT if self._intake.refuses_goal(goal.request) else GoalResponse.ACCEPT
 
     def _begin(self, goal: ServerGoalHandle) -> None:
         self._answers[bytes(goal.goal_id.uuid)] = Started(self._answer(goal))

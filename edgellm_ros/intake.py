@@ -37,6 +37,10 @@ def _is_quick(request: GenerationRequest) -> bool:
 _WARNING_INTERVAL = 1.0  # s
 
 
+class DuplicateRequestError(InvalidRequestError):
+    """The id of a request is that of a running one."""
+
+
 @dataclass
 class _Open:
     """A request that has not been answered yet."""
@@ -68,10 +72,6 @@ class Intake:
         self._last_warning = -_WARNING_INTERVAL  # s, time.monotonic
         self._num_unlogged = 0
 
-    @property
-    def accepts(self) -> bool:
-        return self.worker is not None
-
     async def answer(
         self,
         message: GenerationRequestMessage,
@@ -88,21 +88,40 @@ class Intake:
         entry = _Open()
         try:
             if request_id in self._open:
-                raise InvalidRequestError(f"A request with the id {request_id[:64]!r} is running; give another id.")
+                raise DuplicateRequestError(f"A request with the id {request_id[:64]!r} is running; give another id.")
             self._open[request_id] = entry
             self._before_request()
             return await self._answer(message, entry, on_ticket, on_piece)
         except Exception as error:
-            self.num_refused += 1
-            result = refused(request_id[: LIMITS.request_id_chars], error)
-            self._warn(result.request_id, error)
-            if self.accepts:  # every request that was seen ends on every topic
-                RequestStream(self._topics, result.request_id).done(result)
-            return result
+            return self._refuse(request_id, error)
         finally:
             self.num_open -= 1
             if self._open.get(request_id) is entry:
                 del self._open[request_id]
+
+    def refuses_goal(self, message: GenerationRequestMessage) -> bool:
+        """Return whether the node is not active. ``message`` ends then: a rejected goal has no other answer."""
+        try:
+            self._worker_or_raise()
+        except NotActiveError as error:
+            self._refuse(message.request_id or uuid.uuid4().hex, error)
+            return True
+        return False
+
+    def _refuse(self, request_id: str, error: Exception) -> GenerationResult:
+        """Log, count and end a request; return its result.
+
+        It ends on every topic, also while the node is not active. A duplicate of a running request ends on ~/stats
+        alone: its id belongs to the one that runs.
+        """
+        self.num_refused += 1
+        result = refused(request_id[: LIMITS.request_id_chars], error)
+        self._warn(result.request_id, error)
+        if isinstance(error, DuplicateRequestError):
+            self._topics.publish_stats(result)
+        else:
+            RequestStream(self._topics, result.request_id).done(result)
+        return result
 
     def cancel(self, request_id: str) -> int:
         """End the request of this id, or with an empty one all; return how many were told to end."""

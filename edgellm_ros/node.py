@@ -115,8 +115,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         result = super().on_activate(state)
         self._intake.worker = worker
         engine = self._intake.engine
-        if self._bond is not None:
-            self._bond.start()
+        self._bond.start()
         self.get_logger().info(
             f"Ready: {engine.manifest.model_name} on {engine.backend_name}, loaded in {engine.load_time:.1f} s."
         )
@@ -147,8 +146,7 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     def _stop_worker(self, *, drain: bool = False, timeout: float = 2.0) -> bool:
         """Answers every request. False if the engine hangs in a step; it is then left to its thread."""
-        if self._bond is not None:
-            self._bond.stop()
+        self._bond.stop()
         worker, self._intake.worker = self._intake.worker, None
         # One second of the worker's limit is for cancelling what has not finished by then.
         if worker is None or worker.close(drain=drain, timeout=timeout + 1.0):
@@ -199,6 +197,8 @@ class LlmNode(LifecycleNodeMixin, Node):
         was_managed, self._is_managed = self._is_managed, True
         asked = request.transition
         is_configure = asked.id == Transition.TRANSITION_CONFIGURE or asked.label == "configure"
+        if is_configure:
+            self._bond.on_managed()
         state = self._state_machine.current_state[0]
         if was_managed or not is_configure or not self.get_parameter("autostart").value:
             return None

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from rclpy.lifecycle import LifecycleNodeMixin
+from rclpy.node import Node
 
 from edgellm_ros import qos
 from edgellm_ros.conversions import error_code, finish_reason, to_stats, wire_text
@@ -20,11 +20,15 @@ _KEPT_TIMES = 100
 
 
 class Topics:
-    """The topics of all answers, and the totals since the node was activated."""
+    """The topics of all answers, and the totals since the node was activated.
 
-    def __init__(self, node: LifecycleNodeMixin) -> None:
+    The publishers are not managed by the lifecycle: those would drop the end of a request that came while the node was
+    not active, and whoever follows the topics would wait for it.
+    """
+
+    def __init__(self, node: Node) -> None:
         self.clock = node.get_clock()
-        publisher = partial(node.create_lifecycle_publisher, event_callbacks=qos.NO_EVENTS)
+        publisher = partial(node.create_publisher, event_callbacks=qos.NO_EVENTS)
         self.tokens = publisher(TokenPiece, "~/tokens", qos.STREAM)
         self.sentences = publisher(Sentence, "~/sentences", qos.STREAM)
         self._stats = publisher(GenerationStats, "~/stats", qos.COMMAND)

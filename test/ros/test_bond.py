@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgellm_ros.bond import Bond, status_type
+from edgellm_ros import bond as module
+from edgellm_ros.bond import Bond, make_bond, status_type
 from llm_client import ACTIVATE, ACTIVE, CONFIGURE, DEACTIVATE, INACTIVE, STREAM
 
 
@@ -34,12 +35,13 @@ class FakeNode:
 
     def __init__(self):
         self.sent = []
+        self.warnings = []
 
     def get_name(self):
         return "llm"
 
     def get_logger(self):
-        return SimpleNamespace(info=lambda text: None)
+        return SimpleNamespace(info=lambda text: None, warning=self.warnings.append)
 
     def get_clock(self):
         return SimpleNamespace(now=lambda: SimpleNamespace(to_msg=lambda: 0))
@@ -88,6 +90,20 @@ def test_always_beats_at_once_and_an_ended_bond_can_be_formed_again():
         assert bond.is_formed
         bond._on_status(status(id="llm", instance_id=instance, active=False))
         assert not bond.is_formed
+
+
+@pytest.mark.parametrize(("mode", "at_start", "managed"), [("auto", 0, 1), ("always", 1, 1), ("never", 0, 0)])
+def test_without_the_package_a_manager_is_told_once_how_to_get_it(monkeypatch, mode, at_start, managed):
+    monkeypatch.setattr(module, "status_type", lambda: None)
+    node = FakeNode()
+    bond = make_bond(node, mode)
+    assert len(node.warnings) == at_start
+    for _ in range(2):
+        bond.on_managed()
+        bond.start()
+        bond.stop()
+    assert len(node.warnings) == managed and not bond.is_formed
+    assert all("-bond" in text for text in node.warnings)
 
 
 @pytest.mark.skipif(status_type() is None, reason="the ROS package 'bond' is not installed")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 
 from edgellm_ros.msg import ErrorCode, FinishReason, GenerationStats, Sentence
 from edgellm_ros.srv import Cancel
 from fake_backend import write_engine
-from llm_client import GREEDY_LONG, STREAM
+from llm_client import ACTIVATE, CONFIGURE, DEACTIVATE, GREEDY_LONG, STREAM
 
 
 @pytest.fixture
 def heard(llm):
+    with hearing(llm) as heard:
+        yield heard
+
+
+@contextlib.contextmanager
+def hearing(llm):
     """(sentences, stats) of the node from now on, and its pieces in llm.pieces."""
     llm.listen()
     sentences, stats = [], []
@@ -48,6 +56,20 @@ def test_a_refused_request_ends_on_every_topic(llm, heard):
     assert sentence.text == "" and sentence.finish_reason == FinishReason.ERROR
 
 
+def test_requests_to_a_node_that_is_not_active_end_on_every_topic(nodes, engine_dir):
+    """By service and as a rejected goal, unconfigured, inactive, and inactive again after it was active."""
+    llm = nodes.start(engine_dir)
+    with hearing(llm) as heard:
+        for when, transitions in (("new", ()), ("configured", (CONFIGURE,)), ("again", (ACTIVATE, DEACTIVATE))):
+            assert all(llm.change(transition) for transition in transitions)
+            assert llm.generate(request_id=f"{when} service").error_code == ErrorCode.NOT_ACTIVE
+            assert not llm.goal(request_id=f"{when} goal").accepted
+            for way in ("service", "goal"):
+                [piece], [sentence], [stats] = endings(llm, heard, f"{when} {way}")
+                assert piece.error_code == stats.error_code == ErrorCode.NOT_ACTIVE
+                assert sentence.finish_reason == FinishReason.ERROR
+
+
 def test_cancel_reaches_a_service_request_and_speaks_no_half_sentence(llm, heard):
     future = llm.generate_async(request_id="service", sampling={"max_new_tokens": GREEDY_LONG, "ignore_eos": True})
     llm.until(lambda: llm.pieces_of("service"))
@@ -73,13 +95,17 @@ def test_a_length_limit_speaks_no_half_sentence(llm, heard):
     assert sentence.text == "" and sentence.finish_reason == FinishReason.LENGTH
 
 
-def test_the_id_of_a_running_request_is_refused(llm):
+def test_the_id_of_a_running_request_is_refused(llm, heard):
     sampling = {"max_new_tokens": GREEDY_LONG, "ignore_eos": True}
     first = llm.generate_async(request_id="twin", sampling=sampling)
     second = llm.generate(request_id="twin")
     assert second.error_code == ErrorCode.INVALID_REQUEST and "is running" in second.error_message
     llm.call(Cancel, "cancel", Cancel.Request(request_id="twin"))
     assert llm.wait(first).finish_reason == FinishReason.CANCELLED
+    llm.until(lambda: len(heard[1]) >= 2)
+    [piece], [sentence], stats = endings(llm, heard, "twin")  # the streams are the first one's
+    assert piece.finish_reason == sentence.finish_reason == FinishReason.CANCELLED
+    assert [message.error_code for message in stats] == [ErrorCode.INVALID_REQUEST, ErrorCode.NONE]
 
 
 def test_whole_sentences_are_marked_as_such(nodes, tmp_path):
