@@ -114,17 +114,19 @@ class _OursRunner:
         self._backend = backend
 
     def generate(self, prompt: np.ndarray, count: int) -> tuple[float, float]:
-        from engine_core.backends import TokenSampling
+
+        from engine_core.measure.steps import begin, decode, prefill
+        from engine_core.request import SamplingParams
 
         backend = self._backend
         ids = prompt.astype(np.int32)
         start = time.perf_counter()
-        backend.begin(TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset()), ids)
-        backend.prefill(ids, 0).result()
+        begin(backend, SamplingParams(seed=0), ids)
+        prefill(backend, ids, 0).result()
         first = time.perf_counter()
-        pending = backend.decode()
+        pending = decode(backend)
         for _ in range(count - 2):  # as the engine does: the next step is queued before the token is read
-            ahead = backend.decode()
+            ahead = decode(backend)
             pending.result()
             pending = ahead
         pending.result()

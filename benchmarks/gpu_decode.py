@@ -25,16 +25,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine_core.backends import TokenSampling
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.layout import CudaSpec, round_rows, weight_arrays
 from engine_core.cuda.driver import ALIGNMENT, Arena, Device, DeviceArray, Event, Launch, Module, Stream
 from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.cuda.kernels.nvrtc import compile_kernel
+from engine_core.measure.steps import begin, decode, prefill
+from engine_core.request import SamplingParams
 
 GENERATED = 128
 TURN = 32  # tokens of a turn of a conversation
-GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
+GREEDY = SamplingParams(seed=1)
 READ_SOURCE = """
 extern "C" __global__ void read(const uint4* data, unsigned long long count, unsigned* sink) {
     unsigned sum = 0;
@@ -153,14 +154,14 @@ def step_bytes(spec: CudaSpec, context: int) -> int:
 def measure(backend: CudaBackend, prompt_tokens: int, generated: int) -> tuple[float, float]:
     """(s to the first token, s per token after it), driven as Engine.generate drives it."""
     prompt = np.random.default_rng(1).integers(0, backend.vocab_size, prompt_tokens).astype(np.int32)
-    backend.begin(GREEDY, prompt)
+    begin(backend, GREEDY, prompt)
     start = time.perf_counter()
-    pending = backend.prefill(prompt, 0)
-    ahead = backend.decode()
+    pending = prefill(backend, prompt, 0)
+    ahead = decode(backend)
     assert pending.result() is not None
     first = time.perf_counter()
     for _ in range(generated - 1):
-        pending, ahead = ahead, backend.decode()
+        pending, ahead = ahead, decode(backend)
         assert pending.result() is not None
     end = time.perf_counter()
     ahead.result()
@@ -170,9 +171,9 @@ def measure(backend: CudaBackend, prompt_tokens: int, generated: int) -> tuple[f
 def measure_turn(backend: CudaBackend, context: int) -> float:
     """s to the first token after ``TURN`` more, where ``context`` tokens are in the cache."""
     prompt = np.random.default_rng(2).integers(0, backend.vocab_size, context + TURN).astype(np.int32)
-    backend.begin(GREEDY, prompt)
+    begin(backend, GREEDY, prompt)
     start = time.perf_counter()
-    assert backend.prefill(prompt[context:], context).result() is not None
+    assert prefill(backend, prompt[context:], context).result() is not None
     return time.perf_counter() - start
 
 

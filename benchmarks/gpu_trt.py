@@ -40,6 +40,7 @@ from benchmarks.gpu_decode import (
 )
 from benchmarks.random_checkpoint import write_random_checkpoint
 from engine_core.cuda.driver import Device
+from engine_core.measure.steps import begin, decode, prefill
 
 RUNS = 5
 _MARK = "TRANSFORMERS "  # before the JSON line of the other Python
@@ -84,11 +85,11 @@ def host_seconds(backend, prompt_tokens: int) -> float:
     import numpy as np
 
     prompt = np.zeros(prompt_tokens, dtype=np.int32)
-    backend.begin(GREEDY, prompt)
-    pending, spent = backend.prefill(prompt, 0), []
+    begin(backend, GREEDY, prompt)
+    pending, spent = prefill(backend, prompt, 0), []
     for _ in range(64):
         start = time.perf_counter()
-        ahead = backend.decode()
+        ahead = decode(backend)
         spent.append(time.perf_counter() - start)
         pending.result()
         pending = ahead

@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import secrets
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine_core.errors import (
     EmptyPromptError,
@@ -21,6 +24,7 @@ from engine_core.errors import (
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_SEED = 2**64 - 1
+_MAX_INT32 = 2**31 - 1
 GREEDY_BELOW = 1e-4  # a temperature below this is greedy: float32 could not tell it from 0
 MAX_LOGIT_BIAS = 1e4  # larger biases are clamped; no model's logits come near it
 
@@ -45,18 +49,6 @@ class Range:
         low = f"above {self.low}" if self.low_is_open else f"at least {self.low}"
         high = f"below {self.high}" if self.high_is_open else f"at most {self.high}"
         return f"{low} and {high}"
-
-
-# Of a request's options, and of the node's parameters with the same names. Whole numbers fit the interfaces' int32.
-SAMPLING_RANGES = {
-    "temperature": Range(0.0, 100.0),
-    "top_p": Range(0.0, 1.0, low_is_open=True),
-    "top_k": Range(0, 2**31 - 1),
-    "min_p": Range(0.0, 1.0, high_is_open=True),
-    "repetition_penalty": Range(0.01, 100.0),
-    "seed": Range(0, MAX_SEED),
-    "max_new_tokens": Range(1, 2**31 - 1),
-}
 
 
 @dataclass(frozen=True)
@@ -105,34 +97,76 @@ class ChatMessage:
 
 
 @dataclass(frozen=True)
+class SamplingOption:
+    """One numeric option of ``SamplingParams``, as its field declares it."""
+
+    name: str
+    kind: type[int] | type[float]
+    default: float | None
+    range: Range
+    description: str
+
+
+def _option(kind: type[int] | type[float], default: float | None, range: Range, description: str) -> Any:
+    return field(default=default, metadata={"kind": kind, "range": range, "description": description})
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen.
 
     Applied in this order, the one of ``transformers``: repetition penalty, logit bias, JSON constraint,
-    temperature, top-k, top-p, min-p. ``temperature`` 0 is greedy. ``validate`` holds the values to SAMPLING_RANGES.
+    temperature, top-k, top-p, min-p. ``validate`` checks all values; ``resolve`` gives what a backend's sampler gets.
+
+    This is the one declaration of the numeric options: ``SAMPLING_OPTIONS``, which is made of these fields, is what
+    checks them, reads them from messages and offers them on command lines. A new one is a field here, a step in
+    ``engine_core/sampling.py`` and ``sample.cu``, and a field of ``msg/SamplingOptions.msg``.
     """
 
-    temperature: float = 0.0  # 0 = greedy, as is all below GREEDY_BELOW
-    top_p: float = 1.0  # 1 = off
-    top_k: int = 0  # 0 = off
-    min_p: float = 0.0  # 0 = off
-    repetition_penalty: float = 1.0  # 1 = off
-    seed: int | None = None  # None = a fresh random seed
-    max_new_tokens: int = 256
+    temperature: float = _option(float, 0.0, Range(0.0, 100.0), "Randomness of the answer; 0 = greedy.")
+    top_p: float = _option(
+        float, 1.0, Range(0.0, 1.0, low_is_open=True),
+        "Sample among the likeliest tokens of this total probability; 1 = off.",
+    )  # fmt: skip
+    top_k: int = _option(int, 0, Range(0, _MAX_INT32), "Sample among this many likeliest tokens; 0 = off.")
+    min_p: float = _option(
+        float, 0.0, Range(0.0, 1.0, high_is_open=True), "Drop tokens below this share of the likeliest one's; 0 = off."
+    )
+    repetition_penalty: float = _option(
+        float, 1.0, Range(0.01, 100.0), "Divides the logits of tokens seen before; 1 = off."
+    )
+    seed: int | None = _option(int, None, Range(0, MAX_SEED), "Seed of the sampling; none = a fresh random one.")
+    max_new_tokens: int = _option(int, 256, Range(1, _MAX_INT32), "Most tokens of an answer.")
     ignore_eos: bool = False  # go on past end-of-sequence tokens (for benchmarks)
-    stop_token_ids: tuple[int, ...] = ()  # further ids that end generation
+    stop_token_ids: Collection[int] = ()  # further ids that end generation
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, amount added to its logit); see ``biases``
 
     def validate(self) -> None:
         """Raises InvalidSamplingError naming the option, its value and its range."""
-
-        for name, allowed in SAMPLING_RANGES.items():
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise InvalidSamplingError(f"{name} is {value!r}, but it must be {allowed}.")
+        for option in SAMPLING_OPTIONS.values():
+            value = getattr(self, option.name)
+            is_unset = value is None and option.default is None
+            if not is_unset and (value is None or value not in option.range):
+                raise InvalidSamplingError(f"{option.name} is {value!r}, but it must be {option.range}.")
         for token_id, bias in self.logit_bias:
             if math.isnan(bias) or bias == math.inf:
                 raise InvalidSamplingError(f"The logit bias of token {token_id} is {bias}, but it must be a number.")
+
+    def resolve(self, eos_token_ids: Collection[int] = ()) -> SamplingParams:
+        """Return what every backend's sampler gets, so that all of them agree.
+
+        There is one finite (or -inf) bias for each id, temperature 0 for all that is greedy, the seed is a value (a
+        fresh random one where none was given), and ``stop_token_ids`` are all the ids after which the sequence has
+        ended, a frozenset.
+        """
+        stop_ids = frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_token_ids))
+        return dataclasses.replace(
+            self,
+            temperature=0.0 if self.temperature < GREEDY_BELOW else self.temperature,
+            seed=secrets.randbits(64) if self.seed is None else self.seed,
+            logit_bias=self.biases(),
+            stop_token_ids=stop_ids,
+        )
 
     def biases(self) -> tuple[tuple[int, float], ...]:
         """Return one bias for each token id: the sum of its biases, clamped to +-MAX_LOGIT_BIAS.
@@ -146,6 +180,14 @@ class SamplingParams:
             (token_id, total if total == -math.inf else max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, total)))
             for token_id, total in sums.items()
         )
+
+
+SAMPLING_OPTIONS: dict[str, SamplingOption] = {
+    each.name: SamplingOption(each.name, default=each.default, **each.metadata)
+    for each in dataclasses.fields(SamplingParams)
+    if each.metadata
+}
+SAMPLING_RANGES = {name: option.range for name, option in SAMPLING_OPTIONS.items()}
 
 
 @dataclass(frozen=True)

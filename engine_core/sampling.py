@@ -9,14 +9,10 @@ the draw of a step depends on the request's seed and the step's number alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from engine_core.errors import EngineFaultError, InvalidSamplingError
-
-if TYPE_CHECKING:
-    from engine_core.backends import TokenSampling
+from engine_core.request import SamplingParams
 
 _MASK32 = 0xFFFFFFFF
 _FIRST_NUCLEUS = 1024  # candidates sorted before top-p is known to need more of the vocabulary
@@ -61,11 +57,11 @@ class Sampler:
         self._seen_rows = np.empty(self.num_rows, dtype=np.int32)
         self._num_seen = 0
         self._step = 0
-        self._sampling: TokenSampling | None = None
+        self._sampling: SamplingParams | None = None
         self._bias_rows = self._bias_values = np.empty(0)
 
-    def begin(self, sampling: TokenSampling, history: np.ndarray) -> None:
-        """Starts a sequence. ``history``: int32 [n], the prompt, for the repetition penalty."""
+    def begin(self, sampling: SamplingParams, history: np.ndarray) -> None:
+        """Starts a sequence. ``sampling``: resolved; ``history``: int32 [n], the prompt, for the repetition penalty."""
         self._sampling = sampling
         self._step = 0
         self._seen[self._seen_rows[: self._num_seen]] = False

@@ -1,20 +1,19 @@
 """The one protocol every backend implements, and the lazy table that opens them.
 
-A backend owns the weights, the linear KV cache and the sampling. It hands back tokens that may still be on
-their way (``PendingToken``), so that the host's work on one token overlaps the computation of the next one:
-the engine calls ``decode`` again *before* it reads the token of the call before.
+A backend owns the weights, the linear KV cache with a slot for each sequence, and the sampling. It hands back tokens
+that may still be on their way (``PendingToken``), so that the host's work on one token overlaps the computation of the
+next one: the engine calls ``step`` again *before* it reads the tokens of the call before.
 """
 
 from __future__ import annotations
 
 import importlib
-import secrets
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from engine_core.errors import BackendUnavailableError
-from engine_core.request import GREEDY_BELOW, SamplingParams
+from engine_core.request import SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,40 +23,26 @@ if TYPE_CHECKING:
     from engine_core.memory import MemoryPlan
 
 
-@dataclass(frozen=True)
-class TokenSampling:
-    """What the sampler of one request needs, resolved: the seed is a value, the stop ids are complete."""
+class SequenceStep(NamedTuple):
+    """What one step does for the sequence in ``slot``: feed tokens of its prompt, or its last sampled token."""
 
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    seed: int
-    logit_bias: tuple[tuple[int, float], ...]
-    stop_ids: frozenset[int]  # full-vocabulary ids after which the sequence has ended
-
-    @classmethod
-    def of(cls, sampling: SamplingParams, stop_ids: frozenset[int]) -> TokenSampling:
-        """Return what every backend's sampler gets for ``sampling``, so that all of them agree: one finite (or -inf)
-        bias for each id, and temperature 0 for all that is greedy. Without a seed it is a fresh random one."""
-        return cls(
-            temperature=0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
-            logit_bias=sampling.biases(),
-            stop_ids=stop_ids,
-        )
+    slot: int
+    # int32 [n], n >= 1: their KV is written from ``position`` on. None: the last sampled token is fed, which need not
+    # have reached the host.
+    token_ids: np.ndarray | None = None
+    position: int = 0
+    # uint32 [ceil(vocab_size / 32)], bit i of word i // 32 set = full-vocabulary id i may be sampled (the layout of
+    # llguidance and xgrammar); None = all. Read before ``step`` returns.
+    mask: np.ndarray | None = None
+    samples: bool = True  # False: the KV alone, of a part of a prompt or of a prefix that is to be saved
 
 
 class PendingToken(Protocol):
-    """A sampled token that may still be on its way from the device."""
+    """What a step gives one sequence: a sampled token that may still be on its way from the device."""
 
     def result(self) -> int | None:
-        """Waits for the full-vocabulary id. None: the sequence had ended before (the step did nothing).
+        """Waits for the full-vocabulary id. None: the sequence had ended before (the step did nothing), or the step
+        was not to sample, and the KV is valid now.
 
         Raises EngineFaultError if the step failed, InvalidSamplingError if no token was left to sample; the
         sequence has ended then, and steps queued behind give None.
@@ -65,19 +50,22 @@ class PendingToken(Protocol):
 
 
 class Backend(Protocol):
-    """One loaded engine that works on one sequence at a time.
+    """One loaded engine that works on up to ``num_slots`` sequences at a time, each in a KV slot of its own.
 
-    Positions are explicit: the KV cache holds ``position`` valid tokens; ``prefill`` states where it writes,
-    so reusing a prefix is prefilling from a later position, and rolling back is free. All memory is taken by
-    ``load`` and given back by ``close``. Not thread-safe: one thread calls it. A backend whose engines are bound to one
-    kind of machine also has a class method ``check_here(manifest)``, which raises what ``load`` would raise on another.
+    Positions are explicit: the KV of a slot holds ``position`` valid tokens; a step that feeds a prompt states where
+    it writes, so reusing a prefix is prefilling from a later position, and rolling back is free. All memory is taken by
+    ``load`` and given back by ``close``. Not thread-safe, but for ``interrupt``: one thread calls it. A backend whose
+    engines are bound to one kind of machine also has a class method ``check_here(manifest)``, which raises what
+    ``load`` would raise on another.
     """
 
     name: str
-    max_context: int  # tokens the KV cache holds
+    num_slots: int
+    max_context: int  # tokens the KV of a slot holds
     vocab_size: int  # of the full vocabulary
     reduced_vocab_size: int  # rows of the LM head; vocab_size without a vocab map
     kept_ids: np.ndarray | None  # int32 [reduced_vocab_size], the ids of those rows; None without a vocab map
+    sampler_options: frozenset[str]  # the names of ``SAMPLING_OPTIONS`` that its sampler applies
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
@@ -90,32 +78,24 @@ class Backend(Protocol):
         Raises BackendUnavailableError, InsufficientMemoryError, EngineDirectoryError or EngineFaultError.
         """
 
-    def begin(self, sampling: TokenSampling, history: np.ndarray) -> None:
-        """Starts a request. ``history``: int32 [n], the whole prompt, for the repetition penalty."""
+    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray) -> None:
+        """Starts a sequence in ``slot``. ``sampling``: resolved. ``history``: int32 [n], the whole prompt, for the
+        repetition penalty."""
 
-    def prefill(self, token_ids: np.ndarray, position: int, mask: np.ndarray | None = None) -> PendingToken:
-        """Writes the KV of ``token_ids`` (int32 [n], n >= 1) at positions ``position`` … ``position + n - 1`` and
-        samples the token that follows. Works through chunks of its own when n is large; ``interrupt`` ends
-        it between two chunks. ``mask``: see ``decode``."""
+    def step(self, steps: Sequence[SequenceStep]) -> list[PendingToken]:
+        """Queue one step of each of these sequences, all of different slots; return what they give, in their order.
 
-    def extend(self, token_ids: np.ndarray, position: int) -> None:
-        """As ``prefill`` without sampling; for warming a prefix. Returns when the KV is valid."""
+        A prompt that is long is worked through in chunks, between two of which ``interrupt`` ends it."""
 
-    def decode(self, mask: np.ndarray | None = None) -> PendingToken:
-        """One step: feeds the last sampled token (which need not have reached the host) and samples the next.
+    def interrupt(self, slot: int) -> None:
+        """Makes the steps of this slot's sequence that run, are queued or are still to come end early: their tokens
+        become None. Holds until the next ``begin`` of the slot. From any thread; returns at once."""
 
-        ``mask``: uint32 [ceil(vocab_size / 32)], bit i of word i // 32 set = full-vocabulary id i allowed (the
-        layout of llguidance and xgrammar); None = all. A mask is read before the call returns."""
+    def save_prefix(self, slot: int, entry: int, length: int) -> None:
+        """Copies the KV of positions 0 … length-1 of ``slot`` to prefix ``entry`` (< prompt_cache_entries)."""
 
-    def interrupt(self) -> None:
-        """Makes a running ``prefill`` and all steps queued or still to come end early: their tokens become None.
-        Holds until the next ``begin`` or ``extend``. From any thread; returns at once."""
-
-    def save_prefix(self, slot: int, length: int) -> None:
-        """Copies the KV of positions 0 … length-1 to prefix slot ``slot`` (< prompt_cache_entries)."""
-
-    def load_prefix(self, slot: int, length: int) -> None:
-        """Copies the KV back from slot ``slot`` to positions 0 … length-1."""
+    def load_prefix(self, slot: int, entry: int, length: int) -> None:
+        """Copies the KV of prefix ``entry`` back to positions 0 … length-1 of ``slot``."""
 
     def close(self) -> None:
         """Gives everything back; may be called twice."""

@@ -8,17 +8,18 @@ backend's matter.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine_core.backends import TokenSampling
+from engine_core.backends import PendingToken, SequenceStep
 from engine_core.cuda.driver import Device, DeviceArray, Event, PinnedArray, Stream
 from engine_core.cuda.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
 from engine_core.errors import EngineFaultError, InvalidSamplingError
 from engine_core.memory import MemoryPlan
+from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 
 if TYPE_CHECKING:
     from engine_core.backends.cuda.layout import CudaSpec
@@ -42,7 +43,7 @@ class _Pending:
 
 
 class _NoToken:
-    """Of a step that was not queued: the sequence had ended."""
+    """Of a step that was not queued, because the sequence had ended, or that did not sample and is over."""
 
     def result(self) -> None:
         return None
@@ -86,6 +87,9 @@ class DeviceBackend:
     ``_work`` holds the device arrays: kv_cache, prefixes, state, params, seen, bias, mask; kv_scales and prefix_scales
     (last dimension: positions of a row) where the cache has scales.
     """
+
+    num_slots = 1
+    sampler_options = SAMPLING_OPTIONS.keys() & set(PARAMS.names)
 
     _device: Device | None
     _stream: Stream
@@ -134,11 +138,12 @@ class DeviceBackend:
 
     # --- the protocol ---------------------------------------------------------------------------------
 
-    def begin(self, sampling: TokenSampling, history: np.ndarray) -> None:
+    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray) -> None:
+        assert slot == 0
         self._device.make_current()
         self._stream.wait()
         self._reset()
-        self._stop_ids = sampling.stop_ids
+        self._stop_ids = sampling.stop_token_ids
         self._set_params(sampling)
         work = self._work
         self._stream.zero(work["state"])
@@ -157,38 +162,18 @@ class DeviceBackend:
                     self._bias.host[row] += np.float32(bias)
             self._stream.upload(work["bias"], self._bias)
 
-    def prefill(self, token_ids: np.ndarray, position: int, mask: np.ndarray | None = None) -> _Pending | _NoToken:
-        if not self._forward(token_ids, position):
-            return _NoToken()
-        # The sampler moves the position on by one.
-        slot = self._num_uploads % RING
-        self._positions.host[slot] = self._position - 1
-        field = DeviceArray(self._work["state"].address + STATE.fields["position"][1], (1,), "int32")
-        self._stream.upload(field, self._positions, 4 * slot)
-        self._use_mask(mask)
-        return self._sampled(self._run_sampler)
+    def step(self, steps: Sequence[SequenceStep]) -> list[PendingToken]:
+        (step,) = steps
+        return [self._decode(step.mask) if step.token_ids is None else self._prefill(step)]
 
-    def extend(self, token_ids: np.ndarray, position: int) -> None:
-        self._device.make_current()
-        self._interrupted = False
-        self._forward(token_ids, position)
-        self._stream.wait()
-
-    def decode(self, mask: np.ndarray | None = None) -> _Pending | _NoToken:
-        if self._ended or self._interrupted or self._position >= self._limits.max_context:
-            return _NoToken()
-        self._use_mask(mask)
-        self._position += 1
-        return self._sampled(self._run_decode)
-
-    def interrupt(self) -> None:
+    def interrupt(self, slot: int) -> None:
         self._interrupted = True
 
-    def save_prefix(self, slot: int, length: int) -> None:
-        self._copy_prefix(slot, length, save=True)
+    def save_prefix(self, slot: int, entry: int, length: int) -> None:
+        self._copy_prefix(entry, length, save=True)
 
-    def load_prefix(self, slot: int, length: int) -> None:
-        self._copy_prefix(slot, length, save=False)
+    def load_prefix(self, slot: int, entry: int, length: int) -> None:
+        self._copy_prefix(entry, length, save=False)
 
     def close(self) -> None:
         resources, self._resources = self._resources, contextlib.ExitStack()
@@ -202,6 +187,27 @@ class DeviceBackend:
         device.close()
 
     # --- steps ----------------------------------------------------------------------------------------
+
+    def _prefill(self, step: SequenceStep) -> PendingToken:
+        if not self._forward(step.token_ids, step.position):
+            return _NoToken()
+        if not step.samples:
+            self._stream.wait()
+            return _NoToken()
+        # The sampler moves the position on by one.
+        upload = self._num_uploads % RING
+        self._positions.host[upload] = self._position - 1
+        field = DeviceArray(self._work["state"].address + STATE.fields["position"][1], (1,), "int32")
+        self._stream.upload(field, self._positions, 4 * upload)
+        self._use_mask(step.mask)
+        return self._sampled(self._run_sampler)
+
+    def _decode(self, mask: np.ndarray | None) -> PendingToken:
+        if self._ended or self._interrupted or self._position >= self._limits.max_context:
+            return _NoToken()
+        self._use_mask(mask)
+        self._position += 1
+        return self._sampled(self._run_decode)
 
     def _forward(self, token_ids: np.ndarray, position: int) -> bool:
         """Queues the prompt in chunks, at most two ahead of the device; False if it was interrupted."""
@@ -242,11 +248,10 @@ class DeviceBackend:
             )
         return token
 
-    def _set_params(self, sampling: TokenSampling) -> None:
+    def _set_params(self, sampling: SamplingParams) -> None:
         values = np.zeros((), dtype=PARAMS)
-        values["top_p"], values["seed"] = sampling.top_p, sampling.seed
-        values["temperature"], values["min_p"] = sampling.temperature, sampling.min_p
-        values["penalty"] = sampling.repetition_penalty
+        for name in self.sampler_options:
+            values[name] = getattr(sampling, name)
         values["top_k"] = min(sampling.top_k, self._limits.head_rows)
         values["has_bias"] = bool(sampling.logit_bias)
         self._values = values
@@ -270,24 +275,24 @@ class DeviceBackend:
             self._values["has_mask"] = self._has_mask
             self._upload_params()
 
-    def _copy_prefix(self, slot: int, length: int, save: bool) -> None:
+    def _copy_prefix(self, entry: int, length: int, save: bool) -> None:
         """Copies the first ``length`` rows of every layer's and head's K and V."""
         self._device.make_current()
         limits, work = self._limits, self._work
-        assert 0 <= slot < limits.prefix_slots and 0 < length <= limits.prefix_tokens
+        assert 0 <= entry < limits.prefix_slots and 0 < length <= limits.prefix_tokens
         item = limits.cache_item_bytes
         cache, prefix = limits.max_context * item, limits.prefix_tokens * item
-        self._copy_rows(save, length * item, "kv_cache", cache, "prefixes", slot, prefix)
+        self._copy_rows(save, length * item, "kv_cache", cache, "prefixes", entry, prefix)
         if item := limits.scale_item_bytes:
             cache, prefix = (work[name].shape[-1] * item for name in ("kv_scales", "prefix_scales"))
-            self._copy_rows(save, length * item, "kv_scales", cache, "prefix_scales", slot, prefix)
+            self._copy_rows(save, length * item, "kv_scales", cache, "prefix_scales", entry, prefix)
 
     def _copy_rows(
-        self, save: bool, width: int, cache: str, cache_pitch: int, prefixes: str, slot: int, prefix_pitch: int
+        self, save: bool, width: int, cache: str, cache_pitch: int, prefixes: str, entry: int, prefix_pitch: int
     ) -> None:
-        """Copies the first ``width`` bytes of every row, ``pitch`` bytes apart, to (``save``) or from a prefix slot."""
+        """Copies the first ``width`` bytes of every row, ``pitch`` bytes apart, to (``save``) or from an entry."""
         live = (self._work[cache].address, cache_pitch)
-        kept = (self._work[prefixes].at(slot).address, prefix_pitch)
+        kept = (self._work[prefixes].at(entry).address, prefix_pitch)
         target, source = (kept, live) if save else (live, kept)
         self._stream.copy_rows(*target, *source, width, self._limits.cache_rows)
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from engine_core.commands.arguments import add_engine, add_opening, engine_config
+from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 
 
 def add(commands) -> None:
@@ -15,17 +16,15 @@ def add(commands) -> None:
     parser.add_argument("prompt", help="the user's message; - reads it from stdin")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--system", default="", help="system prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--seed", type=int)
+    for option in SAMPLING_OPTIONS.values():
+        flag = f"--{option.name.replace('_', '-')}"
+        parser.add_argument(flag, type=option.kind, default=option.default, help=option.description)
     parser.add_argument("--stats", action="store_true", help="token counts and times on stderr")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
+    from engine_core.request import ChatMessage, GenerationRequest
     from engine_core.serving.engine import CancelToken, Engine
 
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
@@ -33,13 +32,7 @@ def run(options: argparse.Namespace) -> int:
     content = {"prompt": text} if options.raw else {"messages": (*system, ChatMessage("user", text))}
     request = GenerationRequest(
         "cli",
-        sampling=SamplingParams(
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            seed=options.seed,
-            max_new_tokens=options.max_new_tokens,
-        ),
+        sampling=SamplingParams(**{name: getattr(options, name) for name in SAMPLING_OPTIONS}),
         **content,
     )
     request.validate()  # before the engine is loaded

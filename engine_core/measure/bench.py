@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine_core.backends import Backend, TokenSampling
+from engine_core.backends import Backend
 from engine_core.backends.toolkit import toolkit_of
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.formats.manifest import Manifest
+from engine_core.measure.steps import begin, decode, prefill
 from engine_core.memory import MemoryPlan
 from engine_core.planning.selection import advice, choose
+from engine_core.request import SamplingParams
 
-_GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset())  # no stop ids: every run has the same length
+_GREEDY = SamplingParams(seed=0)  # no stop ids: every run has the same length
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,10 @@ class Benchmark:
         backend = self.backend
         times = np.empty(count)
         start = time.perf_counter()
-        backend.begin(_GREEDY, ids)
-        pending = backend.prefill(ids, 0)
+        begin(backend, _GREEDY, ids)
+        pending = prefill(backend, ids)
         for index in range(count):  # as the engine does: the next step is queued before the token is read
-            ahead = backend.decode() if index + 1 < count else None
+            ahead = decode(backend) if index + 1 < count else None
             pending.result()
             times[index] = time.perf_counter()
             pending = ahead

@@ -1,11 +1,12 @@
-"""The engine: a model that is loaded once and then answers, one request after another.
+"""The engine: a model that is loaded once and then answers, as many requests at a time as its KV cache has slots.
 
     engine = Engine.open(EngineConfig(engine_dir="…"))
     prepared = engine.prepare(GenerationRequest("1", messages=(ChatMessage("user", "Hello"),)))
     for piece in engine.generate(prepared, CancelToken()):
         print(piece.text, end="")
 
-``prepare`` may be called from any thread; everything else belongs to one thread at a time (see ``worker``).
+``prepare`` may be called from any thread; everything else belongs to one thread at a time. ``generate`` is for one
+request in that thread; ``worker`` has a thread that serves many clients, through ``scheduler`` and ``step``.
 """
 
 from __future__ import annotations
@@ -13,122 +14,46 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 
-from engine_core.backends import Backend, PendingToken, TokenSampling
+from engine_core.backends import Backend, SequenceStep
 from engine_core.config import EngineConfig
 from engine_core.errors import (
     BackendUnavailableError,
     EmptyPromptError,
+    EngineFaultError,
     InvalidSamplingError,
     InvalidTextError,
     PromptTooLongError,
+    RequestError,
     refusing_panics,
 )
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.planning.selection import advice, choose
-from engine_core.request import ChatMessage, FinishReason, GenerationRequest, GenerationResult, Piece
+from engine_core.request import (
+    SAMPLING_OPTIONS,
+    ChatMessage,
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    Piece,
+    SamplingParams,
+)
 from engine_core.serving.cancellation import CancelToken
-from engine_core.serving.constraint import ConstraintFactory, JsonConstraint
+from engine_core.serving.constraint import ConstraintFactory
 from engine_core.serving.prefix_cache import PrefixCache
-from engine_core.text.detokenizer import Detokenizer, StopStrings
+from engine_core.serving.scheduler import Scheduler
+from engine_core.serving.sequence import PreparedRequest, Sequence
 from engine_core.text.tokenizer import Tokenizer, common_prefix_length
 
 __all__ = ["CancelToken", "Engine", "PreparedRequest"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PreparedRequest:
-    """A request that has been checked and tokenized."""
-
-    request: GenerationRequest
-    token_ids: np.ndarray  # int32 [n], the whole prompt
-    prefix_ids: np.ndarray  # int32 [m], its system prompt's part, worth keeping; often empty
-    sampling: TokenSampling
-    max_new_tokens: int
-    constraint: JsonConstraint | None
-
-    @classmethod
-    def unread(cls, request: GenerationRequest) -> PreparedRequest:
-        """Return ``request`` as one whose deadline passed before it was tokenized; it can only be answered."""
-        nothing = np.empty(0, dtype=np.int32)
-        return cls(request, nothing, nothing, TokenSampling.of(request.sampling, frozenset()), 0, None)
-
-
-@dataclass
-class _Answer:
-    """The growing answer of one request: ids, text and times."""
-
-    prepared: PreparedRequest
-    arrival: float  # s, time.monotonic
-    start: float
-    detokenizer: Detokenizer
-    stop: StopStrings
-    cached_tokens: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    num_sampled: int = 0
-    text: list[str] = field(default_factory=list)
-    first_token: float = 0.0
-    last_token: float = 0.0
-    next_piece: float = 0.0  # no piece before this time
-    num_pieces: int = 0
-    pending_text: str = ""
-    pending_ids: list[int] = field(default_factory=list)
-
-    def arrived(self) -> None:
-        """Notes the time of a sampled token."""
-        self.last_token = time.monotonic()
-        self.num_sampled += 1
-        if self.num_sampled == 1:
-            self.first_token = self.last_token
-
-    def add(self, token_id: int) -> None:
-        self.token_ids.append(token_id)
-        self.pending_ids.append(token_id)
-        self.pending_text += self.stop.feed(self.detokenizer.feed(token_id))
-
-    def piece(self) -> Piece | None:
-        """What is to be shown now: nothing without text or before the streaming interval is over."""
-        if not self.pending_text or self.last_token < self.next_piece:
-            return None
-        self.next_piece = self.last_token + self.prepared.request.stream_interval
-        return self._take_piece()
-
-    def last_piece(self) -> Piece | None:
-        """What is left at the end."""
-        self.pending_text += self.stop.feed(self.detokenizer.flush()) + self.stop.flush()
-        return self._take_piece() if self.pending_text or self.pending_ids else None
-
-    def _take_piece(self) -> Piece:
-        piece = Piece(self.num_pieces, self.pending_text, tuple(self.pending_ids))
-        self.text.append(self.pending_text)
-        self.num_pieces += 1
-        self.pending_text = ""
-        self.pending_ids.clear()
-        return piece
-
-    def result(self, reason: FinishReason) -> GenerationResult:
-        end = time.monotonic()
-        decode_time = self.last_token - self.first_token
-        return GenerationResult(
-            request_id=self.prepared.request.request_id,
-            text="".join(self.text),
-            token_ids=tuple(self.token_ids),
-            finish_reason=reason,
-            prompt_tokens=len(self.prepared.token_ids),
-            cached_tokens=self.cached_tokens,
-            generated_tokens=self.num_sampled,
-            queue_time=self.start - self.arrival,
-            time_to_first_token=self.first_token - self.arrival if self.num_sampled else 0.0,
-            tokens_per_second=(self.num_sampled - 1) / decode_time if decode_time > 0 else 0.0,
-            total_time=end - self.arrival,
-        )
 
 
 class Engine:
@@ -160,6 +85,7 @@ class Engine:
         kept = getattr(backend, "kept_ids", None)
         self._constraints = ConstraintFactory(tokenizer, self.vocab_size, manifest.eos_token_ids, kept)
         self._prefixes = PrefixCache(backend, config.prompt_cache_entries, config.prompt_cache_tokens)
+        self.scheduler = Scheduler(backend.num_slots)
 
     @classmethod
     def open(cls, config: EngineConfig, report: Callable[[str], None] = _log.info) -> Engine:
@@ -204,7 +130,7 @@ class Engine:
     def _prepare(self, request: GenerationRequest) -> PreparedRequest:
         end = time.monotonic() + request.timeout
         request.validate()
-        self._check_ids(request)
+        self._check_sampling(request.sampling)
         num_chars = len(request.prompt) + sum(len(message.content) for message in request.messages)
         at_least = num_chars // self.tokenizer.max_token_chars
         if at_least >= self.max_context:  # too long to be worth the memory of tokenizing it
@@ -223,35 +149,38 @@ class Engine:
         left = max(0.05, end - time.monotonic()) if request.timeout else None
         constraint = self._constraints.compile(request.json_schema, left) if request.json_schema else None
         sampling = request.sampling
-        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_ids)
         return PreparedRequest(
             request=request,
             token_ids=token_ids,
             prefix_ids=prefix_ids,
-            sampling=TokenSampling.of(sampling, stop_ids),
+            sampling=sampling.resolve(self._eos_ids),
             max_new_tokens=min(sampling.max_new_tokens, self.max_context - len(token_ids)),
             constraint=constraint,
         )
 
-    def tokenize(self, text: str = "", messages: Sequence[ChatMessage] = ()) -> list[int]:
+    def tokenize(self, text: str = "", messages: Iterable[ChatMessage] = ()) -> list[int]:
         """Return the ids the model would read. Raises RequestError, within the limits of a request."""
         request = GenerationRequest("", messages=tuple(messages), prompt=text)
         request.validate()
         with refusing_panics("tokenizing"):
-            ids = self.tokenizer.encode_messages(messages) if messages else self.tokenizer.encode(text)
+            by_template = self.tokenizer.encode_messages
+            ids = by_template(request.messages) if request.messages else self.tokenizer.encode(text)
         return ids.tolist()
 
     def knows_schema(self, schema: str) -> bool:
         """Return whether ``schema`` has been compiled before, so that preparing a request with it takes no time."""
         return self._constraints.knows(schema)
 
-    def token_texts(self, ids: Sequence[int]) -> list[str]:
+    def token_texts(self, ids: Iterable[int]) -> list[str]:
         return self.tokenizer.token_texts(ids)
 
     # --- the work: one thread -----------------------------------------------------------------------
 
     def warm_system_prompt(self, text: str) -> int:
-        """Computes the KV of a system prompt and keeps it; returns its length in tokens (0: nothing to keep)."""
+        """Computes the KV of a system prompt and keeps it; returns its length in tokens (0: nothing to keep).
+
+        A slot has to be free.
+        """
         with refusing_panics("tokenizing the system prompt of"):
             prefix = self.tokenizer.system_prefix(text) if text else np.empty(0, dtype=np.int32)
         if len(prefix) and int(prefix.max()) >= self.vocab_size:
@@ -259,10 +188,13 @@ class Engine:
         prefix = prefix[: min(self.max_context - 1, self.config.prompt_cache_tokens)]
         if not len(prefix) or not self.config.prompt_cache_entries:
             return 0
-        cached = self._prefixes.restore(prefix)
-        self._backend_or_raise().extend(prefix[cached:], cached)
-        self._prefixes.set_live(prefix)
-        self._prefixes.keep(prefix)
+        backend = self._backend_or_raise()
+        slot, cached = self._prefixes.place(prefix, self.scheduler.free_slots)
+        backend.begin(slot, SamplingParams(seed=0), prefix)
+        (pending,) = backend.step([SequenceStep(slot, prefix[cached:], cached, samples=False)])
+        pending.result()
+        self._prefixes.set_live(slot, prefix)
+        self._prefixes.keep(slot, prefix)
         return len(prefix)
 
     def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
@@ -279,100 +211,111 @@ class Engine:
                 "device; measure a variant built for onnxruntime."
             )
         assert 1 <= first < len(token_ids) <= self.max_context
-        self._prefixes.set_live(token_ids[:0])
+        assert not self.scheduler.has_work
+        self._prefixes.place_fresh([0])
         return score(token_ids, first)
 
     def generate(
         self, prepared: PreparedRequest, cancel: CancelToken, arrival: float | None = None
     ) -> Generator[Piece, None, GenerationResult]:
-        """Prefill, decode, sample, emit. Yields the pieces, returns the result (``yield from`` or StopIteration.value).
+        """Answer one request: yields the pieces, returns the result (``yield from`` or StopIteration.value).
 
-        ``arrival``: time.monotonic() when the request came, for its figures. The next step is always on its way
-        before the last token is looked at, except under a JSON constraint, whose mask needs that token.
-        Raises EngineFaultError when the engine fails; it has to be closed then.
+        ``arrival``: time.monotonic() when the request came, for its figures. Raises the RequestError the request ends
+        with, and EngineFaultError when the engine fails; it has to be closed then.
         """
-        backend = self._backend_or_raise()
-        answer = self._start(prepared, arrival)
-        constraint = prepared.constraint
-        reason: FinishReason | None = None
-        pending = ahead = None
+        pieces: deque[Piece] = deque()
+        results: list[GenerationResult] = []
+        client = {"on_piece": pieces.append, "on_done": results.append}
+        sequence = Sequence(prepared, self.tokenizer, arrival=arrival, cancel=cancel, **client)
+        self.scheduler.add(sequence)
         try:
-            backend.begin(prepared.sampling, prepared.token_ids)
-            cancel.attach(backend.interrupt)
-            pending = self._prefill(answer, constraint)
-            while reason is None:
-                runs_ahead = constraint is None and answer.num_sampled + 1 < prepared.max_new_tokens
-                ahead = backend.decode() if runs_ahead else None
-                current, pending = pending, None
-                reason = self._consume(answer, current.result(), cancel, constraint)
-                if answer.num_sampled == 1:
-                    self._prefixes.keep(prepared.prefix_ids)
-                if reason is None:
-                    if constraint is not None:
-                        ahead = backend.decode(constraint.mask())
-                    pending, ahead = ahead, None
-                    if (piece := answer.piece()) is not None:
-                        yield piece
+            while not results:
+                self.step()
+                while pieces:
+                    yield pieces.popleft()
         finally:
-            cancel.detach()
-            self._settle(answer, [pending, ahead])
-        if (piece := answer.last_piece()) is not None:
-            yield piece
-        return answer.result(reason)
+            if not results and not self.scheduler.withdraw(sequence):  # left early, or the engine has failed
+                sequence.ending = FinishReason.CANCELLED
+                self._finish(sequence)
+        (result,) = results
+        if result.error is not None:
+            raise result.error
+        return result
 
-    def _start(self, prepared: PreparedRequest, arrival: float | None) -> _Answer:
-        now = time.monotonic()
-        answer = _Answer(
-            prepared=prepared,
-            arrival=now if arrival is None else arrival,
-            start=now,
-            detokenizer=Detokenizer(self.tokenizer),
-            stop=StopStrings(prepared.request.stop),
-        )
-        if self.config.reproducible and prepared.request.sampling.seed is not None:
-            self._prefixes.set_live(prepared.token_ids[:0])
-        else:
-            answer.cached_tokens = self._prefixes.restore(prepared.token_ids)
-        return answer
+    def step(self) -> None:
+        """Run one step of every sequence that holds a slot; those that wait take the free slots first.
 
-    def _prefill(self, answer: _Answer, constraint: JsonConstraint | None) -> PendingToken:
-        mask = None if constraint is None else constraint.mask()
-        prompt = answer.prepared.token_ids[answer.cached_tokens :]
-        return self._backend_or_raise().prefill(prompt, answer.cached_tokens, mask)
-
-    def _consume(
-        self, answer: _Answer, token: int | None, cancel: CancelToken, constraint: JsonConstraint | None
-    ) -> FinishReason | None:
-        """Takes one sampled token into the answer; returns why the answer ends with it, or None."""
-        if token is not None:
-            answer.arrived()
-            if token in answer.prepared.sampling.stop_ids:
-                return FinishReason.STOP
-            answer.add(token)
-            if constraint is not None:
-                constraint.accept(token)
-                if constraint.complete:
-                    return FinishReason.STOP
-            if answer.stop.found:
-                return FinishReason.STOP
-        if cancel.reason is not None:
-            return cancel.reason
-        assert token is not None, "the backend ended a sequence that nobody ended"
-        return FinishReason.LENGTH if answer.num_sampled >= answer.prepared.max_new_tokens else None
-
-    def _settle(self, answer: _Answer, unread: list[PendingToken | None]) -> None:
-        """Ends what is still under way, so that the next request finds the backend idle, and notes the live KV.
-
-        Every sampled token but the last has been fed back for sure.
+        The next step is on its way before the tokens of the one before are read, except where a JSON schema's mask
+        needs them. What a request is at fault for ends its sequence. Raises EngineFaultError when the engine fails.
         """
-        in_flight = [pending for pending in unread if pending is not None]
-        if in_flight:
-            self._backend_or_raise().interrupt()
-        for pending in in_flight:
-            pending.result()
-        known = answer.prepared.token_ids[: None if answer.num_sampled else answer.cached_tokens]
-        fed = answer.token_ids[: max(0, answer.num_sampled - 1)]
-        self._prefixes.set_live(np.concatenate([known, np.array(fed, dtype=np.int32)]))
+        while (newcomer := self.scheduler.start_next()) is not None:
+            self._start(newcomer)
+        running = self.scheduler.running
+        unread = [sequence for sequence in running if sequence.unread]
+        runs_ahead = all(sequence.runs_ahead for sequence in running)
+        if runs_ahead:
+            self._queue(running)
+        for sequence in unread:
+            self._read(sequence)
+        if not runs_ahead:
+            self._queue(running)
+        for sequence in running:
+            if sequence.ending is None:
+                sequence.emit()
+            else:
+                self._finish(sequence)
+
+    def _start(self, sequence: Sequence) -> None:
+        """Give a newcomer its slot, with as much of its prompt's KV as is known."""
+        sequence.start = time.monotonic()
+        sequence.ending = sequence.cancel.reason
+        if sequence.ending is not None:
+            return
+        backend, prepared, free = self._backend_or_raise(), sequence.prepared, self.scheduler.free_slots
+        if self.config.reproducible and prepared.request.sampling.seed is not None:
+            sequence.slot = self._prefixes.place_fresh(free)
+        else:
+            sequence.slot, sequence.cached_tokens = self._prefixes.place(prepared.token_ids, free)
+        backend.begin(sequence.slot, prepared.sampling, prepared.token_ids)
+        sequence.cancel.attach(partial(backend.interrupt, sequence.slot))
+
+    def _queue(self, sequences: list[Sequence]) -> None:
+        """Queue the next step of those that have not ended."""
+        owners, steps = [], []
+        for sequence in sequences:
+            with _ending(sequence):
+                step = sequence.next_step() if sequence.ending is None else None
+                if step is not None:
+                    owners.append(sequence)
+                    steps.append(step)
+        if steps:
+            for sequence, pending in zip(owners, self._backend_or_raise().step(steps)):
+                sequence.queued(pending)
+
+    def _read(self, sequence: Sequence) -> None:
+        """Read the token of a sequence's oldest step into its answer."""
+        try:
+            token = sequence.unread.popleft().result()
+        except RequestError as error:
+            sequence.ending = error
+            return
+        with _ending(sequence):
+            sequence.ending = sequence.accept(token)
+        if sequence.num_sampled == 1:
+            self._prefixes.keep(sequence.slot, sequence.prepared.prefix_ids)
+
+    def _finish(self, sequence: Sequence) -> None:
+        """End what is still under way for a sequence, free its slot and hand out its result."""
+        sequence.cancel.detach()
+        if sequence.slot is not None:
+            if sequence.unread:
+                self._backend_or_raise().interrupt(sequence.slot)
+            while sequence.unread:
+                with contextlib.suppress(RequestError):
+                    sequence.unread.popleft().result()
+            self._prefixes.set_live(sequence.slot, sequence.live_ids())
+        self.scheduler.remove(sequence)
+        sequence.finish()
 
     # --- helpers --------------------------------------------------------------------------------------
 
@@ -397,10 +340,26 @@ class Engine:
         if not len(token_ids):
             raise EmptyPromptError("The prompt has no tokens; there is nothing to answer.")
 
-    def _check_ids(self, request: GenerationRequest) -> None:
-        ids = (*request.sampling.stop_token_ids, *(token_id for token_id, _ in request.sampling.logit_bias))
-        for token_id in ids:
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        sampler_options = self._backend_or_raise().sampler_options
+        for option in SAMPLING_OPTIONS.values():
+            is_set = getattr(sampling, option.name) != option.default
+            if is_set and option.name not in sampler_options and option.name != "max_new_tokens":
+                raise InvalidSamplingError(f"The sampler of the {self.backend_name} backend has no {option.name}.")
+        for token_id in (*sampling.stop_token_ids, *(token_id for token_id, _ in sampling.logit_bias)):
             if not 0 <= token_id < self.vocab_size:
                 raise InvalidSamplingError(
                     f"Token id {token_id} is not in the vocabulary, which has ids from 0 to {self.vocab_size - 1}."
                 )
+
+
+@contextlib.contextmanager
+def _ending(sequence: Sequence) -> Iterator[None]:
+    """End ``sequence`` with what is raised here; only a fault of the engine, and an interrupt from outside, go on."""
+    try:
+        with refusing_panics("answering"):
+            yield
+    except EngineFaultError:
+        raise
+    except Exception as error:
+        sequence.ending = error

@@ -1,78 +1,43 @@
-"""The one thread that touches the engine, and the bounded queue in front of it."""
+"""The one thread that touches the engine, and what its clients are promised: one answer each, and in time."""
 
 from __future__ import annotations
 
-import dataclasses
-import heapq
-import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from engine_core.config import BUSY_POLICIES
-from engine_core.errors import (
-    ConfigurationError,
-    DeadlinePassedError,
-    EngineFaultError,
-    NotActiveError,
-    QueueFullError,
-    RequestError,
-    as_exception,
-)
+from engine_core.errors import DeadlinePassedError, EngineFaultError, NotActiveError, RequestError, as_exception
 from engine_core.request import FinishReason, GenerationRequest, GenerationResult, Piece
-from engine_core.serving.cancellation import CancelToken
-from engine_core.serving.engine import Engine, PreparedRequest
+from engine_core.serving.engine import Engine
+from engine_core.serving.sequence import PreparedRequest, Sequence
 
 _NO_DEADLINE = 1e8  # s; three years, and less than any platform's threading.TIMEOUT_MAX
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(order=True)
-class _Job:
-    """An accepted request; ordered by priority, then by arrival."""
-
-    rank: tuple[int, int]  # (-priority, number)
-    prepared: PreparedRequest = field(compare=False)
-    on_piece: Callable[[Piece], None] | None = field(compare=False)
-    on_done: Callable[[GenerationResult], None] = field(compare=False)
-    arrival: float = field(compare=False)  # s, time.monotonic
-    cancel: CancelToken = field(compare=False, default_factory=CancelToken)
-    deadline: threading.Timer | None = field(compare=False, default=None)
-
-    @property
-    def priority(self) -> int:
-        return -self.rank[0]
-
-    @property
-    def request_id(self) -> str:
-        return self.prepared.request.request_id
-
-
 class Ticket:
     """An accepted request, as its owner holds it."""
 
-    def __init__(self, worker: Worker, job: _Job) -> None:
+    def __init__(self, worker: Worker, request_id: str) -> None:
         self._worker = worker
-        self._job = job
-        self.request_id = job.request_id
+        self.request_id = request_id
+        self.sequence: Sequence | None = None  # set before anybody else has the ticket
+        self.timer: threading.Timer | None = None
 
     def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """Ends the request within one token, or takes it out of the queue; ``on_done`` gets what there is of it."""
-        self._worker._cancel(self._job, reason)
+        self._worker._cancel(self.sequence, reason)
 
 
 class Worker:
-    """Serves requests one after another, the highest priority first.
+    """Serves requests in a thread of its own: as many at a time as the engine has slots, the highest priority first.
 
-    ``busy_policy``: ``queue`` lets up to ``queue_depth`` requests wait; ``reject`` refuses while one runs; ``preempt``
-    ends whatever has no higher priority than the new request, with its partial text; ``preempt_lower`` ends only what
-    has a lower one.
-    ``on_change()`` is called when ``busy`` or ``queued`` may have changed, ``on_fault(error)`` once when the engine
-    has failed: every request has been answered by then and none is accepted any more.
-    Callbacks come from the worker thread, or from the thread that cancels or submits; they must not block.
+    ``queue_depth``, ``busy_policy``: see ``Scheduler``. ``on_change()`` is called when ``busy`` or ``queued`` may have
+    changed, ``on_fault(error)`` once when the engine has failed: every request has been answered by then and none is
+    accepted any more. Callbacks come from the worker thread, or from the thread that cancels or submits; they must not
+    block.
     """
 
     def __init__(
@@ -84,44 +49,34 @@ class Worker:
         on_change: Callable[[], None] | None = None,
         on_fault: Callable[[Exception], None] | None = None,
     ) -> None:
+        """Raises ConfigurationError."""
         self._engine = engine
-        self._queue_depth = 0
-        self._busy_policy = ""
+        self._scheduler = engine.scheduler
         self._on_change = on_change or (lambda: None)
         self._on_fault = on_fault or (lambda error: None)
-        self._wake = threading.Condition()  # guards everything below
-        self._waiting: list[_Job] = []  # a heap
-        self._running: _Job | None = None
-        self._warm: str | None = None
+        self._warm: str | None = None  # guarded by the scheduler's lock, as is:
         self._closed: str | None = None  # why nothing is accepted
-        self._numbers = itertools.count()
-        self.update(queue_depth=queue_depth, busy_policy=busy_policy)
+        self._counts = (0, 0)  # running and waiting, when on_change was last called after a step
+        self._scheduler.update(queue_depth=queue_depth, busy_policy=busy_policy)
         self._thread = threading.Thread(target=self._serve, name="edgellm-worker", daemon=True)
         self._thread.start()
 
     @property
     def busy(self) -> bool:
-        return self._running is not None
+        return self._scheduler.num_running > 0
 
     @property
     def queued(self) -> int:
-        return len(self._waiting)
+        return self._scheduler.num_waiting
 
     @property
     def longest_wait(self) -> float:
         """Seconds that the oldest waiting request has waited; 0 if none waits."""
-        with self._wake:
-            return max((time.monotonic() - job.arrival for job in self._waiting), default=0.0)
+        return self._scheduler.longest_wait
 
     def update(self, *, queue_depth: int | None = None, busy_policy: str | None = None) -> None:
         """Takes new settings for the requests to come. Raises ConfigurationError."""
-        if busy_policy is not None and busy_policy not in BUSY_POLICIES:
-            raise ConfigurationError(f"busy_policy is {busy_policy!r}, expected one of {', '.join(BUSY_POLICIES)}.")
-        if queue_depth is not None and queue_depth < 0:
-            raise ConfigurationError(f"queue_depth is {queue_depth}, expected 0 or more.")
-        with self._wake:
-            self._queue_depth = self._queue_depth if queue_depth is None else queue_depth
-            self._busy_policy = self._busy_policy if busy_policy is None else busy_policy
+        self._scheduler.update(queue_depth=queue_depth, busy_policy=busy_policy)
 
     def submit(
         self,
@@ -140,74 +95,59 @@ class Worker:
         arrival = time.monotonic() if arrival is None else arrival
         if self._closed is not None:
             raise NotActiveError(self._closed)
-        with self._wake:
-            self._admit(request.priority)  # a full queue refuses before any work is done
+        self._scheduler.admit(request.priority)  # a full queue refuses before any work is done
         try:
             prepared = self._engine.prepare(request)
         except DeadlinePassedError:
             prepared = PreparedRequest.unread(request)
-            is_late = True
-        else:
-            is_late = False
-        job = _Job((-request.priority, next(self._numbers)), prepared, on_piece, on_done, arrival)
-        with self._wake:
+        ticket = Ticket(self, request.request_id)
+
+        def done(result: GenerationResult) -> None:
+            if ticket.timer is not None:
+                ticket.timer.cancel()
+            on_done(result)
+
+        tokenizer = self._engine.tokenizer
+        ticket.sequence = sequence = Sequence(prepared, tokenizer, on_piece=on_piece, on_done=done, arrival=arrival)
+        if sequence.deadline is not None and sequence.deadline <= time.monotonic():
+            sequence.drop(FinishReason.TIMEOUT)
+            return ticket
+        with self._scheduler.changed:
             if self._closed is not None:
                 raise NotActiveError(self._closed)
-            remaining = arrival + request.timeout - time.monotonic()
-            is_late = is_late or (request.timeout > 0 and remaining <= 0)
-            preempted = [] if is_late else self._admit(job.priority)
-            if not is_late:
-                if 0 < request.timeout <= _NO_DEADLINE:
-                    job.deadline = threading.Timer(remaining, self._cancel, (job, FinishReason.TIMEOUT))
-                    job.deadline.daemon = True
-                    job.deadline.start()
-                heapq.heappush(self._waiting, job)
-                self._wake.notify_all()
-        if is_late:
-            job.cancel.cancel(FinishReason.TIMEOUT)
-            self._answer(job, _unstarted(job, FinishReason.TIMEOUT))
-            return Ticket(self, job)
+            preempted = self._scheduler.admit(request.priority)
+            self._start_timer(ticket)
+            self._scheduler.add(sequence)
         for other in preempted:
             self._cancel(other, FinishReason.PREEMPTED)
         self._on_change()
-        return Ticket(self, job)
+        return ticket
 
-    def _admit(self, priority: int) -> list[_Job]:
-        """Decides by the busy policy; returns the jobs that make room. Called under the lock."""
-        others = [*self._waiting, *([self._running] if self._running else [])]
-        preempted = []
-        if others and self._busy_policy == "reject":
-            raise QueueFullError("A request is running and busy_policy is reject; try again when it is done.")
-        if self._busy_policy == "preempt":
-            preempted = [other for other in others if other.priority <= priority]
-        elif self._busy_policy == "preempt_lower":
-            preempted = [other for other in others if other.priority < priority]
-        staying = len(others) - len(preempted)  # one of them runs or is about to
-        if staying > self._queue_depth:
-            raise QueueFullError(
-                f"{staying - 1} requests are waiting and queue_depth is {self._queue_depth}; try again later."
-            )
-        return preempted
+    def _start_timer(self, ticket: Ticket) -> None:
+        deadline = ticket.sequence.deadline
+        if deadline is not None and deadline - ticket.sequence.arrival <= _NO_DEADLINE:
+            remaining = deadline - time.monotonic()
+            ticket.timer = threading.Timer(remaining, ticket.cancel, (FinishReason.TIMEOUT,))
+            ticket.timer.daemon = True
+            ticket.timer.start()
 
     def warm_system_prompt(self, text: str) -> None:
-        """Has the KV of a system prompt computed before the next request. Returns at once."""
-        with self._wake:
+        """Has the KV of a system prompt computed as soon as a slot is free. Returns at once."""
+        with self._scheduler.changed:
             self._warm = text
-            self._wake.notify_all()
+            self._scheduler.changed.notify_all()
 
     def close(self, *, drain: bool = False, timeout: float = 10.0) -> bool:
         """Accepts nothing more and answers everything. Returns False if the thread still runs after ``timeout`` s.
 
-        Waiting requests are cancelled; the running one too, or with ``drain`` it may finish within ``timeout``.
+        Waiting requests are cancelled; the running ones too, or with ``drain`` they may finish within ``timeout``.
         """
         end = time.monotonic() + timeout
         self._stop_accepting("The node is not active; activate it first.")
         if drain:
             self._thread.join(max(0.0, timeout - 1.0))
-        with self._wake:
-            running = self._running
-        if running is not None:
-            running.cancel.cancel(FinishReason.CANCELLED)
+        for sequence in self._scheduler.running:
+            sequence.cancel.cancel(FinishReason.CANCELLED)
         if threading.current_thread() is not self._thread:
             self._thread.join(max(1.0, end - time.monotonic()))
         return not self._thread.is_alive()
@@ -216,22 +156,27 @@ class Worker:
 
     def _serve(self) -> None:
         try:
-            while self._serve_next():
-                pass
+            while self._serve_once():
+                counts = (self._scheduler.num_running, self._scheduler.num_waiting)
+                if counts != self._counts:
+                    self._counts = counts
+                    self._on_change()
         except BaseException as error:  # a Rust panic is no Exception; a thread that ends in silence answers nobody
             self._fail(as_exception(error))
 
-    def _serve_next(self) -> bool:
-        """Waits for one job or warm-up and does it; False when nothing is left to do. Raises when the engine failed."""
-        with self._wake:
-            while not self._waiting and self._warm is None and self._closed is None:
-                self._wake.wait()
-            warm, self._warm = self._warm, None
-            if self._closed is not None and not self._waiting:
+    def _serve_once(self) -> bool:
+        """Wait for work and do one step, or warm a prompt; False when nothing is left to do. Raises when the engine
+        failed."""
+        scheduler = self._scheduler
+        with scheduler.changed:
+            scheduler.changed.wait_for(lambda: scheduler.has_work or self._warm is not None or self._closed is not None)
+            if self._closed is not None and not scheduler.has_work:
                 return False
-            self._running = heapq.heappop(self._waiting) if warm is None else None
+            warm = None
+            if scheduler.has_free_slot:
+                warm, self._warm = self._warm, None
         if warm is None:
-            self._work(self._running)
+            self._engine.step()
             return True
         try:
             self._engine.warm_system_prompt(warm)
@@ -239,86 +184,35 @@ class Worker:
             _log.warning("The system prompt is not kept: %s", error)
         return True
 
-    def _work(self, job: _Job) -> None:
-        """Runs one job to its end. Raises only when the engine failed, with the job answered."""
-        self._on_change()
-        fault: Exception | None = None
-        try:
-            pieces = self._engine.generate(job.prepared, job.cancel, job.arrival)
-            while True:
-                try:
-                    piece = next(pieces)
-                except StopIteration as stop:
-                    result = stop.value
-                    break
-                if job.on_piece is not None:
-                    _guarded(job.on_piece, piece)
-        except RequestError as error:
-            result = _failed(job, error)
-        except BaseException as error:
-            fault = as_exception(error)
-            result = _failed(job, fault)
-        with self._wake:
-            self._running = None
-        self._answer(job, result)
-        self._on_change()
-        if fault is not None:
-            raise fault
-
     def _fail(self, error: Exception) -> None:
         _log.error("The engine failed: %s", error, exc_info=not isinstance(error, EngineFaultError))
-        with self._wake:
-            running, self._running = self._running, None
-        if running is not None:  # what failed was not its work
-            self._answer(running, _failed(running, error))
+        for sequence in self._scheduler.running:
+            self._scheduler.remove(sequence)
+            sequence.fail(error)
         self._stop_accepting(f"The engine has failed ({error}); configure the node again.", error)
-        _guarded(self._on_fault, error)
+        try:
+            self._on_fault(error)
+        except BaseException:
+            _log.exception("A callback raised")
 
     def _stop_accepting(self, why: str, error: Exception | None = None) -> None:
-        with self._wake:
+        with self._scheduler.changed:
             if self._closed is None:
                 self._closed = why
-            waiting, self._waiting = self._waiting, []
-            self._wake.notify_all()
-        for job in waiting:
-            job.cancel.cancel()
-            self._answer(job, _failed(job, error) if error else _unstarted(job, FinishReason.CANCELLED))
+            waiting = self._scheduler.clear_waiting()
+            self._scheduler.changed.notify_all()
+        for sequence in waiting:
+            sequence.cancel.cancel()
+            if error is None:
+                sequence.drop(FinishReason.CANCELLED)
+            else:
+                sequence.fail(error)
 
     # --- any thread -----------------------------------------------------------------------------------
 
-    def _cancel(self, job: _Job, reason: FinishReason) -> None:
-        with self._wake:
-            waits = job in self._waiting
-            if waits:
-                self._waiting.remove(job)
-                heapq.heapify(self._waiting)
-        job.cancel.cancel(reason)
+    def _cancel(self, sequence: Sequence, reason: FinishReason) -> None:
+        waits = self._scheduler.withdraw(sequence)
+        sequence.cancel.cancel(reason)
         if waits:
-            self._answer(job, _unstarted(job, job.cancel.reason or reason))
+            sequence.drop(sequence.cancel.reason or reason)
             self._on_change()
-
-    @staticmethod
-    def _answer(job: _Job, result: GenerationResult) -> None:
-        if job.deadline is not None:
-            job.deadline.cancel()
-        _guarded(job.on_done, result)
-
-
-def _guarded(callback: Callable, value: object) -> None:
-    """A client's callback must not take the worker down."""
-    try:
-        callback(value)
-    except BaseException:
-        _log.exception("A callback raised")
-
-
-def _unstarted(job: _Job, reason: FinishReason) -> GenerationResult:
-    waited = time.monotonic() - job.arrival
-    num_tokens = len(job.prepared.token_ids)
-    return GenerationResult(
-        job.request_id, finish_reason=reason, prompt_tokens=num_tokens, queue_time=waited, total_time=waited
-    )
-
-
-def _failed(job: _Job, error: Exception) -> GenerationResult:
-    return dataclasses.replace(_unstarted(job, FinishReason.ERROR), error=error)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine_core.backends import TokenSampling
 from engine_core.cuda.driver import DeviceArray
 from engine_core.cuda.kernels.sampling import STATE
+from engine_core.measure.steps import begin, decode, extend, prefill
+from engine_core.request import SamplingParams
 
 TOLERANCE = 0.02  # of the logits' spread, for a model in 16 bits
-GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
+GREEDY = SamplingParams(seed=1)
 
 
 def generate(backend, prompt, count, sampling=GREEDY, start=0) -> list:
     """``count`` tokens after ``prompt``, one step queued ahead, which is waited for at the end; of the prompt, what is
     before ``start`` is there."""
-    backend.begin(sampling, prompt)
-    pending, tokens = backend.prefill(prompt[start:], start), []
+    begin(backend, sampling, prompt)
+    pending, tokens = prefill(backend, prompt[start:], start), []
     for _ in range(count):
-        ahead = backend.decode()
+        ahead = decode(backend)
         tokens.append(pending.result())
         pending = ahead
     pending.result()
@@ -29,10 +30,10 @@ def check_tokens_after_a_prefix(backend, prompt: np.ndarray) -> None:
     """A saved prefix of 50 tokens brings the tokens of the whole prompt. Closes the backend."""
     expected = generate(backend, prompt, 8)
     assert None not in expected
-    backend.extend(prompt[:50], 0)
-    backend.save_prefix(1, 50)
+    extend(backend, prompt[:50], 0)
+    backend.save_prefix(0, 1, 50)
     generate(backend, prompt[::-1].copy(), 8)
-    backend.load_prefix(1, 50)
+    backend.load_prefix(0, 1, 50)
     assert generate(backend, prompt, 8, start=50) == expected
     backend.close()
 
@@ -43,14 +44,14 @@ def compare_logits(backend, model, prompt: np.ndarray, following: np.ndarray) ->
 
     fed = np.concatenate([prompt, following])
     expected = checkpoints.reference_logits(model, fed)
-    backend.begin(GREEDY, fed)
+    begin(backend, GREEDY, fed)
     for count in (1, 64, len(prompt)):
-        backend.prefill(fed[:count], 0).result()
+        prefill(backend, fed[:count], 0).result()
         _compare(backend, expected[count - 1])
     for position in range(len(prompt), len(fed)):
         address = backend._work["state"].address + STATE.fields["token"][1]
         backend._device.upload(DeviceArray(address, (1,), "int32"), fed[position : position + 1])
-        backend.decode().result()
+        decode(backend).result()
         _compare(backend, expected[position])
     backend.close()
 

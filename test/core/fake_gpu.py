@@ -225,9 +225,9 @@ def sample_scan(defines: dict, args) -> None:
     logits, seen, bias, mask, vocab_map, params, _, scores = (address_of(args, i) for i in range(8))
     rows, params = defines["ROWS"], array_at(params, (), PARAMS)
     values = array_at(logits, (rows,), np.float32).copy()
-    if params["penalty"] != 1.0:
+    if params["repetition_penalty"] != 1.0:
         bits = np.unpackbits(array_at(seen, (-(-rows // 32) * 4,), np.uint8), bitorder="little")[:rows]
-        penalized = np.where(values < 0, values * params["penalty"], values / params["penalty"])
+        penalized = np.where(values < 0, values * params["repetition_penalty"], values / params["repetition_penalty"])
         values = np.where(bits, penalized, values)
     if params["has_bias"]:
         values += array_at(bias, (rows,), np.float32)

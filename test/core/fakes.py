@@ -8,11 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from engine_core.backends import TokenSampling
 from engine_core.config import EngineConfig
 from engine_core.errors import EngineFaultError
 from engine_core.formats.manifest import Manifest, ModelGeometry
 from engine_core.memory import MemoryItem, MemoryPlan
+from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 from engine_core.sampling import Sampler
 from engine_core.serving.engine import Engine
 from engine_core.text.tokenizer import Tokenizer
@@ -46,93 +46,130 @@ def write_tokenizer(directory) -> None:
     hf.save_pretrained(str(directory))
 
 
+class _Slot:
+    """The state of one sequence on the fake device."""
+
+    def __init__(self, max_context: int) -> None:
+        self.kv = np.full(max_context, -1, dtype=np.int32)
+        self.sampler = Sampler(VOCAB_SIZE)
+        self.sampling = SamplingParams()
+        self.interrupted = self.ended = False
+        self.length = self.num_sampled = 0
+        self.last = -1
+
+
 class ScriptedBackend:
-    """Says ``script`` (ids) after any prompt, or, without one, tokens that depend on the whole KV cache.
+    """Says ``script`` (ids) after any prompt, or, without one, tokens that depend on the whole KV of the sequence.
 
     Works in a thread of its own, as a device would; ``step_time`` seconds a step. ``fail_at``: the step that fails.
+    ``steps``: the slots of each step that was queued.
     """
 
     name = "fake"
+    sampler_options = frozenset(SAMPLING_OPTIONS)
 
-    def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, slots=2):
+    def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, slots=2, num_slots=1):
         self.script, self.step_time, self.fail_at = script, step_time, fail_at
         self.max_context, self.vocab_size = max_context, VOCAB_SIZE
         self.reduced_vocab_size = VOCAB_SIZE
-        self.kv = np.full(max_context, -1, dtype=np.int32)
-        self.slots = [np.full(max_context, -1, dtype=np.int32) for _ in range(slots)]
+        self.num_slots = num_slots
+        self._slots = [_Slot(max_context) for _ in range(num_slots)]
+        self._prefixes = [np.full(max_context, -1, dtype=np.int32) for _ in range(slots)]
         self.calls: list[tuple] = []
+        self.steps: list[tuple[int, ...]] = []
         self.num_steps = 0
-        self._sampler = Sampler(VOCAB_SIZE)
-        self._interrupted = self._ended = False
-        self._length = 0
-        self._last = -1
         self._stream = ThreadPoolExecutor(1)
         self.closed = 0
 
-    def begin(self, sampling: TokenSampling, history: np.ndarray) -> None:
+    def begin(self, slot, sampling, history) -> None:
         def work():
-            self._sampler.begin(sampling, history)
-            self._sampling, self._ended, self._step = sampling, False, 0
+            state.sampler.begin(sampling, history)
+            state.sampling, state.ended, state.num_sampled = sampling, False, 0
 
-        self._interrupted = False
+        state = self._slots[slot]
+        state.interrupted = False
         self._stream.submit(work).result()
 
-    def prefill(self, token_ids, position, mask=None) -> Future:
-        self.calls.append(("prefill", len(token_ids), position))
-        assert len(token_ids) >= 1 and token_ids.dtype == np.int32
-        return self._stream.submit(self._run, token_ids.copy(), position, None if mask is None else mask.copy())
+    def step(self, steps) -> list[Future]:
+        copies = []
+        for step in steps:
+            if step.token_ids is not None:
+                self.calls.append(("prefill" if step.samples else "extend", len(step.token_ids), step.position))
+                assert len(step.token_ids) >= 1 and step.token_ids.dtype == np.int32
+            copies.append(
+                step._replace(
+                    token_ids=None if step.token_ids is None else step.token_ids.copy(),
+                    mask=None if step.mask is None else step.mask.copy(),
+                )
+            )
+        self.steps.append(tuple(step.slot for step in steps))
+        assert len(set(self.steps[-1])) == len(steps)
+        futures: list[Future] = [Future() for _ in steps]
+        self._stream.submit(self._run, copies, futures)
+        return futures
 
-    def extend(self, token_ids, position) -> None:
-        self._interrupted = False
-        self.calls.append(("extend", len(token_ids), position))
-        self.kv[position : position + len(token_ids)] = token_ids
+    def _run(self, steps, futures) -> None:
+        fault = None
+        active = [step for step in steps if not (self._slots[step.slot].interrupted or self._slots[step.slot].ended)]
+        if active:
+            self.num_steps += 1
+            try:
+                self.check_device()
+            except EngineFaultError as error:
+                fault = error
+            else:
+                time.sleep(self.step_time)
+        for step, future in zip(steps, futures):
+            try:
+                if fault is not None:
+                    raise fault
+                future.set_result(self._run_one(step) if step in active else None)
+            except BaseException as error:
+                self._slots[step.slot].ended = True
+                future.set_exception(error)
 
-    def decode(self, mask=None) -> Future:
-        return self._stream.submit(self._run, None, None, None if mask is None else mask.copy())
-
-    def _run(self, token_ids, position, mask):
-        if self._interrupted or self._ended:
-            return None
-        if token_ids is None:
-            token_ids, position = np.array([self._last], dtype=np.int32), self._length
-        self.num_steps += 1
+    def check_device(self) -> None:
         if self.fail_at is not None and self.num_steps >= self.fail_at:
-            self._ended = True
             raise EngineFaultError("The fake device fell off the bus.")
-        time.sleep(self.step_time)
-        self._length = position + len(token_ids)
-        assert self._length <= self.max_context
-        self.kv[position : self._length] = token_ids
-        try:
-            self._last = self._sampler.sample(self._logits(), mask)
-        except Exception:
-            self._ended = True
-            raise
-        self._step += 1
-        self._ended = self._last in self._sampling.stop_ids
-        return self._last
 
-    def _logits(self) -> np.ndarray:
-        if self.script is not None and self._step < len(self.script):
+    def _run_one(self, step) -> int | None:
+        state = self._slots[step.slot]
+        token_ids, position = step.token_ids, step.position
+        if token_ids is None:
+            token_ids, position = np.array([state.last], dtype=np.int32), state.length
+        state.length = position + len(token_ids)
+        assert state.length <= self.max_context
+        state.kv[position : state.length] = token_ids
+        if not step.samples:
+            return None
+        state.last = state.sampler.sample(self.logits(state), step.mask)
+        state.num_sampled += 1
+        state.ended = state.last in state.sampling.stop_token_ids
+        return state.last
+
+    def logits(self, state: _Slot) -> np.ndarray:
+        if self.script is not None and state.num_sampled < len(self.script):
             logits = np.zeros(VOCAB_SIZE, dtype=np.float32)
-            logits[self.script[self._step]] = 10.0
+            logits[self.script[state.num_sampled]] = 10.0
             return logits
-        seed = zlib.crc32(self.kv[: self._length].tobytes())
+        seed = zlib.crc32(state.kv[: state.length].tobytes())
         logits = np.random.default_rng(seed).normal(size=VOCAB_SIZE).astype(np.float32)
         logits[BOS:] -= 100.0  # plain text for ever
         logits[128:256] -= 100.0
         return logits
 
-    def interrupt(self) -> None:
-        self._interrupted = True
+    def interrupt(self, slot) -> None:
+        self._slots[slot].interrupted = True
 
-    def save_prefix(self, slot, length) -> None:
-        self.calls.append(("save", slot, length))
-        self.slots[slot][:length] = self.kv[:length]
+    def save_prefix(self, slot, entry, length) -> None:
+        self.calls.append(("save", entry, length))
+        self._stream.submit(lambda: None).result()
+        self._prefixes[entry][:length] = self._slots[slot].kv[:length]
 
-    def load_prefix(self, slot, length) -> None:
-        self.calls.append(("load", slot, length))
-        self.kv[:length] = self.slots[slot][:length]
+    def load_prefix(self, slot, entry, length) -> None:
+        self.calls.append(("load", entry, length))
+        self._stream.submit(lambda: None).result()
+        self._slots[slot].kv[:length] = self._prefixes[entry][:length]
 
     def close(self) -> None:
         self.closed += 1
@@ -142,7 +179,7 @@ class ScriptedBackend:
 def make_engine(backend: ScriptedBackend, tokenizer_dir, **config) -> Engine:
     geometry = ModelGeometry("FakeForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB_SIZE, 512, 1000)
     manifest = Manifest("fake", geometry, "fake", "fp32", "fp32", backend.max_context, 1, (EOS, END))
-    plan = MemoryPlan((MemoryItem("kv_cache", backend.kv.nbytes),), 1 << 30, "CPU")
+    plan = MemoryPlan((MemoryItem("kv_cache", 4 * backend.max_context * backend.num_slots),), 1 << 30, "CPU")
     config = EngineConfig(tokenizer_dir, max_context=backend.max_context, **config)
     return Engine(config, manifest, backend, Tokenizer(tokenizer_dir), plan, 0.0)
 

@@ -21,6 +21,7 @@ from engine_core.backends.cuda.build import build_cuda
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import DeviceMemoryError
 from engine_core.formats.manifest import read_manifest
+from engine_core.measure.steps import begin, extend, prefill
 from fake_gpu import FakeDriver, install
 from fake_kernels import FakeBlas
 from peak_memory import growth, large_checkpoint
@@ -65,9 +66,9 @@ def test_tokens_do_not_depend_on_graphs_chunks_or_prefixes(built, driver, use_cu
 @pytest.mark.parametrize("use_cuda_graph", [True, False])
 def test_a_chunk_is_one_graph(built, driver, use_cuda_graph):
     backend = load(built[0], use_cuda_graph=use_cuda_graph, prefill_chunk=64)
-    backend.begin(GREEDY, PROMPT)
+    begin(backend, GREEDY, PROMPT)
     driver.log.clear()
-    backend.prefill(PROMPT, 0)  # two chunks, then the head and the sampler
+    prefill(backend, PROMPT, 0)  # two chunks, then the head and the sampler
     layers = backend._spec.num_layers
     assert driver.log.count("cuGraphLaunch") == (2 if use_cuda_graph else 0)
     assert (driver.log.count("cuLaunchKernelEx") < 8) == use_cuda_graph
@@ -81,10 +82,10 @@ def test_every_length_brings_the_tokens_it_brings_one_by_one(built, driver, use_
     backend = load(built[0], use_cuda_graph=use_cuda_graph, prefill_chunk=128)
     for length in (97, 100, 1, 33, 31, 65, 32, 64, 96):
         tokens = generate(backend, PROMPT[:length], 3)
-        backend.begin(GREEDY, PROMPT)
+        begin(backend, GREEDY, PROMPT)
         for position in range(length - 1):
-            backend.extend(PROMPT[position : position + 1], position)
-        assert backend.prefill(PROMPT[length - 1 : length], length - 1).result() == tokens[0]
+            extend(backend, PROMPT[position : position + 1], position)
+        assert prefill(backend, PROMPT[length - 1 : length], length - 1).result() == tokens[0]
         assert None not in tokens
     backend.close()
 
@@ -119,9 +120,9 @@ def test_a_chunk_may_be_rounded_up_beyond_the_context(built, driver):
     backend = load(built[0], prefill_chunk=64)
     prompt = np.resize(PROMPT, backend.max_context - 1)
     whole = generate(backend, prompt, 1)
-    backend.begin(GREEDY, prompt)
-    backend.extend(prompt[:100], 0)  # then 27 tokens in 32 rows, of which 28 would fit
-    assert backend.prefill(prompt[100:], 100).result() == whole[0]
+    begin(backend, GREEDY, prompt)
+    extend(backend, prompt[:100], 0)  # then 27 tokens in 32 rows, of which 28 would fit
+    assert prefill(backend, prompt[100:], 100).result() == whole[0]
     backend.close()
 
 
@@ -131,8 +132,8 @@ def test_large_chunks_are_not_captured(built, driver, monkeypatch):
         backend = load(built[0], prefill_chunk=64)
     expected = generate(backend, PROMPT, 4)
     driver.log.clear()
-    backend.begin(GREEDY, PROMPT)
-    backend.prefill(PROMPT, 0)  # 64 tokens and 36
+    begin(backend, GREEDY, PROMPT)
+    prefill(backend, PROMPT, 0)  # 64 tokens and 36
     assert "cuGraphLaunch" not in driver.log
     backend.close()
     backend = load(built[0], prefill_chunk=64)

@@ -14,15 +14,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 
 import checkpoints
-from engine_core.backends import TokenSampling
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError, EngineFaultError, InvalidSamplingError
 from engine_core.formats.safetensors_file import write_safetensors
 from engine_core.formats.vocab_map import TENSOR_NAME
+from engine_core.measure.steps import begin, decode, extend, prefill
+from engine_core.request import SamplingParams
 
-GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset())
+GREEDY = SamplingParams(seed=0)
 PROMPT = np.random.default_rng(5).integers(3, 331, size=40).astype(np.int32)
 
 
@@ -58,14 +59,14 @@ def load(variant):
 
 def run(backend, sampling=GREEDY, count=30, prompt=PROMPT, position=0):
     """The tokens of one request, each step queued before the token before it is read; up to the first None."""
-    backend.begin(sampling, prompt)
-    pending = backend.prefill(prompt[position:], position)
+    begin(backend, sampling, prompt)
+    pending = prefill(backend, prompt[position:], position)
     tokens = []
     for _ in range(count):
-        ahead = backend.decode()
+        ahead = decode(backend)
         tokens.append(pending.result())
         pending = ahead
-    backend.interrupt()
+    backend.interrupt(0)
     pending.result()
     return tokens
 
@@ -82,7 +83,7 @@ def test_two_threads_give_the_same_tokens(load, expected):
 def test_steps_behind_a_stop_id_do_nothing(load, expected):
     stop = expected[4]
     first = expected.index(stop)
-    tokens = run(load(), dataclasses.replace(GREEDY, stop_ids=frozenset({stop})), count=10)
+    tokens = run(load(), dataclasses.replace(GREEDY, stop_token_ids=frozenset({stop})), count=10)
     assert tokens == expected[: first + 1] + [None] * (9 - first)
 
 
@@ -97,34 +98,34 @@ def test_interrupt_ends_a_prefill_and_holds_until_begin(load, expected):
         step(token_ids, position)
 
     backend._session.prefill = slow
-    backend.begin(GREEDY, PROMPT)
-    pending = backend.prefill(PROMPT, 0)
-    ahead = backend.decode()
+    begin(backend, GREEDY, PROMPT)
+    pending = prefill(backend, PROMPT, 0)
+    ahead = decode(backend)
     assert entered.wait(5)
-    backend.interrupt()
+    backend.interrupt(0)
     start = time.monotonic()
     assert pending.result() is None and ahead.result() is None
     assert time.monotonic() - start < 0.2  # 40 chunks would take 0.4 s
-    assert backend.decode().result() is None
+    assert decode(backend).result() is None
     backend._session.prefill = step
     assert run(backend) == expected
 
 
 def test_a_mask_is_read_before_the_call_returns(load):
     backend = load()
-    backend.begin(GREEDY, PROMPT)
+    begin(backend, GREEDY, PROMPT)
     mask = np.zeros(-(-331 // 32), dtype=np.uint32)
     mask[5] = 1 << 7
-    pending = backend.prefill(PROMPT, 0, mask)
+    pending = prefill(backend, PROMPT, 0, mask)
     mask[:] = 0xFFFFFFFF
     assert pending.result() == 5 * 32 + 7
 
 
 def test_no_token_left_ends_the_sequence_only(load, expected):
     backend = load()
-    backend.begin(GREEDY, PROMPT)
-    pending = backend.prefill(PROMPT, 0, np.zeros(-(-331 // 32), dtype=np.uint32))
-    ahead = backend.decode()
+    begin(backend, GREEDY, PROMPT)
+    pending = prefill(backend, PROMPT, 0, np.zeros(-(-331 // 32), dtype=np.uint32))
+    ahead = decode(backend)
     with pytest.raises(InvalidSamplingError):
         pending.result()
     assert ahead.result() is None
@@ -138,8 +139,8 @@ def test_a_failing_step_is_an_engine_fault(load):
         raise RuntimeError("the kernel gave up")
 
     backend._session.decode = fail
-    backend.begin(GREEDY, PROMPT)
-    first, second, third = backend.prefill(PROMPT, 0), backend.decode(), backend.decode()
+    begin(backend, GREEDY, PROMPT)
+    first, second, third = prefill(backend, PROMPT, 0), decode(backend), decode(backend)
     assert isinstance(first.result(), int)
     with pytest.raises(EngineFaultError, match="the kernel gave up"):
         second.result()
@@ -148,18 +149,18 @@ def test_a_failing_step_is_an_engine_fault(load):
 
 def test_more_tokens_than_the_cache_holds_are_a_fault(load):
     backend = load(max_context=PROMPT.size)
-    backend.begin(GREEDY, PROMPT)
-    assert isinstance(backend.prefill(PROMPT, 0).result(), int)
+    begin(backend, GREEDY, PROMPT)
+    assert isinstance(prefill(backend, PROMPT, 0).result(), int)
     with pytest.raises(EngineFaultError, match="41 positions"):
-        backend.decode().result()
+        decode(backend).result()
 
 
 def test_a_saved_prefix_replaces_its_prefill(load, expected):
     backend = load(prompt_cache_entries=2, prompt_cache_tokens=24)
-    backend.extend(PROMPT[:24], 0)
-    backend.save_prefix(1, 24)
+    extend(backend, PROMPT[:24], 0)
+    backend.save_prefix(0, 1, 24)
     run(backend, prompt=PROMPT[::-1].copy())  # overwrites the live cache
-    backend.load_prefix(1, 24)
+    backend.load_prefix(0, 1, 24)
     assert run(backend, position=24) == expected
 
 
@@ -167,10 +168,10 @@ def test_decode_writes_its_own_position_of_the_cache_and_no_other(load):
     """The past is neither copied nor moved: past and present are one buffer, and a step touches one row of it."""
     backend = load(max_context=256)
     cache = backend._session.kv_cache
-    backend.begin(GREEDY, PROMPT)
-    backend.prefill(PROMPT, 0).result()
+    begin(backend, GREEDY, PROMPT)
+    prefill(backend, PROMPT, 0).result()
     address, before = cache.ctypes.data, cache.copy()
-    backend.decode().result()
+    decode(backend).result()
     changed = np.unique(np.argwhere(cache != before)[:, 4])
     assert changed.tolist() == [len(PROMPT)] and cache.ctypes.data == address
 

@@ -18,7 +18,6 @@ pytest.importorskip("onnxruntime")
 import checkpoints
 import fake_tensorrt
 from device_steps import generate
-from engine_core.backends import TokenSampling
 from engine_core.backends.tensorrt.api import TensorRT
 from engine_core.backends.tensorrt.backend import TensorRTBackend
 from engine_core.backends.tensorrt.build import build_tensorrt
@@ -31,6 +30,8 @@ from engine_core.errors import (
     InvalidSamplingError,
 )
 from engine_core.formats.manifest import read_manifest
+from engine_core.measure.steps import begin, decode, extend, prefill
+from engine_core.request import SamplingParams
 from fake_gpu import FakeDriver, install
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=45).astype(np.int32)
@@ -38,9 +39,8 @@ MAX_CONTEXT = 128
 VERSION = "8.6.0"
 
 
-def options(**changes) -> TokenSampling:
-    values = dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=1, logit_bias=())
-    return TokenSampling(**{**values, "stop_ids": frozenset(), **changes})
+def options(**changes) -> SamplingParams:
+    return SamplingParams(**{"seed": 1, **changes})
 
 
 @pytest.fixture
@@ -89,8 +89,8 @@ def test_a_prompt_in_one_chunk_is_handed_the_shortest_past(built, driver):
     backend = load(built[0], driver)
     seen = []
     backend._prefill_engine.set_shapes = lambda shapes: seen.append((shapes["token_ids"], shapes["past_index"]))
-    backend.begin(options(), PROMPT)
-    backend.prefill(PROMPT[:40], 0)
+    begin(backend, options(), PROMPT)
+    prefill(backend, PROMPT[:40], 0)
     assert seen == [((16,), (64,)), ((16,), (MAX_CONTEXT,)), ((8,), (MAX_CONTEXT,))]
     backend.close()
 
@@ -112,10 +112,10 @@ def test_a_smaller_context_than_built_for(built, model, driver):
 def test_prefixes_and_extending_bring_the_same_tokens(built, model, driver):
     backend = load(built[0], driver, prompt_cache_tokens=40)
     expected = checkpoints.reference_greedy(model, PROMPT, 8)
-    backend.extend(PROMPT[:40], 0)
-    backend.save_prefix(1, 40)
+    extend(backend, PROMPT[:40], 0)
+    backend.save_prefix(0, 1, 40)
     generate(backend, PROMPT[::-1].copy(), 8)
-    backend.load_prefix(1, 40)
+    backend.load_prefix(0, 1, 40)
     assert generate(backend, PROMPT, 8, start=40) == expected
     backend.close()
 
@@ -124,20 +124,20 @@ def test_bias_mask_penalty_stop_and_interrupt(built, model, driver):
     backend = load(built[0], driver)
     tokens = generate(backend, PROMPT, 8)
     stop = tokens[3]
-    ended = generate(backend, PROMPT, 8, options(stop_ids=frozenset({stop})))
+    ended = generate(backend, PROMPT, 8, options(stop_token_ids=frozenset({stop})))
     first = tokens.index(stop)
     assert ended == tokens[: first + 1] + [None] * (7 - first)
     assert generate(backend, PROMPT, 3, options(logit_bias=((77, 100.0),))) == [77] * 3
     mask = np.zeros(-(-331 // 32), dtype=np.uint32)
     mask[200 // 32] |= 1 << 200 % 32
-    backend.begin(options(), PROMPT)
-    assert [backend.prefill(PROMPT, 0, mask).result(), backend.decode(mask).result()] == [200, 200]
+    begin(backend, options(), PROMPT)
+    assert [prefill(backend, PROMPT, 0, mask).result(), decode(backend, mask).result()] == [200, 200]
     with pytest.raises(InvalidSamplingError):
-        backend.decode(np.zeros_like(mask)).result()
-    backend.begin(options(), PROMPT)
-    pending = backend.prefill(PROMPT, 0)
-    backend.interrupt()
-    assert pending.result() is None and backend.decode().result() is None
+        decode(backend, np.zeros_like(mask)).result()
+    begin(backend, options(), PROMPT)
+    pending = prefill(backend, PROMPT, 0)
+    backend.interrupt(0)
+    assert pending.result() is None and decode(backend).result() is None
     assert generate(backend, PROMPT, 8) == tokens
     backend.close()
 
@@ -145,11 +145,11 @@ def test_bias_mask_penalty_stop_and_interrupt(built, model, driver):
 def test_a_nan_does_not_outlive_its_request(built, driver):
     backend = load(built[0], driver)
     expected = generate(backend, PROMPT, 4)
-    backend.begin(options(), PROMPT)
-    backend.prefill(PROMPT, 0).result()
+    begin(backend, options(), PROMPT)
+    prefill(backend, PROMPT, 0).result()
     backend._stream.upload(backend._work["kv_cache"].at(1, 1, 0, 3), _nan_row(backend))
     with pytest.raises(EngineFaultError, match="NaN"):
-        backend.decode().result()
+        decode(backend).result()
     assert generate(backend, PROMPT[:2], 1) and generate(backend, PROMPT, 4) == expected
     backend.close()
 

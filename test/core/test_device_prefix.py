@@ -53,10 +53,10 @@ def test_scales_come_back_with_their_rows(backend):
         rows[:] = random.integers(-127, 128, rows.shape)
         scales[:] = random.random(scales.shape)
         saved[slot] = (rows[:, :length].copy(), scales[:, :length].copy())
-        backend.save_prefix(slot, length)
+        backend.save_prefix(0, slot, length)
     for slot, (old_rows, old_scales) in saved.items():
         length = old_rows.shape[1]
         rows[:], scales[:] = 55, 0.5
-        backend.load_prefix(slot, length)
+        backend.load_prefix(0, slot, length)
         assert (rows[:, :length] == old_rows).all() and (scales[:, :length] == old_scales).all()
         assert (rows[:, length:] == 55).all() and (scales[:, length:] == 0.5).all()

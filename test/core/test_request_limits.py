@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 
-from engine_core.backends import TokenSampling
 from engine_core.errors import (
     EngineFaultError,
     InvalidRequestError,
@@ -116,7 +115,7 @@ def test_biases_are_summed_then_clamped_and_never_nan(open_engine):
 def test_a_tiny_temperature_is_greedy(open_engine, temperature):
     greedy = run(open_engine(), ask())[1].token_ids
     assert run(open_engine(), ask(sampling={"temperature": temperature}))[1].token_ids == greedy
-    assert TokenSampling.of(SamplingParams(temperature=temperature), frozenset()).temperature == 0.0
+    assert SamplingParams(temperature=temperature).resolve().temperature == 0.0
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1.0, 100.0])
@@ -128,7 +127,7 @@ def test_the_extremes_of_every_option_sample_a_token(temperature, penalty):
     )  # fmt: skip
     params.validate()
     sampler = Sampler(32)
-    sampler.begin(TokenSampling.of(params, frozenset()), np.arange(32, dtype=np.int32))
+    sampler.begin(params.resolve(), np.arange(32, dtype=np.int32))
     with np.errstate(over="raise", invalid="raise"):
         assert 0 <= sampler.sample(np.linspace(-100, 100, 32, dtype=np.float32)) < 32
 
@@ -173,7 +172,7 @@ def test_a_panic_in_prepare_is_one_refused_request(open_engine, monkeypatch):
     assert run(engine, ask())[1].generated_tokens == 8
 
 
-@pytest.mark.parametrize("where", ["generate", "on_change", "warm"])
+@pytest.mark.parametrize("where", ["step", "on_change", "warm"])
 def test_a_panic_in_the_workers_thread_is_a_fault_that_is_seen(open_engine, where):
     engine, faults, seen, armed = open_engine(), [], threading.Event(), []
 
@@ -184,8 +183,8 @@ def test_a_panic_in_the_workers_thread_is_a_fault_that_is_seen(open_engine, wher
         engine, on_change=lambda: panic() if armed and threading.current_thread().name == "edgellm-worker" else None,
         on_fault=lambda error: (faults.append(error), seen.set()),
     )  # fmt: skip
-    if where == "generate":
-        engine.generate = panic
+    if where == "step":
+        engine.step = panic
     if where == "warm":
         engine.warm_system_prompt = panic
         worker.warm_system_prompt("x")

@@ -5,25 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine_core.backends import TokenSampling
 from engine_core.errors import EngineFaultError, InvalidSamplingError
+from engine_core.request import SamplingParams
 from engine_core.sampling import Sampler, philox4x32, uniform
 
 NUM_DRAWS = 6_000
 
 
-def sampling(**changes) -> TokenSampling:
-    values = dict(
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        seed=7,
-        logit_bias=(),
-        stop_ids=frozenset(),
-    )
-    return TokenSampling(**{**values, **changes})
+def sampling(**changes) -> SamplingParams:
+    return SamplingParams(**{"temperature": 1.0, "seed": 7, **changes})
 
 
 def draws(logits, count=NUM_DRAWS, history=(), vocab_map=None, vocab_size=None, mask=None, **options) -> np.ndarray:

@@ -20,6 +20,7 @@ from engine_core.cuda.driver import DeviceMemoryError
 from engine_core.errors import BuildError, ConfigurationError, EngineDirectoryError, UnsupportedModelError
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import write_safetensors
+from engine_core.measure.steps import begin, decode, prefill
 from fake_gpu import FakeDriver, install
 from test_backend_tensorrt import PROMPT, load
 
@@ -75,10 +76,10 @@ def test_a_chunk_is_no_graph(built, driver):
     """A context's shapes change between chunks, which a graph of it would not survive."""
     backend = load(built[0], driver)
     driver.log.clear()
-    backend.begin(GREEDY, LONG)
-    backend.prefill(LONG, 0)
+    begin(backend, GREEDY, LONG)
+    prefill(backend, LONG, 0)
     assert "cuGraphLaunch" not in driver.log
-    backend.decode().result()
+    decode(backend).result()
     assert driver.log.count("cuGraphLaunch") == 1
     backend.close()
 

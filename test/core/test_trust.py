@@ -350,7 +350,7 @@ def test_a_panic_of_the_engine_is_a_fault_that_is_seen(open_engine):
     def panic(*_):
         raise Panic("gone")
 
-    engine.generate = panic
+    engine.step = panic
     faults, results, done = [], [], threading.Event()
     worker = Worker(engine, on_fault=faults.append)
     worker.submit(ask(), on_done=lambda result: (results.append(result), done.set()))

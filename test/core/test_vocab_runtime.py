@@ -16,7 +16,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 
 import vocab_checkpoints
-from engine_core.backends import TokenSampling
 from engine_core.backends.onnxruntime import head as ort_head
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.backends.onnxruntime.build import build_engine
@@ -24,6 +23,7 @@ from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError, InvalidSamplingError, InvalidSchemaError
 from engine_core.formats.safetensors_file import write_safetensors
 from engine_core.formats.vocab_map import TENSOR_NAME
+from engine_core.measure.steps import begin, decode, prefill
 from engine_core.reduce_vocab.reduce import reduce_vocab
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
 from engine_core.sampling import Sampler
@@ -32,7 +32,7 @@ from engine_core.serving.engine import Engine
 from test_demo_model import MODEL, SCHEMA, conforms
 from tools.demo_model.grammar import Generator
 
-GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset())
+GREEDY = SamplingParams(seed=0)
 SAMPLINGS = {
     "greedy": GREEDY,
     "options": dataclasses.replace(
@@ -71,10 +71,10 @@ def load(variant, manifest, **config):
 
 
 def tokens(backend, sampling, mask=None, count=40) -> list[int]:
-    backend.begin(sampling, PROMPT)
-    found = [backend.prefill(PROMPT, 0, mask).result()]
+    begin(backend, sampling, PROMPT)
+    found = [prefill(backend, PROMPT, 0, mask).result()]
     while len(found) < count:
-        found.append(backend.decode(mask).result())
+        found.append(decode(backend, mask).result())
     return found
 
 

@@ -13,12 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np  # noqa: E402
 
-from engine_core.backends import TokenSampling, backend_class  # noqa: E402
+from engine_core.backends import backend_class  # noqa: E402
 from engine_core.config import EngineConfig  # noqa: E402
 from engine_core.cuda.driver import Device  # noqa: E402
 from engine_core.formats.manifest import read_manifest  # noqa: E402
+from engine_core.measure.steps import begin, decode, prefill  # noqa: E402
+from engine_core.request import SamplingParams  # noqa: E402
 
-GREEDY = TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 1, (), frozenset())
+GREEDY = SamplingParams(seed=1)
 
 
 def main() -> None:
@@ -31,10 +33,10 @@ def main() -> None:
     before = outer.memory_info()[0]
     backend = kind.load(engine_dir, manifest, config)
     prompt = np.arange(3, 603, dtype=np.int32)
-    backend.begin(GREEDY, prompt)
-    backend.prefill(prompt, 0).result()
+    begin(backend, GREEDY, prompt)
+    prefill(backend, prompt, 0).result()
     for _ in range(8):
-        backend.decode().result()
+        decode(backend).result()
     taken = before - outer.memory_info()[0]
     backend.close()
     runtime = taken - plan.total + plan.item("runtime")

@@ -13,11 +13,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import numpy as np  # noqa: E402
 
 from device_steps import generate  # noqa: E402
-from engine_core.backends import TokenSampling  # noqa: E402
 from engine_core.backends.cuda.backend import CudaBackend  # noqa: E402
 from engine_core.backends.cuda.layout import CudaSpec, weight_arrays  # noqa: E402
 from engine_core.cuda.driver import Device  # noqa: E402
 from engine_core.cuda.kernels.attention import AttentionShape  # noqa: E402
+from engine_core.request import SamplingParams  # noqa: E402
 
 VOCAB, CONTEXT, HEAD_DIM = 1008, 309, 32  # the last chunk of 290 tokens has rows beyond the context
 
@@ -58,13 +58,15 @@ def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool, tune_ke
 def main() -> None:
     weights, kv_cache_type = sys.argv[1:]
     prompt = np.random.default_rng(1).integers(0, VOCAB, 290).astype(np.int32)
-    sampled = TokenSampling(0.9, 0.95, 40, 0.05, 1.2, 5, ((11, 1.0),), frozenset())
+    sampled = SamplingParams(
+        temperature=0.9, top_p=0.95, top_k=40, min_p=0.05, repetition_penalty=1.2, seed=5, logit_bias=((11, 1.0),)
+    )
     for use_cuda_graph in (True, False):
         backend = make_backend(weights, kv_cache_type, use_cuda_graph)
         first = generate(backend, prompt[:77], 6)
-        backend.save_prefix(1, 60)
+        backend.save_prefix(0, 1, 60)
         generate(backend, prompt, 6, sampled)  # over 256 keys: attention in more than one share
-        backend.load_prefix(1, 60)
+        backend.load_prefix(0, 1, 60)
         again = generate(backend, prompt[:77], 6, start=60)
         backend.close()
         assert None not in first and len(set(first)) > 1, first

@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 
 from device_steps import generate
-from engine_core.backends import TokenSampling
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.layout import CudaSpec, weight_arrays
 from engine_core.cuda.driver import Device, DeviceMemoryError
 from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.errors import EngineFaultError, InvalidSamplingError
+from engine_core.measure.steps import begin, decode, prefill
+from engine_core.request import SamplingParams
 
 pytestmark = pytest.mark.gpu
 
 VOCAB, CONTEXT = 500, 301  # no multiple of the eight tokens whose scales an int8 cache copies at once
 
 
-def options(**changes) -> TokenSampling:
-    values = dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=1, logit_bias=())
-    return TokenSampling(**{**values, "stop_ids": frozenset(), **changes})
+def options(**changes) -> SamplingParams:
+    return SamplingParams(**{"seed": 1, **changes})
 
 
 def make_backend(fill=None, *, vocab_map=None, kv_int8=False, **changes) -> CudaBackend:
@@ -76,8 +76,8 @@ def test_nothing_is_allocated_after_load(backend):
     allocations, (free, _) = backend._device.allocations, backend._device.memory_info()
     for i in range(300):
         generate(backend, PROMPT[: 1 + i % 90], 4, kinds[i % 3])
-        backend.save_prefix(i % 2, 1 + i % 90)
-        backend.load_prefix(i % 2, 1 + i % 90)
+        backend.save_prefix(0, i % 2, 1 + i % 90)
+        backend.load_prefix(0, i % 2, 1 + i % 90)
     assert backend._device.allocations == allocations
     assert backend._device.memory_info()[0] == free
 
@@ -107,21 +107,21 @@ def test_a_stop_id_ends_the_sequence(backend):
     tokens = generate(backend, PROMPT, 20, options(temperature=1.0, seed=3))
     stop = tokens[7]
     first = tokens.index(stop)
-    stopped = generate(backend, PROMPT, 20, options(temperature=1.0, seed=3, stop_ids=frozenset({stop})))
+    stopped = generate(backend, PROMPT, 20, options(temperature=1.0, seed=3, stop_token_ids=frozenset({stop})))
     assert stopped == tokens[: first + 1] + [None] * (19 - first)
     assert generate(backend, PROMPT, 20, options(temperature=1.0, seed=3)) == tokens
 
 
 def test_interrupt_ends_what_is_queued_until_begin(backend):
     expected = generate(backend, PROMPT, 5, options())
-    backend.begin(options(), PROMPT)
-    pending = backend.prefill(PROMPT, 0)
+    begin(backend, options(), PROMPT)
+    pending = prefill(backend, PROMPT, 0)
     assert pending.result() == expected[0]
-    ahead = backend.decode()
-    backend.interrupt()
+    ahead = decode(backend)
+    backend.interrupt(0)
     assert ahead.result() is None
-    assert backend.decode().result() is None
-    assert backend.prefill(PROMPT, 0).result() is None
+    assert decode(backend).result() is None
+    assert prefill(backend, PROMPT, 0).result() is None
     assert generate(backend, PROMPT, 5, options()) == expected
 
 
@@ -134,12 +134,12 @@ def test_the_context_can_be_filled_to_its_end_and_not_beyond(backend):
 def test_prefixes_bring_the_same_tokens(backend):
     expected = generate(backend, PROMPT, 10, options())
     other = PROMPT[::-1].copy()
-    backend.begin(options(), PROMPT)
-    backend.prefill(PROMPT, 0).result()
-    backend.save_prefix(1, 60)
+    begin(backend, options(), PROMPT)
+    prefill(backend, PROMPT, 0).result()
+    backend.save_prefix(0, 1, 60)
     generate(backend, other, 10, options())
-    backend.save_prefix(0, 60)
-    backend.load_prefix(1, 60)
+    backend.save_prefix(0, 0, 60)
+    backend.load_prefix(0, 1, 60)
     assert generate(backend, PROMPT, 10, options(), start=60) == expected
 
 
@@ -148,16 +148,16 @@ def test_a_mask_holds_for_its_step(backend):
     mask = np.zeros(-(-VOCAB // 32), dtype=np.uint32)
     for token in allowed:
         mask[token // 32] |= np.uint32(1 << token % 32)
-    backend.begin(options(temperature=5.0), PROMPT)
-    tokens = [backend.prefill(PROMPT, 0, mask).result()]
+    begin(backend, options(temperature=5.0), PROMPT)
+    tokens = [prefill(backend, PROMPT, 0, mask).result()]
     for _ in range(12):
-        tokens.append(backend.decode(mask).result())
+        tokens.append(decode(backend, mask).result())
     assert set(tokens) == set(allowed)
-    free = [backend.decode().result() for _ in range(12)]
+    free = [decode(backend).result() for _ in range(12)]
     assert not set(free) <= set(allowed)
     with pytest.raises(InvalidSamplingError):
-        backend.decode(np.zeros_like(mask)).result()
-    assert backend.decode().result() is None
+        decode(backend, np.zeros_like(mask)).result()
+    assert decode(backend).result() is None
 
 
 def test_reduced_vocabulary_gives_full_ids():
@@ -178,9 +178,9 @@ def test_nan_is_a_fault_of_the_engine(kv_int8):
             values[3, 5] = np.nan
 
     backend = make_backend(damage, kv_int8=kv_int8)
-    backend.begin(options(), PROMPT)
-    pending = backend.prefill(PROMPT, 0)
-    ahead = backend.decode()
+    begin(backend, options(), PROMPT)
+    pending = prefill(backend, PROMPT, 0)
+    ahead = decode(backend)
     with pytest.raises(EngineFaultError, match="NaN"):
         pending.result()
     assert ahead.result() is None

@@ -9,7 +9,6 @@ import pytest
 from gpu_bench import NUMPY, error, from_bits
 
 from device_steps import GREEDY, generate
-from engine_core.backends import TokenSampling
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda
 from engine_core.config import EngineConfig
@@ -17,6 +16,8 @@ from engine_core.cuda.kernels import int4_layout, int8_layout, reference
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.vocab_map import write_vocab_map
+from engine_core.measure.steps import begin, decode, extend, prefill
+from engine_core.request import SamplingParams
 
 pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")
@@ -100,15 +101,15 @@ def test_logits_and_greedy_tokens(model, engine_dir):
     prompt = np.random.default_rng(3).integers(0, 1003, 70).astype(np.int32)
     backend = load(engine_dir)
     try:
-        backend.begin(GREEDY, prompt)
+        begin(backend, GREEDY, prompt)
         ids, rows = prompt.tolist(), []
-        pending = backend.prefill(prompt, 0)
+        pending = prefill(backend, prompt, 0)
         for _ in range(40):
             token = pending.result()
             rows.append(logits_of(backend))
             assert token == int(rows[-1].argmax())
             ids.append(token)
-            pending = backend.decode()
+            pending = decode(backend)
     finally:
         backend.close()
     expected, allowed = expected_logits(model, ids, dtype)
@@ -142,13 +143,13 @@ def test_logits_with_an_int8_kv_cache(model, engine_dir):
     backend = load(engine_dir, kv_cache_type="int8")
     try:
         assert backend._work["kv_cache"].dtype == "int8"
-        backend.begin(GREEDY, prompt)
+        begin(backend, GREEDY, prompt)
         ids, rows = prompt.tolist(), []
-        pending = backend.prefill(prompt, 0)
+        pending = prefill(backend, prompt, 0)
         for _ in range(40):
             ids.append(pending.result())
             rows.append(logits_of(backend))
-            pending = backend.decode()
+            pending = decode(backend)
     finally:
         backend.close()
     expected, allowed = expected_logits(model, ids, manifest.options["dtype"])
@@ -195,13 +196,13 @@ def check_greedy(engine_dir, model, count: int = 20) -> None:
     prompt = np.random.default_rng(6).integers(0, model.config.vocab_size, 70).astype(np.int32)
     backend = load(engine_dir)
     try:
-        backend.begin(GREEDY, prompt)
+        begin(backend, GREEDY, prompt)
         ids, rows = prompt.tolist(), []
-        pending = backend.prefill(prompt, 0)
+        pending = prefill(backend, prompt, 0)
         for _ in range(count):
             ids.append(pending.result())
             rows.append(logits_of(backend))
-            pending = backend.decode()
+            pending = decode(backend)
     finally:
         backend.close()
     expected, allowed = expected_logits(model, ids, read_manifest(engine_dir).options["dtype"])
@@ -225,11 +226,11 @@ def test_a_vocab_map_given_at_load_gives_the_tokens_of_one_built_in(tmp_path, qu
     for name, vocab_map in (("whole", str(tmp_path / "map.safetensors")), ("cut", "auto")):
         backend = load(tmp_path / name, vocab_map=vocab_map, max_context=128)
         try:
-            backend.begin(GREEDY, prompt)
-            pending, found[name] = backend.prefill(prompt, 0), []
+            begin(backend, GREEDY, prompt)
+            pending, found[name] = prefill(backend, prompt, 0), []
             for _ in range(20):
                 found[name].append((pending.result(), logits_of(backend).tolist()))
-                pending = backend.decode()
+                pending = decode(backend)
             pending.result()
         finally:
             backend.close()
@@ -257,7 +258,9 @@ def test_quantized_logits(tmp_path, quantization, layout, dtype, tied):
 @pytest.mark.parametrize("kv_cache_type", ["fp16", "int8"])
 def test_graph_and_eager_give_the_same_tokens(engine_dir, kv_cache_type):
     prompt = np.arange(3, 40, dtype=np.int32)
-    sampled = TokenSampling(0.9, 0.95, 40, 0.0, 1.2, 5, ((11, 1.0),), frozenset())
+    sampled = SamplingParams(
+        temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.2, seed=5, logit_bias=((11, 1.0),)
+    )
     found = []
     for use_cuda_graph in (True, False):
         backend = load(engine_dir, use_cuda_graph=use_cuda_graph, kv_cache_type=kv_cache_type)
@@ -274,12 +277,12 @@ def test_a_prompt_in_chunks_and_in_parts_gives_the_same_logits(model, engine_dir
     expected, allowed = expected_logits(model, prompt.tolist(), dtype)
     backend = load(engine_dir, prefill_chunk=chunk)
     try:
-        backend.begin(GREEDY, prompt)
+        begin(backend, GREEDY, prompt)
         for cut in (0, 1, 77, 199):
             if cut:
-                backend.extend(prompt[:cut], 0)
-            backend.begin(GREEDY, prompt)
-            backend.prefill(prompt[cut:], cut).result()
+                extend(backend, prompt[:cut], 0)
+            begin(backend, GREEDY, prompt)
+            prefill(backend, prompt[cut:], cut).result()
             assert error(logits_of(backend), expected[-1]) < TOLERANCE * allowed
     finally:
         backend.close()

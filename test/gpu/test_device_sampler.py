@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine_core.backends import TokenSampling
 from engine_core.cuda.kernels import sampling
+from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 from engine_core.sampling import Sampler
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +35,7 @@ class DeviceSampler:
             bench.kernels("fp16"), *(self._arrays[name] for name in names), device_map, self._tokens.address
         )
 
-    def begin(self, options: TokenSampling, history: np.ndarray) -> None:
+    def begin(self, options: SamplingParams, history: np.ndarray) -> None:
         device, arrays = self._bench.device, self._arrays
         row_of = np.arange(self._vocab_size) if self._map is None else np.full(self._vocab_size, -1)
         if self._map is not None:
@@ -51,9 +51,9 @@ class DeviceSampler:
         device.upload(arrays["bias"], bias)
         device.upload(arrays["state"], np.zeros(sampling.STATE.itemsize, dtype=np.uint8))
         self._values = np.zeros((), dtype=sampling.PARAMS)
-        for name in ("top_p", "seed", "temperature", "min_p", "top_k"):
+        for name in SAMPLING_OPTIONS.keys() & set(sampling.PARAMS.names):
             self._values[name] = getattr(options, name)
-        self._values["penalty"], self._values["has_bias"] = options.repetition_penalty, bool(options.logit_bias)
+        self._values["has_bias"] = bool(options.logit_bias)
         self.step = 0
 
     def sample(self, logits: np.ndarray, mask: np.ndarray | None = None) -> int:
@@ -71,9 +71,8 @@ class DeviceSampler:
         return token
 
 
-def options(**changes) -> TokenSampling:
-    values = dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=1, logit_bias=())
-    return TokenSampling(**{**values, **changes}, stop_ids=frozenset())
+def options(**changes) -> SamplingParams:
+    return SamplingParams(**{"seed": 1, **changes})
 
 
 CASES = {

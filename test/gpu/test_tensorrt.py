@@ -12,11 +12,12 @@ import pytest
 
 from benchmarks.random_checkpoint import write_random_checkpoint
 from device_steps import generate
-from engine_core.backends import TokenSampling
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import Device, DeviceMemoryError
 from engine_core.errors import EngineDirectoryError, EngineFaultError
 from engine_core.formats.manifest import read_manifest
+from engine_core.measure.steps import begin, decode, extend, prefill
+from engine_core.request import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,9 +66,8 @@ MODELS = {
 TOLERANCE = 0.03
 
 
-def options(**changes) -> TokenSampling:
-    values = dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=1, logit_bias=())
-    return TokenSampling(**{**values, "stop_ids": frozenset(), **changes})
+def options(**changes) -> SamplingParams:
+    return SamplingParams(**{"seed": 1, **changes})
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -105,8 +105,8 @@ def test_logits_are_those_of_the_exported_model(model, tmp_path):
     reference.cache[:] = 0
     backend = load(model[0])
     try:
-        backend.begin(options(), PROMPT)
-        token = backend.prefill(PROMPT, 0).result()
+        begin(backend, options(), PROMPT)
+        token = prefill(backend, PROMPT, 0).result()
         fed, worst = PROMPT, 0.0
         for position in range(len(PROMPT), len(PROMPT) + 8):
             found = backend._device.download(backend._work["logits"])
@@ -114,7 +114,7 @@ def test_logits_are_those_of_the_exported_model(model, tmp_path):
             worst = max(worst, np.abs(found - expected).max() / expected.std())
             assert worst < TOLERANCE, position
             fed = np.array([token], dtype=np.int32)
-            token = backend.decode().result()
+            token = decode(backend).result()
         print(f"logits differ by at most {100 * worst:.2f} % of their spread")
     finally:
         backend.close()
@@ -133,10 +133,10 @@ def test_tokens_are_the_same_with_and_without_graphs(model):
 def test_prefixes_bring_the_same_tokens(model):
     backend = load(model[0])
     expected = generate(backend, PROMPT, 10)
-    backend.extend(PROMPT[:64], 0)
-    backend.save_prefix(1, 64)
+    extend(backend, PROMPT[:64], 0)
+    backend.save_prefix(0, 1, 64)
     generate(backend, PROMPT[::-1].copy(), 10)
-    backend.load_prefix(1, 64)
+    backend.load_prefix(0, 1, 64)
     assert generate(backend, PROMPT, 10, start=64) == expected
     backend.close()
 

@@ -35,13 +35,13 @@ class FakeBackend(ScriptedBackend):
         backend.fault_file = Path(options["fault_file"]) if "fault_file" in options else None
         return backend
 
-    def _run(self, token_ids, position, mask):
+    def check_device(self) -> None:
+        super().check_device()
         if self.fault_file is not None and self.fault_file.exists():
             raise EngineFaultError("The fake device fell off the bus.")
-        return super()._run(token_ids, position, mask)
 
-    def _logits(self):
-        logits = super()._logits()
+    def logits(self, state):
+        logits = super().logits(state)
         if self.script is None:
             logits[:32] -= 100.0  # printable text: a ROS string ends at a NUL
         return logits

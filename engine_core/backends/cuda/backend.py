@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from engine_core.backends import TokenSampling
 from engine_core.backends.cuda.layout import (
     PROMPT_HEADER,
     ArraySpec,
@@ -35,6 +34,7 @@ from engine_core.cuda.graphs import GraphKey, GraphRunner
 from engine_core.cuda.kernels import CHUNK_WORDS, Kernels
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
+from engine_core.request import SamplingParams
 
 MAX_GRAPH_ROWS = 512  # of a chunk in a graph: a larger one's launches are queued long before the GPU is done
 Loaded = TypeVar("Loaded", bound="CudaBackend")  # Self is not in Python 3.10
@@ -153,7 +153,7 @@ class CudaBackend(DeviceBackend):
         self._decode_key = GraphKey(1, work["state"].address, work["logits"].address)
         self._graphs = GraphRunner(self._stream, enabled)
         undo.callback(self._graphs.close)
-        self._set_params(TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset()))
+        self._set_params(SamplingParams(seed=0))
         self._model.compile_ahead(address)
         self._graphs.add(self._decode_key, self._model.decode_launches(address))
         self._sample_last = self._model.sampling_launches(address)

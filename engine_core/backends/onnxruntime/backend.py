@@ -9,20 +9,21 @@ from __future__ import annotations
 import _thread
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 import onnxruntime as ort
 
-from engine_core.backends import TokenSampling
+from engine_core.backends import SequenceStep
 from engine_core.backends.onnxruntime.plan import Layout, plan_memory, resolve
 from engine_core.backends.onnxruntime.session import OrtSession, check_runtime
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, EdgeLLMError, EngineFaultError
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
+from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 from engine_core.sampling import Sampler
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class OnnxRuntimeBackend:
     """Implements ``engine_core.backends.Backend`` on the CPU."""
 
     name = "onnxruntime"
+    num_slots = 1
+    sampler_options = frozenset(SAMPLING_OPTIONS)
 
     def __init__(self, session: OrtSession, layout: Layout) -> None:
         self.max_context = session.max_context
@@ -63,8 +66,8 @@ class OnnxRuntimeBackend:
         self._session: OrtSession | None = session
         self._sampler = Sampler(layout.vocab_size, layout.vocab_map)
         kv = session.kv_cache.shape
-        self._slots = np.empty((layout.prefix_slots, *kv[:4], layout.prefix_tokens, kv[5]), session.kv_cache.dtype)
-        self._slots.fill(0)
+        self._prefixes = np.empty((layout.prefix_slots, *kv[:4], layout.prefix_tokens, kv[5]), session.kv_cache.dtype)
+        self._prefixes.fill(0)
         # The sequence's state belongs to the compute thread; the flag may be set from any.
         self._stop_ids: frozenset[int] = frozenset()
         self._ended = True
@@ -119,16 +122,17 @@ class OnnxRuntimeBackend:
 
     # --- the protocol: any call queues a job --------------------------------------------------------
 
-    def begin(self, sampling: TokenSampling, history: np.ndarray) -> None:
+    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray) -> None:
+        assert slot == 0
         self._set_interrupted(False)
         self._submit(self._begin, sampling, history).result()
 
-    def prefill(self, token_ids: np.ndarray, position: int, mask: np.ndarray | None = None) -> _Pending:
-        return self._submit(self._prefill_step, token_ids.copy(), position, None if mask is None else mask.copy())
-
-    def extend(self, token_ids: np.ndarray, position: int) -> None:
-        self._set_interrupted(False)
-        self._submit(self._feed, token_ids, position).result()
+    def step(self, steps: Sequence[SequenceStep]) -> list[_Pending]:
+        (step,) = steps
+        mask = None if step.mask is None else step.mask.copy()
+        if step.token_ids is None:
+            return [self._submit(self._decode_step, mask)]
+        return [self._submit(self._prefill_step, step.token_ids.copy(), step.position, mask, step.samples)]
 
     def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
         """float64 [n - first]: of each token of ``token_ids``, int32 [n], from index ``first`` (1 or more) on, given
@@ -138,17 +142,14 @@ class OnnxRuntimeBackend:
         self._set_interrupted(False)
         return self._submit(self._score, token_ids.copy(), first).result()
 
-    def decode(self, mask: np.ndarray | None = None) -> _Pending:
-        return self._submit(self._decode_step, None if mask is None else mask.copy())
-
-    def interrupt(self) -> None:
+    def interrupt(self, slot: int) -> None:
         self._set_interrupted(True)
 
-    def save_prefix(self, slot: int, length: int) -> None:
-        self._submit(self._save, slot, length).result()
+    def save_prefix(self, slot: int, entry: int, length: int) -> None:
+        self._submit(self._save, entry, length).result()
 
-    def load_prefix(self, slot: int, length: int) -> None:
-        self._submit(self._restore, slot, length).result()
+    def load_prefix(self, slot: int, entry: int, length: int) -> None:
+        self._submit(self._restore, entry, length).result()
 
     def close(self) -> None:
         if self._session is None:
@@ -157,7 +158,7 @@ class OnnxRuntimeBackend:
         self._jobs.put(None)
         self._thread.join()
         self._session = None
-        self._slots = np.empty(0, dtype=np.float32)
+        self._prefixes = np.empty(0, dtype=np.float32)
 
     # --- the compute thread -------------------------------------------------------------------------
 
@@ -183,13 +184,15 @@ class OnnxRuntimeBackend:
                 pending.set(token)
             del item, job, arguments, pending  # nothing is kept alive while waiting
 
-    def _begin(self, sampling: TokenSampling, history: np.ndarray) -> None:
+    def _begin(self, sampling: SamplingParams, history: np.ndarray) -> None:
         self._sampler.begin(sampling, history)
-        self._stop_ids = sampling.stop_ids
+        self._stop_ids = sampling.stop_token_ids
         self._ended = False
 
-    def _prefill_step(self, token_ids: np.ndarray, position: int, mask: np.ndarray | None) -> int | None:
-        if self._ended or not self._feed(token_ids, position):
+    def _prefill_step(
+        self, token_ids: np.ndarray, position: int, mask: np.ndarray | None, samples: bool
+    ) -> int | None:
+        if self._ended or not self._feed(token_ids, position) or not samples:
             return None
         return self._sample(mask)
 
@@ -236,11 +239,11 @@ class OnnxRuntimeBackend:
             self._ended = True
         return token
 
-    def _save(self, slot: int, length: int) -> None:
-        self._slots[slot][..., :length, :] = self._session.kv_cache[..., :length, :]
+    def _save(self, entry: int, length: int) -> None:
+        self._prefixes[entry][..., :length, :] = self._session.kv_cache[..., :length, :]
 
-    def _restore(self, slot: int, length: int) -> None:
-        self._session.kv_cache[..., :length, :] = self._slots[slot][..., :length, :]
+    def _restore(self, entry: int, length: int) -> None:
+        self._session.kv_cache[..., :length, :] = self._prefixes[entry][..., :length, :]
 
     def _warm_up(self) -> None:
         session = self._session

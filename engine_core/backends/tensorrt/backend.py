@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.backends import TokenSampling
 from engine_core.backends.gpu_backend import DeviceBackend, SequenceLimits, plan_here, rows_by_id
 from engine_core.backends.tensorrt.api import TensorRT
 from engine_core.backends.tensorrt.engine import TrtContext, TrtEngine
@@ -41,6 +40,7 @@ from engine_core.errors import EngineDirectoryError, EngineFaultError
 from engine_core.formats.manifest import Manifest
 from engine_core.formats.vocab_map import own_vocab_map
 from engine_core.memory import MemoryPlan
+from engine_core.request import SamplingParams
 
 
 class TensorRTBackend(DeviceBackend):
@@ -185,7 +185,7 @@ class TensorRTBackend(DeviceBackend):
             PREFILL, ("token_ids", "positions", "last_token", "write_index"), min(spec.chunk, spec.max_context)
         )
         self._decode_engine = context(DECODE, ("step_token", "step_position", "step_last_token", "step_write_index"), 1)
-        self._set_params(TokenSampling(0.0, 1.0, 0, 0.0, 1.0, 0, (), frozenset()))
+        self._set_params(SamplingParams(seed=0))
         arrays = [work[name] for name in ("logits", "scores", "params", "state", "seen", "bias", "mask")]
         self._sampling = sample(self._kernels, *arrays, work.get("vocab_map"), self._tokens.device_address)
         self._append_count = ctypes.c_int(spec.chunk)
@@ -266,8 +266,8 @@ class TensorRTBackend(DeviceBackend):
 
     # --- faults ---------------------------------------------------------------------------------------
 
-    def begin(self, sampling: TokenSampling, history: np.ndarray) -> None:
-        super().begin(sampling, history)
+    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray) -> None:
+        super().begin(slot, sampling, history)
         if self._damaged:
             self._damaged = False
             self._stream.zero(self._work["kv_cache"])

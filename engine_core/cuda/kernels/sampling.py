@@ -11,7 +11,8 @@ from engine_core.cuda.kernels.launch_configs import SAMPLE_PICK_THREADS, SAMPLE_
 RING = 8  # steps whose tokens pinned memory holds
 FAULT_NAN, FAULT_EMPTY = -1, -2  # tokens that are none
 
-# struct State of common.cuh and struct Params of sample.cu.
+# struct State of common.cuh and struct Params of sample.cu. Fields of ``Params`` that are named as
+# options of ``SamplingParams`` are set from them.
 STATE = np.dtype(
     [("token", "i4"), ("position", "i4"), ("step", "u8"), ("best", "u8"), ("nan_seen", "u4"), ("unused", "u4")]
 )
@@ -21,7 +22,7 @@ PARAMS = np.dtype(
         ("seed", "u8"),
         ("temperature", "f4"),
         ("min_p", "f4"),
-        ("penalty", "f4"),
+        ("repetition_penalty", "f4"),
         ("top_k", "i4"),
         ("has_bias", "u4"),
         ("has_mask", "u4"),

@@ -1,0 +1,29 @@
+"""Drive one sequence of a backend step by step, in its first slot: for measuring and for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine_core.backends import Backend, PendingToken, SequenceStep
+from engine_core.request import SamplingParams
+
+
+def begin(backend: Backend, sampling: SamplingParams, prompt: np.ndarray) -> None:
+    """``sampling``: with a seed; ``prompt``: int32 [n]."""
+    backend.begin(0, sampling, prompt)
+
+
+def prefill(
+    backend: Backend, token_ids: np.ndarray, position: int = 0, mask: np.ndarray | None = None
+) -> PendingToken:
+    return backend.step([SequenceStep(0, token_ids, position, mask)])[0]
+
+
+def decode(backend: Backend, mask: np.ndarray | None = None) -> PendingToken:
+    return backend.step([SequenceStep(0, mask=mask)])[0]
+
+
+def extend(backend: Backend, token_ids: np.ndarray, position: int) -> None:
+    """Write the KV of ``token_ids`` without sampling, as for a prefix that is to be saved."""
+    backend.begin(0, SamplingParams(seed=0), token_ids)
+    backend.step([SequenceStep(0, token_ids, position, samples=False)])[0].result()

@@ -1,0 +1,226 @@
+"""One request on its way through the engine: its prompt, its place, its growing answer and its times.
+
+A sequence says what it wants from the next step and takes the token that comes of it. It knows nothing of the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine_core.backends import PendingToken, SequenceStep
+from engine_core.request import FinishReason, GenerationRequest, GenerationResult, Piece, SamplingParams
+from engine_core.serving.cancellation import CancelToken
+from engine_core.serving.constraint import JsonConstraint
+from engine_core.text.detokenizer import Decoder, Detokenizer, StopStrings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request that has been checked and tokenized."""
+
+    request: GenerationRequest
+    token_ids: np.ndarray  # int32 [n], the whole prompt
+    prefix_ids: np.ndarray  # int32 [m], its system prompt's part, worth keeping; often empty
+    sampling: SamplingParams  # resolved
+    max_new_tokens: int
+    constraint: JsonConstraint | None
+
+    @classmethod
+    def unread(cls, request: GenerationRequest) -> PreparedRequest:
+        """Return ``request`` as one whose deadline passed before it was tokenized; it can only be answered."""
+        nothing = np.empty(0, dtype=np.int32)
+        return cls(request, nothing, nothing, request.sampling, 0, None)
+
+
+class Sequence:
+    """The state of one prepared request, from its arrival to its answer.
+
+    ``on_piece`` gets the pieces of the text, then ``on_done`` the result, once. They are called by whoever drives the
+    engine or ends the sequence, and what they raise is logged.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedRequest,
+        tokenizer: Decoder,
+        *,
+        on_piece: Callable[[Piece], None] | None,
+        on_done: Callable[[GenerationResult], None],
+        arrival: float | None = None,
+        cancel: CancelToken | None = None,
+    ) -> None:
+        """``arrival``: time.monotonic() when the request came; None: now."""
+        self.prepared = prepared
+        self.cancel = CancelToken() if cancel is None else cancel
+        self._on_piece = on_piece
+        self._on_done = on_done
+        # Its place, while it runs.
+        self.slot: int | None = None
+        self.cached_tokens = 0  # of the prompt, whose KV was there
+        self.unread: deque[PendingToken] = deque()  # queued steps whose tokens have not been read, at most two
+        self.num_queued = 0  # tokens sampled or on their way
+        self.ending: FinishReason | Exception | None = None  # why it is over
+        # Its answer.
+        self.token_ids: list[int] = []  # without the end-of-sequence token
+        self.num_sampled = 0
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = StopStrings(prepared.request.stop)
+        self._text: list[str] = []
+        self._pending_text = ""
+        self._pending_ids: list[int] = []
+        self._num_pieces = 0
+        # s, time.monotonic
+        self.arrival = time.monotonic() if arrival is None else arrival
+        self.start = 0.0  # of the work
+        self._first_token = 0.0
+        self._last_token = 0.0
+        self._next_piece = 0.0  # no piece before this time
+
+    @property
+    def request_id(self) -> str:
+        return self.prepared.request.request_id
+
+    @property
+    def priority(self) -> int:
+        return self.prepared.request.priority
+
+    @property
+    def deadline(self) -> float | None:
+        """time.monotonic() when it has to end; None = never."""
+        timeout = self.prepared.request.timeout
+        return self.arrival + timeout if timeout > 0 else None
+
+    # --- steps ----------------------------------------------------------------------------------------
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the next step can be queued now: a JSON schema's mask needs the token before it."""
+        return self.prepared.constraint is None or not self.unread
+
+    def next_step(self) -> SequenceStep | None:
+        """What to run next; None while all the tokens it may have are on their way.
+
+        Raises InvalidSchemaError if its schema leaves no token.
+        """
+        if self.num_queued == self.prepared.max_new_tokens:
+            return None
+        constraint = self.prepared.constraint
+        mask = None if constraint is None else constraint.mask()
+        if self.num_queued:
+            return SequenceStep(self.slot, mask=mask)
+        return SequenceStep(self.slot, self.prepared.token_ids[self.cached_tokens :], self.cached_tokens, mask)
+
+    def queued(self, pending: PendingToken) -> None:
+        """Notes that ``next_step`` is on its way."""
+        self.unread.append(pending)
+        self.num_queued += 1
+
+    def accept(self, token: int | None) -> FinishReason | None:
+        """Takes the token of its oldest unread step; returns why the answer ends with it, or None.
+
+        Raises InvalidSchemaError, and EngineFaultError for a token that its schema's mask did not have.
+        """
+        if token is not None:
+            self._note_time()
+            if token in self.prepared.sampling.stop_token_ids:
+                return FinishReason.STOP
+            self.token_ids.append(token)
+            self._pending_ids.append(token)
+            self._pending_text += self._stop.feed(self._detokenizer.feed(token))
+            if (constraint := self.prepared.constraint) is not None:
+                constraint.accept(token)
+                if constraint.complete:
+                    return FinishReason.STOP
+            if self._stop.found:
+                return FinishReason.STOP
+        if self.cancel.reason is not None:
+            return self.cancel.reason
+        assert token is not None, "the backend ended a sequence that nobody ended"
+        return FinishReason.LENGTH if self.num_sampled >= self.prepared.max_new_tokens else None
+
+    def live_ids(self) -> np.ndarray:
+        """Return the ids, int32, whose KV is in its slot for sure: every sampled token but the last has been fed."""
+        known = self.prepared.token_ids[: None if self.num_sampled else self.cached_tokens]
+        fed = self.token_ids[: max(0, self.num_sampled - 1)]
+        return np.concatenate([known, np.array(fed, dtype=np.int32)])
+
+    def _note_time(self) -> None:
+        self._last_token = time.monotonic()
+        self.num_sampled += 1
+        if self.num_sampled == 1:
+            self._first_token = self._last_token
+
+    # --- what its client gets -------------------------------------------------------------------------
+
+    def emit(self) -> None:
+        """Hands out what is to be shown now: nothing without text or before the streaming interval is over."""
+        if self._pending_text and self._last_token >= self._next_piece:
+            self._next_piece = self._last_token + self.prepared.request.stream_interval
+            self._emit_piece()
+
+    def finish(self) -> None:
+        """Hands out the rest of the text and the result, by ``ending``."""
+        assert self.ending is not None
+        if isinstance(self.ending, Exception):
+            self.fail(self.ending)
+            return
+        self._pending_text += self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
+        if self._pending_text or self._pending_ids:
+            self._emit_piece()
+        decode_time = self._last_token - self._first_token
+        self._done(
+            dataclasses.replace(
+                self._unstarted(self.ending),
+                text="".join(self._text),
+                token_ids=tuple(self.token_ids),
+                cached_tokens=self.cached_tokens,
+                generated_tokens=self.num_sampled,
+                queue_time=self.start - self.arrival,
+                time_to_first_token=self._first_token - self.arrival if self.num_sampled else 0.0,
+                tokens_per_second=(self.num_sampled - 1) / decode_time if decode_time > 0 else 0.0,
+            )
+        )
+
+    def fail(self, error: Exception) -> None:
+        """Hands out a result with ``error``."""
+        self._done(dataclasses.replace(self._unstarted(FinishReason.ERROR), error=error))
+
+    def drop(self, reason: FinishReason) -> None:
+        """Hands out the result of a sequence that was never started."""
+        self._done(self._unstarted(reason))
+
+    def _unstarted(self, reason: FinishReason) -> GenerationResult:
+        waited = time.monotonic() - self.arrival
+        num_tokens = len(self.prepared.token_ids)
+        return GenerationResult(
+            self.request_id, finish_reason=reason, prompt_tokens=num_tokens, queue_time=waited, total_time=waited
+        )
+
+    def _emit_piece(self) -> None:
+        piece = Piece(self._num_pieces, self._pending_text, tuple(self._pending_ids))
+        self._text.append(self._pending_text)
+        self._num_pieces += 1
+        self._pending_text = ""
+        self._pending_ids.clear()
+        if self._on_piece is not None:
+            _guarded(self._on_piece, piece)
+
+    def _done(self, result: GenerationResult) -> None:
+        _guarded(self._on_done, result)
+
+
+def _guarded(callback: Callable, value: object) -> None:
+    """A client's callback must not take the engine down."""
+    try:
+        callback(value)
+    except BaseException:
+        _log.exception("A callback raised")
