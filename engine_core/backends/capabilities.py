@@ -24,7 +24,10 @@ HARDWARE_TYPES = {"fp8": (89, "Ada, Hopper or Blackwell"), "nvfp4": (100, "Black
 
 @dataclass(frozen=True)
 class Trait:
-    """Something a model can have that a backend does not run. ``label`` completes "the model has", and may name {spec}."""
+    """Something a model can have that a backend does not run.
+
+    ``label`` completes "the model has" and may name {spec}.
+    """
 
     label: str
     is_in: Callable[[ModelSpec, int], bool]  # of a model, with so many tokens of context

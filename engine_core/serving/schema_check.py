@@ -29,6 +29,7 @@ _QUICK_PLACES = 2
 _SLOW_PLACES = 2
 _SHARE = 0.25  # s in a quick place that every schema has
 _LOOK = 0.02  # s between two looks at whether another one waits
+_START_LIMIT = 30.0  # s that a process has to start; a slow start is not the schema's fault
 _TOO_LONG = "it takes too long to compile"
 _TOO_LARGE = "it takes too much memory, or its references are too deep, to compile"
 
@@ -121,8 +122,7 @@ class SchemaChecker:
             raise QueueFullError(
                 f"The process that compiles JSON schemas cannot be started ({error.strerror}); try again later."
             ) from None
-        # Starting has a time of its own: it is not the schema's fault.
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + _START_LIMIT
         if worker.wait_ready(end if deadline is None else min(end, deadline)):
             return worker
         if not worker.ended and deadline is not None and time.monotonic() >= deadline:
