@@ -2,7 +2,7 @@
 #   PYTHON=python3.12   the interpreter, from 3.10 to 3.13 (default: the first that will do)
 #   PYTEST_ARGS="-k x"  handed to pytest
 #   REFERENCE=0         without torch, and without the tests that compare with it
-.PHONY: help demo test lint setup gpu-test clean
+.PHONY: help demo test test-oldest lint setup gpu-test clean
 
 export PYTHON
 NO_REFERENCE = $(if $(filter 0,$(REFERENCE)),--no-reference)
@@ -10,6 +10,7 @@ NO_REFERENCE = $(if $(filter 0,$(REFERENCE)),--no-reference)
 help:
 	@echo "make demo   a lifecycle node answers robot commands, token by token"
 	@echo "make test   all tests that need no GPU"
+	@echo "make test-oldest  the core's tests with the oldest versions that the requirements allow"
 	@echo "make lint   the style check alone"
 	@echo "make gpu-test  the tests that need an NVIDIA GPU; outcomes go to benchmarks/results/gpu_tests.jsonl"
 	@echo "make clean  remove everything these made"
@@ -19,6 +20,9 @@ demo:
 
 test:
 	@tools/start $(NO_REFERENCE) test $(PYTEST_ARGS)
+
+test-oldest:
+	@$(or $(PYTHON),python3) tools/oldest.py test $(PYTEST_ARGS)
 
 lint setup:
 	@tools/start $(NO_REFERENCE) $@

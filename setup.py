@@ -36,7 +36,7 @@ setup(
     install_requires=[line for line in every if line not in cpu],
     extras_require={
         "cpu": cpu,
-        "gpu": ["cuda-bindings>=12.6", "cuda-pathfinder>=1.0"],
+        "gpu": ["cuda-bindings>=12.8", "cuda-pathfinder>=1.0"],
         "build": cpu + torch,
         "quantize": torch,  # what calibration runs the layers with
         "test": requirements("tools/requirements-test.txt") + requirements("tools/requirements-reference.txt"),

@@ -60,6 +60,35 @@ def test_ros_packages_the_code_imports_are_dependencies(manifest):
         assert not missing, f"{path.name} imports {missing}, which package.xml does not declare"
 
 
+def test_the_oldest_versions_are_those_of_the_lower_bounds():
+    """What "make test-oldest" tests is what requirements.txt and setup.py allow."""
+    import oldest
+
+    assert oldest.TARGET.read_text(encoding="utf-8") == oldest.contents(), "run python tools/oldest.py write"
+
+
+@pytest.mark.parametrize(
+    "requirement, found",
+    [
+        ("a>=1.2", "a==1.2"),
+        ("a-b>=1.2.3,<2", "a-b==1.2.3"),
+        ('a>=1,<2; python_version < "3.11"', 'a==1; python_version < "3.11"'),
+    ],
+)
+def test_the_oldest_version_is_the_lower_bound(requirement, found):
+    import oldest
+
+    assert oldest.oldest(requirement) == found
+
+
+@pytest.mark.parametrize("requirement", ["a", "a<2", "a==2", "a<2,>=1"])
+def test_a_requirement_without_a_lower_bound_is_told(requirement):
+    import oldest
+
+    with pytest.raises(ValueError, match="no lower bound"):
+        oldest.oldest(requirement)
+
+
 def test_third_party_imports_are_required():
     """What the installed code imports is in requirements.txt, or stands here as optional."""
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
