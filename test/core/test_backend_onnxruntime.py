@@ -221,6 +221,7 @@ def test_what_it_cannot_do_is_refused(variant, config, message):
 
 def test_a_damaged_model_is_refused_and_leaves_no_thread(variant, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"not a model")
+    (tmp_path / "model.onnx.data").touch()
     before = threading.active_count()
     with pytest.raises(BackendUnavailableError, match="cannot load"):
         OnnxRuntimeBackend.load(tmp_path, variant[1], EngineConfig(tmp_path))
