@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the C locale has ASCII only, and a path need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -40,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a name that is too long, a directory without permission, a full disk
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"edgellm: {where}{error.strerror or error}.", file=sys.stderr)
         return 1
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from engine_core.commands.arguments import add_engine, add_opening, engine_config
+from engine_core.errors import InvalidTextError
 from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 
 
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     from engine_core.request import ChatMessage, GenerationRequest
     from engine_core.serving.engine import CancelToken, Engine
 
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    text = _read_stdin() if options.prompt == "-" else options.prompt
     system = (ChatMessage("system", options.system),) if options.system else ()
     content = {"prompt": text} if options.raw else {"messages": (*system, ChatMessage("user", text))}
     request = GenerationRequest(
@@ -57,3 +58,13 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _read_stdin() -> str:
+    """Raises InvalidTextError if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidTextError(
+            f"The prompt from stdin is not valid UTF-8 (at byte {error.start}); send UTF-8."
+        ) from None

@@ -33,7 +33,7 @@ from engine_core.reduce_vocab.report import HeldOut, covered, lost_tokens, step_
 from engine_core.reduce_vocab.required import TokenTexts, required_ids
 from engine_core.reduce_vocab.select import METHODS, Chooser, Selection
 from engine_core.reduce_vocab.texts import Counts, split, tokenize
-from engine_core.text.documents import read_documents
+from engine_core.text.documents import read_documents, read_text
 from engine_core.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -151,12 +151,12 @@ def _asked_for(keep: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> se
     """``keep``: "12,17" or the path of a text file, whose lines are tokenized, with and without a blank before."""
     ids: set[int] = set()
     for value in map(str, keep):
-        if all(part.strip().isdigit() for part in value.split(",")):
+        if all(part.strip().isdecimal() for part in value.split(",")):
             ids.update(int(part) for part in value.split(","))
             continue
         if not Path(value).is_file():
             raise BuildError(f"keep has {value!r}, which is neither a list of token ids (12,17) nor a file.")
-        for line in Path(value).read_text(encoding="utf-8").splitlines():
+        for line in read_text(Path(value)).splitlines():
             for text in (line, " " + line):
                 ids.update(tokenizer.encode(text, add_special_tokens=False).tolist())
     outside = sorted(index for index in ids if index >= vocab_size)

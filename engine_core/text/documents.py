@@ -7,6 +7,7 @@ A ``*.jsonl`` file has one object a line: a chat as ``messages`` (a list of role
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,9 +83,20 @@ def _through_stop(answer: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 def read_documents(path: Path) -> Iterator[Document]:
     """The documents of a file: the lines of *.jsonl, the paragraphs of anything else. Raises BuildError."""
     path = Path(path)
+    with _readable(path), open(path, encoding="utf-8") as lines:
+        yield from (_chats if path.suffix == ".jsonl" else _paragraphs)(path, lines)
+
+
+def read_text(path: Path) -> str:
+    """The whole of a file. Raises BuildError."""
+    with _readable(path):
+        return path.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with open(path, encoding="utf-8") as lines:
-            yield from (_chats if path.suffix == ".jsonl" else _paragraphs)(path, lines)
+        yield
     except OSError as error:
         raise BuildError(f"The text {path} cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
