@@ -1,1 +1,1 @@
-"""What everything on the GPU shares: the driver, facts about the GPU, CUDA graphs and kernels."""
+"""The CUDA driver, facts about the GPU, CUDA graphs and kernels; shared by the backends cuda and tensorrt."""

@@ -168,7 +168,7 @@ class Device:
         self.call("cuCtxSynchronize")
 
     def supports_overlap(self) -> bool:
-        """Whether a kernel may start while the one before it ends (programmatic dependent launch, sm_90)."""
+        """Return whether a kernel may start while the one before it ends (programmatic dependent launch, sm_90)."""
         return self.capability >= 90
 
 

@@ -1,4 +1,4 @@
-"""Which NVIDIA GPUs this machine has, asked of the driver's library itself: no Python package, no context, no memory.
+"""The NVIDIA GPUs of this machine, asked of the driver's library: needs no Python package, context or memory.
 
 For what needs a context, such as the free memory, see ``device``.
 """

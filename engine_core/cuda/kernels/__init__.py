@@ -125,7 +125,7 @@ class Kernels:
 
     @property
     def gpu(self) -> Gpu:
-        """What grids and configurations are chosen for."""
+        """The GPU that grids and configurations are chosen for."""
         return self.configs.gpu
 
     def config(self, problem: Problem[Config]) -> Config:

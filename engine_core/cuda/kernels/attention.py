@@ -17,7 +17,7 @@ from engine_core.cuda.kernels.launch_configs import (
     max_decode_splits,
 )
 
-_MAX_GROUP = 8  # query heads of a KV head: the columns of attention_decode.cu's products
+_MAX_GROUP = 8  # query heads of a KV head: the columns of a tensor core multiplication in attention_decode.cu
 _SCALE_GROUP = 8  # fp16 scales in 16 bytes
 
 
@@ -31,7 +31,7 @@ class AttentionShape:
     max_context: int
     norm_eps: float = 0.0
     qk_norm: bool = False
-    kv_int8: bool = False  # the cache holds levels and scales (kv_int8.cuh), else the kernels' 16-bit type
+    kv_int8: bool = False  # the cache is quantized and has scales (kv_int8.cuh), else the kernels' 16-bit type
 
     @property
     def scale_pitch(self) -> int:
@@ -40,7 +40,7 @@ class AttentionShape:
 
     @property
     def lanes(self) -> int:
-        """Of a head vector, 8 elements each; LANES_PER_HEAD of rope.cuh."""
+        """Lanes that hold a head vector, 8 elements each: LANES_PER_HEAD of rope.cuh."""
         return next(n for n in (4, 8, 16, 32) if 8 * n >= self.head_dim)
 
     @property
@@ -167,7 +167,11 @@ def rope_append(
     norms: tuple[DeviceArray, DeviceArray] | None = None,
     scales: DeviceArray | None = None,
 ) -> Launch:
-    """Rotates q of the rows of ``chunk`` in qkv [n, width] in place; writes their K and V. See CHUNK_WORDS."""
+    """RoPE of a chunk: rotates q of qkv [n, width] in place and writes the rotated K and the V into the cache.
+
+    ``chunk``: int32 [CHUNK_WORDS], the position of the first row and how many rows are tokens. Raises
+    KernelArgumentError.
+    """
     _check(kernels, shape, cache, scales, rope, norms or ())
     check("chunk", chunk, (CHUNK_WORDS,), "int32")
     check("qkv", qkv, (qkv.shape[0], shape.qkv_width), kernels.dtype)
@@ -179,7 +183,7 @@ def rope_append(
 
 
 def rope_append_blocks(shape: AttentionShape, count: int) -> int:
-    """CTAs for ``count`` tokens."""
+    """Return the CTAs of rope_append for ``count`` tokens."""
     vectors = count * (shape.num_heads + 2 * shape.num_kv_heads)
     return -(-vectors * shape.lanes // ROPE_THREADS)
 

@@ -1,13 +1,13 @@
-// Causal attention of a chunk of new tokens over the linear KV cache, on tensor cores, with an online softmax: the
-// forward pass of flash attention 2 (Dao 2023, arXiv 2307.08691), 16 BLOCKS query rows per warp.
+// Causal attention of a chunk of new tokens over the linear KV cache, on tensor cores, with an online softmax: the forward pass of
+// flash attention 2 (Dao 2023, arXiv 2307.08691), 16 BLOCKS query rows per warp.
 //
-// qkv: [tokens][(HEADS + 2 KV_HEADS) HEAD_DIM] with q rotated; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], which
-// already holds the new K and V; output: [tokens][HEADS][HEAD_DIM]. Grid (tiles of TILE_Q, at least as many as the chunk
-// has, HEADS). WARPS warps make a tile of queries; with more GROUPS of them each takes TILE_K keys of every stage, and
-// the sums are merged at the end. attention.py says which of these sizes when.
+// qkv: [tokens][(HEADS + 2 KV_HEADS) HEAD_DIM] with q rotated; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], which already
+// holds the new K and V; output: [tokens][HEADS][HEAD_DIM]. Grid: (tiles of TILE_Q queries, at least as many as the chunk has,
+// HEADS). WARPS warps make a tile of queries. With more GROUPS of warps each group takes TILE_K keys of every stage, and the sums are
+// merged at the end. launch_configs.py chooses these sizes.
 //
-// With KV_INT8 the cache holds levels and ``scales`` their steps (kv_int8.cuh): a stage is copied as it is, two of them as
-// well, and made 16-bit in shared memory before the products, as precise as a 16-bit cache would be.
+// With KV_INT8 the cache holds quantized values and ``scales`` (kv_int8.cuh). A stage is copied as it is and dequantized to 16 bits
+// in shared memory before it is multiplied: as precise as a 16-bit cache would be.
 #include "mma.cuh"
 #if KV_INT8
 #include "kv_int8.cuh"
@@ -51,7 +51,7 @@ __device__ __forceinline__ void load_rows(half_t* shared, const half_t* rows, in
 #if KV_INT8
 
 struct Stage {  // keys as they lie in the cache: K, V
-    item_t levels[2][STAGE_K * HEAD_DIM];
+    item_t quantized[2][STAGE_K * HEAD_DIM];
     half_t scales[2][STAGE_K];
 };
 
@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_stage(Stage& stage, const item_t* keys, con
         const int part = i / (STAGE_K * PIECES), piece = i % (STAGE_K * PIECES), row = piece / PIECES;
         const bool inside = first + row < total;
         const item_t* source = keys + (u64)part * KV_HEADS * CONTEXT * HEAD_DIM + (u64)(inside ? first : 0) * HEAD_DIM;
-        copy16_async(stage.levels[part] + piece * 16, source + (inside ? piece * 16 : 0), inside ? 16 : 0);
+        copy16_async(stage.quantized[part] + piece * 16, source + (inside ? piece * 16 : 0), inside ? 16 : 0);
     }
     for (int i = threadIdx.x; i < 2 * GROUPS_OF_SCALES; i += THREADS) {
         const int part = i / GROUPS_OF_SCALES, group = i % GROUPS_OF_SCALES;
@@ -72,17 +72,17 @@ __device__ __forceinline__ void load_stage(Stage& stage, const item_t* keys, con
     }
 }
 
-// Eight levels times their scale, rounded once.
-__device__ __forceinline__ uint4 dequantize(uint2 levels, half_t scale) {
+// Eight quantized values times their scale, rounded once.
+__device__ __forceinline__ uint4 dequantize(uint2 quantized, half_t scale) {
 #if BF16
     float v[8];
-    unpack_levels(levels, v);
+    unpack_quantized(quantized, v);
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] *= scale_value(scale);
     return pack8(v);
 #else
     const u32 pair = scale | (u32)scale << 16;
-    uint4 v = levels_to_half(levels);
+    uint4 v = quantized_to_half(quantized);
     asm("mul.f16x2 %0, %0, %1;" : "+r"(v.x) : "r"(pair));
     asm("mul.f16x2 %0, %0, %1;" : "+r"(v.y) : "r"(pair));
     asm("mul.f16x2 %0, %0, %1;" : "+r"(v.z) : "r"(pair));
@@ -97,7 +97,7 @@ __device__ __forceinline__ void convert(half_t* shared, const Stage& stage, int 
     for (int i = threadIdx.x; i < 2 * STAGE_K * PIECES; i += THREADS) {
         const int part = i / (STAGE_K * PIECES), piece = i % (STAGE_K * PIECES), row = piece / PIECES;
         const half_t scale = first + row < total ? stage.scales[part][row] : (half_t)0;
-        const uint4 values = dequantize(*(const uint2*)(stage.levels[part] + piece * 8), scale);
+        const uint4 values = dequantize(*(const uint2*)(stage.quantized[part] + piece * 8), scale);
         *(uint4*)(shared + part * STAGE_K * PITCH + row * PITCH + piece % PIECES * 8) = values;
     }
 }

@@ -1,4 +1,4 @@
-// The small steps around the matrix products.
+// The small kernels around the matrix multiplications: embedding, SwiGLU, bias, the last row of a chunk.
 #include "common.cuh"
 
 // float32 [gridDim.x][COLS] from the rows of table [vocab][COLS] named by tokens; a failed step's token reads row 0.

@@ -1,7 +1,7 @@
-// What becomes of a row's sum in a matrix-vector product.
+// What a GEMV kernel does with the sum of a row.
 //
-// EPILOGUE 0: y 16-bit, plus bias with BIAS; 1: y float32 +=, the residual stream; 2: rows are (gate, up) pairs and
-// y[i] = silu(gate) * up, 16-bit; 3: y float32, the logits.
+// EPILOGUE 0: y 16-bit, plus bias with BIAS; 1: y float32, added to (the residual stream); 2: rows are (gate, up) pairs and y[i] =
+// silu(gate) * up, 16-bit; 3: y float32, the logits.
 #pragma once
 #include "common.cuh"
 

@@ -1,16 +1,17 @@
-// Y = X Wᵀ for a few tokens, with W in 4 or 8 bits (packed.cuh): each CTA reads its records once for TOKENS of them, so that a
-// short prompt takes little longer than a decode step. X [tokens][COLS] and Y are row-major. EPILOGUE 0: Y [tokens][ROWS] 16-bit;
-// 1: float32 and added to; 2: rows are (gate, up) in turn, Y [tokens][ROWS / 2] = silu(gate) * up, 16-bit. Grid: (tiles of
-// TOKENS, SPLITS, CTAs along the rows).
+// GEMM for a few tokens with quantized weights: Y = X Wᵀ, W in packed tiles of 4- or 8-bit values (packed.cuh). Each CTA reads its
+// tiles once for TOKENS tokens, so that a short prompt takes little longer than a decode step.
 //
-// Each of a CTA's ROW_WARPS · K_WARPS warps has a band of two tiles and copies its records through a ring of its own, DEPTH
-// slots deep, a group of columns to a slot. X passes in stages of STAGE groups through BUFFERS places; each of the K_WARPS takes
-// its share of a stage, and their sums are added up in shared memory. Where there are too few rows the columns are split over SPLITS
-// CTAs; the last to arrive at a tile adds up: ``partial``, float32 [TILES][tiles of TOKENS][SPLITS][TOKENS * TILE]; counters:
-// uint32 [TILES][tiles of TOKENS], 0 between launches.
+// X is [tokens][COLS] 16-bit, row-major. EPILOGUE 0: Y [tokens][ROWS] 16-bit; 1: Y [tokens][ROWS] float32, added to; 2: rows are
+// (gate, up) in turn and Y [tokens][ROWS / 2] = silu(gate) * up, 16-bit. Grid: (tiles of TOKENS, SPLITS, CTAs along the rows).
 //
-// A group's products with the levels as ``widen`` gives them are summed first, from minus what OFFSETS add; then the scales of
-// the rows multiply that.
+// A CTA has ROW_WARPS · K_WARPS warps. Each warp has a band of two rows of tiles and copies them through its own ring of DEPTH
+// slots, one group of 128 columns to a slot. X passes in stages of STAGE groups through BUFFERS places in shared memory; each of
+// the K_WARPS takes its share of a stage, and their sums are added in shared memory. Where there are too few rows, SPLITS CTAs
+// divide the columns and the last one to arrive at a tile adds the sums. partial: float32 [row tiles][tiles of TOKENS][SPLITS]
+// [TOKENS * 16]; counters: uint32 [row tiles][tiles of TOKENS], 0 between launches.
+//
+// Within a group the kernel first sums products of X with the quantized values as ``widen`` gives them, starting from minus what
+// OFFSETS add; then it multiplies the sum by the scale of the row.
 #include "packed.cuh"
 
 constexpr int WARPS = ROW_WARPS * K_WARPS, THREADS = 32 * WARPS;
@@ -44,7 +45,7 @@ __device__ __forceinline__ uint4 read_input(const uint4* x, int group, int n, in
     return x[(group * TOKENS + 8 * n + g) * UNITS + unit_place(g, eight, t)];
 }
 
-// Minus what OFFSETS add to each token's sum over a group: their products, with rows of OFFSETS for a tile.
+// Minus what OFFSETS add to each token's sum over a group: OFFSETS take the place of the rows of a tile.
 __device__ __forceinline__ void sum_offsets(float* offsets, const uint4* x, int groups) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const u32 even = pack2(-OFFSETS[0], -OFFSETS[0]), odd = pack2(-OFFSETS[1], -OFFSETS[1]);
@@ -201,13 +202,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 continue;
             }
             uint4 top[BAND][PIECES], bottom[BAND][PIECES];
-            float products[BAND][EIGHTS_OF_TOKENS][4];
+            float group_sums[BAND][EIGHTS_OF_TOKENS][4];
 #pragma unroll
             for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
                 float2 start = make_float2(0.f, 0.f);
                 if (OFFSETS[0] != 0.f) start = *(const float2*)(stage_offsets + group * TOKENS + 8 * n + 2 * t);
 #pragma unroll
-                for (int b = 0; b < BAND; ++b) products[b][n][0] = products[b][n][2] = start.x, products[b][n][1] = products[b][n][3] = start.y;
+                for (int b = 0; b < BAND; ++b) {
+                    group_sums[b][n][0] = group_sums[b][n][2] = start.x;
+                    group_sums[b][n][1] = group_sums[b][n][3] = start.y;
+                }
             }
 #pragma unroll
             for (int eight = 0; eight < 4; ++eight) {
@@ -225,9 +229,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
                     const uint4 v = read_input(stage_x, group, n, eight, g, t);
 #pragma unroll
-                    for (int b = 0; b < BAND; ++b) multiply(products[b][n], u[b][0], w[b][0], u[b][1], w[b][1], v.x, v.y);
+                    for (int b = 0; b < BAND; ++b) multiply(group_sums[b][n], u[b][0], w[b][0], u[b][1], w[b][1], v.x, v.y);
 #pragma unroll
-                    for (int b = 0; b < BAND; ++b) multiply(products[b][n], u[b][2], w[b][2], u[b][3], w[b][3], v.z, v.w);
+                    for (int b = 0; b < BAND; ++b) multiply(group_sums[b][n], u[b][2], w[b][2], u[b][3], w[b][3], v.z, v.w);
                 }
             }
 #pragma unroll
@@ -236,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                 for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) sums[b][n][j] += (j < 2 ? scale.x : scale.y) * products[b][n][j];
+                    for (int j = 0; j < 4; ++j) sums[b][n][j] += (j < 2 ? scale.x : scale.y) * group_sums[b][n][j];
             }
             __syncwarp();
             refill();

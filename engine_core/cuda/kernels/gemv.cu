@@ -1,10 +1,11 @@
-// y = W x for one vector: W [ROWS][COLS] 16-bit row-major, x [COLS], one CTA per share of the rows.
+// GEMV: y = W x for one vector. W is [ROWS][COLS] 16-bit, row-major; x is [COLS]; each CTA computes a contiguous share of the rows.
 //
-// The time is that of reading W, so all else serves to keep loads in flight. The columns are split over K_WARPS warps, so
-// that each lane's part of x stays in registers; each lane copies its own 16-byte pieces of W through its own slots of a ring
-// in shared memory (cp.async: DEPTH stages of BATCH rows, no registers, no barriers). The ring is filled before the kernel waits for
-// the one that computes x. NORM: x is RMS-normalised on the way; the factor 1/rms is applied to the sums.
-// EPILOGUE, BIAS: see epilogue.cuh.
+// The time of the kernel is the time to read W, so everything serves to keep loads in flight. K_WARPS warps divide the columns, so
+// that each lane keeps its part of x in registers. Each lane copies its own 16-byte pieces of W through its own slots of a ring in
+// shared memory (cp.async; DEPTH stages of BATCH rows), without registers and without barriers. The ring is filled before the
+// kernel waits for the kernel that computes x.
+//
+// NORM: x is float32 and RMS-normalised on the way; the factor 1 / rms multiplies the sums. EPILOGUE, BIAS: see epilogue.cuh.
 #include "epilogue.cuh"
 
 constexpr int CHUNK = 256;  // columns a warp takes at once: 8 per lane
@@ -77,9 +78,9 @@ __device__ __forceinline__ float load_input(float x[PARTS][8], const void* input
     return squares;
 }
 
-constexpr int SPREAD = 32 / BATCH;
+constexpr int SUM_LANES = 32 / BATCH;  // lanes that hold one of BATCH sums
 
-// Sums BATCH values over the warp, halving the lanes a value is on at each step; lane i SPREAD gets the sum of acc[i].
+// Sums BATCH values over the warp, halving the lanes a value is on at each step; lane i SUM_LANES gets the sum of acc[i].
 __device__ __forceinline__ float batch_sum(const float* acc, int lane) {
     float v = acc[0];
     if constexpr (BATCH == 4) {
@@ -91,7 +92,7 @@ __device__ __forceinline__ float batch_sum(const float* acc, int lane) {
         const bool high = lane & 16;
         v = (high ? acc[1] : acc[0]) + __shfl_xor_sync(0xffffffffu, high ? acc[0] : acc[1], 16);
     }
-    return group_sum<SPREAD>(v);
+    return group_sum<SUM_LANES>(v);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -146,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             const float sum = batch_sum(acc, lane);
             share.load(slots + stage * STAGE, batch + DEPTH);
             stage = stage + 1 == DEPTH ? 0 : stage + 1;
-            if (lane % SPREAD == 0) sums[k_warp][(i * ROW_WARPS + share.row_warp) * BATCH + lane / SPREAD] = sum;
+            if (lane % SUM_LANES == 0) sums[k_warp][(i * ROW_WARPS + share.row_warp) * BATCH + lane / SUM_LANES] = sum;
             if (share.row(batch + 1) >= share.count) {
                 ++batch;
                 break;

@@ -1,10 +1,11 @@
-// y = W x for one vector with W in 4 or 8 bits (BITS), dequantized on the way into tensor cores; and W back in 16 bits for
-// prefill.
+// GEMV with quantized weights: y = W x for one vector, W in packed tiles of 4- or 8-bit values (packed.cuh), multiplied in tensor
+// cores. A second kernel dequantizes W to 16 bits for prefill.
 //
-// W [ROWS][COLS] lies in records (packed.cuh). All eight columns of B are x; no sum over lanes is left to do.
+// W is [ROWS][COLS] in packed tiles. All eight columns of the B operand are x, so no sum over lanes is left to do.
 //
-// As in gemv.cu the columns are split over K_WARPS warps, each warp copies its records through its own ring of DEPTH stages
-// in shared memory, filled before the kernel waits for the one that computes x. NORM: x is RMS-normalised first.
+// As in gemv.cu, K_WARPS warps divide the columns and each warp copies its tiles through its own ring of DEPTH stages in shared
+// memory, filled before the kernel waits for the kernel that computes x. NORM: x is float32 and RMS-normalised first, then rounded
+// to 16 bits.
 #include "epilogue.cuh"
 #include "packed.cuh"
 

@@ -1,7 +1,7 @@
-// Appends what a TensorRT engine computed for ``count`` tokens, the keys and values of all layers, to the linear cache
-// [LAYERS][2][KV_HEADS][CONTEXT][head_dim], and after a decode step moves the sampler's token and position to where the
-// engine reads the next step's. fresh: [LAYERS][2] of FRESH vectors, each [count][KV_HEADS][VECTORS]. A vector is 16 bytes.
-// LAYERS is 0 where the engine writes its cache itself.
+// Appends the keys and values of all layers that a TensorRT engine computed for ``count`` tokens to the linear cache
+// [LAYERS][2][KV_HEADS][CONTEXT][head_dim]. After a decode step it also copies the sampler's token and position to where the engine
+// reads the next step's. fresh: [LAYERS][2] of FRESH vectors, each [count][KV_HEADS][VECTORS]; a vector is 16 bytes. LAYERS is 0
+// where the engine writes its cache itself.
 #include "common.cuh"
 
 // start: position of the first token, or null after a decode step: the one before the sampler's. state: the sampler's, or

@@ -27,7 +27,7 @@ class AppendShape:
 
 @dataclass(frozen=True)
 class NextStep:
-    """Where the decode engine reads: int32 [1] each, uint64 [1] or None."""
+    """Device addresses that the decode engine reads its next input from: int32 [1] each, uint64 [1] or None."""
 
     token: DeviceArray
     position: DeviceArray

@@ -1,4 +1,4 @@
-// The KV cache in 8 bits: a vector x of one head and token is kept as levels rint(x / s) from -127 to 127 and one scale
+// The int8 KV cache. A vector x of one head and token is kept as quantized values rint(x / s) from -127 to 127 and one scale
 // s = max |x| / 127 in fp16 (symmetric, dynamic, per token: the round-to-nearest of SmoothQuant, Xiao et al. 2023, arXiv
 // 2211.10438). The scales of a head lie side by side, SCALE_PITCH to a row, so that each row starts on 16 bytes.
 #pragma once
@@ -26,28 +26,28 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
     return m;
 }
 
-// Eight levels to floats: with its sign bit turned, a byte is level + 128, and 0x4b0000nn is 2^23 + nn.
-__device__ __forceinline__ void unpack_levels(uint2 levels, float* f) {
+// Eight quantized values as floats: with its sign bit flipped, a byte is value + 128, and 0x4b0000nn is 2^23 + nn.
+__device__ __forceinline__ void unpack_quantized(uint2 quantized, float* f) {
 #pragma unroll
     for (int word = 0; word < 2; ++word) {
-        const u32 bytes = (word ? levels.y : levels.x) ^ 0x80808080u;
+        const u32 bytes = (word ? quantized.y : quantized.x) ^ 0x80808080u;
 #pragma unroll
         for (int i = 0; i < 4; ++i) f[4 * word + i] = __uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7440 | i)) - 8388736.f;
     }
 }
 
-// Eight levels in 16 bits, exactly.
-__device__ __forceinline__ uint4 levels_to_half(uint2 levels) {
+// Eight quantized values in 16 bits, exactly.
+__device__ __forceinline__ uint4 quantized_to_half(uint2 quantized) {
     u32 pairs[4];
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
         const u32 selector = pair % 2 ? 0x4342u : 0x4140u;
-#if BF16  // 0x4300 | low 7 bits is 128 + those; -128 or, with the sign, -256 makes them the level
-        const u32 x = __byte_perm(pair < 2 ? levels.x : levels.y, 0, selector);
+#if BF16  // 0x4300 | low 7 bits is 128 + those; -128 or, with the sign, -256 makes them the value
+        const u32 x = __byte_perm(pair < 2 ? quantized.x : quantized.y, 0, selector);
         asm("fma.rn.bf16x2 %0, %1, %2, %3;"
             : "=r"(pairs[pair]) : "r"((x & 0x007f007fu) | 0x43004300u), "r"(0x3f803f80u), "r"((x & 0x00800080u) | 0xc300c300u));
 #else     // 0x6400 | n is 1024 + n
-        const u32 x = __byte_perm((pair < 2 ? levels.x : levels.y) ^ 0x80808080u, 0x64646464u, selector);
+        const u32 x = __byte_perm((pair < 2 ? quantized.x : quantized.y) ^ 0x80808080u, 0x64646464u, selector);
         asm("sub.f16x2 %0, %1, %2;" : "=r"(pairs[pair]) : "r"(x), "r"(0x64806480u));
 #endif
     }
@@ -70,8 +70,8 @@ __device__ __forceinline__ uint2 quantize(const float* x, half_t& scale) {
         words[word] = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int level = min(127, max(-127, __float2int_rn(x[4 * word + i] * inverse)));
-            words[word] |= (u32)(level & 255) << 8 * i;
+            const int value = min(127, max(-127, __float2int_rn(x[4 * word + i] * inverse)));
+            words[word] |= (u32)(value & 255) << 8 * i;
         }
     }
     return make_uint2(words[0], words[1]);

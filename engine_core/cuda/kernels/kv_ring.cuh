@@ -38,10 +38,10 @@ __device__ __forceinline__ char* chunk(char* piece, int row, int c) {
 #endif
 }
 
-// These eight elements in 16 bits: as they are, or the levels without their scale.
+// These eight elements in 16 bits: as they are, or the quantized values without their scale.
 __device__ __forceinline__ uint4 read_chunk(char* piece, int row, int c) {
 #if KV_INT8
-    return levels_to_half(*(const uint2*)chunk(piece, row, c));
+    return quantized_to_half(*(const uint2*)chunk(piece, row, c));
 #else
     return *(const uint4*)chunk(piece, row, c);
 #endif

@@ -38,7 +38,7 @@ _SYSTEM_SHARED = 1024  # bytes of an SM's shared memory that each CTA takes besi
 
 @dataclass(frozen=True)
 class Gpu:
-    """What launch configurations depend on."""
+    """A GPU as far as launch configurations depend on it."""
 
     name: str
     capability: int  # 87 = sm_87
@@ -47,7 +47,7 @@ class Gpu:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a kernel may start while the one before it ends (programmatic dependent launch)."""
+        """True if a kernel may start while the one before it ends (programmatic dependent launch)."""
         return self.capability >= 90
 
     @property
@@ -119,7 +119,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Problem(ABC, Generic[Config]):
-    """What a kernel computes: shapes and types."""
+    """A computation that a kernel is asked for: shapes and types."""
 
     config_type: ClassVar[type]
     order: ClassVar[int]  # tuning measures problems of a lower order first
@@ -138,7 +138,7 @@ class Problem(ABC, Generic[Config]):
         return 0
 
     def candidates(self, gpu: Gpu) -> list[Config]:
-        """What tuning measures: the rule's configuration first, each one once."""
+        """Return the configurations that tuning measures: the rule's first, each one once."""
         return list(dict.fromkeys([self.rule(gpu, table_numbers(gpu) or FALLBACK), *self.variants(gpu)]))
 
     @property
@@ -162,7 +162,7 @@ class LaunchConfigs:
 
     @property
     def in_table(self) -> bool:
-        """Whether the table lists this GPU: nothing is left to measure."""
+        """True if the table lists this GPU: nothing is left to measure."""
         return table_numbers(self.gpu) is not None
 
     def lookup(self, problem: Problem[Config]) -> Config:
@@ -203,7 +203,7 @@ class LaunchConfigs:
 
 @dataclass(frozen=True)
 class GemvConfig:
-    """How gemv.cu divides a matrix: warps along columns and rows, rows of a stage, stages of the ring."""
+    """Division of a matrix by gemv.cu: warps along columns and rows, rows of a stage, stages of the ring."""
 
     k_warps: int
     row_warps: int
@@ -277,7 +277,7 @@ class GemvProblem(Problem[GemvConfig]):
 
 @dataclass(frozen=True)
 class PackedGemvConfig:
-    """How gemv_packed.cu divides a matrix: warps along columns and rows, stages of each warp's ring."""
+    """Division of a matrix by gemv_packed.cu: warps along columns and rows, stages of each warp's ring."""
 
     k_warps: int
     row_warps: int
@@ -356,7 +356,7 @@ class PackedGemvProblem(Problem[PackedGemvConfig]):
 
 @dataclass(frozen=True)
 class PackedGemmConfig:
-    """How gemm_packed.cu divides a matrix over CTAs and their warps, and X into stages."""
+    """Division of a matrix by gemm_packed.cu over CTAs and their warps, and X into stages."""
 
     row_warps: int
     k_warps: int
@@ -477,7 +477,7 @@ PACKED_ROWS = (32, 64, 96, 128, 192, 256)  # rows up to which packed tiles may b
 
 @dataclass(frozen=True)
 class DecodeAttentionConfig:
-    """How attention_decode.cu divides a KV head: CTAs (splits), least keys of a split, warps, pieces of a ring."""
+    """Division of a KV head by attention_decode.cu: CTAs (splits), least keys of a split, warps, pieces of a ring."""
 
     splits: int
     min_keys: int
@@ -552,7 +552,7 @@ class DecodeAttentionProblem(Problem[DecodeAttentionConfig]):
 
 @dataclass(frozen=True)
 class PrefillAttentionConfig:
-    """How attention_prefill.cu divides the queries of one head over warps."""
+    """Division of the queries of one head over warps by attention_prefill.cu."""
 
     warps: int  # of a group; together they have 16 × blocks × warps queries, a CTA's
     blocks: int  # of 16 queries a warp

@@ -1,4 +1,4 @@
-"""Matrix × vector, RMSNorm and the small steps around the matrix products."""
+"""16-bit GEMV, RMSNorm and the small kernels around the matrix multiplications."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Tensor core products of 16 × 16 by 16 × 8 in the 16-bit type, sums in float32 (mma.m16n8k16). Lane 4 g + t holds, two
+// Tensor core multiplication of 16 × 16 by 16 × 8 in the 16-bit type with float32 sums (mma.m16n8k16). Lane 4 g + t holds, two
 // columns to a register: of A rows g, g + 8, g, g + 8 at columns 2 t (twice) and 2 t + 8 (twice); of B rows 2 t and 2 t + 8 of
 // column g; of C rows g (c[0], c[1]) and g + 8 at columns 2 t.
 #pragma once
@@ -16,7 +16,7 @@ __device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// The first product of a sum that begins with ``start``.
+// The first multiplication of a sum that begins with ``start``.
 __device__ __forceinline__ void multiply_first(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, float start) {
     asm(MMA "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
                  : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])

@@ -12,7 +12,7 @@ from engine_core.cuda.driver import DeviceUnavailableError, KernelCompileError, 
 
 
 def kernel_cache_dir() -> Path:
-    """Where compiled kernels are kept: $EDGELLM_KERNEL_CACHE, or edgellm_ros/kernels in the user's cache directory."""
+    """Return the kernel cache: $EDGELLM_KERNEL_CACHE, or edgellm_ros/kernels in the user's cache directory."""
     if os.environ.get("EDGELLM_KERNEL_CACHE"):
         return Path(os.environ["EDGELLM_KERNEL_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgellm_ros" / "kernels"

@@ -1,10 +1,9 @@
-// A matrix W [ROWS][COLS] in 4 or 8 bits (BITS), and its way into tensor cores.
+// Packed tiles: a matrix W [ROWS][COLS] in 4- or 8-bit values (BITS), laid out for tensor cores.
 //
-// It is stored as records of 16 rows by 128 columns, which share a scale in each row: [ROWS / 16][COLS / 128] of
-// 1024 or 2048 bytes of values and 16 scales of 16 bits, those of rows g and g + 8 side by side (int4_layout.py,
-// int8_layout.py). A weight is (value - 8) * scale or (value - 128) * scale. One record is the A operand of eight m16n8k16
-// products: lane 4 g + t holds columns 32 t … 32 t + 31 of rows g and g + 8, as the order of the columns is free as long as
-// B has the same.
+// A packed tile has 16 rows and 128 columns, a group, with one scale per row. W is [ROWS / 16][COLS / 128] tiles of 1024 or 2048
+// bytes of values and 16 scales of 16 bits, those of rows g and g + 8 side by side (int4_layout.py, int8_layout.py). A weight is
+// (value - 8) * scale or (value - 128) * scale. One tile is the A operand of eight m16n8k16 multiplications: lane 4 g + t holds columns
+// 32 t … 32 t + 31 of rows g and g + 8. The order of the columns is free as long as B has the same.
 #pragma once
 #include "mma.cuh"
 
@@ -33,7 +32,7 @@ struct Patterns {
 };
 
 // ``widen``: eight of a lane's weights, number ``eight`` of four, as four pairs of 16 bits of neighbouring columns, each more
-// than the weight by OFFSETS of its pair. To take that off a sum of products costs less than to take it off the weights.
+// than the weight by OFFSETS of its pair. Subtracting that from a sum costs less than subtracting it from the weights.
 #if BITS == 4
 
 #if BF16
@@ -70,7 +69,7 @@ __device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[2], int
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
         const u32 w = words[pair / 2], selector = pair % 2 ? 0x4342u : 0x4140u;
-#if BF16  // 0x4300 | low 7 bits is 128 + those; -256 or, with the high bit, -128 makes them the level
+#if BF16  // 0x4300 | low 7 bits is 128 + those; -256 or, with the high bit, -128 makes them the value
         const u32 x = __byte_perm(w, 0, selector);
         asm("fma.rn.bf16x2 %0, %1, %2, %3;"
             : "=r"(v[pair]) : "r"((x & 0x007f007fu) | patterns.even), "r"(0x3f803f80u), "r"((x & 0x00800080u) ^ patterns.odd));

@@ -1,4 +1,4 @@
-"""The slow twins: what each kernel computes, in float64 with numpy, one obvious line after the other.
+"""The references: what each kernel computes, in float64 with numpy, in the plainest way.
 
 Arrays are float64 whose values are exact in the kernel's input type. Tests compare the kernels with these.
 """
@@ -9,18 +9,18 @@ import numpy as np
 
 
 def rms_norm(rows: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """[..., cols] normalised along the last axis, times weight [cols]."""
+    """Return [..., cols] normalised along the last axis, times weight [cols]."""
     return rows / np.sqrt((rows**2).mean(axis=-1, keepdims=True) + eps) * weight
 
 
 def silu_multiply(gate_up: np.ndarray) -> np.ndarray:
-    """[..., width] of [..., 2 width], (gate, up) in turn."""
+    """Return silu(gate) * up, [..., width], of [..., 2 width] whose values are (gate, up) in turn."""
     gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
     return gate / (1 + np.exp(-gate)) * up
 
 
 def rotate(vectors: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """RoPE of [n, heads, head_dim] by table [n, head_dim / 2, 2] (cos, sin), halves rotated."""
+    """Return vectors [n, heads, head_dim] after RoPE by table [n, head_dim / 2, 2] (cos, sin), halves rotated."""
     half = vectors.shape[-1] // 2
     cos, sin = table[:, None, :, 0], table[:, None, :, 1]
     first, second = vectors[..., :half], vectors[..., half:]
@@ -43,9 +43,10 @@ def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, start: 
 
 
 def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(levels, scales [...]) of vectors [..., n] as an int8 KV cache keeps them: symmetric, one fp16 scale to a vector.
+    """Return (quantized values [..., n], scales [...]) of vectors [..., n] as an int8 KV cache keeps them.
 
-    levels are whole numbers from -127 to 127, level × scale is what the cache gives back; both float64.
+    Symmetric, one fp16 scale to a vector. Quantized values are whole numbers from -127 to 127; the cache gives back
+    value × scale. Both are float64.
     """
     scales = (np.abs(vectors).max(axis=-1) / 127).astype(np.float16).astype(np.float64)
     steps = np.where(scales == 0, 1, scales)[..., None]
@@ -53,5 +54,5 @@ def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantize(values: np.ndarray, scales: np.ndarray, group: int, zero: int) -> np.ndarray:
-    """[rows, cols] of values [rows, cols] (whole numbers) and scales [rows, cols / group]."""
+    """Return weights [rows, cols] of values [rows, cols] (whole numbers) and scales [rows, cols / group]."""
     return (values.astype(np.float64) - zero) * np.repeat(scales, group, axis=1)

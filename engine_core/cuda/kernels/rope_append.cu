@@ -1,6 +1,6 @@
 // Prefill: rotates q in place and writes the rotated K and the V of the chunk's tokens into the linear KV cache.
-// qkv: [tokens][(HEADS + 2 KV_HEADS) HEAD_DIM]; cache, rope, scales as in attention_decode.cu. One head vector per
-// LANES_PER_HEAD lanes.
+// qkv: [tokens][(HEADS + 2 KV_HEADS) HEAD_DIM]; cache, rope and scales are as in attention_decode.cu. LANES_PER_HEAD lanes hold one
+// head vector.
 #include "rope.cuh"
 #if KV_INT8
 #include "kv_int8.cuh"
@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int j = 0; j < 8; ++j) kept[j] = is_value ? kept[j] : rotated[j];
     half_t scale;
-    const uint2 levels = quantize<LANES_PER_HEAD>(kept, scale);
+    const uint2 quantized = quantize<LANES_PER_HEAD>(kept, scale);
 #endif
     __syncwarp();  // every lane has read before one writes
     if (!inside || d >= HEAD_DIM) return;
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     const int row = head - HEADS;  // K heads, then V heads, as in the cache
 #if KV_INT8
-    *(uint2*)(cache + ((u64)row * CONTEXT + position + token) * HEAD_DIM + d) = levels;
+    *(uint2*)(cache + ((u64)row * CONTEXT + position + token) * HEAD_DIM + d) = quantized;
     if (part == 0) scales[(u64)row * SCALE_PITCH + position + token] = scale;
 #else
     const bool is_value = head >= HEADS + KV_HEADS;

@@ -33,7 +33,7 @@ _RUNS = SAMPLE_PICK_THREADS  # of rows, whose largest scores are kept
 
 
 def scores_shape(rows: int) -> tuple[int]:
-    """Of the scratch for scores."""
+    """Return the shape of the sampler's scratch, float32, for ``rows`` logits."""
     return (rows + _RUNS,)
 
 
