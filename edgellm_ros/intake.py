@@ -13,12 +13,11 @@ from rclpy.node import Node
 
 from edgellm_ros.conversions import error_message, refused, to_messages, to_request
 from edgellm_ros.msg import GenerationRequest as GenerationRequestMessage
-from edgellm_ros.parameters import Settings
+from edgellm_ros.state import NodeState
 from edgellm_ros.streams import RequestStream, Topics
 from edgellm_ros.threads import WorkPool, complete, new_future
 from engine_core.errors import InvalidRequestError, NotActiveError
 from engine_core.request import LIMITS, GenerationRequest, GenerationResult, Piece
-from engine_core.serving.engine import Engine
 from engine_core.serving.worker import Ticket, Worker
 
 _QUICK_CHARS = 4096
@@ -50,22 +49,20 @@ class _Open:
 
 
 class Intake:
-    """Takes requests while ``worker`` is set; used from the executor's thread only.
+    """Takes requests while the node is active; used from the executor's thread only.
 
     Long texts and JSON schemas are worked on in threads of their own, so that the executor stays free; what takes
     less than a millisecond is not worth the way there and back.
     """
 
-    def __init__(self, node: Node, topics: Topics, settings: Settings, before_request: Callable[[], None]) -> None:
-        """``before_request`` is called first of all for each request: ``settings`` have to be the newest then."""
+    def __init__(self, node: Node, topics: Topics, state: NodeState, before_request: Callable[[], None]) -> None:
+        """``before_request`` is called first of all for each request: the settings have to be the newest then."""
         self._node = node
         self._topics = topics
         self._before_request = before_request
         self._pool = WorkPool(node, "edgellm-intake")
         self._schemas = WorkPool(node, "edgellm-schema")  # new ones can take seconds, which no text waits for
-        self.engine: Engine | None = None  # set while configured
-        self.worker: Worker | None = None  # set while active
-        self.settings = settings
+        self._state = state
         self.num_open = 0  # requests whose answer has not been returned yet
         self.num_refused = 0
         self._open: dict[str, _Open] = {}  # request id → what is known of it
@@ -145,7 +142,7 @@ class Intake:
     async def _answer(self, message, entry, on_ticket, on_piece) -> GenerationResult:
         arrival = time.monotonic()
         worker = self._worker_or_raise()
-        request = to_request(message, self.settings)
+        request = to_request(message, self._state.settings)
         stream = RequestStream(self._topics, request.request_id, on_piece, spoken=not request.json_schema)
         done = new_future(self._node)
 
@@ -168,7 +165,7 @@ class Intake:
 
     async def tokenize(self, text: str, messages: Sequence[Any]) -> tuple[list[int], list[str]]:
         """Token ids and the text of each. Raises RequestError; NotActiveError while nothing is configured."""
-        engine = self.engine
+        engine = self._state.engine
         if engine is None:
             raise NotActiveError("Nothing is configured; configure the node first.")
 
@@ -183,11 +180,12 @@ class Intake:
         self._schemas.close()
 
     def _pool_for(self, request: GenerationRequest) -> WorkPool:
-        engine, schema = self.engine, request.json_schema
+        engine, schema = self._state.engine, request.json_schema
         return self._schemas if schema and engine is not None and not engine.knows_schema(schema) else self._pool
 
     def _worker_or_raise(self) -> Worker:
-        if self.worker is None:
-            state = "unconfigured; configure and activate" if self.engine is None else "inactive; activate"
+        worker, engine = self._state.worker, self._state.engine
+        if worker is None:
+            state = "unconfigured; configure and activate" if engine is None else "inactive; activate"
             raise NotActiveError(f"The node is {state} it first.")
-        return self.worker
+        return worker

@@ -6,7 +6,7 @@ import gc
 import threading
 import traceback
 
-from lifecycle_msgs.msg import State, Transition
+from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import ReentrantCallbackGroup
@@ -31,6 +31,7 @@ from edgellm_ros.parameters import (
 from edgellm_ros.process import run_node
 from edgellm_ros.reports import fill_info, make_health, make_status
 from edgellm_ros.srv import GetInfo
+from edgellm_ros.state import NodeState
 from edgellm_ros.streams import Topics
 from edgellm_ros.threads import Soon
 from edgellm_ros.transitions import Transitions
@@ -62,12 +63,12 @@ class LlmNode(LifecycleNodeMixin, Node):
         declare_parameters(self)
         if problem := check_declared(self):
             raise ConfigurationError(problem)
-        self._error: Exception | None = None  # of the last failed configure, or the engine's fault
+        self._state = NodeState(read_settings(self))
         self._topics = Topics(self)
         self._parameters_changed = False
-        self._intake = Intake(self, self._topics, read_settings(self), before_request=self._take_over_parameters)
+        self._intake = Intake(self, self._topics, self._state, before_request=self._take_over_parameters)
         self._transitions = Transitions(self, after=self._publish_status)
-        self._transitions.take_over(self._service_change_state, self._hand_over_to_manager)
+        self._transitions.take_over(self._hand_over_to_manager)
         self._is_managed = False  # somebody else makes the transitions: autostart holds back
         self._bond = make_bond(self, self.get_parameter("bond").value)
         self._status = self.create_publisher(EngineStatus, "~/status", qos.LATCHED, event_callbacks=qos.NO_EVENTS)
@@ -77,7 +78,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._status_report = Soon("edgellm-status", self._publish_status, _STATUS_DELAY)
         self._parameters_set = self.create_guard_condition(self._take_over_parameters)
         self.create_service(
-            GetInfo, "~/get_info", lambda _, response: fill_info(response, self._intake.engine),
+            GetInfo, "~/get_info", lambda _, response: fill_info(response, self._state.engine),
             callback_group=ReentrantCallbackGroup(),
         )  # fmt: skip
         self._service = GenerateService(self, self._intake)
@@ -94,12 +95,14 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """FAILURE leads back to unconfigured, with nothing left allocated and the reason in ~/status."""
-        self._error = None
+        self._state.error, self._state.is_configuring = None, True
         try:
-            self._intake.engine = Engine.open(read_engine_config(self), report=self.get_logger().info)
+            self._state.engine = Engine.open(read_engine_config(self), report=self.get_logger().info)
         except Exception as error:
             self._fail("configure", error)
             return FAILURE
+        finally:
+            self._state.is_configuring = False
         gc.collect()
         gc.freeze()  # no later collection walks through all that the engine's libraries brought
         return super().on_configure(state)
@@ -107,14 +110,14 @@ class LlmNode(LifecycleNodeMixin, Node):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         settings = read_settings(self)
         self._topics.reset_totals()
+        engine = self._state.engine
         worker = Worker(
-            self._intake.engine, queue_depth=settings.queue_depth, busy_policy=settings.busy_policy,
+            engine, queue_depth=settings.queue_depth, busy_policy=settings.busy_policy,
             on_change=self._refresh, on_fault=self._on_fault,
         )  # fmt: skip
         worker.warm_system_prompt(settings.system_prompt)
         result = super().on_activate(state)
-        self._intake.worker = worker
-        engine = self._intake.engine
+        self._state.worker = worker
         self._bond.start()
         self.get_logger().info(
             f"Ready: {engine.manifest.model_name} on {engine.backend_name}, loaded in {engine.load_time:.1f} s."
@@ -123,11 +126,11 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """ERROR, and with it error processing, if the engine has failed or hangs."""
-        settings = self._intake.settings
+        settings = self._state.settings
         finish = settings.deactivate_policy == "finish"
         stopped = self._stop_worker(drain=finish, timeout=settings.deactivate_timeout)
         result = super().on_deactivate(state)
-        return result if stopped and self._error is None else ERROR
+        return result if stopped and self._state.error is None else ERROR
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._close_engine()
@@ -136,28 +139,34 @@ class LlmNode(LifecycleNodeMixin, Node):
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         self._stop_worker()
         self._close_engine()
-        return super().on_shutdown(state)
+        result = super().on_shutdown(state)
+        self._state.is_finalized = True
+        return result
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """SUCCESS leads to unconfigured, from where configure brings the node back."""
-        self._stop_worker()
-        self._close_engine()
-        return super().on_error(state)
+        """SUCCESS leads to unconfigured, from where configure brings the node back; an exception to finalized."""
+        try:
+            self._stop_worker()
+            self._close_engine()
+            return super().on_error(state)
+        except BaseException:
+            self._state.is_finalized = True
+            raise
 
     def _stop_worker(self, *, drain: bool = False, timeout: float = 2.0) -> bool:
         """Answers every request. False if the engine hangs in a step; it is then left to its thread."""
         self._bond.stop()
-        worker, self._intake.worker = self._intake.worker, None
+        worker, self._state.worker = self._state.worker, None
         # One second of the worker's limit is for cancelling what has not finished by then.
         if worker is None or worker.close(drain=drain, timeout=timeout + 1.0):
             return True
-        self._intake.engine = None
-        self._error = EngineFaultError("The engine hangs in a step; start the node again.")
-        self.get_logger().error(str(self._error))
+        self._state.engine = None
+        self._state.error = EngineFaultError("The engine hangs in a step; start the node again.")
+        self.get_logger().error(str(self._state.error))
         return False
 
     def _close_engine(self) -> None:
-        engine, self._intake.engine = self._intake.engine, None
+        engine, self._state.engine = self._state.engine, None
         if engine is not None:
             engine.close()
         gc.unfreeze()
@@ -170,11 +179,11 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     def _process_fault(self, error: Exception) -> None:
         """An active node reaches error processing through a deactivate that ends in ERROR."""
-        if self._error is error and self._intake.worker is not None:
+        if self._state.error is error and self._state.worker is not None:
             self.trigger_deactivate()
 
     def _fail(self, what: str, error: Exception) -> None:
-        self._error = error
+        self._state.error = error
         self.get_logger().error(f"{what} failed: {error_message(error)}")
         if not isinstance(error, EdgeLLMError):
             self.get_logger().error("".join(traceback.format_exception(type(error), error, error.__traceback__)))
@@ -199,19 +208,18 @@ class LlmNode(LifecycleNodeMixin, Node):
         is_configure = asked.id == Transition.TRANSITION_CONFIGURE or asked.label == "configure"
         if is_configure:
             self._bond.on_managed()
-        state = self._state_machine.current_state[0]
         if was_managed or not is_configure or not self.get_parameter("autostart").value:
             return None
-        if state == State.PRIMARY_STATE_ACTIVE:
+        if self._state.lifecycle == EngineStatus.ACTIVE:
             return self.trigger_deactivate() == SUCCESS
-        return True if state == State.PRIMARY_STATE_INACTIVE else None
+        return True if self._state.lifecycle == EngineStatus.INACTIVE else None
 
     # --- the executor's thread ------------------------------------------------------------------------
 
     def _on_set_parameters(self, parameters) -> SetParametersResult:
         result = check_parameters(
             parameters,
-            configured=self._state_machine.current_state[1] != "unconfigured",
+            configured=self._state.is_configured,
             current=lambda name: self.get_parameter(name).value,
         )
         if result.successful:
@@ -224,15 +232,15 @@ class LlmNode(LifecycleNodeMixin, Node):
         if not self._parameters_changed:
             return
         self._parameters_changed = False
-        before, settings = self._intake.settings, read_settings(self)
-        self._intake.settings = settings
-        if (worker := self._intake.worker) is not None and settings != before:
+        before, settings = self._state.settings, read_settings(self)
+        self._state.settings = settings
+        if (worker := self._state.worker) is not None and settings != before:
             worker.update(queue_depth=settings.queue_depth, busy_policy=settings.busy_policy)
             if settings.system_prompt != before.system_prompt:
                 worker.warm_system_prompt(settings.system_prompt)
 
     def _health(self) -> Health:
-        return make_health(self._intake, self._topics, self._error)
+        return make_health(self._state, self._topics, self._intake.num_refused)
 
     # --- any thread -----------------------------------------------------------------------------------
 
@@ -241,13 +249,11 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._status_report.ask()
 
     def _publish_status(self) -> None:
-        if self._state_machine.current_state[0] == State.TRANSITION_STATE_CONFIGURING:
+        if self._state.is_configuring:
             return  # what comes of it is said when it is over
         try:
             with self._status_lock:  # the last message is the newest
-                status = make_status(self._intake, self._error)
-                if self._state_machine.current_state[0] == State.PRIMARY_STATE_FINALIZED:
-                    status.state = EngineStatus.FINALIZED
+                status = make_status(self._state)
                 status.header.stamp = self.get_clock().now().to_msg()
                 self._status.publish(status)
         except Exception as error:
@@ -267,7 +273,7 @@ class LlmNode(LifecycleNodeMixin, Node):
     @property
     def worker(self) -> Worker | None:
         """What serves the requests while the node is active."""
-        return self._intake.worker
+        return self._state.worker
 
     @property
     def num_open_requests(self) -> int:

@@ -11,9 +11,9 @@ from diagnostic_msgs.msg import DiagnosticStatus
 
 from edgellm_ros.conversions import error_code, error_message, to_memory_plan
 from edgellm_ros.diagnostics import Health
-from edgellm_ros.intake import Intake
 from edgellm_ros.msg import EngineStatus
 from edgellm_ros.srv import GetInfo
+from edgellm_ros.state import NodeState
 from edgellm_ros.streams import Topics
 from engine_core import __version__
 from engine_core.errors import NotActiveError
@@ -25,22 +25,17 @@ _STATE_NAMES = {
     EngineStatus.UNCONFIGURED: "unconfigured",
     EngineStatus.INACTIVE: "inactive",
     EngineStatus.ACTIVE: "active",
+    EngineStatus.FINALIZED: "finalized",
 }
 
 
-def state_of(intake: Intake) -> int:
-    """A constant of EngineStatus."""
-    if intake.engine is None:
-        return EngineStatus.UNCONFIGURED
-    return EngineStatus.INACTIVE if intake.worker is None else EngineStatus.ACTIVE
-
-
-def make_status(intake: Intake, error: Exception | None) -> EngineStatus:
-    """``error``: of the last failed configure or the engine's fault."""
-    status = EngineStatus(state=state_of(intake), error_code=error_code(error), error_message=error_message(error))
-    if (worker := intake.worker) is not None:
+def make_status(state: NodeState) -> EngineStatus:
+    """Return ~/status without its time."""
+    error = state.error
+    status = EngineStatus(state=state.lifecycle, error_code=error_code(error), error_message=error_message(error))
+    if (worker := state.worker) is not None:
         status.busy, status.queued = worker.busy, worker.queued
-    if (engine := intake.engine) is not None:
+    if (engine := state.engine) is not None:
         status.model_name = engine.manifest.model_name
         status.backend = engine.backend_name
         status.quantization = engine.manifest.quantization
@@ -72,13 +67,14 @@ def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response
     return info
 
 
-def make_health(intake: Intake, topics: Topics, error: Exception | None) -> Health:
-    state = _STATE_NAMES[state_of(intake)]
-    engine, worker, last = intake.engine, intake.worker, topics.last
+def make_health(state: NodeState, topics: Topics, num_refused: int) -> Health:
+    """Return what /diagnostics says. ``num_refused``: requests since the node started."""
+    name = _STATE_NAMES[state.lifecycle]
+    engine, worker, error, last = state.engine, state.worker, state.error, topics.last
     values = {
-        "state": state,
+        "state": name,
         "requests": str(topics.requests_total),
-        "refused": str(intake.num_refused),
+        "refused": str(num_refused),
         "tokens": str(topics.tokens_total),
     }
     if engine is not None:
@@ -95,12 +91,12 @@ def make_health(intake: Intake, topics: Topics, error: Exception | None) -> Heal
         values["last finish reason"] = last.finish_reason.value
         values["last time to first token"] = f"{last.time_to_first_token * 1e3:.1f} ms"
         values["last tokens per second"] = f"{last.tokens_per_second:.1f}"
-    level, message = DiagnosticStatus.OK, state
+    level, message = DiagnosticStatus.OK, name
     if error is not None:
         level, message = DiagnosticStatus.ERROR, error_message(error)
-    elif worker is not None and worker.queued >= max(1, intake.settings.queue_depth):
+    elif worker is not None and worker.queued >= max(1, state.settings.queue_depth):
         level, message = DiagnosticStatus.WARN, f"the queue is full ({worker.queued} requests wait)"
-    elif 0 < intake.settings.warn_wait < wait:
+    elif 0 < state.settings.warn_wait < wait:
         level, message = DiagnosticStatus.WARN, f"a request has been waiting for {wait:.1f} s"
     device = engine.device if engine is not None else "no engine"
     return Health(level, message, f"{platform.node()}: {device}", values)

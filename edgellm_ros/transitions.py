@@ -13,7 +13,6 @@ from typing import Any
 
 from lifecycle_msgs.srv import ChangeState
 from rclpy.node import Node
-from rclpy.service import Service
 from rclpy.task import Future
 
 from edgellm_ros.threads import SerialThread
@@ -27,12 +26,13 @@ class Transitions:
         self._after = after
         self._thread = SerialThread(node, "edgellm-lifecycle")
 
-    def take_over(self, service: Service, instead: Callable[[ChangeState.Request], bool | None]) -> None:
-        """Has the change_state service of ``node`` answered through this thread.
+    def take_over(self, instead: Callable[[ChangeState.Request], bool | None]) -> None:
+        """Have the change_state service of ``node`` answered through this thread.
 
         ``instead`` is asked first, there: it answers a request with whether it succeeded, or with None to have the
         transition made as usual.
         """
+        (service,) = (service for service in self._node.services if service.srv_type is ChangeState)
         make_transition = service.callback
 
         def change(request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:

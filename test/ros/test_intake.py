@@ -34,7 +34,7 @@ def take(monkeypatch):
     node = LlmNode()
 
     def take(after_submit=lambda on_piece, on_done: None) -> float:
-        node._intake.worker = Worker(after_submit)
+        node._state.worker = Worker(after_submit)
         request = GenerationRequest(messages=[ChatMessage(role="user", content="go to the kitchen")])
         start = time.perf_counter()
         kept.append(Started(node._intake.answer(request)))
