@@ -37,6 +37,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -108,8 +109,12 @@ class Baseline:
         return Row(*json.loads(self._process.stdout.readline()))
 
 
-def serve(num_tokens: int, arguments: list[str]) -> int:
-    """The node as ``llm_node`` runs it, and a thread that answers each line of the standard input with a Row."""
+def serve(num_tokens: int, arguments: list[str], switch: Callable[[str, bool], float] = lambda name, on: 0.0) -> int:
+    """The node as ``llm_node`` runs it, and a thread that answers each line of the standard input.
+
+    An empty line with the Row of a request; the name of a setting and true or false, as JSON, with what ``switch``
+    returns.
+    """
 
     def measure(node: LlmNode) -> Row:
         request = core.GenerationRequest(
@@ -122,8 +127,8 @@ def serve(num_tokens: int, arguments: list[str]) -> int:
         return make_row(times.first, result)
 
     def answer(node: LlmNode) -> None:
-        for _ in sys.stdin:
-            print(json.dumps(measure(node)), flush=True)
+        for line in sys.stdin:
+            print(json.dumps(switch(*json.loads(line)) if line.strip() else measure(node)), flush=True)
 
     def make_node() -> LlmNode:
         node = LlmNode()
@@ -136,10 +141,11 @@ def serve(num_tokens: int, arguments: list[str]) -> int:
 class OverRos:
     """A client of the node, which is a process of its own."""
 
-    def __init__(self, engine_dir: Path, num_tokens: int, num_threads: int) -> None:
+    def __init__(self, engine_dir: Path, num_tokens: int, num_threads: int, script: str = __file__) -> None:
+        """``script``: what serves the node when it is run with ``--serve``."""
         arguments = ["-r", f"__node:={NAME}", "-p", f"engine_dir:={engine_dir}", "-p", f"num_threads:={num_threads}"]
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", str(num_tokens), "--ros-args", *arguments, "--log-level", "warn"],
+            [sys.executable, script, "--serve", str(num_tokens), "--ros-args", *arguments, "--log-level", "warn"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.rest = 0.0  # s
@@ -154,6 +160,12 @@ class OverRos:
             messages=[ChatMessage(role="user", content=PROMPT)],
             sampling=SamplingOptions(max_new_tokens=[num_tokens], ignore_eos=True),
         )
+
+    def switch(self, setting: str, on: bool) -> float:
+        """Switch a setting in the node's process; return what it says."""
+        self.process.stdin.write(json.dumps([setting, on]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
 
     def bring_up(self) -> None:
         for transition in (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE):

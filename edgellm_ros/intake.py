@@ -11,6 +11,7 @@ from typing import Any
 
 from rclpy.node import Node
 
+from edgellm_ros import latency
 from edgellm_ros.conversions import error_message, refused, to_messages, to_request
 from edgellm_ros.msg import GenerationRequest as GenerationRequestMessage
 from edgellm_ros.state import NodeState
@@ -22,9 +23,6 @@ from engine_core.serving.worker import Ticket, Worker
 
 _QUICK_CHARS = 4096
 _QUICK_MESSAGES = 64
-# Seconds the executor leaves Python to the worker when it begins with a request: the executor's next rounds would take
-# 0.6 ms of the first token's way.
-_HEAD_START = 0.005
 
 
 def _is_quick(request: GenerationRequest) -> bool:
@@ -160,7 +158,7 @@ class Intake:
         if on_ticket is not None:
             on_ticket(ticket)
         if self.num_open == 1:
-            stream.begun.wait(_HEAD_START)
+            stream.begun.wait(latency.HEAD_START)
         return await done
 
     async def tokenize(self, text: str, messages: Sequence[Any]) -> tuple[list[int], list[str]]:

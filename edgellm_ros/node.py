@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import traceback
 
@@ -14,7 +13,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNodeMixin, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
 
-from edgellm_ros import qos
+from edgellm_ros import latency, qos
 from edgellm_ros.bond import make_bond
 from edgellm_ros.conversions import error_message
 from edgellm_ros.diagnostics import Diagnostics, Health
@@ -103,8 +102,7 @@ class LlmNode(LifecycleNodeMixin, Node):
             return FAILURE
         finally:
             self._state.is_configuring = False
-        gc.collect()
-        gc.freeze()  # no later collection walks through all that the engine's libraries brought
+        latency.freeze()
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -169,8 +167,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         engine, self._state.engine = self._state.engine, None
         if engine is not None:
             engine.close()
-        gc.unfreeze()
-        gc.collect()  # sessions and arenas now, not at some later allocation
+        latency.unfreeze()
 
     def _on_fault(self, error: Exception) -> None:
         """Called by the worker, with every request answered: takes the node to unconfigured."""

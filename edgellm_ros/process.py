@@ -17,13 +17,11 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.logging import get_logger
 from rclpy.signals import SignalHandlerOptions
 
+from edgellm_ros import latency
 from edgellm_ros.threads import StopSignal
 from engine_core.errors import ConfigurationError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds a thread keeps Python from the others; by default 5 ms, the time of several tokens. Until its first token a
-# request goes from thread to thread some ten times, and the executor is busy with its own round just then.
-_SWITCH_INTERVAL = 0.0001
 # Seconds from the last answer to the end of the context: what Fast DDS still has to send.
 _LINGER = 0.15
 
@@ -49,7 +47,7 @@ def run_node(make_node: Callable[[], object], args: list[str] | None) -> int:
     lives until the running request has been answered. The executor has a thread of its own because Python runs
     signal handlers in the main thread, which waits for them. One thread is enough for it: no callback waits for long.
     """
-    sys.setswitchinterval(_SWITCH_INTERVAL)
+    latency.switch_often()
     stop = StopSignal(_STOP_SIGNALS)
     core_log = logging.getLogger("engine_core")
     core_log.addHandler(_RosHandler())

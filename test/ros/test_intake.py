@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from edgellm_ros import intake as module
+from edgellm_ros import latency
 from edgellm_ros.msg import ChatMessage, GenerationRequest
 from edgellm_ros.node import LlmNode
 from edgellm_ros.threads import Started
@@ -30,7 +30,7 @@ class Worker:
 @pytest.fixture
 def take(monkeypatch):
     """Takes a request on this thread, as the executor's would; returns the seconds it was kept."""
-    monkeypatch.setattr(module, "_HEAD_START", HEAD_START)
+    monkeypatch.setattr(latency, "HEAD_START", HEAD_START)
     node = LlmNode()
 
     def take(after_submit=lambda on_piece, on_done: None) -> float:
