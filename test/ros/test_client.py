@@ -155,7 +155,7 @@ def test_a_node_that_is_not_there_or_not_active(nodes, engine_dir):
     with LLM("/nobody", wait=0.3) as client, pytest.raises(UnavailableError, match="/nobody/generate"):
         client.ask("hello")
     idle = nodes.start(engine_dir)
-    with LLM(idle.name) as client, pytest.raises(NotActiveError):
+    with LLM(idle.name, wait=20.0) as client, pytest.raises(NotActiveError):  # the node is starting
         client.ask("hello")
 
 
