@@ -22,6 +22,7 @@ from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, BuildError, ConfigurationError
+from engine_core.measure.steps import extend
 from engine_core.quantize import kv_cache
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
@@ -116,15 +117,15 @@ def test_a_saved_prefix_is_of_the_caches_own_type(llama, kind):
     config = EngineConfig(engine_dir, kv_cache_type=kind, prompt_cache_entries=2, prompt_cache_tokens=24)
     backend = OnnxRuntimeBackend.load(engine_dir, manifest, config)
     try:
-        backend.extend(PROMPT[:24], 0)
+        extend(backend, PROMPT[:24], 0)
         expected = backend._session.kv_cache[..., :24, :].copy()
-        backend.save_prefix(1, 24)
-        backend.extend(PROMPT[::-1].copy(), 0)
+        backend.save_prefix(0, 1, 24)
+        extend(backend, PROMPT[::-1].copy(), 0)
         assert (backend._session.kv_cache[..., :24, :] != expected).any()
-        backend.load_prefix(1, 24)
+        backend.load_prefix(0, 1, 24)
         assert (backend._session.kv_cache[..., :24, :] == expected).all() and expected.any()
         plan = OnnxRuntimeBackend.plan(engine_dir, manifest, config)
-        assert backend._slots.dtype == expected.dtype and backend._slots.nbytes == plan.item("prefix_cache")
+        assert backend._prefixes.dtype == expected.dtype and backend._prefixes.nbytes == plan.item("prefix_cache")
     finally:
         backend.close()
 

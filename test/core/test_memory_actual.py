@@ -34,6 +34,7 @@ from pathlib import Path
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.config import EngineConfig
 from engine_core.formats.manifest import read_manifest
+from engine_core.measure.steps import extend
 
 
 def resident():
@@ -51,11 +52,11 @@ backend = OnnxRuntimeBackend.load(directory, manifest, config)
 grown = resident() - before
 import numpy as np
 for length in (1, 17, 64, 65, 127, 128, 300):  # what comes after takes nothing more
-    backend.extend(np.arange(length) % 16000, 0)
-    backend.extend(np.arange(length) % 16000, config.max_context - length)
+    extend(backend, np.arange(length) % 16000, 0)
+    extend(backend, np.arange(length) % 16000, config.max_context - length)
 later = resident() - before
 session = backend._session
-actual = {"kv_cache": session.kv_cache.nbytes, "prefix_cache": backend._slots.nbytes}
+actual = {"kv_cache": session.kv_cache.nbytes, "prefix_cache": backend._prefixes.nbytes}
 print(json.dumps([{item.name: item.bytes for item in plan.items}, actual, grown, later]))
 backend.close()
 """
