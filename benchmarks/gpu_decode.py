@@ -30,6 +30,7 @@ from engine_core.backends.cuda.layout import CudaSpec, round_rows, weight_arrays
 from engine_core.cuda.driver import ALIGNMENT, Arena, Device, DeviceArray, Event, Launch, Module, Stream
 from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.cuda.kernels.nvrtc import compile_kernel
+from engine_core.formats.weight_formats import weight_format
 from engine_core.measure.steps import begin, decode, prefill
 from engine_core.request import SamplingParams
 
@@ -87,7 +88,7 @@ def make_spec(
         norm_eps=1e-5,
         qkv_bias=False,
         tied=shape.tied,
-        weight_bits={"int4": 4, "int8": 8}.get(weights, 16),
+        weight_format=weight_format(weights),
         chunk=round_rows(chunk),
         prefix_slots=0,
         prefix_tokens=0,

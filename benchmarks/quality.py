@@ -43,8 +43,7 @@ sys.path.insert(0, str(ROOT))
 from engine_core.backends.onnxruntime.build import build_engine  # noqa: E402
 from engine_core.config import EngineConfig  # noqa: E402
 from engine_core.formats.number_formats import to_16_bit  # noqa: E402
-from engine_core.formats.safetensors_file import SafetensorsFile  # noqa: E402
-from engine_core.formats.tensor_writer import TensorWriter  # noqa: E402
+from engine_core.formats.safetensors_file import SafetensorsFile, SafetensorsWriter  # noqa: E402
 from engine_core.measure.bench import Benchmark  # noqa: E402
 from engine_core.quantize import quantize_checkpoint  # noqa: E402
 from engine_core.reduce_vocab.reduce import reduce_vocab  # noqa: E402
@@ -103,15 +102,15 @@ def with_outliers(checkpoint: Path, directory: Path, factor: int) -> Path:
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     file = SafetensorsFile(checkpoint / weights)
-    writer = TensorWriter(directory / weights, {name: (file.dtype(name), file.shape(name)) for name in file.names()})
-    for name in file.names():
-        values = file.read(name)  # float32
-        if name.endswith("layernorm.weight"):
-            values[::64] *= factor
-        elif name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-            values[:, ::64] /= factor
-        writer.write(name, to_16_bit(values, {"BF16": "bf16", "F16": "fp16"}[file.dtype(name)]))
-    writer.close()
+    header = {name: (file.dtype(name), file.shape(name)) for name in file.names()}
+    with SafetensorsWriter(directory / weights, header) as writer:
+        for name in file.names():
+            values = file.read(name)  # float32
+            if name.endswith("layernorm.weight"):
+                values[::64] *= factor
+            elif name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+                values[:, ::64] /= factor
+            writer.write(name, to_16_bit(values, {"BF16": "bf16", "F16": "fp16"}[file.dtype(name)]))
     # Last: an interrupted copy has no config.json.
     shutil.copytree(checkpoint, directory, ignore=shutil.ignore_patterns(weights), dirs_exist_ok=True)
     return directory

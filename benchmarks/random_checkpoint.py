@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.safetensors_file import write_safetensors
-from engine_core.formats.tensor_writer import TensorWriter
+from engine_core.formats.safetensors_file import SafetensorsWriter, write_safetensors
 from engine_core.models.spec import read_spec
 
 _BLOCK = 1 << 24  # values drawn; larger tensors repeat them, from another place each
@@ -35,11 +34,10 @@ def write_random_checkpoint(directory: Path, config: dict, *, scale: float = 0.0
     random = np.random.default_rng(seed)
     count = min(_BLOCK, max(map(math.prod, shapes.values())))
     block = (scale * random.standard_normal(count, dtype=np.float32)).astype(np.float16)
-    writer = TensorWriter(path, {name: ("F16", shape) for name, shape in shapes.items()})
-    for name, shape in shapes.items():
-        values = np.resize(np.roll(block, -int(random.integers(count))), shape)
-        if "norm" in name:
-            values = (1.0 - spec.norm_offset + values).astype(np.float16)
-        writer.write(name, values)
-    writer.close()
+    with SafetensorsWriter(path, {name: ("F16", shape) for name, shape in shapes.items()}) as writer:
+        for name, shape in shapes.items():
+            values = np.resize(np.roll(block, -int(random.integers(count))), shape)
+            if "norm" in name:
+                values = (1.0 - spec.norm_offset + values).astype(np.float16)
+            writer.write(name, values)
     return directory

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine_core.backends import backend_names
-from engine_core.backends.capabilities import all_kv_cache_types, all_quantizations
+from engine_core.backends.capabilities import all_kv_cache_types
 from engine_core.errors import ConfigurationError
+from engine_core.formats import weight_formats
 
 BACKENDS = ("auto", *backend_names())
-QUANTIZATIONS = ("auto", *all_quantizations())
+QUANTIZATIONS = ("auto", *weight_formats.NAMES)
 KV_CACHE_TYPES = ("auto", *all_kv_cache_types())
 # What becomes of a request while another one runs, see the node's parameter busy_policy.
 BUSY_POLICIES = ("queue", "reject", "preempt", "preempt_lower")

@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine_core.backends.capabilities import Capabilities, all_capabilities, all_quantizations  # noqa: E402
+from engine_core.backends.capabilities import Capabilities, all_capabilities  # noqa: E402
+from engine_core.formats.weight_formats import NAMES, weight_format  # noqa: E402
 from engine_core.models.families import FAMILIES  # noqa: E402
 from engine_core.models.shapes import read_shapes  # noqa: E402
 from engine_core.models.spec import ModelSpec  # noqa: E402
@@ -48,9 +49,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def weights(backends: Sequence[Capabilities]) -> str:
     def cell(each: Capabilities, kind: str) -> str:
-        return "yes" if kind in each.weight_formats else "built, does not run" if kind in each.built_only else "–"
+        return "yes" if kind in each.weight_formats else "–"
 
-    rows = [[kind, *(cell(each, kind) for each in backends)] for kind in all_quantizations()]
+    rows = [[kind, *(cell(each, kind) for each in backends)] for kind in NAMES]
     return table(["`quantization`", *(each.backend for each in backends)], rows)
 
 
@@ -90,8 +91,8 @@ def specs() -> list[ModelSpec]:
 
 def limits(backends: Sequence[Capabilities]) -> str:
     def block(each: Capabilities) -> str:
-        blocks = {each.blocks(kind): kind for kind in each.weight_formats if each.blocks(kind)}
-        sizes = "; ".join(f"multiples of {rows} × {columns}" for rows, columns in blocks)
+        blocks = {each.blocks(weight_format(kind)) for kind in each.weight_formats} - {None}
+        sizes = "; ".join(f"multiples of {rows} × {columns}" for rows, columns in sorted(blocks))
         return sizes or "any"
 
     def traits(each: Capabilities) -> str:
@@ -117,12 +118,10 @@ def limits(backends: Sequence[Capabilities]) -> str:
 def page() -> str:
     """Return the whole page."""
     backends = list(all_capabilities())
-    reasons = [f"- {each.backend}: {reason}" for each in backends for reason in each.built_only.values()]
     parts = [
         HEAD,
         "## Weights\n",
         weights(backends) + "\n",
-        "\n".join(["What is built and does not run, and why:", "", *reasons]) + "\n",
         "## KV caches\n",
         kv_caches(backends) + "\n",
         f"## Models\n\nWith their configuration class's defaults, `max_context` {CONTEXT} and fitting sizes:\n",

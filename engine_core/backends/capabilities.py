@@ -10,24 +10,25 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from engine_core.errors import BuildError, UnsupportedModelError
+from engine_core.formats import weight_formats as formats
+from engine_core.formats.weight_formats import NAMES
 
 if TYPE_CHECKING:
     from engine_core.backends.machine import Machine, Missing
+    from engine_core.formats.weight_formats.base import WeightFormat
     from engine_core.models.spec import ModelSpec
 
-# Number types that a GPU computes with from some compute capability on: e4m3 since Ada, e2m1 (nvfp4) since Blackwell.
-HARDWARE_TYPES = {"fp8": (89, "Ada, Hopper or Blackwell"), "nvfp4": (100, "Blackwell")}
+# Compute capability → the architectures that have it or a higher one.
+_ARCHITECTURES = {89: "Ada, Hopper or Blackwell", 100: "Blackwell"}
 
 
 @dataclass(frozen=True)
 class Trait:
-    """Something a model can have that a backend does not run.
-
-    ``label`` completes "the model has" and may name {spec}.
-    """
+    """Something a model can have that a backend does not run. ``label`` completes "it has" and may name {spec}."""
 
     label: str
     is_in: Callable[[ModelSpec, int], bool]  # of a model, with so many tokens of context
@@ -43,15 +44,15 @@ class Capabilities:
 
     backend: str
     on_gpu: bool
-    weight_formats: tuple[str, ...]  # built and run; ``build`` takes default_format where a checkpoint has none of them
-    default_format: str
+    runs_format: Callable[[WeightFormat], bool]  # whether weights in the format are built and run
+    default_format: str  # what ``build`` makes of weights that are not quantized
     kv_cache_types: tuple[str, ...]  # the first is the default
     longest_default: int  # tokens an engine is built for unless more is asked for and the model was made for more
-    built_only: Mapping[str, str] = field(default_factory=dict)  # format that is built → why it does not run
-    planned_formats: tuple[str, ...] = ()  # neither built nor run; ``plan`` says what they would take
+    plans_others: bool = False  # whether ``plan`` says what other quantized formats would take
     planned_kv_cache_types: tuple[str, ...] = ()
     traits: tuple[Trait, ...] = ()  # what no model that runs may have
-    blocks: Callable[[str], tuple[int, int] | None] = lambda weight_format: None  # rows and columns of one, see _blocks
+    # Rows and columns of the blocks in which a format is stored, so that every matrix has to be multiples of them.
+    blocks: Callable[[WeightFormat], tuple[int, int] | None] = lambda kind: None
     kv_cache_types_of: Callable[[ModelSpec | None, str, int], tuple[str, ...]] | None = None  # where they depend on it
     group_sizes: tuple[int, ...] = ()  # weights that share a scale in int8 and int4, as ``build --group-size`` takes
     context_step: int = 1  # max_context is a multiple of it
@@ -63,21 +64,30 @@ class Capabilities:
 
     # --- what there is --------------------------------------------------------------------------------
 
-    @property
-    def buildable_formats(self) -> tuple[str, ...]:
-        """Return the weight formats ``build`` makes, those that do not run last."""
-        return (*self.weight_formats, *self.built_only)
+    @cached_property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Return the weight formats that are built and run."""
+        return tuple(name for name in NAMES if self.runs_format(formats.weight_format(name)))
 
-    @property
-    def known_formats(self) -> tuple[str, ...]:
-        """Return every weight format there is something to say about."""
-        return (*self.buildable_formats, *self.planned_formats)
+    @cached_property
+    def planned_formats(self) -> tuple[str, ...]:
+        """Return the weight formats ``plan`` has something to say about."""
+        others = [name for name in NAMES if self.plans_others and formats.weight_format(name).bits < 16]
+        return tuple(name for name in NAMES if name in (*self.weight_formats, *others))
 
     def kv_cache_types_for(self, spec: ModelSpec | None, weight_format: str, max_context: int = 0) -> tuple[str, ...]:
         """Return the KV cache types of a model (None: of any) with weights in ``weight_format``, the default first."""
         if self.kv_cache_types_of is None:
             return self.kv_cache_types
         return self.kv_cache_types_of(spec, weight_format, max_context or self._context_for(spec))
+
+    def format_for(self, found: str) -> str:
+        """Return the format to build, unless told otherwise, of a checkpoint that is ``found``; "" = not quantized.
+
+        A format that the backend does not have is dequantized where that loses nothing, and else what is refused.
+        """
+        rounds = formats.weight_format(self.default_format).bits < 16
+        return found if found in self.weight_formats or (found and rounds) else self.default_format
 
     def default_context(self, spec: ModelSpec) -> int:
         """Return the tokens an engine is built for unless told otherwise."""
@@ -103,7 +113,6 @@ class Capabilities:
         """
         reasons: Iterable[Callable[[], str | None]] = (
             lambda: self.device_refusal(weight_format, kv_cache_type, capability),
-            lambda: self.built_only.get(weight_format),
             lambda: self.build_refusal(
                 spec, weight_format, kv_cache_type, max_context=max_context, head_rows=head_rows
             ),
@@ -149,7 +158,7 @@ class Capabilities:
 
     def format_refusal(self, weight_format: str) -> str | None:
         """Say that the backend has no such weights."""
-        if weight_format in self.buildable_formats:
+        if weight_format in self.weight_formats:
             return None
         return f"The {self.backend} backend has no {weight_format!r} weights; it has {_series(self.weight_formats)}."
 
@@ -194,7 +203,7 @@ class Capabilities:
 
     def shape_refusal(self, spec: ModelSpec, weight_format: str, head_rows: int = 0) -> str | None:
         """Name the first matrix that does not divide into the blocks of ``weight_format``."""
-        block = self.blocks(weight_format)
+        block = self.blocks(formats.weight_format(weight_format))
         if block is None:
             return None
         matrices = [*spec.layer_matrices.values(), (head_rows or spec.vocab_size, spec.hidden_size)]
@@ -224,10 +233,10 @@ class Capabilities:
         if not self.on_gpu or not capability:
             return None
         own = {*self.weight_formats, *self.kv_cache_types}
-        for kind in (weight_format, kv_cache_type):
-            least, names = HARDWARE_TYPES.get(kind, (0, ""))
-            if kind not in own and capability < least:
-                return f"{kind} needs {names}; this GPU is sm_{capability}."
+        for kind in (kind for kind in (weight_format, kv_cache_type) if kind in NAMES and kind not in own):
+            least = formats.weight_format(kind).least_capability
+            if capability < least:
+                return f"{kind} needs {_ARCHITECTURES.get(least, f'sm_{least} or newer')}; this GPU is sm_{capability}."
         if capability < self.least_capability:
             return f"The {self.backend} backend needs sm_{self.least_capability} or newer; this GPU is sm_{capability}."
         return None
@@ -239,11 +248,6 @@ class Capabilities:
 
     def _any_model(self, weight_format: str) -> tuple[str, ...]:
         return self.kv_cache_types_for(None, weight_format)
-
-
-def needed_gpu(weight_format: str) -> str:
-    """Return the compute capability from which GPUs compute with a type of HARDWARE_TYPES, such as "8.9"."""
-    return str(HARDWARE_TYPES[weight_format][0] / 10)
 
 
 def _series(names: Iterable[object]) -> str:
@@ -268,14 +272,6 @@ def all_capabilities() -> Iterator[Capabilities]:
     from engine_core.backends import backend_names
 
     return map(capabilities_of, backend_names())
-
-
-def all_quantizations() -> tuple[str, ...]:
-    """Return every weight format that some backend builds or plans, the largest weights first."""
-    from engine_core.formats.manifest import AUTO_ORDER
-
-    found = {name for each in all_capabilities() for name in each.known_formats}
-    return tuple(name for name in reversed(AUTO_ORDER) if name in found)
 
 
 def all_kv_cache_types() -> tuple[str, ...]:

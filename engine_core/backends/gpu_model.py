@@ -11,7 +11,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from engine_core.backends.cuda.layout import PROMPT_HEADER, ArraySpec, CudaSpec, prefill_rows, weight_arrays
+from engine_core.backends.cuda.layout import (
+    PROMPT_HEADER,
+    ArraySpec,
+    CudaSpec,
+    packed_shapes,
+    prefill_rows,
+    weight_arrays,
+)
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import CHUNK_WORDS, Kernels, attention, linear, linear_packed, sampling, source_hash
 from engine_core.cuda.kernels.launch_configs import PrefillAttentionProblem, Problem
@@ -24,6 +31,8 @@ WeightSource = Callable[[str, DeviceArray], None]
 Work = Callable[[Stream], None]
 _TUNED_LAYERS = 8  # layers whose kernels tuning times
 _TUNED_CONTEXT = 1024  # tokens in the KV cache when it does
+# A weight as the GEMV kernels take it: 16-bit [rows, cols], or packed.
+Matrix = DeviceArray | linear_packed.PackedWeight
 Layer = TypeVar("Layer")  # what a subclass prepares for one layer's prefill
 
 
@@ -128,7 +137,7 @@ class DeviceModel(Generic[Layer]):
 
     def _head(self) -> list[Work]:
         w, weights = self.work, self.weights
-        head = weights["head" if self.spec.has_head else "embed"]
+        head = self.matrix("head" if self.spec.has_head else "embed")
         return [
             self._gemv(
                 *(head, w["hidden"].at(0), w["logits"], linear.LOGITS),
@@ -150,9 +159,18 @@ class DeviceModel(Generic[Layer]):
     def _decode_layer(self, i: int) -> list[Work]:
         raise NotImplementedError
 
-    def _gemv(self, weight: DeviceArray, *args: Any, **kwargs: Any) -> Launch:
-        gemv = linear_packed.gemv_packed if weight.dtype == "uint8" else linear.gemv
-        return gemv(self._kernels, weight, *args, **kwargs)
+    def matrix(self, name: str) -> Matrix:
+        """The weight ``name`` of ``weight_arrays``, with what the kernels have to know of a packed one."""
+        array = self.weights[name]
+        shape = packed_shapes(self.spec).get(name.split(".")[-1])
+        if shape is None:
+            return array
+        return linear_packed.PackedWeight(array, self.spec.weight_format, *shape)
+
+    def _gemv(self, weight: Matrix, *args: Any, **kwargs: Any) -> Launch:
+        if isinstance(weight, linear_packed.PackedWeight):
+            return linear_packed.gemv_packed(self._kernels, weight, *args, **kwargs)
+        return linear.gemv(self._kernels, weight, *args, **kwargs)
 
     def _attend_one(self, i: int) -> Launch:
         """Layer ``i``'s attention of a decode step: from the first row of ``qkv`` to the first of ``attended``."""

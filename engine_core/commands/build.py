@@ -69,7 +69,7 @@ def add(commands) -> None:
 
 
 def _formats() -> str:
-    return "; ".join(f"{each.backend}: {', '.join(each.buildable_formats)}" for each in all_capabilities())
+    return "; ".join(f"{each.backend}: {', '.join(each.weight_formats)}" for each in all_capabilities())
 
 
 def _defaults() -> str:
@@ -93,8 +93,7 @@ def run(options: argparse.Namespace) -> int:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
     kinds = [kind.strip() for kind in options.quantization.split(",") if kind.strip()]
     if not kinds:
-        found = default_quantization(options.checkpoint)
-        kinds = [found if found in capabilities.buildable_formats else capabilities.default_format]
+        kinds = [capabilities.format_for(default_quantization(options.checkpoint))]
     for kind in kinds:
         request = BuildRequest(
             checkpoint=options.checkpoint,

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from engine_core.errors import BuildError
-
-METHODS = ("fp16", "int8", "int8_smoothquant", "int4_awq", "int4", "fp8", "nvfp4")
+from engine_core.quantize import METHODS
 
 
 def add(commands) -> None:

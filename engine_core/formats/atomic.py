@@ -1,4 +1,4 @@
-"""Replace a directory whole: written beside its place, renamed when it is finished, the old one restored on failure."""
+"""Replace a directory or a file whole: written beside its place, flushed to disk, and renamed when it is finished."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 def replaced_directory(target: Path) -> Iterator[Path]:
     """Give a new directory beside ``target`` to fill; it takes the place of ``target`` when the body ends.
 
-    If the body or a rename fails, what was at ``target`` stays or comes back, and the new directory is removed.
-    Leftovers of processes that were killed meanwhile are removed first, and an old directory that such a process had
-    moved away comes back. Raises OSError.
+    Its files are flushed to disk before. If the body or a rename fails, what was at ``target`` stays or comes back, and
+    the new directory is removed. Leftovers of processes that were killed meanwhile are removed first, and an old
+    directory that such a process had moved away comes back. Raises OSError.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -25,9 +25,31 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     new.chmod(0o755)
     try:
         yield new
+        for path in new.rglob("*"):
+            if path.is_file():
+                _flush(path)
         _put_in_place(new, target)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replaced_file(target: Path) -> Iterator[Path]:
+    """Give the path of an empty file beside ``target`` to write; it takes the place of ``target`` when the body ends.
+
+    It is flushed to disk before, and readable for everyone. If the body fails, what was at ``target`` stays. Raises
+    OSError.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    new = Path(name)
+    try:
+        yield new
+        new.chmod(0o644)
+        _flush(new)
+        os.replace(new, target)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _put_in_place(new: Path, target: Path) -> None:
@@ -42,6 +64,11 @@ def _put_in_place(new: Path, target: Path) -> None:
         os.replace(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _beside(target: Path, kind: str) -> Path:

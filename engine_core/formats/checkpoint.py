@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.errors import CheckpointError
-from engine_core.formats.number_formats import QuantizedTensor, ScaledFloat
+from engine_core.formats.number_formats import QuantizedTensor
 from engine_core.formats.quantized_layouts import Stored, find_stored
 from engine_core.formats.safetensors_file import SafetensorsFile
+from engine_core.formats.weight_formats.integers import IntegerFormat
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -89,14 +90,9 @@ class Checkpoint:
         """Rows of a weight in integers with its own levels, scales and zeros; None if it is nothing of the kind, or if
         its groups are not consecutive columns (GPTQ's desc_act), which only ``read`` puts right."""
         stored = self._stored.get(name)
-        if stored is None or stored.order is not None or not stored.kind.startswith("int"):
+        if stored is None or stored.order is not None or not isinstance(stored.format, IntegerFormat):
             return None
         return stored.read(rows)
-
-    def scaled_float(self, name: str, rows: slice | np.ndarray = slice(None)) -> ScaledFloat | None:
-        """Rows of a weight in fp8 or nvfp4 as it is stored; None if it is nothing of the kind."""
-        stored = self._stored.get(name)
-        return stored.read(rows) if stored is not None and stored.kind in ("fp8", "nvfp4") else None
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._file_of:

@@ -1,38 +1,46 @@
-"""What a checkpoint is quantized as, by the names of the variants."""
+"""The weight format of a checkpoint, and what can be made of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.weight_formats import NAMES, weight_format
 from engine_core.models.spec import ModelSpec, read_spec
 
 MARK = "edgellm_quantization"  # in config.json: the method, which the layout alone does not tell
 
 
 def quantization_of(checkpoint: Checkpoint, spec: ModelSpec) -> str:
-    """What the checkpoint's linears are: int8, int4, int4_awq, fp8 or nvfp4; "" if they are plain or of several kinds.
+    """Return the format of the checkpoint's linears; "" if they are plain or of several formats.
 
-    int4 is what 'edgellm quantize' rounded to nearest; whoever else wrote int4 (AWQ, GPTQ, llm-compressor) calibrated.
+    'edgellm quantize' marks what it wrote. Others calibrate (AWQ, GPTQ, llm-compressor): their int4 is int4_awq.
     """
     layers = spec.layers
     linears = (linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
     stored = [checkpoint.stored(part) for linear in linears for part in linear.parts]
-    kinds = {"" if each is None or each.order is not None else each.kind for each in stored}
+    kinds = {"" if each is None or each.order is not None else each.format.kind for each in stored}
     kind = kinds.pop() if len(kinds) == 1 else ""
+    of_kind = [name for name in NAMES if weight_format(name).kind == kind]
     mark = checkpoint.config.get(MARK)
-    rounded = isinstance(mark, dict) and mark.get("method") == "int4"
-    return "int4_awq" if kind == "int4" and not rounded else kind
+    method = mark.get("method") if isinstance(mark, dict) else None
+    if method in of_kind:
+        return method
+    return min(of_kind, key=lambda name: not weight_format(name).needs_calibration, default="")
 
 
 def levels_refusal(quantization: str, found: str) -> str | None:
-    """Say why a checkpoint that is ``found`` (see ``quantization_of``) cannot become ``quantization``; None: it can."""
-    if quantization != "int4_awq" or found.startswith("int4"):
+    """Say why a checkpoint that is ``found`` (see ``quantization_of``) cannot become ``quantization``; None: it can.
+
+    A format whose weights are made with sample texts takes a checkpoint's own levels.
+    """
+    wanted = weight_format(quantization)
+    if not wanted.needs_calibration or (found and weight_format(found).kind == wanted.kind):
         return None
-    what = f"is {found}" if found else "is not, or not in consecutive groups"
+    what = f"is in {found}" if found else "is not, or not in consecutive groups"
     return (
-        f"int4_awq takes the levels of a checkpoint in int4, but this one {what}; make one with 'edgellm quantize "
-        "--method int4_awq', or build int4, which rounds to nearest."
+        f"{quantization} takes the levels of a checkpoint in {wanted.kind}, but this one {what}; make one with "
+        f"'edgellm quantize --method {quantization}', or build {wanted.kind}, which rounds to nearest."
     )
 
 

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from engine_core.errors import BuildError, EngineDirectoryError, IntegrityError, SchemaVersionError
 from engine_core.formats.atomic import replaced_directory
+from engine_core.formats.weight_formats import preference
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "engine.json"
@@ -28,8 +28,6 @@ _READ_IF_THERE = (
     "tokenizer*", "chat_template*", "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "config.json",
 )  # fmt: skip
-# Best first: what "quantization: auto" takes when a directory holds several variants.
-AUTO_ORDER = ("int4_awq", "int4", "int8", "fp8", "nvfp4", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -222,13 +220,13 @@ def list_variants(engine_dir: Path) -> dict[str, Path]:
 
 
 def select_variant(engine_dir: Path, quantization: str = "auto") -> Path:
-    """The variant directory of ``quantization``; with ``auto``, the first of AUTO_ORDER that is there.
+    """The variant directory of ``quantization``; with ``auto``, the best of those that are there.
 
     Raises EngineDirectoryError naming what the directory does hold.
     """
     variants = list_variants(engine_dir)
     if quantization == "auto":
-        return variants[min(variants, key=lambda q: AUTO_ORDER.index(q) if q in AUTO_ORDER else len(AUTO_ORDER))]
+        return variants[min(variants, key=preference)]
     if quantization not in variants:
         raise EngineDirectoryError(
             f"{engine_dir} has no variant {quantization!r}; it has {', '.join(sorted(variants))}. "
@@ -262,16 +260,10 @@ def _replaceable(directory: Path) -> bool:
 
 
 def seal(directory: Path, manifest: Manifest) -> Manifest:
-    """Hashes every file of ``directory``, writes the manifest last and flushes all of it to disk."""
+    """Hashes every file of ``directory`` and writes the manifest last."""
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST_NAME):
         files[path.relative_to(directory).as_posix()] = hash_file(path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
     manifest = dataclasses.replace(manifest, files=files)
-    path = directory / MANIFEST_NAME
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

@@ -1,10 +1,7 @@
-"""The number formats of quantized weights, in plain numpy: rounding, packing, unpacking and the dequantization that
-every fused path is held against.
+"""The numbers that quantized weights are made of, in plain numpy: 16-bit and smaller floats, packed integers, and the
+dequantization that every fused path is compared with.
 
-int4, int8: unsigned levels, w = (level - zero) * scale, one scale (and zero) for ``group_size`` consecutive weights of
-a row. fp8: OCP E4M3 without infinities ("e4m3fn", Micikevicius et al. 2022, arXiv 2209.05433), one scale per row or
-block. nvfp4: E2M1 in blocks of 16, each with an E4M3 scale, times one float32 scale of the tensor (NVIDIA's two-level
-form).
+Which formats there are, and how weights are rounded to them, is in ``weight_formats``.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import numpy as np
 from engine_core.errors import BuildError
 
 FP8_MAX, FP4_MAX = np.float32(448), np.float32(6)
-NVFP4_BLOCK = 16
 
 
 def _minifloats(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
@@ -54,8 +50,8 @@ class QuantizedTensor:
         columns = self.levels.shape[1]
         zeros = np.float32(1 << (self.bits - 1))
         if self.zeros is not None:
-            zeros = _spread(self.zeros, self.group_size, columns).astype(np.float32)
-        return (self.levels.astype(np.float32) - zeros) * _spread(self.scales, self.group_size, columns)
+            zeros = expand_groups(self.zeros, self.group_size, columns).astype(np.float32)
+        return (self.levels.astype(np.float32) - zeros) * expand_groups(self.scales, self.group_size, columns)
 
     def regrouped(self, group_size: int) -> QuantizedTensor:
         """The same weights with smaller groups, each with its old group's scale and zero."""
@@ -70,30 +66,34 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class ScaledFloat:
-    """A weight [rows, columns] in fp8 or nvfp4: w = value(code) * scale of its block of a row.
+    """A weight [rows, columns] in small floats: w = value of its code * scale of its block of a row.
 
-    ``codes``: uint8 [rows, columns], E4M3 or E2M1 (below 16). ``scales``: float32 [rows, blocks], for nvfp4 the
-    products of ``block_scales`` (E4M3 codes, uint8 [rows, blocks]) and ``global_scale``, which fp8 has not.
+    ``codes``: uint8 [rows, columns], indices of ``table``, which is E4M3 or E2M1. ``scales``: float32 [rows, blocks],
+    for nvfp4 the products of ``block_scales`` (E4M3 codes, uint8 [rows, blocks]) and ``global_scale``, which fp8 lacks.
     """
 
     codes: np.ndarray
     scales: np.ndarray
-    kind: str  # fp8 or nvfp4
+    table: np.ndarray
     block_size: int  # columns that share a scale
     block_scales: np.ndarray | None = None
-    global_scale: float = 1.0
+    global_scale: np.float32 = np.float32(1)
 
     def dequantize(self) -> np.ndarray:
         """float32 [rows, columns]."""
-        values = (E4M3 if self.kind == "fp8" else E2M1)[self.codes]
-        return values * _spread(self.scales, self.block_size, self.codes.shape[1])
+        return self.table[self.codes] * expand_groups(self.scales, self.block_size, self.codes.shape[1])
 
 
-def _spread(per_group: np.ndarray, group_size: int, columns: int) -> np.ndarray:
+def expand_groups(per_group: np.ndarray, group_size: int, columns: int) -> np.ndarray:
     """[rows, groups] → [rows, columns], or [rows, 1] if one group covers all."""
     if per_group.shape[1] == 1:
         return per_group
     return np.repeat(per_group, group_size, axis=1)[:, :columns]
+
+
+def inverse_of(scales: np.ndarray) -> np.ndarray:
+    """1 / scales of the same type, 0 where a scale is 0."""
+    return np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
 
 
 # --- rounding ---------------------------------------------------------------------------------------
@@ -130,66 +130,6 @@ def to_minifloat(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     is_tie = np.append(middles, np.nan)[codes] == magnitude
     codes += is_tie & (codes & 1 == 1)
     return (codes | np.where(np.signbit(values), half, 0)).astype(np.uint8)
-
-
-def group_sizes_fit(columns: int, group_size: int) -> bool:
-    return group_size > 0 and columns % group_size == 0
-
-
-def round_to_levels(
-    weights: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, group_size: int
-) -> QuantizedTensor:
-    """The nearest levels of ``weights``, float32 [rows, columns], for given scales and zeros [rows, groups]."""
-    columns = weights.shape[1]
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    middle = np.float32(1 << (bits - 1)) if zeros is None else _spread(zeros, group_size, columns)
-    levels = np.rint(weights * _spread(inverse, group_size, columns)) + middle
-    return QuantizedTensor(np.clip(levels, 0, (1 << bits) - 1).astype(np.uint8), scales, zeros, bits, group_size)
-
-
-def symmetric_scales(weights: np.ndarray, bits: int, group_size: int) -> np.ndarray:
-    """float32 [rows, groups]. int4: the value of largest magnitude becomes -8, so that all 16 levels are used."""
-    rows, columns = weights.shape
-    grouped = weights.reshape(rows, columns // group_size, group_size)
-    if bits == 4:
-        peak = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
-        return (peak / np.float32(-8)).astype(np.float32)
-    return (np.abs(grouped).max(axis=2) / np.float32(127)).astype(np.float32)
-
-
-def asymmetric_scales(weights: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(float32 scales, uint8 zeros), both [rows, groups]: the range from the smallest to the largest value, 0 in it."""
-    rows, columns = weights.shape
-    grouped = weights.reshape(rows, columns // group_size, group_size)
-    low, high = np.minimum(grouped.min(axis=2), 0), np.maximum(grouped.max(axis=2), 0)
-    top = (1 << bits) - 1
-    scales = ((high - low) / np.float32(top)).astype(np.float32)
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    return scales, np.clip(np.rint(-low * inverse), 0, top).astype(np.uint8)
-
-
-def to_fp8(weights: np.ndarray, dtype: str) -> ScaledFloat:
-    """One scale per row, rounded to the 16-bit type ``dtype`` first, so that the codes make up for it."""
-    scales = np.abs(weights).max(axis=1, keepdims=True) / FP8_MAX
-    scales = from_16_bit(to_16_bit(scales, dtype))
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    return ScaledFloat(to_minifloat(weights * inverse, E4M3), scales, "fp8", weights.shape[1])
-
-
-def nvfp4_global_scale(peak: float) -> np.float32:
-    """The tensor's scale for a largest magnitude of ``peak``: block scales then reach up to 448."""
-    return np.float32(peak) / (FP8_MAX * FP4_MAX) if peak else np.float32(1)
-
-
-def to_nvfp4(weights: np.ndarray, global_scale: np.float32) -> ScaledFloat:
-    """``weights``: float32 [rows, columns], columns a multiple of 16."""
-    rows, columns = weights.shape
-    peaks = np.abs(weights.reshape(rows, columns // NVFP4_BLOCK, NVFP4_BLOCK)).max(axis=2)
-    block_scales = to_minifloat(peaks / FP4_MAX / global_scale, E4M3)
-    scales = E4M3[block_scales] * global_scale
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = to_minifloat(weights * _spread(inverse, NVFP4_BLOCK, columns), E2M1)
-    return ScaledFloat(codes, scales, "nvfp4", NVFP4_BLOCK, block_scales, float(global_scale))
 
 
 # --- packing ----------------------------------------------------------------------------------------

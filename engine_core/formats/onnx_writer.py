@@ -15,8 +15,6 @@ from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
 
 _ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
 IR_VERSION = 9  # what ONNX Runtime 1.17 and TensorRT 10 read
-# Types of which two values lie in a byte; FLOAT4E2M1 is not in every onnx.
-_HALF_BYTES = (getattr(TensorProto, "FLOAT4E2M1", -1),)
 _INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
 
 
@@ -95,13 +93,8 @@ class GraphWriter:
         self._initializers[name] = onnx.numpy_helper.from_array(value, name)
         return name
 
-    def stream(
-        self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray], onnx_type: int = 0
-    ) -> str:
-        """A tensor that arrives in blocks along its first axis; only one of them is in memory at a time.
-
-        ``onnx_type``: what bytes stand for, of a type numpy has not: FLOAT8E4M3FN, or FLOAT4E2M1 with two to a byte.
-        """
+    def stream(self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray]) -> str:
+        """A tensor that arrives in blocks along its first axis; only one of them is in memory at a time."""
         assert name not in self._initializers
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         offset = self._data.tell()
@@ -109,8 +102,8 @@ class GraphWriter:
             self._data.write(np.ascontiguousarray(block, dtype=dtype).data)
         length = self._data.tell() - offset
         expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        assert length == (expected // 2 if onnx_type in _HALF_BYTES else expected), f"{name} has {length} bytes"
-        self._initializers[name] = _external(name, onnx_type or _onnx_type(dtype), shape, offset, length)
+        assert length == expected, f"{name} has {length} bytes"
+        self._initializers[name] = _external(name, _onnx_type(dtype), shape, offset, length)
         return name
 
     def alias(self, name: str, of: str, shape: Sequence[int]) -> str:
@@ -127,9 +120,7 @@ class GraphWriter:
             each.i += amount
         return bool(found)
 
-    def save(
-        self, opsets: dict[str, int], name: str = graph_name("fp32"), ir_version: int = IR_VERSION
-    ) -> None:
+    def save(self, opsets: dict[str, int], name: str = graph_name("fp32"), ir_version: int = IR_VERSION) -> None:
         graph = helper.make_graph(
             self._nodes, self._name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )

@@ -15,14 +15,15 @@ import numpy as np
 
 from engine_core.errors import CheckpointError, UnsupportedModelError
 from engine_core.formats.number_formats import (
+    E2M1,
     E4M3,
-    NVFP4_BLOCK,
     QuantizedTensor,
     ScaledFloat,
     unpack_int32,
-    unpack_nibbles,
 )
 from engine_core.formats.safetensors_file import SafetensorsFile
+from engine_core.formats.weight_formats import weight_format
+from engine_core.formats.weight_formats.base import WeightFormat
 
 Rows = slice | np.ndarray  # a slice, or indices
 # AutoAWQ: the output channel in each nibble of a word, lowest first, and where each channel is found again.
@@ -35,17 +36,13 @@ _METHODS = ("compressed-tensors", "awq", "gptq", "fp8", "modelopt")
 class Stored:
     """How one weight lies in the checkpoint. ``read`` gives rows of it."""
 
-    kind: str  # int4, int8, fp8 or nvfp4
+    format: WeightFormat  # int4, int8, fp8 or nvfp4; the tensors do not tell how they were rounded
     shape: tuple[int, int]
     group_size: int  # columns that share a scale
     has_zeros: bool
     read: Callable[[Rows], QuantizedTensor | ScaledFloat]
     # int64 [columns]: columns in the order in which groups are consecutive (GPTQ's desc_act); None: as they are.
     order: np.ndarray | None = None
-
-    @property
-    def bits(self) -> int:
-        return 8 if self.kind in ("int8", "fp8") else 4
 
     def dequantize(self, rows: Rows = slice(None)) -> np.ndarray:
         """float32 [n, columns]."""
@@ -169,7 +166,7 @@ class _Reader:
             levels = unpack_int32(packed[which], bits, columns)
             return _integers(levels, scales, zeros, bits, group_size, which, order)
 
-        return Stored(f"int{bits}", (rows, columns), group_size, zeros is not None, read, order)
+        return Stored(weight_format(f"int{bits}"), (rows, columns), group_size, zeros is not None, read, order)
 
     def _int8(self, stem: str) -> Stored:
         """int-quantized: signed bytes."""
@@ -184,7 +181,7 @@ class _Reader:
         def read(which: Rows) -> QuantizedTensor:
             return _integers(values[which].view(np.uint8) ^ 0x80, scales, zeros, 8, group_size, which, order)
 
-        return Stored("int8", values.shape, group_size, zeros is not None, read, order)
+        return Stored(weight_format("int8"), values.shape, group_size, zeros is not None, read, order)
 
     def _fp8(self, stem: str) -> Stored:
         """float-quantized, and fp8 with ``weight_scale_inv``, which is multiplied by, too: per tensor, row or block."""
@@ -200,9 +197,9 @@ class _Reader:
         blocks = (np.arange(rows) // tall).astype(np.int64)
 
         def read(which: Rows) -> ScaledFloat:
-            return ScaledFloat(codes[which], scales[blocks[which]], "fp8", wide)
+            return ScaledFloat(codes[which], scales[blocks[which]], E4M3, wide)
 
-        return Stored("fp8", (rows, columns), wide, False, read)
+        return Stored(weight_format("fp8"), (rows, columns), wide, False, read)
 
     def _block(self, rows: int, columns: int, grid: tuple[int, int], name: str) -> tuple[int, int]:
         """Rows and columns of the block that has one scale, for ``grid`` scales."""
@@ -220,13 +217,14 @@ class _Reader:
 
     def _nvfp4(self, stem: str, kind: str) -> Stored:
         """nvfp4-pack-quantized as ``weight_packed``, or ModelOpt's NVFP4 as ``weight``."""
+        nvfp4 = weight_format("nvfp4")
         packed = self._raw(stem + kind)
         rows, columns = packed.shape[0], packed.shape[1] * 2
         block_scales = self._raw(stem + "weight_scale")
-        if block_scales.shape != (rows, columns // NVFP4_BLOCK):
+        if block_scales.shape != (rows, columns // nvfp4.group_size):
             raise CheckpointError(
-                f"{stem}weight_scale has the shape {list(block_scales.shape)}, expected one per {NVFP4_BLOCK} of "
-                f"{rows} × {columns} weights."
+                f"{stem}weight_scale has the shape {list(block_scales.shape)}, expected one per "
+                f"{nvfp4.group_size} of {rows} × {columns} weights."
             )
         if kind == "weight":
             global_scale = self._float(stem + "weight_scale_2").reshape(-1)[0]
@@ -235,10 +233,10 @@ class _Reader:
 
         def read(which: Rows) -> ScaledFloat:
             found = block_scales[which]
-            codes = unpack_nibbles(packed[which], columns)
-            return ScaledFloat(codes, E4M3[found] * global_scale, "nvfp4", NVFP4_BLOCK, found, float(global_scale))
+            codes = nvfp4.unpack(packed[which], columns)
+            return ScaledFloat(codes, E4M3[found] * global_scale, E2M1, nvfp4.group_size, found, global_scale)
 
-        return Stored("nvfp4", (rows, columns), NVFP4_BLOCK, False, read)
+        return Stored(nvfp4, (rows, columns), nvfp4.group_size, False, read)
 
     # --- AutoAWQ and GPTQ: [in, out], eight or four to a word ---------------------------------------------
 
@@ -268,7 +266,7 @@ class _Reader:
             levels = unpack(words[:, first // 8 : -(-last // 8)]).T[inside]
             return _integers(np.ascontiguousarray(levels), scales, zeros, 4, group_size, which, None)
 
-        return Stored("int4", (rows, columns), group_size, zeros is not None, read, order)
+        return Stored(weight_format("int4"), (rows, columns), group_size, zeros is not None, read, order)
 
     def _gptq(self, stem: str) -> Stored:
         """qweight [in / 8, out], qzeros [groups, out / 8], scales [groups, out], g_idx [in]."""
@@ -289,7 +287,7 @@ class _Reader:
             levels = unpack_int32(np.ascontiguousarray(words[:, which].T), bits, columns)
             return _integers(levels, scales, zeros, bits, group_size, which, order)
 
-        return Stored(f"int{bits}", (rows, columns), group_size, zeros is not None, read, order)
+        return Stored(weight_format(f"int{bits}"), (rows, columns), group_size, zeros is not None, read, order)
 
     # --- parts ----------------------------------------------------------------------------------------
 

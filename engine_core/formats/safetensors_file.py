@@ -1,12 +1,15 @@
 """Reads and writes safetensors files with numpy alone: a length, a JSON header, then the tensors' bytes.
 
 The format is specified at https://github.com/huggingface/safetensors. Files are memory-mapped: a tensor costs
-memory only while it is looked at.
+memory only while it is looked at. They are not written with the safetensors library, because that takes all tensors of
+a file at once, in memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,21 +111,63 @@ def _numpy_type(dtype: str) -> np.dtype | None:
     return np.dtype(_DTYPES[dtype]) if dtype in _DTYPES else None
 
 
+class SafetensorsWriter:
+    """Writes a file tensor by tensor; a context manager, which closes the file.
+
+    ``tensors``: name → (type as safetensors spells it, shape), in the order in which they are written.
+    """
+
+    def __init__(
+        self, path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+    ) -> None:
+        """Raises OSError."""
+        header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+        offset = 0
+        for name, (dtype, shape) in tensors.items():
+            end = offset + _num_bytes(dtype, shape)
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._tensors = tensors
+        self._waiting = list(tensors)
+        self._file = open(path, "wb")  # noqa: SIM115  closed by __exit__
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        assert error or not self._waiting, f"{self._waiting[0]} was not written"
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Writes the next tensor. Raises OSError."""
+        assert values.shape == self._tensors[name][1], (name, values.shape)
+        self.write_blocks(name, [values])
+
+    def write_blocks(self, name: str, blocks: Iterable[np.ndarray]) -> None:
+        """Writes the next tensor, which arrives in blocks along its first axis. Raises OSError."""
+        dtype, shape = self._tensors[name]
+        assert self._waiting and self._waiting.pop(0) == name, f"{name} is out of order"
+        written = 0
+        for values in blocks:
+            assert values.dtype == _numpy_type(dtype), (name, values.dtype)
+            self._file.write(np.ascontiguousarray(values).data)
+            written += values.nbytes
+        assert written == _num_bytes(dtype, shape), (name, written)
+
+
+def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    numpy_type = _numpy_type(dtype)
+    assert numpy_type is not None, dtype
+    return math.prod(shape) * numpy_type.itemsize
+
+
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes ``tensors`` (any of the types above) in the order given. Raises OSError."""
+    """Writes whole tensors, of the types numpy has, in the order given. Raises OSError."""
     names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor).tobytes())
+    header = {name: (names[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
+    with SafetensorsWriter(path, header, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)

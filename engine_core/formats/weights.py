@@ -8,16 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine_core.errors import BuildError
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.number_formats import (
-    NVFP4_BLOCK,
-    QuantizedTensor,
-    ScaledFloat,
-    nvfp4_global_scale,
-    to_fp8,
-    to_nvfp4,
-)
+from engine_core.formats.number_formats import QuantizedTensor
+from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.models.spec import LinearSpec, ModelSpec
 
 _BLOCK_BYTES = 16 << 20  # float32 rows read at a time: bounds the memory of a build, whatever the model's size
@@ -27,7 +20,7 @@ _BLOCK_BYTES = 16 << 20  # float32 rows read at a time: bounds the memory of a b
 class IntegerLayout:
     """What the integers of all parts of a linear have in common."""
 
-    bits: int
+    format: IntegerFormat  # int4 or int8
     group_size: int  # columns that share a scale; the part with the smallest groups decides
     has_zeros: bool
 
@@ -69,12 +62,17 @@ class Weights:
     def integer_layout(self, linear: LinearSpec) -> IntegerLayout | None:
         """None unless every part is stored in integers of the same width, in groups of consecutive columns."""
         found = [self._checkpoint.stored(part) for part in linear.parts]
-        if any(part is None or part.order is not None or not part.kind.startswith("int") for part in found):
+        if any(part is None or part.order is not None for part in found):
             return None
-        if len({part.kind for part in found}) > 1:
+        stored = found[0].format
+        if not isinstance(stored, IntegerFormat) or any(part.format != stored for part in found):
             return None
         group_size = math.gcd(*(part.group_size for part in found))
-        return IntegerLayout(found[0].bits, group_size, any(part.has_zeros for part in found))
+        return IntegerLayout(stored, group_size, any(part.has_zeros for part in found))
+
+    def is_quantized(self, linear: LinearSpec) -> bool:
+        """Whether any part is stored quantized, in whatever format."""
+        return any(self._checkpoint.stored(part) is not None for part in linear.parts)
 
     def integers(self, linear: LinearSpec, group_size: int) -> Iterator[QuantizedTensor]:
         """Blocks of rows in order, as the checkpoint has them, in groups of ``group_size``; see ``integer_layout``."""
@@ -83,39 +81,6 @@ class Weights:
             step = self._step(columns)
             for start in range(0, rows, step):
                 yield self._checkpoint.quantized(part, slice(start, start + step)).regrouped(group_size)
-
-    def float_block(self, linear: LinearSpec, kind: str) -> int:
-        """Columns that share a scale in what ``scaled_floats`` gives, or a divisor of that for each of its parts."""
-        found = [self._checkpoint.stored(part) for part in linear.parts]
-        sizes = [part.group_size for part in found if part is not None and part.kind == kind]
-        return math.gcd(*sizes) if sizes else self.linear_shape(linear)[1]
-
-    def scaled_floats(self, linear: LinearSpec, kind: str) -> Iterator[ScaledFloat]:
-        """Blocks of rows in order in fp8 or nvfp4: as the checkpoint has them, else rounded to nearest.
-
-        Raises BuildError for columns that are not a multiple of nvfp4's blocks.
-        """
-        columns = self.linear_shape(linear)[1]
-        if kind == "nvfp4" and columns % NVFP4_BLOCK:
-            raise BuildError(
-                f"{linear.parts[0]} has {columns} columns, which are not a multiple of nvfp4's block of {NVFP4_BLOCK}; "
-                "build fp8."
-            )
-        global_scale = None
-        for part in linear.parts:
-            rows = self._checkpoint.shape(part)[0]
-            stored = self._checkpoint.stored(part)
-            for start in range(0, rows, self._step(columns)):
-                which = slice(start, start + self._step(columns))
-                if stored is not None and stored.kind == kind:
-                    yield stored.read(which)
-                elif kind == "fp8":
-                    yield to_fp8(self._checkpoint.read(part, which), "fp16")
-                else:
-                    if global_scale is None:
-                        peak = max(float(np.abs(block).max()) for block in self.linear(linear))
-                        global_scale = nvfp4_global_scale(peak)
-                    yield to_nvfp4(self._checkpoint.read(part, which), global_scale)
 
     def bias(self, linear: LinearSpec) -> np.ndarray | None:
         """float32 [out_features], or None."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from engine_core.errors import CheckpointError
 from engine_core.formats.checkpoint import Checkpoint, read_json
+from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.models.spec import ModelSpec, read_spec
 
 
@@ -30,16 +31,15 @@ class ConfigCheckpoint:
 class SpecTensors:
     """The tensors of a model, by their shapes alone; stands in for ``Checkpoint`` where weights are counted.
 
-    ``read`` gives zeros that take no memory. ``bits``, ``group_size``: the matrices are integers in such groups of
-    columns; 0 = they are not quantized.
+    ``read`` gives zeros that take no memory. ``stored``: what the matrices are quantized to, symmetric, in groups of
+    its own size; None = they are not quantized.
     """
 
-    def __init__(self, spec: ModelSpec, bits: int = 0, group_size: int = 0) -> None:
+    def __init__(self, spec: ModelSpec, stored: WeightFormat | None = None) -> None:
         self._shapes = spec.shapes()
         self._stored: SimpleNamespace | None = None
-        if bits:
-            layout = dict(bits=bits, group_size=group_size, has_zeros=False, order=None)
-            self._stored = SimpleNamespace(kind=f"int{bits}", **layout)
+        if stored is not None:
+            self._stored = SimpleNamespace(format=stored, group_size=stored.group_size, has_zeros=False, order=None)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]

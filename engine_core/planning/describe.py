@@ -44,7 +44,7 @@ def describe_checkpoint(directory: Path) -> dict:
         found["supported"] = True
         for each in all_capabilities():
             refused = _refusals(each, spec, stored)
-            runs = [kind for kind in each.known_formats if kind not in refused]
+            runs = [kind for kind in each.planned_formats if kind not in refused]
             backends[each.backend] = runs
             kv_cache_types[each.backend] = {kind: list(each.kv_cache_types_for(spec, kind)) for kind in runs}
             if (reason := each.model_refusal(spec)) is not None:
@@ -92,7 +92,7 @@ def _refusals(capabilities: Capabilities, spec: ModelSpec, stored: str | None) -
     """Return weight format → why it is not built from this checkpoint or does not run. ``stored``: see
     ``formats.detect.quantization_of``; None = unknown."""
     found = {}
-    for kind in capabilities.known_formats:
+    for kind in capabilities.planned_formats:
         reason = capabilities.refusal(spec, kind)
         if reason is None and stored is not None:
             reason = levels_refusal(kind, stored)

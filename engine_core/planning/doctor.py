@@ -178,7 +178,7 @@ def _read(path: Path) -> str:
 
 def check_backends(machine: Machine) -> list[Check]:
     """Return a check for every weight format that any backend knows."""
-    return [_check(each, kind, machine) for each in all_capabilities() for kind in each.known_formats]
+    return [_check(each, kind, machine) for each in all_capabilities() for kind in each.planned_formats]
 
 
 def _check(capabilities: Capabilities, weight_format: str, machine: Machine) -> Check:

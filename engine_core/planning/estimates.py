@@ -1,44 +1,23 @@
 """What an engine that is built from a checkpoint would take, variant by variant, before it is built.
 
 Nothing is computed here that a backend computes itself (``plan_for`` of its toolkit). Only what no backend of this
-version runs is estimated from the number format (``FORMATS``), the type of the KV cache and the batch.
+version runs is estimated from the weight format, the type of the KV cache and the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
-from engine_core.backends.capabilities import Capabilities, all_capabilities, all_quantizations, capabilities_of
+from engine_core.backends.capabilities import Capabilities, all_capabilities, capabilities_of
 from engine_core.backends.toolkit import Size, toolkit_of
+from engine_core.formats.weight_formats import NAMES, weight_format
+from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.memory import MemoryPlan, kv_cache_bytes
 from engine_core.models.shapes import read_shapes
 from engine_core.models.spec import ModelSpec
 from engine_core.planning.devices import DeviceProfile
-
-
-@dataclass(frozen=True)
-class NumberFormat:
-    """How the matrices of the layers are stored; embedding, LM head and norms stay 16-bit."""
-
-    bits: int
-    group: int  # weights of a row that share a scale; 0 = the whole row
-    scale_bytes: int
-
-    def matrix_bytes(self, rows: int, columns: int) -> int:
-        groups = -(-columns // self.group) if self.group else 1
-        return rows * (-(-columns * self.bits // 8) + groups * self.scale_bytes)
-
-
-FORMATS = {
-    "fp16": NumberFormat(16, 0, 0),
-    "fp8": NumberFormat(8, 0, 2),
-    "int8": NumberFormat(8, 0, 2),
-    "int4_awq": NumberFormat(4, 128, 2),
-    "nvfp4": NumberFormat(4, 16, 1),
-}
 
 
 class CheckpointEstimate:
@@ -56,10 +35,10 @@ class CheckpointEstimate:
         Where several backends have a format, the fastest that runs this model stands for it, else the fastest.
         """
         if backend:
-            return tuple((kind, backend) for kind in capabilities_of(backend).known_formats)
+            return tuple((kind, backend) for kind in capabilities_of(backend).planned_formats)
         found = []
-        for kind in all_quantizations():
-            having = [each for each in all_capabilities() if each.on_gpu == on_gpu and kind in each.known_formats]
+        for kind in NAMES:
+            having = [each for each in all_capabilities() if each.on_gpu == on_gpu and kind in each.planned_formats]
             having.sort(key=lambda each, kind=kind: self._rank(each, kind))
             found += [(kind, each.backend) for each in having[:1]]
         return tuple(found)
@@ -76,7 +55,7 @@ class CheckpointEstimate:
     def plan_items(self, quantization: str, backend: str, size: Size, num_sms: int = 0) -> dict[str, int]:
         """Bytes by purpose."""
         capabilities, spec = capabilities_of(backend), self.spec
-        stands_in = quantization in FORMATS and quantization not in capabilities.weight_formats
+        stands_in = quantization not in capabilities.weight_formats
         base = capabilities.default_format if stands_in else quantization
         kv_cache_types = capabilities.kv_cache_types_for(spec, base, size.max_context)
         wanted = size.kv_cache_type or kv_cache_types[0]
@@ -84,7 +63,7 @@ class CheckpointEstimate:
         own_size = dataclasses.replace(size, max_batch=1, kv_cache_type=planned)
         items = toolkit_of(backend).plan_for(spec, base, own_size, num_sms)
         if stands_in:
-            items["weights"] = format_bytes_of(spec, FORMATS[quantization], size.head_rows or spec.vocab_size)
+            items["weights"] = format_bytes_of(spec, weight_format(quantization), size.head_rows or spec.vocab_size)
         return self._adjusted(items, size, planned, wanted)
 
     def why_not(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> str:
@@ -122,10 +101,9 @@ class CheckpointEstimate:
         return result
 
 
-def format_bytes_of(spec: ModelSpec, number_format: NumberFormat, head_rows: int) -> int:
-    """Bytes of the weights with the layers' matrices in ``number_format`` and the rest in 16 bits."""
-    matrices = sum(number_format.matrix_bytes(rows, columns) for rows, columns in spec.layer_matrices.values())
-    matrices *= len(spec.layers)
+def format_bytes_of(spec: ModelSpec, stored: WeightFormat, head_rows: int) -> int:
+    """Bytes of the weights with the layers' matrices in the format ``stored`` and the rest in 16 bits."""
+    matrices = sum(map(stored.nbytes, spec.layer_matrices.values())) * len(spec.layers)
     large = {spec.embedding, spec.head}
     small = sum(math.prod(shape) for name, shape in spec.shapes().items() if len(shape) == 1 and name not in large)
     whole = spec.tied and head_rows == spec.vocab_size

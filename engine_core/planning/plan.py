@@ -100,8 +100,6 @@ def _estimated(
     kv_types = estimate.kv_cache_types(*kind, device)
     size = Size(context, batch, asked.kv_cache_type or kv_types[0], asked.head_rows)
     why_not = estimate.why_not(*kind, size, device)
-    if quantization in capabilities_of(backend).built_only:
-        return Row(quantization, backend, size.kv_cache_type, context, batch, None, why_not)
     try:
         plan = estimate.plan(*kind, size, device)
     except EdgeLLMError as error:

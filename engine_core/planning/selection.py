@@ -13,7 +13,8 @@ from pathlib import Path
 from engine_core.backends import Backend, backend_class, backend_names
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError, EdgeLLMError, EngineDirectoryError
-from engine_core.formats.manifest import AUTO_ORDER, Manifest, find_variants, read_manifest
+from engine_core.formats.manifest import Manifest, find_variants, read_manifest
+from engine_core.formats.weight_formats import preference
 from engine_core.memory import MemoryPlan
 
 
@@ -87,11 +88,11 @@ def _candidates(config: EngineConfig) -> list[tuple[Path, Manifest]]:
 
     fastest_first = backend_names()
 
-    def rank(pair: tuple[Path, Manifest]) -> tuple[int, int]:
+    def rank(pair: tuple[Path, Manifest]) -> tuple[int, tuple[float, bool]]:
         backend, quantization = pair[1].backend, pair[1].quantization
         return (
             fastest_first.index(backend) if backend in fastest_first else len(fastest_first),
-            AUTO_ORDER.index(quantization) if quantization in AUTO_ORDER else len(AUTO_ORDER),
+            preference(quantization),
         )
 
     return sorted(for_backend, key=rank)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from engine_core.errors import BuildError, CheckpointError
 from engine_core.formats.atomic import replaced_directory
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import MARK
-from engine_core.formats.number_formats import nvfp4_global_scale, to_16_bit
-from engine_core.formats.tensor_writer import TensorWriter
+from engine_core.formats.number_formats import to_16_bit
+from engine_core.formats.safetensors_file import SafetensorsWriter
 from engine_core.formats.vocab_map import VOCAB_MAP_NAME
 from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
 from engine_core.quantize.scheme import Scheme
@@ -32,7 +32,7 @@ class Change:
 
     ``norms``: the weights as stored. ``columns``: float32 [in_features], multiplied onto a linear's columns. ``rows``:
     float32 [out_features], multiplied onto its rows and bias. ``ratios``: float32 [rows, groups], see
-    ``Scheme.encode``.
+    ``Rounding``.
     """
 
     norms: dict[str, np.ndarray] = field(default_factory=dict)
@@ -58,7 +58,7 @@ def changed_weights(checkpoint: Checkpoint, linear: LinearSpec, change: Change) 
 
 
 class CheckpointWriter:
-    """``write_start``, ``write_layer`` for each layer in order, ``write_end``; then ``close``."""
+    """``write_start``, ``write_layer`` for each layer in order, ``write_end``. A context manager."""
 
     def __init__(self, directory: Path, checkpoint: Checkpoint, spec: ModelSpec, scheme: Scheme, head: bool) -> None:
         self._checkpoint, self._spec, self._scheme = checkpoint, spec, scheme
@@ -72,7 +72,13 @@ class CheckpointWriter:
                 else:
                     scheme.check(part, shape)
                     tensors |= scheme.tensors(part, shape)
-        self._writer = TensorWriter(directory / "model.safetensors", tensors, {"format": "pt"})
+        self._writer = SafetensorsWriter(directory / "model.safetensors", tensors, {"format": "pt"})
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
 
     def _order(self) -> Iterator[tuple[str, LinearSpec | None]]:
         """(first name, the linear if it is quantized) of everything that is written."""
@@ -105,9 +111,9 @@ class CheckpointWriter:
                 if item:
                     yield item, None
                 continue
-            names = item.parts if not self._scheme.kind else ()
+            names = () if self._scheme.quantized else item.parts
             yield from ((name, None) for name in names)
-            if self._scheme.kind:
+            if self._scheme.quantized:
                 yield item.parts[0], item
             yield from ((bias, None) for bias in item.biases)
 
@@ -135,13 +141,6 @@ class CheckpointWriter:
             else:
                 self._write_linear(linear, Change())
 
-    def close(self, *, whole: bool) -> None:
-        """Raises OSError."""
-        if whole:
-            self._writer.close()
-        else:
-            self._writer.abandon()
-
     def _changed_biases(self, linear: LinearSpec, change: Change) -> dict[str, np.ndarray]:
         if not linear.biases or linear.parts[0] not in change.rows:
             return {}
@@ -155,12 +154,12 @@ class CheckpointWriter:
     def _write_linear(self, linear: LinearSpec, change: Change) -> None:
         parts = changed_weights(self._checkpoint, linear, change)
         ratios = change.ratios.get(linear.parts[0])
-        # One for all parts, which runtimes fuse into one matrix.
-        global_scale = nvfp4_global_scale(max(float(np.abs(part).max()) for part in parts))
+        # Of all parts, which runtimes fuse into one matrix.
+        peak = max(float(np.abs(part).max()) for part in parts)
         row = 0
         for name, weights in zip(linear.parts, parts):
             own = None if ratios is None else ratios[row : row + len(weights)]
-            for tensor, values in self._scheme.encode(name, weights, own, global_scale).items():
+            for tensor, values in self._scheme.encode(name, weights, own, peak).items():
                 self._writer.write(tensor, values)
             row += len(weights)
 
@@ -176,7 +175,7 @@ def write_config(directory: Path, checkpoint: Checkpoint, spec: ModelSpec, schem
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     dtype = {"fp16": "float16", "bf16": "bfloat16"}[scheme.dtype]
     config.update({key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype})
-    if scheme.kind:
+    if scheme.quantized:
         config["quantization_config"] = scheme.config([] if head else ["lm_head"])
     config[MARK] = {"method": scheme.method, "group_size": scheme.group_size}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -204,9 +203,6 @@ def write_directory(out_dir: Path) -> Iterator[Path]:
     try:
         with replaced_directory(out_dir) as temporary:
             yield temporary
-            for path in temporary.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
     except OSError as error:
         raise BuildError(
             f"The checkpoint could not be written to {out_dir} ({error.strerror or error}); nothing was left behind."

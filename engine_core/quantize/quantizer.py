@@ -16,7 +16,7 @@ from engine_core.quantize.output import (
     write_config,
     write_directory,
 )
-from engine_core.quantize.scheme import CALIBRATED, Scheme, make_scheme
+from engine_core.quantize.scheme import Scheme, make_scheme
 
 
 def quantize(
@@ -41,7 +41,7 @@ def quantize(
     scheme = make_scheme(method, group_size, symmetric, "bf16" if is_bf16 else "fp16")
     _check(checkpoint, spec, scheme, head)
     tokens = None
-    if method in CALIBRATED:
+    if scheme.is_calibrated:
         from engine_core.quantize.calibration import read_tokens
 
         texts = _calibration(calibration, checkpoint, method)
@@ -53,13 +53,8 @@ def quantize(
     with write_directory(out_dir) as directory:
         copy_companions(directory, checkpoint)
         write_config(directory, checkpoint, spec, scheme, head)
-        writer = CheckpointWriter(directory, checkpoint, spec, scheme, head)
-        try:
+        with CheckpointWriter(directory, checkpoint, spec, scheme, head) as writer:
             _write(writer, checkpoint, spec, scheme, tokens, progress)
-        except BaseException:
-            writer.close(whole=False)
-            raise
-        writer.close(whole=True)
     size = sum(path.stat().st_size for path in Path(out_dir).iterdir() if path.is_file())
     report(f"Wrote {out_dir}: {size / 1e6:.1f} MB")
 
@@ -93,12 +88,12 @@ def _write(
 
 def _check(checkpoint: Checkpoint, spec: ModelSpec, scheme: Scheme, head: bool) -> None:
     """Raises BuildError."""
-    if checkpoint.is_quantized and scheme.kind:
+    if checkpoint.is_quantized and scheme.quantized:
         raise BuildError(
             f"{checkpoint.directory} is quantized already; quantize the checkpoint it was made from, or take the "
             "method fp16, which dequantizes it."
         )
-    if head and not scheme.kind:
+    if head and not scheme.quantized:
         raise BuildError("fp16 quantizes nothing; leave the option for the head out.")
     if head and spec.tied:
         raise BuildError(

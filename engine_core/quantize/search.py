@@ -19,6 +19,7 @@ import numpy as np
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.number_formats import from_16_bit, to_16_bit
 from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
+from engine_core.quantize import SMOOTHQUANT
 from engine_core.quantize.calibration import Activations
 from engine_core.quantize.output import Change, changed_weights
 from engine_core.quantize.scheme import Scheme
@@ -35,7 +36,7 @@ def change_of(
 ) -> Change:
     """What to do to layer ``index``; see ``Change``."""
     layer, change = spec.layers[index], Change()
-    if scheme.method == "int8_smoothquant":
+    if scheme.method == SMOOTHQUANT:
         for norm, linear in ((layer.input_norm, layer.qkv), (layer.mlp_norm, layer.gate_up)):
             weights = np.concatenate(changed_weights(checkpoint, linear, change))
             scale = _smoothing(weights, activations[linear.parts[0]])

@@ -10,8 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.errors import BuildError
+from engine_core.formats.atomic import replaced_file
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.companions import config_ids
 from engine_core.formats.vocab_map import (
@@ -231,23 +230,10 @@ def _write(out_dir: Path, ids: np.ndarray, values: dict) -> ReducedVocab:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         # The map last: where it is, its report is too.
-        _replace(result.report_path, lambda path: path.write_text(text, encoding="utf-8"))
-        _replace(result.map_path, lambda path: write_vocab_map(path, ids, metadata))
+        with replaced_file(result.report_path) as path:
+            path.write_text(text, encoding="utf-8")
+        with replaced_file(result.map_path) as path:
+            write_vocab_map(path, ids, metadata)
     except OSError as error:
         raise BuildError(f"The map could not be written to {out_dir} ({error.strerror or error}).") from error
     return result
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside ``path`` and takes its place when all of it is on the disk."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        os.close(handle)
-        write(temporary)
-        temporary.chmod(0o644)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,7 +21,8 @@ from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.backends.onnxruntime.exporter import Precision
 from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.errors import BuildError, CheckpointError, UnsupportedModelError
-from engine_core.quantize import dequantize_rows, quantize_rows
+from engine_core.formats.weight_formats import weight_format
+from engine_core.formats.weight_formats.base import Rounding
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=20)
 
@@ -42,7 +43,7 @@ def logits_of(engine_dir, manifest):
 def test_quantized_rows_are_within_half_a_level(bits, relative, columns, group_size):
     weights = np.random.default_rng(0).normal(size=(13, columns)).astype(np.float32)
     weights[3] = 0
-    restored = dequantize_rows(quantize_rows(weights, bits, group_size))
+    restored = weight_format(f"int{bits}").quantize(weights, Rounding(group_size)).dequantize()
     assert restored.shape == weights.shape and not restored[3].any()
     # One whole level at the far end: int4 has no +8 for a value as large as the one that became -8.
     assert np.abs(restored - weights).max() <= np.abs(weights).max() * relative * 1.001
@@ -70,8 +71,9 @@ def test_quantized_logits_are_those_of_the_dequantized_weights(
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 is_head = "embed_tokens" in parameter_name or "lm_head" in parameter_name
-                rows = quantize_rows(parameter.numpy(), (head_bits or 8) if is_head else bits, group_size or 32)
-                parameter.copy_(torch.from_numpy(dequantize_rows(rows)))
+                rounded_to = weight_format(f"int{(head_bits or 8) if is_head else bits}")
+                rounded = rounded_to.quantize(parameter.numpy(), Rounding(group_size or 32))
+                parameter.copy_(torch.from_numpy(rounded.dequantize()))
     expected = checkpoints.reference_logits(model, PROMPT)[-1]
     error = np.abs(logits_of(tmp_path / "engine", manifest) - expected).mean() / expected.std()
     assert error < (1e-4 if activations == "fp32" else 0.04)

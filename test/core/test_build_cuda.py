@@ -10,16 +10,18 @@ import pytest
 from engine_core import cli
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda, to_records
-from engine_core.backends.cuda.layout import LAYOUTS, CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+from engine_core.backends.cuda.layout import CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
 from engine_core.backends.cuda.weights import CudaWeights, kept_rows, resolve
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import aligned
 from engine_core.cuda.kernels import int4_layout, int8_layout
+from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.cuda.kernels.reference import dequantize
 from engine_core.errors import BuildError, ConfigurationError, UnsupportedModelError
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
 from engine_core.formats.vocab_map import write_vocab_map
+from engine_core.formats.weight_formats import weight_format
 from fake_gpu import FakeDriver, install
 
 CONFIG = dict(
@@ -116,7 +118,9 @@ def test_int4_has_a_head_of_its_own_and_a_vocabulary_map_its_rows(checkpoint, tm
     file = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
     expected = tensors["model.embed_tokens.weight"][kept]
     values, scales = int4_layout.unpack(file.raw("head"))
-    restored = dequantize(values, scales.view(np.float16).astype(np.float64), int4_layout.GROUP, int4_layout.ZERO)
+    restored = dequantize(
+        values, scales.view(np.float16).astype(np.float64), int4_layout.GROUP, weight_format("int4").zero
+    )
     steps = np.abs(scales.view(np.float16).astype(np.float64))
     # Half a step where the 16 levels reach; the value opposite to the largest may lose up to a whole one.
     assert (np.abs(restored - expected) <= 1.01 * steps).all()
@@ -140,22 +144,22 @@ def test_int8_is_within_half_a_step(checkpoint, tmp_path, dtype):
     manifest = read_manifest(tmp_path / "engine")
     assert (manifest.quantization, manifest.group_size) == ("int8", 128)
     spec = CudaSpec.create(manifest, EngineConfig(tmp_path / "engine"))
-    assert spec.weight_bits == 8 and spec.has_head
+    assert spec.weight_format.name == "int8" and spec.has_head
     file = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
     values, scales = int8_layout.unpack(file.raw("layers.1.down"))
     scales = (scales.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else scales.view(np.float16)
     expected = tensors["model.layers.1.mlp.down_proj.weight"]
-    restored = dequantize(values, scales.astype(np.float64), int8_layout.GROUP, int8_layout.ZERO)
+    restored = dequantize(values, scales.astype(np.float64), int8_layout.GROUP, weight_format("int8").zero)
     # The largest may be clipped where the scale, rounded to the type, came out small.
     half = np.repeat(scales.astype(np.float64), 128, axis=1) * (0.51 if dtype == "fp16" else 0.8)
     assert (np.abs(restored - expected) <= half).all()
     assert 0 < np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.01
 
 
-@pytest.mark.parametrize(("bits", "layout"), LAYOUTS.items())
-def test_packing_is_its_own_inverse(bits, layout):
+@pytest.mark.parametrize(("kind", "layout"), LAYOUTS.items())
+def test_packing_is_its_own_inverse(kind, layout):
     random = np.random.default_rng(1)
-    values = random.integers(0, 1 << bits, (64, 512)).astype(np.uint8)
+    values = random.integers(0, weight_format(kind).top + 1, (64, 512)).astype(np.uint8)
     scales = random.integers(0, 1 << 16, (64, 4)).astype(np.uint16)
     records = layout.pack(values, scales)
     assert records.shape == layout.records_shape(64, 512)
@@ -164,10 +168,10 @@ def test_packing_is_its_own_inverse(bits, layout):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize(("bits", "layout"), LAYOUTS.items())
-def test_a_group_of_zeros_stays_zero(bits, layout, dtype):
-    values, _ = layout.unpack(to_records(np.zeros((16, 128), dtype=np.float32), bits, dtype))
-    assert (values == layout.ZERO).all()
+@pytest.mark.parametrize(("kind", "layout"), LAYOUTS.items())
+def test_a_group_of_zeros_stays_zero(kind, layout, dtype):
+    values, _ = layout.unpack(to_records(np.zeros((16, 128), dtype=np.float32), weight_format(kind), dtype))
+    assert (values == weight_format(kind).zero).all()
 
 
 @pytest.mark.parametrize(
@@ -291,10 +295,10 @@ def test_a_map_given_at_load_takes_the_rows_that_a_build_with_it_writes(
 def test_rows_are_kept_across_many_records():
     rng = np.random.default_rng(1)
     kept = np.sort(rng.choice(4096, 1040, replace=False)).astype(np.int32)
-    for bits, layout in LAYOUTS.items():
-        values = rng.integers(0, 2 * layout.ZERO, (4096, 256)).astype(np.uint8)
+    for kind, layout in LAYOUTS.items():
+        values = rng.integers(0, weight_format(kind).top + 1, (4096, 256)).astype(np.uint8)
         scales = rng.integers(0, 1 << 16, (4096, 2)).astype(np.uint16)
-        found = kept_rows(layout.pack(values, scales), kept, bits)
+        found = kept_rows(layout.pack(values, scales), kept, weight_format(kind))
         assert (found == layout.pack(values[kept], scales[kept])).all()
 
 

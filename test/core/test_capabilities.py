@@ -12,7 +12,7 @@ import fake_tensorrt
 import sample_checkpoints
 from engine_core import cli
 from engine_core.backends import backend_names
-from engine_core.backends.capabilities import all_kv_cache_types, all_quantizations, capabilities_of
+from engine_core.backends.capabilities import all_kv_cache_types, capabilities_of
 from engine_core.backends.machine import Machine
 from engine_core.backends.tensorrt import build as tensorrt_build
 from engine_core.backends.tensorrt.api import TensorRT
@@ -22,6 +22,7 @@ from engine_core.cuda.gpu_info import GpuInfo, GpuReport
 from engine_core.errors import BuildError, ConfigurationError, EdgeLLMError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import levels_refusal, quantization_of
+from engine_core.formats.weight_formats import NAMES
 from engine_core.models.shapes import read_shapes
 from engine_core.planning import devices, doctor
 from engine_core.planning.describe import describe_checkpoint
@@ -79,7 +80,7 @@ def machine_of(device) -> Machine:
 def test_what_one_refuses_all_refuse_in_the_same_words(backend, architecture, checkpoints, build):
     capabilities = capabilities_of(backend)
     _, spec = read_shapes(checkpoints(architecture))
-    for weight_format in all_quantizations():
+    for weight_format in NAMES:
         checkpoint = checkpoints(architecture, quantized=weight_format == "int4_awq")
         engine = None
         for kv in ("auto", *all_kv_cache_types()):
@@ -120,12 +121,12 @@ def test_plans_say_what_builds_say(architecture, device, checkpoints):
         for kv in ("", *all_kv_cache_types()):
             asked = Asked(contexts=(CONTEXT,), kv_cache_type=kv, backend=backend)
             rows = {row.quantization: row for row in plan_checkpoint(estimate, device, asked)}
-            assert set(rows) == set(capabilities.known_formats) >= set(capabilities.buildable_formats)
+            assert set(rows) == set(capabilities.planned_formats) >= set(capabilities.weight_formats)
             for weight_format, row in rows.items():
                 sizes = dict(max_context=CONTEXT, capability=device.capability)
                 assert row.why_not == (capabilities.refusal(estimate.spec, weight_format, kv, **sizes) or "")
-                assert (row.plan is None) == (weight_format in capabilities.built_only)
-        for weight_format in set(all_quantizations()) - set(capabilities.known_formats):
+                assert row.plan is not None
+        for weight_format in set(NAMES) - set(capabilities.planned_formats):
             assert capabilities.format_refusal(weight_format) is not None
 
 
@@ -141,7 +142,7 @@ def test_inspect_lists_what_can_be_built_and_run(architecture, quantized, checkp
     assert stored == ("int4" if quantized else "")
     for backend in backend_names():
         capabilities = capabilities_of(backend)
-        for weight_format in capabilities.known_formats:
+        for weight_format in capabilities.planned_formats:
             reason = capabilities.refusal(spec, weight_format) or levels_refusal(weight_format, stored)
             assert (weight_format in found["backends"][backend]) == (reason is None)
             if reason is not None:
@@ -159,9 +160,9 @@ def test_doctor_says_what_holds_for_every_model(device):
     checks = {(check.backend, check.quantization): check for check in doctor.check_backends(machine_of(device))}
     for backend in backend_names():
         capabilities = capabilities_of(backend)
-        assert {kind for name, kind in checks if name == backend} == set(capabilities.known_formats)
+        assert {kind for name, kind in checks if name == backend} == set(capabilities.planned_formats)
         missing = capabilities.missing(machine_of(device))
-        for weight_format in capabilities.known_formats:
+        for weight_format in capabilities.planned_formats:
             check = checks[backend, weight_format]
             reason = capabilities.refusal(None, weight_format, capability=device.capability)
             assert check.why_not == (reason or (missing.reason if missing else ""))
@@ -186,7 +187,7 @@ def test_what_the_backends_run_today(checkpoints):
     for name in specs:
         assert all(runs("onnxruntime", name, kind, "int8") for kind in ("fp32", "int8", "int4", "int4_awq"))
         assert not runs("onnxruntime", name, "fp8") and not runs("onnxruntime", name, "fp16")
-    assert ("auto", *all_quantizations()) == QUANTIZATIONS and set(KV_CACHE_TYPES[1:]) == {
+    assert ("auto", *NAMES) == QUANTIZATIONS and set(KV_CACHE_TYPES[1:]) == {
         "fp32",
         "fp16",
         "int8",
@@ -215,7 +216,7 @@ def test_a_model_of_odd_sizes_is_refused_by_build_and_plan_alike(tmp_path, build
 @pytest.mark.parametrize("backend", backend_names())
 def test_the_commands_print_the_sentence(backend, checkpoints, tmp_path, capsys):
     capabilities, checkpoint = capabilities_of(backend), str(checkpoints("LlamaForCausalLM"))
-    for weight_format in all_quantizations():
+    for weight_format in NAMES:
         plan = ["plan", checkpoint, "--backend", backend, "--quantization", weight_format, "--max-context", "128"]
         status = cli.main([*plan, "--memory", "16GB"])
         planned = capsys.readouterr()

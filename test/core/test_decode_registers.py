@@ -16,10 +16,11 @@ import pytest
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
 
 from engine_core.cuda.driver import Device, DeviceArray, DeviceUnavailableError
-from engine_core.cuda.kernels import Kernels, attention, int4_layout, int8_layout, kernel_source, linear, linear_packed
+from engine_core.cuda.kernels import Kernels, attention, kernel_source, linear, linear_packed
 from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.cuda.kernels.nvrtc import compile_kernel
 from engine_core.cuda.kernels.sampling import STATE
+from engine_core.formats.weight_formats import weight_format
 from fake_gpu import FakeDriver, install
 
 SCHEDULERS, REGISTERS = 4, 16384
@@ -68,8 +69,10 @@ def _products(kernels: Kernels, model: str, bits: int) -> list:
         if bits == 16:
             launches.append(linear.gemv(kernels, _array((rows, cols), "fp16"), vector, output, epilogue, **norm))
         else:
-            records = _array({4: int4_layout, 8: int8_layout}[bits].records_shape(rows, cols), "uint8")
-            launches.append(linear_packed.gemv_packed(kernels, records, vector, output, epilogue, **norm))
+            packed = weight_format(f"int{bits}")
+            records = _array(linear_packed.LAYOUTS[packed.kind].records_shape(rows, cols), "uint8")
+            weight = linear_packed.PackedWeight(records, packed, rows, cols)
+            launches.append(linear_packed.gemv_packed(kernels, weight, vector, output, epilogue, **norm))
     return launches
 
 

@@ -17,9 +17,10 @@ from engine_core.errors import ConfigurationError
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import write_safetensors
 from engine_core.formats.vocab_map import TENSOR_NAME
+from engine_core.formats.weight_formats import NAMES, weight_format
 from engine_core.memory import kv_cache_bytes
 from engine_core.planning import devices
-from engine_core.planning.estimates import FORMATS, CheckpointEstimate, Size
+from engine_core.planning.estimates import CheckpointEstimate, Size
 from engine_core.planning.plan import Asked, advice, is_possible, longest_context, plan_checkpoint, plan_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +108,7 @@ def test_16_bit_7b_on_32_gb_ends_at_long_contexts(config_only):
 def test_number_formats():
     """Bits and scales of a 4096 × 4096 matrix."""
     values = 4096 * 4096
-    sizes = {name: each.matrix_bytes(4096, 4096) for name, each in FORMATS.items()}
+    sizes = {name: weight_format(name).nbytes((4096, 4096)) for name in NAMES}
     assert sizes["fp16"] == 2 * values and sizes["fp8"] == values + 2 * 4096
     assert sizes["int4_awq"] == values // 2 + 2 * values // 128
     assert sizes["nvfp4"] == values // 2 + values // 16

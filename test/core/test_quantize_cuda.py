@@ -17,6 +17,7 @@ from engine_core.errors import BuildError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
+from engine_core.formats.weight_formats import weight_format
 from engine_core.models.spec import read_spec
 from engine_core.quantize import quantize_checkpoint
 
@@ -66,7 +67,7 @@ def test_other_groups_and_zero_points_are_dequantized_first_and_told(original, t
     assert "rounded anew" in caplog.text and "onnxruntime" in caplog.text
     expected = Checkpoint(tmp_path / "out").read("model.layers.1.mlp.down_proj.weight")
     levels, scales = stored(tmp_path / "engine", "layers.1.down")
-    restored = dequantize(levels, scales.astype(np.float64), int4_layout.GROUP, int4_layout.ZERO)
+    restored = dequantize(levels, scales.astype(np.float64), int4_layout.GROUP, weight_format("int4").zero)
     assert 0 < np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.12
 
 

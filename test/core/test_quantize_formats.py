@@ -1,4 +1,4 @@
-"""Number formats of quantized weights against ml_dtypes and brute force."""
+"""The numbers and the weight formats against ml_dtypes and brute force."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from engine_core.formats import number_formats as formats
+from engine_core.formats.weight_formats import NAMES, preference, weight_format
+from engine_core.formats.weight_formats.base import QuantizedFormat, Rounding
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 RANDOM = np.random.default_rng(0)
@@ -70,12 +72,8 @@ def test_levels_are_the_nearest_and_stand_for_what_the_formula_says(bits, symmet
     weights = RANDOM.normal(size=(5, 64)).astype(np.float32)
     weights[1] = 0
     weights[2] = np.abs(weights[2])
-    zeros = None
-    if symmetric:
-        scales = formats.symmetric_scales(weights, bits, 32)
-    else:
-        scales, zeros = formats.asymmetric_scales(weights, bits, 32)
-    quantized = formats.round_to_levels(weights, scales, zeros, bits, 32)
+    quantized = weight_format(f"int{bits}").quantize(weights, Rounding(32, symmetric=symmetric))
+    scales, zeros = quantized.scales, quantized.zeros
     restored = quantized.dequantize()
     for row in range(5):
         for column in range(64):
@@ -101,8 +99,8 @@ def test_smaller_groups_of_the_same_weights_stand_for_the_same():
 def test_nvfp4_has_two_levels_of_scales():
     weights = (RANDOM.normal(size=(8, 64)) * np.exp(RANDOM.normal(size=(8, 1)))).astype(np.float32)
     weights[3, :16] = 0
-    global_scale = formats.nvfp4_global_scale(float(np.abs(weights).max()))
-    found = formats.to_nvfp4(weights, global_scale)
+    found = weight_format("nvfp4").quantize(weights, Rounding())
+    global_scale = np.float32(np.abs(weights).max()) / np.float32(448 * 6)
     assert np.abs(formats.E4M3[found.block_scales]).max() == 448  # the block with the largest value uses all of fp8
     np.testing.assert_array_equal(found.scales, formats.E4M3[found.block_scales] * global_scale)
     expected = formats.E2M1[found.codes] * np.repeat(found.scales, 16, axis=1)
@@ -116,7 +114,56 @@ def test_nvfp4_has_two_levels_of_scales():
 
 def test_fp8_has_a_scale_for_each_row_that_16_bits_hold():
     weights = (RANDOM.normal(size=(6, 40)) * 10.0 ** np.arange(-3, 3)[:, None]).astype(np.float32)
-    found = formats.to_fp8(weights, "bf16")
+    found = weight_format("fp8").quantize(weights, Rounding(scale_type="bf16"))
     np.testing.assert_array_equal(formats.from_16_bit(formats.to_16_bit(found.scales, "bf16")), found.scales)
     error = np.abs(found.dequantize() - weights)
     assert (error <= np.abs(weights) / 16 + found.scales * 2.0**-9).all()  # 3 mantissa bits, 2^-9 below the normals
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if isinstance(weight_format(name), QuantizedFormat)])
+def test_what_a_format_stores_is_what_it_says_and_is_read_back(name):
+    """The tensors have the announced types and shapes, ``nbytes`` counts them, ``unpack`` undoes ``pack``."""
+    sizes = {"I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}
+    found, shape = weight_format(name), (32, 256)
+    weights = RANDOM.normal(size=shape).astype(np.float32)
+    rounding = Rounding(found.group_size, "fp16")
+    quantized = found.quantize(weights, rounding)
+    tensors = found.store("w", quantized, rounding)
+    announced = found.tensors("w", shape, rounding)
+    assert list(tensors) == list(announced)
+    for tensor, (dtype, size) in announced.items():
+        assert tensors[tensor].shape == size and tensors[tensor].dtype.itemsize == sizes[dtype]
+    aside = ("w_shape", "w_global_scale")  # of the tensor as a whole
+    assert sum(tensor.nbytes for key, tensor in tensors.items() if key not in aside) == found.nbytes(shape)
+    values = quantized.levels if found.name.startswith("int") else quantized.codes
+    packed = found.pack(values)
+    assert packed.shape == (32, 256 * found.bits // 8)
+    np.testing.assert_array_equal(found.unpack(packed, 256), values)
+    error = np.linalg.norm(quantized.dequantize() - weights) / np.linalg.norm(weights)
+    assert 0 < error < (0.15 if found.bits == 4 else 0.05)
+
+
+def test_formats_of_as_many_bits_are_told_apart():
+    kinds = {name: weight_format(name).kind for name in NAMES}
+    assert len({kinds["int8"], kinds["fp8"]}) == len({kinds["int4"], kinds["nvfp4"]}) == 2
+    assert kinds["int4"] == kinds["int4_awq"]  # which differ in how they are made
+    for first, second in (("int8", "fp8"), ("int4", "nvfp4")):
+        assert weight_format(first).bits == weight_format(second).bits
+        assert not weight_format(first).keeps(weight_format(second), 128)
+
+
+def test_of_several_variants_the_smallest_is_preferred_and_calibrated_before_rounded():
+    assert sorted(NAMES, key=preference)[:2] == ["int4_awq", "int4"]
+    assert sorted(["unheard-of", "fp32", "fp16", "int8"], key=preference) == ["int8", "fp16", "fp32", "unheard-of"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_short_last_group_is_rounded_with_a_scale_of_its_own(bits):
+    weights = RANDOM.normal(size=(3, 40)).astype(np.float32)
+    found = weight_format(f"int{bits}")
+    whole = found.quantize(weights, Rounding(32))
+    assert whole.scales.shape == (3, 2)
+    for columns, group in ((slice(0, 32), 0), (slice(32, 40), 1)):
+        part = found.quantize(weights[:, columns], Rounding(0))
+        np.testing.assert_array_equal(whole.levels[:, columns], part.levels)
+        np.testing.assert_array_equal(whole.scales[:, group], part.scales[:, 0])

@@ -10,7 +10,7 @@ import pytest
 from engine_core.errors import CheckpointError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.number_formats import E2M1, E4M3, to_16_bit
-from engine_core.formats.tensor_writer import TensorWriter
+from engine_core.formats.safetensors_file import SafetensorsWriter
 
 ROWS, COLUMNS, GROUP = 24, 64, 32
 NAME = "model.layers.0.self_attn.q_proj"
@@ -25,10 +25,9 @@ def write(directory, quantization: dict, tensors: dict, types: dict | None = Non
     header = {}
     for name, values in tensors.items():
         header[name] = ((types or {}).get(name.rpartition(".")[2]) or TYPES[str(values.dtype)], values.shape)
-    writer = TensorWriter(directory / "model.safetensors", header)
-    for name, values in tensors.items():
-        writer.write(name, values)
-    writer.close()
+    with SafetensorsWriter(directory / "model.safetensors", header) as writer:
+        for name, values in tensors.items():
+            writer.write(name, values)
     return Checkpoint(directory)
 
 
@@ -169,7 +168,7 @@ def test_fp8_with_a_scale_for_all_a_row_or_a_block(tmp_path, grid, name):
     np.testing.assert_array_equal(checkpoint.read(f"{NAME}.weight"), expected)
     np.testing.assert_array_equal(checkpoint.read(f"{NAME}.weight", slice(7, 18)), expected[7:18])
     assert checkpoint.quantized(f"{NAME}.weight") is None
-    np.testing.assert_array_equal(checkpoint.scaled_float(f"{NAME}.weight").codes, codes)
+    np.testing.assert_array_equal(checkpoint.stored(f"{NAME}.weight").read(slice(None)).codes, codes)
 
 
 def test_compressed_tensors_nvfp4(tmp_path):
@@ -265,7 +264,7 @@ def test_what_the_compressed_tensors_library_packs_is_read_as_the_library_unpack
     if preset == "FP8_BLOCK":
         config["config_groups"] = {"group_0": {"weights": {"block_structure": [128, 128]}}}
     checkpoint = write(tmp_path / "a", config, tensors, dict.fromkeys(fp8, "F8_E4M3"))
-    assert checkpoint.stored(f"{NAME}.weight").kind == kind
+    assert checkpoint.stored(f"{NAME}.weight").format.name == kind
     np.testing.assert_allclose(checkpoint.read(f"{NAME}.weight"), expected, rtol=1e-2, atol=1e-3)
     assert np.abs(expected - weights.numpy()).mean() < 0.15  # that the library packed the weights at all
 
@@ -320,10 +319,9 @@ def test_a_scale_without_a_dimension_is_one_scale(tmp_path, shape):
     tensors = {"weight": codes, "weight_scale": np.full(shape, 0.5, dtype=np.float32)}
     header = {f"{NAME}.weight": ("F8_E4M3", codes.shape), f"{NAME}.weight_scale": ("F32", shape)}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "modelopt"}}))
-    writer = TensorWriter(tmp_path / "model.safetensors", header)
-    for name, values in tensors.items():
-        writer.write(f"{NAME}.{name}", values)
-    writer.close()
+    with SafetensorsWriter(tmp_path / "model.safetensors", header) as writer:
+        for name, values in tensors.items():
+            writer.write(f"{NAME}.{name}", values)
     np.testing.assert_array_equal(Checkpoint(tmp_path).read(f"{NAME}.weight"), E4M3[codes] * np.float32(0.5))
 
 

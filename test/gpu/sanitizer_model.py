@@ -17,6 +17,7 @@ from engine_core.backends.cuda.backend import CudaBackend  # noqa: E402
 from engine_core.backends.cuda.layout import CudaSpec, weight_arrays  # noqa: E402
 from engine_core.cuda.driver import Device  # noqa: E402
 from engine_core.cuda.kernels.attention import AttentionShape  # noqa: E402
+from engine_core.formats.weight_formats import weight_format  # noqa: E402
 from engine_core.request import SamplingParams  # noqa: E402
 
 VOCAB, CONTEXT, HEAD_DIM = 1008, 309, 32  # the last chunk of 290 tokens has rows beyond the context
@@ -34,7 +35,7 @@ def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool, tune_ke
         norm_eps=1e-5,
         qkv_bias=True,
         tied=False,
-        weight_bits={"fp16": 16, "int8": 8, "int4": 4}[weights],
+        weight_format=weight_format(weights),
         chunk=64,
         prefix_slots=2,
         prefix_tokens=100,
@@ -45,7 +46,7 @@ def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool, tune_ke
         if array.dtype == "fp16":
             arrays[name] = (random.standard_normal(array.shape) * 0.05).astype(np.float16)
         else:  # random levels, then 16 scales in each record
-            scales = random.standard_normal((*array.shape[:-1], 16)) * 0.2 * 0.5**spec.weight_bits
+            scales = random.standard_normal((*array.shape[:-1], 16)) * 0.2 * 0.5**spec.weight_format.bits
             arrays[name] = random.integers(0, 256, array.shape, dtype=np.uint8)
             arrays[name][..., -32:] = scales.astype(np.float16).view(np.uint8)
     device = Device()

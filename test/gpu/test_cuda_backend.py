@@ -11,6 +11,7 @@ from engine_core.backends.cuda.layout import CudaSpec, weight_arrays
 from engine_core.cuda.driver import Device, DeviceMemoryError
 from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.errors import EngineFaultError, InvalidSamplingError
+from engine_core.formats.weight_formats import weight_format
 from engine_core.measure.steps import begin, decode, prefill
 from engine_core.request import SamplingParams
 
@@ -36,7 +37,7 @@ def make_backend(fill=None, *, vocab_map=None, kv_int8=False, **changes) -> Cuda
         norm_eps=1e-5,
         qkv_bias=False,
         tied=False,
-        weight_bits=16,
+        weight_format=weight_format("fp16"),
         chunk=64,
         prefix_slots=2,
         prefix_tokens=100,

@@ -9,9 +9,9 @@ import pytest
 from test_cuda_models import check_greedy, use_weights_of
 
 from engine_core.backends.cuda.build import build_cuda
-from engine_core.cuda.kernels import int4_layout, int8_layout
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.safetensors_file import write_safetensors
+from engine_core.formats.weight_formats import weight_format
 
 pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")
@@ -105,21 +105,21 @@ def write(directory, kind: str, asymmetric: bool):
 def test_logits_are_those_of_the_dequantized_model(tmp_path, kind, asymmetric, dtype):
     """Symmetric levels are kept; what has zero points is rounded anew; the engine's weights are then the measure."""
     model = write(tmp_path / "checkpoint", kind, asymmetric)
-    layout = int8_layout if kind == "gptq_int8" else int4_layout
     quantization = "int8" if kind == "gptq_int8" else "int4_awq"
+    levels = weight_format(quantization).kind
     build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization=quantization, max_context=256, dtype=dtype)
     with torch.no_grad():
         for name in ("embed_tokens", "norm"):
             parameter = getattr(model.model, name).weight
             parameter.copy_(parameter.half().float())
-    use_weights_of(tmp_path / "engine", model, layout)
+    use_weights_of(tmp_path / "engine", model, levels)
     checkpoint = Checkpoint(tmp_path / "checkpoint")
     for name, parameter in model.named_parameters():
         if name.endswith("_proj.weight"):
             found, expected = parameter.detach().numpy(), checkpoint.read(name)
             if asymmetric or dtype == "bf16":  # fp16 scales do not all fit bf16
                 off = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-                assert off < (0.12 if layout is int4_layout else 0.01), name
+                assert off < (0.12 if levels == "int4" else 0.01), name
             else:
                 np.testing.assert_array_equal(found, expected)
     check_greedy(tmp_path / "engine", model)

@@ -12,10 +12,12 @@ from device_steps import GREEDY, generate
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda
 from engine_core.config import EngineConfig
-from engine_core.cuda.kernels import int4_layout, int8_layout, reference
+from engine_core.cuda.kernels import reference
+from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.vocab_map import write_vocab_map
+from engine_core.formats.weight_formats import weight_format
 from engine_core.measure.steps import begin, decode, extend, prefill
 from engine_core.request import SamplingParams
 
@@ -162,15 +164,16 @@ def test_logits_with_an_int8_kv_cache(model, engine_dir):
     assert max(map(error, rows, expected[first:-1])) < TOLERANCE * allowed + 1.5 * effect
 
 
-def use_weights_of(engine_dir, model, layout) -> None:
-    """Gives the model in transformers what the engine's packed weights stand for."""
+def use_weights_of(engine_dir, model, kind: str) -> None:
+    """Gives the model in transformers what the engine's packed weights, of the format ``kind``, stand for."""
+    layout, zero = LAYOUTS[kind], weight_format(kind).zero
     stored = SafetensorsFile(engine_dir / "weights.safetensors")
     config, dtype = model.config, read_manifest(engine_dir).options["dtype"]
 
     def restored(name: str) -> torch.Tensor:
         values, scales = layout.unpack(stored.raw(name))
         scales = from_bits(scales.view(NUMPY[dtype]), dtype)
-        return torch.tensor(reference.dequantize(values, scales, layout.GROUP, layout.ZERO))
+        return torch.tensor(reference.dequantize(values, scales, layout.GROUP, zero))
 
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     with torch.no_grad():
@@ -239,8 +242,8 @@ def test_a_vocab_map_given_at_load_gives_the_tokens_of_one_built_in(tmp_path, qu
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("quantization", "layout"), [("int4", int4_layout), ("int8", int8_layout)])
-def test_quantized_logits(tmp_path, quantization, layout, dtype, tied):
+@pytest.mark.parametrize("quantization", ["int4", "int8"])
+def test_quantized_logits(tmp_path, quantization, dtype, tied):
     """The same model, in transformers with the weights that the 4 or 8 bits stand for."""
     torch.manual_seed(8)
     sizes = dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_attention_heads=8, head_dim=32)
@@ -251,7 +254,7 @@ def test_quantized_logits(tmp_path, quantization, layout, dtype, tied):
             parameter.copy_(parameter.to(torch.bfloat16).float())
     model.save_pretrained(tmp_path / "checkpoint")
     build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization=quantization, max_context=256, dtype=dtype)
-    use_weights_of(tmp_path / "engine", model, layout)
+    use_weights_of(tmp_path / "engine", model, quantization)
     check_greedy(tmp_path / "engine", model)
 
 

@@ -20,8 +20,6 @@ from engine_core.cuda.kernels import (
     Kernels,
     attention,
     gpu_of,
-    int4_layout,
-    int8_layout,
     linear,
     linear_packed,
     reference,
@@ -29,6 +27,7 @@ from engine_core.cuda.kernels import (
 )
 from engine_core.cuda.kernels.launch_configs import Gpu
 from engine_core.cuda.kernels.tuning import TIME_LIMIT, EventTimer
+from engine_core.formats.weight_formats import weight_format
 
 pytestmark = pytest.mark.gpu
 
@@ -62,18 +61,20 @@ def test_every_gemv_candidate(bench, small, rows, cols):
         assert error(bench.get(output), expected) < TOLERANCE["fp32"], config
 
 
-def packed_matrix(bench, layout, rows: int, cols: int):
-    """(packed tiles, float64 [rows, cols])."""
-    values = bench.random.integers(0, 2 * layout.ZERO, (rows, cols)).astype(np.uint8)
-    bits = to_bits(bench.random.standard_normal((rows, cols // 128)) * (1.6 / layout.ZERO) * cols**-0.5, "fp16")
-    weight = reference.dequantize(values, from_bits(bits, "fp16"), layout.GROUP, layout.ZERO)
-    return bench.put(layout.pack(values, bits), "uint8"), weight
+def packed_matrix(bench, kind: str, rows: int, cols: int):
+    """(PackedWeight, float64 [rows, cols])."""
+    found, layout = weight_format(kind), linear_packed.LAYOUTS[kind]
+    values = bench.random.integers(0, 2 * found.zero, (rows, cols)).astype(np.uint8)
+    bits = to_bits(bench.random.standard_normal((rows, cols // 128)) * (1.6 / found.zero) * cols**-0.5, "fp16")
+    weight = reference.dequantize(values, from_bits(bits, "fp16"), layout.GROUP, found.zero)
+    records = bench.put(layout.pack(values, bits), "uint8")
+    return linear_packed.PackedWeight(records, found, rows, cols), weight
 
 
 @pytest.mark.parametrize("rows, cols", [(6144, 4096), (528, 4864), (1008, 2048), (256, 14336)])
-@pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
-def test_every_candidate_of_packed_gemv_and_gemm(bench, small, layout, rows, cols):
-    tiles, w = packed_matrix(bench, layout, rows, cols)
+@pytest.mark.parametrize("kind", linear_packed.LAYOUTS)
+def test_every_candidate_of_packed_gemv_and_gemm(bench, small, kind, rows, cols):
+    tiles, w = packed_matrix(bench, kind, rows, cols)
     vectors, x = bench.normal((70, cols), "fp16", 3.0)
     problem = linear_packed.gemv_packed(
         small, tiles, vectors.at(0), bench.poisoned((rows,), "fp32"), linear.LOGITS

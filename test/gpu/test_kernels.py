@@ -10,8 +10,6 @@ from engine_core.cuda.driver import DeviceArray
 from engine_core.cuda.kernels import (
     KernelArgumentError,
     attention,
-    int4_layout,
-    int8_layout,
     linear,
     linear_packed,
     reference,
@@ -24,6 +22,7 @@ from engine_core.cuda.kernels.launch_configs import (
     PackedGemmProblem,
     PrefillAttentionConfig,
 )
+from engine_core.formats.weight_formats import weight_format
 
 pytestmark = pytest.mark.gpu
 
@@ -93,14 +92,16 @@ PACKED_SHAPES = [
 
 
 class _Packed:
-    """A matrix in records, and what it is in float64."""
+    """A matrix of the format ``kind`` in records, and what it is in float64."""
 
-    def __init__(self, bench, layout, rows: int, cols: int, dtype: str) -> None:
-        self.values = bench.random.integers(0, 2 * layout.ZERO, (rows, cols)).astype(np.uint8)
-        scales = bench.random.standard_normal((rows, cols // 128)) * (1.6 / layout.ZERO) * cols**-0.5
+    def __init__(self, bench, kind: str, rows: int, cols: int, dtype: str) -> None:
+        found, layout = weight_format(kind), linear_packed.LAYOUTS[kind]
+        self.values = bench.random.integers(0, found.top + 1, (rows, cols)).astype(np.uint8)
+        scales = bench.random.standard_normal((rows, cols // 128)) * (1.6 / found.zero) * cols**-0.5
         bits = to_bits(scales, dtype)
-        self.records = bench.put(layout.pack(self.values, bits), "uint8")
-        self.weight = reference.dequantize(self.values, from_bits(bits, dtype), layout.GROUP, layout.ZERO)
+        records = bench.put(layout.pack(self.values, bits), "uint8")
+        self.matrix = linear_packed.PackedWeight(records, found, rows, cols)
+        self.weight = reference.dequantize(self.values, from_bits(bits, dtype), layout.GROUP, found.zero)
 
 
 def _packed_scratch(bench, rows: int, cols: int, num_sms: int):
@@ -111,12 +112,12 @@ def _packed_scratch(bench, rows: int, cols: int, num_sms: int):
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("rows, cols", [*PACKED_SHAPES, (28672, 256), (70000, 128)])
-@pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
-def test_packed_product_of_some_tokens(bench, rows, cols, layout, dtype):
-    kernels, packed = bench.kernels(dtype), _Packed(bench, layout, rows, cols, dtype)
+@pytest.mark.parametrize("kind", linear_packed.LAYOUTS)
+def test_packed_product_of_some_tokens(bench, rows, cols, kind, dtype):
+    kernels, packed = bench.kernels(dtype), _Packed(bench, kind, rows, cols, dtype)
     vectors, x = bench.normal((70, cols), dtype, 3.0)
     partial, counters = _packed_scratch(bench, rows, cols, bench.device.num_sms)
-    inputs = (kernels, packed.records, vectors)
+    inputs = (kernels, packed.matrix, vectors)
     rounding = TOLERANCE[dtype]  # of scaled weights, and of what is stored in 16 bits
     for count in (1, 8, 33, 70):
         scratch = (bench.chunk(5, count), partial, counters)
@@ -140,17 +141,16 @@ def test_packed_product_of_some_tokens(bench, rows, cols, layout, dtype):
 
 @pytest.mark.parametrize("num_sms, max_shared", [(16, 166912), (8, 166912), (20, 101376)])
 @pytest.mark.parametrize("rows, cols", [(6144, 4096), (528, 4864), (1008, 2048)])
-@pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
-def test_packed_product_as_smaller_gpus_divide_it(bench, rows, cols, layout, num_sms, max_shared):
+@pytest.mark.parametrize("kind", linear_packed.LAYOUTS)
+def test_packed_product_as_smaller_gpus_divide_it(bench, rows, cols, kind, num_sms, max_shared):
     """As on a Jetson AGX Orin, an Orin Nano and a small RTX: more rows a CTA, and CTAs that come in rounds."""
-    packed, count = _Packed(bench, layout, rows, cols, "fp16"), 70
-    bits = {int4_layout: 4, int8_layout: 8}[layout]
+    packed, count = _Packed(bench, kind, rows, cols, "fp16"), 70
     gpu = Gpu("smaller", 87, num_sms, max_shared)
-    config = LaunchConfigs(gpu).lookup(PackedGemmProblem(*packed.records.shape, bits))
+    config = LaunchConfigs(gpu).lookup(PackedGemmProblem(*packed.matrix.records.shape, packed.matrix.format.bits))
     partial, counters = _packed_scratch(bench, rows, cols, num_sms)
     vectors, x = bench.normal((count, cols), "fp16", 3.0)
     output = bench.poisoned((count, rows), "fp16")
-    arrays = (packed.records, vectors, output, linear.STORE, bench.chunk(5, count), partial, counters)
+    arrays = (packed.matrix, vectors, output, linear.STORE, bench.chunk(5, count), partial, counters)
     linear_packed.PackedProduct(bench.kernels("fp16"), *arrays, config=config)(bench.stream, count)
     assert error(bench.get(output), x @ packed.weight.T) < TOLERANCE["fp16"]
     assert (bench.get(counters) == 0).all()
@@ -159,11 +159,11 @@ def test_packed_product_as_smaller_gpus_divide_it(bench, rows, cols, layout, num
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("rows, cols", PACKED_SHAPES)
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("layout", [int4_layout, int8_layout], ids=["int4", "int8"])
-def test_gemv_packed_with_every_epilogue_and_dequantize(bench, rows, cols, normed, layout, dtype):
+@pytest.mark.parametrize("kind", linear_packed.LAYOUTS)
+def test_gemv_packed_with_every_epilogue_and_dequantize(bench, rows, cols, normed, kind, dtype):
     kernels = bench.kernels(dtype)
-    packed = _Packed(bench, layout, rows, cols, dtype)
-    records, w = packed.records, packed.weight
+    packed = _Packed(bench, kind, rows, cols, dtype)
+    matrix, w = packed.matrix, packed.weight
     vector, x = bench.normal((cols,), "fp32" if normed else dtype, 3.0)
     norm_weight, g = bench.normal((cols,), dtype)
     bias, b = bench.normal((rows,), dtype)
@@ -179,13 +179,13 @@ def test_gemv_packed_with_every_epilogue_and_dequantize(bench, rows, cols, norme
         linear.LOGITS: (bench.poisoned((rows,), "fp32"), {}, sums),
     }
     for epilogue, (output, more, expected) in cases.items():
-        linear_packed.gemv_packed(kernels, records, vector, output, epilogue, **norm, **more)(bench.stream)
+        linear_packed.gemv_packed(kernels, matrix, vector, output, epilogue, **norm, **more)(bench.stream)
         # A normalised value near the middle of two of the type may be rounded the other way.
         # What OFFSETS add in fp16 and is taken off again costs some of float32's last digits.
         allowed = TOLERANCE[dtype] if normed else max(TOLERANCE[output.dtype], 5e-5)
         assert error(bench.get(output), expected) < allowed, epilogue
     weight = bench.poisoned((rows, cols), dtype)
-    linear_packed.dequantize_packed(kernels, records, weight)(bench.stream)
+    linear_packed.dequantize_packed(kernels, matrix, weight)(bench.stream)
     assert (bench.get(weight) == from_bits(to_bits(w.astype(np.float32), dtype), dtype)).all()
 
 

@@ -13,17 +13,21 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends.cuda.capabilities import CAPABILITIES
-from engine_core.backends.cuda.layout import LAYOUTS, CudaSpec, options_of, weight_arrays
+from engine_core.backends.cuda.layout import CudaSpec, options_of, weight_arrays
 from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE, fits
+from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.errors import BuildError
 from engine_core.formats import companions
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import levels_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.number_formats import from_16_bit, to_16_bit
-from engine_core.formats.tensor_writer import TensorWriter
+from engine_core.formats.safetensors_file import SafetensorsWriter
+from engine_core.formats.weight_formats import weight_format
+from engine_core.formats.weight_formats.base import Rounding
+from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
 from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
 
@@ -77,7 +81,7 @@ def build_cuda(
         max_batch=1,
         eos_token_ids=companions.eos_token_ids(checkpoint),
         reduced_vocab_size=0 if kept is None else len(kept),
-        group_size=0 if quantization == "fp16" else GROUP,
+        group_size=GROUP if weight_format(quantization).kind in LAYOUTS else 0,
         use_cuda_graph=True,
         builder=companions.versions(()),
         options=model_options(spec, dtype),
@@ -138,27 +142,31 @@ def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator
         yield "k_norm", [weights.norm(layer.k_norm)]
 
 
-def own_levels(checkpoint: Checkpoint, spec: ModelSpec, name: str, bits: int, dtype: str) -> np.ndarray | None:
+def own_levels(
+    checkpoint: Checkpoint, spec: ModelSpec, name: str, wanted: IntegerFormat, dtype: str
+) -> np.ndarray | None:
     """Records with the checkpoint's own levels and scales, of the fused tensor ``name``.
 
-    None unless all its parts are in ``bits`` bits, symmetric, in groups of a multiple of 128 columns, with scales that
-    ``dtype`` holds exactly.
+    None unless all its parts are of the kind of ``wanted``, symmetric, in groups of a multiple of 128 columns, with
+    scales that ``dtype`` holds exactly.
     """
     if not name.startswith("layers."):
         return None
-    found = [checkpoint.quantized(part) for part in _linear_of(spec, name).parts]
-    if any(part is None or part.bits != bits or part.group_size % GROUP for part in found):
-        return None
-    if any(part.zeros is not None and (part.zeros != 1 << (bits - 1)).any() for part in found):
+    parts = _linear_of(spec, name).parts
+    for part in parts:
+        stored = checkpoint.stored(part)
+        if stored is None or stored.group_size % GROUP or not wanted.keeps(stored.format, stored.group_size):
+            return None
+    found = [checkpoint.quantized(part) for part in parts]
+    if any(part is None or (part.zeros is not None and (part.zeros != wanted.zero).any()) for part in found):
         return None
     found = [part.regrouped(GROUP) for part in found]
     levels, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))
-    stored = to_16_bit(scales, dtype)
-    if not fits(*levels.shape) or not np.array_equal(from_16_bit(stored), scales):
+    if not fits(*levels.shape) or not np.array_equal(from_16_bit(to_16_bit(scales, dtype)), scales):
         return None
     if name.endswith(".gate_up"):
-        levels, stored = _paired(levels), _paired(stored)
-    return LAYOUTS[bits].pack(levels, stored)
+        levels, scales = _paired(levels), _paired(scales)
+    return LAYOUTS[wanted.kind].pack(levels, to_16_bit(scales, dtype))
 
 
 def _linear_of(spec: ModelSpec, name: str) -> LinearSpec:
@@ -178,28 +186,20 @@ def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
     return np.stack(spec.ropes[0].table(max_context), axis=-1)
 
 
-def to_records(values: np.ndarray, bits: int, dtype: str) -> np.ndarray:
-    """float32 [rows, cols] rounded to nearest, symmetric, in groups of 128: records of kernels/int4_layout.py or 8.
+def to_records(values: np.ndarray, wanted: IntegerFormat, dtype: str) -> np.ndarray:
+    """float32 [rows, cols] rounded to nearest, symmetric: records of ``wanted`` with scales of ``dtype``.
 
-    In 4 bits the value of largest magnitude becomes -8, which spends all 16 levels; in 8 bits it becomes ±127. The
-    scale is rounded to ``dtype`` first, so that the levels make up for it. Raises BuildError on a shape the records
-    cannot hold.
+    Raises BuildError on a shape the records cannot hold.
     """
     rows, cols = values.shape
     if not fits(rows, cols):
         raise BuildError(
-            f"A weight is {rows} × {cols}, but int{bits} takes rows in multiples of {TILE} and columns in "
+            f"A weight is {rows} × {cols}, but {wanted.name} takes rows in multiples of {TILE} and columns in "
             f"multiples of {GROUP}; build fp16 instead."
         )
-    layout = LAYOUTS[bits]
-    grouped = values.reshape(rows, cols // GROUP, GROUP)
-    peak = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
-    scales = to_16_bit(peak / np.float32(-8) if bits == 4 else np.abs(peak) / np.float32(127), dtype)
-    rounded = (scales.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else scales.astype(np.float32)
-    inverse = np.divide(1.0, rounded, out=np.zeros_like(rounded), where=rounded != 0)
-    low, high = (0, 15) if bits == 4 else (1, 255)
-    levels = np.clip(np.rint(grouped * inverse[:, :, None]) + layout.ZERO, low, high).astype(np.uint8)
-    return layout.pack(levels.reshape(rows, cols), scales)
+    group_size = wanted.group_size if wanted.has_fixed_group else GROUP
+    quantized = wanted.quantize(values, Rounding(group_size, dtype)).regrouped(GROUP)
+    return LAYOUTS[wanted.kind].pack(quantized.levels, to_16_bit(quantized.scales, dtype))
 
 
 def write_weights(
@@ -220,33 +220,28 @@ def write_weights(
     arrays = weight_arrays(cuda_spec)
     tensors = {name: (STORED_TYPES[array.dtype], array.shape) for name, array in arrays.items()}
     table = rope_table(spec, manifest.max_context)
-    bits = cuda_spec.weight_bits
+    wanted = cuda_spec.weight_format
 
     rounded: list[str] = []
 
     def records(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
-        own = own_levels(checkpoint, spec, name, bits, dtype)
+        assert isinstance(wanted, IntegerFormat)
+        own = own_levels(checkpoint, spec, name, wanted, dtype)
         if own is None and _is_quantized(checkpoint, spec, name):
             rounded.append(name)
-        return to_records(np.concatenate(list(blocks)), bits, dtype) if own is None else own
+        return to_records(np.concatenate(list(blocks)), wanted, dtype) if own is None else own
 
-    writer = TensorWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)})
-    try:
+    with SafetensorsWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)}) as writer:
         for name, blocks in fused_tensors(Weights(checkpoint, spec, kept), cuda_spec.has_head, paired=paired):
             if arrays[name].dtype == "uint8":
                 writer.write(name, records(name, blocks))
             else:
                 writer.write_blocks(name, (to_16_bit(block, dtype) for block in blocks))
         writer.write(ROPE_NAME, table)
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.close()
     return rounded
 
 
 def _is_quantized(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> bool:
-    """Whether any part of the fused tensor ``name`` is stored in integers."""
+    """Whether any part of the fused tensor ``name`` is stored quantized."""
     parts = _linear_of(spec, name).parts if name.startswith("layers.") else ()
-    stored = [checkpoint.stored(part) for part in parts]
-    return any(part is not None and part.kind.startswith("int") for part in stored)
+    return any(checkpoint.stored(part) is not None for part in parts)

@@ -9,9 +9,8 @@ from engine_core.backends.capabilities import Capabilities, Trait
 
 if TYPE_CHECKING:
     from engine_core.backends.machine import Machine, Missing
+    from engine_core.formats.weight_formats.base import WeightFormat
     from engine_core.models.spec import ModelSpec
-
-_PACKED = ("int8", "int4", "int4_awq")
 
 
 def _has_window(spec: ModelSpec, max_context: int) -> bool:
@@ -53,10 +52,18 @@ TRAITS = (
 )
 
 
-def _blocks(weight_format: str) -> tuple[int, int] | None:
+def _is_packed(kind: WeightFormat) -> bool:
+    """Whether the kernels multiply by records of the format, which have a scale for 128 columns."""
+    from engine_core.cuda.kernels.int4_layout import GROUP
+    from engine_core.cuda.kernels.linear_packed import LAYOUTS
+
+    return kind.kind in LAYOUTS and not (kind.has_fixed_group and kind.group_size % GROUP)
+
+
+def _blocks(kind: WeightFormat) -> tuple[int, int] | None:
     from engine_core.cuda.kernels.int4_layout import GROUP, TILE
 
-    return (TILE, GROUP) if weight_format in _PACKED else None
+    return (TILE, GROUP) if _is_packed(kind) else None
 
 
 def _missing(machine: Machine) -> Missing | None:
@@ -89,11 +96,11 @@ def _missing(machine: Machine) -> Missing | None:
 CAPABILITIES = Capabilities(
     backend="cuda",
     on_gpu=True,
-    weight_formats=("fp16", *_PACKED),  # fp16 stands for the checkpoint's 16-bit type
+    runs_format=lambda kind: kind.kind == "fp16" or _is_packed(kind),  # fp16 stands for the checkpoint's 16-bit type
     default_format="fp16",
     kv_cache_types=("fp16", "int8"),  # fp16 stands for the 16-bit type of the weights
     longest_default=8192,
-    planned_formats=("fp8", "nvfp4"),
+    plans_others=True,
     planned_kv_cache_types=("fp8",),
     traits=TRAITS,
     blocks=_blocks,

@@ -12,17 +12,16 @@ from typing import Any
 from engine_core.backends.capabilities import capabilities_of
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, aligned
-from engine_core.cuda.kernels import int4_layout, int8_layout
 from engine_core.cuda.kernels.attention import AttentionShape, scale_pitch
 from engine_core.cuda.kernels.int4_layout import GROUP
 from engine_core.cuda.kernels.launch_configs import PACKED_ROWS, PackedRowsProblem
-from engine_core.cuda.kernels.linear_packed import packed_scratch
+from engine_core.cuda.kernels.linear_packed import LAYOUTS, packed_scratch
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.errors import ConfigurationError, EngineDirectoryError
 from engine_core.formats.manifest import Manifest
+from engine_core.formats.weight_formats import weight_format
+from engine_core.formats.weight_formats.base import WeightFormat
 
-LAYOUTS = {4: int4_layout, 8: int8_layout}  # of packed weights, by their bits
-_WEIGHT_BITS = {"fp16": 16, "int8": 8, "int4": 4, "int4_awq": 4}
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
 PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
 # Modules, graphs and cuBLAS's own code, as measured (test/gpu/test_memory_plan.py); the context itself is taken before
@@ -57,7 +56,7 @@ class CudaSpec:
     norm_eps: float
     qkv_bias: bool
     tied: bool  # the LM head is the embedding
-    weight_bits: int  # of the products and the head: 16, or 4 or 8 in records of kernels/int4_layout.py, int8_layout.py
+    weight_format: WeightFormat  # of the layers' matrices and the head: fp16, or one in LAYOUTS
     chunk: int  # tokens of a prefill step
     prefix_slots: int
     prefix_tokens: int
@@ -67,9 +66,14 @@ class CudaSpec:
         return self.attention.max_context
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the layers' matrices and the head are in records of LAYOUTS."""
+        return self.weight_format.kind in LAYOUTS
+
+    @property
     def has_head(self) -> bool:
         """Whether the LM head has an array of its own."""
-        return self.weight_bits < 16 or not self.tied or self.head_rows != self.vocab_size
+        return self.is_packed or not self.tied or self.head_rows != self.vocab_size
 
     @classmethod
     def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
@@ -106,7 +110,7 @@ class CudaSpec:
             norm_eps=norm_eps,
             qkv_bias=qkv_bias,
             tied=tied,
-            weight_bits=_weight_bits(manifest),
+            weight_format=_weight_format(manifest),
             chunk=round_rows(chunk),
             prefix_slots=config.prompt_cache_entries,
             prefix_tokens=min(config.prompt_cache_tokens, max_context),
@@ -131,7 +135,7 @@ def prefill_rows(chunk: int) -> list[int]:
 
 def packed_rows_problem(spec: CudaSpec) -> PackedRowsProblem:
     """Its launch configuration says up to how many rows prefill multiplies 4- and 8-bit weights as they are."""
-    return PackedRowsProblem(spec.hidden, spec.intermediate, spec.attention.qkv_width, spec.weight_bits)
+    return PackedRowsProblem(spec.hidden, spec.intermediate, spec.attention.qkv_width, spec.weight_format.bits)
 
 
 def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
@@ -155,13 +159,18 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
         if attention.qk_norm:
             layer["q_norm"] = layer["k_norm"] = (attention.head_dim,)
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
-    quantized = ("head", *products) if spec.weight_bits < 16 else ()
+    packed = packed_shapes(spec)
     return {
-        name: ArraySpec("weights", LAYOUTS[spec.weight_bits].records_shape(*shape), "uint8")
-        if name.split(".")[-1] in quantized
+        name: ArraySpec("weights", LAYOUTS[spec.weight_format.kind].records_shape(*shape), "uint8")
+        if name.split(".")[-1] in packed
         else ArraySpec("weights", shape, dtype)
         for name, shape in shapes.items()
     }
+
+
+def packed_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the matrices that lie in records, by the last part of their names."""
+    return {**product_shapes(spec), "head": (spec.head_rows, spec.hidden)} if spec.is_packed else {}
 
 
 def product_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
@@ -205,7 +214,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["kv_scales"] = ("kv_cache", (spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
-    if spec.weight_bits < 16:  # for prefill: one matrix at a time in 16 bits, or partial sums of products of few tokens
+    if spec.is_packed:  # for prefill: one matrix at a time in 16 bits, or partial sums of products of few tokens
         shapes = product_shapes(spec).values()
         sums, counters = packed_scratch(shapes, min(chunk, PACKED_ROWS[-1]), num_sms)
         arrays["dequantized"] = ("scratch", (max(2 * sums, *map(math.prod, shapes)),), dtype)
@@ -227,14 +236,15 @@ def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
     return kind
 
 
-def _weight_bits(manifest: Manifest) -> int:
+def _weight_format(manifest: Manifest) -> WeightFormat:
     """Raises EngineDirectoryError."""
-    if manifest.quantization not in _WEIGHT_BITS or manifest.group_size not in (0, GROUP):
+    known = capabilities_of(manifest.backend).weight_formats
+    if manifest.quantization not in known or manifest.group_size not in (0, GROUP):
         raise EngineDirectoryError(
-            f"The variant is {manifest.quantization} with groups of {manifest.group_size}, but the cuda backend reads "
-            f"fp16, int8 and int4 with groups of {GROUP}; build the engine again."
+            f"The variant is {manifest.quantization} with groups of {manifest.group_size}, but the {manifest.backend} "
+            f"backend reads {', '.join(known)} with groups of {GROUP}; build the engine again."
         )
-    return _WEIGHT_BITS[manifest.quantization]
+    return weight_format(manifest.quantization)
 
 
 def planned_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:

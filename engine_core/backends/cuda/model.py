@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from engine_core.backends.cuda.layout import CudaSpec, packed_rows_problem, product_shapes, work_arrays
-from engine_core.backends.gpu_model import DeviceModel, Work
+from engine_core.backends.gpu_model import DeviceModel, Matrix, Work
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import Kernels, linear, linear_packed
 from engine_core.cuda.kernels.attention import AttentionPrefill
@@ -57,31 +57,32 @@ class CudaModel(DeviceModel[_Layer]):
 
     def _decode_layer(self, i: int) -> list[Work]:
         spec, w = self.spec, self.work
-        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in _LAYER_WEIGHTS}
+        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in _LAYER_VECTORS}
+        matrices = {name: self.matrix(f"layers.{i}.{name}") for name in _ARRAYS}
         hidden, qkv, attended, activated = (w[name].at(0) for name in ("hidden", "qkv", "attended", "activated"))
         eps = spec.norm_eps
         return [
             self._gemv(
-                *(weights["qkv"], hidden, qkv, linear.STORE),
+                *(matrices["qkv"], hidden, qkv, linear.STORE),
                 norm_weight=weights["input_norm"],
                 bias=weights["qkv_bias"],
                 norm_eps=eps,
             ),
             self._attend_one(i),
-            self._gemv(weights["o"], attended, hidden, linear.RESIDUAL),
+            self._gemv(matrices["o"], attended, hidden, linear.RESIDUAL),
             self._gemv(
-                *(weights["gate_up"], hidden, activated, linear.SILU),
+                *(matrices["gate_up"], hidden, activated, linear.SILU),
                 norm_weight=weights["post_norm"],
                 norm_eps=eps,
             ),
-            self._gemv(weights["down"], activated, hidden, linear.RESIDUAL),
+            self._gemv(matrices["down"], activated, hidden, linear.RESIDUAL),
         ]
 
     def prepare_prefill(self) -> None:
         w = self.work
         self._silu = linear.silu_multiply(self._kernels, w["gate_up"], w["activated"])
         self._max_packed = 0
-        if self.spec.weight_bits < 16:
+        if self.spec.is_packed:
             self._max_packed = self._kernels.config(packed_rows_problem(self.spec)).rows
         super().prepare_prefill()
 
@@ -101,7 +102,7 @@ class CudaModel(DeviceModel[_Layer]):
 
     def _prefill_layer(self, i: int) -> _Layer:
         kernels, spec, w = self._kernels, self.spec, self.work
-        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in _LAYER_WEIGHTS}
+        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in _LAYER_VECTORS}
 
         def norm(weight: DeviceArray) -> Launch:
             return linear.rms_norm(kernels, w["hidden"], weight, w["normed"], spec.norm_eps)
@@ -113,11 +114,11 @@ class CudaModel(DeviceModel[_Layer]):
             rope_append=self._rope_append(i),
             attend=self._attend(i),
             post_norm=norm(weights["post_norm"]),
-            products={name: self._product(name, weights[name]) for name in _ARRAYS},
+            products={name: self._product(name, self.matrix(f"layers.{i}.{name}")) for name in _ARRAYS},
         )
 
-    def _product(self, name: str, weight: DeviceArray) -> _Product:
-        if self.spec.weight_bits == 16:
+    def _product(self, name: str, weight: Matrix) -> _Product:
+        if not isinstance(weight, linear_packed.PackedWeight):
             return _Product(weight)
         kernels, w = self._kernels, self.work
         source, target, epilogue = _ARRAYS[name]
@@ -177,4 +178,4 @@ _ARRAYS = {
     "gate_up": ("normed", "gate_up", linear.SILU),
     "down": ("activated", "hidden", linear.RESIDUAL),
 }
-_LAYER_WEIGHTS = ("input_norm", "qkv", "qkv_bias", "o", "post_norm", "gate_up", "down")
+_LAYER_VECTORS = ("input_norm", "qkv_bias", "post_norm")

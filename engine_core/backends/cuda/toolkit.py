@@ -13,6 +13,7 @@ from engine_core.backends.cuda.weights import resolve
 from engine_core.backends.toolkit import BuildRequest, Size
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels.int4_layout import GROUP
+from engine_core.formats import weight_formats as formats
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.models.spec import ModelSpec
@@ -47,7 +48,7 @@ def spec_for(spec: ModelSpec, weight_format: str, size: Size) -> CudaSpec:
         max_context=size.max_context,
         max_batch=1,
         eos_token_ids=(),
-        group_size=0 if CAPABILITIES.blocks(weight_format) is None else GROUP,
+        group_size=0 if CAPABILITIES.blocks(formats.weight_format(weight_format)) is None else GROUP,
         options=builder.model_options(spec, "fp16"),
     )
     made = CudaSpec.create(manifest, EngineConfig(Path()))

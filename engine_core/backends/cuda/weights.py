@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.backends.cuda.layout import LAYOUTS, CudaSpec, weight_arrays
+from engine_core.backends.cuda.layout import CudaSpec, weight_arrays
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels.int4_layout import TILE
+from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.errors import ConfigurationError, EngineDirectoryError
 from engine_core.formats.manifest import Manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.vocab_map import configured_vocab_map
+from engine_core.formats.weight_formats.base import WeightFormat
 
 WEIGHTS_NAME = "weights.safetensors"
 ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
@@ -38,10 +40,10 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Reso
         return Resolved(stored, stored, None)
     if not cuts_head:
         return Resolved(stored, stored, vocab_map)
-    if stored.weight_bits < 16 and len(vocab_map) % TILE:
+    if stored.is_packed and len(vocab_map) % TILE:
         raise ConfigurationError(
-            f"vocab_map is {config.vocab_map} with {len(vocab_map)} tokens, but an int{stored.weight_bits} LM head of "
-            f"the cuda backend takes multiples of {TILE}; 'edgellm reduce-vocab' makes such maps."
+            f"vocab_map is {config.vocab_map} with {len(vocab_map)} tokens, but an {stored.weight_format.kind} LM head "
+            f"of the cuda backend takes multiples of {TILE}; 'edgellm reduce-vocab' makes such maps."
         )
     return Resolved(stored, dataclasses.replace(stored, head_rows=len(vocab_map)), vocab_map)
 
@@ -74,21 +76,21 @@ class CudaWeights:
         if name != "head" or stored.head_rows == spec.head_rows:
             return self._file.raw(name)
         whole = self._file.raw("head" if stored.has_head else "embed")
-        return kept_rows(whole, self._resolved.vocab_map, spec.weight_bits)
+        return kept_rows(whole, self._resolved.vocab_map, spec.weight_format)
 
     def rope(self) -> np.ndarray:
         """float32 [max_context, head_dim / 2, 2]: cos and sin."""
         return self._file.raw(ROPE_NAME)[: self._resolved.spec.max_context]
 
 
-def kept_rows(stored: np.ndarray, kept: np.ndarray, weight_bits: int) -> np.ndarray:
+def kept_rows(stored: np.ndarray, kept: np.ndarray, weight_format: WeightFormat) -> np.ndarray:
     """The rows ``kept``, int32 [n], of a matrix in the form it is stored in.
 
-    ``stored``: [rows, cols] of a 16-bit type, or records of LAYOUTS[weight_bits], for which n is a multiple of 16.
+    ``stored``: [rows, cols] of a 16-bit type, or records of ``weight_format``, for which n is a multiple of 16.
     """
-    if weight_bits == 16:
+    if weight_format.kind not in LAYOUTS:
         return stored[kept]
-    layout = LAYOUTS[weight_bits]
+    layout = LAYOUTS[weight_format.kind]
     cut = np.empty((len(kept) // TILE, *stored.shape[1:]), dtype=np.uint8)
     for start in range(0, len(cut), _BLOCK):
         rows = kept[start * TILE : (start + _BLOCK) * TILE]

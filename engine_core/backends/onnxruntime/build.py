@@ -8,7 +8,6 @@ from pathlib import Path
 
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
 from engine_core.backends.onnxruntime.exporter import OrtDialect, Packing, Precision
-from engine_core.backends.onnxruntime.qdq_exporter import QdqDialect
 from engine_core.backends.onnxruntime.weight_writer import own_block_size
 from engine_core.errors import BuildError
 from engine_core.formats import companions
@@ -17,12 +16,17 @@ from engine_core.formats.detect import levels_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.onnx_graph import write_decoder
 from engine_core.formats.onnx_writer import GraphWriter
+from engine_core.formats.weight_formats import weight_format
+from engine_core.formats.weight_formats.base import WeightFormat
+from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
 from engine_core.models.spec import ModelSpec, check_tensors, read_spec
 from engine_core.quantize.calibration_texts import NAMES, find_calibration, read_sequences
 from engine_core.quantize.kv_cache import int8_scales, measure_peaks
 
 _log = logging.getLogger(__name__)
+
+_GROUP_SIZE = 32  # of what is rounded here, unless asked otherwise
 
 
 def build_engine(
@@ -41,11 +45,11 @@ def build_engine(
 ) -> Manifest:
     """Writes the variant directory ``out_dir`` and returns its manifest.
 
-    ``quantization``: one of CAPABILITIES.buildable_formats, or auto: what the checkpoint is quantized as, else fp32. A
+    ``quantization``: one of CAPABILITIES.weight_formats, or auto: what the checkpoint is quantized as, else fp32. A
     quantized checkpoint's int4 or int8 weights keep their levels, scales and zeros; built as anything else they are
-    dequantized first. int4_awq needs a checkpoint in int4; fp8 and nvfp4 are graphs with DequantizeLinear.
-    ``max_context``: tokens the RoPE table covers, 0 = the model's own, at most 4096. ``group_size``: weights per scale,
-    0 = 32.
+    dequantized first, and the manifest's option ``requantized`` counts those that are rounded anew. int4_awq needs a
+    checkpoint in int4. ``max_context``: tokens the RoPE table covers, 0 = the model's own, at most 4096.
+    ``group_size``: weights per scale, 0 = 32.
     ``head_bits``: 4 or 8 for the LM head and the embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors
     file of the full ids an LM head of fewer rows keeps; a file of that name in the checkpoint is used by itself.
     ``kv_cache_type``: what the engine opens with unless told otherwise; auto = fp32. It holds fp32 and fp16 in any
@@ -56,23 +60,25 @@ def build_engine(
     """
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
+    found = quantization_of(checkpoint, spec)
     if quantization == "auto":
-        quantization = quantization_of(checkpoint, spec) or "fp32"
+        quantization = found or "fp32"
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
+    if (reason := levels_refusal(quantization, found)) is not None:
+        raise BuildError(reason)
     precision = precision_of(quantization, group_size, head_bits)
-    _check_levels(checkpoint, spec, quantization, group_size)
+    _check_group_size(precision.linear, found, group_size)
     num_parameters = check_tensors(spec, checkpoint)
     max_context = max_context or CAPABILITIES.default_context(spec)
     companions.check_tokenizer(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
-    calibration = _calibration(kv_cache_type, calibration, checkpoint) if precision.linear_bits else None
+    calibration = _calibration(kv_cache_type, calibration, checkpoint)
     weights = Weights(checkpoint, spec, kept)
     report(f"Building {spec.architecture} with {num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}")
     with write_variant(Path(out_dir)) as directory:
         with GraphWriter(directory, spec.architecture) as writer:
-            make_dialect = OrtDialect if precision.linear_bits else QdqDialect
-            dialect = make_dialect(writer, weights, precision, max_context)
+            dialect = OrtDialect(writer, weights, precision, max_context)
             write_decoder(spec, dialect)
             if calibration is not None:
                 sequences = read_sequences(calibration, checkpoint, max_context, spec.vocab_size)
@@ -95,59 +101,65 @@ def build_engine(
             builder=companions.versions(),
             options=engine_options(spec, precision, dialect.packing, shares_head=spec.tied and kept is None),
         )
+        if dialect.num_requantized:
+            report(
+                f"{dialect.num_requantized} quantized matrices of {checkpoint.directory} were dequantized and rounded "
+                f"anew to {quantization}"
+            )
+            manifest.options["requantized"] = dialect.num_requantized
         manifest = seal(directory, manifest)
     report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
-    if quantization in CAPABILITIES.built_only:
-        _log.warning("%s does not run: %s", out_dir, CAPABILITIES.built_only[quantization])
     return manifest
 
 
 def engine_options(spec: ModelSpec, precision: Precision, packing: Packing, *, shares_head: bool) -> dict:
     """The manifest's ``options``. ``shares_head``: the token lookup and the whole LM head use the same bytes."""
     return {
-        "head_bits": precision.head_bits,
+        "head_bits": precision.head.bits,
         "rope_dims": [rope.dim for rope in spec.ropes],
-        "shares_head": shares_head and precision.head_bits == precision.embedding_bits,
+        "shares_head": shares_head,
         "released_bytes": packing.released,
         "packed_bytes": packing.packed + packing.largest_scales,
         "packed_head_bytes": packing.head,
     }
 
 
-def _check_levels(checkpoint: Checkpoint, spec: ModelSpec, quantization: str, group_size: int) -> None:
-    """Refuses what a checkpoint's own levels do not allow. Raises BuildError."""
-    found = quantization_of(checkpoint, spec)
-    if (reason := levels_refusal(quantization, found)) is not None:
-        raise BuildError(reason)
-    if group_size and found.split("_")[0] == quantization.split("_")[0] == "int4":
+def _check_group_size(wanted: WeightFormat, found: str, group_size: int) -> None:
+    """Raises BuildError for a group size that the format or the checkpoint's own levels do not allow."""
+    if not group_size:
+        return
+    if wanted.has_fixed_group:
+        raise BuildError(f"{wanted.name} has groups of {wanted.group_size}; leave the group size out.")
+    # int8 is by the row in most checkpoints, which any group size divides.
+    if wanted.kind == "int4" and found and weight_format(found).kind == "int4":
         raise BuildError("The checkpoint is in int4 groups of its own; leave the group size out.")
 
 
 def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> Precision:
-    """What ``build_engine`` makes of these; raises BuildError."""
-    if (reason := CAPABILITIES.format_refusal(quantization)) is not None:
-        raise BuildError(reason)
-    if quantization == "fp32":
+    """What ``build_engine`` makes of one of CAPABILITIES.weight_formats; raises BuildError."""
+    linear = weight_format(quantization)
+    if not isinstance(linear, IntegerFormat):
         if group_size or head_bits:
-            raise BuildError("group_size and head_bits belong to int8 and int4; an fp32 variant has neither.")
-        return Precision(32, 32, 32)
-    if quantization in CAPABILITIES.built_only:
-        if group_size or head_bits:
-            raise BuildError("group_size and head_bits belong to int8 and int4; fp8 and nvfp4 have neither.")
-        return Precision(0, 16, 16, kind=quantization)
+            raise BuildError(f"group_size and head_bits belong to int8 and int4; an {linear.name} variant has neither.")
+        return Precision(linear, linear)
     if (reason := CAPABILITIES.group_refusal(group_size)) is not None:
         raise BuildError(reason)
     if head_bits not in (0, 4, 8):
         raise BuildError(f"head_bits is {head_bits}, expected 4 or 8.")
-    head = head_bits or 8
-    return Precision(8 if quantization == "int8" else 4, head, head, group_size or 32)
+    own = linear.group_size if linear.has_fixed_group else _GROUP_SIZE
+    return Precision(linear, weight_format(f"int{head_bits or 8}"), group_size or own)
 
 
 def _group_size(weights: Weights, precision: Precision) -> int:
     """The groups of the first linear: those of the checkpoint's integers where they are kept."""
     linear = weights.spec.layers[0].qkv
     layout = weights.integer_layout(linear)
-    if layout is not None and layout.bits == precision.linear_bits:
+    linear_format = precision.linear
+    if (
+        layout is not None
+        and isinstance(linear_format, IntegerFormat)
+        and linear_format.keeps(layout.format, layout.group_size)
+    ):
         return own_block_size(weights, linear, precision.group_size)
     return precision.group_size
 

@@ -14,7 +14,9 @@ from onnx import TensorProto
 from engine_core.backends.onnxruntime.files import graph_name
 from engine_core.backends.onnxruntime.kv_cache_graphs import KVScales, with_fp16_cache, with_int8_cache
 from engine_core.backends.onnxruntime.weight_writer import PackedWeight, own_levels, packed_shape, rounded
-from engine_core.formats.onnx_writer import IR_VERSION, GraphWriter
+from engine_core.formats.onnx_writer import GraphWriter
+from engine_core.formats.weight_formats.base import WeightFormat
+from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
 from engine_core.models.spec import LayerSpec, LinearSpec
 
@@ -26,17 +28,12 @@ _ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by grou
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits of the weights; 32 = float32. A group is ``group_size`` weights of a row that share a scale.
+    """The formats of the weights. A group is ``group_size`` weights of a row that share a scale."""
 
-    ``kind``: fp8 or nvfp4, for which ``linear_bits`` is 0 and head and embedding are float16.
-    """
-
-    linear_bits: int
-    head_bits: int
-    embedding_bits: int
+    linear: WeightFormat  # fp32 or an integer format
+    head: WeightFormat  # of LM head and embedding
     group_size: int = 0
     accuracy_level: int = _ACCURACY_INT8
-    kind: str = ""
 
 
 @dataclass
@@ -67,6 +64,7 @@ class OrtDialect:
         self._max_context = max_context
         self._spec = weights.spec
         self.packing = Packing()
+        self.num_requantized = 0  # linears that the checkpoint has quantized otherwise than asked for
         self._tied_head = ""  # the embedding's tensor, where the head can use the same bytes
 
     def begin(self) -> None:
@@ -87,24 +85,23 @@ class OrtDialect:
 
     def embed(self) -> str:
         spec, writer, precision = self._spec, self._writer, self._precision
-        shares = spec.tied and self._weights.vocab_map is None and precision.head_bits == precision.embedding_bits
+        shares = spec.tied and self._weights.vocab_map is None
         shape = (spec.vocab_size, spec.hidden_size)
-        if precision.embedding_bits == 32:
+        if not isinstance(precision.head, IntegerFormat):
             table = writer.stream("embedding", np.dtype(np.float32), shape, self._weights.embedding())
             self._tied_head = table if shares else ""
             embedded = writer.node("Gather", [table, "input_ids"], "embed/output", axis=0)
         else:
-            bits = precision.embedding_bits
-            group_size = precision.group_size
-            table = rounded(writer, "embedding", shape, self._weights.embedding(), bits, group_size, flat=True)
+            head, group_size = precision.head, precision.group_size
+            table = rounded(writer, "embedding", shape, self._weights.embedding(), head, group_size, flat=True)
             if shares:
-                self._tied_head = writer.alias("head.weight", table.values, packed_shape(shape, bits, group_size))
+                self._tied_head = writer.alias("head.weight", table.values, packed_shape(shape, head, group_size))
             embedded = writer.node(
                 "GatherBlockQuantized",
                 [table.values, "input_ids", table.scales],
                 "embed/output",
                 domain=_MS,
-                bits=bits,
+                bits=head.bits,
                 block_size=group_size,
                 gather_axis=0,
                 quantize_axis=1,
@@ -131,17 +128,18 @@ class OrtDialect:
     def linear(self, name: str, value: str, linear: LinearSpec) -> str:
         shape = self._weights.linear_shape(linear)
         bias = self._weights.bias(linear)
-        bits = self._precision.linear_bits
-        if bits == 32:
+        wanted = self._precision.linear
+        if not isinstance(wanted, IntegerFormat):
             weight = self._writer.stream(f"{name}.weight", np.dtype(np.float32), shape, self._weights.linear(linear))
             return self._matmul(name, value, weight, bias)
         layout = self._weights.integer_layout(linear)
         group_size = self._precision.group_size
-        if layout is not None and layout.bits == bits:
+        if layout is not None and wanted.keeps(layout.format, layout.group_size):
             weight = own_levels(self._writer, f"{name}.weight", self._weights, linear, group_size)
         else:
+            self.num_requantized += self._weights.is_quantized(linear)
             blocks = self._weights.linear(linear)
-            weight = rounded(self._writer, f"{name}.weight", shape, blocks, bits, group_size)
+            weight = rounded(self._writer, f"{name}.weight", shape, blocks, wanted, group_size)
         return self._matmul_nbits(name, value, weight, shape, bias)
 
     def attention(self, index: int, qkv: str, layer: LayerSpec) -> str:
@@ -182,7 +180,7 @@ class OrtDialect:
         return self._writer.node("Gather", [value, last], f"{name}/output", axis=1)
 
     def head(self, value: str) -> None:
-        logits = self.head_logits(value)
+        logits = self._head_logits(value)
         if self._spec.logits_softcap:
             cap = self._writer.constant("logits_softcap", np.float32(self._spec.logits_softcap))
             scaled = self._writer.node("Div", [logits, cap], "softcap/scaled")
@@ -191,46 +189,43 @@ class OrtDialect:
         self._writer.node("Identity", [logits], "logits")
         self._writer.output("logits", TensorProto.FLOAT, [1, self._weights.head_rows])
 
-    def head_logits(self, value: str) -> str:
+    def _head_logits(self, value: str) -> str:
         """The head's product, before soft capping."""
         precision, weights = self._precision, self._weights
         shape = (weights.head_rows, self._spec.hidden_size)
         bias = weights.head_bias()
-        if precision.head_bits == 32:
+        if not isinstance(precision.head, IntegerFormat):
             weight = self._tied_head or self._writer.stream("head.weight", np.dtype(np.float32), shape, weights.head())
             return self._matmul("head", value, weight, bias)
-        bits, group_size = precision.head_bits, precision.group_size
+        head, group_size = precision.head, precision.group_size
         if self._tied_head:
-            packed = PackedWeight(self._tied_head, "embedding.scales", "", bits, group_size)
+            packed = PackedWeight(self._tied_head, "embedding.scales", "", head, group_size)
         else:
-            packed = rounded(self._writer, "head.weight", shape, weights.head(), bits, group_size)
+            packed = rounded(self._writer, "head.weight", shape, weights.head(), head, group_size)
         return self._matmul_nbits("head", value, packed, shape, bias)
 
     def finish(self) -> None:
         """Writes the graphs of the KV cache types that need no calibration."""
-        self.save_graph(self._writer, "fp32")
+        self._save_graph(self._writer, "fp32")
         ropes = {
             f"rope_{name}.{i}": table
             for i, rope in enumerate(self._spec.ropes)
             for name, table in zip(("cos", "sin"), rope.table(self._max_context))
         }
-        self.save_graph(with_fp16_cache(self._writer, ropes), "fp16")
+        self._save_graph(with_fp16_cache(self._writer, ropes), "fp16")
 
     def add_int8_cache(self, scales: KVScales) -> None:
         """Writes the graph of an int8 KV cache too; after ``finish``."""
-        self.save_graph(with_int8_cache(self._writer, scales), "int8")
+        self._save_graph(with_int8_cache(self._writer, scales), "int8")
 
-    def save_graph(
-        self, writer: GraphWriter, kv_cache_type: str, opset: int = _OPSETS[""], ir_version: int = IR_VERSION
-    ) -> None:
-        opsets = {**_OPSETS, "": opset}
-        writer.save(opsets, graph_name(kv_cache_type), ir_version)
+    def _save_graph(self, writer: GraphWriter, kv_cache_type: str) -> None:
+        writer.save(_OPSETS, graph_name(kv_cache_type))
         # Before 1.24 the runtime's local_window_size left the query's own position out: a second graph over the same
         # weights for those (1.23 is the last one for Python 3.10, and so for JetPack 6). They have no int8 cache.
         if kv_cache_type != "int8":
             before = writer.fork()
             if before.add_to_attribute("local_window_size", -1):
-                before.save(opsets, graph_name(kv_cache_type, window_before_1_24=True), ir_version)
+                before.save(_OPSETS, graph_name(kv_cache_type, window_before_1_24=True))
 
     # --- helpers ------------------------------------------------------------------------------------
 
@@ -247,7 +242,7 @@ class OrtDialect:
     def _matmul_nbits(
         self, name: str, value: str, weight: PackedWeight, shape: tuple[int, int], bias: np.ndarray | None
     ) -> str:
-        groups, group_bytes = packed_shape(shape, weight.bits, weight.block_size)[1:]
+        groups, group_bytes = packed_shape(shape, weight.format, weight.block_size)[1:]
         is_shared = weight.values == self._tied_head
         self.packing.add(shape[0] * groups, group_bytes, is_head=name == "head", is_shared=is_shared)
         inputs = [value, weight.values, weight.scales]
@@ -262,7 +257,7 @@ class OrtDialect:
             domain=_MS,
             N=shape[0],
             K=shape[1],
-            bits=weight.bits,
+            bits=weight.format.bits,
             block_size=weight.block_size,
             accuracy_level=self._precision.accuracy_level,
         )

@@ -46,10 +46,8 @@ class _CountingWriter(GraphWriter):
     def num_bytes(self) -> int:
         return self._data.tell()
 
-    def stream(
-        self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray], *args, **kw
-    ) -> str:
-        return super().stream(name, dtype, shape, [np.zeros(shape, dtype)], *args, **kw)
+    def stream(self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray]) -> str:
+        return super().stream(name, dtype, shape, [np.zeros(shape, dtype)])
 
     def save(self, *args, **options) -> None:
         pass

@@ -15,17 +15,14 @@ from engine_core.backends.onnxruntime.plan import head_row_bytes, plan_memory, r
 from engine_core.backends.onnxruntime.size import count_data
 from engine_core.backends.toolkit import BuildRequest, Size
 from engine_core.config import EngineConfig
+from engine_core.formats import weight_formats as formats
 from engine_core.formats.manifest import FileRecord, Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.models.shapes import SpecTensors
 from engine_core.models.spec import ModelSpec
 
-_AWQ_BITS, _AWQ_GROUP = 4, 128
-
 
 def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
-    is_rounded = request.weight_format.startswith("int")
-    group = {"group_size": request.group_size, "head_bits": request.head_bits} if is_rounded else {}
     return builder.build_engine(
         request.checkpoint,
         request.engine_dir,
@@ -35,8 +32,9 @@ def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
         model_name=request.model_name,
         kv_cache_type=request.kv_cache_type,
         calibration=request.calibration,
+        group_size=request.group_size,
+        head_bits=request.head_bits,
         report=report,
-        **group,
     )
 
 
@@ -67,9 +65,8 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
 
 @lru_cache(maxsize=64)
 def _count_data(spec: ModelSpec, weight_format: str, max_context: int, head_rows: int) -> tuple[int, Packing]:
-    tensors = SpecTensors(spec)
-    if weight_format == "int4_awq":  # its levels come with the checkpoint
-        tensors = SpecTensors(spec, _AWQ_BITS, _AWQ_GROUP)
+    wanted = formats.weight_format(weight_format)
+    tensors = SpecTensors(spec, wanted if wanted.needs_calibration else None)  # those levels come with the checkpoint
     return count_data(tensors, spec, builder.precision_of(weight_format), max_context, head_rows)
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine_core.errors import BuildError
-from engine_core.formats.number_formats import QuantizedTensor, pack_nibbles
+from engine_core.formats.number_formats import QuantizedTensor
 from engine_core.formats.onnx_writer import GraphWriter
-from engine_core.formats.rows import quantize_rows
+from engine_core.formats.weight_formats.base import Rounding
+from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
 from engine_core.models.spec import LinearSpec
 
@@ -28,12 +29,12 @@ class PackedWeight:
     values: str
     scales: str
     zeros: str
-    bits: int
+    format: IntegerFormat
     block_size: int
 
 
-def packed_shape(shape: tuple[int, int], bits: int, block_size: int) -> tuple[int, int, int]:
-    return shape[0], -(-shape[1] // block_size), block_size * bits // 8
+def packed_shape(shape: tuple[int, int], weight_format: IntegerFormat, block_size: int) -> tuple[int, int, int]:
+    return shape[0], weight_format.num_groups(shape[1], block_size), block_size * weight_format.bits // 8
 
 
 def rounded(
@@ -41,24 +42,24 @@ def rounded(
     name: str,
     shape: tuple[int, int],
     blocks: Iterator[np.ndarray],
-    bits: int,
+    weight_format: IntegerFormat,
     block_size: int,
     flat: bool = False,
 ) -> PackedWeight:
     """Rounds float32 rows to the nearest level. ``flat``: values are [rows, groups * bytes], as the lookup wants them.
     """
-    rows, groups, size = packed_shape(shape, bits, block_size)
+    rows, groups, size = packed_shape(shape, weight_format, block_size)
     scales: list[np.ndarray] = []
 
     def values() -> Iterator[np.ndarray]:
         for block in blocks:
-            quantized = quantize_rows(block, bits, block_size)
+            quantized = weight_format.quantize(block, Rounding(block_size))
             scales.append(quantized.scales)
-            yield quantized.values
+            yield weight_format.pack(_padded(quantized, groups * block_size))
 
     writer.stream(name, _BYTES, (rows, groups * size) if flat else (rows, groups, size), values())
     writer.stream(_scales_name(name), _FLOAT, (rows, groups), scales)
-    return PackedWeight(name, _scales_name(name), "", bits, block_size)
+    return PackedWeight(name, _scales_name(name), "", weight_format, block_size)
 
 
 def own_block_size(weights: Weights, linear: LinearSpec, fallback: int) -> int:
@@ -84,7 +85,7 @@ def own_levels(writer: GraphWriter, name: str, weights: Weights, linear: LinearS
     assert layout is not None
     shape = weights.linear_shape(linear)
     block_size = own_block_size(weights, linear, fallback)
-    rows, groups, size = packed_shape(shape, layout.bits, block_size)
+    rows, groups, size = packed_shape(shape, layout.format, block_size)
     scales: list[np.ndarray] = []
     zeros: list[np.ndarray] = []
 
@@ -92,20 +93,16 @@ def own_levels(writer: GraphWriter, name: str, weights: Weights, linear: LinearS
         for block in weights.integers(linear, block_size):
             scales.append(block.scales)
             if layout.has_zeros:
-                zeros.append(_packed(_zeros_of(block), layout.bits))
-            yield _packed(_padded(block, groups * block_size), layout.bits)
+                zeros.append(layout.format.pack(_zeros_of(block)))
+            yield layout.format.pack(_padded(block, groups * block_size))
 
     writer.stream(name, _BYTES, (rows, groups, size), values())
     writer.stream(_scales_name(name), _FLOAT, (rows, groups), scales)
     zeros_name = ""
     if layout.has_zeros:
         zeros_name = f"{_stem(name)}.zeros"
-        writer.stream(zeros_name, _BYTES, (rows, -(-groups * layout.bits // 8)), zeros)
-    return PackedWeight(name, _scales_name(name), zeros_name, layout.bits, block_size)
-
-
-def _packed(levels: np.ndarray, bits: int) -> np.ndarray:
-    return pack_nibbles(levels) if bits == 4 else levels
+        writer.stream(zeros_name, _BYTES, (rows, -(-groups * layout.format.bits // 8)), zeros)
+    return PackedWeight(name, _scales_name(name), zeros_name, layout.format, block_size)
 
 
 def _zeros_of(block: QuantizedTensor) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from engine_core.config import EngineConfig
 from engine_core.cuda.driver import Device
 from engine_core.errors import BuildError, InsufficientMemoryError, UnsupportedModelError
 from engine_core.formats import companions
+from engine_core.formats.atomic import replaced_file
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.onnx_writer import DATA_NAME
@@ -253,8 +253,8 @@ def build_plan(
     cache = api.use_timing_cache(config, cache_path.read_bytes() if cache_path.is_file() else b"")
     plan = api.build(builder, network, config)
     del parser  # the owner of the weights, needed until here
-    with contextlib.suppress(OSError):  # a cache that cannot be kept costs time only
-        _write_aside(cache_path, memoryview(cache.serialize()))
+    with contextlib.suppress(OSError), replaced_file(cache_path) as path:  # a cache that is not kept costs time only
+        path.write_bytes(memoryview(cache.serialize()))
     return plan
 
 
@@ -264,10 +264,3 @@ def _add_profile(builder: Any, config: Any, shapes: dict[str, tuple[tuple[int, .
         profile.set_shape(name, least, typical, largest)
     index = config.add_optimization_profile(profile)
     assert index >= 0, shapes
-
-
-def _write_aside(path: Path, data: memoryview) -> None:
-    """Raises OSError."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)

@@ -13,6 +13,7 @@ from engine_core.backends.cuda.capabilities import CAPABILITIES as CUDA
 
 if TYPE_CHECKING:
     from engine_core.backends.machine import Machine, Missing
+    from engine_core.formats.weight_formats.base import WeightFormat
     from engine_core.models.spec import ModelSpec
 
 
@@ -29,6 +30,13 @@ def _kv_cache_types_of(spec: ModelSpec | None, weight_format: str, max_context: 
     return CUDA.kv_cache_types
 
 
+def _runs_format(kind: WeightFormat) -> bool:
+    """A plan's own weights are floats without scales."""
+    from engine_core.formats.weight_formats.base import FloatFormat
+
+    return isinstance(kind, FloatFormat)
+
+
 def _missing(machine: Machine) -> Missing | None:
     from engine_core.backends.machine import Missing, missing_driver
 
@@ -43,7 +51,7 @@ def _missing(machine: Machine) -> Missing | None:
 CAPABILITIES = Capabilities(
     backend="tensorrt",
     on_gpu=True,
-    weight_formats=("fp16", "fp32"),
+    runs_format=_runs_format,
     default_format="fp16",
     kv_cache_types=("fp16", "int8", "fp32"),
     longest_default=4096,

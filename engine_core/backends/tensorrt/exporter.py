@@ -17,10 +17,10 @@ from onnx import TensorProto
 
 from engine_core.errors import BuildError
 from engine_core.formats.onnx_writer import GraphWriter
+from engine_core.formats.weight_formats import float_format
 from engine_core.formats.weights import Weights
 from engine_core.models.spec import LayerSpec, LinearSpec
 
-DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 FP32 = "/fp32/"
 _ONNX_TYPES = {"fp16": TensorProto.FLOAT16, "fp32": TensorProto.FLOAT}
 _REDUCE_AXES_ARE_INPUTS = 18  # the opset since which they are no attribute
@@ -43,6 +43,7 @@ class TrtDialect:
         self._spec = weights.spec
         self._max_context = max_context
         self._dtype = dtype
+        self._weight_format = float_format(dtype)
         self._io_type = _ONNX_TYPES[dtype]
         self._type_of: dict[str, str] = {}  # value → fp16 or fp32; other types are not in it
         self._cached: dict[tuple, str] = {}  # what several nodes read and is computed once
@@ -244,11 +245,10 @@ class TrtDialect:
     def _stream(self, name: str, shape: Sequence[int], blocks: Iterator[np.ndarray]) -> str:
         self._type_of[name] = self._dtype
         narrowed: Iterable[np.ndarray] = (self._narrow(block) for block in blocks)
-        return self._writer.stream(name, DTYPES[self._dtype], shape, narrowed)
+        return self._writer.stream(name, self._weight_format.dtype, shape, narrowed)
 
     def _narrow(self, values: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            result = values.astype(DTYPES[self._dtype])
+        result = self._weight_format.pack(values)
         if not np.isfinite(result).all():
             raise BuildError(
                 "A weight is not finite in fp16 (its magnitude is above 65504, or it is damaged); build fp32, or use "

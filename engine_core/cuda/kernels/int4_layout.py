@@ -7,7 +7,6 @@ import numpy as np
 TILE = 16  # rows of a record
 GROUP = 128  # columns of a record; they share one scale in each row
 RECORD_BYTES = TILE * GROUP // 2 + TILE * 2
-ZERO = 8  # the value that stands for 0
 
 
 def records_shape(rows: int, cols: int) -> tuple[int, int, int]:

@@ -7,9 +7,8 @@ import numpy as np
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE, fits, join_scales, split_scales
 
 RECORD_BYTES = TILE * GROUP + TILE * 2
-ZERO = 128  # the value that stands for 0
 
-__all__ = ["GROUP", "RECORD_BYTES", "TILE", "ZERO", "fits", "pack", "records_shape", "unpack"]
+__all__ = ["GROUP", "RECORD_BYTES", "TILE", "fits", "pack", "records_shape", "unpack"]
 
 
 def records_shape(rows: int, cols: int) -> tuple[int, int, int]:

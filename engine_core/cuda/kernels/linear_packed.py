@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from engine_core.cuda.driver import DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import (
@@ -25,30 +26,35 @@ from engine_core.cuda.kernels.launch_configs import (
     gemm_splits,
 )
 from engine_core.cuda.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
+from engine_core.formats.weight_formats.integers import IntegerFormat
 
-_RECORD_BYTES = {4: int4_layout.RECORD_BYTES, 8: int8_layout.RECORD_BYTES}
-
-
-def _bits(records: DeviceArray) -> int:
-    """Of a weight: 8, or else 4, which ``_sizes`` checks."""
-    return 8 if records.shape[-1] == int8_layout.RECORD_BYTES else 4
+# Kind of a weight format → how the kernels store a matrix of it. What is not here the kernels do not read.
+LAYOUTS = {"int4": int4_layout, "int8": int8_layout}
 
 
-def _sizes(records: DeviceArray) -> tuple[int, int]:
-    """(rows, columns) of the matrix."""
-    check("records", records, (*records.shape[:2], _RECORD_BYTES[_bits(records)]), "uint8")
-    return records.shape[0] * TILE, records.shape[1] * GROUP
+@dataclass(frozen=True)
+class PackedWeight:
+    """A matrix [rows, cols] on the device, in records of ``format``."""
+
+    records: DeviceArray
+    format: IntegerFormat
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        """Raises KernelArgumentError."""
+        shape = LAYOUTS[self.format.kind].records_shape(self.rows, self.cols)
+        check("records", self.records, shape, "uint8")
 
 
-def _defines(records: DeviceArray, k_warps: int, row_warps: int, depth: int) -> dict[str, int | str]:
-    rows, cols = _sizes(records)
-    sizes = {"ROWS": rows, "COLS": cols, "BITS": _bits(records)}
+def _defines(weight: PackedWeight, k_warps: int, row_warps: int, depth: int) -> dict[str, int | str]:
+    sizes = {"ROWS": weight.rows, "COLS": weight.cols, **weight.format.kernel_defines}
     return {**sizes, "K_WARPS": k_warps, "ROW_WARPS": row_warps, "DEPTH": depth}
 
 
 def gemv_packed(
     kernels: Kernels,
-    records: DeviceArray,
+    weight: PackedWeight,
     vector: DeviceArray,
     output: DeviceArray,
     epilogue: int,
@@ -58,8 +64,8 @@ def gemv_packed(
     norm_eps: float = 0.0,
     config: PackedGemvConfig | None = None,
 ) -> Launch:
-    """As ``linear.gemv``, with the weight in records of int4_layout or int8_layout."""
-    rows, cols = _sizes(records)
+    """As ``linear.gemv``, with a packed weight."""
+    rows, cols = weight.rows, weight.cols
     check("vector", vector, (cols,), "fp32" if norm_weight is not None else kernels.dtype)
     output_dtype = "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
     check("output", output, (rows // 2 if epilogue == SILU else rows,), output_dtype)
@@ -68,13 +74,13 @@ def gemv_packed(
     if bias is not None:
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
-    problem = PackedGemvProblem(*records.shape, _bits(records), epilogue, norm_weight is not None)
+    problem = PackedGemvProblem(*weight.records.shape, weight.format.bits, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
-    shared = max(config.shared(*records.shape[1:]), kernels.gpu.shared_budget)
+    shared = max(config.shared(*weight.records.shape[1:]), kernels.gpu.shared_budget)
     if shared > kernels.gpu.max_shared:
         raise KernelArgumentError(f"A row of {cols} values does not fit the shared memory of {kernels.gpu.name}.")
     defines = {
-        **_defines(records, config.k_warps, config.row_warps, config.depth),
+        **_defines(weight, config.k_warps, config.row_warps, config.depth),
         "EPILOGUE": epilogue,
         "NORM": int(norm_weight is not None),
         "BIAS": int(bias is not None),
@@ -83,7 +89,7 @@ def gemv_packed(
     }
     function = kernels.function("gemv_packed", "gemv_packed", defines, shared)
     grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
-    args = [records, vector, norm_weight or 0, bias or 0, output]
+    args = [weight.records, vector, norm_weight or 0, bias or 0, output]
     return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
 
 
@@ -110,7 +116,7 @@ class PackedProduct:
     def __init__(
         self,
         kernels: Kernels,
-        records: DeviceArray,
+        weight: PackedWeight,
         vectors: DeviceArray,
         output: DeviceArray,
         epilogue: int,
@@ -120,18 +126,18 @@ class PackedProduct:
         config: PackedGemmConfig | None = None,
     ) -> None:
         """Raises KernelArgumentError, KernelCompileError or DeviceError."""
-        rows, cols = _sizes(records)
+        rows, cols, records = weight.rows, weight.cols, weight.records
         check("vectors", vectors, (vectors.shape[0], cols), kernels.dtype)
         width = rows // 2 if epilogue == SILU else rows
         check("output", output, (vectors.shape[0], width), "fp32" if epilogue == RESIDUAL else kernels.dtype)
         check("partial", partial, partial.shape, "fp32")
         check("counters", counters, counters.shape, "uint32")
         check("chunk", chunk, (CHUNK_WORDS,), "int32")
-        self.problem = PackedGemmProblem(*records.shape, _bits(records), epilogue)
+        self.problem = PackedGemmProblem(*records.shape, weight.format.bits, epilogue)
         config = config or kernels.config(self.problem)
         shared = config.shared(records.shape[2])
         defines = {
-            **_defines(records, config.k_warps, config.row_warps, config.depth),
+            **_defines(weight, config.k_warps, config.row_warps, config.depth),
             "SPLITS": config.splits,
             "STAGE": config.stage,
             "BUFFERS": config.buffers,
@@ -149,12 +155,12 @@ class PackedProduct:
         self._launch(stream)
 
 
-def dequantize_packed(kernels: Kernels, records: DeviceArray, weight: DeviceArray) -> Launch:
-    """weight [rows, cols] 16-bit ← records."""
-    rows, cols = _sizes(records)
-    check("weight", weight, (rows, cols), kernels.dtype)
-    defines = {**_defines(records, 1, 1, 1), "EPILOGUE": LOGITS, "NORM": 0, "BIAS": 0, "NORM_EPS": "0.f"}
+def dequantize_packed(kernels: Kernels, weight: PackedWeight, output: DeviceArray) -> Launch:
+    """output [rows, cols] 16-bit ← weight."""
+    records = weight.records
+    check("output", output, (weight.rows, weight.cols), kernels.dtype)
+    defines = {**_defines(weight, 1, 1, 1), "EPILOGUE": LOGITS, "NORM": 0, "BIAS": 0, "NORM_EPS": "0.f"}
     defines["DEQUANTIZE_WARPS"] = DEQUANTIZE_WARPS
     function = kernels.function("gemv_packed", "dequantize_packed", defines)
     grid = -(-records.shape[0] * records.shape[1] // DEQUANTIZE_WARPS)
-    return Launch(kernels.device, function, (grid,), 32 * DEQUANTIZE_WARPS, [records, weight], overlap=False)
+    return Launch(kernels.device, function, (grid,), 32 * DEQUANTIZE_WARPS, [records, output], overlap=False)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from engine_core.cuda.driver import DeviceUnavailableError, KernelCompileError, bindings
+from engine_core.formats.atomic import replaced_file
 
 
 def kernel_cache_dir() -> Path:
@@ -42,9 +42,8 @@ def compile_kernel(
     binary = _run_nvrtc(nvrtc, source, name, headers, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(binary)
-        os.replace(file.name, path)
+        with replaced_file(path) as file:
+            file.write_bytes(binary)
     except OSError:
         pass
     return binary
