@@ -81,6 +81,16 @@ def test_the_products_of_8_bits_compile(arch, bf16):
 
 
 @pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows, cols, epilogue", [(50257, 576, 3), (1000, 72, 2), (24, 2560, 1)])
+def test_products_with_tiles_that_are_not_full_compile(bits, rows, cols, epilogue):
+    sizes = dict(ROWS=rows, COLS=cols, EPILOGUE=epilogue, BITS=bits, BF16=0, K_WARPS=1)
+    _compile_all("sm_87", ("gemv_packed",), **sizes)
+    if epilogue < 3:  # the LM head has one vector
+        _compile_all("sm_87", ("gemm_packed",), **{**sizes, "SPLITS": 1, "STAGE": 1, "BUFFERS": 2})
+
+
+@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
 def test_kv_append_compiles_without_layers():
     assert _compile("kv_append", _architectures()[0], LAYERS=0)[:4] == b"\x7fELF"
 

@@ -19,14 +19,15 @@ constexpr int BAND = 2, BANDS = (TILES + BAND - 1) / BAND;     // tiles of a war
 constexpr int SHARE = STAGE / K_WARPS;                         // groups of a stage that a warp has
 constexpr int EIGHTS_OF_TOKENS = TOKENS / 8;
 constexpr int SLOT = BAND * RECORD;
-static_assert(TOKENS % 8 == 0 && STAGE % K_WARPS == 0, "unsupported shape");
+static_assert(TOKENS % 8 == 0 && STAGE % K_WARPS == 0 && (EPILOGUE != 2 || ROWS % 2 == 0), "unsupported shape");
 static_assert(BUFFERS > 1 || (GROUPS + SPLITS - 1) / SPLITS <= STAGE, "a second stage needs a second buffer");
 
 // Of X the units of a token lie in the order they are read in, and so that eight lanes meet no bank twice.
 __device__ __forceinline__ int unit_place(int token, int eight, int t) { return (4 * eight + t) ^ (token & 1) << 2; }
 
-// A stage of X to shared memory, [STAGE][TOKENS][UNITS], two tokens a warp at a time; those that are not there are zeros.
-__device__ __forceinline__ void load_input(uint4* x, const half_t* input, int groups, int tokens) {
+// A stage of X to shared memory, [STAGE][TOKENS][UNITS], two tokens a warp at a time; tokens and columns that are not there are
+// zeros. input: the first token's row from the first of the groups on, of which ``columns`` are there.
+__device__ __forceinline__ void load_input(uint4* x, const half_t* input, int groups, int tokens, int columns) {
     const int lane = threadIdx.x % 32, odd = lane / UNITS, unit = lane % UNITS;
 #pragma unroll 1
     for (int token = threadIdx.x / 32 * 2 + odd; token < TOKENS; token += 2 * WARPS) {
@@ -36,7 +37,8 @@ __device__ __forceinline__ void load_input(uint4* x, const half_t* input, int gr
 #pragma unroll
         for (int group = 0; group < STAGE; ++group) {
             if (GROUPS % (SPLITS * STAGE) != 0 && group >= groups) break;
-            copy16_async(target + group * (TOKENS * UNITS * 16), source + group * GROUP, bytes);
+            const bool has_unit = COLS % GROUP == 0 || group * GROUP + 8 * unit < columns;
+            copy16_async(target + group * (TOKENS * UNITS * 16), has_unit ? source + group * GROUP : input, has_unit ? bytes : 0);
         }
     }
 }
@@ -105,19 +107,23 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
                 if (!exists(b)) continue;
                 const float low = sums[b][n][i], high = sums[b][n][2 + i];  // rows g and g + 8
                 const int token = blockIdx.x * TOKENS + 8 * n + 2 * t + i, row = (first + b) * TILE + g;
+                const bool has_low = ROWS % TILE == 0 || row < ROWS, has_high = ROWS % TILE == 0 || row + 8 < ROWS;
 #if EPILOGUE == 2
                 // The lane of an even row takes that and the next one, its neighbour the two that are 8 further.
                 const bool is_gate = g % 2 == 0;
                 const float other = __shfl_xor_sync(0xffffffffu, is_gate ? high : low, 4);
                 const float value = is_gate ? swiglu(low, other) : swiglu(other, high);
-                if (token < count) ((half_t*)output)[(u64)token * (ROWS / 2) + (is_gate ? row : row + 7) / 2] = to_half(value);
+                if (token < count && (is_gate ? has_low : has_high))
+                    ((half_t*)output)[(u64)token * (ROWS / 2) + (is_gate ? row : row + 7) / 2] = to_half(value);
 #else
                 if (token >= count) continue;
                 const u64 place = (u64)token * ROWS + row;
 #if EPILOGUE == 1
-                ((float*)output)[place] += low, ((float*)output)[place + 8] += high;
+                if (has_low) ((float*)output)[place] += low;
+                if (has_high) ((float*)output)[place + 8] += high;
 #else
-                ((half_t*)output)[place] = to_half(low), ((half_t*)output)[place + 8] = to_half(high);
+                if (has_low) ((half_t*)output)[place] = to_half(low);
+                if (has_high) ((half_t*)output)[place + 8] = to_half(high);
 #endif
 #endif
             }
@@ -143,8 +149,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const auto load_stage = [&](int stage) {
         if (stage >= stages) return;
         const int start = stage_start(stage);
-        load_input(x + stage % BUFFERS * (STAGE * TOKENS * UNITS), input + (u64)first_token * COLS + (first_group + start) * GROUP,
-                   min(STAGE, groups - start), tokens);
+        const int column = (first_group + start) * GROUP;
+        load_input(x + stage % BUFFERS * (STAGE * TOKENS * UNITS), input + (u64)first_token * COLS + column,
+                   min(STAGE, groups - start), tokens, COLS - column);
     };
     // The records of this warp: of each stage groups k_warp, k_warp + K_WARPS, …
     const unsigned char* own = records + ((u64)first_tile * GROUPS + first_group + k_warp) * RECORD + 16 * lane;

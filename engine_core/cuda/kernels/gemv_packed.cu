@@ -15,7 +15,10 @@ constexpr int SEGMENT_TILES = (64 / K_WARPS + ROW_WARPS - 1) / ROW_WARPS * ROW_W
 constexpr int SEGMENT = SEGMENT_TILES * TILE;
 static_assert(SEGMENT_TILES % ROW_WARPS == 0, "unsupported shape");
 
-constexpr int EIGHTS = COLS / 8, OWN = (EIGHTS + THREADS - 1) / THREADS;  // of the columns, and those of a thread
+constexpr int EIGHTS = COLS / 8;                                 // of the columns
+constexpr int PLACES = GROUPS * UNITS;                           // for them in shared memory, the last group filled up
+constexpr int OWN = (PLACES + THREADS - 1) / THREADS;            // places of a thread
+static_assert(ROWS % GRAIN == 0, "unsupported shape");
 
 struct NormWeights {  // this thread's; nothing without NORM
     uint4 eights[OWN];
@@ -31,7 +34,8 @@ struct NormWeights {  // this thread's; nothing without NORM
     }
 };
 
-// x to shared memory in the order the products read it, [GROUPS][4 eights][4 lanes t][8], and what OFFSETS add to each group's sum.
+// x to shared memory in the order the products read it, [GROUPS][4 eights][4 lanes t][8], zeros beyond COLS, and what OFFSETS
+// add to each group's sum.
 __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void* input, const NormWeights& norm) {
 #if NORM
     __shared__ float sums[WARPS];
@@ -57,7 +61,7 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
         const int piece = threadIdx.x + i * THREADS;
-        const bool inside = EIGHTS % THREADS == 0 || piece < EIGHTS;
+        const bool inside = OWN * THREADS == EIGHTS || piece < EIGHTS, has_place = PLACES == EIGHTS ? inside : piece < PLACES;
         uint4 packed = make_uint4(0, 0, 0, 0);
         if (inside) {
 #if NORM
@@ -70,13 +74,15 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
             packed = load16((const half_t*)input + 8 * piece);
 #endif
             x[piece / 16 * 16 + piece % 4 * 4 + piece % 16 / 4] = packed;
+        } else if (PLACES != EIGHTS && has_place) {
+            x[piece / 16 * 16 + piece % 4 * 4 + piece % 16 / 4] = packed;
         }
         float rounded[8], offset = 0.f;
         unpack8(packed, rounded);
 #pragma unroll
         for (int j = 0; j < 8; ++j) offset += OFFSETS[j / 2] * rounded[j];
         offset = group_sum<16>(offset);  // the 16 pieces of a group
-        if (inside && piece % 16 == 0) offsets[piece / 16] = offset;
+        if (has_place && piece % 16 == 0) offsets[piece / 16] = offset;
     }
     __syncthreads();
 }
@@ -84,14 +90,14 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
 // At most half of the registers of each of the four schedulers, or the next kernel would not fit beside it.
 extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     gemv_packed(const unsigned char* records, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
-    extern __shared__ uint4 shared[];  // x [COLS / 8], then the rings [WARPS][DEPTH][RECORD / 16]
+    extern __shared__ uint4 shared[];  // x [PLACES], then the rings [WARPS][DEPTH][RECORD / 16]
     __shared__ float partial[2][K_WARPS][SEGMENT], offsets[GROUPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS, row_warp = warp / K_WARPS;
     const int first_tile = (int)((u64)TILES * blockIdx.x / gridDim.x);
     const int num_tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first_tile;
     const int first_group = k_warp * WARP_GROUPS;
     uint4* x = shared;
-    uint4* ring = shared + COLS / 8 + warp * DEPTH * (RECORD / 16);
+    uint4* ring = shared + PLACES + warp * DEPTH * (RECORD / 16);
 
     // The records of this warp: its groups of each of its tiles, one after the other.
     const int own_groups = min(WARP_GROUPS, GROUPS - first_group);
@@ -114,7 +120,7 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     NormWeights norm;
     norm.load(norm_weight);
     wait_for_previous();
-    const int num_rows = num_tiles * TILE;
+    const int num_rows = ROWS % TILE == 0 ? num_tiles * TILE : min(num_tiles * TILE, ROWS - first_tile * TILE);
     Segment<SEGMENT, THREADS> rows;
     rows.begin(first_tile * TILE, num_rows, bias, output);
     load_input(x, offsets, input, norm);
@@ -205,6 +211,8 @@ extern "C" __global__ void __launch_bounds__(32 * DEQUANTIZE_WARPS) dequantize_p
 #pragma unroll
     for (int i = 0; i < TILE * UNITS; i += 32) {
         const int row = (i + lane) / UNITS, unit = lane % UNITS;
-        target[row * (COLS / 8) + unit] = rows[place(row, unit)];
+        const bool has_row = ROWS % TILE == 0 || record / GROUPS * TILE + row < ROWS;
+        const bool has_unit = COLS % GROUP == 0 || record % GROUPS * UNITS + unit < EIGHTS;
+        if (has_row && has_unit) target[row * (COLS / 8) + unit] = rows[place(row, unit)];
     }
 }

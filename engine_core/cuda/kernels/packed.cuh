@@ -1,9 +1,10 @@
 // Packed tiles: a matrix W [ROWS][COLS] in 4- or 8-bit values (BITS), laid out for tensor cores.
 //
-// A packed tile has 16 rows and 128 columns, a group, with one scale per row. W is [ROWS / 16][COLS / 128] tiles of 1024 or 2048
-// bytes of values and 16 scales of 16 bits, those of rows g and g + 8 side by side (int4_layout.py, int8_layout.py). A weight is
+// A packed tile has 16 rows and 128 columns, a group, with one scale per row. W is [ROWS / 16][COLS / 128] tiles, rounded up, of 1024 or
+// 2048 bytes of values and 16 scales of 16 bits, those of rows g and g + 8 side by side (int4_layout.py, int8_layout.py). A weight is
 // (value - 8) * scale or (value - 128) * scale. One tile is the A operand of eight m16n8k16 multiplications: lane 4 g + t holds columns
-// 32 t … 32 t + 31 of rows g and g + 8. The order of the columns is free as long as B has the same.
+// 32 t … 32 t + 31 of rows g and g + 8. The order of the columns is free as long as B has the same. Tiles at the edges are
+// filled up: columns beyond COLS meet zeros in B, rows beyond ROWS are not written.
 #pragma once
 #include "mma.cuh"
 
@@ -11,9 +12,9 @@ constexpr int TILE = 16, GROUP = 128, RECORD = TILE * GROUP * BITS / 8 + TILE * 
 constexpr int UNITS = GROUP / 8;  // of 8 columns
 constexpr int PIECES = BITS / 4;  // uint4 a lane has of one row of a record; of row g + 8 as many follow
 constexpr int SCALES = 2 * PIECES * 32;  // the first uint4 of the scales
-constexpr int GROUPS = COLS / GROUP, TILES = ROWS / TILE;
+constexpr int GROUPS = (COLS + GROUP - 1) / GROUP, TILES = (ROWS + TILE - 1) / TILE;
 static_assert(BITS == 4 || BITS == 8, "4 or 8 bits");
-static_assert(COLS % GROUP == 0 && ROWS % TILE == 0, "unsupported shape");
+static_assert(COLS % 8 == 0, "unsupported shape");  // input is read in 16 bytes
 
 // What widen puts bits into, in registers: as constants some of it would be moved there again for each use. ``zero``: 0, but
 // not as a constant.
