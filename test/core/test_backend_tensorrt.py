@@ -232,7 +232,7 @@ def test_a_plan_tensorrt_does_not_take_is_refused(built, driver, tmp_path, damag
     ("config", "reason"),
     [
         (dict(max_batch=2), "max_batch is 2"),
-        (dict(kv_cache_type="int8"), "kv_cache_type is 'int8'"),
+        (dict(kv_cache_type="int8"), "no 'int8' KV cache"),
         (dict(vocab_map="some/path"), "vocab_map is 'some/path'"),
         (dict(prefill_chunk=17), "at most 16 tokens a step"),
         (dict(max_context=192), "built for 128 tokens"),

@@ -145,7 +145,7 @@ def test_which_dialect_a_model_gets(llama, driver, tmp_path):
     ("config", "reason"),
     [
         (dict(max_batch=2), "the tensorrt backend runs one sequence"),
-        (dict(kv_cache_type="fp8"), "the tensorrt backend has 'fp16' and 'int8'"),
+        (dict(kv_cache_type="fp8"), "no 'fp8' KV cache with fp16 weights; it has fp16 and int8"),
         (dict(prefill_chunk=65), "at most 64 tokens a step"),
         (dict(max_context=192), "covers 128 positions"),
     ],
