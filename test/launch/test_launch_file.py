@@ -251,7 +251,7 @@ def test_two_includes_build_one_demo_engine_and_keep_the_scopes_around_them(home
     shutil.rmtree(home / "edgellm", ignore_errors=True)
     actions = "GroupAction([PushRosNamespace('robot3'), llm(name='first')]), llm(name='second')"
     with launched(home, tmp_path / "log", file=write_parent(tmp_path / "parent.launch.py", actions)):
-        client.wait_for_state("/robot3/first", "active", timeout=60.0)
+        client.wait_for_state("/robot3/first", "active", timeout=180.0)  # two builds on two cores
         client.wait_for_state("/second", "active", timeout=60.0)
     (_,) = (home / "edgellm").glob("demo-*")
 
