@@ -85,6 +85,11 @@ def main() -> None:
     finally:
         node.close()
         rclpy.shutdown()
+    common = {
+        "date": datetime.date.today().isoformat(), "python": platform.python_version(), "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1), "rounds": options.rounds, "tokens": options.tokens,
+        "threads": options.threads,
+    }  # fmt: skip
     lines = []
     print(f"{options.rounds} rounds, {os.cpu_count()} cores; switching it off adds (share of rounds in which it does)")
     for (setting, path), pairs in added.items():
@@ -96,14 +101,15 @@ def main() -> None:
             f"decode step {step:+.1f} % ({share_step:.0f} %)"
         )
         lines.append({
-            "date": datetime.date.today().isoformat(), "python": platform.python_version(), "cores": os.cpu_count(),
-            "rounds": options.rounds, "tokens": options.tokens, "threads": options.threads, "setting": setting,
-            "path": path, "off_adds_ttft_ms": round(first, 3), "rounds_ttft_percent": round(share_first),
+            **common, "setting": setting, "path": path,
+            "off_adds_ttft_ms": round(first, 3), "rounds_ttft_percent": round(share_first),
             "off_adds_step_percent": round(step, 2), "rounds_step_percent": round(share_step),
         })  # fmt: skip
     frozen, thawed = (statistics.median(collection[on]) * 1e3 for on in (True, False))
     print(f"a full collection takes {frozen:.1f} ms with freeze, {thawed:.1f} ms without")
-    lines.append({**lines[-1], "setting": "freeze", "path": "collection", "on_ms": frozen, "off_ms": thawed})
+    lines.append(
+        {**common, "setting": "freeze", "on_collection_ms": round(frozen, 3), "off_collection_ms": round(thawed, 1)}
+    )
     print("\n".join(json.dumps(line) for line in lines))
     if options.out is not None:
         with open(options.out, "a", encoding="utf-8") as file:
