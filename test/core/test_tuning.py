@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 
+import numpy as np
 import pytest
 
-from engine_core.cuda.driver import DeviceError, KernelCompileError
+from engine_core.backends.cuda.backend import CudaBackend
+from engine_core.backends.cuda.layout import CudaSpec
+from engine_core.cuda.driver import Device, DeviceError, KernelCompileError
 from engine_core.cuda.kernels import source_hash
+from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.cuda.kernels.launch_configs import (
     DecodeAttentionProblem,
     GemvConfig,
@@ -18,6 +23,8 @@ from engine_core.cuda.kernels.launch_configs import (
     PackedRowsProblem,
 )
 from engine_core.cuda.kernels.tuning import ConfigFile, Tuner
+from fake_gpu import FakeDriver, install
+from fake_kernels import KERNELS, FakeBlas
 
 ORIN = Gpu("Orin", 87, 8, 166912)
 H200 = Gpu("H200", 90, 132, 232448)
@@ -192,6 +199,60 @@ def test_a_problem_of_one_candidate_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(PackedRowsProblem, "variants", lambda self, gpu: [])
     machine.tune([problem])
     assert not machine.timed and machine.configs.lookup(problem) == problem.candidates(ORIN)[0]
+
+
+# --- a model with packed weights on the fake GPU --------------------------------------------------------
+
+SPEC = CudaSpec(
+    num_layers=2,
+    hidden=128,
+    intermediate=256,
+    attention=AttentionShape(4, 2, 32, 128),
+    vocab_size=64,
+    head_rows=64,
+    dtype="fp16",
+    norm_eps=1e-5,
+    qkv_bias=False,
+    tied=False,
+    weight_bits=4,
+    chunk=64,
+    prefix_slots=0,
+    prefix_tokens=1,
+)
+
+
+def test_a_model_measures_every_kernel_it_launches(monkeypatch, tmp_path):
+    driver = FakeDriver(memory=1 << 28)  # 8 SMs, compute capability 9.0: not in the table
+    install(monkeypatch, driver)
+    monkeypatch.setenv("EDGELLM_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr("engine_core.backends.cuda.model.Blas", FakeBlas)
+    launched: set[tuple] = set()
+    for entry in ("gemv_packed", "gemm_packed", "dequantize_packed", *KERNELS, "sample_scan", "sample_pick"):
+        driver.kernels[entry] = lambda defines, args, entry=entry: launched.add((entry, *sorted(defines.items())))
+    times = itertools.count()
+    driver.milliseconds = lambda: 0.9 ** next(times)
+    allocations = {}
+    for tune_kernels in (False, True):
+        device = Device()
+        source = lambda name, array: device.upload(array, np.zeros(array.nbytes, np.uint8))  # noqa: B023, E731
+        rope = np.zeros((128, 16, 2), dtype=np.float32)
+        backend = CudaBackend(device, SPEC, source, rope, tune_kernels=tune_kernels)
+        allocations[tune_kernels] = device.allocations
+        if not tune_kernels:
+            backend.close()
+            launched.clear()
+    assert allocations[True] == allocations[False]
+    configs, kernels = backend._model._kernels.configs, backend._model._kernels
+    asked = set(kernels.problems(lambda: backend._model._prepare(0)))
+    backend.close()
+    assert {type(problem).__name__ for problem in asked} == {
+        *("PackedGemvProblem", "PackedGemmProblem", "PackedRowsProblem"),
+        *("DecodeAttentionProblem", "PrefillAttentionProblem"),
+    }
+    stored = json.loads(next(tmp_path.glob("launch-configs-*")).read_text())["configs"]
+    assert set(stored) == {problem.key for problem in asked}
+    assert all(configs.lookup(problem) == problem.candidates(configs.gpu)[-1] for problem in asked)
+    assert any(("SPLITS", 8) in entry for entry in launched if entry[0] == "attention_decode")  # two CTAs an SM
 
 
 def test_the_hash_covers_the_kernels():

@@ -5,7 +5,6 @@ The grids are those of a GPU with 8, 14 or 16 SMs and the shared memory of an Or
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 
@@ -19,7 +18,6 @@ from engine_core.cuda.driver import Device
 from engine_core.cuda.kernels import (
     Kernels,
     attention,
-    gpu_of,
     linear,
     linear_packed,
     reference,
@@ -139,13 +137,15 @@ def test_the_timer_tells_long_work_from_short(bench):
 
 @pytest.fixture
 def as_small(monkeypatch, tmp_path):
-    """The GPU that is there counts as one of ``num_sms`` SMs that the table does not list. Returns the cache."""
+    """The GPU that is there counts as one of 8 SMs that the table does not list. Returns the kernel cache."""
     monkeypatch.setenv("EDGELLM_KERNEL_CACHE", str(tmp_path))
+    opened = Device.__init__
 
-    def gpu(device: Device) -> Gpu:
-        return dataclasses.replace(gpu_of(device), name="small", capability=87, num_sms=8)
+    def open_as_small(device: Device, ordinal: int = 0) -> None:
+        opened(device, ordinal)  # the kernels are compiled for what it is
+        device.name, device.capability, device.num_sms = "small", 87, 8
 
-    monkeypatch.setattr("engine_core.cuda.kernels.gpu_of", gpu)
+    monkeypatch.setattr(Device, "__init__", open_as_small)
     return tmp_path
 
 

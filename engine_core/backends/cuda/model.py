@@ -79,16 +79,19 @@ class CudaModel(DeviceModel[_Layer]):
         ]
 
     def prepare_prefill(self) -> None:
-        w = self.work
-        self._silu = linear.silu_multiply(self._kernels, w["gate_up"], w["activated"])
+        self._silu = self._silu_multiply()
         self._max_packed = 0
         if self.spec.is_packed:
             self._max_packed = self._kernels.config(packed_rows_problem(self.spec)).rows
         super().prepare_prefill()
 
+    def _silu_multiply(self) -> Launch:
+        return linear.silu_multiply(self._kernels, self.work["gate_up"], self.work["activated"])
+
     def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
         if isinstance(problem, PackedRowsProblem):
             self._place_chunk(PACKED_ROWS[-1])
+            self._silu = self._silu_multiply()
             products, limit = self._prefill_layer(0).products, self._kernels.config(problem).rows
             sizes = [rows for rows in PACKED_ROWS if rows <= self.spec.chunk]
             return [partial(self._multiply, products, name, rows, limit) for rows in sizes for name in _ARRAYS]

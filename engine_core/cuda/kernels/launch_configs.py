@@ -398,6 +398,15 @@ def gemm_splits(tiles: int, groups: int, num_sms: int, numbers: Numbers = FALLBA
     return splits
 
 
+_GEMM_CHANGES: tuple[dict[str, Any], ...] = (
+    {"gemm_splits": 1},
+    {"gemm_warps": 8},
+    {"gemm_stage": 4},
+    {"gemm_row_warps": 2},
+    {"gemm_stage": 2},
+)
+
+
 @dataclass(frozen=True)
 class PackedGemmProblem(Problem[PackedGemmConfig]):
     """A matrix of packed tiles [tiles, groups] times a few tokens."""
@@ -436,7 +445,7 @@ class PackedGemmProblem(Problem[PackedGemmConfig]):
                 row_warps = -(-row_warps // 2)
 
     def variants(self, gpu: Gpu) -> list[PackedGemmConfig]:
-        configs = self._rules(gpu, {"gemm_splits": 1}, {"gemm_warps": 8}, {"gemm_stage": 4}, {"gemm_row_warps": 2})
+        configs = self._rules(gpu, *_GEMM_CHANGES)
         most = gemm_splits(self.tiles, self.groups, gpu.num_sms)  # the memory plan has room for so many partial sums
         return [config for config in configs if config.splits <= most]
 
