@@ -104,12 +104,6 @@ class Weights:
         for start in range(0, len(self.vocab_map), step):
             yield self._checkpoint.read(self.spec.head, self.vocab_map[start : start + step])
 
-    def head_bias(self) -> np.ndarray | None:
-        if not self.spec.head_bias:
-            return None
-        bias = self._checkpoint.read(self.spec.head_bias)
-        return bias if self.vocab_map is None else bias[self.vocab_map]
-
     def _rows(self, name: str) -> Iterator[np.ndarray]:
         rows, columns = self._checkpoint.shape(name)
         step = self._step(columns)

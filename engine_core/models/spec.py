@@ -75,7 +75,6 @@ class ModelSpec:
     embedding_scale: float
     embedding: str
     head: str  # the embedding's name when the two are tied
-    head_bias: str
     final_norm: str
     ropes: tuple[RopeSpec, ...]
     layers: tuple[LayerSpec, ...]
@@ -135,8 +134,6 @@ class ModelSpec:
                 for names, tail in ((linear.parts, (columns,)), (linear.biases, ())):
                     for name, part in zip(names, self._split(rows, linear, len(names))):
                         shapes[name] = (part, *tail)
-        if self.head_bias:
-            shapes[self.head_bias] = (self.vocab_size,)
         shapes.pop("", None)
         return shapes
 
@@ -230,12 +227,11 @@ class _Reader:
             norm_offset=family.norm_offset,
             activation=_ACTIVATIONS[activation],
             attention_scale=float(scalar) ** -0.5,
-            attention_softcap=self._softcap("attn_logit_softcapping", family.attention_softcap),
+            attention_softcap=self._attention_softcap(),
             logits_softcap=self._softcap("final_logit_softcapping", family.logits_softcap),
             embedding_scale=self.hidden_size**0.5 if family.scaled_embedding else 1.0,
             embedding=embedding,
             head=head,
-            head_bias="lm_head.bias" if "lm_head.bias" in self.checkpoint and head != embedding else "",
             final_norm="model.norm.weight",
             ropes=tuple(self._rope(kind) for kind in rope_kinds),
             layers=tuple(self._layer(i, kind, rope_kinds) for i, kind in enumerate(kinds)),
@@ -258,10 +254,18 @@ class _Reader:
     def _embedding_and_head(self) -> tuple[str, str]:
         """Their tensors' names: one where they are tied, which needs both stored equal or only one stored."""
         embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        if "lm_head.bias" in self.checkpoint:
+            raise UnsupportedModelError(
+                f"The checkpoint has an lm_head.bias, which {self.family.architecture} does not have: transformers "
+                "leaves it out; take it away from the checkpoint to do the same."
+            )
         if not self.fields.flag("tie_word_embeddings", self.family.tied):
-            unsaid = "tie_word_embeddings" not in self.fields
-            only_embedding = head not in self.checkpoint and embedding in self.checkpoint
-            return embedding, embedding if unsaid and only_embedding else head
+            if head not in self.checkpoint and "tie_word_embeddings" not in self.fields:
+                raise CheckpointError(
+                    f"The checkpoint has no {head} and its config.json no tie_word_embeddings, which means false for "
+                    f"{self.family.architecture}; set it to true there if the embedding is the LM head."
+                )
+            return embedding, head
         if head not in self.checkpoint:
             return embedding, embedding
         if embedding not in self.checkpoint:
@@ -306,11 +310,16 @@ class _Reader:
 
     def _layer_kinds(self) -> list[str]:
         family, fields, window = self.family, self.fields, self._window()
-        kinds = fields.texts("layer_types") if family.reads_layer_types else None
+        given = fields.texts("layer_types")
+        kinds = given if family.reads_layer_types else None
         if kinds is None:
-            if window is None and (family.window_switch or not family.reads_layer_types):
-                return [FULL] * self.num_layers
-            kinds = family.layer_kinds(fields, self.num_layers)
+            has_none = window is None and (family.window_switch or not family.reads_layer_types)
+            kinds = [FULL] * self.num_layers if has_none else family.layer_kinds(fields, self.num_layers)
+        if given is not None and given != kinds:  # what it means elsewhere depends on more than the model
+            raise UnsupportedModelError(
+                f"config.json has layer_types other than {sorted(set(kinds))} for all its {self.num_layers} layers, "
+                f"which is not supported for {family.architecture}; leave them out."
+            )
         if len(kinds) != self.num_layers or not set(kinds) <= {FULL, SLIDING}:
             raise UnsupportedModelError(
                 f"config.json has the layer types {sorted(set(kinds))} for {self.num_layers} layers; "
@@ -392,6 +401,15 @@ class _Reader:
         if "rope_theta" not in values:
             values["rope_theta"] = fields.number(name, default)
         return values
+
+    def _attention_softcap(self) -> float:
+        value = self._softcap("attn_logit_softcapping", self.family.attention_softcap)
+        if value and not self.family.caps_attention:
+            raise UnsupportedModelError(
+                f"config.json has attn_logit_softcapping={value:g}, which {self.family.architecture} does not apply in "
+                "transformers; set it to null to do the same."
+            )
+        return value
 
     def _softcap(self, name: str, default: float | None) -> float:
         if not self.family.has_softcaps:

@@ -91,8 +91,6 @@ class CheckpointWriter:
         yield self._spec.final_norm, None
         if not self._spec.tied:
             yield self._spec.head, LinearSpec((self._spec.head,)) if self._quantizes_head else None
-            if self._spec.head_bias:
-                yield self._spec.head_bias, None
 
     def _layer_order(self, layer: LayerSpec) -> Iterator[tuple[str, LinearSpec | None]]:
         for item in (

@@ -19,7 +19,7 @@ import numpy as np
 from engine_core.errors import BuildError
 from engine_core.formats.atomic import replaced_file
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.companions import config_ids
+from engine_core.formats.companions import config_ids, eos_token_ids
 from engine_core.formats.vocab_map import (
     FINGERPRINT,
     TOKENIZER_NAME,
@@ -86,7 +86,7 @@ def reduce_vocab(
         tokenizer,
         tokens,
         spec.vocab_size,
-        config_ids(checkpoint, "eos_token_id"),
+        eos_token_ids(checkpoint),
         [*config_ids(checkpoint, "bos_token_id"), *config_ids(checkpoint, "pad_token_id")],
         _asked_for(keep, tokenizer, spec.vocab_size),
     )

@@ -57,7 +57,7 @@ def step_bytes(spec: ModelSpec, rows: int) -> list[dict]:
     layers = sum(
         int(np.prod(shape, dtype=np.int64))
         for name, shape in spec.shapes().items()
-        if name not in (spec.embedding, spec.head, spec.head_bias)
+        if name not in (spec.embedding, spec.head)
     )
     full, reduced = spec.vocab_size * spec.hidden_size, rows * spec.hidden_size
     table = []

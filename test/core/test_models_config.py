@@ -14,11 +14,11 @@ pytest.importorskip("onnxruntime")
 import checkpoints
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.backends.onnxruntime.session import OrtSession
-from engine_core.errors import CheckpointError, EdgeLLMError
+from engine_core.errors import CheckpointError, EdgeLLMError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.companions import eos_token_ids
 from engine_core.models.families import FAMILIES, family_of
-from engine_core.models.spec import read_spec
+from engine_core.models.spec import check_tensors, read_spec
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=45)
 
@@ -86,6 +86,50 @@ def test_mistral_without_a_window_has_that_of_its_class(tmp_path):
     assert {layer.window for layer in read_spec(Checkpoint(tmp_path)).layers} == {4096}
     change(tmp_path, sliding_window=None)
     assert {layer.window for layer in read_spec(Checkpoint(tmp_path)).layers} == {0}
+
+
+def add_tensor(directory, name, shape):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name] = np.ones(shape, np.float32)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def test_what_transformers_leaves_out_is_refused(tmp_path):
+    """A bias of the head, caps that Gemma 3 does not apply, layer types of families that have none."""
+    for name in ("llama-yarn", "qwen3"):  # untied and tied
+        checkpoints.write(tmp_path / name, name)
+        add_tensor(tmp_path / name, "lm_head.bias", 331)
+        with pytest.raises(UnsupportedModelError, match="lm_head.bias"):
+            read_spec(Checkpoint(tmp_path / name))
+    checkpoints.write(tmp_path / "gemma3", "gemma3")
+    change(tmp_path / "gemma3", attn_logit_softcapping=2.0)
+    with pytest.raises(UnsupportedModelError, match="attn_logit_softcapping=2"):
+        read_spec(Checkpoint(tmp_path / "gemma3"))
+    checkpoints.write(tmp_path / "mistral", "mistral-window")
+    for kinds, fits in ((["sliding_attention"] * 3, True), (["full_attention"] * 3, False), ([], False)):
+        change(tmp_path / "mistral", layer_types=kinds)
+        if fits:
+            assert_same_logits(tmp_path / "mistral")
+        else:
+            with pytest.raises(UnsupportedModelError, match="layer_types"):
+                read_spec(Checkpoint(tmp_path / "mistral"))
+
+
+def test_a_head_that_is_neither_stored_nor_tied_is_refused(tmp_path):
+    checkpoints.write(tmp_path, "qwen3")
+    change(tmp_path, remove=("tie_word_embeddings",))
+    with pytest.raises(CheckpointError, match="set it to true"):
+        read_spec(Checkpoint(tmp_path))
+    change(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match="lm_head.weight"):
+        check_tensors(read_spec(Checkpoint(tmp_path)), Checkpoint(tmp_path))
+    change(tmp_path, tie_word_embeddings=True)
+    assert_same_logits(tmp_path)
+    checkpoints.write(tmp_path / "gemma", "gemma2")  # tied by its class
+    change(tmp_path / "gemma", remove=("tie_word_embeddings",))
+    assert_same_logits(tmp_path / "gemma")
 
 
 WRONG = ("x", [[]], {"a": 1}, -1, True, float("nan"), 1e300, 0)

@@ -49,12 +49,10 @@ FRACTIONS = (0.5, 0.25)
 # --- against the full head, on a small random model -----------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", "biased"])
+@pytest.fixture(scope="module", params=["tied", "untied"])
 def checkpoint(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
-    return vocab_checkpoints.write_checkpoint(
-        directory, "byte_level", tied=request.param == "tied", head_bias=request.param == "biased"
-    )
+    return vocab_checkpoints.write_checkpoint(directory, "byte_level", tied=request.param == "tied")
 
 
 @pytest.fixture(scope="module")

@@ -73,9 +73,7 @@ def unigram():
 KINDS = {"byte_level": byte_level, "byte_fallback": byte_fallback, "unigram": unigram}
 
 
-def write_checkpoint(
-    directory: Path, kind: str, *, padding: int = 7, tied: bool = True, head_bias: bool = False, **config
-) -> Path:
+def write_checkpoint(directory: Path, kind: str, *, padding: int = 7, tied: bool = True, **config) -> Path:
     """A Llama of random weights; its embedding has ``padding`` rows more than the tokenizer has tokens."""
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
@@ -108,8 +106,7 @@ def write_checkpoint(
         json.dumps({"eos_token_id": [fast.token_to_id("</s>"), fast.token_to_id("<|end|>")]})
     )
     target = directory / "model.safetensors"
-    present = [] if tied else ["lm_head.weight", *(["lm_head.bias"] if head_bias else [])]
-    write_safetensors(target, {name: np.zeros(0, np.float32) for name in present})
+    write_safetensors(target, {} if tied else {"lm_head.weight": np.zeros(0, np.float32)})
     shapes = read_spec(Checkpoint(directory)).shapes()
     rng = np.random.default_rng(3)
     weights = {

@@ -31,7 +31,6 @@ TRAITS = (
         "an attention scale of its own",
         lambda spec, _: not math.isclose(spec.attention_scale, spec.head_dim**-0.5, rel_tol=1e-5),
     ),
-    Trait("a bias of the head", lambda spec, _: bool(spec.head_bias)),
     Trait("several RoPE tables", lambda spec, _: len(spec.ropes) != 1),
     Trait("a partly rotated head", lambda spec, _: spec.ropes[0].dim != spec.head_dim),
     Trait("a sliding window shorter than max_context", _has_window),

@@ -131,7 +131,7 @@ class OrtDialect:
         wanted = self._precision.linear
         if not isinstance(wanted, IntegerFormat):
             weight = self._writer.stream(f"{name}.weight", np.dtype(np.float32), shape, self._weights.linear(linear))
-            return self._matmul(name, value, weight, bias)
+            return self._matmul(name, value, weight, None)
         layout = self._weights.integer_layout(linear)
         group_size = self._precision.group_size
         if layout is not None and wanted.keeps(layout.format, layout.group_size):
@@ -193,16 +193,15 @@ class OrtDialect:
         """The head's product, before soft capping."""
         precision, weights = self._precision, self._weights
         shape = (weights.head_rows, self._spec.hidden_size)
-        bias = weights.head_bias()
         if not isinstance(precision.head, IntegerFormat):
             weight = self._tied_head or self._writer.stream("head.weight", np.dtype(np.float32), shape, weights.head())
-            return self._matmul("head", value, weight, bias)
+            return self._matmul("head", value, weight, None)
         head, group_size = precision.head, precision.group_size
         if self._tied_head:
             packed = PackedWeight(self._tied_head, "embedding.scales", "", head, group_size)
         else:
             packed = rounded(self._writer, "head.weight", shape, weights.head(), head, group_size)
-        return self._matmul_nbits("head", value, packed, shape, bias)
+        return self._matmul_nbits("head", value, packed, shape, None)
 
     def finish(self) -> None:
         """Writes the graphs of the KV cache types that need no calibration."""

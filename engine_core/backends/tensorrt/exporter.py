@@ -99,7 +99,7 @@ class TrtDialect:
         spec, weights = self._spec, self._weights
         shape = (weights.head_rows, spec.hidden_size)
         weight = self._tied_head or self._stream("head.weight", shape, weights.head())
-        logits = self._product("head", value, weight, weights.head_bias())
+        logits = self._product("head", value, weight, None)
         if spec.logits_softcap:
             logits = self._softcap("logits", logits, spec.logits_softcap)
         logits = self._as(logits, "fp32")

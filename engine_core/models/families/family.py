@@ -60,5 +60,6 @@ class Family:
     scaled_embedding: bool = False
     attention_scalar: int | None = None  # default of query_pre_attn_scalar; None: the head size
     has_softcaps: bool = False
+    caps_attention: bool = False  # has_softcaps of the logits does not say so
     attention_softcap: float | None = None
     logits_softcap: float | None = None

@@ -30,6 +30,7 @@ FAMILY = Family(
     scaled_embedding=True,
     attention_scalar=256,
     has_softcaps=True,
+    caps_attention=True,
     attention_softcap=50.0,
     logits_softcap=30.0,
 )
