@@ -95,6 +95,7 @@ def _print_variants(manifests: dict, rows: dict) -> None:
         "built with " + (", ".join(f"{k} {v}" for k, v in sorted(first.builder.items())) or "unknown versions")
     )
     notes += [f"{kind}: no memory plan here: {row.why_not}" for kind, row in rows.items() if row.plan is None]
+    notes += list(dict.fromkeys(note for m in found for note in m.notes))
     print()
     print_notes(notes)
 

@@ -158,6 +158,14 @@ def _tokenizer_eos(checkpoint: Checkpoint) -> list[int]:
     return [found] if usable and isinstance(found, int) else []
 
 
+def notes(spec: ModelSpec, max_context: int) -> tuple[str, ...]:
+    """Warn of what the user of an engine for ``max_context`` tokens should know, and return it for the manifest."""
+    found = spec.notes(max_context)
+    for note in found:
+        _log.warning("%s", note)
+    return found
+
+
 def model_name(checkpoint: Checkpoint) -> str:
     name = str(checkpoint.config.get("_name_or_path") or "")
     return Path(name).name or checkpoint.directory.resolve().name

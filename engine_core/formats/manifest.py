@@ -70,6 +70,7 @@ class Manifest:
     gpu_arch: str = ""  # for instance sm_90; empty where any will do
     builder: dict[str, str] = field(default_factory=dict)  # package → version
     options: dict = field(default_factory=dict)  # what only the backend reads
+    notes: tuple[str, ...] = ()  # what its user should know, a sentence each
     files: dict[str, FileRecord] = field(default_factory=dict)  # relative path → record
     schema_version: int = SCHEMA_VERSION
 

@@ -87,11 +87,25 @@ class ModelSpec:
     def default_position(self) -> int:
         """The longest context an engine is built for unless more is asked for.
 
-        LongRoPE has other factors beyond its original length: an engine for longer contexts takes them for every
-        prompt, so that short ones differ from transformers.
+        Not more than LongRoPE's original length: see ``notes``.
         """
         lengths = [rope.original_max_position for rope in self.ropes if rope.kind == "longrope"]
         return min(self.max_position, *lengths) if lengths else self.max_position
+
+    def notes(self, max_context: int) -> tuple[str, ...]:
+        """Return what the user of an engine for ``max_context`` tokens should know, a sentence each.
+
+        LongRoPE has other factors beyond its original length. The keys in a cache are rotated already, so an engine for
+        longer contexts takes the long factors for every prompt, where transformers takes the short ones at first.
+        """
+        original = self.default_position
+        if original == self.max_position or max_context <= original:
+            return ()
+        return (
+            f"max_context is {max_context}, but the model's RoPE has other factors up to {original} tokens: every prompt "
+            f"gets those for longer ones, so that up to {original} tokens the answers differ from transformers and may "
+            f"be worse; build with a max_context of {original} if that is enough.",
+        )
 
     @property
     def qkv_size(self) -> int:

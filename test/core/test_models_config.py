@@ -17,6 +17,7 @@ from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.errors import CheckpointError, EdgeLLMError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.companions import eos_token_ids
+from engine_core.formats.manifest import read_manifest
 from engine_core.models.families import FAMILIES, family_of
 from engine_core.models.spec import check_tensors, read_spec
 
@@ -64,6 +65,17 @@ def test_longrope_takes_the_factors_of_transformers(tmp_path, length, max_contex
     checkpoints.write(tmp_path, "phi3-longrope")
     assert read_spec(Checkpoint(tmp_path)).default_position == 64
     assert_same_logits(tmp_path, np.random.default_rng(4).integers(3, 331, size=length), max_context)
+
+
+def test_an_engine_with_long_factors_for_short_prompts_says_so(tmp_path, caplog):
+    checkpoints.write(tmp_path, "phi3-longrope")
+    short = build_engine(tmp_path, tmp_path / "short")
+    assert short.max_context == 64 and not short.notes and not caplog.records
+    (note,) = build_engine(tmp_path, tmp_path / "long", max_context=96).notes
+    assert "96" in note and "64" in note and caplog.messages == [note]
+    assert read_manifest(tmp_path / "long").notes == (note,)
+    checkpoints.write(tmp_path / "other", "llama3")
+    assert read_spec(Checkpoint(tmp_path / "other")).notes(256) == ()
 
 
 def test_defaults_are_those_of_the_configuration_classes():

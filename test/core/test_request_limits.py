@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+import fakes
 from engine_core.errors import (
     EngineFaultError,
     InvalidRequestError,
@@ -16,6 +18,7 @@ from engine_core.errors import (
     InvalidSchemaError,
     InvalidTextError,
     PromptTooLongError,
+    refusing_panics,
 )
 from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, RequestLimits, SamplingParams
 from engine_core.sampling import Sampler
@@ -170,6 +173,33 @@ def test_a_panic_in_prepare_is_one_refused_request(open_engine, monkeypatch):
         with pytest.raises(InvalidRequestError, match="unwrap"):
             engine.tokenize("x")
     assert run(engine, ask())[1].generated_tokens == 8
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def test_twelve_million_blanks_are_one_refused_request(tmp_path):
+    """Llama 3's pre-tokenizer makes a Rust panic of them, with its regular expression's limit of steps."""
+    fakes.write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+    values["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, values["pre_tokenizer"]]}
+    path.write_text(json.dumps(values))
+    engine = fakes.make_engine(fakes.ScriptedBackend(), tmp_path)
+    try:
+        text = " " * 12_000_000 + "x"
+        for refused in (engine.tokenize, lambda text: engine.prepare(GenerationRequest("r", prompt=text))):
+            with pytest.raises(PromptTooLongError):
+                refused(text)
+        with pytest.raises(InvalidRequestError, match="retry-limit"), refusing_panics("tokenizing"):
+            engine.tokenizer.encode(text)  # were the limit on the bytes not there
+        assert len(engine.tokenize(" " * 20_000 + "x")) == 20_001
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("where", ["step", "on_change", "warm"])

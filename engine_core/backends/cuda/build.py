@@ -84,6 +84,7 @@ def build_cuda(
         group_size=GROUP if weight_format(quantization).kind in LAYOUTS else 0,
         use_cuda_graph=True,
         builder=companions.versions(()),
+        notes=companions.notes(spec, max_context),
         options=model_options(spec, dtype),
     )
     with write_variant(Path(engine_dir)) as directory:

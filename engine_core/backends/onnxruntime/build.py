@@ -99,6 +99,7 @@ def build_engine(
             reduced_vocab_size=0 if kept is None else len(kept),
             group_size=_group_size(weights, precision),
             builder=companions.versions(),
+            notes=companions.notes(spec, max_context),
             options=engine_options(spec, precision, dialect.packing, shares_head=spec.tied and kept is None),
         )
         if dialect.num_requantized:

@@ -109,6 +109,7 @@ def build_tensorrt(
             use_cuda_graph=True,
             gpu_arch=device.arch,
             builder={**companions.versions(), "tensorrt": api.version},
+            notes=companions.notes(spec, max_context),
             options={"dtype": quantization, "dialect": dialect, "max_prefill": max_prefill},
         )
         with write_variant(Path(engine_dir)) as directory:
