@@ -12,8 +12,9 @@ Asks an engine through ``Worker``, without ROS, ``--answers`` times a case and t
 - conversation: each turn is sent with the answers before it, and reuses at least the KV of the prompt before.
 
 Prints a table and appends a row for each finished case and temperature to benchmarks/results/real_model_checks.jsonl.
-A run that was ended goes on where it was: what has been judged is kept in ``--state``. Exit status 1 if an answer was
-wrong. Needs the package ``jsonschema[format-nongpl]``.
+A run that was ended goes on where it was: what has been judged is kept in ``--state``, which several processes may
+share (``--shard 0/4`` to ``3/4``, then once without). Exit status 1 if an answer was wrong. Needs the package
+``jsonschema[format-nongpl]``.
 """
 
 from __future__ import annotations
@@ -285,6 +286,7 @@ def main() -> int:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8])
     parser.add_argument("--answers", type=int, default=500, help="a case and temperature (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the engine (default: %(default)s)")
+    parser.add_argument("--shard", default="0/1", help="I/N: the I-th of N processes that share the work and --state")
     parser.add_argument("--minutes", type=float, default=0.0, help="end after so many; 0 = when all is done")
     parser.add_argument("--not-reproducible", action="store_true", help="set the parameter reproducible to false")
     parser.add_argument("--record", action="store_true", help="append rows of unfinished cases too")
@@ -292,6 +294,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to append to (default: %(default)s)")
     options = parser.parse_args()
     end = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
+    shard, num_shards = map(int, options.shard.split("/"))
     client = open_client(options.engine_dir, options.threads, not options.not_reproducible)
     manifest = client.engine.manifest
     about = {"model": manifest.model_name, "quantization": manifest.quantization, "backend": manifest.backend}
@@ -301,13 +304,15 @@ def main() -> int:
         for unit, name, temperature in _units(options):
             if time.monotonic() > end:
                 break
-            if not state.has(name, temperature, unit):
+            if unit % num_shards == shard and not state.has(name, temperature, unit):
                 judged = CASES[name].run(client, temperature, unit)
                 state.add(name, temperature, unit, judged)
                 for line in judged.wrong:
                     print(f"wrong: {line[:600]}", file=sys.stderr, flush=True)
     finally:
         close_client(client)
+    if num_shards > 1:  # a run without --shard sums up afterwards
+        return 0
     print(f"{'case':14} {'T':>4} {'answers':>8} {'finished':>9} {'wrong':>6}")
     any_wrong = False
     for name in options.cases:

@@ -102,9 +102,9 @@ class ModelSpec:
         if original == self.max_position or max_context <= original:
             return ()
         return (
-            f"max_context is {max_context}, but the model's RoPE has other factors up to {original} tokens: every prompt "
-            f"gets those for longer ones, so that up to {original} tokens the answers differ from transformers and may "
-            f"be worse; build with a max_context of {original} if that is enough.",
+            f"max_context is {max_context}, but the model's RoPE has other factors up to {original} tokens: every "
+            f"prompt gets those for longer ones, so that up to {original} tokens the answers differ from transformers "
+            f"and may be worse; build with a max_context of {original} if that is enough.",
         )
 
     @property
