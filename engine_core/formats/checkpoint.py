@@ -28,6 +28,8 @@ class Checkpoint:
     quantization that is not read.
     """
 
+    has_tensors = True  # see engine_core.models.shapes.ConfigCheckpoint
+
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         _check_directory(self.directory)

@@ -16,6 +16,8 @@ from engine_core.models.spec import ModelSpec, read_spec
 class ConfigCheckpoint:
     """Answers for a checkpoint of which only config.json is read; stands in for ``Checkpoint`` in ``read_spec``."""
 
+    has_tensors = False  # nobody knows which are stored
+
     def __init__(self, directory: Path) -> None:
         """Raises CheckpointError without a readable config.json."""
         self.directory = Path(directory)

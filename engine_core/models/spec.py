@@ -274,7 +274,8 @@ class _Reader:
                 "leaves it out; take it away from the checkpoint to do the same."
             )
         if not self.fields.flag("tie_word_embeddings", self.family.tied):
-            if head not in self.checkpoint and "tie_word_embeddings" not in self.fields:
+            lacks_head = self.checkpoint.has_tensors and head not in self.checkpoint
+            if lacks_head and "tie_word_embeddings" not in self.fields:
                 raise CheckpointError(
                     f"The checkpoint has no {head} and its config.json no tie_word_embeddings, which means false for "
                     f"{self.family.architecture}; set it to true there if the embedding is the LM head."
