@@ -10,7 +10,6 @@ from engine_core.backends.capabilities import all_capabilities, capabilities_of
 from engine_core.backends.toolkit import BuildRequest, toolkit_of
 from engine_core.config import KV_CACHE_TYPES
 from engine_core.errors import BuildError
-from engine_core.formats.detect import default_quantization
 
 
 def add(commands) -> None:
@@ -81,6 +80,8 @@ def _contexts() -> str:
 
 
 def run(options: argparse.Namespace) -> int:
+    from engine_core.formats.detect import default_quantization
+
     capabilities = capabilities_of(options.backend)
     for name, reason in capabilities.declined_options.items():
         if getattr(options, name) not in (None, 0, "auto"):

@@ -94,7 +94,7 @@ def test_shards_and_bf16_make_the_same_engine(tmp_path):
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0}}, UnsupportedModelError, "'dynamic'"),
         ({"hidden_act": "relu"}, UnsupportedModelError, "'relu'"),
         ({"quantization_config": {"bits": 4}}, UnsupportedModelError, "quantization_config"),
-        ({"head_dim": 24}, CheckpointError, "has the shape"),
+        ({"head_dim": 48}, CheckpointError, "has the shape"),
         ({"num_hidden_layers": 4}, CheckpointError, "no tensor 'model.layers.3"),
         ({"vocab_size": None}, CheckpointError, "vocab_size"),
     ],

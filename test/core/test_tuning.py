@@ -23,6 +23,7 @@ from engine_core.cuda.kernels.launch_configs import (
     PackedRowsProblem,
 )
 from engine_core.cuda.kernels.tuning import ConfigFile, Tuner
+from engine_core.formats.weight_formats import weight_format
 from fake_gpu import FakeDriver, install
 from fake_kernels import KERNELS, FakeBlas
 
@@ -214,7 +215,7 @@ SPEC = CudaSpec(
     norm_eps=1e-5,
     qkv_bias=False,
     tied=False,
-    weight_bits=4,
+    weight_format=weight_format("int4"),
     chunk=64,
     prefix_slots=0,
     prefix_tokens=1,

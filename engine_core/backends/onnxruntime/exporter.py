@@ -131,7 +131,7 @@ class OrtDialect:
         wanted = self._precision.linear
         if not isinstance(wanted, IntegerFormat):
             weight = self._writer.stream(f"{name}.weight", np.dtype(np.float32), shape, self._weights.linear(linear))
-            return self._matmul(name, value, weight, None)
+            return self._matmul(name, value, weight, bias)
         layout = self._weights.integer_layout(linear)
         group_size = self._precision.group_size
         if layout is not None and wanted.keeps(layout.format, layout.group_size):
