@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.layout import CudaSpec, round_rows, weight_arrays
 from engine_core.cuda.driver import ALIGNMENT, Arena, Device, DeviceArray, Event, Launch, Module, Stream
-from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.cuda.kernels.nvrtc import compile_kernel
 from engine_core.formats.weight_formats import weight_format
 from engine_core.measure.steps import begin, decode, prefill
+from engine_core.models.shapes import spec_of
+from engine_core.models.spec import ModelSpec
 from engine_core.request import SamplingParams
 
 GENERATED = 128
@@ -72,22 +73,33 @@ SHAPES = {
 }
 
 
+def model_of(shape: Shape) -> ModelSpec:
+    """A model of that shape without biases."""
+    return spec_of(
+        dict(
+            architectures=["Qwen3ForCausalLM" if shape.qk_norm else "LlamaForCausalLM"],
+            num_hidden_layers=shape.layers,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocab,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=shape.tied,
+        )
+    )
+
+
 def make_spec(
     shape: Shape, max_context: int, chunk: int, weights: str = "fp16", kv_cache_type: str = "fp16"
 ) -> CudaSpec:
     return CudaSpec(
-        num_layers=shape.layers,
-        hidden=shape.hidden,
-        intermediate=shape.intermediate,
-        attention=AttentionShape(
-            shape.heads, shape.kv_heads, shape.head_dim, max_context, 1e-5, shape.qk_norm, kv_cache_type == "int8"
-        ),
-        vocab_size=shape.vocab,
+        model=model_of(shape),
+        kv_int8=kv_cache_type == "int8",
+        max_context=max_context,
         head_rows=shape.vocab,
         dtype="fp16",
-        norm_eps=1e-5,
-        qkv_bias=False,
-        tied=shape.tied,
         weight_format=weight_format(weights),
         chunk=round_rows(chunk),
         prefix_slots=0,

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.safetensors_file import SafetensorsWriter, write_safetensors
-from engine_core.models.spec import read_spec
+from engine_core.models.reader import read_spec
 
 _BLOCK = 1 << 24  # values drawn; larger tensors repeat them, from another place each
 

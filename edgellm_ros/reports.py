@@ -52,7 +52,7 @@ def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response
         return info
     manifest, config = engine.manifest, engine.config
     info.model_name = manifest.model_name
-    info.architecture = manifest.geometry.architecture
+    info.architecture = manifest.model.architecture
     info.engine_dir = str(config.engine_dir)
     info.backend, info.backend_reason = engine.backend_name, engine.backend_reason
     info.quantization = manifest.quantization
@@ -61,7 +61,7 @@ def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response
     info.cuda_graph = config.use_cuda_graph and manifest.use_cuda_graph
     info.max_context = engine.max_context
     info.vocab_size, info.reduced_vocab_size = engine.vocab_size, engine.reduced_vocab_size
-    info.parameters = manifest.geometry.num_parameters
+    info.parameters = manifest.model.num_parameters
     info.load_time = engine.load_time
     info.memory = to_memory_plan(engine.plan)
     return info

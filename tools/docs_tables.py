@@ -7,9 +7,7 @@ python3 tools/docs_tables.py --check    # exit status 1 if the page is not what 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from engine_core.backends.capabilities import Capabilities, all_capabilities  # noqa: E402
 from engine_core.formats.weight_formats import NAMES, weight_format  # noqa: E402
 from engine_core.models.families import FAMILIES  # noqa: E402
-from engine_core.models.shapes import read_shapes  # noqa: E402
+from engine_core.models.shapes import spec_of  # noqa: E402
 from engine_core.models.spec import ModelSpec  # noqa: E402
 
 PAGE = ROOT / "docs" / "backends.md"
@@ -80,13 +78,7 @@ def families(backends: Sequence[Capabilities]) -> str:
 
 
 def specs() -> list[ModelSpec]:
-    found = []
-    for family in FAMILIES:
-        with tempfile.TemporaryDirectory() as directory:
-            config = SIZES | {"architectures": [family.architecture]}
-            Path(directory, "config.json").write_text(json.dumps(config))
-            found.append(read_shapes(Path(directory))[1])
-    return found
+    return [spec_of(SIZES | {"architectures": [family.architecture]}) for family in FAMILIES]
 
 
 def limits(backends: Sequence[Capabilities]) -> str:

@@ -78,7 +78,7 @@ def _print_variants(manifests: dict, rows: dict) -> None:
         line("max_context", [m.max_context for m in found]),
         line("max_batch", [m.max_batch for m in found]),
         line("KV cache", [m.kv_cache_type for m in found]),
-        line("rows of the LM head", [m.reduced_vocab_size or m.geometry.vocab_size for m in found]),
+        line("rows of the LM head", [m.reduced_vocab_size or m.model.vocab_size for m in found]),
         line("vocabulary map", ["yes" if m.reduced_vocab_size else "no" for m in found]),
         line("GPU", [m.gpu_arch or "any" if capabilities_of(m.backend).on_gpu else "-" for m in found]),
         line("on disk", [format_bytes(sum(record.size for record in m.files.values())) for m in found]),
@@ -87,9 +87,11 @@ def _print_variants(manifests: dict, rows: dict) -> None:
         lines.append(line(f"memory: {name}", [_amount(rows[kind], name) for kind in manifests]))
     lines.append(line("memory: total", [_amount(rows[kind], "") for kind in manifests]))
     print_table([first.model_name, *manifests], lines)
-    geometry = first.geometry
+    from engine_core.planning.describe import sizes
+
     print()
-    print_table(["Geometry", ""], [(name, _number(value)) for name, value in dataclasses.asdict(geometry).items()])
+    values = {"architecture": first.model.architecture} | sizes(first.model)
+    print_table(["Model", ""], [(name, _number(value)) for name, value in values.items() if value != ""])
     notes = [f"end-of-sequence ids: {', '.join(map(str, first.eos_token_ids)) or 'none'}"]
     notes.append(
         "built with " + (", ".join(f"{k} {v}" for k, v in sorted(first.builder.items())) or "unknown versions")

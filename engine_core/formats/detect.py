@@ -6,7 +6,8 @@ from pathlib import Path
 
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.weight_formats import NAMES, weight_format
-from engine_core.models.spec import ModelSpec, read_spec
+from engine_core.models.reader import read_spec
+from engine_core.models.spec import ModelSpec
 
 MARK = "edgellm_quantization"  # in config.json: the method, which the layout alone does not tell
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,30 +21,15 @@ from pathlib import Path
 from engine_core.errors import BuildError, EngineDirectoryError, IntegrityError, SchemaVersionError
 from engine_core.formats.atomic import replaced_directory
 from engine_core.formats.weight_formats import preference
+from engine_core.models.spec import ModelSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had the model's sizes alone and left its traits to each backend
 MANIFEST_NAME = "engine.json"
 # What the tokenizer library reads from a directory by itself where it finds it.
 _READ_IF_THERE = (
     "tokenizer*", "chat_template*", "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "config.json",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ModelGeometry:
-    """The numbers that size everything."""
-
-    architecture: str  # Hugging Face class name, for instance LlamaForCausalLM
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position: int  # positions the model was made for
-    num_parameters: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ class Manifest:
     """What ``engine.json`` says about one variant."""
 
     model_name: str
-    geometry: ModelGeometry
+    model: ModelSpec
     backend: str  # onnxruntime, tensorrt or cuda
     quantization: str
     kv_cache_type: str  # the type it was built for
@@ -69,7 +55,7 @@ class Manifest:
     use_cuda_graph: bool = False
     gpu_arch: str = ""  # for instance sm_90; empty where any will do
     builder: dict[str, str] = field(default_factory=dict)  # package → version
-    options: dict = field(default_factory=dict)  # what only the backend reads
+    options: dict = field(default_factory=dict)  # what only the backend reads; see ``read_options``
     notes: tuple[str, ...] = ()  # what its user should know, a sentence each
     files: dict[str, FileRecord] = field(default_factory=dict)  # relative path → record
     schema_version: int = SCHEMA_VERSION
@@ -143,14 +129,41 @@ def _parse(variant_dir: Path) -> Manifest:
             f"{path} has schema version {version}, but this version reads up to {SCHEMA_VERSION}; "
             "update edgellm_ros or build the engine again."
         )
+    if version < SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{path} has schema version {version} of an earlier edgellm_ros, but this one reads {SCHEMA_VERSION}; "
+            f"build the engine again: '{_build_command(variant_dir, values)}'."
+        )
     try:
         return _typed(Manifest, values, "")
     except ValueError as error:
         raise EngineDirectoryError(f"{path} is not a whole manifest: {error}; build the engine again.") from None
 
 
+def _build_command(variant_dir: Path, values: dict) -> str:
+    """Return the command that builds such an engine again."""
+    parts = ["edgellm build CHECKPOINT", str(variant_dir)]
+    for name in ("backend", "quantization", "max_context"):
+        if isinstance(values.get(name), (str, int)):
+            parts.append(f"--{name.replace('_', '-')} {values[name]}")
+    return " ".join(parts)
+
+
+Options = typing.TypeVar("Options")
+
+
+def read_options(manifest: Manifest, kind: type[Options]) -> Options:
+    """Return the fields of the dataclass ``kind`` from the manifest's ``options``. Raises EngineDirectoryError."""
+    known = typing.get_type_hints(kind)
+    try:
+        return _typed(kind, {name: value for name, value in manifest.options.items() if name in known}, "options.")
+    except ValueError as error:
+        raise EngineDirectoryError(f"The manifest's options are not whole: {error}; build the engine again.") from None
+
+
 def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
-    """Return ``value``, read from JSON, as ``kind``: a dataclass, tuple[X, …], dict[str, X], dict, str, int or bool.
+    """Return ``value``, read from JSON, as ``kind``: a dataclass, tuple[X, …], dict[str, X], dict, str, int, float or
+    bool.
 
     Raises ValueError naming the field that is missing, unknown or of another type.
     """
@@ -179,10 +192,14 @@ def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
         if not isinstance(value, dict):
             raise ValueError(f"{label} is not an object")
         return {key: _typed(typing.get_args(kind)[1], item, f"{name}{key}.") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
+        value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{label} is {json.dumps(value)[:60]}, which is no {kind.__name__}")
     if kind is int and not 0 <= value < 1 << 63:
         raise ValueError(f"{label} is {value}, which is out of range")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{label} is {value}, which is no finite number")
     return value
 
 

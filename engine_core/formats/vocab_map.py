@@ -77,7 +77,7 @@ def configured_vocab_map(variant_dir: Path, manifest: Manifest, config: EngineCo
     Raises ConfigurationError for a parameter ``vocab_map`` that this engine cannot follow, a map that is damaged or
     another tokenizer's included, and EngineDirectoryError if the engine's own map is.
     """
-    vocab_size = manifest.geometry.vocab_size
+    vocab_size = manifest.model.vocab_size
     built = manifest.reduced_vocab_size > 0
     if config.vocab_map == "none" and built:
         raise ConfigurationError(

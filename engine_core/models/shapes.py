@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from engine_core.errors import CheckpointError
 from engine_core.formats.checkpoint import Checkpoint, read_json
 from engine_core.formats.weight_formats.base import WeightFormat
-from engine_core.models.spec import ModelSpec, read_spec
+from engine_core.models.reader import read_spec
+from engine_core.models.spec import ModelSpec
 
 
 class ConfigCheckpoint:
-    """Answers for a checkpoint of which only config.json is read; stands in for ``Checkpoint`` in ``read_spec``."""
+    """Answers for a checkpoint of which only config.json is read; stands in for ``Checkpoint`` in ``read_spec``.
+
+    ``stored_quantization``: its quantization_config. A quantized checkpoint has the same model inside: its plan is that
+    of the variants made from it.
+    """
 
     has_tensors = False  # nobody knows which are stored
 
-    def __init__(self, directory: Path) -> None:
-        """Raises CheckpointError without a readable config.json."""
-        self.directory = Path(directory)
-        self.config = read_json(self.directory / "config.json")
-        self.generation_config = read_json(self.directory / "generation_config.json", required=False)
-        # A quantized checkpoint has the same model inside: its plan is that of the variants made from it.
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
         self.stored_quantization = self.config.pop("quantization_config", None)
+
+    @classmethod
+    def of(cls, directory: Path) -> ConfigCheckpoint:
+        """Raises CheckpointError without a readable config.json."""
+        return cls(read_json(Path(directory) / "config.json"))
 
     def __contains__(self, name: str) -> bool:
         return False  # nothing is stored beside what the configuration says
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        raise AssertionError("there are no tensors")
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        raise AssertionError("there are no tensors")
+
+
+def spec_of(config: Mapping[str, Any]) -> ModelSpec:
+    """Return the model of a config.json, read from its text alone. Raises CheckpointError or UnsupportedModelError."""
+    return read_spec(ConfigCheckpoint(config))
 
 
 class SpecTensors:
@@ -60,7 +79,7 @@ def read_shapes(directory: Path) -> tuple[ConfigCheckpoint, ModelSpec]:
 
     Raises CheckpointError or UnsupportedModelError.
     """
-    stand_in = ConfigCheckpoint(directory)
+    stand_in = ConfigCheckpoint.of(directory)
     source: ConfigCheckpoint | Checkpoint = stand_in
     if not stand_in.stored_quantization and list(Path(directory).glob("*.safetensors")):
         source = Checkpoint(directory)

@@ -10,9 +10,10 @@ from engine_core.errors import CheckpointError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import levels_refusal, quantization_of
 from engine_core.formats.safetensors_file import SafetensorsFile
+from engine_core.models.reader import check_tensors, read_spec
 from engine_core.models.rope import RopeSpec
 from engine_core.models.shapes import ConfigCheckpoint, read_shapes, stored_bytes
-from engine_core.models.spec import ModelSpec, check_tensors, read_spec
+from engine_core.models.spec import ModelSpec
 
 
 def describe_checkpoint(directory: Path) -> dict:
@@ -21,7 +22,7 @@ def describe_checkpoint(directory: Path) -> dict:
 
     Raises CheckpointError if config.json or a safetensors file cannot be read.
     """
-    source = ConfigCheckpoint(directory)
+    source = ConfigCheckpoint.of(directory)
     config = source.config
     found: dict = {
         "architecture": _architecture(config),
@@ -35,7 +36,7 @@ def describe_checkpoint(directory: Path) -> dict:
     kv_cache_types: dict[str, dict[str, list[str]]] = {}
     try:
         _, spec = read_shapes(directory)
-        found |= _sizes(spec, config)
+        found |= sizes(spec)
         stored = None if source.stored_quantization else ""  # None: its weights would have to be looked at
         if found["weights_bytes"]:  # what the builders do first
             checkpoint = Checkpoint(directory)
@@ -66,7 +67,8 @@ def _architecture(config: dict) -> str:
     return str(names[0] if isinstance(names, list) and names else config.get("model_type", "unknown"))
 
 
-def _sizes(spec: ModelSpec, config: dict) -> dict:
+def sizes(spec: ModelSpec) -> dict:
+    """JSON-safe: what sizes a model."""
     windows = sorted({layer.window for layer in spec.layers if layer.window})
     return {
         "parameters": spec.num_parameters,

@@ -18,7 +18,7 @@ from engine_core.formats.number_formats import E4M3, FP8_MAX, to_minifloat
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from engine_core.formats.manifest import ModelGeometry
+    from engine_core.models.spec import ModelSpec
 
 KVScales = np.ndarray  # float32 [layers, 2 (K, V), kv_heads, head_dim]
 
@@ -28,7 +28,7 @@ _THREADS = 1  # so that the same build gives the same scales
 MIN_TOKENS = 64  # fewer say nothing about the spread of a channel
 
 
-def measure_peaks(directory: Path, geometry: ModelGeometry, rows: int, sequences: Iterable[np.ndarray]) -> np.ndarray:
+def measure_peaks(directory: Path, model: ModelSpec, rows: int, sequences: Iterable[np.ndarray]) -> np.ndarray:
     """The largest magnitudes of K, after RoPE, and of V in the float32 cache of the engine in ``directory``.
 
     ``rows``: of its LM head. ``sequences``: token ids, int32 [n] each. float32 [layers, 2 (K, V), kv_heads, head_dim].
@@ -44,7 +44,7 @@ def measure_peaks(directory: Path, geometry: ModelGeometry, rows: int, sequences
             "model will see."
         )
     longest = max(map(len, sequences))
-    session = OrtSession(directory, geometry, rows, longest, min(_CHUNK, longest), _THREADS)
+    session = OrtSession(directory, model, rows, longest, min(_CHUNK, longest), _THREADS)
     cache = session.kv_cache[:, 0]  # [layers, 2, kv_heads, longest, head_dim]
     peaks = np.zeros(cache.shape[:3] + cache.shape[4:], dtype=np.float32)
     for ids in sequences:

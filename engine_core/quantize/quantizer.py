@@ -7,7 +7,8 @@ from pathlib import Path
 
 from engine_core.errors import BuildError
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.models.spec import ModelSpec, check_tensors, read_spec
+from engine_core.models.reader import check_tensors, read_spec
+from engine_core.models.spec import ModelSpec
 from engine_core.quantize.calibration_texts import NAMES, find_calibration
 from engine_core.quantize.output import (
     Change,
@@ -36,7 +37,7 @@ def quantize(
     """See ``engine_core.quantize.quantize_checkpoint``."""
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
-    num_parameters = check_tensors(spec, checkpoint)
+    check_tensors(spec, checkpoint)
     is_bf16 = not checkpoint.is_quantized and checkpoint.dtype(spec.embedding) == "BF16"
     scheme = make_scheme(method, group_size, symmetric, "bf16" if is_bf16 else "fp16")
     _check(checkpoint, spec, scheme, head)
@@ -49,7 +50,7 @@ def quantize(
         report(f"Calibrating on {int(tokens.lengths.sum())} tokens of {texts}")
     elif calibration is not None:
         raise BuildError(f"{method} is not calibrated; leave the calibration text out.")
-    report(f"Quantizing {spec.architecture} with {num_parameters / 1e6:.1f} M parameters to {method} in {out_dir}")
+    report(f"Quantizing {spec.architecture} with {spec.num_parameters / 1e6:.1f} M parameters to {method} in {out_dir}")
     with write_directory(out_dir) as directory:
         copy_companions(directory, checkpoint)
         write_config(directory, checkpoint, spec, scheme, head)

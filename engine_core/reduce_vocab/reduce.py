@@ -27,7 +27,8 @@ from engine_core.formats.vocab_map import (
     tokenizer_fingerprint,
     write_vocab_map,
 )
-from engine_core.models.spec import ModelSpec, read_spec
+from engine_core.models.reader import read_spec
+from engine_core.models.spec import ModelSpec
 from engine_core.reduce_vocab.report import HeldOut, covered, lost_tokens, step_bytes, summary
 from engine_core.reduce_vocab.required import TokenTexts, required_ids
 from engine_core.reduce_vocab.select import METHODS, Chooser, Selection

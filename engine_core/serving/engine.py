@@ -77,7 +77,7 @@ class Engine:
         self.backend_name = manifest.backend
         self.backend_reason = backend_reason  # why this variant and no other, for people
         self.max_context = backend.max_context
-        self.vocab_size = manifest.geometry.vocab_size
+        self.vocab_size = manifest.model.vocab_size
         self.reduced_vocab_size = backend.reduced_vocab_size
         self.device: str = plan.device
         self._eos_ids = frozenset(manifest.eos_token_ids)

@@ -10,8 +10,10 @@ import numpy as np
 
 from engine_core.config import EngineConfig
 from engine_core.errors import EngineFaultError
-from engine_core.formats.manifest import Manifest, ModelGeometry
+from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryItem, MemoryPlan
+from engine_core.models.rope import RopeSpec
+from engine_core.models.spec import LayerSpec, ModelSpec
 from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 from engine_core.sampling import Sampler
 from engine_core.serving.engine import Engine
@@ -176,9 +178,15 @@ class ScriptedBackend:
         self._stream.shutdown()
 
 
+def fake_model(max_position: int = 512) -> ModelSpec:
+    """The smallest model there is, of which the fakes need the vocabulary alone."""
+    sizes = dict(hidden_size=8, intermediate_size=8, num_heads=1, num_kv_heads=1, head_dim=8, vocab_size=VOCAB_SIZE)
+    parts = dict(ropes=(RopeSpec(8, 10000.0),), layers=(LayerSpec(0),))
+    return ModelSpec("FakeForCausalLM", **sizes, max_position=max_position, **parts)
+
+
 def make_engine(backend: ScriptedBackend, tokenizer_dir, **config) -> Engine:
-    geometry = ModelGeometry("FakeForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB_SIZE, 512, 1000)
-    manifest = Manifest("fake", geometry, "fake", "fp32", "fp32", backend.max_context, 1, (EOS, END))
+    manifest = Manifest("fake", fake_model(), "fake", "fp32", "fp32", backend.max_context, 1, (EOS, END))
     plan = MemoryPlan((MemoryItem("kv_cache", 4 * backend.max_context * backend.num_slots),), 1 << 30, "CPU")
     config = EngineConfig(tokenizer_dir, max_context=backend.max_context, **config)
     return Engine(config, manifest, backend, Tokenizer(tokenizer_dir), plan, 0.0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine_core.formats.safetensors_file import write_safetensors
 from engine_core.models.families import FAMILIES
-from engine_core.models.shapes import read_shapes
+from engine_core.models.shapes import spec_of
 
 # Sizes that every backend's blocks divide.
 SIZES = dict(
@@ -31,7 +31,7 @@ def write(directory: Path, architecture: str, **changes) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     config = SIZES | dict(architectures=[architecture], dtype="float16") | changes
     (directory / "config.json").write_text(json.dumps(config))
-    _, spec = read_shapes(directory)
+    spec = spec_of(config)
     rng = np.random.default_rng(7)
     tensors = {name: rng.normal(0, 0.05, shape).astype(np.float16) for name, shape in spec.shapes().items()}
     write_safetensors(directory / "model.safetensors", tensors)

@@ -240,5 +240,5 @@ def test_the_plan_names_every_purpose(variant):
     plan = OnnxRuntimeBackend.plan(*variant, EngineConfig(variant[0], max_context=100, prompt_cache_entries=3))
     assert plan.item("kv_cache") == 3 * 2 * 2 * 100 * 32 * 4
     assert plan.item("prefix_cache") == 3 * plan.item("kv_cache")  # slots are no longer than the context
-    assert plan.item("weights") > 4 * variant[1].geometry.num_parameters * 0.95
+    assert plan.item("weights") > 4 * variant[1].model.num_parameters * 0.95
     assert all(plan.item(name) > 0 for name in ("scratch", "rope", "io", "runtime")) and plan.available > 0

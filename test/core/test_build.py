@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory):
 
 
 def logits_of(engine_dir, manifest):
-    session = OrtSession(engine_dir, manifest.geometry, manifest.geometry.vocab_size, 64, 64, 1)
+    session = OrtSession(engine_dir, manifest.model, manifest.model.vocab_size, 64, 64, 1)
     session.prefill(PROMPT, 0)
     return session.logits.copy()
 

@@ -83,7 +83,7 @@ def test_weights_are_fused_as_the_kernels_read_them(checkpoint, tmp_path):
     build_cuda(directory, tmp_path / "engine", dtype="fp16")
     manifest = read_manifest(tmp_path / "engine")
     assert (manifest.backend, manifest.quantization, manifest.eos_token_ids) == ("cuda", "fp16", (2, 5))
-    assert manifest.options["dtype"] == "fp16" and manifest.options["tied"]
+    assert manifest.options["dtype"] == "fp16" and manifest.model.tied
     assert set(manifest.files) == {"tokenizer.json", "weights.safetensors"}
     file = SafetensorsFile(tmp_path / "engine" / "weights.safetensors")
     assert "head" not in file.names()  # tied

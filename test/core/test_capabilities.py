@@ -99,7 +99,7 @@ def test_what_one_refuses_all_refuse_in_the_same_words(backend, architecture, ch
 def assert_configuring_agrees(backend, spec, manifest, directory, kv):
     """The engine opens with the KV cache types it has; a type that no engine of the backend has is refused as such."""
     capabilities = capabilities_of(backend)
-    expected = capabilities.refusal(None, manifest.quantization, kv)
+    expected = capabilities.refusal(spec, manifest.quantization, kv, max_context=CONTEXT)
     try:
         toolkit_of(backend).engine_bytes(directory, manifest, EngineConfig(directory, kv_cache_type=kv), 16)
     except EdgeLLMError as error:

@@ -22,7 +22,7 @@ from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.errors import EdgeLLMError
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.models.spec import check_tensors, read_spec
+from engine_core.models.reader import check_tensors, read_spec
 
 ALL = bool(os.environ.get("EDGELLM_ALL_CONFIG_FIELDS"))
 PROMPT = np.random.default_rng(3).integers(3, 331, size=45)
@@ -158,7 +158,7 @@ class Base:
             if key not in self._ours:
                 context = min(MAX_CONTEXT, spec.max_position)
                 manifest = build_engine(self.directory, self._engine, max_context=context)
-                session = OrtSession(self._engine, manifest.geometry, manifest.geometry.vocab_size, context, context, 1)
+                session = OrtSession(self._engine, manifest.model, manifest.model.vocab_size, context, context, 1)
                 session.prefill(PROMPT[: context - 1], 0)
                 self._ours[key] = session.logits.copy()
             return self._ours[key]

@@ -24,7 +24,7 @@ def case(request, tmp_path_factory):
     directory = checkpoints.write(tmp_path_factory.mktemp(request.param), request.param)
     engine_dir = directory / "engine"
     manifest = build_engine(directory, engine_dir, max_context=MAX_CONTEXT)
-    session = OrtSession(engine_dir, manifest.geometry, manifest.geometry.vocab_size, MAX_CONTEXT, MAX_CONTEXT, 1)
+    session = OrtSession(engine_dir, manifest.model, manifest.model.vocab_size, MAX_CONTEXT, MAX_CONTEXT, 1)
     return session, checkpoints.reference(directory)
 
 

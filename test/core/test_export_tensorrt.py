@@ -16,7 +16,7 @@ from engine_core.backends.tensorrt.export import export_onnx
 from engine_core.errors import BuildError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.weights import Weights
-from engine_core.models.spec import read_spec
+from engine_core.models.reader import read_spec
 from peak_memory import growth, large_checkpoint
 from trt_runners import NativeRunner, PlainRunner
 
@@ -148,7 +148,7 @@ def test_a_weight_fp16_cannot_hold_is_refused(tmp_path):
 
 IMPORTS = """
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.models.spec import read_spec
+from engine_core.models.reader import read_spec
 from engine_core.backends.tensorrt.export import export_onnx
 from engine_core.formats.weights import Weights
 """

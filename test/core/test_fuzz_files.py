@@ -20,7 +20,7 @@ from engine_core.formats.detect import quantization_of
 from engine_core.formats.manifest import MANIFEST_NAME, read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.vocab_map import tokenizer_fingerprint
-from engine_core.models.spec import check_tensors, read_spec
+from engine_core.models.reader import check_tensors, read_spec
 
 EXAMPLES = int(os.environ.get("EDGELLM_FUZZ_EXAMPLES", "60"))
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
@@ -72,12 +72,13 @@ TOKENIZER = {
     "added_tokens": [{"id": 2, "content": "<s>", "special": True}],
 }
 MANIFEST = {
-    "schema_version": 1, "model_name": "m", "backend": "onnxruntime", "quantization": "int8", "kv_cache_type": "fp32",
+    "schema_version": 2, "model_name": "m", "backend": "onnxruntime", "quantization": "int8", "kv_cache_type": "fp32",
     "max_context": 64, "max_batch": 1, "eos_token_ids": [2], "options": {"a": 1}, "builder": {"numpy": "2"},
     "files": {"model.onnx": {"size": 5, "sha256": "x"}},
-    "geometry": {"architecture": "LlamaForCausalLM", "num_layers": 1, "hidden_size": 8, "intermediate_size": 8,
-                 "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "vocab_size": 3, "max_position": 64,
-                 "num_parameters": 10},
+    "model": {"architecture": "LlamaForCausalLM", "hidden_size": 8, "intermediate_size": 8, "num_heads": 1,
+              "num_kv_heads": 1, "head_dim": 8, "vocab_size": 3, "max_position": 64, "norm_eps": 1e-6,
+              "ropes": [{"dim": 8, "theta": 1e4, "parameters": {"factor": 2.0}}],
+              "layers": [{"index": 0, "window": 4}]},
 }  # fmt: skip
 QUANTIZED = CONFIG | {
     "quantization_config": {

@@ -46,8 +46,8 @@ def write_calibration(directory: Path) -> None:
 
 
 def open_session(engine_dir: Path, manifest, kind: str) -> OrtSession:
-    rows = manifest.geometry.vocab_size
-    return OrtSession(engine_dir, manifest.geometry, rows, manifest.max_context, manifest.max_context, 1, kind)
+    rows = manifest.model.vocab_size
+    return OrtSession(engine_dir, manifest.model, rows, manifest.max_context, manifest.max_context, 1, kind)
 
 
 @pytest.fixture(scope="module", params=sorted(checkpoints.CASES))
@@ -103,9 +103,7 @@ def test_the_int8_cache_holds_what_the_reference_makes_of_the_fp32_one(llama):
         each.prefill(PROMPT, 0)
     sequences = [line for line in (checkpoint / "calibration.jsonl").read_text().splitlines()]
     ids = [np.frombuffer(json.loads(line)["text"].encode(), np.uint8).astype(np.int32) for line in sequences]
-    scales = kv_cache.int8_scales(
-        kv_cache.measure_peaks(engine_dir, manifest.geometry, manifest.geometry.vocab_size, ids)
-    )
+    scales = kv_cache.int8_scales(kv_cache.measure_peaks(engine_dir, manifest.model, manifest.model.vocab_size, ids))
     wanted = kv_cache.quantize_int8(expected.kv_cache[0, 0, :, :, :45], scales[0][:, :, None, :])
     difference = np.abs(session.kv_cache[0, 0, :, :, :45].astype(int) - wanted)
     assert difference.max() <= 1 and difference.mean() < 1e-3 and np.abs(wanted).max() > 100

@@ -21,17 +21,31 @@ from engine_core.errors import (
 from engine_core.formats.manifest import (
     MANIFEST_NAME,
     Manifest,
-    ModelGeometry,
     list_variants,
     read_manifest,
     seal,
     select_variant,
     write_variant,
 )
+from engine_core.models.rope import RopeSpec
+from engine_core.models.spec import LayerSpec, ModelSpec
 from engine_core.serving.engine import Engine
 
-GEOMETRY = ModelGeometry("LlamaForCausalLM", 2, 64, 128, 4, 2, 16, 300, 128, 12345)
-MANIFEST = Manifest("tiny", GEOMETRY, "onnxruntime", "fp32", "fp32", 128, 1, (2,), options={"graph": "model.onnx"})
+MODEL = ModelSpec(
+    architecture="LlamaForCausalLM",
+    hidden_size=64,
+    intermediate_size=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=300,
+    max_position=128,
+    ropes=(RopeSpec(16, 1e4, "longrope", 64, 128, {"factor": 2.0, "short_factor": [1.0, 1.5], "flag": True}),),
+    layers=(LayerSpec(0, window=7, qkv_bias=True), LayerSpec(1, qk_norm=True)),
+    norm_eps=1e-5,
+    attention_scale=0.3,
+)
+MANIFEST = Manifest("tiny", MODEL, "onnxruntime", "fp32", "fp32", 128, 1, (2,), options={"graph": "model.onnx"})
 
 
 def write(directory, **changes):
@@ -73,7 +87,7 @@ DAMAGE = [
     (lambda d: (d / MANIFEST_NAME).write_text("{"), EngineDirectoryError, "cannot be read as JSON"),
     (lambda d: (d / MANIFEST_NAME).write_bytes(b"\xff\xfe"), EngineDirectoryError, "cannot be read as JSON"),
     (lambda d: (d / MANIFEST_NAME).write_text("[]"), EngineDirectoryError, "not a manifest"),
-    (lambda d: edit(d, lambda v: v.pop("geometry")), EngineDirectoryError, "geometry"),
+    (lambda d: edit(d, lambda v: v.pop("model")), EngineDirectoryError, "model"),
     (lambda d: edit(d, lambda v: v.update(surprise=1)), EngineDirectoryError, "surprise"),
     (lambda d: edit(d, lambda v: v.update(schema_version=99, surprise=1)), SchemaVersionError, "version 99"),
     (
@@ -176,8 +190,8 @@ def test_an_engine_is_replaced_and_anything_else_is_not(tmp_path):
     "change",
     [
         {"max_context": "x"}, {"max_context": -1}, {"eos_token_ids": 5}, {"eos_token_ids": ["a"]}, {"files": []},
-        {"files": {"a": {"size": 1, "sha256": 5}}}, {"files": {"a": None}}, {"geometry": None}, {"options": []},
-        {"geometry": {"num_layers": 1}}, {"model_name": None}, {"use_cuda_graph": 1}, {"colour": "red"},
+        {"files": {"a": {"size": 1, "sha256": 5}}}, {"files": {"a": None}}, {"model": None}, {"options": []},
+        {"model": {"hidden_size": 1}}, {"model_name": None}, {"use_cuda_graph": 1}, {"colour": "red"},
     ],
     ids=str,
 )  # fmt: skip
@@ -187,6 +201,31 @@ def test_a_manifest_with_wrong_types_is_refused_with_one_sentence(tmp_path, chan
     with pytest.raises(EngineDirectoryError) as raised:
         read_manifest(tmp_path / "engine")
     assert "\n" not in str(raised.value) and "not a whole manifest" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 0}, {"num_heads": 3}, {"activation": "relu"}, {"layers": []}, {"ropes": []}, {"norm_eps": "x"},
+        {"layers": [{"index": 0, "rope": 1}]}, {"norm_eps": float("nan")}, {"attention_scale": True}, {"colour": "red"},
+        {"ropes": [{"dim": 99, "theta": 1.0}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_model_that_cannot_be_is_refused_with_one_sentence(tmp_path, change):
+    write(tmp_path / "engine")
+    edit(tmp_path / "engine", lambda values: values["model"].update(change))
+    with pytest.raises(EngineDirectoryError, match="not a whole manifest") as raised:
+        read_manifest(tmp_path / "engine")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_engine_of_the_first_schema_is_refused_with_the_command_that_builds_it_again(tmp_path):
+    directory = write(tmp_path / "engine")
+    edit(directory, lambda v: v.update(schema_version=1, geometry=v.pop("model")))
+    with pytest.raises(SchemaVersionError, match="edgellm build CHECKPOINT .*/engine --backend onnxruntime") as raised:
+        Engine.open(EngineConfig(directory))
+    assert "--quantization fp32 --max-context 128" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["additional_chat_templates/default.jinja", "chat_template.jinja", "tokenizer.model"])

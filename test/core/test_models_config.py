@@ -19,7 +19,7 @@ from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.companions import eos_token_ids
 from engine_core.formats.manifest import read_manifest
 from engine_core.models.families import FAMILIES, family_of
-from engine_core.models.spec import check_tensors, read_spec
+from engine_core.models.reader import check_tensors, read_spec
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=45)
 
@@ -32,9 +32,7 @@ def change(directory, remove=(), **values):
 
 def assert_same_logits(directory, prompt=PROMPT, max_context=64):
     manifest = build_engine(directory, directory / "engine", max_context=max_context)
-    session = OrtSession(
-        directory / "engine", manifest.geometry, manifest.geometry.vocab_size, max_context, max_context, 1
-    )
+    session = OrtSession(directory / "engine", manifest.model, manifest.model.vocab_size, max_context, max_context, 1)
     session.prefill(prompt, 0)
     expected = checkpoints.reference_logits(checkpoints.reference(directory), prompt)[-1]
     assert np.abs(session.logits - expected).max() < 1e-4

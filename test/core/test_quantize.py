@@ -28,7 +28,7 @@ from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, BuildError, CheckpointError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.number_formats import unpack_nibbles
-from engine_core.models.spec import read_spec
+from engine_core.models.reader import read_spec
 from engine_core.quantize import quantize_checkpoint
 
 PROMPT = np.random.default_rng(3).integers(3, 259, size=20)
@@ -48,7 +48,7 @@ def original(tmp_path_factory):
 
 
 def logits_of(engine_dir, manifest) -> np.ndarray:
-    session = OrtSession(engine_dir, manifest.geometry, manifest.geometry.vocab_size, 64, 64, 1)
+    session = OrtSession(engine_dir, manifest.model, manifest.model.vocab_size, 64, 64, 1)
     session.prefill(PROMPT, 0)
     return session.logits.copy()
 
@@ -220,7 +220,7 @@ def test_weights_rounded_anew_to_what_was_asked_for_are_told_and_recorded(origin
     manifest = build_engine(
         tmp_path / "out", tmp_path / "engine", quantization="int8", max_context=64, report=lines.append
     )
-    assert manifest.options["requantized"] == 4 * manifest.geometry.num_layers
+    assert manifest.options["requantized"] == 4 * manifest.model.num_layers
     assert any("rounded anew to int8" in line for line in lines)
     expected = transformers_logits(tmp_path / "out")
     assert np.abs(logits_of(tmp_path / "engine", manifest) - expected).mean() / expected.std() < 0.05

@@ -14,7 +14,7 @@ import torch
 
 import checkpoints
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.models.spec import read_spec
+from engine_core.models.reader import read_spec
 from engine_core.quantize.calibration import Tokens, linears_of, run_layers
 from engine_core.quantize.output import changed_weights
 from engine_core.quantize.scheme import make_scheme

@@ -18,7 +18,7 @@ from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.weight_formats import weight_format
-from engine_core.models.spec import read_spec
+from engine_core.models.reader import read_spec
 from engine_core.quantize import quantize_checkpoint
 
 SIZES = dict(vocab_size=320, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
@@ -63,7 +63,7 @@ def test_other_groups_and_zero_points_are_dequantized_first_and_told(original, t
     build_cuda(tmp_path / "out", tmp_path / "engine", quantization="int4_awq")
     manifest = read_manifest(tmp_path / "engine")
     assert manifest.quantization == "int4_awq"
-    assert manifest.options["requantized"] == 4 * manifest.geometry.num_layers
+    assert manifest.options["requantized"] == 4 * manifest.model.num_layers
     assert "rounded anew" in caplog.text and "onnxruntime" in caplog.text
     expected = Checkpoint(tmp_path / "out").read("model.layers.1.mlp.down_proj.weight")
     levels, scales = stored(tmp_path / "engine", "layers.1.down")

@@ -371,7 +371,7 @@ def test_a_built_engine_carries_the_maps_metadata(byte_level, chats, tmp_path):
     own = tmp_path / "engine" / "vocab_map.safetensors"
     assert manifest.reduced_vocab_size == 400
     assert SafetensorsFile(own).metadata == SafetensorsFile(path).metadata
-    vocab_size = manifest.geometry.vocab_size
+    vocab_size = manifest.model.vocab_size
     found, given = read_vocab_map(own, vocab_size, tmp_path / "engine"), read_vocab_map(path, vocab_size, byte_level)
     assert np.array_equal(found, given)
     (tmp_path / "engine" / "tokenizer.json").unlink()

@@ -18,14 +18,13 @@ from engine_core.errors import (
     InsufficientMemoryError,
     IntegrityError,
 )
-from engine_core.formats.manifest import Manifest, ModelGeometry, list_variants, seal, write_variant
+from engine_core.formats.manifest import Manifest, list_variants, seal, write_variant
 from engine_core.memory import MemoryItem, MemoryPlan
 from engine_core.planning.selection import choose
 from engine_core.serving.engine import Engine
-from fakes import END, EOS, VOCAB_SIZE, ScriptedBackend, write_tokenizer
+from fakes import END, EOS, ScriptedBackend, fake_model, write_tokenizer
 
-GEOMETRY = ModelGeometry("FakeForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB_SIZE, 512, 1000)
-MANIFEST = Manifest("fake", GEOMETRY, "onnxruntime", "fp32", "fp32", 512, 1, (EOS, END))
+MANIFEST = Manifest("fake", fake_model(), "onnxruntime", "fp32", "fp32", 512, 1, (EOS, END))
 
 
 class _Fake(ScriptedBackend):

@@ -84,7 +84,7 @@ def test_a_cut_head_samples_what_the_full_one_does_among_the_kept_ids(
     options = {"quantization": quantization, "head_bits": head_bits}
     full = build_engine(checkpoint, tmp_path / "full", **options)
     built = build_engine(checkpoint, tmp_path / "built", vocab_map=path, **options)
-    allowed = np.zeros(-(-full.geometry.vocab_size // 32) * 32, dtype=bool)
+    allowed = np.zeros(-(-full.model.vocab_size // 32) * 32, dtype=bool)
     allowed[ids] = True
     mask = np.packbits(allowed, bitorder="little").view(np.uint32)
     oracle = load(tmp_path / "full", full)

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.safetensors_file import write_safetensors
-from engine_core.models.spec import read_spec
+from engine_core.models.reader import read_spec
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>")
 TEMPLATE = (

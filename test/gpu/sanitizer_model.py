@@ -5,6 +5,7 @@ Arguments: the weights (fp16, int8, int4) and the KV cache (fp16, int8).
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -16,25 +17,32 @@ from device_steps import generate  # noqa: E402
 from engine_core.backends.cuda.backend import CudaBackend  # noqa: E402
 from engine_core.backends.cuda.layout import CudaSpec, weight_arrays  # noqa: E402
 from engine_core.cuda.driver import Device  # noqa: E402
-from engine_core.cuda.kernels.attention import AttentionShape  # noqa: E402
 from engine_core.formats.weight_formats import weight_format  # noqa: E402
+from engine_core.models.shapes import spec_of  # noqa: E402
 from engine_core.request import SamplingParams  # noqa: E402
 
 VOCAB, CONTEXT, HEAD_DIM = 1008, 309, 32  # the last chunk of 290 tokens has rows beyond the context
+MODEL = dict(
+    architectures=["Qwen3ForCausalLM"],  # has norms of Q and K; the biases of QKV are added
+    num_hidden_layers=2,
+    hidden_size=256,
+    intermediate_size=384,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=HEAD_DIM,
+    vocab_size=VOCAB,
+    rms_norm_eps=1e-5,
+)
 
 
 def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool, tune_kernels: bool = False) -> CudaBackend:
+    model = spec_of(MODEL)
     spec = CudaSpec(
-        num_layers=2,
-        hidden=256,
-        intermediate=384,
-        attention=AttentionShape(8, 2, HEAD_DIM, CONTEXT, 1e-5, True, kv_cache_type == "int8"),
-        vocab_size=VOCAB,
+        model=dataclasses.replace(model, layers=tuple(dataclasses.replace(x, qkv_bias=True) for x in model.layers)),
+        kv_int8=kv_cache_type == "int8",
+        max_context=CONTEXT,
         head_rows=VOCAB,
         dtype="fp16",
-        norm_eps=1e-5,
-        qkv_bias=True,
-        tied=False,
         weight_format=weight_format(weights),
         chunk=64,
         prefix_slots=2,

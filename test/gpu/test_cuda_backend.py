@@ -9,15 +9,26 @@ from device_steps import generate
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.layout import CudaSpec, weight_arrays
 from engine_core.cuda.driver import Device, DeviceMemoryError
-from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.errors import EngineFaultError, InvalidSamplingError
 from engine_core.formats.weight_formats import weight_format
 from engine_core.measure.steps import begin, decode, prefill
+from engine_core.models.shapes import spec_of
 from engine_core.request import SamplingParams
 
 pytestmark = pytest.mark.gpu
 
 VOCAB, CONTEXT = 500, 301  # no multiple of the eight tokens whose scales an int8 cache copies at once
+MODEL = dict(
+    architectures=["LlamaForCausalLM"],
+    num_hidden_layers=2,
+    hidden_size=64,
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=VOCAB,
+    rms_norm_eps=1e-5,
+)
 
 
 def options(**changes) -> SamplingParams:
@@ -27,16 +38,11 @@ def options(**changes) -> SamplingParams:
 def make_backend(fill=None, *, vocab_map=None, kv_int8=False, **changes) -> CudaBackend:
     """A random model of two layers. ``fill``: changes a weight (name, values) in place."""
     values = dict(
-        num_layers=2,
-        hidden=64,
-        intermediate=128,
-        attention=AttentionShape(4, 2, 16, CONTEXT, 1e-5, False, kv_int8),
-        vocab_size=VOCAB,
+        model=spec_of(MODEL),
+        kv_int8=kv_int8,
+        max_context=CONTEXT,
         head_rows=VOCAB if vocab_map is None else len(vocab_map),
         dtype="fp16",
-        norm_eps=1e-5,
-        qkv_bias=False,
-        tied=False,
         weight_format=weight_format("fp16"),
         chunk=64,
         prefix_slots=2,

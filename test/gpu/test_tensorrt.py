@@ -95,7 +95,7 @@ def test_logits_are_those_of_the_exported_model(model, tmp_path):
     from engine_core.backends.tensorrt.export import export_onnx
     from engine_core.formats.checkpoint import Checkpoint
     from engine_core.formats.weights import Weights
-    from engine_core.models.spec import read_spec
+    from engine_core.models.reader import read_spec
     from trt_runners import PlainRunner
 
     checkpoint = Checkpoint(model[1])

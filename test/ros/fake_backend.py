@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine_core.errors import EngineFaultError
-from engine_core.formats.manifest import Manifest, ModelGeometry, seal, write_variant
+from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.memory import MemoryItem, MemoryPlan
-from fakes import END, EOS, VOCAB_SIZE, ScriptedBackend, write_tokenizer
+from fakes import END, EOS, ScriptedBackend, fake_model, write_tokenizer
 
 MAX_CONTEXT = 2048
 
@@ -49,8 +49,9 @@ class FakeBackend(ScriptedBackend):
 
 def write_engine(directory: Path, *, backend: str = "fake", **options) -> Path:
     """A whole engine directory for FakeBackend; of another ``backend``, one that it refuses."""
-    geometry = ModelGeometry("FakeForCausalLM", 1, 8, 8, 1, 1, 8, VOCAB_SIZE, MAX_CONTEXT, 1000)
-    manifest = Manifest("fake", geometry, backend, "fp32", "fp32", MAX_CONTEXT, 1, (EOS, END), options=options)
+    manifest = Manifest(
+        "fake", fake_model(MAX_CONTEXT), backend, "fp32", "fp32", MAX_CONTEXT, 1, (EOS, END), options=options
+    )
     with write_variant(directory) as temporary:
         write_tokenizer(temporary)
         seal(temporary, manifest)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends.cuda.capabilities import CAPABILITIES
-from engine_core.backends.cuda.layout import CudaSpec, options_of, weight_arrays
+from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, weight_arrays
 from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE, fits
@@ -29,7 +29,8 @@ from engine_core.formats.weight_formats import weight_format
 from engine_core.formats.weight_formats.base import Rounding
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
-from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec, check_tensors, read_spec
+from engine_core.models.reader import check_tensors, read_spec
+from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
 
 _log = logging.getLogger(__name__)
 
@@ -71,9 +72,10 @@ def build_cuda(
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     rows = spec.vocab_size if kept is None else len(kept)
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context, head_rows=rows)
+    check_tensors(spec, checkpoint)
     manifest = Manifest(
         model_name=model_name or companions.model_name(checkpoint),
-        geometry=spec.geometry(check_tensors(spec, checkpoint)),
+        model=spec,
         backend="cuda",
         quantization=quantization,
         kv_cache_type="fp16" if kv_cache_type == "auto" else kv_cache_type,
@@ -85,7 +87,7 @@ def build_cuda(
         use_cuda_graph=True,
         builder=companions.versions(()),
         notes=companions.notes(spec, max_context),
-        options=model_options(spec, dtype),
+        options=dataclasses.asdict(CudaOptions(dtype)),
     )
     with write_variant(Path(engine_dir)) as directory:
         companions.copy_companions(checkpoint, directory)
@@ -97,19 +99,9 @@ def build_cuda(
                 "symmetric values in groups of %d only, such as %s; the backend onnxruntime keeps them as they are.",
                 len(rounded), checkpoint.directory, quantization, GROUP, rounded[0],
             )  # fmt: skip
-            manifest = dataclasses.replace(manifest, options=manifest.options | {"requantized": len(rounded)})
+            manifest = dataclasses.replace(manifest, options=dataclasses.asdict(CudaOptions(dtype, len(rounded))))
         manifest = seal(directory, manifest)
     return manifest
-
-
-def model_options(spec: ModelSpec, dtype: str) -> dict:
-    return options_of(
-        dtype=dtype,
-        norm_eps=spec.norm_eps,
-        qk_norm=bool(spec.layers[0].q_norm),
-        qkv_bias=bool(spec.layers[0].qkv.biases),
-        tied=spec.tied,
-    )
 
 
 def fused_tensors(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 from engine_core.backends.capabilities import capabilities_of
 from engine_core.config import EngineConfig
@@ -18,9 +18,10 @@ from engine_core.cuda.kernels.launch_configs import PACKED_ROWS, PackedRowsProbl
 from engine_core.cuda.kernels.linear_packed import LAYOUTS, packed_scratch
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.errors import ConfigurationError, EngineDirectoryError
-from engine_core.formats.manifest import Manifest
+from engine_core.formats.manifest import Manifest, read_options
 from engine_core.formats.weight_formats import weight_format
 from engine_core.formats.weight_formats.base import WeightFormat
+from engine_core.models.spec import ModelSpec
 
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
 PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
@@ -43,27 +44,75 @@ class ArraySpec:
 
 
 @dataclass(frozen=True)
+class CudaOptions:
+    """What a builder writes into the manifest's ``options`` for this backend's kernels."""
+
+    dtype: str  # fp16 or bf16: of the weights that are not quantized, and of scales
+    requantized: int = 0  # quantized matrices that were dequantized and rounded anew
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("fp16", "bf16"):
+            raise ValueError(f"dtype is {self.dtype!r:.60}, not fp16 or bf16")
+
+
+@dataclass(frozen=True)
 class CudaSpec:
     """One model as this backend runs it."""
 
-    num_layers: int
-    hidden: int
-    intermediate: int
-    attention: AttentionShape
-    vocab_size: int
-    head_rows: int  # rows of the LM head: vocab_size, or fewer with a vocabulary map
-    dtype: str  # fp16 or bf16: weights, activations, and the KV cache unless attention.kv_int8
-    norm_eps: float
-    qkv_bias: bool
-    tied: bool  # the LM head is the embedding
+    model: ModelSpec
+    head_rows: int  # rows of the LM head: model.vocab_size, or fewer with a vocabulary map
+    dtype: str  # fp16 or bf16: weights, activations, and the KV cache unless it is int8
     weight_format: WeightFormat  # of the layers' matrices and the head: fp16, or one in LAYOUTS
+    kv_int8: bool
+    max_context: int
     chunk: int  # tokens of a prefill step
     prefix_slots: int
     prefix_tokens: int
 
+    # --- of the model -------------------------------------------------------------------------------
+
     @property
-    def max_context(self) -> int:
-        return self.attention.max_context
+    def num_layers(self) -> int:
+        return self.model.num_layers
+
+    @property
+    def hidden(self) -> int:
+        return self.model.hidden_size
+
+    @property
+    def intermediate(self) -> int:
+        return self.model.intermediate_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def norm_eps(self) -> float:
+        return self.model.norm_eps
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.model.layers[0].qkv_bias
+
+    @property
+    def tied(self) -> bool:
+        """Whether the LM head is the embedding."""
+        return self.model.tied
+
+    @cached_property
+    def attention(self) -> AttentionShape:
+        """What the attention kernels are specialised for; the same in every layer of a model that the kernels run."""
+        model = self.model
+        return AttentionShape(
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            max_context=self.max_context,
+            norm_eps=model.norm_eps,
+            qk_norm=model.layers[0].qk_norm,
+            kv_int8=self.kv_int8,
+        )
 
     @property
     def is_packed(self) -> bool:
@@ -81,36 +130,17 @@ class CudaSpec:
 
         Raises ConfigurationError or EngineDirectoryError.
         """
-        geometry, options = manifest.geometry, manifest.options
         if (reason := capabilities_of(manifest.backend).batch_refusal(config.max_batch)) is not None:
             raise ConfigurationError(reason)
-        try:
-            dtype, norm_eps = options["dtype"], float(options["norm_eps"])
-            qk_norm, qkv_bias, tied = (bool(options[key]) for key in ("qk_norm", "qkv_bias", "tied"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineDirectoryError(f"The manifest's options lack {error}; build the engine again.") from error
         max_context = config.max_context or manifest.max_context
         chunk = min(config.prefill_chunk or PREFILL_CHUNK, max_context)
         return cls(
-            num_layers=geometry.num_layers,
-            hidden=geometry.hidden_size,
-            intermediate=geometry.intermediate_size,
-            attention=AttentionShape(
-                num_heads=geometry.num_heads,
-                num_kv_heads=geometry.num_kv_heads,
-                head_dim=geometry.head_dim,
-                max_context=max_context,
-                norm_eps=norm_eps,
-                qk_norm=qk_norm,
-                kv_int8=_kv_cache_type(manifest, config) == "int8",
-            ),
-            vocab_size=geometry.vocab_size,
-            head_rows=manifest.reduced_vocab_size or geometry.vocab_size,
-            dtype=dtype,
-            norm_eps=norm_eps,
-            qkv_bias=qkv_bias,
-            tied=tied,
+            model=manifest.model,
+            head_rows=manifest.reduced_vocab_size or manifest.model.vocab_size,
+            dtype=read_options(manifest, CudaOptions).dtype,
             weight_format=_weight_format(manifest),
+            kv_int8=_kv_cache_type(manifest, config) == "int8",
+            max_context=max_context,
             chunk=round_rows(chunk),
             prefix_slots=config.prompt_cache_entries,
             prefix_tokens=min(config.prompt_cache_tokens, max_context),
@@ -175,13 +205,7 @@ def packed_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
 
 def product_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
     """(rows, columns) of the matrices of a layer."""
-    attention = spec.attention
-    return {
-        "qkv": (attention.qkv_width, spec.hidden),
-        "o": (spec.hidden, attention.num_heads * attention.head_dim),
-        "gate_up": (2 * spec.intermediate, spec.hidden),
-        "down": (spec.hidden, spec.intermediate),
-    }
+    return spec.model.layer_matrices
 
 
 def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
@@ -230,7 +254,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
 def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
     """What the engine opens with: the parameter, else what it was built to open with. Raises ConfigurationError."""
     kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
-    reason = capabilities_of(manifest.backend).kv_cache_refusal(None, manifest.quantization, kind)
+    reason = capabilities_of(manifest.backend).kv_cache_refusal(manifest.model, manifest.quantization, kind)
     if reason is not None:
         raise ConfigurationError(reason)
     return kind
@@ -260,8 +284,3 @@ def bytes_by_purpose(*groups: dict[str, ArraySpec]) -> dict[str, int]:
         for array in group.values():
             totals[array.purpose] = totals.get(array.purpose, 0) + array.nbytes
     return totals
-
-
-def options_of(*, dtype: str, norm_eps: float, qk_norm: bool, qkv_bias: bool, tied: bool) -> dict[str, Any]:
-    """What a builder writes into the manifest's ``options`` for this backend."""
-    return {"dtype": dtype, "norm_eps": norm_eps, "qk_norm": qk_norm, "qkv_bias": qkv_bias, "tied": tied}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine_core.backends.cuda import build as builder
 from engine_core.backends.cuda.capabilities import CAPABILITIES
-from engine_core.backends.cuda.layout import CudaSpec, planned_bytes, weight_arrays
+from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, planned_bytes, weight_arrays
 from engine_core.backends.cuda.weights import resolve
 from engine_core.backends.toolkit import BuildRequest, Size
 from engine_core.config import EngineConfig
@@ -41,18 +41,18 @@ def spec_for(spec: ModelSpec, weight_format: str, size: Size) -> CudaSpec:
     """Return the model as the engine that ``build`` would make runs it."""
     manifest = Manifest(
         model_name="",
-        geometry=spec.geometry(spec.num_parameters),
+        model=spec,
         backend=CAPABILITIES.backend,
         quantization=weight_format,
         kv_cache_type=size.kv_cache_type or CAPABILITIES.kv_cache_types[0],
         max_context=size.max_context,
         max_batch=1,
         eos_token_ids=(),
+        reduced_vocab_size=size.head_rows,
         group_size=0 if CAPABILITIES.blocks(formats.weight_format(weight_format)) is None else GROUP,
-        options=builder.model_options(spec, "fp16"),
+        options=dataclasses.asdict(CudaOptions("fp16")),
     )
-    made = CudaSpec.create(manifest, EngineConfig(Path()))
-    return dataclasses.replace(made, head_rows=size.head_rows or spec.vocab_size)
+    return CudaSpec.create(manifest, EngineConfig(Path()))
 
 
 def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, num_sms: int) -> dict[str, int]:

@@ -96,7 +96,7 @@ class OnnxRuntimeBackend:
         try:
             session = OrtSession(
                 variant_dir,
-                manifest.geometry,
+                manifest.model,
                 layout.head_rows,
                 layout.max_context,
                 layout.chunk,
@@ -189,9 +189,7 @@ class OnnxRuntimeBackend:
         self._stop_ids = sampling.stop_token_ids
         self._ended = False
 
-    def _prefill_step(
-        self, token_ids: np.ndarray, position: int, mask: np.ndarray | None, samples: bool
-    ) -> int | None:
+    def _prefill_step(self, token_ids: np.ndarray, position: int, mask: np.ndarray | None, samples: bool) -> int | None:
         if self._ended or not self._feed(token_ids, position) or not samples:
             return None
         return self._sample(mask)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
 from engine_core.backends.onnxruntime.exporter import OrtDialect, Packing, Precision
+from engine_core.backends.onnxruntime.plan import OrtOptions
 from engine_core.backends.onnxruntime.weight_writer import own_block_size
 from engine_core.errors import BuildError
 from engine_core.formats import companions
@@ -20,7 +22,7 @@ from engine_core.formats.weight_formats import weight_format
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
-from engine_core.models.spec import ModelSpec, check_tensors, read_spec
+from engine_core.models.reader import check_tensors, read_spec
 from engine_core.quantize.calibration_texts import NAMES, find_calibration, read_sequences
 from engine_core.quantize.kv_cache import int8_scales, measure_peaks
 
@@ -68,14 +70,16 @@ def build_engine(
         raise BuildError(reason)
     precision = precision_of(quantization, group_size, head_bits)
     _check_group_size(precision.linear, found, group_size)
-    num_parameters = check_tensors(spec, checkpoint)
+    check_tensors(spec, checkpoint)
     max_context = max_context or CAPABILITIES.default_context(spec)
     companions.check_tokenizer(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     calibration = _calibration(kv_cache_type, calibration, checkpoint)
     weights = Weights(checkpoint, spec, kept)
-    report(f"Building {spec.architecture} with {num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}")
+    report(
+        f"Building {spec.architecture} with {spec.num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}"
+    )
     with write_variant(Path(out_dir)) as directory:
         with GraphWriter(directory, spec.architecture) as writer:
             dialect = OrtDialect(writer, weights, precision, max_context)
@@ -83,13 +87,12 @@ def build_engine(
             if calibration is not None:
                 sequences = read_sequences(calibration, checkpoint, max_context, spec.vocab_size)
                 report(f"Calibrating the int8 KV cache on {sum(map(len, sequences))} tokens of {calibration}")
-                geometry = spec.geometry(num_parameters)
-                dialect.add_int8_cache(int8_scales(measure_peaks(directory, geometry, weights.head_rows, sequences)))
+                dialect.add_int8_cache(int8_scales(measure_peaks(directory, spec, weights.head_rows, sequences)))
         companions.copy_companions(checkpoint, directory)
         companions.copy_vocab_map(vocab_map, kept, directory)
         manifest = Manifest(
             model_name=model_name or companions.model_name(checkpoint),
-            geometry=spec.geometry(num_parameters),
+            model=spec,
             backend="onnxruntime",
             quantization=quantization,
             kv_cache_type="fp32" if kv_cache_type == "auto" else kv_cache_type,
@@ -100,7 +103,7 @@ def build_engine(
             group_size=_group_size(weights, precision),
             builder=companions.versions(),
             notes=companions.notes(spec, max_context),
-            options=engine_options(spec, precision, dialect.packing, shares_head=spec.tied and kept is None),
+            options=asdict(engine_options(precision, dialect.packing, shares_head=spec.tied and kept is None)),
         )
         if dialect.num_requantized:
             report(
@@ -113,16 +116,15 @@ def build_engine(
     return manifest
 
 
-def engine_options(spec: ModelSpec, precision: Precision, packing: Packing, *, shares_head: bool) -> dict:
-    """The manifest's ``options``. ``shares_head``: the token lookup and the whole LM head use the same bytes."""
-    return {
-        "head_bits": precision.head.bits,
-        "rope_dims": [rope.dim for rope in spec.ropes],
-        "shares_head": shares_head,
-        "released_bytes": packing.released,
-        "packed_bytes": packing.packed + packing.largest_scales,
-        "packed_head_bytes": packing.head,
-    }
+def engine_options(precision: Precision, packing: Packing, *, shares_head: bool) -> OrtOptions:
+    """``shares_head``: the token lookup and the whole LM head use the same bytes."""
+    return OrtOptions(
+        head_bits=precision.head.bits,
+        shares_head=shares_head,
+        released_bytes=packing.released,
+        packed_bytes=packing.packed + packing.largest_scales,
+        packed_head_bytes=packing.head,
+    )
 
 
 def _check_group_size(wanted: WeightFormat, found: str, group_size: int) -> None:

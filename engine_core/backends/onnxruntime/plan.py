@@ -14,11 +14,12 @@ from engine_core.backends.onnxruntime.files import DATA_NAME, held_types
 from engine_core.backends.onnxruntime.session import has_flash_attention
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError
-from engine_core.formats.manifest import Manifest
+from engine_core.formats.manifest import Manifest, read_options
 from engine_core.formats.vocab_map import configured_vocab_map
 from engine_core.host_cpu import count_cores
 from engine_core.host_memory import available_memory
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
+from engine_core.models.spec import ModelSpec
 
 _log = logging.getLogger(__name__)
 
@@ -40,12 +41,28 @@ class Layout:
     kv_cache_type: str
     chunk: int
     threads: int
-    vocab_size: int
+    model: ModelSpec
     head_rows: int  # rows of the LM head that runs
     vocab_map: np.ndarray | None  # int32 [rows]
     cuts_head: bool  # the head is whole in the engine; ``vocab_map`` was given at load
     prefix_slots: int
     prefix_tokens: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+
+@dataclass(frozen=True)
+class OrtOptions:
+    """What the builder writes into the manifest's ``options``. Bytes are those of the data file and of its packing."""
+
+    head_bits: int = 32  # of the LM head's values
+    shares_head: bool = False  # the token lookup and the whole LM head use the same bytes
+    released_bytes: int = 0  # of the file, not kept once they are packed
+    packed_bytes: int = 0  # what the runtime packs the weights into
+    packed_head_bytes: int = 0  # of packed_bytes, the LM head's
+    requantized: int = 0  # quantized matrices that were dequantized and rounded anew
 
 
 def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layout:
@@ -66,9 +83,9 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
         max_context=max_context,
         kv_cache_type=_kv_cache_type(manifest, config),
         chunk=min(config.prefill_chunk or _CHUNK, max_context),
-        threads=_num_threads(config.num_threads, manifest.geometry.num_parameters),
-        vocab_size=manifest.geometry.vocab_size,
-        head_rows=manifest.geometry.vocab_size if vocab_map is None else len(vocab_map),
+        threads=_num_threads(config.num_threads, manifest.model.num_parameters),
+        model=manifest.model,
+        head_rows=manifest.model.vocab_size if vocab_map is None else len(vocab_map),
         vocab_map=vocab_map,
         cuts_head=cuts_head,
         prefix_slots=config.prompt_cache_entries,
@@ -86,7 +103,7 @@ def _num_threads(asked: int, num_parameters: int) -> int:
 
 def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
     kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
-    if (reason := CAPABILITIES.kv_cache_refusal(None, manifest.quantization, kind)) is not None:
+    if (reason := CAPABILITIES.kv_cache_refusal(manifest.model, manifest.quantization, kind)) is not None:
         raise ConfigurationError(reason)
     held = held_types(manifest.files)
     if kind not in held:
@@ -103,11 +120,11 @@ def _default_threads(num_parameters: int) -> int:
 
 def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     """Every byte ``load`` takes, by purpose, and what the machine has free."""
-    geometry = manifest.geometry
+    model = manifest.model
     cache = dict(
-        num_layers=geometry.num_layers,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
         kv_cache_type=layout.kv_cache_type,
     )
     prefix = kv_cache_bytes(**cache, max_context=layout.prefix_tokens, int8_scales="none") * layout.prefix_slots
@@ -115,7 +132,7 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     rope = _rope_values(manifest) * (2 if layout.kv_cache_type == "fp16" else 4)
     stored = stored_rope_bytes(manifest)  # those of the other type stay on the disk
     rows = layout.head_rows
-    runtime = _RUNTIME_BYTES + _RUNTIME_LAYER_BYTES * geometry.num_layers
+    runtime = _RUNTIME_BYTES + _RUNTIME_LAYER_BYTES * model.num_layers
     runtime += _CUTTING_BYTES if layout.cuts_head else 0
     return MemoryPlan(
         (
@@ -134,7 +151,7 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
 
 def _rope_values(manifest: Manifest) -> int:
     """Of cos and sin together."""
-    return sum(manifest.options.get("rope_dims", [manifest.geometry.head_dim])) * manifest.max_context
+    return sum(rope.dim for rope in manifest.model.ropes) * manifest.max_context
 
 
 def stored_rope_bytes(manifest: Manifest) -> int:
@@ -144,7 +161,7 @@ def stored_rope_bytes(manifest: Manifest) -> int:
 
 def head_row_bytes(manifest: Manifest) -> tuple[int, int]:
     """(bytes of a row of the LM head in the data file, those of them that are its scales)."""
-    hidden, bits = manifest.geometry.hidden_size, manifest.options.get("head_bits", 32)
+    hidden, bits = manifest.model.hidden_size, read_options(manifest, OrtOptions).head_bits
     scales = 4 * -(-hidden // manifest.group_size) if bits < 16 else 0
     return hidden * bits // 8 + scales, scales
 
@@ -154,19 +171,19 @@ def _packed_bytes(layout: Layout, manifest: Manifest) -> int:
 
     Values that the runtime packs leave the mapped file for its own memory; what is shared with the lookup stays too.
     """
-    options = manifest.options
-    packed = options.get("packed_bytes", 0) - options.get("released_bytes", 0)
+    options = read_options(manifest, OrtOptions)
+    packed = options.packed_bytes - options.released_bytes
     return packed + (_cut_head_bytes(layout, manifest) if layout.cuts_head else 0)
 
 
 def _cut_head_bytes(layout: Layout, manifest: Manifest) -> int:
     """What a head that is cut at load takes more than the whole one: the kept rows twice, as they are and packed."""
-    geometry, options = manifest.geometry, manifest.options
+    model, options = manifest.model, read_options(manifest, OrtOptions)
     row, scales = head_row_bytes(manifest)
-    whole = options.get("packed_head_bytes", 0)
-    mapped = 0 if options.get("shares_head") else geometry.vocab_size * (scales or row)
-    buffer = (geometry.vocab_size - layout.head_rows) * scales  # the largest of the model: see exporter.Packing
-    return layout.head_rows * (row + whole // geometry.vocab_size) - whole - mapped - buffer
+    whole = options.packed_head_bytes
+    mapped = 0 if options.shares_head else model.vocab_size * (scales or row)
+    buffer = (model.vocab_size - layout.head_rows) * scales  # the largest of the model: see exporter.Packing
+    return layout.head_rows * (row + whole // model.vocab_size) - whole - mapped - buffer
 
 
 def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:
@@ -175,14 +192,14 @@ def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:
     The MLP's tensors are the widest moment. Quantized weights round its input beside it; attention over an fp16 cache,
     and in older runtimes over an fp32 one, has the scores of all heads, twice.
     """
-    geometry = manifest.geometry
-    hidden, intermediate = geometry.hidden_size, geometry.intermediate_size
+    model = manifest.model
+    hidden, intermediate = model.hidden_size, model.intermediate_size
     values = 6 * hidden + 6 * intermediate  # float32, for each token
     extra = _ARENA_BYTES
     if manifest.quantization != "fp32":
         values += hidden + intermediate
         extra += 2 * _ARENA_BYTES
     if layout.kv_cache_type == "fp16" or (layout.kv_cache_type == "fp32" and not has_flash_attention()):
-        scores = 2 * geometry.num_heads * layout.max_context
+        scores = 2 * model.num_heads * layout.max_context
         values = max(values, 6 * hidden + 4 * intermediate + scores)
     return 4 * layout.chunk * values + extra

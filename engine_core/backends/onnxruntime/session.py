@@ -11,7 +11,7 @@ from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
 from engine_core.backends.onnxruntime.head import cut_head
 from engine_core.backends.onnxruntime.mapped_weights import copy_mapped, held_still
 from engine_core.errors import BackendUnavailableError
-from engine_core.formats.manifest import ModelGeometry
+from engine_core.models.spec import ModelSpec
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}  # of the KV cache
 # Before 1.27 the CPU's attention operator reads no int8 cache: 1.26 opens the graph and fails in the first step.
@@ -33,7 +33,7 @@ class OrtSession:
     def __init__(
         self,
         variant_dir: Path,
-        geometry: ModelGeometry,
+        model: ModelSpec,
         rows: int,
         max_context: int,
         chunk: int,
@@ -44,13 +44,13 @@ class OrtSession:
     ):
         self.max_context = max_context
         self.chunk = chunk
-        options, model = session_options(threads, packed), _model_path(variant_dir, kv_cache_type)
+        options, path = session_options(threads, packed), _model_path(variant_dir, kv_cache_type)
         data = variant_dir / DATA_NAME
         with held_still(data) as fd:
-            source, self._head = (str(model), None) if kept is None else cut_head(model, kept, options)
+            source, self._head = (str(path), None) if kept is None else cut_head(path, kept, options)
             self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
             copy_mapped(data, fd)
-        shape = (geometry.num_layers, 1, 2, geometry.num_kv_heads, max_context, geometry.head_dim)
+        shape = (model.num_layers, 1, 2, model.num_kv_heads, max_context, model.head_dim)
         self.kv_cache = np.empty(shape, dtype=DTYPES[kv_cache_type])
         self.kv_cache.fill(0)  # takes the pages now rather than token by token
         self.logits = np.zeros(rows, dtype=np.float32)

@@ -11,12 +11,12 @@ from engine_core.backends.onnxruntime import build as builder
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
 from engine_core.backends.onnxruntime.exporter import Packing
 from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
-from engine_core.backends.onnxruntime.plan import head_row_bytes, plan_memory, resolve, stored_rope_bytes
+from engine_core.backends.onnxruntime.plan import OrtOptions, head_row_bytes, plan_memory, resolve, stored_rope_bytes
 from engine_core.backends.onnxruntime.size import count_data
 from engine_core.backends.toolkit import BuildRequest, Size
 from engine_core.config import EngineConfig
 from engine_core.formats import weight_formats as formats
-from engine_core.formats.manifest import FileRecord, Manifest
+from engine_core.formats.manifest import FileRecord, Manifest, read_options
 from engine_core.memory import MemoryPlan
 from engine_core.models.shapes import SpecTensors
 from engine_core.models.spec import ModelSpec
@@ -48,7 +48,7 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
     graphs = {graph_name(kind): FileRecord(0, "") for kind in CAPABILITIES.kv_cache_types}
     manifest = Manifest(
         model_name="",
-        geometry=spec.geometry(spec.num_parameters),
+        model=spec,
         backend=CAPABILITIES.backend,
         quantization=weight_format,
         kv_cache_type=kv_cache_type,
@@ -56,7 +56,7 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
         max_batch=1,
         eos_token_ids=(),
         group_size=precision.group_size,
-        options=builder.engine_options(spec, precision, packing, shares_head=shares_head),
+        options=dataclasses.asdict(builder.engine_options(precision, packing, shares_head=shares_head)),
         files={DATA_NAME: FileRecord(data, "")} | graphs,
     )
     layout = resolve(Path(), manifest, EngineConfig(Path()))
@@ -81,9 +81,9 @@ def _items(plan: MemoryPlan) -> dict[str, int]:
 def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
     """The layers' bytes of the data file, and so many rows of the head."""
     row, _ = head_row_bytes(manifest)
-    vocab_size = manifest.geometry.vocab_size
+    vocab_size = manifest.model.vocab_size
     tables = vocab_size  # rows of the file's tables: the lookup's, and the head's where it has its own
-    if not manifest.options.get("shares_head"):
+    if not read_options(manifest, OrtOptions).shares_head:
         tables += manifest.reduced_vocab_size or vocab_size
     layers = manifest.files[DATA_NAME].size - stored_rope_bytes(manifest) - tables * row
     return layers + head_rows * row

@@ -21,6 +21,7 @@ from engine_core.backends.tensorrt.layout import (
     DECODE,
     PLAN_NAME,
     PREFILL,
+    TrtOptions,
     TrtSpec,
     cache_names,
     cache_output_names,
@@ -28,7 +29,7 @@ from engine_core.backends.tensorrt.layout import (
     past_for,
     work_arrays,
 )
-from engine_core.backends.tensorrt.machine import check_machine, scratch_of
+from engine_core.backends.tensorrt.machine import check_machine
 from engine_core.backends.tensorrt.plan import engine_bytes, has_products
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, Arena, Device, DeviceArray, Launch, PinnedArray, Stream
@@ -37,7 +38,7 @@ from engine_core.cuda.kernels import Kernels
 from engine_core.cuda.kernels.kv_append import AppendShape, NextStep, kv_append, kv_append_blocks
 from engine_core.cuda.kernels.sampling import sample
 from engine_core.errors import EngineDirectoryError, EngineFaultError
-from engine_core.formats.manifest import Manifest
+from engine_core.formats.manifest import Manifest, read_options
 from engine_core.formats.vocab_map import own_vocab_map
 from engine_core.memory import MemoryPlan
 from engine_core.request import SamplingParams
@@ -81,7 +82,7 @@ class TensorRTBackend(DeviceBackend):
                 api,
                 variant_dir / PLAN_NAME,
                 spec,
-                scratch_of(manifest),
+                read_options(manifest, TrtOptions).scratch_bytes,
                 vocab_map=vocab_map,
                 use_cuda_graph=config.use_cuda_graph,
             )

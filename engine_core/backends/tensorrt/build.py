@@ -7,11 +7,11 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_core.backends.cuda.build import model_options, write_weights
+from engine_core.backends.cuda.build import write_weights
 from engine_core.backends.cuda.layout import CudaSpec, product_shapes
 from engine_core.backends.cuda.weights import WEIGHTS_NAME
 from engine_core.backends.tensorrt.api import TensorRT
@@ -23,8 +23,10 @@ from engine_core.backends.tensorrt.gemm_layout import PRODUCTS, plan_name, weigh
 from engine_core.backends.tensorrt.layout import (
     DECODE,
     DEFAULT_MAX_PREFILL,
+    DIALECTS,
     PLAN_NAME,
     PREFILL,
+    TrtOptions,
     TrtSpec,
     profile_shapes,
     work_arrays,
@@ -36,15 +38,15 @@ from engine_core.errors import BuildError, InsufficientMemoryError, UnsupportedM
 from engine_core.formats import companions
 from engine_core.formats.atomic import replaced_file
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.manifest import Manifest, seal, write_variant
+from engine_core.formats.manifest import Manifest, read_options, seal, write_variant
 from engine_core.formats.onnx_writer import DATA_NAME
 from engine_core.formats.weights import Weights
 from engine_core.memory import format_bytes
-from engine_core.models.spec import ModelSpec, check_tensors, read_spec
+from engine_core.models.reader import check_tensors, read_spec
+from engine_core.models.spec import ModelSpec
 
 _log = logging.getLogger(__name__)
 
-DIALECTS = ("auto", "products", "plain", "native")
 # Bytes a layer may take while it runs. More than this buys no faster tactic for products of these sizes, and every
 # byte of it is one less for the KV cache.
 _WORKSPACE = 1 << 30
@@ -81,7 +83,7 @@ def build_tensorrt(
     """
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
-    num_parameters = check_tensors(spec, checkpoint)
+    check_tensors(spec, checkpoint)
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     max_context = max_context or CAPABILITIES.default_context(spec)
     max_prefill = min(max_prefill or DEFAULT_MAX_PREFILL, max_context)
@@ -98,7 +100,7 @@ def build_tensorrt(
     try:
         manifest = Manifest(
             model_name=model_name or companions.model_name(checkpoint),
-            geometry=spec.geometry(num_parameters),
+            model=spec,
             backend="tensorrt",
             quantization=quantization,
             kv_cache_type=quantization if kv_cache_type == "auto" else kv_cache_type,
@@ -110,7 +112,7 @@ def build_tensorrt(
             gpu_arch=device.arch,
             builder={**companions.versions(), "tensorrt": api.version},
             notes=companions.notes(spec, max_context),
-            options={"dtype": quantization, "dialect": dialect, "max_prefill": max_prefill},
+            options=asdict(TrtOptions(quantization, dialect, max_prefill)),
         )
         with write_variant(Path(engine_dir)) as directory:
             companions.copy_companions(checkpoint, directory)
@@ -118,7 +120,6 @@ def build_tensorrt(
             cache_path = timing_cache_path(Path(engine_dir), api, device)
             tools = _Tools(api, device, cache_path, level, report)
             if dialect == "products":
-                manifest.options.update(model_options(spec, quantization))
                 write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept, paired=False)
                 scratch = _write_products(tools, manifest, directory)
             else:
@@ -131,8 +132,8 @@ def build_tensorrt(
 
 def choose_dialect(spec: ModelSpec, max_context: int, quantization: str, dialect: str) -> str:
     """auto resolved. Raises BuildError or UnsupportedModelError where products cannot be what was asked for."""
-    if dialect not in DIALECTS:
-        raise BuildError(f"There is no dialect {dialect!r}; it is one of {', '.join(DIALECTS)}.")
+    if dialect not in ("auto", *DIALECTS):
+        raise BuildError(f"There is no dialect {dialect!r}; it is one of auto, {', '.join(DIALECTS)}.")
     if dialect in ("plain", "native"):
         return dialect
     reason = products_refusal(spec, quantization, max_context)
@@ -176,13 +177,13 @@ class _Tools:
 
 def _write_plan(tools: _Tools, manifest: Manifest, weights: Weights, directory: Path) -> int:
     """Writes the one plan of a whole decoder into ``directory``; the bytes of scratch its contexts need."""
-    options, device = manifest.options, tools.device
+    options, device = read_options(manifest, TrtOptions), tools.device
     spec = TrtSpec.create(manifest, EngineConfig(directory))
     # On the same disk: the ONNX model is as large as the plan.
     with tempfile.TemporaryDirectory(prefix=".onnx.", dir=directory.parent) as temporary:
-        tools.report(f"Exporting {weights.spec.architecture} as ONNX ({options['dialect']}, {options['dtype']})")
+        tools.report(f"Exporting {weights.spec.architecture} as ONNX ({options.dialect}, {options.dtype})")
         model = export_onnx(
-            Path(temporary), weights, manifest.max_context, dialect=options["dialect"], dtype=options["dtype"]
+            Path(temporary), weights, manifest.max_context, dialect=options.dialect, dtype=options.dtype
         )
         weight_bytes = (Path(temporary) / DATA_NAME).stat().st_size
         kv_bytes = work_arrays(spec, 0)["kv_cache"].nbytes

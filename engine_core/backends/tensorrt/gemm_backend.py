@@ -28,15 +28,15 @@ from engine_core.backends.tensorrt.gemm_layout import (
     products_work_arrays,
     weight_shapes,
 )
-from engine_core.backends.tensorrt.layout import DECODE, PREFILL
-from engine_core.backends.tensorrt.machine import check_machine, scratch_of
+from engine_core.backends.tensorrt.layout import DECODE, PREFILL, TrtOptions
+from engine_core.backends.tensorrt.machine import check_machine
 from engine_core.backends.tensorrt.plan import engine_bytes, resolve_products
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import Kernels, linear
 from engine_core.cuda.kernels.attention import AttentionPrefill
 from engine_core.errors import EngineDirectoryError
-from engine_core.formats.manifest import Manifest
+from engine_core.formats.manifest import Manifest, read_options
 from engine_core.memory import MemoryPlan
 
 
@@ -55,7 +55,7 @@ class ProductsBackend(CudaBackend):
     ) -> ProductsBackend:
         """``api``: a stand-in for tests."""
         resolved, api = resolve_products(variant_dir, manifest, config), api or TensorRT()
-        plans = Plans(api, variant_dir, scratch_of(manifest))
+        plans = Plans(api, variant_dir, read_options(manifest, TrtOptions).scratch_bytes)
         check = partial(check_machine, manifest, api)
         return cls._load(variant_dir, resolved, config, check, plans=plans)
 

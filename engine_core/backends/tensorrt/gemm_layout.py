@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 from engine_core.backends.cuda.layout import ArraySpec, CudaSpec, product_shapes, round_rows, work_arrays
-from engine_core.backends.tensorrt.layout import check_chunk
+from engine_core.backends.tensorrt.layout import TrtOptions, check_chunk
 from engine_core.config import EngineConfig
-from engine_core.errors import EngineDirectoryError
-from engine_core.formats.manifest import Manifest
+from engine_core.formats.manifest import Manifest, read_options
 
 # What a layer multiplies, in order: a plan each. With which of the layer's weights, by their names in the plan.
 PRODUCTS = {"qkv": ("qkv", "qkv_bias"), "o": ("o",), "mlp": ("gate_up", "down")}
@@ -33,9 +32,7 @@ def weight_shapes(spec: CudaSpec) -> dict[str, dict[str, tuple[int, ...]]]:
 
 def with_chunk(spec: CudaSpec, manifest: Manifest, config: EngineConfig) -> CudaSpec:
     """``spec`` with the chunk of prefill the plans allow. Raises ConfigurationError or EngineDirectoryError."""
-    max_prefill = manifest.options.get("max_prefill")
-    if not isinstance(max_prefill, int) or max_prefill < 1:
-        raise EngineDirectoryError(f"The manifest's max_prefill is {max_prefill!r}; build the engine again.")
+    max_prefill = read_options(manifest, TrtOptions).max_prefill
     check_chunk(config, max_prefill)
     return dataclasses.replace(spec, chunk=round_rows(min(config.prefill_chunk or max_prefill, spec.max_context)))
 

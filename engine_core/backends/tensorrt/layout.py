@@ -12,9 +12,11 @@ from engine_core.backends.tensorrt.capabilities import CAPABILITIES
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
-from engine_core.errors import ConfigurationError, EngineDirectoryError
-from engine_core.formats.manifest import Manifest
+from engine_core.errors import ConfigurationError
+from engine_core.formats.manifest import Manifest, read_options
+from engine_core.models.spec import ModelSpec
 
+DIALECTS = ("products", "plain", "native")
 PLAN_NAME = "model.plan"
 DEFAULT_MAX_PREFILL = 512  # tokens of a prefill step the engine is built for
 PREFILL, DECODE = 0, 1  # optimization profiles
@@ -24,14 +26,25 @@ ADDRESS_STEP = 256
 
 
 @dataclass(frozen=True)
+class TrtOptions:
+    """What the builder writes into the manifest's ``options``."""
+
+    dtype: str  # fp16 or fp32: of the weights
+    dialect: str  # one of DIALECTS
+    max_prefill: int  # tokens of the longest prefill step
+    scratch_bytes: int = 0  # what the plan that needs most works in
+
+    def __post_init__(self) -> None:
+        if self.dtype not in CAPABILITIES.weight_formats or self.dialect not in DIALECTS or self.max_prefill < 1:
+            raise ValueError(f"dtype, dialect and max_prefill are {self.dtype}, {self.dialect} and {self.max_prefill}")
+
+
+@dataclass(frozen=True)
 class TrtSpec:
     """One model as this backend runs it."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    head_rows: int  # rows of the LM head: vocab_size, or fewer with a vocabulary map
+    model: ModelSpec
+    head_rows: int  # rows of the LM head: model.vocab_size, or fewer with a vocabulary map
     dtype: str  # fp16 or fp32: weights and KV cache
     native: bool  # the engine writes its cache itself (TensorRT 10.15 and later)
     max_context: int
@@ -42,33 +55,41 @@ class TrtSpec:
     @classmethod
     def create(cls, manifest: Manifest, config: EngineConfig) -> TrtSpec:
         """Raises ConfigurationError or EngineDirectoryError."""
-        options, geometry = manifest.options, manifest.geometry
-        try:
-            dtype, dialect, max_prefill = str(options["dtype"]), options["dialect"], int(options["max_prefill"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineDirectoryError(f"The manifest's options lack {error}; build the engine again.") from error
-        if dtype not in ("fp16", "fp32") or dialect not in ("plain", "native") or max_prefill < 1:
-            raise EngineDirectoryError(f"The manifest's options are {options}, which this version does not know.")
-        _check_config(manifest, config, dtype, max_prefill)
+        options = read_options(manifest, TrtOptions)
+        _check_config(manifest, config, options)
         max_context = config.max_context or manifest.max_context
-        if dialect == "native" and max_context != manifest.max_context:
+        native = options.dialect == "native"
+        if native and max_context != manifest.max_context:
             raise ConfigurationError(
                 f"max_context is {max_context}, but this engine has a fixed cache of {manifest.max_context} positions; "
                 "leave it at 0, or build the engine for what you want."
             )
         return cls(
-            num_layers=geometry.num_layers,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-            vocab_size=geometry.vocab_size,
-            head_rows=manifest.reduced_vocab_size or geometry.vocab_size,
-            dtype=dtype,
-            native=dialect == "native",
+            model=manifest.model,
+            head_rows=manifest.reduced_vocab_size or manifest.model.vocab_size,
+            dtype=options.dtype,
+            native=native,
             max_context=max_context,
-            chunk=min(config.prefill_chunk or max_prefill, max_context),
+            chunk=min(config.prefill_chunk or options.max_prefill, max_context),
             prefix_slots=config.prompt_cache_entries,
             prefix_tokens=min(config.prompt_cache_tokens, max_context),
         )
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.num_layers
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.model.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.model.head_dim
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
 
     @property
     def fresh_stride(self) -> int:
@@ -86,22 +107,22 @@ def check_chunk(config: EngineConfig, max_prefill: int) -> None:
         )
 
 
-def _check_config(manifest: Manifest, config: EngineConfig, dtype: str, max_prefill: int) -> None:
+def _check_config(manifest: Manifest, config: EngineConfig, options: TrtOptions) -> None:
     """Raises ConfigurationError on what this backend does not do."""
     if (reason := CAPABILITIES.batch_refusal(config.max_batch)) is not None:
         raise ConfigurationError(reason)
-    if config.kv_cache_type not in ("auto", dtype):
-        raise ConfigurationError(
-            CAPABILITIES.kv_cache_refusal(None, manifest.quantization, config.kv_cache_type)
-            or f"kv_cache_type is {config.kv_cache_type!r}, but this engine was built for {dtype!r}; set it to that or "
-            "auto."
+    if config.kv_cache_type not in ("auto", options.dtype):
+        built = (
+            f"kv_cache_type is {config.kv_cache_type!r}, but this engine was built for {options.dtype!r}; set it to "
         )
+        reason = CAPABILITIES.kv_cache_refusal(manifest.model, manifest.quantization, config.kv_cache_type)
+        raise ConfigurationError(reason or f"{built}that or auto.")
     if config.vocab_map not in ("auto", "none") or (config.vocab_map == "none" and manifest.reduced_vocab_size):
         raise ConfigurationError(
             f"vocab_map is {config.vocab_map!r}, but a TensorRT engine's LM head is fixed when it is built; "
             "use 'edgellm build --backend tensorrt' with or without --vocab-map, and choose auto."
         )
-    check_chunk(config, max_prefill)
+    check_chunk(config, options.max_prefill)
     if config.max_context > manifest.max_context:
         raise ConfigurationError(
             f"max_context is {config.max_context}, but this engine was built for {manifest.max_context} tokens; "

@@ -21,11 +21,3 @@ def check_machine(manifest: Manifest, api: TensorRT, device: Device) -> None:
             f"The plan was built for {manifest.gpu_arch or 'an unknown GPU'}, but {device.name} is {device.arch}, and "
             "plans do not carry over; run 'edgellm build --backend tensorrt' here."
         )
-
-
-def scratch_of(manifest: Manifest) -> int:
-    """Bytes the hungriest plan works in. Raises EngineDirectoryError."""
-    value = manifest.options.get("scratch_bytes")
-    if not isinstance(value, int) or value < 0:
-        raise EngineDirectoryError(f"The manifest's scratch_bytes are {value!r}, not a size; build the engine again.")
-    return value

@@ -8,12 +8,11 @@ from pathlib import Path
 from engine_core.backends.cuda.layout import CudaSpec, bytes_by_purpose, weight_arrays
 from engine_core.backends.cuda.weights import Resolved, resolve
 from engine_core.backends.tensorrt.gemm_layout import products_work_arrays, with_chunk
-from engine_core.backends.tensorrt.layout import PLAN_NAME, TrtSpec, work_arrays
-from engine_core.backends.tensorrt.machine import scratch_of
+from engine_core.backends.tensorrt.layout import PLAN_NAME, TrtOptions, TrtSpec, work_arrays
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES
 from engine_core.errors import EngineDirectoryError
-from engine_core.formats.manifest import Manifest
+from engine_core.formats.manifest import Manifest, read_options
 from engine_core.models.spec import ModelSpec
 
 # Allowances for TensorRT's and CUDA's own modules and graphs; the context itself is taken before the plan is made. That
@@ -24,7 +23,7 @@ _PRODUCTS_RUNTIME_BYTES = 12 << 20
 
 def has_products(manifest: Manifest) -> bool:
     """Tell whether ``gemm_exporter`` wrote the engine: its manifest's ``dialect`` is "products"."""
-    return manifest.options.get("dialect") == "products"
+    return read_options(manifest, TrtOptions).dialect == "products"
 
 
 def resolve_products(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Resolved:
@@ -42,7 +41,7 @@ def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, nu
 
     Raises ConfigurationError or EngineDirectoryError.
     """
-    scratch = scratch_of(manifest)
+    scratch = read_options(manifest, TrtOptions).scratch_bytes
     if has_products(manifest):
         return _products_bytes(resolve_products(variant_dir, manifest, config).spec, num_sms, scratch)
     path = variant_dir / PLAN_NAME

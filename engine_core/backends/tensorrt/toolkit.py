@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from engine_core.backends.cuda import toolkit as cuda
 from engine_core.backends.tensorrt import plan
 from engine_core.backends.tensorrt.capabilities import CAPABILITIES, products_refusal
-from engine_core.backends.tensorrt.layout import DEFAULT_MAX_PREFILL, TrtSpec
+from engine_core.backends.tensorrt.layout import DEFAULT_MAX_PREFILL, TrtOptions, TrtSpec
 from engine_core.backends.toolkit import BuildRequest, Size
 from engine_core.config import EngineConfig
 from engine_core.formats.manifest import Manifest
@@ -40,7 +41,7 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
     made = TrtSpec.create(
         Manifest(
             model_name="",
-            geometry=spec.geometry(spec.num_parameters),
+            model=spec,
             backend=CAPABILITIES.backend,
             quantization=weight_format,
             kv_cache_type=weight_format,
@@ -48,7 +49,7 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
             max_batch=1,
             eos_token_ids=(),
             reduced_vocab_size=size.head_rows,
-            options={"dtype": weight_format, "dialect": "plain", "max_prefill": DEFAULT_MAX_PREFILL},
+            options=asdict(TrtOptions(weight_format, "plain", DEFAULT_MAX_PREFILL)),
         ),
         EngineConfig(Path()),
     )

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from engine_core.errors import CheckpointError, UnsupportedModelError
-from engine_core.models.families import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3
 from engine_core.models.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (
-    llama.FAMILY,
-    mistral.FAMILY,
-    qwen2.FAMILY,
-    qwen3.FAMILY,
-    gemma2.FAMILY,
-    gemma3.FAMILY,
-    phi3.FAMILY,
+# Each is a module of this package with its FAMILY.
+_MODULES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3",
 )
+FAMILIES: tuple[Family, ...] = tuple(importlib.import_module(f"{__name__}.{name}").FAMILY for name in _MODULES)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

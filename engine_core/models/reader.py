@@ -1,0 +1,287 @@
+"""Reads a ModelSpec from a checkpoint's config.json, by the defaults and traits of its family.
+
+A trait that a ModelSpec has no word for is refused rather than dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine_core.errors import CheckpointError, UnsupportedModelError
+from engine_core.models.families import family_of
+from engine_core.models.families.family import FULL, SLIDING, Family, never
+from engine_core.models.fields import Fields
+from engine_core.models.rope import RopeSpec
+from engine_core.models.spec import LayerSpec, ModelSpec
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+}
+_MOST_LAYERS = 10_000
+_BLOCK_VALUES = 4 << 20
+
+
+class ConfigSource(Protocol):
+    """What is asked of a checkpoint: ``formats.checkpoint.Checkpoint``, or a stand-in without weights."""
+
+    config: dict[str, Any]
+    has_tensors: bool  # False: nobody knows which are stored
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, rows: slice = ...) -> np.ndarray: ...
+
+
+def check_tensors(spec: ModelSpec, checkpoint: ConfigSource) -> None:
+    """Raises CheckpointError naming the first tensor that is missing or misshapen."""
+    for name, expected in spec.shapes().items():
+        found = checkpoint.shape(name)
+        if found != expected:
+            raise CheckpointError(f"The tensor {name!r} has the shape {list(found)}, expected {list(expected)}.")
+
+
+def read_spec(checkpoint: ConfigSource) -> ModelSpec:
+    """Raises UnsupportedModelError for an architecture or trait that is not implemented, CheckpointError for a
+    config.json with a field that is missing, of the wrong type or out of range."""
+    family = family_of(checkpoint.config)
+    for trait in ("use_bidirectional_attention", "head_dim_per_layer", "per_layer_config"):
+        if checkpoint.config.get(trait):
+            raise UnsupportedModelError(f"The checkpoint sets {trait!r}, which is not supported; use plain weights.")
+    return _Reader(checkpoint, family).spec()
+
+
+class _Reader:
+    """Reads one config.json by the defaults and traits of its family."""
+
+    def __init__(self, checkpoint: ConfigSource, family: Family) -> None:
+        self.checkpoint = checkpoint
+        self.family = family
+        self.fields = fields = Fields(checkpoint.config)
+        self.num_heads = fields.whole("num_attention_heads")
+        self.hidden_size = fields.whole("hidden_size")
+        self.num_layers = fields.whole("num_hidden_layers")
+        if self.num_layers > _MOST_LAYERS:
+            fields.refuse("num_hidden_layers", f"at most {_MOST_LAYERS}")
+        self.max_position = fields.whole("max_position_embeddings", family.max_position)
+        self.head_dim = self._head_dim()
+
+    def spec(self) -> ModelSpec:
+        family, fields = self.family, self.fields
+        kv_heads = fields.whole("num_key_value_heads", family.num_kv_heads, optional=family.kv_heads_nullable)
+        kv_heads = kv_heads or self.num_heads
+        if self.num_heads % kv_heads:
+            raise CheckpointError(f"config.json has {self.num_heads} heads for {kv_heads} KV heads: not a multiple.")
+        activation = fields.text(family.activation_field, family.activation)
+        if activation not in _ACTIVATIONS:
+            raise UnsupportedModelError(
+                f"The activation {activation!r} is not supported; {', '.join(sorted(_ACTIVATIONS))} are."
+            )
+        norm_eps = fields.number("rms_norm_eps", family.norm_eps, zero=True)
+        if norm_eps >= 1:
+            fields.refuse("rms_norm_eps", "a number below 1")
+        scalar = self.head_dim
+        if family.attention_scalar is not None:
+            scalar = fields.number("query_pre_attn_scalar", family.attention_scalar)
+        embedding, head = self._embedding_and_head()
+        kinds = self._layer_kinds()
+        rope_kinds = [FULL, SLIDING] if family.local_rope_theta else [FULL]
+        return ModelSpec(
+            architecture=family.architecture,
+            hidden_size=self.hidden_size,
+            intermediate_size=fields.whole("intermediate_size"),
+            num_heads=self.num_heads,
+            num_kv_heads=kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=fields.whole("vocab_size"),
+            max_position=self.max_position,
+            norm_eps=norm_eps,
+            norm_offset=family.norm_offset,
+            activation=_ACTIVATIONS[activation],
+            attention_scale=float(scalar) ** -0.5,
+            attention_softcap=self._attention_softcap(),
+            logits_softcap=self._softcap("final_logit_softcapping", family.logits_softcap),
+            embedding_scale=self.hidden_size**0.5 if family.scaled_embedding else 1.0,
+            embedding=embedding,
+            head=head,
+            ropes=tuple(self._rope(kind) for kind in rope_kinds),
+            layers=tuple(self._layer(i, kind, rope_kinds) for i, kind in enumerate(kinds)),
+        )
+
+    # --- parts ------------------------------------------------------------------------------------
+
+    def _head_dim(self) -> int:
+        family, fields = self.family, self.fields
+        head_dim = fields.whole(
+            "head_dim", family.head_dim, optional=family.head_dim_nullable or "head_dim" not in fields
+        )
+        if head_dim is None and self.hidden_size % self.num_heads:
+            raise CheckpointError(
+                f"config.json has hidden_size={self.hidden_size} for {self.num_heads} heads and no head_dim: "
+                "not a multiple."
+            )
+        return head_dim or self.hidden_size // self.num_heads
+
+    def _embedding_and_head(self) -> tuple[str, str]:
+        """Their tensors' names: one where they are tied, which needs both stored equal or only one stored."""
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        if "lm_head.bias" in self.checkpoint:
+            raise UnsupportedModelError(
+                f"The checkpoint has an lm_head.bias, which {self.family.architecture} does not have: transformers "
+                "leaves it out; take it away from the checkpoint to do the same."
+            )
+        if not self.fields.flag("tie_word_embeddings", self.family.tied):
+            lacks_head = self.checkpoint.has_tensors and head not in self.checkpoint
+            if lacks_head and "tie_word_embeddings" not in self.fields:
+                raise CheckpointError(
+                    f"The checkpoint has no {head} and its config.json no tie_word_embeddings, which means false for "
+                    f"{self.family.architecture}; set it to true there if the embedding is the LM head."
+                )
+            return embedding, head
+        if head not in self.checkpoint:
+            return embedding, embedding
+        if embedding not in self.checkpoint:
+            return head, head
+        return embedding, embedding if self._equal(embedding, head) else head
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two stored matrices have the same values; read in blocks, up to the first difference."""
+        shape = self.checkpoint.shape(one)
+        if self.checkpoint.shape(other) != shape or len(shape) != 2:
+            return False
+        step = max(1, _BLOCK_VALUES // max(1, shape[1]))
+        blocks = (slice(start, start + step) for start in range(0, shape[0], step))
+        return all(
+            np.array_equal(self.checkpoint.read(one, rows), self.checkpoint.read(other, rows)) for rows in blocks
+        )
+
+    def _layer(self, index: int, kind: str, rope_kinds: list[str]) -> LayerSpec:
+        family = self.family
+        return LayerSpec(
+            index=index,
+            window=self._window() or 0 if kind == SLIDING else 0,
+            rope=rope_kinds.index(kind) if kind in rope_kinds else 0,
+            fused=family.fused,
+            qk_norm=family.qk_norm,
+            outer_norms=family.outer_norms,
+            qkv_bias=self._has(family.qkv_bias),
+            output_bias=self._has(family.output_bias),
+            mlp_bias=self._has(family.mlp_bias),
+        )
+
+    def _has(self, bias: str | bool) -> bool:
+        return self.fields.flag(bias, False) if isinstance(bias, str) else bias
+
+    def _layer_kinds(self) -> list[str]:
+        family, fields, window = self.family, self.fields, self._window()
+        given = fields.texts("layer_types")
+        kinds = given if family.reads_layer_types else None
+        if kinds is None:
+            has_none = window is None and (family.window_switch or not family.reads_layer_types)
+            kinds = [FULL] * self.num_layers if has_none else family.layer_kinds(fields, self.num_layers)
+        if given is not None and given != kinds:  # what it means elsewhere depends on more than the model
+            raise UnsupportedModelError(
+                f"config.json has layer_types other than {sorted(set(kinds))} for all its {self.num_layers} layers, "
+                f"which is not supported for {family.architecture}; leave them out."
+            )
+        if len(kinds) != self.num_layers or not set(kinds) <= {FULL, SLIDING}:
+            raise UnsupportedModelError(
+                f"config.json has the layer types {sorted(set(kinds))} for {self.num_layers} layers; "
+                f"one of {FULL} and {SLIDING} for each is supported."
+            )
+        if window is None and SLIDING in kinds:
+            raise CheckpointError(f"config.json has layers of the type {SLIDING}, but no sliding_window for them.")
+        return kinds
+
+    def _window(self) -> int | None:
+        """Tokens a layer with a window sees; None: there is no such layer."""
+        family, fields = self.family, self.fields
+        window = fields.whole("sliding_window", family.sliding_window, optional=True)
+        if family.window_switch and not fields.flag(family.window_switch, False):
+            return None
+        return window if family.layer_kinds is not never else None
+
+    def _rope(self, kind: str) -> RopeSpec:
+        family, fields = self.family, self.fields
+        values = self._rope_values(kind)
+        own = Fields(values, "config.json's RoPE parameters")
+        name = "rope_type" if "rope_type" in own else "type"
+        scaling = own.text(name, "default")
+        scaling = dict(family.rope_names).get(scaling, scaling)
+        if scaling not in family.rope_kinds:
+            raise UnsupportedModelError(
+                f"The RoPE scaling {scaling!r} is not implemented for {family.architecture}; "
+                f"{', '.join(family.rope_kinds)} are."
+            )
+        partial = fields.number("partial_rotary_factor", 1.0, optional=not family.partial_rotary)
+        partial = own.number("partial_rotary_factor", 1.0 if partial is None else partial)
+        dim = int(self.head_dim * partial)
+        if (partial != 1 and not family.partial_rotary) or not 0 < dim <= self.head_dim or dim % 2:
+            raise UnsupportedModelError(
+                f"config.json has partial_rotary_factor={partial:g} of heads of {self.head_dim} values, which is not "
+                f"supported for {family.architecture}; an even number of values, and all but in Phi-3, are rotated."
+            )
+        original = None
+        if not family.local_rope_theta:  # beside the RoPE's own, and it goes first
+            original = fields.whole("original_max_position_embeddings", family.original_max_position, optional=True)
+            if original is None and "original_max_position_embeddings" in fields:
+                fields.refuse("original_max_position_embeddings", "a whole number above 0")
+        if original is None:
+            original = own.whole("original_max_position_embeddings", self.max_position)
+        spec = RopeSpec(
+            dim=dim,
+            theta=own.number("rope_theta", family.rope_theta),
+            kind=scaling,
+            original_max_position=original,
+            max_position=self.max_position,
+            parameters={
+                **{name: value for name, value in values.items() if value is not None},
+                "original_max_position_embeddings": original,
+            },
+        )
+        spec.check()  # refuses what is not implemented
+        return spec
+
+    def _rope_values(self, kind: str) -> dict:
+        """theta and scaling of layers of ``kind``, as transformers 5 (rope_parameters) or 4 (the others) spells it."""
+        fields, family = self.fields, self.family
+        scaling, parameters = fields.table("rope_scaling"), fields.table("rope_parameters")
+        if family.local_rope_theta:
+            nested = Fields(parameters or {}, "config.json's rope_parameters")
+            if parameters and not ({FULL, SLIDING} & parameters.keys()):
+                fields.refuse("rope_parameters", f"an object with {FULL} and {SLIDING}")
+            values = dict(nested.table(kind) or {})
+            if kind == FULL and scaling is not None:
+                if parameters and nested.table(kind) is None:
+                    fields.refuse("rope_scaling", f"rope_parameters with {FULL} beside it")
+                values.update(scaling)
+            name = "rope_theta" if kind == FULL else "rope_local_base_freq"
+            default = family.rope_theta if kind == FULL else family.local_rope_theta
+        else:
+            values = dict(scaling or parameters or {})
+            if any(isinstance(value, dict) for value in values.values()):
+                fields.refuse("rope_scaling" if scaling else "rope_parameters", "one RoPE for all layers")
+            name, default = "rope_theta", family.rope_theta
+        if "rope_theta" not in values:
+            values["rope_theta"] = fields.number(name, default)
+        return values
+
+    def _attention_softcap(self) -> float:
+        value = self._softcap("attn_logit_softcapping", self.family.attention_softcap)
+        if value and not self.family.caps_attention:
+            raise UnsupportedModelError(
+                f"config.json has attn_logit_softcapping={value:g}, which {self.family.architecture} does not apply in "
+                "transformers; set it to null to do the same."
+            )
+        return value
+
+    def _softcap(self, name: str, default: float | None) -> float:
+        if not self.family.has_softcaps:
+            return 0.0
+        return self.fields.number(name, default, optional=True) or 0.0
