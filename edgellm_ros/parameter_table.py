@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from engine_core.backends.capabilities import all_capabilities
 from engine_core.config import BUSY_POLICIES, CHOICES, MINIMUMS, EngineConfig
 from engine_core.request import SAMPLING_RANGES, Range, SamplingParams
 
@@ -22,6 +23,7 @@ DEACTIVATE_POLICIES = ("finish", "cancel")
 BOND_MODES = ("auto", "always", "never")  # not on and off, which YAML takes for booleans
 RANDOM_SEED = -1
 _MAX_INT = 2**31 - 1
+_MAX_BATCH = {each.backend: each.max_batch for each in all_capabilities()}
 
 
 class Kind(enum.Enum):
@@ -121,9 +123,19 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
             launch_default="",
         ),
         _engine("max_context", "Tokens of prompt and answer together; 0 = what was built.", launch_default=""),
+        _engine(
+            "max_batch",
+            "Requests decoded at the same time, each with a KV cache of its own; at most "
+            f"{', '.join(f'{count} on {backend}' for backend, count in _MAX_BATCH.items())}.",
+            max(_MAX_BATCH.values()),
+        ),
         _engine("kv_cache_type", "Number format of the KV cache; auto: what the engine was built for."),
         _engine("use_cuda_graph", "Replay decode steps and prompt chunks as CUDA graphs where the backend can."),
-        _engine("prefill_chunk", "Tokens per prefill step; 0 = the backend's choice."),
+        _engine(
+            "prefill_chunk",
+            "Tokens per prefill step, 0 = the backend's choice; with max_batch above 1, the next token of the other "
+            "requests waits for one such step at most.",
+        ),
         _engine("prompt_cache_entries", "System prompts whose KV is kept beside the cache.", 64),
         _engine("prompt_cache_tokens", "Tokens each kept system prompt can have."),
         _engine("num_threads", "CPU threads; 0 = the backend's choice.", 1024),

@@ -59,7 +59,7 @@ def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response
     info.kv_cache_type = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
     info.device = engine.device
     info.cuda_graph = config.use_cuda_graph and manifest.use_cuda_graph
-    info.max_context = engine.max_context
+    info.max_context, info.max_batch = engine.max_context, engine.config.max_batch
     info.vocab_size, info.reduced_vocab_size = engine.vocab_size, engine.reduced_vocab_size
     info.parameters = manifest.model.num_parameters
     info.load_time = engine.load_time

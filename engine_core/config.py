@@ -33,7 +33,7 @@ class EngineConfig:
     quantization: str = "auto"
     vocab_map: str = "auto"  # auto: the engine's, if it has one; none; or a path
     max_context: int = 0  # tokens, prompt and answer together; 0 = what the engine was built for
-    max_batch: int = 1
+    max_batch: int = 1  # sequences decoded at the same time, each with a KV slot of max_context tokens
     kv_cache_type: str = "auto"  # auto: what the engine was built to open with
     use_cuda_graph: bool = True
     # On a GPU whose launch configurations are not in the table, the first configure measures them for some seconds and

@@ -61,6 +61,7 @@ class Backend(Protocol):
 
     name: str
     num_slots: int
+    prefill_chunk: int  # tokens of a prompt it computes at once
     max_context: int  # tokens the KV of a slot holds
     vocab_size: int  # of the full vocabulary
     reduced_vocab_size: int  # rows of the LM head; vocab_size without a vocab map

@@ -48,6 +48,7 @@ class Capabilities:
     default_format: str  # what ``build`` makes of weights that are not quantized
     kv_cache_types: tuple[str, ...]  # the first is the default
     longest_default: int  # tokens an engine is built for unless more is asked for and the model was made for more
+    max_batch: int = 1  # sequences decoded at the same time, at most
     plans_others: bool = False  # whether ``plan`` says what other quantized formats would take
     planned_kv_cache_types: tuple[str, ...] = ()
     traits: tuple[Trait, ...] = ()  # what no model that runs may have
@@ -217,9 +218,11 @@ class Capabilities:
 
     def batch_refusal(self, max_batch: int) -> str | None:
         """Say that the backend does not decode so many sequences at a time."""
-        if max_batch == 1:
+        if max_batch <= self.max_batch:
             return None
-        return f"max_batch is {max_batch}, but the {self.backend} backend runs one sequence at a time; set it to 1."
+        at_most = "one sequence" if self.max_batch == 1 else f"up to {self.max_batch} sequences"
+        limit = f"set it to {self.max_batch}" if self.max_batch == 1 else f"set it to {self.max_batch} or less"
+        return f"max_batch is {max_batch}, but the {self.backend} backend runs {at_most} at a time; {limit}."
 
     def group_refusal(self, group_size: int) -> str | None:
         """Say that weights cannot share a scale in groups of that size; 0 is the backend's own choice."""

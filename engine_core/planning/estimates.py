@@ -60,11 +60,12 @@ class CheckpointEstimate:
         kv_cache_types = capabilities.kv_cache_types_for(spec, base, size.max_context)
         wanted = size.kv_cache_type or kv_cache_types[0]
         planned = wanted if wanted in kv_cache_types else kv_cache_types[0]
-        own_size = dataclasses.replace(size, max_batch=1, kv_cache_type=planned)
+        own_batch = min(size.max_batch, capabilities.max_batch)
+        own_size = dataclasses.replace(size, max_batch=own_batch, kv_cache_type=planned)
         items = toolkit_of(backend).plan_for(spec, base, own_size, num_sms)
         if stands_in:
             items["weights"] = format_bytes_of(spec, weight_format(quantization), size.head_rows or spec.vocab_size)
-        return self._adjusted(items, size, planned, wanted)
+        return self._adjusted(items, size, own_size, wanted)
 
     def why_not(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> str:
         """Empty if a backend of this version runs it on ``device``, else the first reason against it."""
@@ -87,17 +88,18 @@ class CheckpointEstimate:
         capability = device.capability if device.has_gpu else 0
         return tuple(kind for kind in kinds if not capabilities.device_refusal(known, kind, capability))
 
-    def _adjusted(self, items: dict[str, int], size: Size, planned_kv: str, wanted: str) -> dict[str, int]:
-        """``items`` of one sequence and KV type ``planned_kv``, for what is asked: what the backend cannot do yet."""
+    def _adjusted(self, items: dict[str, int], size: Size, own_size: Size, wanted: str) -> dict[str, int]:
+        """Return ``items``, which the backend plans for ``own_size``, for the batch of ``size`` and KV type ``wanted``,
+        which it may not run yet."""
         geometry = dict(num_layers=len(self.spec.layers), num_kv_heads=self.spec.num_kv_heads)
         geometry |= dict(head_dim=self.spec.head_dim, max_context=size.max_context)
-        before, after = (kv_cache_bytes(**geometry, kv_cache_type=kind) for kind in (planned_kv, wanted))
+        before, after = (kv_cache_bytes(**geometry, kv_cache_type=kind) for kind in (own_size.kv_cache_type, wanted))
         result = dict(items)
         for name in ("kv_cache", "prefix_cache"):
-            if name in result and wanted != planned_kv:
+            if name in result and wanted != own_size.kv_cache_type:
                 result[name] = result[name] * after // before
         for name in ("kv_cache", "io"):
-            result[name] *= size.max_batch
+            result[name] = result[name] * size.max_batch // own_size.max_batch
         return result
 
 

@@ -109,12 +109,11 @@ def _examine(directory: Path, manifest: Manifest, config: EngineConfig, reason: 
 
 def _resolve(config: EngineConfig, manifest: Manifest) -> EngineConfig:
     """Replaces ``auto`` and 0 by values. Raises ConfigurationError."""
-    for name in ("max_context", "max_batch"):
-        if getattr(config, name) > getattr(manifest, name):
-            raise ConfigurationError(
-                f"{name} is {getattr(config, name)}, but this engine was built for {getattr(manifest, name)}; "
-                "set a smaller one or build the engine again."
-            )
+    if config.max_context > manifest.max_context:
+        raise ConfigurationError(
+            f"max_context is {config.max_context}, but this engine was built for {manifest.max_context}; "
+            "set a smaller one or build the engine again."
+        )
     return dataclasses.replace(
         config,
         quantization=manifest.quantization,

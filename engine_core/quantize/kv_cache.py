@@ -45,7 +45,7 @@ def measure_peaks(directory: Path, model: ModelSpec, rows: int, sequences: Itera
         )
     longest = max(map(len, sequences))
     session = OrtSession(directory, model, rows, longest, min(_CHUNK, longest), _THREADS)
-    cache = session.kv_cache[:, 0]  # [layers, 2, kv_heads, longest, head_dim]
+    cache = session.kv_cache[:, :, 0]  # [layers, 2, kv_heads, longest, head_dim]
     peaks = np.zeros(cache.shape[:3] + cache.shape[4:], dtype=np.float32)
     for ids in sequences:
         for start in range(0, len(ids), session.chunk):

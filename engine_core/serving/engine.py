@@ -86,6 +86,8 @@ class Engine:
         self._constraints = ConstraintFactory(tokenizer, self.vocab_size, manifest.eos_token_ids, kept)
         self._prefixes = PrefixCache(backend, config.prompt_cache_entries, config.prompt_cache_tokens)
         self.scheduler = Scheduler(backend.num_slots)
+        # Of one prompt in a step: other answers wait no longer for their next token.
+        self._max_prefill = backend.prefill_chunk if backend.num_slots > 1 else backend.max_context
 
     @classmethod
     def open(cls, config: EngineConfig, report: Callable[[str], None] = _log.info) -> Engine:
@@ -251,7 +253,7 @@ class Engine:
         while (newcomer := self.scheduler.start_next()) is not None:
             self._start(newcomer)
         running = self.scheduler.running
-        unread = [sequence for sequence in running if sequence.unread]
+        unread = [sequence for sequence in running if sequence.is_under_way]
         runs_ahead = all(sequence.runs_ahead for sequence in running)
         if runs_ahead:
             self._queue(running)
@@ -273,29 +275,35 @@ class Engine:
             return
         backend, prepared, free = self._backend_or_raise(), sequence.prepared, self.scheduler.free_slots
         if self.config.reproducible and prepared.request.sampling.seed is not None:
-            sequence.slot = self._prefixes.place_fresh(free)
+            sequence.place(self._prefixes.place_fresh(free), 0)
         else:
-            sequence.slot, sequence.cached_tokens = self._prefixes.place(prepared.token_ids, free)
+            sequence.place(*self._prefixes.place(prepared.token_ids, free))
         backend.begin(sequence.slot, prepared.sampling, prepared.token_ids)
         sequence.cancel.attach(partial(backend.interrupt, sequence.slot))
 
     def _queue(self, sequences: list[Sequence]) -> None:
-        """Queue the next step of those that have not ended."""
+        """Queue the next step of those that have not ended: all that decode, and one with a part of its prompt."""
+        going_on = [sequence for sequence in sequences if sequence.ending is None]
+        prefilling = [sequence for sequence in going_on if sequence.is_prefilling]
+        first = max(prefilling, key=lambda sequence: sequence.priority, default=None)
         owners, steps = [], []
-        for sequence in sequences:
+        for sequence in going_on:
+            if sequence.is_prefilling and sequence is not first:
+                sequence.ending = None if sequence.is_under_way else sequence.cancel.reason
+                continue
             with _ending(sequence):
-                step = sequence.next_step() if sequence.ending is None else None
+                step = sequence.next_step(self._max_prefill)
                 if step is not None:
                     owners.append(sequence)
                     steps.append(step)
         if steps:
-            for sequence, pending in zip(owners, self._backend_or_raise().step(steps)):
-                sequence.queued(pending)
+            for sequence, step, pending in zip(owners, steps, self._backend_or_raise().step(steps)):
+                sequence.queued(step, pending)
 
     def _read(self, sequence: Sequence) -> None:
         """Read the token of a sequence's oldest step into its answer."""
         try:
-            token = sequence.unread.popleft().result()
+            token = sequence.read()
         except RequestError as error:
             sequence.ending = error
             return
@@ -308,11 +316,11 @@ class Engine:
         """End what is still under way for a sequence, free its slot and hand out its result."""
         sequence.cancel.detach()
         if sequence.slot is not None:
-            if sequence.unread:
+            if sequence.is_under_way:
                 self._backend_or_raise().interrupt(sequence.slot)
-            while sequence.unread:
+            while sequence.is_under_way:
                 with contextlib.suppress(RequestError):
-                    sequence.unread.popleft().result()
+                    sequence.read()
             self._prefixes.set_live(sequence.slot, sequence.live_ids())
         self.scheduler.remove(sequence)
         sequence.finish()

@@ -66,8 +66,10 @@ class Sequence:
         # Its place, while it runs.
         self.slot: int | None = None
         self.cached_tokens = 0  # of the prompt, whose KV was there
-        self.unread: deque[PendingToken] = deque()  # queued steps whose tokens have not been read, at most two
-        self.num_queued = 0  # tokens sampled or on their way
+        self._num_valid = 0  # tokens of the prompt whose KV is there for sure
+        self._num_fed = 0  # tokens of the prompt whose KV is there or on its way
+        self._unread: deque[tuple[SequenceStep, PendingToken]] = deque()  # what is queued and has not been read
+        self._num_queued = 0  # tokens sampled or on their way
         self.ending: FinishReason | Exception | None = None  # why it is over
         # Its answer.
         self.token_ids: list[int] = []  # without the end-of-sequence token
@@ -101,35 +103,64 @@ class Sequence:
 
     # --- steps ----------------------------------------------------------------------------------------
 
+    def place(self, slot: int, cached_tokens: int) -> None:
+        """States where it runs, and how much of its prompt is there."""
+        self.slot = slot
+        self.cached_tokens = self._num_valid = self._num_fed = cached_tokens
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether some of its prompt has yet to be queued."""
+        return self._num_fed < len(self.prepared.token_ids)
+
     @property
     def runs_ahead(self) -> bool:
         """Whether the next step can be queued now: a JSON schema's mask needs the token before it."""
-        return self.prepared.constraint is None or not self.unread
+        return self.prepared.constraint is None or self._num_queued == self.num_sampled
 
-    def next_step(self) -> SequenceStep | None:
-        """What to run next; None while all the tokens it may have are on their way.
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a step is queued whose result has not been read."""
+        return bool(self._unread)
+
+    def next_step(self, max_tokens: int) -> SequenceStep | None:
+        """What to run next, with at most ``max_tokens`` of its prompt; None while all it may have is on its way.
 
         Raises InvalidSchemaError if its schema leaves no token.
         """
-        if self.num_queued == self.prepared.max_new_tokens:
+        if self._num_queued == self.prepared.max_new_tokens:
             return None
-        constraint = self.prepared.constraint
-        mask = None if constraint is None else constraint.mask()
-        if self.num_queued:
+        start, end = self._num_fed, min(self._num_fed + max_tokens, len(self.prepared.token_ids))
+        samples = end == len(self.prepared.token_ids)
+        mask = self.prepared.constraint.mask() if samples and self.prepared.constraint is not None else None
+        if start == end:
             return SequenceStep(self.slot, mask=mask)
-        return SequenceStep(self.slot, self.prepared.token_ids[self.cached_tokens :], self.cached_tokens, mask)
+        return SequenceStep(self.slot, self.prepared.token_ids[start:end], start, mask, samples)
 
-    def queued(self, pending: PendingToken) -> None:
-        """Notes that ``next_step`` is on its way."""
-        self.unread.append(pending)
-        self.num_queued += 1
+    def queued(self, step: SequenceStep, pending: PendingToken) -> None:
+        """Notes that ``step`` is on its way."""
+        self._unread.append((step, pending))
+        self._num_fed += 0 if step.token_ids is None else len(step.token_ids)
+        self._num_queued += step.samples
+
+    def read(self) -> int | None:
+        """Return the token of its oldest unread step; None if it had none to sample, or was interrupted.
+
+        Raises InvalidSamplingError if no token was left, EngineFaultError.
+        """
+        step, pending = self._unread.popleft()
+        token = pending.result()
+        if step.token_ids is not None and self.cancel.reason is None:
+            self._num_valid = step.position + len(step.token_ids)
+        return token
 
     def accept(self, token: int | None) -> FinishReason | None:
-        """Takes the token of its oldest unread step; returns why the answer ends with it, or None.
+        """Takes what ``read`` returned into the answer; returns why the answer ends with it, or None.
 
         Raises InvalidSchemaError, and EngineFaultError for a token that its schema's mask did not have.
         """
         if token is not None:
+            self._num_valid = len(self.prepared.token_ids)
             self._note_time()
             if token in self.prepared.sampling.stop_token_ids:
                 return FinishReason.STOP
@@ -144,12 +175,14 @@ class Sequence:
                 return FinishReason.STOP
         if self.cancel.reason is not None:
             return self.cancel.reason
+        if self.num_sampled == 0 and token is None and self._num_valid < len(self.prepared.token_ids):
+            return None
         assert token is not None, "the backend ended a sequence that nobody ended"
         return FinishReason.LENGTH if self.num_sampled >= self.prepared.max_new_tokens else None
 
     def live_ids(self) -> np.ndarray:
         """Return the ids, int32, whose KV is in its slot for sure: every sampled token but the last has been fed."""
-        known = self.prepared.token_ids[: None if self.num_sampled else self.cached_tokens]
+        known = self.prepared.token_ids[: self._num_valid]
         fed = self.token_ids[: max(0, self.num_sampled - 1)]
         return np.concatenate([known, np.array(fed, dtype=np.int32)])
 

@@ -64,21 +64,23 @@ class ScriptedBackend:
     """Says ``script`` (ids) after any prompt, or, without one, tokens that depend on the whole KV of the sequence.
 
     Works in a thread of its own, as a device would; ``step_time`` seconds a step. ``fail_at``: the step that fails.
-    ``steps``: the slots of each step that was queued.
+    ``steps``: the slots of each step that was queued; ``prompts``: the tokens of prompts in it.
     """
 
     name = "fake"
     sampler_options = frozenset(SAMPLING_OPTIONS)
 
-    def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, slots=2, num_slots=1):
+    def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, slots=2, num_slots=1,
+                 prefill_chunk=512):  # fmt: skip
         self.script, self.step_time, self.fail_at = script, step_time, fail_at
         self.max_context, self.vocab_size = max_context, VOCAB_SIZE
         self.reduced_vocab_size = VOCAB_SIZE
-        self.num_slots = num_slots
+        self.num_slots, self.prefill_chunk = num_slots, prefill_chunk
         self._slots = [_Slot(max_context) for _ in range(num_slots)]
         self._prefixes = [np.full(max_context, -1, dtype=np.int32) for _ in range(slots)]
         self.calls: list[tuple] = []
         self.steps: list[tuple[int, ...]] = []
+        self.prompts: list[list[int | None]] = []
         self.num_steps = 0
         self._stream = ThreadPoolExecutor(1)
         self.closed = 0
@@ -105,6 +107,7 @@ class ScriptedBackend:
                 )
             )
         self.steps.append(tuple(step.slot for step in steps))
+        self.prompts.append([None if step.token_ids is None else len(step.token_ids) for step in steps])
         assert len(set(self.steps[-1])) == len(steps)
         futures: list[Future] = [Future() for _ in steps]
         self._stream.submit(self._run, copies, futures)

@@ -92,10 +92,10 @@ def test_interrupt_ends_a_prefill_and_holds_until_begin(load, expected):
     entered = threading.Event()
     step = backend._session.prefill
 
-    def slow(token_ids, position):
+    def slow(*arguments):
         entered.set()
         time.sleep(0.01)
-        step(token_ids, position)
+        step(*arguments)
 
     backend._session.prefill = slow
     begin(backend, GREEDY, PROMPT)
@@ -135,10 +135,10 @@ def test_no_token_left_ends_the_sequence_only(load, expected):
 def test_a_failing_step_is_an_engine_fault(load):
     backend = load()
 
-    def fail(token_id, position):
+    def fail(token_ids, positions, slot):
         raise RuntimeError("the kernel gave up")
 
-    backend._session.decode = fail
+    backend._session.decode_batch = fail
     begin(backend, GREEDY, PROMPT)
     first, second, third = prefill(backend, PROMPT, 0), decode(backend), decode(backend)
     assert isinstance(first.result(), int)
@@ -210,7 +210,7 @@ def test_a_reduced_head_gives_only_kept_tokens(checkpoint, variant, expected, tm
     "config, message",
     [
         ({"kv_cache_type": "int8"}, "built for fp32, fp16"),
-        ({"max_batch": 2}, "one sequence"),
+        ({"max_batch": 5}, "up to 4 sequences"),
         ({"max_context": 4096}, "built for 256"),
     ],
 )

@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
 def logits_of(engine_dir, manifest):
     session = OrtSession(engine_dir, manifest.model, manifest.model.vocab_size, 64, 64, 1)
     session.prefill(PROMPT, 0)
-    return session.logits.copy()
+    return session.logits[0].copy()
 
 
 @pytest.mark.parametrize("bits, relative", [(4, 1 / 8), (8, 1 / 127)])

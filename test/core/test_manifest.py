@@ -141,8 +141,8 @@ def test_what_an_engine_was_not_built_for_is_refused(tmp_path):
         Engine.open(EngineConfig(directory, backend="tensorrt"))
     with pytest.raises(ConfigurationError, match="max_context is 129, but this engine was built for 128"):
         Engine.open(EngineConfig(directory, max_context=129))
-    with pytest.raises(ConfigurationError, match="max_batch is 2"):
-        Engine.open(EngineConfig(directory, max_batch=2))
+    with pytest.raises(ConfigurationError, match="max_batch is 5, but the onnxruntime backend runs up to 4 sequences"):
+        Engine.open(EngineConfig(directory, max_batch=5))
     write(directory, backend="abacus")
     with pytest.raises(BackendUnavailableError, match="'abacus'"):
         Engine.open(EngineConfig(directory))

@@ -50,7 +50,7 @@ def original(tmp_path_factory):
 def logits_of(engine_dir, manifest) -> np.ndarray:
     session = OrtSession(engine_dir, manifest.model, manifest.model.vocab_size, 64, 64, 1)
     session.prefill(PROMPT, 0)
-    return session.logits.copy()
+    return session.logits[0].copy()
 
 
 def initializers(engine_dir) -> dict:

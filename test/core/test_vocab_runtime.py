@@ -96,7 +96,7 @@ def test_a_cut_head_samples_what_the_full_one_does_among_the_kept_ids(
         (tmp_path / "full", full, {"vocab_map": str(path)}),
     ):
         backend = load(variant, manifest, **config)
-        assert backend.reduced_vocab_size == len(ids) and len(backend._session.logits) == len(ids)
+        assert backend.reduced_vocab_size == len(ids) and backend._session.logits.shape == (1, len(ids))
         assert {name: tokens(backend, sampling) for name, sampling in SAMPLINGS.items()} == expected
         backend.close()
 

@@ -101,6 +101,7 @@ class CudaBackend(DeviceBackend):
         self._device = device
         self._spec = spec
         self.max_context = spec.max_context
+        self.prefill_chunk = spec.chunk
         self.vocab_size = spec.vocab_size
         self.reduced_vocab_size = spec.head_rows
         with contextlib.ExitStack() as undo:

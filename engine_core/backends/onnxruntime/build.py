@@ -97,7 +97,7 @@ def build_engine(
             quantization=quantization,
             kv_cache_type="fp32" if kv_cache_type == "auto" else kv_cache_type,
             max_context=max_context,
-            max_batch=1,
+            max_batch=CAPABILITIES.max_batch,
             eos_token_ids=companions.eos_token_ids(checkpoint),
             reduced_vocab_size=0 if kept is None else len(kept),
             group_size=_group_size(weights, precision),

@@ -42,6 +42,7 @@ CAPABILITIES = Capabilities(
     default_format="int8",
     kv_cache_types=("fp32", "fp16", "int8"),
     longest_default=4096,
+    max_batch=4,
     traits=(
         # GroupQueryAttention's condition.
         Trait("a head size that is not a multiple of 16", lambda spec, _: spec.head_dim % 16 > 0),

@@ -69,13 +69,13 @@ class OrtDialect:
 
     def begin(self) -> None:
         spec, writer = self._spec, self._writer
-        writer.input("input_ids", TensorProto.INT64, [1, "tokens"])
-        # Positions already in the cache plus those of this call, less one; and their sum.
-        writer.input("last_position", TensorProto.INT32, [1])
+        writer.input("input_ids", TensorProto.INT64, ["batch", "tokens"])
+        # For each sequence, positions already in the cache plus those of this call, less one; and their largest sum.
+        writer.input("last_position", TensorProto.INT32, ["batch"])
         writer.input("length", TensorProto.INT32, [])
         for i in range(len(spec.layers)):
             for kind in ("key", "value"):
-                shape = [1, spec.num_kv_heads, "max_context", spec.head_dim]
+                shape = ["batch", spec.num_kv_heads, "max_context", spec.head_dim]
                 writer.input(f"past_{kind}.{i}", TensorProto.FLOAT, shape)
                 writer.output(f"present_{kind}.{i}", TensorProto.FLOAT, shape)
         for i, rope in enumerate(spec.ropes):
@@ -187,7 +187,7 @@ class OrtDialect:
             bounded = self._writer.node("Tanh", [scaled], "softcap/tanh")
             logits = self._writer.node("Mul", [bounded, cap], "softcap/output")
         self._writer.node("Identity", [logits], "logits")
-        self._writer.output("logits", TensorProto.FLOAT, [1, self._weights.head_rows])
+        self._writer.output("logits", TensorProto.FLOAT, ["batch", self._weights.head_rows])
 
     def _head_logits(self, value: str) -> str:
         """The head's product, before soft capping."""

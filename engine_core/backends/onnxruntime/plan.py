@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 # Parameters below which a second thread costs more in hand-overs than it computes, see docs/cpu_backend.md.
 _SINGLE_THREAD_PARAMETERS = 20_000_000
 _CHUNK = 128  # tokens per prefill step: see docs/cpu_backend.md
+_CHUNK_BETWEEN = 32  # the same where other answers wait for it
 # What loading adds to a process that has imported the library: code it had not touched yet, and the graph's objects.
 _RUNTIME_BYTES = 23 << 19
 _RUNTIME_LAYER_BYTES = 128 << 10
@@ -38,6 +39,7 @@ class Layout:
     """Everything ``auto`` and 0 became."""
 
     max_context: int
+    num_slots: int
     kv_cache_type: str
     chunk: int
     threads: int
@@ -81,8 +83,9 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
     vocab_map, cuts_head = configured_vocab_map(variant_dir, manifest, config)
     return Layout(
         max_context=max_context,
+        num_slots=config.max_batch,
         kv_cache_type=_kv_cache_type(manifest, config),
-        chunk=min(config.prefill_chunk or _CHUNK, max_context),
+        chunk=min(config.prefill_chunk or (_CHUNK if config.max_batch == 1 else _CHUNK_BETWEEN), max_context),
         threads=_num_threads(config.num_threads, manifest.model.num_parameters),
         model=manifest.model,
         head_rows=manifest.model.vocab_size if vocab_map is None else len(vocab_map),
@@ -127,6 +130,9 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
         head_dim=model.head_dim,
         kv_cache_type=layout.kv_cache_type,
     )
+    kv_cache = kv_cache_bytes(
+        **cache, max_context=layout.max_context, max_batch=layout.num_slots, int8_scales="channel"
+    )
     prefix = kv_cache_bytes(**cache, max_context=layout.prefix_tokens, int8_scales="none") * layout.prefix_slots
     data = manifest.files[DATA_NAME].size if DATA_NAME in manifest.files else 0
     rope = _rope_values(manifest) * (2 if layout.kv_cache_type == "fp16" else 4)
@@ -137,11 +143,11 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     return MemoryPlan(
         (
             MemoryItem("weights", max(0, data - stored + _packed_bytes(layout, manifest))),
-            MemoryItem("kv_cache", kv_cache_bytes(**cache, max_context=layout.max_context, int8_scales="channel")),
+            MemoryItem("kv_cache", kv_cache),
             MemoryItem("prefix_cache", prefix),
             MemoryItem("scratch", _scratch_bytes(layout, manifest)),
             MemoryItem("rope", rope),
-            MemoryItem("io", 8 * layout.chunk + 4 * rows + 13 * rows),
+            MemoryItem("io", 8 * layout.chunk + layout.num_slots * (4 * rows + 13 * rows)),
             MemoryItem("runtime", runtime),
         ),
         available=available_memory(),

@@ -1,7 +1,8 @@
-"""One ONNX Runtime session with everything it reads and writes bound once: inputs, logits and the KV cache in place."""
+"""One ONNX Runtime session with all it reads and writes bound once: inputs, logits and the KV cache in place."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ _ERROR, _FATAL = 3, 4  # ONNX Runtime's log severities
 
 
 class OrtSession:
-    """The model and its KV cache, DTYPES[kv_cache_type] [layers, 1, 2 (K, V), kv_heads, max_context, head_dim].
+    """The model and the KV of ``num_slots`` sequences.
 
-    Past and present of a layer are bound to the same memory, so a step writes its own positions and copies nothing.
+    ``kv_cache``: DTYPES[kv_cache_type] [layers, 2 (K, V), slots, kv_heads, max_context, head_dim]. Past and present of
+    a layer are bound to the same memory, so a step writes its own positions and copies nothing.
     ``packed``: the runtime makes copies of the weights in its kernels' own layout, which only quantized ones need.
     ``kept``: int32 [rows], what the model's whole LM head is cut to; None: it stays as it is.
-    ``logits``: float32 [rows], overwritten by every step. Not thread-safe, but for ``terminate``.
+    ``logits``: float32 [slots, rows], of each slot after its last step. Not thread-safe, but for ``terminate``.
     """
 
     def __init__(
@@ -41,64 +43,89 @@ class OrtSession:
         kv_cache_type: str = "fp32",
         packed: bool = True,
         kept: np.ndarray | None = None,
+        num_slots: int = 1,
     ):
         self.max_context = max_context
         self.chunk = chunk
+        self.num_slots = num_slots
         options, path = session_options(threads, packed), _model_path(variant_dir, kv_cache_type)
         data = variant_dir / DATA_NAME
         with held_still(data) as fd:
             source, self._head = (str(path), None) if kept is None else cut_head(path, kept, options)
             self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
             copy_mapped(data, fd)
-        shape = (model.num_layers, 1, 2, model.num_kv_heads, max_context, model.head_dim)
+        shape = (model.num_layers, 2, num_slots, model.num_kv_heads, max_context, model.head_dim)
         self.kv_cache = np.empty(shape, dtype=DTYPES[kv_cache_type])
         self.kv_cache.fill(0)  # takes the pages now rather than token by token
-        self.logits = np.zeros(rows, dtype=np.float32)
-        self._last_position = np.zeros(1, dtype=np.int32)
+        self.logits = np.zeros((num_slots, rows), dtype=np.float32)
+        self._last_positions = np.zeros(num_slots, dtype=np.int32)
         self._length = np.zeros((), dtype=np.int32)
-        self._token = np.zeros((1, 1), dtype=np.int64)
+        self._step_tokens = np.zeros((num_slots, 1), dtype=np.int64)
         self._tokens = np.zeros(chunk, dtype=np.int64)
-        self._decode = self._bind(self._token)
-        self._prefill = self._bind(self._tokens[None])
-        self._bound_tokens = chunk
+        # (first slot, number of slots) → a step of slots that lie side by side
+        self._decode = {(slot, 1): self._bind(self._step_tokens[:1], slot) for slot in range(num_slots)}
+        self._prefill = [self._bind(self._tokens[None], slot) for slot in range(num_slots)]
+        self._bound_tokens = [chunk] * num_slots
         self._decode_options = ort.RunOptions()
-        self._prefill_options = ort.RunOptions()
-        self._prefill_options.log_severity_level = _FATAL  # being ended by ``terminate`` is no error worth a line
+        self._prefill_options = [ort.RunOptions() for _ in range(num_slots)]
+        for each in self._prefill_options:
+            each.log_severity_level = _FATAL  # being ended by ``terminate`` is no error worth a line
+        # An engine built before there were batches has a graph for one sequence.
+        if num_slots > 1 and not isinstance(self._session.get_inputs()[0].shape[0], int):
+            for count in range(2, num_slots + 1):
+                for slot in range(num_slots - count + 1):
+                    self._decode[slot, count] = self._bind(self._step_tokens[:count], slot)
 
-    def _bind(self, token_ids: np.ndarray) -> ort.IOBinding:
+    def _bind(self, token_ids: np.ndarray, slot: int) -> ort.IOBinding:
+        """``token_ids``: int64 [slots from ``slot`` on, tokens]."""
+        count = len(token_ids)
         binding = self._session.io_binding()
         _bind_input(binding, "input_ids", token_ids)
-        _bind_input(binding, "last_position", self._last_position)
+        _bind_input(binding, "last_position", self._last_positions[:count])
         _bind_input(binding, "length", self._length)
         for layer in range(self.kv_cache.shape[0]):
             for index, kind in enumerate(("key", "value")):
-                cache = self.kv_cache[layer, :, index]
+                cache = self.kv_cache[layer, index, slot : slot + count]
                 _bind_input(binding, f"past_{kind}.{layer}", cache)
                 _bind_output(binding, f"present_{kind}.{layer}", cache)
-        _bind_output(binding, "logits", self.logits[None])
+        _bind_output(binding, "logits", self.logits[slot : slot + count])
         return binding
 
-    def decode(self, token_id: int, position: int) -> None:
-        """Feeds one token at ``position``; its logits are in ``logits`` afterwards."""
-        self._token[0, 0] = token_id
-        self._last_position[0] = position
-        self._length[...] = position + 1
-        self._session.run_with_iobinding(self._decode, self._decode_options)
+    def can_batch(self, count: int) -> bool:
+        """Return whether a step can take ``count`` slots that lie side by side."""
+        return (0, count) in self._decode
 
-    def prefill(self, token_ids: np.ndarray, position: int) -> None:
-        """Feeds 1 to ``chunk`` tokens, integers [n], at ``position`` and on; ``logits`` are those after the last."""
+    def stop_batching(self) -> None:
+        """Forget the steps of several slots; ``can_batch`` is false for all of them from now on."""
+        self._decode = {place: binding for place, binding in self._decode.items() if place[1] == 1}
+
+    def decode(self, token_id: int, position: int, slot: int = 0) -> None:
+        """Feeds one token at ``position``; its logits are in ``logits[slot]`` afterwards."""
+        self.decode_batch([token_id], [position], slot)
+
+    def decode_batch(self, token_ids: Sequence[int], positions: Sequence[int], slot: int) -> None:
+        """Feeds one token each to the slots from ``slot`` on. More than one need ``can_batch``."""
+        count = len(token_ids)
+        self._step_tokens[:count, 0] = token_ids
+        self._last_positions[:count] = positions
+        self._length[...] = max(positions) + 1
+        self._session.run_with_iobinding(self._decode[slot, count], self._decode_options)
+
+    def prefill(self, token_ids: np.ndarray, position: int, slot: int = 0) -> None:
+        """Feeds 1 to ``chunk`` tokens, integers [n], at ``position`` and on; the logits are those after the last."""
         count = len(token_ids)
         self._tokens[:count] = token_ids
-        if count != self._bound_tokens:
-            _bind_input(self._prefill, "input_ids", self._tokens[None, :count])
-            self._bound_tokens = count
-        self._last_position[0] = position + count - 1
+        if count != self._bound_tokens[slot]:
+            _bind_input(self._prefill[slot], "input_ids", self._tokens[None, :count])
+            self._bound_tokens[slot] = count
+        self._last_positions[0] = position + count - 1
         self._length[...] = position + count
-        self._session.run_with_iobinding(self._prefill, self._prefill_options)
+        self._session.run_with_iobinding(self._prefill[slot], self._prefill_options[slot])
 
-    def terminate(self, stop: bool) -> None:
-        """True: a ``prefill`` that runs or comes ends, with an exception, at its next node. From any thread."""
-        self._prefill_options.terminate = stop
+    def terminate(self, slot: int, stop: bool) -> None:
+        """True: a ``prefill`` of ``slot`` that runs or comes ends, with an exception, at its next node. From any
+        thread."""
+        self._prefill_options[slot].terminate = stop
 
 
 def check_runtime(kv_cache_type: str) -> None:

@@ -53,13 +53,13 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
         quantization=weight_format,
         kv_cache_type=kv_cache_type,
         max_context=size.max_context,
-        max_batch=1,
+        max_batch=CAPABILITIES.max_batch,
         eos_token_ids=(),
         group_size=precision.group_size,
         options=dataclasses.asdict(builder.engine_options(precision, packing, shares_head=shares_head)),
         files={DATA_NAME: FileRecord(data, "")} | graphs,
     )
-    layout = resolve(Path(), manifest, EngineConfig(Path()))
+    layout = resolve(Path(), manifest, EngineConfig(Path(), max_batch=size.max_batch))
     return _items(plan_memory(dataclasses.replace(layout, head_rows=rows), manifest))
 
 

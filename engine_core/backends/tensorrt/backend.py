@@ -109,6 +109,7 @@ class TensorRTBackend(DeviceBackend):
         self._spec = spec
         self._damaged = False  # a NaN may be in the cache, where a mask does not stop it
         self.max_context = spec.max_context
+        self.prefill_chunk = spec.chunk
         self.vocab_size = spec.vocab_size
         self.reduced_vocab_size = spec.head_rows
         with contextlib.ExitStack() as undo:
