@@ -369,8 +369,8 @@ class LLM:
 
     With ``node``, an executor has to spin that node in another thread than the one that waits here. A request takes:
     ``messages`` (a text, or turns of role and content) or ``prompt``, ``json_schema``, ``stop``, ``priority``,
-    ``deadline`` (s), ``request_id``, ``allow_special``, and the sampling options temperature, top_p, top_k, min_p,
-    repetition_penalty, seed and max_new_tokens. Close it, or use it in a ``with`` or ``async with``.
+    ``deadline`` (s), ``request_id``, ``allow_special``, and the options of msg/SamplingOptions that have one value.
+    Close it, or use it in a ``with`` or ``async with``.
     """
 
     def __init__(self, name: str = "/llm", *, node: Node | None = None, wait: float = 5.0) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from engine_core.backends.capabilities import all_capabilities
 from engine_core.config import BUSY_POLICIES, CHOICES, MINIMUMS, EngineConfig
-from engine_core.request import SAMPLING_RANGES, Range, SamplingParams
+from engine_core.request import SAMPLING_OPTIONS, Range, SamplingOption
 
 DEACTIVATE_POLICIES = ("finish", "cancel")
 BOND_MODES = ("auto", "always", "never")  # not on and off, which YAML takes for booleans
@@ -91,10 +91,12 @@ def _engine(name: str, description: str, high: float = _MAX_INT, **options: Any)
     return ParameterSpec(name, Kind.FIXED, fields[name].default, description, **options)
 
 
-def _sampling(name: str, description: str) -> ParameterSpec:
+def _sampling(option: SamplingOption) -> ParameterSpec:
     """Return the parameter of an option of SamplingParams."""
-    default = getattr(SamplingParams(), name)
-    return ParameterSpec(name, Kind.DYNAMIC, default, description, range=SAMPLING_RANGES[name])
+    if option.name == "seed":  # a parameter always has a value, and none above 2**63 - 1
+        description = f"{option.description} {RANDOM_SEED} = none."
+        return ParameterSpec(option.name, Kind.DYNAMIC, RANDOM_SEED, description, range=Range(RANDOM_SEED, 2**63 - 1))
+    return ParameterSpec(option.name, Kind.DYNAMIC, option.default, option.description, range=option.range)
 
 
 def _dynamic(name: str, default: Any, description: str, *limits: float, **options: Any) -> ParameterSpec:
@@ -146,16 +148,7 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
         _engine("verify_files", "Check the SHA-256 of every file of the engine, not only its size."),
     ),
     "What a request gets that does not say otherwise": (
-        _sampling("temperature", "Randomness of the answer; 0 = greedy."),
-        _sampling("top_p", "Sample among the likeliest tokens of this total probability; 1 = off."),
-        _sampling("top_k", "Sample among this many likeliest tokens; 0 = off."),
-        _sampling("min_p", "Drop tokens below this share of the likeliest one's probability; 0 = off."),
-        _sampling("repetition_penalty", "Divides the logits of tokens seen before; 1 = off."),
-        _dynamic(
-            "seed", RANDOM_SEED, f"Seed of the sampling; {RANDOM_SEED} = a fresh one per request.",
-            RANDOM_SEED, 2**63 - 1,
-        ),
-        _sampling("max_new_tokens", "Most tokens of an answer."),
+        *map(_sampling, SAMPLING_OPTIONS.values()),
         # An empty list has no type in a parameter file, so "no stop strings" is a list of one empty string.
         _dynamic("stop", [""], "Strings before which an answer ends; empty ones are ignored."),
         _dynamic("system_prompt", "", "Put before conversations without a system message; its KV is kept."),

@@ -130,12 +130,13 @@ class SamplingParams:
     )  # fmt: skip
     top_k: int = _option(int, 0, Range(0, _MAX_INT32), "Sample among this many likeliest tokens; 0 = off.")
     min_p: float = _option(
-        float, 0.0, Range(0.0, 1.0, high_is_open=True), "Drop tokens below this share of the likeliest one's; 0 = off."
-    )
+        float, 0.0, Range(0.0, 1.0, high_is_open=True),
+        "Drop tokens below this share of the likeliest one's probability; 0 = off.",
+    )  # fmt: skip
     repetition_penalty: float = _option(
         float, 1.0, Range(0.01, 100.0), "Divides the logits of tokens seen before; 1 = off."
     )
-    seed: int | None = _option(int, None, Range(0, MAX_SEED), "Seed of the sampling; none = a fresh random one.")
+    seed: int | None = _option(int, None, Range(0, MAX_SEED), "Seed of the sampling; without one, a fresh one.")
     max_new_tokens: int = _option(int, 256, Range(1, _MAX_INT32), "Most tokens of an answer.")
     ignore_eos: bool = False  # go on past end-of-sequence tokens (for benchmarks)
     stop_token_ids: Collection[int] = ()  # further ids that end generation
@@ -187,7 +188,6 @@ SAMPLING_OPTIONS: dict[str, SamplingOption] = {
     for each in dataclasses.fields(SamplingParams)
     if each.metadata
 }
-SAMPLING_RANGES = {name: option.range for name, option in SAMPLING_OPTIONS.items()}
 
 
 @dataclass(frozen=True)
