@@ -89,7 +89,7 @@ class DeviceBackend:
     """
 
     num_slots = 1
-    sampler_options = SAMPLING_OPTIONS.keys() & set(PARAMS.names)
+    sampler_options = frozenset(SAMPLING_OPTIONS) & frozenset(PARAMS.names)
 
     _device: Device | None
     _stream: Stream

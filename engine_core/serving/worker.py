@@ -188,6 +188,7 @@ class Worker:
         _log.error("The engine failed: %s", error, exc_info=not isinstance(error, EngineFaultError))
         for sequence in self._scheduler.running:
             self._scheduler.remove(sequence)
+            sequence.cancel.detach()
             sequence.fail(error)
         self._stop_accepting(f"The engine has failed ({error}); configure the node again.", error)
         try:
