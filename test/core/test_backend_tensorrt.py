@@ -71,7 +71,9 @@ def model(built):
 
 def load(engine_dir, driver, version=VERSION, **config) -> TensorRTBackend:
     api = TensorRT(fake_tensorrt.make(version, driver))
-    return TensorRTBackend.load(engine_dir, read_manifest(engine_dir), EngineConfig(engine_dir, **config), api)
+    return TensorRTBackend.load(
+        engine_dir, read_manifest(engine_dir), EngineConfig(engine_dir, **{"tune_kernels": False, **config}), api
+    )
 
 
 @pytest.mark.parametrize("use_cuda_graph", [True, False])

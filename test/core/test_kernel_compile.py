@@ -39,7 +39,7 @@ KERNELS = {
     "attention_prefill": {**ATTENTION, "WARPS": 4, "BLOCKS": 2, "GROUPS": 2, "TILE_K": 64},
     "rope_append": {**ATTENTION, "THREADS": 128},
     "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f", ADD=1, THREADS=512),
-    "elementwise": dict(COLS=1024, THREADS=256),
+    "elementwise": dict(COLS=1024, THREADS=256, TOKEN_STRIDE=8),
     "sample": dict(ROWS=1000, RING=8, SCAN_THREADS=256, THREADS=1024),
     "kv_append": dict(LAYERS=3, KV_HEADS=2, VECTORS=8, CONTEXT=512, FRESH=1024, THREADS=128),
 }
@@ -80,6 +80,15 @@ def test_the_products_of_8_bits_compile(arch, bf16):
     _compile_all(arch, ("gemv_packed", "gemm_packed"), BITS=8, BF16=bf16)
 
 
+@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+def test_the_kernels_of_several_sequences_compile(arch):
+    tokens = 8 * (1 + _architectures().index(arch) % 2)
+    _compile_all(arch, ["gemm_packed"], BITS=16, TOKENS=tokens, EPILOGUE=3, BUFFERS=2, STAGE=2)
+    strides = {"SLOT_STRIDE": 1 << 33, "SCALE_SLOT_STRIDE": 4096}
+    _compile_all(arch, ["attention_decode"], BATCHED=1, KV_INT8=int(tokens == 8), **strides)
+    _compile_all(arch, ["rope_append"], KV_INT8=1, **strides)
+
+
 @pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows, cols, epilogue", [(50257, 576, 3), (1000, 72, 2), (24, 2560, 1)])
@@ -88,6 +97,15 @@ def test_products_with_tiles_that_are_not_full_compile(bits, rows, cols, epilogu
     _compile_all("sm_87", ("gemv_packed",), **sizes)
     if epilogue < 3:  # the LM head has one vector
         _compile_all("sm_87", ("gemm_packed",), **{**sizes, "SPLITS": 1, "STAGE": 1, "BUFFERS": 2})
+
+
+@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+@pytest.mark.parametrize("rows, cols, epilogue", [(50257, 576, 3), (1000, 72, 2), (24, 2560, 1)])
+def test_gemm_of_16_bit_tiles_that_are_not_full_compiles(rows, cols, epilogue):
+    sizes = dict(
+        ROWS=rows, COLS=cols, EPILOGUE=epilogue, BITS=16, BF16=0, K_WARPS=1, TOKENS=8, SPLITS=1, STAGE=1, BUFFERS=2
+    )
+    _compile_all("sm_87", ("gemm_packed",), **sizes)
 
 
 @pytest.mark.skipif(not _architectures(), reason="needs NVRTC")

@@ -9,6 +9,7 @@ import pytest
 
 from engine_core.cuda.kernels import int4_layout, int8_layout
 from engine_core.cuda.kernels.launch_configs import (
+    BATCH_TOKENS,
     GEMM_TOKENS,
     PACKED_ROWS,
     DecodeAttentionConfig,
@@ -51,6 +52,10 @@ def rule(problem, gpu: Gpu):
 
 def packed(rows: int, cols: int, bits: int) -> tuple[int, int, int, int]:
     return (*LAYOUTS[bits].records_shape(rows, cols), bits)
+
+
+def in_16_bits(rows: int, cols: int) -> tuple[int, int, int, int]:
+    return rows // 16, cols // 128, 16 * 128 * 2, 16
 
 
 # --- the table ------------------------------------------------------------------------------------------
@@ -117,6 +122,10 @@ def all_problems():
             for rows in (1, 32, 64, 128, 512, 2048):
                 yield PrefillAttentionProblem(heads, kv_heads, head_dim, kv_int8, rows)
     yield PackedRowsProblem(4096, 14336, 6144, 4)
+    for tokens in BATCH_TOKENS:
+        yield PackedGemmProblem(*packed(6144, 4096, 4), 0, tokens)
+        yield PackedGemmProblem(*in_16_bits(6144, 4096), 0, tokens)
+        yield DecodeAttentionProblem(32, 8, 128, False, False, tokens)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
@@ -168,22 +177,26 @@ def test_gemv_of_packed_tiles_fits_the_gpu(bits, rows, cols, gpu):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("rows, cols", MATRICES)
-@pytest.mark.parametrize("bits", LAYOUTS)
-def test_gemm_of_packed_tiles_fits_the_gpu_and_covers_the_matrix(bits, rows, cols, gpu):
-    problem = PackedGemmProblem(*packed(rows, cols, bits))
+@pytest.mark.parametrize(
+    ("bits", "cta_tokens"), [(4, GEMM_TOKENS), (8, GEMM_TOKENS), (4, 8), (8, 16), (16, 8), (16, 16)]
+)
+def test_gemm_fits_the_gpu_and_covers_the_matrix(bits, cta_tokens, rows, cols, gpu):
+    sizes = in_16_bits(rows, cols) if bits == 16 else packed(rows, cols, bits)
+    problem = PackedGemmProblem(*sizes, 0, cta_tokens)
     tiles, groups, bands = problem.tiles, problem.groups, -(-problem.tiles // 2)
-    sums, counters = packed_scratch([(rows, cols)], 70, gpu.num_sms)
-    tokens = -(-70 // GEMM_TOKENS) * GEMM_TOKENS
+    num_tokens = 70 if cta_tokens == GEMM_TOKENS else cta_tokens
+    sums, counters = packed_scratch([(rows, cols)], num_tokens, gpu.num_sms, cta_tokens)
+    token_tiles = -(-num_tokens // cta_tokens)
     for config in problem.candidates(gpu):
         ctas, own_groups = config.ctas(tiles), -(-groups // config.splits)
-        assert config.shared(problem.tile_bytes) + 1024 <= gpu.max_shared
+        assert config.shared(problem.tile_bytes, cta_tokens) + 1024 <= gpu.max_shared
         assert 1 <= config.row_warps * config.k_warps <= 16
         assert -(-bands // ctas) <= config.row_warps and ctas <= bands
         assert config.stage % config.k_warps == 0
         assert config.buffers == 2 or own_groups <= config.stage
         assert config.splits <= groups  # each CTA has columns
         if config.splits > 1:  # the memory plan has room for the partial sums of every candidate
-            assert sums >= config.splits * rows * tokens and counters >= tiles * tokens // GEMM_TOKENS
+            assert sums >= config.splits * rows * cta_tokens * token_tiles and counters >= tiles * token_tiles
 
 
 def test_a_large_packed_matrix_keeps_every_sm_of_an_h200_busy():
@@ -201,12 +214,13 @@ def test_packed_rows_are_sizes_of_a_chunk():
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("kv_int8", [False, True])
-def test_decode_attention_fits_the_gpu(gpu, kv_int8):
+@pytest.mark.parametrize("sequences", [1, 2, 16])
+def test_decode_attention_fits_the_gpu(gpu, kv_int8, sequences):
     for heads, kv_heads, head_dim in ((32, 8, 128), (32, 8, 64), (14, 2, 64), (8, 8, 256), (3, 3, 16)):
-        problem = DecodeAttentionProblem(heads, kv_heads, head_dim, False, kv_int8)
+        problem = DecodeAttentionProblem(heads, kv_heads, head_dim, False, kv_int8, sequences)
         for config in problem.candidates(gpu):
             assert problem.shared(config) + STATIC_SHARED <= gpu.max_shared
-            assert 1 <= config.splits <= max_decode_splits(kv_heads, gpu.num_sms) <= 64
+            assert 1 <= config.splits <= max_decode_splits(kv_heads * sequences, gpu.num_sms) <= 64
             assert config.warps in (2, 4, 8) and config.depth >= 1
 
 

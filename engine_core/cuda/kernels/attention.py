@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from engine_core.cuda.kernels.launch_configs import (
     PrefillAttentionProblem,
     max_decode_splits,
 )
+from engine_core.cuda.kernels.sampling import STATE
 
 _MAX_GROUP = 8  # query heads of a KV head: the columns of a tensor core multiplication in attention_decode.cu
 _SCALE_GROUP = 8  # fp16 scales in 16 bytes
@@ -32,6 +34,13 @@ class AttentionShape:
     norm_eps: float = 0.0
     qk_norm: bool = False
     kv_int8: bool = False  # the cache is quantized and has scales (kv_int8.cuh), else the kernels' 16-bit type
+
+    slot_layers: int = 0  # layers of a KV slot, where the cache has several: [slots, layers, 2, ...]; 0 = one slot
+
+    @property
+    def chunk_words(self) -> int:
+        """int32 of a chunk: position, tokens and, with several KV slots, the slot."""
+        return CHUNK_WORDS + (self.slot_layers > 0)
 
     @property
     def scale_pitch(self) -> int:
@@ -51,9 +60,10 @@ class AttentionShape:
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
-    def partial_floats(self, num_sms: int) -> int:
-        """float32 values that the splits of a decode step leave to be merged, at most."""
-        return max_decode_splits(self.num_kv_heads, num_sms) * self.num_heads * (self.head_dim + 2)
+    def partial_floats(self, num_sms: int, sequences: int = 1) -> int:
+        """Return the float32 values that the splits of a sequence leave to be merged, at most."""
+        splits = max_decode_splits(self.num_kv_heads * sequences, num_sms)
+        return splits * self.num_heads * (self.head_dim + 2)
 
     @property
     def decode_problem(self) -> DecodeAttentionProblem:
@@ -79,6 +89,8 @@ class AttentionShape:
             "CONTEXT": self.max_context,
             "QK_NORM": int(self.qk_norm),
             "KV_INT8": int(self.kv_int8),
+            "SLOT_STRIDE": self.slot_layers * 2 * self.num_kv_heads * self.max_context * self.head_dim,
+            "SCALE_SLOT_STRIDE": self.slot_layers * 2 * self.num_kv_heads * self.scale_pitch,
             "NORM_EPS": float_define(self.norm_eps),
             "SCALE_LOG2E": float_define(math.log2(math.e) / math.sqrt(self.head_dim)),
         }
@@ -126,20 +138,31 @@ def attention_decode(
     norms: tuple[DeviceArray, DeviceArray] | None = None,
     scales: DeviceArray | None = None,
     config: DecodeAttentionConfig | None = None,
+    slots: DeviceArray | None = None,
 ) -> Launch:
-    """One token at the state's position: rotates, appends to the cache and attends; output 16-bit [heads × head_dim].
+    """Attention of one token of each sequence: rotates q and k, appends K and V to the cache and attends.
 
-    ``counters``: uint32 [kv_heads], zeros. ``norms``: weights of the query and key norms.
-    ``scales``: fp16 [2, kv_heads, scale_pitch] of an int8 cache. Raises KernelArgumentError.
+    One sequence: qkv 16-bit [width]; ``state``: uint8 [STATE.itemsize], whose position is the token's; ``partial``:
+    float32 [partial_floats(num_sms)]; ``counters``: uint32 [kv_heads], zeros; output: 16-bit [heads × head_dim].
+    Several: ``slots``, int32 [n], is the KV slot of each one (negative = it does nothing); those arrays have n in
+    front, and ``partial`` is [n × partial_floats(num_sms, n)].
+
+    ``cache`` and ``scales`` are one layer's of the first slot: [2, kv_heads, max_context, head_dim] and, of an int8
+    cache, fp16 [2, kv_heads, scale_pitch]. ``rope``: float32 [max_context, head_dim / 2, 2]. ``norms``: weights of the
+    query and key norms. ``config``: another launch configuration than the chosen one. Raises KernelArgumentError.
     """
-    num_sms = kernels.gpu.num_sms
+    num_sms, rows = kernels.gpu.num_sms, slots.shape if slots is not None else ()
+    sequences = rows[0] if rows else 1
     _check(kernels, shape, cache, scales, rope, norms or ())
-    check("qkv", qkv, (shape.qkv_width,), kernels.dtype)
-    check("partial", partial, (shape.partial_floats(num_sms),), "fp32")
-    check("counters", counters, (shape.num_kv_heads,), "uint32")
-    check("output", output, (shape.num_heads * shape.head_dim,), kernels.dtype)
+    if slots is not None:
+        check("slots", slots, rows, "int32")
+        check("state", state, (*rows, STATE.itemsize), "uint8")
+    check("qkv", qkv, (*rows, shape.qkv_width), kernels.dtype)
+    check("partial", partial, (sequences * shape.partial_floats(num_sms, sequences),), "fp32")
+    check("counters", counters, (*rows, shape.num_kv_heads), "uint32")
+    check("output", output, (*rows, shape.num_heads * shape.head_dim), kernels.dtype)
     q_norm, k_norm = norms or (0, 0)
-    problem = shape.decode_problem
+    problem = dataclasses.replace(shape.decode_problem, sequences=sequences)
     config = config or kernels.config(problem)
     shared = max(problem.shared(config), kernels.gpu.shared_budget)
     defines = {
@@ -148,12 +171,13 @@ def attention_decode(
         "MIN_KEYS": config.min_keys,
         "WARPS": config.warps,
         "DEPTH": config.depth,
+        "BATCHED": int(slots is not None),
     }
     function = kernels.function("attention_decode", "attention_decode", defines, shared)
-    args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output, scales or 0]
-    # As many CTAs as every other kernel of a step has on each multiprocessor, though some have nothing to do: with a
-    # gap somewhere the next kernel, which may start early, would be placed unevenly, and the one after it, too.
-    grid = (max(num_sms, shape.num_kv_heads * config.splits),)
+    args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output, scales or 0, slots or 0]
+    # As many CTAs as every other kernel of a step has on each SM, though some have nothing to do: with a gap somewhere
+    # the next kernel, which may start early, would be placed unevenly, and the one after it, too.
+    grid = (max(-(-num_sms // sequences), shape.num_kv_heads * config.splits), sequences)
     return Launch(kernels.device, function, grid, config.threads, args, shared, problem=problem)
 
 
@@ -173,7 +197,7 @@ def rope_append(
     KernelArgumentError.
     """
     _check(kernels, shape, cache, scales, rope, norms or ())
-    check("chunk", chunk, (CHUNK_WORDS,), "int32")
+    check("chunk", chunk, (shape.chunk_words,), "int32")
     check("qkv", qkv, (qkv.shape[0], shape.qkv_width), kernels.dtype)
     function = kernels.function("rope_append", "rope_append", {**shape.defines(), "THREADS": ROPE_THREADS})
     q_norm, k_norm = norms or (0, 0)
@@ -223,7 +247,7 @@ def attention_prefill(
     check("qkv", qkv, (rows, shape.qkv_width), kernels.dtype)
     _check_cache(kernels, shape, cache, scales)
     check("output", output, (rows, shape.num_heads * shape.head_dim), kernels.dtype)
-    check("chunk", chunk, (CHUNK_WORDS,), "int32")
+    check("chunk", chunk, (shape.chunk_words,), "int32")
     args = [qkv, cache, output, chunk, scales or 0]
 
     def launch(config: PrefillAttentionConfig) -> Launch:

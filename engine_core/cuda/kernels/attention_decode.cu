@@ -1,4 +1,4 @@
-// Attention of one new token over the linear KV cache. SPLITS CTAs divide the keys of a KV head (flash decoding: Dao et al. 2023) with
+// Attention of one new token, or with BATCHED of one of each of several sequences, over the linear KV cache. SPLITS CTAs divide the keys of a KV head (flash decoding: Dao et al. 2023) with
 // an online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867); tensor cores multiply, with the query heads of the KV head as
 // columns. The kernel also rotates q and k and writes the new K and V in place. The last CTA of a KV head to finish merges the splits.
 //
@@ -6,6 +6,10 @@
 // scales: fp16 [2][KV_HEADS][SCALE_PITCH] (kv_int8.cuh); rope: [CONTEXT][HEAD_DIM / 2] (cos, sin); partial: float32 [SPLITS][KV_HEADS]
 // [GROUP][HEAD_DIM], then as many Merges; counters: uint32 [KV_HEADS], 0 between launches; output: [HEADS][HEAD_DIM]. Grid: KV_HEADS *
 // SPLITS or more. The position decides how many splits work; a split has at least MIN_KEYS keys.
+//
+// BATCHED: the grid's second dimension is the sequence, and every array but rope and the norms' weights has one more dimension in
+// front: qkv, output, partial, counters and state by sequence, cache and scales by KV slot (SLOT_STRIDE). slots: int32 [sequences],
+// the slot of each one, negative = nothing to do. Each sequence has its own position.
 //
 // The ring (kv_ring.cuh) is filled before the kernel waits for the kernel that computes qkv: the position and the cache before it
 // changed a step ago, and the first kernel of a step starts after the last one of the step before has ended. The new token's K and
@@ -16,6 +20,9 @@
 // of q and of the keys g and g + 8, chunks g, g + 8, … of the values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
 #include "mma.cuh"
 
+#ifndef BATCHED
+#define BATCHED 0
+#endif
 constexpr int GROUP = HEADS / KV_HEADS;  // query heads of a KV head
 #include "kv_ring.cuh"
 
@@ -144,7 +151,7 @@ struct Running {  // online softmax of a warp's keys for heads 2 t and 2 t + 1
 
 extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  // leaves registers for the next kernel
     attention_decode(const half_t* qkv, item_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm,
-                     const State* state, float* partial, u32* counters, half_t* output, half_t* scales) {
+                     const State* state, float* partial, u32* counters, half_t* output, half_t* scales, const int* slots) {
     extern __shared__ uint4 shared[];  // the rings; afterwards the warps' values to be merged
     __shared__ alignas(16) half_t queries[GROUP][HEAD_DIM];
     __shared__ NewToken fresh;
@@ -153,15 +160,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
     const int kv_head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
 
     let_next_start();
+#if BATCHED
+    state += blockIdx.y;
+    const int slot = (int)load4(slots + blockIdx.y);
+#else
+    constexpr int slot = 0;
+#endif
     const int position = (int)load4(&state->position);
     const int length = position + 1;
     const int share = max(MIN_KEYS, (length + SPLITS * SHARE_GRAIN - 1) / (SPLITS * SHARE_GRAIN) * SHARE_GRAIN);
     const int active = (length + share - 1) / share;
     // A step queued past the end writes nothing. Leaving counts as an end: wait first, as every kernel does.
-    if (position >= CONTEXT || split >= active) {
+    if (position >= CONTEXT || split >= active || slot < 0) {
         wait_for_previous();
         return;
     }
+#if BATCHED
+    qkv += (u64)blockIdx.y * (HEADS + 2 * KV_HEADS) * HEAD_DIM, output += (u64)blockIdx.y * HEADS * HEAD_DIM;
+    partial += (u64)blockIdx.y * SPLITS * HEADS * (HEAD_DIM + 2), counters += blockIdx.y * KV_HEADS;
+    cache += slot * (u64)SLOT_STRIDE;
+    if (KV_INT8) scales += slot * (u64)SCALE_SLOT_STRIDE;
+#endif
     const int begin = split * share, end = min(length, begin + share);
     const bool has_new = split == active - 1;  // this share ends with the new token
     Ring ring;
@@ -186,19 +205,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
 
     Running run = {};
     run.peak[0] = run.peak[1] = LOWEST;
-    int number = 0, slot = 0;
+    int number = 0, place = 0;  // the next piece, and where it lies in the ring
     auto arrived = [&](int fresh_row) {  // the next piece
         wait_copies<DEPTH - 1>();
         __syncwarp();
-        char* piece = ring.pieces + slot * PIECE_BYTES;
+        char* piece = ring.pieces + place * PIECE_BYTES;
         if (fresh_row < TILE) insert(piece, fresh_row, fresh, number % 2);
         return piece;
     };
     auto release = [&]() {  // it is read: its place is for another
         __syncwarp();
-        ring.load(slot, number + DEPTH);
+        ring.load(place, number + DEPTH);
         ++number;
-        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        place = place + 1 == DEPTH ? 0 : place + 1;
     };
     for (int key = ring.first; key < end; key += TILE * WARPS) {
         const int fresh_row = has_new ? position - key : TILE;  // where the new token's row is, if it is in this tile

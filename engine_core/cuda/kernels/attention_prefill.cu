@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS, group = threadIdx.x / (32 * WARPS);
     const int head = blockIdx.y, kv_head = head / (HEADS / KV_HEADS);
     const int first_q = (gridDim.x - 1 - blockIdx.x) * TILE_Q;  // the longest work first
-    const item_t* keys = cache + (u64)kv_head * CONTEXT * HEAD_DIM;
+    const item_t* keys = cache + load_slot(chunk) * (u64)SLOT_STRIDE + (u64)kv_head * CONTEXT * HEAD_DIM;
     const auto [start, count] = load_chunk(chunk);
     const int total = start + min(count, first_q + TILE_Q);
     const int num_stages = (total + STAGE_K - 1) / STAGE_K;
@@ -291,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 #if KV_INT8
     Stage* stages = (Stage*)(q_tile + (Q_SHARED ? TILE_Q * PITCH : 0));
-    const half_t* key_scales = scales + kv_head * SCALE_PITCH;
+    const half_t* key_scales = scales + load_slot(chunk) * (u64)SCALE_SLOT_STRIDE + kv_head * SCALE_PITCH;
     load_stage(stages[0], keys, key_scales, 0, total);
 #else
     const half_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;

@@ -16,6 +16,12 @@ typedef u16 half_t;  // the bits of an fp16 or bf16 value
 #define KV_INT8 0
 #endif
 
+// Elements, and scales with KV_INT8, from a layer's K of one KV slot to the next one's; 0 = there is one slot.
+#ifndef SLOT_STRIDE
+#define SLOT_STRIDE 0
+#define SCALE_SLOT_STRIDE 0
+#endif
+
 #if KV_INT8
 typedef signed char item_t;  // of the KV cache: see kv_int8.cuh
 #else
@@ -34,6 +40,7 @@ struct State {       // of the running sequence; written by the last kernel of a
 struct Chunk {  // of a prompt; written before the kernels of a prefill step are queued, so they may read it at once
     int position;  // of its first token in the KV cache
     int count;     // of its tokens; arrays may have more rows, which nobody reads
+    // With SLOT_STRIDE a third int follows, the KV slot.
 };
 
 // --- programmatic dependent launch -------------------------------------------------------------------------------
@@ -121,6 +128,8 @@ __device__ __forceinline__ Chunk load_chunk(const Chunk* p) {
     const uint2 v = load8(p);
     return {(int)v.x, (int)v.y};
 }
+
+__device__ __forceinline__ int load_slot(const Chunk* p) { return SLOT_STRIDE ? (int)load4((const int*)p + 2) : 0; }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 

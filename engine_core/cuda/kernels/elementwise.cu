@@ -1,10 +1,15 @@
 // The small kernels around the matrix multiplications: embedding, SwiGLU, bias, the last row of a chunk.
 #include "common.cuh"
 
-// float32 [gridDim.x][COLS] from the rows of table [vocab][COLS] named by tokens; a failed step's token reads row 0.
+#ifndef TOKEN_STRIDE
+#define TOKEN_STRIDE 1
+#endif
+
+// float32 [gridDim.x][COLS] from the rows of table [vocab][COLS] named by tokens, TOKEN_STRIDE ints apart; a failed step's token
+// reads row 0.
 extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table, const int* tokens, float* output) {
     // The next kernel is not let in early: it gains nothing from a kernel so short.
-    const int token = max(0, (int)load4(tokens + blockIdx.x));
+    const int token = max(0, (int)load4(tokens + blockIdx.x * TOKEN_STRIDE));
     for (int c = threadIdx.x * 8; c < COLS; c += THREADS * 8) {
         float v[8];
         unpack8(*(const uint4*)(table + (u64)token * COLS + c), v);

@@ -1,8 +1,9 @@
-// GEMM for a few tokens with quantized weights: Y = X Wᵀ, W in packed tiles of 4- or 8-bit values (packed.cuh). Each CTA reads its
-// tiles once for TOKENS tokens, so that a short prompt takes little longer than a decode step.
+// GEMM for a few tokens: Y = X Wᵀ, W in packed tiles of 4- or 8-bit values or in 16 bits (packed.cuh). Each CTA reads its tiles once
+// for TOKENS tokens, so that a short prompt, or one token each of several sequences, takes little longer than a decode step.
 //
-// X is [tokens][COLS] 16-bit, row-major. EPILOGUE 0: Y [tokens][ROWS] 16-bit; 1: Y [tokens][ROWS] float32, added to; 2: rows are
-// (gate, up) in turn and Y [tokens][ROWS / 2] = silu(gate) * up, 16-bit. Grid: (tiles of TOKENS, SPLITS, CTAs along the rows).
+// X is [tokens][COLS] 16-bit, row-major. EPILOGUE 0: Y [tokens][ROWS] 16-bit, plus bias [ROWS] with BIAS; 1: Y [tokens][ROWS]
+// float32, added to; 2: rows are (gate, up) in turn and Y [tokens][ROWS / 2] = silu(gate) * up, 16-bit; 3: Y [tokens][ROWS] float32.
+// Grid: (tiles of TOKENS, SPLITS, CTAs along the rows).
 //
 // A CTA has ROW_WARPS · K_WARPS warps. Each warp has a band of two rows of tiles and copies them through its own ring of DEPTH
 // slots, one group of 128 columns to a slot. X passes in stages of STAGE groups through BUFFERS places in shared memory; each of
@@ -19,6 +20,9 @@ constexpr int BAND = 2, BANDS = (TILES + BAND - 1) / BAND;     // tiles of a war
 constexpr int SHARE = STAGE / K_WARPS;                         // groups of a stage that a warp has
 constexpr int EIGHTS_OF_TOKENS = TOKENS / 8;
 constexpr int SLOT = BAND * RECORD;
+#ifndef BIAS
+#define BIAS 0
+#endif
 static_assert(TOKENS % 8 == 0 && STAGE % K_WARPS == 0 && (EPILOGUE != 2 || ROWS % 2 == 0), "unsupported shape");
 static_assert(BUFFERS > 1 || (GROUPS + SPLITS - 1) / SPLITS <= STAGE, "a second stage needs a second buffer");
 
@@ -33,7 +37,8 @@ __device__ __forceinline__ void load_input(uint4* x, const half_t* input, int gr
     for (int token = threadIdx.x / 32 * 2 + odd; token < TOKENS; token += 2 * WARPS) {
         const bool inside = token < tokens;  // else zeros, but copied from somewhere
         const half_t* source = input + (inside ? token * COLS : 0) + 8 * unit;
-        const u32 target = shared_address(x + token * UNITS + unit_place(odd, unit % 4, unit / 4)), bytes = inside ? 16 : 0;
+        const int eight = BITS == 16 ? unit / 4 : unit % 4, t = BITS == 16 ? unit % 4 : unit / 4;  // see packed.cuh
+        const u32 target = shared_address(x + token * UNITS + unit_place(odd, eight, t)), bytes = inside ? 16 : 0;
 #pragma unroll
         for (int group = 0; group < STAGE; ++group) {
             if (GROUPS % (SPLITS * STAGE) != 0 && group >= groups) break;
@@ -70,7 +75,7 @@ __device__ __forceinline__ void add(float (&sums)[4], const float4& v) { sums[0]
 // What becomes of the sums of COUNT tiles from ``first`` on, which one warp holds as tensor cores leave them.
 template <int COUNT>
 __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_TOKENS][4], void* output, int count, float* partial,
-                                       u32* counters) {
+                                       u32* counters, const half_t* bias) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const auto exists = [&](int b) { return TILES % BAND == 0 || first + b < TILES; };
     if (SPLITS > 1) {
@@ -105,9 +110,11 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 if (!exists(b)) continue;
-                const float low = sums[b][n][i], high = sums[b][n][2 + i];  // rows g and g + 8
                 const int token = blockIdx.x * TOKENS + 8 * n + 2 * t + i, row = (first + b) * TILE + g;
                 const bool has_low = ROWS % TILE == 0 || row < ROWS, has_high = ROWS % TILE == 0 || row + 8 < ROWS;
+                float low = sums[b][n][i], high = sums[b][n][2 + i];  // rows g and g + 8
+                if (BIAS && has_low) low += to_float(bias[row]);
+                if (BIAS && has_high) high += to_float(bias[row + 8]);
 #if EPILOGUE == 2
                 // The lane of an even row takes that and the next one, its neighbour the two that are 8 further.
                 const bool is_gate = g % 2 == 0;
@@ -121,6 +128,9 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
 #if EPILOGUE == 1
                 if (has_low) ((float*)output)[place] += low;
                 if (has_high) ((float*)output)[place + 8] += high;
+#elif EPILOGUE == 3
+                if (has_low) ((float*)output)[place] = low;
+                if (has_high) ((float*)output)[place + 8] = high;
 #else
                 if (has_low) ((half_t*)output)[place] = to_half(low);
                 if (has_high) ((half_t*)output)[place + 8] = to_half(high);
@@ -130,7 +140,8 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gemm_packed(const unsigned char* records, const half_t* input, void* output, const Chunk* chunk, float* partial, u32* counters) {
+    gemm_packed(const unsigned char* records, const half_t* input, void* output, const Chunk* chunk, float* partial, u32* counters,
+                const half_t* bias) {
     extern __shared__ uint4 shared[];  // stages of X, minus the offsets [BUFFERS][STAGE][TOKENS], the rings; afterwards the sums
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
@@ -154,7 +165,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                    min(STAGE, groups - start), tokens, COLS - column);
     };
     // The records of this warp: of each stage groups k_warp, k_warp + K_WARPS, …
+#if BITS == 16
+    constexpr int ROW_BYTES = COLS * 2;
+    const unsigned char* own = records + (u64)(first_tile * TILE + g) * ROW_BYTES + (first_group + k_warp) * (GROUP * 2) + 16 * t;
+#else
     const unsigned char* own = records + ((u64)first_tile * GROUPS + first_group + k_warp) * RECORD + 16 * lane;
+#endif
     int next_stage = 0, next_share = 0;
     const auto load = [&](unsigned char* slot) {
         if (works && next_stage < stages) {
@@ -164,10 +180,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 for (int b = 0; b < BAND; ++b) {
                     if (TILES % BAND != 0 && first_tile + b >= TILES) break;
                     const u32 target = shared_address(slot) + b * RECORD + 16 * lane;
+#if BITS == 16
+                    const unsigned char* source = own + (u64)b * TILE * ROW_BYTES + group * (GROUP * 2);
+                    const int row = (first_tile + b) * TILE + g, column = (first_group + k_warp + group) * GROUP + 8 * t;
+#pragma unroll
+                    for (int piece = 0; piece < 2 * PIECES; ++piece) {
+                        const int down = piece / PIECES * 8, right = piece % PIECES * 32;  // rows and columns from the first
+                        const bool has = (ROWS % TILE == 0 || row + down < ROWS) && (COLS % GROUP == 0 || column + right < COLS);
+                        copy16_async(target + 512 * piece, has ? source + down * ROW_BYTES + 2 * right : records, has ? 16 : 0);
+                    }
+#else
                     const unsigned char* source = own + (b * GROUPS + group) * RECORD;
 #pragma unroll
                     for (int unit = 0; unit < SCALES; unit += 32) copy16_async(target + 16 * unit, source + 16 * unit);
                     if (lane < 2) copy16_async(target + 16 * SCALES, source + 16 * SCALES);
+#endif
                 }
             }
             if (++next_share == SHARE) next_share = 0, ++next_stage;
@@ -243,7 +270,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             }
 #pragma unroll
             for (int b = 0; b < BAND; ++b) {
-                const float2 scale = unpack2(((const u32*)(slot + b * RECORD + 16 * SCALES))[g]);
+                float2 scale = make_float2(1.f, 1.f);
+                if (BITS < 16) scale = unpack2(((const u32*)(slot + b * RECORD + 16 * SCALES))[g]);
 #pragma unroll
                 for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
 #pragma unroll
@@ -255,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     wait_copies<0>();
     if (K_WARPS == 1) {
-        if (works) finish<BAND>(first_tile, sums, output, count, partial, counters);
+        if (works) finish<BAND>(first_tile, sums, output, count, partial, counters, bias);
         return;
     }
     __syncthreads();  // the shared memory is free
@@ -278,6 +306,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int k = 0; k < K_WARPS; ++k)
                 add(sums[0][n], parts[((k * ROW_WARPS * BAND + place) * EIGHTS_OF_TOKENS + n) * 32]);
         }
-        finish<1>(tile, sums, output, count, partial, counters);
+        finish<1>(tile, sums, output, count, partial, counters, bias);
     }
 }

@@ -27,7 +27,9 @@ KV_APPEND_THREADS = 128
 SAMPLE_SCAN_THREADS, SAMPLE_PICK_THREADS = 256, 1024
 DEQUANTIZE_WARPS = 8
 
-GEMM_TOKENS = 32  # tokens of a CTA of gemm_packed.cu: more would take longer than reading its weights
+GEMM_TOKENS = 32  # tokens of a CTA of gemm_packed.cu in prefill: more would take longer than reading its weights
+BATCH_TOKENS = (8, 16)  # the same in a decode step of several sequences: the first that holds them
+MAX_SEQUENCES = BATCH_TOKENS[-1]  # of a decode step
 _GEMM_BAND = 2  # tiles of a warp of gemm_packed.cu
 _GEMV_COLUMNS = 256  # columns of a warp's load in gemv.cu
 _KV_TILE = 16  # keys of a tile of kv_ring.cuh
@@ -373,11 +375,11 @@ class PackedGemmConfig:
         """CTAs along the rows."""
         return -(-tiles // (_GEMM_BAND * self.row_warps))
 
-    def shared(self, tile_bytes: int) -> int:
+    def shared(self, tile_bytes: int, tokens: int = GEMM_TOKENS) -> int:
         """Bytes of the stages of X, their offsets and the rings, or of the sums that come after them."""
         warps = self.row_warps * self.k_warps
-        stages = self.buffers * self.stage * GEMM_TOKENS * (GROUP * 2 + 4)
-        sums = warps * _GEMM_BAND * TILE * GEMM_TOKENS * 4 if self.k_warps > 1 else 0
+        stages = self.buffers * self.stage * tokens * (GROUP * 2 + 4)
+        sums = warps * _GEMM_BAND * TILE * tokens * 4 if self.k_warps > 1 else 0
         return max(stages + warps * self.depth * _GEMM_BAND * tile_bytes, sums)
 
 
@@ -409,13 +411,14 @@ _GEMM_CHANGES: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class PackedGemmProblem(Problem[PackedGemmConfig]):
-    """A matrix of packed tiles [tiles, groups] times a few tokens."""
+    """A matrix of tiles [tiles, groups], packed or of 16 bits, times a few tokens, ``tokens`` of them in a CTA."""
 
     tiles: int
     groups: int
     tile_bytes: int
     bits: int
     epilogue: int = 0
+    tokens: int = GEMM_TOKENS
 
     config_type = PackedGemmConfig
     order = 2
@@ -436,7 +439,7 @@ class PackedGemmProblem(Problem[PackedGemmConfig]):
             stage = min(numbers.gemm_stage, 1 << (own_groups - 1).bit_length())
             while stage >= max(k_warps, min(2, own_groups)):
                 config = PackedGemmConfig(row_warps, k_warps, splits, stage, 1 if own_groups <= stage else 2)
-                if config.shared(self.tile_bytes) <= gpu.max_shared - _GEMM_STATIC_SHARED:
+                if config.shared(self.tile_bytes, self.tokens) <= gpu.max_shared - _GEMM_STATIC_SHARED:
                     return config
                 stage //= 2
             if k_warps > 1:
@@ -510,13 +513,14 @@ def max_decode_splits(num_kv_heads: int, num_sms: int) -> int:
 
 @dataclass(frozen=True)
 class DecodeAttentionProblem(Problem[DecodeAttentionConfig]):
-    """One token of ``num_heads`` query heads over a linear KV cache."""
+    """One token of each of ``sequences``, of ``num_heads`` query heads, over a linear KV cache."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     qk_norm: bool
     kv_int8: bool
+    sequences: int = 1
 
     config_type = DecodeAttentionConfig
     order = 1
@@ -541,7 +545,7 @@ class DecodeAttentionProblem(Problem[DecodeAttentionConfig]):
             depth = max(1, min(numbers.decode_depth, budget // (warps * piece)))
             if depth >= self._MIN_DEPTH:
                 break
-        splits = decode_splits(self.num_kv_heads, gpu.num_sms, numbers)
+        splits = decode_splits(self.num_kv_heads * self.sequences, gpu.num_sms, numbers)
         return DecodeAttentionConfig(splits, numbers.decode_min_keys, warps, depth)
 
     def variants(self, gpu: Gpu) -> list[DecodeAttentionConfig]:

@@ -95,9 +95,12 @@ def rms_norm(
     return Launch(kernels.device, function, (num_rows,), RMS_NORM_THREADS, [rows, weight, output, delta or 0])
 
 
-def embed(kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: DeviceArray) -> Launch:
+def embed(
+    kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: DeviceArray, token_stride: int = 1
+) -> Launch:
     """output [n, cols] float32 ← rows of table [vocab, cols] named by tokens, int32 [n]; the grid is n.
 
+    ``token_stride``: int32 from one token to the next one, such as those of sampler states side by side.
     It does not start before the kernel before it has ended: attention_decode relies on that.
     """
     vocab, cols = table.shape
@@ -105,7 +108,8 @@ def embed(kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: Dev
         raise KernelArgumentError(f"Rows of {cols} values; the kernel reads a multiple of 8.")
     check("table", table, (vocab, cols), kernels.dtype)
     check("output", output, (*tokens.shape, cols), "fp32")
-    function = kernels.function("elementwise", "embed", {"COLS": cols, "THREADS": ELEMENTWISE_THREADS})
+    defines: dict[str, int | str] = {"COLS": cols, "THREADS": ELEMENTWISE_THREADS, "TOKEN_STRIDE": token_stride}
+    function = kernels.function("elementwise", "embed", defines)
     return Launch(
         kernels.device, function, (tokens.shape[0],), ELEMENTWISE_THREADS, [table, tokens, output], overlap=False
     )

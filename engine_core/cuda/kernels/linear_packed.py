@@ -93,14 +93,19 @@ def gemv_packed(
     return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
 
 
-def packed_scratch(shapes: Iterable[tuple[int, int]], tokens: int, num_sms: int) -> tuple[int, int]:
-    """(float32 partial sums, counters) that PackedProducts of ``shapes`` (rows, columns) need for ``tokens``."""
+def packed_scratch(
+    shapes: Iterable[tuple[int, int]], tokens: int, num_sms: int, cta_tokens: int = GEMM_TOKENS
+) -> tuple[int, int]:
+    """Return the float32 partial sums and the counters that GEMMs of ``shapes`` (rows, columns) need at most.
+
+    ``tokens``: rows of X; ``cta_tokens``: of one CTA.
+    """
     sums = counters = 1
     for rows, cols in shapes:
-        tiles, token_tiles = -(-rows // TILE), -(-tokens // GEMM_TOKENS)
+        tiles, token_tiles = -(-rows // TILE), -(-tokens // cta_tokens)
         splits = gemm_splits(tiles, -(-cols // GROUP), num_sms)
         if splits > 1:
-            sums = max(sums, splits * tiles * TILE * GEMM_TOKENS * token_tiles)
+            sums = max(sums, splits * tiles * TILE * cta_tokens * token_tiles)
             counters = max(counters, tiles * token_tiles)
     return sums, counters
 
@@ -146,7 +151,7 @@ class PackedProduct:
         }
         function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
         grid = (1, config.splits, config.ctas(records.shape[0]))
-        args = [records, vectors, output, chunk, partial, counters]
+        args = [records, vectors, output, chunk, partial, counters, 0]
         self._launch = Launch(kernels.device, function, grid, config.threads, args, shared)
 
     def __call__(self, stream: Stream, rows: int) -> None:

@@ -14,6 +14,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int lane = threadIdx.x % 32, part = lane % LANES_PER_HEAD, d = 8 * part;
     const int index = ((blockIdx.x * THREADS + threadIdx.x) / 32) * HEAD_SLOTS + lane / LANES_PER_HEAD;
     const auto [position, count] = load_chunk(chunk);
+    cache += load_slot(chunk) * (u64)SLOT_STRIDE;
+    if (KV_INT8) scales += load_slot(chunk) * (u64)SCALE_SLOT_STRIDE;
     const bool inside = index < count * ALL_HEADS;
     const int token = inside ? index / ALL_HEADS : 0, head = inside ? index % ALL_HEADS : 0;
     half_t* vector = qkv + ((u64)token * ALL_HEADS + head) * HEAD_DIM;

@@ -9,6 +9,10 @@
 // state, for the next step, and to pinned host memory.
 //
 // scores: [ROWS], then the runs' largest [RUNS].
+//
+// BATCHED: the second dimension of sample_scan's grid and the first of sample_pick's is the sequence, and every array but vocab_map
+// has one more dimension in front. slots: int32 [sequences], negative = nothing to do, or null. MASK_WORDS: words of a sequence's
+// mask.
 #include "common.cuh"
 
 struct Params {
@@ -23,6 +27,11 @@ constexpr int WARPS = THREADS / 32;
 constexpr float LOWEST = -3.4e38f;
 constexpr int FAULT_NAN = -1, FAULT_EMPTY = -2;
 constexpr u32 ALL_LANES = 0xffffffffu;
+#ifndef BATCHED
+#define BATCHED 0
+#endif
+
+constexpr int SEEN_WORDS = (ROWS + 31) / 32;  // of a sequence
 constexpr int RUNS = THREADS, RUN = (ROWS + RUNS - 1) / RUNS;  // of rows that lie side by side
 
 __device__ __forceinline__ u32 order_key(float v) {  // of any float but NaN, in the same order
@@ -36,10 +45,16 @@ __device__ __forceinline__ float from_order_key(u32 key) {
 
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
     sample_scan(const float* logits, const u32* seen, const float* bias, const u32* mask, const int* vocab_map,
-                const Params* params, State* state, float* scores) {
+                const Params* params, State* state, float* scores, const int* slots) {
     __shared__ u64 bests[SCAN_THREADS / 32];
     let_next_start();
     wait_for_previous();
+#if BATCHED
+    const u64 sequence = blockIdx.y;
+    if (slots && (int)load4(slots + sequence) < 0) return;
+    logits += sequence * ROWS, bias += sequence * ROWS, scores += sequence * (ROWS + RUNS);
+    seen += sequence * SEEN_WORDS, mask += sequence * MASK_WORDS, params += sequence, state += sequence;
+#endif
     const float penalty = params->penalty;
     const bool has_bias = params->has_bias, has_mask = params->has_mask;
     u64 best = 0;
@@ -367,13 +382,20 @@ __device__ int draw_row(const float* scores, const Params& params, float peak, u
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    sample_pick(const float* scores, const Params* params, State* state, u32* seen, const int* vocab_map, int* host_tokens) {
+    sample_pick(const float* scores, const Params* params, State* state, u32* seen, const int* vocab_map, int* host_tokens,
+                const int* slots) {
     __shared__ alignas(16) char memory[4096 * sizeof(u64)];  // a histogram, or Few
     static_assert(sizeof(Few) <= sizeof(memory), "no room");
     __shared__ u64 sums[WARPS];
     __shared__ u32 ties[WARPS];
     let_next_start();
     wait_for_previous();
+#if BATCHED
+    const u64 sequence = blockIdx.x;
+    if (slots && (int)load4(slots + sequence) < 0) return;
+    scores += sequence * (ROWS + RUNS), seen += sequence * SEEN_WORDS, params += sequence, state += sequence;
+    host_tokens += sequence * RING;
+#endif
     const u64 best = (u64)load4((u32*)&state->best + 1) << 32 | load4(&state->best);
     const u64 step = (u64)load4((u32*)&state->step + 1) << 32 | load4(&state->step);
     const float peak = from_order_key((u32)(best >> 32));

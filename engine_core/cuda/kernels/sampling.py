@@ -48,30 +48,44 @@ def sample(
     mask: DeviceArray,
     vocab_map: DeviceArray | None,
     host_tokens: int,
+    slots: DeviceArray | None = None,
 ) -> tuple[Launch, Launch]:
-    """The two kernels that turn logits (float32 [rows]) into the next token.
+    """Return the two kernels that turn logits into the next token of each sequence.
 
-    ``scores``: float32 ``scores_shape(rows)``, scratch; ``seen``: uint32 [ceil(rows / 32)], rows already produced;
+    One sequence: ``logits`` float32 [rows]; ``scores``: float32 ``scores_shape(rows)``, scratch; ``params``: uint8
+    [PARAMS.itemsize]; ``state``: uint8 [STATE.itemsize]; ``seen``: uint32 [ceil(rows / 32)], rows already produced;
     ``bias``: float32 [rows]; ``mask``: uint32 [ceil(vocab / 32)]; ``vocab_map``: int32 [rows] or None; ``host_tokens``:
-    device address of int32 [RING] in pinned memory. Raises KernelArgumentError.
+    device address of int32 [RING] in pinned memory. Several: ``slots``, int32 [n], has a negative number for a sequence
+    that is left alone, and every array but ``vocab_map`` has n in front. Raises KernelArgumentError.
     """
-    (rows,) = logits.shape
-    check("logits", logits, (rows,), "fp32")
-    check("scores", scores, scores_shape(rows), "fp32")
-    check("bias", bias, (rows,), "fp32")
-    check("seen", seen, (-(-rows // 32),), "uint32")
-    check("params", params, (PARAMS.itemsize,), "uint8")
-    check("state", state, (STATE.itemsize,), "uint8")
+    lead, rows = logits.shape[:-1], logits.shape[-1]
+    sequences = lead[0] if lead else 1
+    check("logits", logits, (*lead, rows), "fp32")
+    check("scores", scores, (*lead, *scores_shape(rows)), "fp32")
+    check("bias", bias, (*lead, rows), "fp32")
+    check("seen", seen, (*lead, -(-rows // 32)), "uint32")
+    check("mask", mask, (*lead, mask.shape[-1]), "uint32")
+    check("params", params, (*lead, PARAMS.itemsize), "uint8")
+    check("state", state, (*lead, STATE.itemsize), "uint8")
     if vocab_map is not None:
         check("vocab_map", vocab_map, (rows,), "int32")
-    defines = {"ROWS": rows, "RING": RING, "SCAN_THREADS": SAMPLE_SCAN_THREADS, "THREADS": SAMPLE_PICK_THREADS}
+    if slots is not None:
+        check("slots", slots, lead, "int32")
+    defines: dict[str, int | str] = {
+        "ROWS": rows,
+        "RING": RING,
+        "BATCHED": len(lead),
+        "MASK_WORDS": mask.shape[-1],
+        "SCAN_THREADS": SAMPLE_SCAN_THREADS,
+        "THREADS": SAMPLE_PICK_THREADS,
+    }
     device = kernels.device
-    blocks = kernels.gpu.num_sms  # a warp takes a run; some may have none, see attention_decode
+    blocks = -(-kernels.gpu.num_sms // sequences)  # a warp takes a run; some may have none, see attention_decode
     scan = kernels.function("sample", "sample_scan", defines)
     pick = kernels.function("sample", "sample_pick", defines)
-    scanned = [logits, seen, bias, mask, vocab_map or 0, params, state, scores]
-    picked = [scores, params, state, seen, vocab_map or 0, host_tokens]
+    scanned = [logits, seen, bias, mask, vocab_map or 0, params, state, scores, slots or 0]
+    picked = [scores, params, state, seen, vocab_map or 0, host_tokens, slots or 0]
     return (
-        Launch(device, scan, (blocks,), SAMPLE_SCAN_THREADS, scanned),
-        Launch(device, pick, (1,), SAMPLE_PICK_THREADS, picked),
+        Launch(device, scan, (blocks, sequences), SAMPLE_SCAN_THREADS, scanned),
+        Launch(device, pick, (sequences,), SAMPLE_PICK_THREADS, picked),
     )

@@ -1,0 +1,101 @@
+"""GEMM of one token each of several sequences, with 16-bit, 8-bit or 4-bit weights: wrapper of gemm_packed.cu.
+
+A decode step of 2 to 16 sequences reads every weight once for all of them. The norm before a GEMM is a kernel of its
+own (``linear.rms_norm``): each CTA needs every row.
+"""
+
+from __future__ import annotations
+
+from engine_core.cuda.driver import DeviceArray, Launch
+from engine_core.cuda.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check
+from engine_core.cuda.kernels.int4_layout import GROUP, TILE
+from engine_core.cuda.kernels.launch_configs import BATCH_TOKENS, MAX_SEQUENCES, PackedGemmConfig, PackedGemmProblem
+from engine_core.cuda.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
+from engine_core.cuda.kernels.linear_packed import PackedWeight, packed_scratch
+
+_TILE_BYTES = TILE * GROUP * 2  # of a tile in 16 bits
+_VECTOR = 8  # 16-bit values that a kernel reads at once
+
+
+def cta_tokens(sequences: int) -> int:
+    """Return how many tokens a CTA takes in a decode step of ``sequences``."""
+    return next(tokens for tokens in BATCH_TOKENS if sequences <= tokens)
+
+
+def batch_scratch(shapes: list[tuple[int, int]], sequences: int, num_sms: int) -> tuple[int, int]:
+    """Return the float32 partial sums and the counters that ``gemm_batch`` needs for matrices of ``shapes``."""
+    return packed_scratch(shapes, sequences, num_sms, cta_tokens(sequences))
+
+
+def gemm_problem(weight: DeviceArray | PackedWeight, epilogue: int, sequences: int) -> PackedGemmProblem:
+    """Return the problem of ``gemm_batch``."""
+    tokens = cta_tokens(sequences)
+    if isinstance(weight, PackedWeight):
+        return PackedGemmProblem(*weight.records.shape, weight.format.bits, epilogue, tokens)
+    rows, cols = weight.shape
+    return PackedGemmProblem(-(-rows // TILE), -(-cols // GROUP), _TILE_BYTES, 16, epilogue, tokens)
+
+
+def gemm_batch(
+    kernels: Kernels,
+    weight: DeviceArray | PackedWeight,
+    vectors: DeviceArray,
+    output: DeviceArray,
+    epilogue: int,
+    chunk: DeviceArray,
+    partial: DeviceArray,
+    counters: DeviceArray,
+    *,
+    bias: DeviceArray | None = None,
+    config: PackedGemmConfig | None = None,
+) -> Launch:
+    """output ← vectors [n, cols] · weightᵀ for n of 2 to 16 sequences, with what follows fused (``epilogue``).
+
+    ``weight``: 16-bit [rows, cols], or packed; vectors are 16-bit, and cols a multiple of 8.
+    STORE: output 16-bit [n, rows], plus ``bias`` [rows]; RESIDUAL: float32 [n, rows], added to; SILU: 16-bit
+    [n, rows / 2] of rows that are (gate, up) in turn; LOGITS: float32 [n, rows]. ``chunk``: int32 [CHUNK_WORDS], whose
+    second number is how many of the n rows are computed. ``partial``, float32, and ``counters``, uint32 and zeros: see
+    ``batch_scratch``. Raises KernelArgumentError, KernelCompileError or DeviceError.
+    """
+    sequences = vectors.shape[0]
+    if not 1 <= sequences <= MAX_SEQUENCES:
+        raise KernelArgumentError(f"{sequences} sequences; a decode step has 1 to {MAX_SEQUENCES}.")
+    if isinstance(weight, PackedWeight):
+        array, rows, cols, sizes = weight.records, weight.rows, weight.cols, weight.format.kernel_defines
+    else:
+        array, (rows, cols), sizes = weight, weight.shape, {"BITS": 16}
+        check("weight", weight, (rows, cols), kernels.dtype)
+    if cols % _VECTOR or (epilogue == SILU and rows % 2):
+        raise KernelArgumentError(f"The weight is {[rows, cols]}; columns must be a multiple of {_VECTOR}, pairs even.")
+    problem = gemm_problem(weight, epilogue, sequences)
+    check("vectors", vectors, (sequences, cols), kernels.dtype)
+    width, dtype = rows // 2 if epilogue == SILU else rows, "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
+    check("output", output, (sequences, width), dtype)
+    check("chunk", chunk, (CHUNK_WORDS,), "int32")
+    check("partial", partial, partial.shape, "fp32")
+    check("counters", counters, counters.shape, "uint32")
+    if bias is not None:
+        assert epilogue == STORE
+        check("bias", bias, (rows,), kernels.dtype)
+    config = config or kernels.config(problem)
+    shared = config.shared(problem.tile_bytes, problem.tokens)
+    if config.splits > 1 and partial.shape[0] < config.splits * problem.tiles * TILE * problem.tokens:
+        raise KernelArgumentError(f"partial has {partial.shape[0]} values for {config.splits} splits of {rows} rows.")
+    defines: dict[str, int | str] = {
+        "ROWS": rows,
+        "COLS": cols,
+        **sizes,
+        "K_WARPS": config.k_warps,
+        "ROW_WARPS": config.row_warps,
+        "DEPTH": config.depth,
+        "SPLITS": config.splits,
+        "STAGE": config.stage,
+        "BUFFERS": config.buffers,
+        "TOKENS": problem.tokens,
+        "EPILOGUE": epilogue,
+        "BIAS": int(bias is not None),
+    }
+    function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
+    grid = (1, config.splits, config.ctas(problem.tiles))
+    args = [array, vectors, output, chunk, partial, counters, bias or 0]
+    return Launch(kernels.device, function, grid, config.threads, args, shared, problem=problem)
