@@ -332,7 +332,7 @@ class Module:
         if shared:  # from 48 KiB on, counted with what the kernel declares itself, it must be asked for
             which = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._device.call("cuFuncSetAttribute", function, which, shared)
-        # A multiprocessor that has to divide its memory anew between L1 cache and shared memory first runs empty: all
+        # An SM that has to divide its memory anew between L1 cache and shared memory first runs empty: all
         # kernels want the same, so that each can start beside the one before it.
         which = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         self._device.call("cuFuncSetAttribute", function, which, 100)

@@ -9,7 +9,7 @@ import pytest
 
 from engine_core import cli
 from engine_core.backends.cuda.backend import CudaBackend
-from engine_core.backends.cuda.build import build_cuda, to_records
+from engine_core.backends.cuda.build import build_cuda, to_tiles
 from engine_core.backends.cuda.layout import CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
 from engine_core.backends.cuda.weights import CudaWeights, kept_rows, resolve
 from engine_core.config import EngineConfig
@@ -161,16 +161,16 @@ def test_packing_is_its_own_inverse(kind, layout):
     random = np.random.default_rng(1)
     values = random.integers(0, weight_format(kind).top + 1, (64, 512)).astype(np.uint8)
     scales = random.integers(0, 1 << 16, (64, 4)).astype(np.uint16)
-    records = layout.pack(values, scales)
-    assert records.shape == layout.records_shape(64, 512)
-    found = layout.unpack(records)
+    tiles = layout.pack(values, scales)
+    assert tiles.shape == layout.tiles_shape(64, 512)
+    found = layout.unpack(tiles)
     assert (found[0] == values).all() and (found[1] == scales).all()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(("kind", "layout"), LAYOUTS.items())
 def test_a_group_of_zeros_stays_zero(kind, layout, dtype):
-    values, _ = layout.unpack(to_records(np.zeros((16, 128), dtype=np.float32), weight_format(kind), dtype))
+    values, _ = layout.unpack(to_tiles(np.zeros((16, 128), dtype=np.float32), weight_format(kind), dtype))
     assert (values == weight_format(kind).zero).all()
 
 

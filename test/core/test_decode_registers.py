@@ -50,7 +50,7 @@ def _array(shape: tuple[int, ...], dtype: str) -> DeviceArray:
     return DeviceArray(1 << 20, shape, dtype)
 
 
-def _products(kernels: Kernels, model: str, bits: int) -> list:
+def _gemms(kernels: Kernels, model: str, bits: int) -> list:
     hidden, intermediate, heads, kv_heads, head_dim, vocab = MODELS[model]
     launches = []
     for rows, cols, epilogue, normed in (
@@ -70,8 +70,8 @@ def _products(kernels: Kernels, model: str, bits: int) -> list:
             launches.append(linear.gemv(kernels, _array((rows, cols), "fp16"), vector, output, epilogue, **norm))
         else:
             packed = weight_format(f"int{bits}")
-            records = _array(linear_packed.LAYOUTS[packed.kind].records_shape(rows, cols), "uint8")
-            weight = linear_packed.PackedWeight(records, packed, rows, cols)
+            tiles = _array(linear_packed.LAYOUTS[packed.kind].tiles_shape(rows, cols), "uint8")
+            weight = linear_packed.PackedWeight(tiles, packed, rows, cols)
             launches.append(linear_packed.gemv_packed(kernels, weight, vector, output, epilogue, **norm))
     return launches
 
@@ -144,8 +144,8 @@ def noted(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("model", MODELS)
-def test_products(noted, model, bits):
-    _check(noted, _products(noted.kernels, model, bits))
+def test_gemms(noted, model, bits):
+    _check(noted, _gemms(noted.kernels, model, bits))
 
 
 def test_attention(noted):

@@ -51,7 +51,7 @@ def rule(problem, gpu: Gpu):
 
 
 def packed(rows: int, cols: int, bits: int) -> tuple[int, int, int, int]:
-    return (*LAYOUTS[bits].records_shape(rows, cols), bits)
+    return (*LAYOUTS[bits].tiles_shape(rows, cols), bits)
 
 
 def in_16_bits(rows: int, cols: int) -> tuple[int, int, int, int]:

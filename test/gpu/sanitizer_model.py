@@ -53,7 +53,7 @@ def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool, tune_ke
     for name, array in weight_arrays(spec).items():
         if array.dtype == "fp16":
             arrays[name] = (random.standard_normal(array.shape) * 0.05).astype(np.float16)
-        else:  # random levels, then 16 scales in each record
+        else:  # random values, then 16 scales in each tile
             scales = random.standard_normal((*array.shape[:-1], 16)) * 0.2 * 0.5**spec.weight_format.bits
             arrays[name] = random.integers(0, 256, array.shape, dtype=np.uint8)
             arrays[name][..., -32:] = scales.astype(np.float16).view(np.uint8)

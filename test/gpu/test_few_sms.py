@@ -65,8 +65,8 @@ def packed_matrix(bench, kind: str, rows: int, cols: int):
     values = bench.random.integers(0, 2 * found.zero, (rows, cols)).astype(np.uint8)
     bits = to_bits(bench.random.standard_normal((rows, cols // 128)) * (1.6 / found.zero) * cols**-0.5, "fp16")
     weight = reference.dequantize(values, from_bits(bits, "fp16"), layout.GROUP, found.zero)
-    records = bench.put(layout.pack(values, bits), "uint8")
-    return linear_packed.PackedWeight(records, found, rows, cols), weight
+    packed = bench.put(layout.pack(values, bits), "uint8")
+    return linear_packed.PackedWeight(packed, found, rows, cols), weight
 
 
 @pytest.mark.parametrize("rows, cols", [(6144, 4096), (528, 4864), (1008, 2048), (256, 14336)])
@@ -85,11 +85,11 @@ def test_every_candidate_of_packed_gemv_and_gemm(bench, small, kind, rows, cols)
     partial, counters = bench.poisoned((sums,), "fp32"), bench.put(np.zeros(num_counters, np.uint32), "uint32")
     arrays = (bench.chunk(5, 70), partial, counters)
     output = bench.poisoned((70, rows), "fp16")
-    problem = linear_packed.PackedProduct(small, tiles, vectors, output, linear.STORE, *arrays).problem
+    problem = linear_packed.PackedGemm(small, tiles, vectors, output, linear.STORE, *arrays).problem
     for config in problem.candidates(small.gpu):
         bench.device.upload(output, np.full((70, rows), np.nan, np.float16))
-        product = linear_packed.PackedProduct(small, tiles, vectors, output, linear.STORE, *arrays, config)
-        product(bench.stream, 70)
+        gemm = linear_packed.PackedGemm(small, tiles, vectors, output, linear.STORE, *arrays, config)
+        gemm(bench.stream, 70)
         assert error(bench.get(output), x @ w.T) < TOLERANCE["fp16"], config
         assert (bench.get(counters) == 0).all()
 

@@ -77,7 +77,7 @@ def test_gemv_refuses_what_it_cannot_read(bench):
         linear.gemv(kernels, weight, shifted, output, linear.LOGITS)
 
 
-# One record, one row of warps and more, groups that do not divide among warps, more tiles than CTAs.
+# One tile, one row of warps and more, groups that do not divide among warps, more tiles than CTAs.
 PACKED_SHAPES = [
     (16, 128),
     (48, 384),
@@ -92,20 +92,20 @@ PACKED_SHAPES = [
 
 
 class _Packed:
-    """A matrix of the format ``kind`` in records, and what it is in float64."""
+    """A matrix of the format ``kind`` in packed tiles, and what it is in float64."""
 
     def __init__(self, bench, kind: str, rows: int, cols: int, dtype: str) -> None:
         found, layout = weight_format(kind), linear_packed.LAYOUTS[kind]
         self.values = bench.random.integers(0, found.top + 1, (rows, cols)).astype(np.uint8)
         scales = bench.random.standard_normal((rows, cols // 128)) * (1.6 / found.zero) * cols**-0.5
         bits = to_bits(scales, dtype)
-        records = bench.put(layout.pack(self.values, bits), "uint8")
-        self.matrix = linear_packed.PackedWeight(records, found, rows, cols)
+        tiles = bench.put(layout.pack(self.values, bits), "uint8")
+        self.matrix = linear_packed.PackedWeight(tiles, found, rows, cols)
         self.weight = reference.dequantize(self.values, from_bits(bits, dtype), layout.GROUP, found.zero)
 
 
 def _packed_scratch(bench, rows: int, cols: int, num_sms: int):
-    """(partial sums, counters) of a PackedProduct of 70 tokens."""
+    """(partial sums, counters) of a PackedGemm of 70 tokens."""
     num_sums, num_counters = linear_packed.packed_scratch([(rows, cols)], 70, num_sms)
     return bench.poisoned((num_sums,), "fp32"), bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
 
@@ -113,7 +113,7 @@ def _packed_scratch(bench, rows: int, cols: int, num_sms: int):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("rows, cols", [*PACKED_SHAPES, (28672, 256), (70000, 128)])
 @pytest.mark.parametrize("kind", linear_packed.LAYOUTS)
-def test_packed_product_of_some_tokens(bench, rows, cols, kind, dtype):
+def test_packed_gemm_of_some_tokens(bench, rows, cols, kind, dtype):
     kernels, packed = bench.kernels(dtype), _Packed(bench, kind, rows, cols, dtype)
     vectors, x = bench.normal((70, cols), dtype, 3.0)
     partial, counters = _packed_scratch(bench, rows, cols, bench.device.num_sms)
@@ -122,17 +122,17 @@ def test_packed_product_of_some_tokens(bench, rows, cols, kind, dtype):
     for count in (1, 8, 33, 70):
         scratch = (bench.chunk(5, count), partial, counters)
         output = bench.poisoned((70, rows), dtype)
-        linear_packed.PackedProduct(*inputs, output, linear.STORE, *scratch)(bench.stream, count)
+        linear_packed.PackedGemm(*inputs, output, linear.STORE, *scratch)(bench.stream, count)
         found, sums = bench.get(output), x[:count] @ packed.weight.T
         assert error(found[:count], sums) < rounding
         assert np.isnan(found[count:]).all()
         residual, before = bench.normal((70, rows), "fp32")
-        linear_packed.PackedProduct(*inputs, residual, linear.RESIDUAL, *scratch)(bench.stream, count)
+        linear_packed.PackedGemm(*inputs, residual, linear.RESIDUAL, *scratch)(bench.stream, count)
         found = bench.get(residual)
         assert error(found[:count] - before[:count], sums) < rounding
         assert (found[count:] == before[count:]).all()
         activated = bench.poisoned((70, rows // 2), dtype)
-        linear_packed.PackedProduct(*inputs, activated, linear.SILU, *scratch)(bench.stream, count)
+        linear_packed.PackedGemm(*inputs, activated, linear.SILU, *scratch)(bench.stream, count)
         found = bench.get(activated)
         assert error(found[:count], reference.silu_multiply(sums)) < rounding
         assert np.isnan(found[count:]).all()
@@ -142,16 +142,16 @@ def test_packed_product_of_some_tokens(bench, rows, cols, kind, dtype):
 @pytest.mark.parametrize("num_sms, max_shared", [(16, 166912), (8, 166912), (20, 101376)])
 @pytest.mark.parametrize("rows, cols", [(6144, 4096), (528, 4864), (1008, 2048)])
 @pytest.mark.parametrize("kind", linear_packed.LAYOUTS)
-def test_packed_product_as_smaller_gpus_divide_it(bench, rows, cols, kind, num_sms, max_shared):
+def test_packed_gemm_as_smaller_gpus_divide_it(bench, rows, cols, kind, num_sms, max_shared):
     """As on a Jetson AGX Orin, an Orin Nano and a small RTX: more rows a CTA, and CTAs that come in rounds."""
     packed, count = _Packed(bench, kind, rows, cols, "fp16"), 70
     gpu = Gpu("smaller", 87, num_sms, max_shared)
-    config = LaunchConfigs(gpu).lookup(PackedGemmProblem(*packed.matrix.records.shape, packed.matrix.format.bits))
+    config = LaunchConfigs(gpu).lookup(PackedGemmProblem(*packed.matrix.tiles.shape, packed.matrix.format.bits))
     partial, counters = _packed_scratch(bench, rows, cols, num_sms)
     vectors, x = bench.normal((count, cols), "fp16", 3.0)
     output = bench.poisoned((count, rows), "fp16")
     arrays = (packed.matrix, vectors, output, linear.STORE, bench.chunk(5, count), partial, counters)
-    linear_packed.PackedProduct(bench.kernels("fp16"), *arrays, config=config)(bench.stream, count)
+    linear_packed.PackedGemm(bench.kernels("fp16"), *arrays, config=config)(bench.stream, count)
     assert error(bench.get(output), x @ packed.weight.T) < TOLERANCE["fp16"]
     assert (bench.get(counters) == 0).all()
 

@@ -49,8 +49,9 @@ def build_cuda(
     """Writes the variant ``engine_dir`` from a Hugging Face checkpoint directory.
 
     ``quantization``: fp16 (16-bit weights of either type), int8 or int4 (rounded to nearest, groups of 128, the LM head
-    too) or int4_awq, which is int4 from a checkpoint in int4. A checkpoint's own symmetric levels of as many bits are
-    kept with their scales, of groups of 128 or a multiple of that, such as a row; others are dequantized first.
+    too) or int4_awq, which is int4 from a checkpoint in int4. A checkpoint's own symmetric quantized values of as many
+    bits are kept with their scales, in groups of 128 or a multiple of that, such as a row; others are dequantized
+    first.
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
     ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps; a file of that name in the
     checkpoint is used by itself.
@@ -135,10 +136,10 @@ def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator
         yield "k_norm", [weights.norm(layer.k_norm)]
 
 
-def own_levels(
+def own_values(
     checkpoint: Checkpoint, spec: ModelSpec, name: str, wanted: IntegerFormat, dtype: str
 ) -> np.ndarray | None:
-    """Records with the checkpoint's own levels and scales, of the fused tensor ``name``.
+    """Return packed tiles with the checkpoint's own quantized values and scales, of the fused tensor ``name``.
 
     None unless all its parts are of the kind of ``wanted``, symmetric, in groups of a multiple of 128 columns, with
     scales that ``dtype`` holds exactly.
@@ -154,12 +155,12 @@ def own_levels(
     if any(part is None or (part.zeros is not None and (part.zeros != wanted.zero).any()) for part in found):
         return None
     found = [part.regrouped(GROUP) for part in found]
-    levels, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))
-    if not fits(*levels.shape) or not np.array_equal(from_16_bit(to_16_bit(scales, dtype)), scales):
+    values, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))
+    if not fits(*values.shape) or not np.array_equal(from_16_bit(to_16_bit(scales, dtype)), scales):
         return None
     if name.endswith(".gate_up"):
-        levels, scales = _paired(levels), _paired(scales)
-    return LAYOUTS[wanted.kind].pack(levels, to_16_bit(scales, dtype))
+        values, scales = _paired(values), _paired(scales)
+    return LAYOUTS[wanted.kind].pack(values, to_16_bit(scales, dtype))
 
 
 def _linear_of(spec: ModelSpec, name: str) -> LinearSpec:
@@ -179,10 +180,10 @@ def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
     return np.stack(spec.ropes[0].table(max_context), axis=-1)
 
 
-def to_records(values: np.ndarray, wanted: IntegerFormat, dtype: str) -> np.ndarray:
-    """float32 [rows, cols] rounded to nearest, symmetric: records of ``wanted`` with scales of ``dtype``.
+def to_tiles(values: np.ndarray, wanted: IntegerFormat, dtype: str) -> np.ndarray:
+    """float32 [rows, cols] rounded to nearest, symmetric: packed tiles of ``wanted`` with scales of ``dtype``.
 
-    Raises BuildError on a shape the records cannot hold.
+    Raises BuildError on a shape the tiles cannot hold.
     """
     rows, cols = values.shape
     if not fits(rows, cols):
@@ -217,17 +218,17 @@ def write_weights(
 
     rounded: list[str] = []
 
-    def records(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
+    def tiles(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
         assert isinstance(wanted, IntegerFormat)
-        own = own_levels(checkpoint, spec, name, wanted, dtype)
+        own = own_values(checkpoint, spec, name, wanted, dtype)
         if own is None and _is_quantized(checkpoint, spec, name):
             rounded.append(name)
-        return to_records(np.concatenate(list(blocks)), wanted, dtype) if own is None else own
+        return to_tiles(np.concatenate(list(blocks)), wanted, dtype) if own is None else own
 
     with SafetensorsWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)}) as writer:
         for name, blocks in fused_tensors(Weights(checkpoint, spec, kept), cuda_spec.has_head, paired=paired):
             if arrays[name].dtype == "uint8":
-                writer.write(name, records(name, blocks))
+                writer.write(name, tiles(name, blocks))
             else:
                 writer.write_blocks(name, (to_16_bit(block, dtype) for block in blocks))
         writer.write(ROPE_NAME, table)

@@ -52,7 +52,7 @@ TRAITS = (
 
 
 def _is_packed(kind: WeightFormat) -> bool:
-    """Whether the kernels multiply by records of the format, which have a scale for 128 columns."""
+    """Return whether the kernels multiply by packed tiles of the format, which have a scale for 128 columns."""
     from engine_core.cuda.kernels.int4_layout import GROUP
     from engine_core.cuda.kernels.linear_packed import LAYOUTS
 

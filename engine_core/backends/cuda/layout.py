@@ -116,7 +116,7 @@ class CudaSpec:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the layers' matrices and the head are in records of LAYOUTS."""
+        """True if the layers' matrices and the head are in packed tiles of LAYOUTS."""
         return self.weight_format.kind in LAYOUTS
 
     @property
@@ -174,15 +174,15 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
     shapes: dict[str, tuple[int, ...]] = {"embed": (spec.vocab_size, spec.hidden), "norm": (spec.hidden,)}
     if spec.has_head:
         shapes["head"] = (spec.head_rows, spec.hidden)
-    products = product_shapes(spec)
+    matrices = matrix_shapes(spec)
     for i in range(spec.num_layers):
         layer: dict[str, tuple[int, ...]] = {
             "input_norm": (spec.hidden,),
-            "qkv": products["qkv"],
-            "o": products["o"],
+            "qkv": matrices["qkv"],
+            "o": matrices["o"],
             "post_norm": (spec.hidden,),
-            "gate_up": products["gate_up"],
-            "down": products["down"],
+            "gate_up": matrices["gate_up"],
+            "down": matrices["down"],
         }
         if spec.qkv_bias:
             layer["qkv_bias"] = (attention.qkv_width,)
@@ -191,7 +191,7 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
     packed = packed_shapes(spec)
     return {
-        name: ArraySpec("weights", LAYOUTS[spec.weight_format.kind].records_shape(*shape), "uint8")
+        name: ArraySpec("weights", LAYOUTS[spec.weight_format.kind].tiles_shape(*shape), "uint8")
         if name.split(".")[-1] in packed
         else ArraySpec("weights", shape, dtype)
         for name, shape in shapes.items()
@@ -199,12 +199,12 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
 
 
 def packed_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the matrices that lie in records, by the last part of their names."""
-    return {**product_shapes(spec), "head": (spec.head_rows, spec.hidden)} if spec.is_packed else {}
+    """Return (rows, columns) of the matrices in packed tiles, by the last part of their names."""
+    return {**matrix_shapes(spec), "head": (spec.head_rows, spec.hidden)} if spec.is_packed else {}
 
 
-def product_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the matrices of a layer."""
+def matrix_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
+    """Return (rows, columns) of the matrices of a layer."""
     return spec.model.layer_matrices
 
 
@@ -238,8 +238,8 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["kv_scales"] = ("kv_cache", (spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
-    if spec.is_packed:  # for prefill: one matrix at a time in 16 bits, or partial sums of products of few tokens
-        shapes = product_shapes(spec).values()
+    if spec.is_packed:  # for prefill: one matrix at a time in 16 bits, or partial sums of a GEMM of few tokens
+        shapes = matrix_shapes(spec).values()
         sums, counters = packed_scratch(shapes, min(chunk, PACKED_ROWS[-1]), num_sms)
         arrays["dequantized"] = ("scratch", (max(2 * sums, *map(math.prod, shapes)),), dtype)
         arrays["packed_counters"] = ("scratch", (counters,), "uint32")
@@ -272,7 +272,7 @@ def _weight_format(manifest: Manifest) -> WeightFormat:
 
 
 def planned_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:
-    """Everything ``load`` takes, by purpose, on a GPU with so many multiprocessors."""
+    """Everything ``load`` takes, by purpose, on a GPU with so many SMs."""
     totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, num_sms))
     totals["runtime"] = RUNTIME_BYTES
     return totals

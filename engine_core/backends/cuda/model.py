@@ -1,9 +1,8 @@
 """The transformer on our own kernels alone.
 
-Decode takes five kernels a layer, each of which may start while the one before it ends: norm + QKV product, attention
-(with RoPE and the append to the KV cache), output product + residual, norm + gate-up product + SiLU, down product +
-residual. Prefill's products are cuBLAS's, but of 4- and 8-bit weights only those for many tokens, for which the weights
-are first written out in 16 bits.
+Decode takes five kernels a layer, each of which may start while the one before it ends: norm + QKV GEMV, attention
+(with RoPE and the append to the KV cache), output GEMV + residual, norm + gate-up GEMV + SiLU, down GEMV + residual.
+Prefill calls cuBLAS, for which 4- and 8-bit weights are dequantized; a GEMM of a few tokens reads them as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from engine_core.backends.cuda.layout import CudaSpec, packed_rows_problem, product_shapes, work_arrays
+from engine_core.backends.cuda.layout import CudaSpec, matrix_shapes, packed_rows_problem, work_arrays
 from engine_core.backends.gpu_model import DeviceModel, Matrix, Work
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import Kernels, linear, linear_packed
@@ -28,12 +27,12 @@ from engine_core.cuda.kernels.launch_configs import (
 
 
 @dataclass
-class _Product:
+class _Gemm:
     """A 16-bit matrix for cuBLAS and, where it is kept in 4 or 8 bits, what makes it and what does without."""
 
     weight: DeviceArray
     dequantize: Launch | None = None
-    packed: linear_packed.PackedProduct | None = None
+    packed: linear_packed.PackedGemm | None = None
 
 
 @dataclass
@@ -45,7 +44,7 @@ class _Layer:
     rope_append: Launch
     attend: AttentionPrefill
     post_norm: Launch
-    products: dict[str, _Product]
+    gemms: dict[str, _Gemm]
 
 
 class CudaModel(DeviceModel[_Layer]):
@@ -92,14 +91,14 @@ class CudaModel(DeviceModel[_Layer]):
         if isinstance(problem, PackedRowsProblem):
             self._place_chunk(PACKED_ROWS[-1])
             self._silu = self._silu_multiply()
-            products, limit = self._prefill_layer(0).products, self._kernels.config(problem).rows
+            gemms, limit = self._prefill_layer(0).gemms, self._kernels.config(problem).rows
             sizes = [rows for rows in PACKED_ROWS if rows <= self.spec.chunk]
-            return [partial(self._multiply, products, name, rows, limit) for rows in sizes for name in _ARRAYS]
+            return [partial(self._multiply, gemms, name, rows, limit) for rows in sizes for name in _ARRAYS]
         if isinstance(problem, PackedGemmProblem):
             self._place_chunk(GEMM_TOKENS)
             rows = min(GEMM_TOKENS, self.spec.chunk)
-            layers = [self._prefill_layer(i).products.values() for i in self._tuned_layers()]
-            packed = [product.packed for products in layers for product in products]
+            layers = [self._prefill_layer(i).gemms.values() for i in self._tuned_layers()]
+            packed = [gemm.packed for gemms in layers for gemm in gemms]
             return [partial(each, rows=rows) for each in packed if each is not None and each.problem == problem]
         return super()._work_of(problem, host_tokens)
 
@@ -117,36 +116,36 @@ class CudaModel(DeviceModel[_Layer]):
             rope_append=self._rope_append(i),
             attend=self._attend(i),
             post_norm=norm(weights["post_norm"]),
-            products={name: self._product(name, self.matrix(f"layers.{i}.{name}")) for name in _ARRAYS},
+            gemms={name: self._gemm(name, self.matrix(f"layers.{i}.{name}")) for name in _ARRAYS},
         )
 
-    def _product(self, name: str, weight: Matrix) -> _Product:
+    def _gemm(self, name: str, weight: Matrix) -> _Gemm:
         if not isinstance(weight, linear_packed.PackedWeight):
-            return _Product(weight)
+            return _Gemm(weight)
         kernels, w = self._kernels, self.work
         source, target, epilogue = _ARRAYS[name]
-        either = w["dequantized"]  # of the matrix written out or, with few tokens, the partial sums
-        whole = DeviceArray(either.address, product_shapes(self.spec)[name], self.spec.dtype)
+        either = w["dequantized"]  # the dequantized matrix or, with few tokens, the partial sums
+        whole = DeviceArray(either.address, matrix_shapes(self.spec)[name], self.spec.dtype)
         sums = DeviceArray(either.address, (either.nbytes // 4,), "fp32")
-        return _Product(
+        return _Gemm(
             whole,
             linear_packed.dequantize_packed(kernels, weight, whole),
-            linear_packed.PackedProduct(
+            linear_packed.PackedGemm(
                 *(kernels, weight, w[source], w["activated" if epilogue == linear.SILU else target], epilogue),
                 *(self._chunk, sums, w["packed_counters"]),
             ),
         )
 
-    def _multiply(self, products: dict[str, _Product], name: str, rows: int, max_packed: int, stream: Stream) -> None:
-        """Queues product ``name`` of ``rows`` rows; up to ``max_packed`` a packed matrix is multiplied as it is."""
-        w, product = self.work, products[name]
-        if product.packed is not None and rows <= max_packed:
-            product.packed(stream, rows)
+    def _multiply(self, gemms: dict[str, _Gemm], name: str, rows: int, max_packed: int, stream: Stream) -> None:
+        """Queues the GEMM ``name`` of ``rows`` rows; up to ``max_packed`` a packed matrix is multiplied as it is."""
+        w, gemm = self.work, gemms[name]
+        if gemm.packed is not None and rows <= max_packed:
+            gemm.packed(stream, rows)
             return
-        if product.dequantize is not None:
-            product.dequantize(stream)
+        if gemm.dequantize is not None:
+            gemm.dequantize(stream)
         source, target, epilogue = _ARRAYS[name]
-        self.blas.matmul(w[source], product.weight, w[target], rows, epilogue == linear.RESIDUAL)
+        self.blas.matmul(w[source], gemm.weight, w[target], rows, epilogue == linear.RESIDUAL)
         if epilogue == linear.SILU:
             self._silu.set_grid(rows)
             self._silu(stream)
@@ -155,7 +154,7 @@ class CudaModel(DeviceModel[_Layer]):
         stream = self._stream
 
         def multiply(name: str) -> None:
-            self._multiply(layer.products, name, rows, self._max_packed, stream)
+            self._multiply(layer.gemms, name, rows, self._max_packed, stream)
 
         layer.input_norm.set_grid(rows)
         layer.input_norm(stream)
@@ -174,7 +173,7 @@ class CudaModel(DeviceModel[_Layer]):
         self.blas.close()
 
 
-# Product → what it reads and writes, and its epilogue. SiLU's result goes from "gate_up" to "activated".
+# GEMM → what it reads and writes, and its epilogue. SiLU's result goes from "gate_up" to "activated".
 _ARRAYS = {
     "qkv": ("normed", "qkv", linear.STORE),
     "o": ("attended", "hidden", linear.RESIDUAL),

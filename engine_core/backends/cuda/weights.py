@@ -20,7 +20,7 @@ from engine_core.formats.weight_formats.base import WeightFormat
 WEIGHTS_NAME = "weights.safetensors"
 ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
 STORED_TYPES = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}  # dtype of an array → as safetensors spells it
-_BLOCK = 16  # records along the rows that are cut at a time: 256 rows, from as many records at most
+_BLOCK = 16  # tiles along the rows that are cut at a time: 256 rows, from as many tiles at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class CudaWeights:
 def kept_rows(stored: np.ndarray, kept: np.ndarray, weight_format: WeightFormat) -> np.ndarray:
     """The rows ``kept``, int32 [n], of a matrix in the form it is stored in.
 
-    ``stored``: [rows, cols] of a 16-bit type, or records of ``weight_format``, for which n is a multiple of 16.
+    ``stored``: [rows, cols] of a 16-bit type, or packed tiles of ``weight_format``, for which n is a multiple of 16.
     """
     if weight_format.kind not in LAYOUTS:
         return stored[kept]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_core.backends.cuda.build import write_weights
-from engine_core.backends.cuda.layout import CudaSpec, product_shapes
+from engine_core.backends.cuda.layout import CudaSpec, matrix_shapes
 from engine_core.backends.cuda.weights import WEIGHTS_NAME
 from engine_core.backends.tensorrt.api import TensorRT
 from engine_core.backends.tensorrt.capabilities import CAPABILITIES, products_refusal
@@ -198,7 +198,7 @@ def _write_products(tools: _Tools, manifest: Manifest, directory: Path) -> int:
     config = EngineConfig(directory)
     spec = with_chunk(CudaSpec.create(manifest, config), manifest, config)
     # The builder makes weights of its own to time a product, and what runs is not there yet.
-    weight_bytes = max(2 * math.prod(shape) for shape in product_shapes(spec).values())
+    weight_bytes = max(2 * math.prod(shape) for shape in matrix_shapes(spec).values())
     workspace = workspace_limit(tools.device.memory_info()[0], weight_bytes, 0)
     scratch = []
     for product in PRODUCTS:

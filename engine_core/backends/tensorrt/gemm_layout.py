@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from engine_core.backends.cuda.layout import ArraySpec, CudaSpec, product_shapes, round_rows, work_arrays
+from engine_core.backends.cuda.layout import ArraySpec, CudaSpec, matrix_shapes, round_rows, work_arrays
 from engine_core.backends.tensorrt.layout import TrtOptions, check_chunk
 from engine_core.config import EngineConfig
 from engine_core.formats.manifest import Manifest, read_options
@@ -24,7 +24,7 @@ def plan_name(product: str) -> str:
 
 def weight_shapes(spec: CudaSpec) -> dict[str, dict[str, tuple[int, ...]]]:
     """Product → its weights, by name, and their shapes."""
-    shapes: dict[str, tuple[int, ...]] = dict(product_shapes(spec))
+    shapes: dict[str, tuple[int, ...]] = dict(matrix_shapes(spec))
     if spec.qkv_bias:
         shapes["qkv_bias"] = (spec.attention.qkv_width,)
     return {name: {key: shapes[key] for key in weights if key in shapes} for name, weights in PRODUCTS.items()}

@@ -1,6 +1,7 @@
-// Attention of one new token, or with BATCHED of one of each of several sequences, over the linear KV cache. SPLITS CTAs divide the keys of a KV head (flash decoding: Dao et al. 2023) with
-// an online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867); tensor cores multiply, with the query heads of the KV head as
-// columns. The kernel also rotates q and k and writes the new K and V in place. The last CTA of a KV head to finish merges the splits.
+// Attention of one new token, or with BATCHED of one of each of several sequences, over the linear KV cache. SPLITS CTAs divide the
+// keys of a KV head (flash decoding: Dao et al. 2023) with an online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867); tensor
+// cores multiply, with the query heads of the KV head as columns. The kernel also rotates q and k and writes the new K and V in
+// place. The last CTA of a KV head to finish merges the splits.
 //
 // qkv: [(HEADS + 2 KV_HEADS) HEAD_DIM]; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], quantized with KV_INT8, and then
 // scales: fp16 [2][KV_HEADS][SCALE_PITCH] (kv_int8.cuh); rope: [CONTEXT][HEAD_DIM / 2] (cos, sin); partial: float32 [SPLITS][KV_HEADS]
@@ -15,7 +16,7 @@
 // changed a step ago, and the first kernel of a step starts after the last one of the step before has ended. The new token's K and
 // V are put among the copied ones as the cache will give them back.
 //
-// Both matrix products have the heads as columns (heads past GROUP are zeros) and as rows keys, then elements. The order of the
+// Both matrix multiplications have the heads as columns (heads past GROUP are zeros) and as rows keys, then elements. The order of the
 // dimension that is summed over is free as long as both operands have the same: lane 4 g + t takes chunks t, t + 4, … of 8 elements
 // of q and of the keys g and g + 8, chunks g, g + 8, … of the values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
 #include "mma.cuh"

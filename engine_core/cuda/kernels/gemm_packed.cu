@@ -11,7 +11,7 @@
 // divide the columns and the last one to arrive at a tile adds the sums. partial: float32 [row tiles][tiles of TOKENS][SPLITS]
 // [TOKENS * 16]; counters: uint32 [row tiles][tiles of TOKENS], 0 between launches.
 //
-// Within a group the kernel first sums products of X with the quantized values as ``widen`` gives them, starting from minus what
+// Within a group the kernel first multiplies X by the quantized values as ``widen`` gives them, starting from minus what
 // OFFSETS add; then it multiplies the sum by the scale of the row.
 #include "packed.cuh"
 
@@ -19,7 +19,7 @@ constexpr int WARPS = ROW_WARPS * K_WARPS, THREADS = 32 * WARPS;
 constexpr int BAND = 2, BANDS = (TILES + BAND - 1) / BAND;     // tiles of a warp at a time
 constexpr int SHARE = STAGE / K_WARPS;                         // groups of a stage that a warp has
 constexpr int EIGHTS_OF_TOKENS = TOKENS / 8;
-constexpr int SLOT = BAND * RECORD;
+constexpr int SLOT = BAND * TILE_BYTES;
 #ifndef BIAS
 #define BIAS 0
 #endif
@@ -140,7 +140,7 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gemm_packed(const unsigned char* records, const half_t* input, void* output, const Chunk* chunk, float* partial, u32* counters,
+    gemm_packed(const unsigned char* weights, const half_t* input, void* output, const Chunk* chunk, float* partial, u32* counters,
                 const half_t* bias) {
     extern __shared__ uint4 shared[];  // stages of X, minus the offsets [BUFFERS][STAGE][TOKENS], the rings; afterwards the sums
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -164,12 +164,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         load_input(x + stage % BUFFERS * (STAGE * TOKENS * UNITS), input + (u64)first_token * COLS + column,
                    min(STAGE, groups - start), tokens, COLS - column);
     };
-    // The records of this warp: of each stage groups k_warp, k_warp + K_WARPS, …
+    // The tiles of this warp: of each stage groups k_warp, k_warp + K_WARPS, …
 #if BITS == 16
     constexpr int ROW_BYTES = COLS * 2;
-    const unsigned char* own = records + (u64)(first_tile * TILE + g) * ROW_BYTES + (first_group + k_warp) * (GROUP * 2) + 16 * t;
+    const unsigned char* own = weights + (u64)(first_tile * TILE + g) * ROW_BYTES + (first_group + k_warp) * (GROUP * 2) + 16 * t;
 #else
-    const unsigned char* own = records + ((u64)first_tile * GROUPS + first_group + k_warp) * RECORD + 16 * lane;
+    const unsigned char* own = weights + ((u64)first_tile * GROUPS + first_group + k_warp) * TILE_BYTES + 16 * lane;
 #endif
     int next_stage = 0, next_share = 0;
     const auto load = [&](unsigned char* slot) {
@@ -179,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                 for (int b = 0; b < BAND; ++b) {
                     if (TILES % BAND != 0 && first_tile + b >= TILES) break;
-                    const u32 target = shared_address(slot) + b * RECORD + 16 * lane;
+                    const u32 target = shared_address(slot) + b * TILE_BYTES + 16 * lane;
 #if BITS == 16
                     const unsigned char* source = own + (u64)b * TILE * ROW_BYTES + group * (GROUP * 2);
                     const int row = (first_tile + b) * TILE + g, column = (first_group + k_warp + group) * GROUP + 8 * t;
@@ -187,10 +187,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     for (int piece = 0; piece < 2 * PIECES; ++piece) {
                         const int down = piece / PIECES * 8, right = piece % PIECES * 32;  // rows and columns from the first
                         const bool has = (ROWS % TILE == 0 || row + down < ROWS) && (COLS % GROUP == 0 || column + right < COLS);
-                        copy16_async(target + 512 * piece, has ? source + down * ROW_BYTES + 2 * right : records, has ? 16 : 0);
+                        copy16_async(target + 512 * piece, has ? source + down * ROW_BYTES + 2 * right : weights, has ? 16 : 0);
                     }
 #else
-                    const unsigned char* source = own + (b * GROUPS + group) * RECORD;
+                    const unsigned char* source = own + (b * GROUPS + group) * TILE_BYTES;
 #pragma unroll
                     for (int unit = 0; unit < SCALES; unit += 32) copy16_async(target + 16 * unit, source + 16 * unit);
                     if (lane < 2) copy16_async(target + 16 * SCALES, source + 16 * SCALES);
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Patterns patterns((u32)count >> 31);
     float sums[BAND][EIGHTS_OF_TOKENS][4] = {};
     unsigned char* slot = ring;
-    const auto refill = [&]() {  // the slot is read: it is for other records, and the next one's turn comes
+    const auto refill = [&]() {  // the slot is read: it is for other tiles, and the next one's turn comes
         load(slot);
         slot = slot == ring + (DEPTH - 1) * SLOT ? ring : slot + SLOT;
     };
@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (stage == 0) wait_copies<BUFFERS - 1>();
         else wait_copies<(SHARE < DEPTH ? SHARE : DEPTH) - 1>();
         __syncthreads();  // this stage is there, the one before is read
-        if (BUFFERS > 1 && stage > 0) load_stage(stage - 1 + BUFFERS);  // with the next records
+        if (BUFFERS > 1 && stage > 0) load_stage(stage - 1 + BUFFERS);  // with the next tiles
         const uint4* stage_x = x + stage % BUFFERS * (STAGE * TOKENS * UNITS);
         float* stage_offsets = offsets + stage % BUFFERS * (STAGE * TOKENS);
         const int start = stage_start(stage);
@@ -254,8 +254,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 for (int b = 0; b < BAND; ++b) {
                     if (eight % (4 / PIECES) == 0) {
                         const int p = eight * PIECES / 4;
-                        const uint4* record = (const uint4*)(slot + b * RECORD) + lane;
-                        top[b][p] = record[32 * p], bottom[b][p] = record[32 * (PIECES + p)];
+                        const uint4* packed = (const uint4*)(slot + b * TILE_BYTES) + lane;
+                        top[b][p] = packed[32 * p], bottom[b][p] = packed[32 * (PIECES + p)];
                     }
                     widen(u[b], top[b], eight, patterns), widen(w[b], bottom[b], eight, patterns);
                 }
@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int b = 0; b < BAND; ++b) {
                 float2 scale = make_float2(1.f, 1.f);
-                if (BITS < 16) scale = unpack2(((const u32*)(slot + b * RECORD + 16 * SCALES))[g]);
+                if (BITS < 16) scale = unpack2(((const u32*)(slot + b * TILE_BYTES + 16 * SCALES))[g]);
 #pragma unroll
                 for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
 #pragma unroll

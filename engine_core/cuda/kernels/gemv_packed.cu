@@ -34,7 +34,7 @@ struct NormWeights {  // this thread's; nothing without NORM
     }
 };
 
-// x to shared memory in the order the products read it, [GROUPS][4 eights][4 lanes t][8], zeros beyond COLS, and what OFFSETS
+// x to shared memory in the order the multiplications read it, [GROUPS][4 eights][4 lanes t][8], zeros beyond COLS, and what OFFSETS
 // add to each group's sum.
 __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void* input, const NormWeights& norm) {
 #if NORM
@@ -89,34 +89,34 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
 
 // At most half of the registers of each of the four schedulers, or the next kernel would not fit beside it.
 extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
-    gemv_packed(const unsigned char* records, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
-    extern __shared__ uint4 shared[];  // x [PLACES], then the rings [WARPS][DEPTH][RECORD / 16]
+    gemv_packed(const unsigned char* tiles, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
+    extern __shared__ uint4 shared[];  // x [PLACES], then the rings [WARPS][DEPTH][TILE_BYTES / 16]
     __shared__ float partial[2][K_WARPS][SEGMENT], offsets[GROUPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS, row_warp = warp / K_WARPS;
     const int first_tile = (int)((u64)TILES * blockIdx.x / gridDim.x);
     const int num_tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first_tile;
     const int first_group = k_warp * WARP_GROUPS;
     uint4* x = shared;
-    uint4* ring = shared + PLACES + warp * DEPTH * (RECORD / 16);
+    uint4* ring = shared + PLACES + warp * DEPTH * (TILE_BYTES / 16);
 
-    // The records of this warp: its groups of each of its tiles, one after the other.
+    // The tiles of this warp: its groups of each of its rows of tiles, one after the other.
     const int own_groups = min(WARP_GROUPS, GROUPS - first_group);
     int left = max(0, (num_tiles - row_warp + ROW_WARPS - 1) / ROW_WARPS) * own_groups, next_group = 0;
-    const uint4* next = (const uint4*)(records + ((u64)(first_tile + row_warp) * GROUPS + first_group) * RECORD) + lane;
+    const uint4* next = (const uint4*)(tiles + ((u64)(first_tile + row_warp) * GROUPS + first_group) * TILE_BYTES) + lane;
     auto load = [&](uint4* slot) {
         if (left > 0) {
 #pragma unroll
             for (int i = 0; i < SCALES; i += 32) copy16_async(slot + i + lane, next + i);
             if (lane < 2) copy16_async(slot + SCALES + lane, next + SCALES);
             --left;
-            next += RECORD / 16;
-            if (++next_group == own_groups) next_group = 0, next += (ROW_WARPS * GROUPS - own_groups) * (RECORD / 16);
+            next += TILE_BYTES / 16;
+            if (++next_group == own_groups) next_group = 0, next += (ROW_WARPS * GROUPS - own_groups) * (TILE_BYTES / 16);
         }
         commit_copies();
     };
     let_next_start();
 #pragma unroll
-    for (int stage = 0; stage < DEPTH; ++stage) load(ring + stage * (RECORD / 16));
+    for (int stage = 0; stage < DEPTH; ++stage) load(ring + stage * (TILE_BYTES / 16));
     NormWeights norm;
     norm.load(norm_weight);
     wait_for_previous();
@@ -161,7 +161,7 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
                 high += scale.y * (even[2] + odd[2]);
                 __syncwarp();
                 load(slot);
-                slot = slot == ring + (DEPTH - 1) * (RECORD / 16) ? ring : slot + RECORD / 16;
+                slot = slot == ring + (DEPTH - 1) * (TILE_BYTES / 16) ? ring : slot + TILE_BYTES / 16;
             }
             if (lane % 4 == 0) {
                 sums[k_warp][tile * TILE + lane / 4] = low;
@@ -174,14 +174,14 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     wait_copies<0>();
 }
 
-// weight [ROWS][COLS] 16-bit, rounded once. One warp per record; the rows pass through shared memory, so that each store writes
+// weight [ROWS][COLS] 16-bit, rounded once. One warp per tile; the rows pass through shared memory, so that each store writes
 // whole lines of two of them.
-extern "C" __global__ void __launch_bounds__(32 * DEQUANTIZE_WARPS) dequantize_packed(const uint4* records, half_t* weight) {
+extern "C" __global__ void __launch_bounds__(32 * DEQUANTIZE_WARPS) dequantize_packed(const uint4* tiles, half_t* weight) {
     __shared__ uint4 shared[DEQUANTIZE_WARPS][TILE * UNITS];
-    const u64 record = (u64)blockIdx.x * DEQUANTIZE_WARPS + threadIdx.x / 32;
-    if (record >= (u64)TILES * GROUPS) return;
+    const u64 tile = (u64)blockIdx.x * DEQUANTIZE_WARPS + threadIdx.x / 32;
+    if (tile >= (u64)TILES * GROUPS) return;
     const int lane = threadIdx.x % 32;
-    const uint4* source = records + record * (RECORD / 16);
+    const uint4* source = tiles + tile * (TILE_BYTES / 16);
     uint4* rows = shared[threadIdx.x / 32];
     const half_t* scales = (const half_t*)(source + SCALES);
     // Where a row's units lie: eight lanes meet no bank twice.
@@ -207,12 +207,12 @@ extern "C" __global__ void __launch_bounds__(32 * DEQUANTIZE_WARPS) dequantize_p
         }
     }
     __syncwarp();
-    uint4* target = (uint4*)(weight + record / GROUPS * TILE * COLS + record % GROUPS * GROUP);
+    uint4* target = (uint4*)(weight + tile / GROUPS * TILE * COLS + tile % GROUPS * GROUP);
 #pragma unroll
     for (int i = 0; i < TILE * UNITS; i += 32) {
         const int row = (i + lane) / UNITS, unit = lane % UNITS;
-        const bool has_row = ROWS % TILE == 0 || record / GROUPS * TILE + row < ROWS;
-        const bool has_unit = COLS % GROUP == 0 || record % GROUPS * UNITS + unit < EIGHTS;
+        const bool has_row = ROWS % TILE == 0 || tile / GROUPS * TILE + row < ROWS;
+        const bool has_unit = COLS % GROUP == 0 || tile % GROUPS * UNITS + unit < EIGHTS;
         if (has_row && has_unit) target[row * (COLS / 8) + unit] = rows[place(row, unit)];
     }
 }

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-TILE = 16  # rows of a record
-GROUP = 128  # columns of a record; they share one scale in each row
-RECORD_BYTES = TILE * GROUP // 2 + TILE * 2
+TILE = 16  # rows of a packed tile
+GROUP = 128  # columns of a packed tile; they share one scale in each row
+TILE_BYTES = TILE * GROUP // 2 + TILE * 2
 
 
-def records_shape(rows: int, cols: int) -> tuple[int, int, int]:
-    """Of the uint8 array that holds a matrix [rows, cols]; both must be multiples (``fits``)."""
-    return rows // TILE, cols // GROUP, RECORD_BYTES
+def tiles_shape(rows: int, cols: int) -> tuple[int, int, int]:
+    """Return the shape of the uint8 array that holds a matrix [rows, cols]; both must be multiples (``fits``)."""
+    return rows // TILE, cols // GROUP, TILE_BYTES
 
 
 def fits(rows: int, cols: int) -> bool:
+    """Return whether a matrix [rows, cols] fills its tiles."""
     return rows % TILE == 0 and cols % GROUP == 0
 
 
 def pack(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """uint8 [rows / 16, cols / 128, RECORD_BYTES].
+    """Return the packed tiles, uint8 [rows / 16, cols / 128, TILE_BYTES].
 
     ``values``: uint8 [rows, cols], 0 … 15; ``scales``: [rows, cols / 128] of a 16-bit type (bf16 as uint16).
     """
@@ -34,24 +35,24 @@ def pack(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.concatenate([packed, join_scales(scales)], axis=2)
 
 
-def unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(values, scales as uint16), the inverse of ``pack``."""
-    tiles, groups, _ = records.shape
-    packed, scales = records[..., : TILE * GROUP // 2], records[..., TILE * GROUP // 2 :]
+def unpack(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (values, scales as uint16), the inverse of ``pack``."""
+    num_tiles, num_groups, _ = tiles.shape
+    packed, scales = tiles[..., : TILE * GROUP // 2], tiles[..., TILE * GROUP // 2 :]
     nibbles = np.stack([packed & 15, packed >> 4], axis=-1)
-    values = nibbles.reshape(tiles, groups, 2, 8, 4, 4, 2, 4).transpose(0, 2, 3, 1, 4, 5, 7, 6)
-    return values.reshape(tiles * TILE, groups * GROUP), split_scales(scales)
+    values = nibbles.reshape(num_tiles, num_groups, 2, 8, 4, 4, 2, 4).transpose(0, 2, 3, 1, 4, 5, 7, 6)
+    return values.reshape(num_tiles * TILE, num_groups * GROUP), split_scales(scales)
 
 
 def join_scales(scales: np.ndarray) -> np.ndarray:
-    """uint8 [rows / 16, groups, 32] of 16-bit scales [rows, groups]: those of rows g and g + 8 side by side."""
+    """Return uint8 [rows / 16, groups, 32] of 16-bit scales [rows, groups]: those of rows g and g + 8 side by side."""
     rows, groups = scales.shape
     per_tile = scales.reshape(rows // TILE, 2, 8, groups).transpose(0, 3, 2, 1)
     return np.ascontiguousarray(per_tile).view(np.uint8).reshape(rows // TILE, groups, -1)
 
 
 def split_scales(joined: np.ndarray) -> np.ndarray:
-    """uint16 [rows, groups], the inverse of ``join_scales``."""
+    """Return uint16 [rows, groups], the inverse of ``join_scales``."""
     tiles, groups, _ = joined.shape
     per_tile = np.ascontiguousarray(joined).view(np.uint16).reshape(tiles, groups, 8, 2).transpose(0, 3, 2, 1)
     return per_tile.reshape(tiles * TILE, groups)

@@ -6,18 +6,18 @@ import numpy as np
 
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE, fits, join_scales, split_scales
 
-RECORD_BYTES = TILE * GROUP + TILE * 2
+TILE_BYTES = TILE * GROUP + TILE * 2
 
-__all__ = ["GROUP", "RECORD_BYTES", "TILE", "fits", "pack", "records_shape", "unpack"]
+__all__ = ["GROUP", "TILE_BYTES", "TILE", "fits", "pack", "tiles_shape", "unpack"]
 
 
-def records_shape(rows: int, cols: int) -> tuple[int, int, int]:
-    """Of the uint8 array that holds a matrix [rows, cols]; both must be multiples (``fits``)."""
-    return rows // TILE, cols // GROUP, RECORD_BYTES
+def tiles_shape(rows: int, cols: int) -> tuple[int, int, int]:
+    """Return the shape of the uint8 array that holds a matrix [rows, cols]; both must be multiples (``fits``)."""
+    return rows // TILE, cols // GROUP, TILE_BYTES
 
 
 def pack(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """uint8 [rows / 16, cols / 128, RECORD_BYTES].
+    """Return the packed tiles, uint8 [rows / 16, cols / 128, TILE_BYTES].
 
     ``values``: uint8 [rows, cols], 0 … 255; ``scales``: [rows, cols / 128] of a 16-bit type (bf16 as uint16).
     """
@@ -30,9 +30,9 @@ def pack(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.concatenate([packed, join_scales(scales)], axis=2)
 
 
-def unpack(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(values, scales as uint16), the inverse of ``pack``."""
-    tiles, groups, _ = records.shape
-    packed, scales = records[..., : TILE * GROUP], records[..., TILE * GROUP :]
-    values = packed.reshape(tiles, groups, 2, 2, 8, 4, 16).transpose(0, 2, 4, 1, 5, 3, 6)
-    return values.reshape(tiles * TILE, groups * GROUP), split_scales(scales)
+def unpack(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (values, scales as uint16), the inverse of ``pack``."""
+    num_tiles, num_groups, _ = tiles.shape
+    packed, scales = tiles[..., : TILE * GROUP], tiles[..., TILE * GROUP :]
+    values = packed.reshape(num_tiles, num_groups, 2, 2, 8, 4, 16).transpose(0, 2, 4, 1, 5, 3, 6)
+    return values.reshape(num_tiles * TILE, num_groups * GROUP), split_scales(scales)

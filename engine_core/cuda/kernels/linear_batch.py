@@ -31,7 +31,7 @@ def gemm_problem(weight: DeviceArray | PackedWeight, epilogue: int, sequences: i
     """Return the problem of ``gemm_batch``."""
     tokens = cta_tokens(sequences)
     if isinstance(weight, PackedWeight):
-        return PackedGemmProblem(*weight.records.shape, weight.format.bits, epilogue, tokens)
+        return PackedGemmProblem(*weight.tiles.shape, weight.format.bits, epilogue, tokens)
     rows, cols = weight.shape
     return PackedGemmProblem(-(-rows // TILE), -(-cols // GROUP), _TILE_BYTES, 16, epilogue, tokens)
 
@@ -61,7 +61,7 @@ def gemm_batch(
     if not 1 <= sequences <= MAX_SEQUENCES:
         raise KernelArgumentError(f"{sequences} sequences; a decode step has 1 to {MAX_SEQUENCES}.")
     if isinstance(weight, PackedWeight):
-        array, rows, cols, sizes = weight.records, weight.rows, weight.cols, weight.format.kernel_defines
+        array, rows, cols, sizes = weight.tiles, weight.rows, weight.cols, weight.format.kernel_defines
     else:
         array, (rows, cols), sizes = weight, weight.shape, {"BITS": 16}
         check("weight", weight, (rows, cols), kernels.dtype)

@@ -1,4 +1,4 @@
-"""Products with 4- and 8-bit weights, and their dequantization; wrappers of gemv_packed.cu and gemm_packed.cu."""
+"""GEMV and GEMM with 4- and 8-bit weights, and their dequantization; wrappers of gemv_packed.cu and gemm_packed.cu."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from engine_core.cuda.kernels.launch_configs import (
 from engine_core.cuda.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
 from engine_core.formats.weight_formats.integers import IntegerFormat
 
-# Kind of a weight format → how the kernels store a matrix of it. What is not here the kernels do not read.
+# Kind of a weight format → how the kernels store a matrix of it. The kernels read no others.
 LAYOUTS = {"int4": int4_layout, "int8": int8_layout}
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix [rows, cols] on the device, in records of ``format``."""
+    """A matrix [rows, cols] on the device, in packed tiles of ``format``."""
 
-    records: DeviceArray
+    tiles: DeviceArray
     format: IntegerFormat
     rows: int
     cols: int
 
     def __post_init__(self) -> None:
         """Raises KernelArgumentError."""
-        shape = LAYOUTS[self.format.kind].records_shape(self.rows, self.cols)
-        check("records", self.records, shape, "uint8")
+        shape = LAYOUTS[self.format.kind].tiles_shape(self.rows, self.cols)
+        check("tiles", self.tiles, shape, "uint8")
 
 
 def _defines(weight: PackedWeight, k_warps: int, row_warps: int, depth: int) -> dict[str, int | str]:
@@ -74,9 +74,9 @@ def gemv_packed(
     if bias is not None:
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
-    problem = PackedGemvProblem(*weight.records.shape, weight.format.bits, epilogue, norm_weight is not None)
+    problem = PackedGemvProblem(*weight.tiles.shape, weight.format.bits, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
-    shared = max(config.shared(*weight.records.shape[1:]), kernels.gpu.shared_budget)
+    shared = max(config.shared(*weight.tiles.shape[1:]), kernels.gpu.shared_budget)
     if shared > kernels.gpu.max_shared:
         raise KernelArgumentError(f"A row of {cols} values does not fit the shared memory of {kernels.gpu.name}.")
     defines = {
@@ -89,7 +89,7 @@ def gemv_packed(
     }
     function = kernels.function("gemv_packed", "gemv_packed", defines, shared)
     grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
-    args = [weight.records, vector, norm_weight or 0, bias or 0, output]
+    args = [weight.tiles, vector, norm_weight or 0, bias or 0, output]
     return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
 
 
@@ -110,8 +110,8 @@ def packed_scratch(
     return sums, counters
 
 
-class PackedProduct:
-    """Vectors [n, cols] times weightᵀ for the rows of ``chunk``, see CHUNK_WORDS.
+class PackedGemm:
+    """GEMM of vectors [n, cols] and weightᵀ for the rows of ``chunk``, see CHUNK_WORDS.
 
     ``epilogue`` STORE: output 16-bit [n, rows]; RESIDUAL: float32 and added to; SILU: 16-bit [n, rows / 2] of rows that
     are (gate, up) in turn. ``partial``, float32, and ``counters``, uint32 and zeros, are as long as ``packed_scratch``
@@ -131,16 +131,16 @@ class PackedProduct:
         config: PackedGemmConfig | None = None,
     ) -> None:
         """Raises KernelArgumentError, KernelCompileError or DeviceError."""
-        rows, cols, records = weight.rows, weight.cols, weight.records
+        rows, cols, tiles = weight.rows, weight.cols, weight.tiles
         check("vectors", vectors, (vectors.shape[0], cols), kernels.dtype)
         width = rows // 2 if epilogue == SILU else rows
         check("output", output, (vectors.shape[0], width), "fp32" if epilogue == RESIDUAL else kernels.dtype)
         check("partial", partial, partial.shape, "fp32")
         check("counters", counters, counters.shape, "uint32")
         check("chunk", chunk, (CHUNK_WORDS,), "int32")
-        self.problem = PackedGemmProblem(*records.shape, weight.format.bits, epilogue)
+        self.problem = PackedGemmProblem(*tiles.shape, weight.format.bits, epilogue)
         config = config or kernels.config(self.problem)
-        shared = config.shared(records.shape[2])
+        shared = config.shared(tiles.shape[2])
         defines = {
             **_defines(weight, config.k_warps, config.row_warps, config.depth),
             "SPLITS": config.splits,
@@ -150,22 +150,22 @@ class PackedProduct:
             "EPILOGUE": epilogue,
         }
         function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
-        grid = (1, config.splits, config.ctas(records.shape[0]))
-        args = [records, vectors, output, chunk, partial, counters, 0]
+        grid = (1, config.splits, config.ctas(tiles.shape[0]))
+        args = [tiles, vectors, output, chunk, partial, counters, 0]
         self._launch = Launch(kernels.device, function, grid, config.threads, args, shared)
 
     def __call__(self, stream: Stream, rows: int) -> None:
-        """Queues it for at most ``rows`` tokens."""
+        """Queue it for at most ``rows`` tokens."""
         self._launch.set_grid(-(-rows // GEMM_TOKENS))
         self._launch(stream)
 
 
 def dequantize_packed(kernels: Kernels, weight: PackedWeight, output: DeviceArray) -> Launch:
     """output [rows, cols] 16-bit ← weight."""
-    records = weight.records
+    tiles = weight.tiles
     check("output", output, (weight.rows, weight.cols), kernels.dtype)
     defines = {**_defines(weight, 1, 1, 1), "EPILOGUE": LOGITS, "NORM": 0, "BIAS": 0, "NORM_EPS": "0.f"}
     defines["DEQUANTIZE_WARPS"] = DEQUANTIZE_WARPS
     function = kernels.function("gemv_packed", "dequantize_packed", defines)
-    grid = -(-records.shape[0] * records.shape[1] // DEQUANTIZE_WARPS)
-    return Launch(kernels.device, function, (grid,), 32 * DEQUANTIZE_WARPS, [records, output], overlap=False)
+    grid = -(-tiles.shape[0] * tiles.shape[1] // DEQUANTIZE_WARPS)
+    return Launch(kernels.device, function, (grid,), 32 * DEQUANTIZE_WARPS, [tiles, output], overlap=False)

@@ -11,9 +11,9 @@
 #pragma once
 #include "mma.cuh"
 
-constexpr int TILE = 16, GROUP = 128, RECORD = TILE * GROUP * BITS / 8 + (BITS < 16 ? TILE * 2 : 0);
+constexpr int TILE = 16, GROUP = 128, TILE_BYTES = TILE * GROUP * BITS / 8 + (BITS < 16 ? TILE * 2 : 0);
 constexpr int UNITS = GROUP / 8;  // of 8 columns
-constexpr int PIECES = BITS / 4;  // uint4 a lane has of one row of a record; of row g + 8 as many follow
+constexpr int PIECES = BITS / 4;  // uint4 a lane has of one row of a tile; of row g + 8 as many follow
 constexpr int SCALES = 2 * PIECES * 32;  // the first uint4 of the scales
 constexpr int GROUPS = (COLS + GROUP - 1) / GROUP, TILES = (ROWS + TILE - 1) / TILE;
 static_assert(BITS == 4 || BITS == 8 || BITS == 16, "4, 8 or 16 bits");
