@@ -45,14 +45,14 @@ def change_of(
     for linear, sharing in _scaled(spec, layer):
         weights = np.concatenate(changed_weights(checkpoint, linear, change))
         scale = _best_scale(weights, activations[linear.parts[0]], scheme, sharing)
-        if linear is layer.output:
+        if linear == layer.output:
             _fold_into_rows(spec, layer.qkv, _shared(scale, sharing), "v", change)
             change.columns[linear.parts[0]] = scale
-        elif linear is layer.down:
+        elif linear == layer.down:
             _fold_into_rows(spec, layer.gate_up, scale, "up", change)
             change.columns[linear.parts[0]] = scale
         else:
-            norm = layer.input_norm if linear is layer.qkv else layer.mlp_norm
+            norm = layer.input_norm if linear == layer.qkv else layer.mlp_norm
             _fold_into_norm(checkpoint, spec, norm, linear, scale, scheme, change)
     for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
         first = linear.parts[0]

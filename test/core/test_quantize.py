@@ -99,7 +99,7 @@ def test_every_method_makes_a_checkpoint_near_the_original_that_is_built_as_itse
     assert 0 < error < tolerance
     if quantization not in ("fp8", "nvfp4"):  # which no backend runs
         manifest = build_engine(out, tmp_path / "engine", max_context=64)
-        assert manifest.quantization == (quantization or "fp32") and "requantized" not in manifest.options
+        assert manifest.quantization == (quantization or "fp32") and not manifest.options["requantized"]
     # Dequantized, whatever it is: how the quality of a type is measured that this machine does not run.
     manifest = build_engine(out, tmp_path / "fp32", quantization="fp32", max_context=64)
     np.testing.assert_allclose(logits_of(tmp_path / "fp32", manifest), transformers_logits(out), atol=2e-4)
