@@ -32,12 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # the C locale has ASCII only, and a path need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    if odd := next((text for text in arguments if text.startswith("--") and text.endswith("=--")), None):
+        parser.error(f"argument {odd[:-3]}: '--' is no value")  # argparse before 3.13 makes an empty list of it
+    options = parser.parse_args(arguments)
     try:
         return options.run(options)
     except EdgeLLMError as error:
-        print(f"edgellm: {error}", file=sys.stderr)
-        return 1
+        return _failed(str(error))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -46,8 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:  # a name that is too long, a directory without permission, a full disk
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"edgellm: {where}{error.strerror or error}.", file=sys.stderr)
-        return 1
+        return _failed(f"{where}{error.strerror or error}.")
+
+
+def _failed(reason: str) -> int:
+    """Print ``reason`` on one line, whatever characters a name in it has."""
+    shown = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in reason)
+    print(f"edgellm: {''.join(shown)}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

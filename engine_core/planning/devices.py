@@ -68,7 +68,7 @@ _UNITS |= {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 def parse_bytes(text: str) -> int:
     """``16GB`` (10⁹ bytes each), ``16GiB`` or ``16G`` (2³⁰) as bytes. Raises ConfigurationError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS:
         raise ConfigurationError(f"{text!r} is not a memory size; write for instance 16GB, 14.5GiB or 900MiB.")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -89,7 +89,7 @@ def test_the_rest_of_a_cut_answer_is_given_only_if_it_is_whole(text, rest):
 
 
 def test_an_answer_of_nothing_but_marks_costs_no_more_per_mark():
-    splitter, start = SentenceSplitter(), time.perf_counter()
+    splitter, start = SentenceSplitter(), time.thread_time()
     for _ in range(4000):
         assert splitter.feed("!") == []
-    assert time.perf_counter() - start < 10.0 and splitter.flush() == ["!" * 4000]
+    assert time.thread_time() - start < 10.0 and splitter.flush() == ["!" * 4000]
