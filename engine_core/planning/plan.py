@@ -99,6 +99,9 @@ def _estimated(
     quantization, backend = kind
     kv_types = estimate.kv_cache_types(*kind, device)
     size = Size(context, batch, asked.kv_cache_type or kv_types[0], asked.head_rows)
+    if (reason := capabilities_of(backend).context_refusal(estimate.spec, context)) is not None:
+        # Its RoPE tables alone could be too large for this machine.
+        return Row(quantization, backend, size.kv_cache_type, context, batch, None, reason)
     why_not = estimate.why_not(*kind, size, device)
     try:
         plan = estimate.plan(*kind, size, device)

@@ -1,0 +1,214 @@
+"""JSON schemas with anything in them: a refusal in one sentence, or an answer that the schema allows."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_core.errors import InvalidSchemaError
+from engine_core.request import GenerationRequest
+from engine_core.serving.constraint import ConstraintFactory
+from engine_core.text.tokenizer import Tokenizer
+from fakes import END, EOS, VOCAB_SIZE
+from fuzzing import any_text, fuzz, refusal
+
+MAX_TOKENS = 300
+CLOSING = {*b'"}]', EOS, END}
+names = (
+    st.sampled_from(["a", "b", "plan", "größe", "名前", "🤖", "", "$ref", "a/b~c", '"', "\\", "\n", "type"]) | any_text
+)
+numbers = (
+    st.integers(-5, 5) | st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from([1e308, 5e-324, 1e-7, 2**53])
+)
+sizes = st.integers(0, 4) | st.sampled_from([-1, 50, 10_000, 2**31, 2**64, 1.5])
+values = st.recursive(
+    st.none() | st.booleans() | numbers | any_text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=5,
+)
+# The first ones mean the same to ECMA 262, to Python and to the grammar library.
+PATTERNS = ["^[a-c]{1,3}$", "^x?y*z+$", "^(on|off)$", "^[0-9]{2}:[0-9]{2}$", "^$", "^.$"]
+patterns = (
+    st.sampled_from(PATTERNS)
+    | st.sampled_from(
+        [
+            "(",
+            "[z-a]",
+            "a{1000}{1000}",
+            "^(a|aa)+$",
+            "(?=a)b",
+            "\\p{L}+",
+            "\\d+$",
+            "(a*)*b",
+            "\\1",
+            "^\U0001f916$",
+            "^a{0,70000}$",
+        ]
+    )
+    | any_text
+)
+references = (
+    st.sampled_from(
+        [
+            "#",
+            "#/$defs/a",
+            "#/$defs/b",
+            "#/$defs/a/items",
+            "#/properties/a",
+            "#/$defs/c",
+            "#/",
+            "##",
+            "",
+            "a.json",
+            "#a",
+        ]
+    )
+    | any_text
+)
+formats = st.sampled_from(
+    ["date", "date-time", "time", "email", "uri", "uuid", "ipv4", "ipv6", "hostname", "robot", ""]
+)
+types = st.sampled_from(["null", "boolean", "integer", "number", "string", "array", "object"])
+
+
+def number_schemas():
+    keys = {
+        "minimum": numbers, "maximum": numbers, "exclusiveMinimum": numbers, "exclusiveMaximum": numbers,
+        "multipleOf": st.sampled_from([1, 2, 0.5, 7, 9999991, 0, -1, 1e-300, 1e300]),
+    }  # fmt: skip
+    return st.fixed_dictionaries({"type": st.sampled_from(["integer", "number"])}, optional=keys)
+
+
+def string_schemas():
+    keys = {"minLength": sizes, "maxLength": sizes, "pattern": patterns, "format": formats}
+    return st.fixed_dictionaries({"type": st.just("string")}, optional=keys)
+
+
+def nested(inner):
+    by_name = st.dictionaries(names, inner, max_size=3)
+    array = st.fixed_dictionaries(
+        {"type": st.just("array")},
+        optional={
+            "items": inner, "prefixItems": st.lists(inner, max_size=3), "minItems": sizes, "maxItems": sizes,
+            "uniqueItems": st.booleans(), "contains": inner,
+        },
+    )  # fmt: skip
+    of_objects = {
+        "properties": by_name, "required": st.lists(names, max_size=3), "additionalProperties": inner | st.booleans(),
+        "patternProperties": st.dictionaries(patterns, inner, max_size=2), "minProperties": sizes,
+        "maxProperties": sizes, "propertyNames": inner, "dependentRequired": st.dictionaries(names, st.lists(names)),
+    }  # fmt: skip
+    objects = st.fixed_dictionaries({"type": st.just("object")}, optional=of_objects)
+    several = st.lists(inner, min_size=1, max_size=3)
+    combined = st.fixed_dictionaries({}, optional={"anyOf": several, "oneOf": several, "allOf": several, "not": inner})
+    defined = st.fixed_dictionaries({}, optional={"$ref": references, "$defs": by_name})
+    return array | objects | combined | defined
+
+
+schemas = st.recursive(
+    number_schemas()
+    | string_schemas()
+    | st.builds(lambda kind: {"type": kind}, types | st.lists(types, max_size=3))
+    | st.builds(lambda value: {"const": value}, values)
+    | st.builds(lambda found: {"enum": found}, st.lists(values, max_size=4))
+    | st.builds(lambda reference: {"$ref": reference}, references)
+    | st.booleans(),
+    nested,
+    max_leaves=8,
+)
+# Wrong types in place of what a keyword expects.
+broken = st.dictionaries(
+    st.sampled_from(
+        ["type", "properties", "items", "required", "enum", "$ref", "$defs", "anyOf", "pattern", "minItems"]
+    ),
+    values | st.integers(),
+    min_size=1,
+    max_size=3,
+)
+
+
+@pytest.fixture(scope="module")
+def factory(tokenizer_dir):
+    made = ConstraintFactory(Tokenizer(tokenizer_dir), VOCAB_SIZE, (EOS, END))
+    yield made
+    made.close()
+
+
+def walk(constraint, seed: int) -> str | None:
+    """Return the text of a random answer; None if it was not complete after MAX_TOKENS."""
+    rng = np.random.default_rng(seed)
+    text = bytearray()
+    for _ in range(MAX_TOKENS):
+        bits = np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")
+        allowed = np.flatnonzero(bits[:VOCAB_SIZE])
+        # Mostly what closes a value: texts stay short.
+        closing = [i for i in allowed if i in CLOSING]
+        token = int(rng.choice(closing if closing and rng.random() < 0.5 else allowed))
+        assert token < 256 or token in (EOS, END)
+        constraint.accept(token)
+        if token < 256:
+            text.append(token)
+        if token in (EOS, END) or constraint.complete:
+            return text.decode("utf-8")
+    return None
+
+
+def parse(text: str) -> object:
+    def finite(number: str) -> float:
+        assert math.isfinite(value := float(number)), number
+        return value
+
+    return json.loads(text, parse_float=finite, parse_constant=lambda name: pytest.fail(f"{name} in {text}"))
+
+
+def means_the_same_elsewhere(schema: object) -> bool:
+    """Whether a validator is sure to read ``schema`` as the grammar library does."""
+    if isinstance(schema, list):
+        return all(map(means_the_same_elsewhere, schema))
+    if not isinstance(schema, dict):
+        return True
+    if (
+        schema.keys() & {"format", "patternProperties", "multipleOf", "$ref"}
+        or schema.get("pattern", "^$") not in PATTERNS
+    ):
+        return False
+    return all(map(means_the_same_elsewhere, schema.values()))
+
+
+def check(factory, text: str, schema: object, seed: int) -> None:
+    answers = []
+    request = GenerationRequest("r", prompt="p", json_schema=text)
+    if refusal(request.validate) is not None:
+        return
+    error = refusal(lambda: answers.append(walk(factory.compile(text), seed)))
+    assert error is None or isinstance(error, InvalidSchemaError)
+    if error is None and answers[0] is not None:
+        value = parse(answers[0])
+        if means_the_same_elsewhere(schema):
+            jsonschema.Draft202012Validator(schema).validate(value)
+
+
+@fuzz
+@given(schema=schemas, seed=st.integers(0, 3))
+def test_an_answer_fits_its_schema(factory, schema, seed):
+    check(factory, json.dumps(schema), schema, seed)
+
+
+@fuzz
+@given(schema=broken, seed=st.integers(0, 3))
+def test_wrong_types_are_told_in_one_sentence(factory, schema, seed):
+    check(factory, json.dumps(schema), {"format": "unknown"}, seed)
+
+
+@fuzz
+@given(
+    text=any_text | st.sampled_from(["[" * 5000, '{"a":' * 5000, "1e999", "-", "nul", '{"type":"string"} x', "\ud800"])
+)
+def test_any_text_is_a_schema_or_told_in_one_sentence(factory, text):
+    check(factory, text, {"format": "unknown"}, 0)
