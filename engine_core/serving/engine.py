@@ -15,7 +15,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 
 import numpy as np
@@ -253,7 +253,7 @@ class Engine:
         while (newcomer := self.scheduler.start_next()) is not None:
             self._start(newcomer)
         running = self.scheduler.running
-        unread = [sequence for sequence in running if sequence.is_under_way]
+        unread = [sequence for sequence in running if sequence.unread]
         runs_ahead = all(sequence.runs_ahead for sequence in running)
         if runs_ahead:
             self._queue(running)
@@ -283,19 +283,22 @@ class Engine:
 
     def _queue(self, sequences: list[Sequence]) -> None:
         """Queue the next step of those that have not ended: all that decode, and one with a part of its prompt."""
-        going_on = [sequence for sequence in sequences if sequence.ending is None]
-        prefilling = [sequence for sequence in going_on if sequence.is_prefilling]
-        first = max(prefilling, key=lambda sequence: sequence.priority, default=None)
+        first = _first_to_prefill(sequences)
         owners, steps = [], []
-        for sequence in going_on:
-            if sequence.is_prefilling and sequence is not first:
-                sequence.ending = None if sequence.is_under_way else sequence.cancel.reason
+        for sequence in sequences:
+            if sequence.ending is not None:
                 continue
-            with _ending(sequence):
+            if sequence is not first and sequence.is_prefilling:
+                sequence.ending = None if sequence.unread else sequence.cancel.reason
+                continue
+            try:
                 step = sequence.next_step(self._max_prefill)
-                if step is not None:
-                    owners.append(sequence)
-                    steps.append(step)
+            except BaseException as error:
+                _blame(sequence, error)
+                continue
+            if step is not None:
+                owners.append(sequence)
+                steps.append(step)
         if steps:
             for sequence, step, pending in zip(owners, steps, self._backend_or_raise().step(steps)):
                 sequence.queued(step, pending)
@@ -307,8 +310,10 @@ class Engine:
         except RequestError as error:
             sequence.ending = error
             return
-        with _ending(sequence):
+        try:
             sequence.ending = sequence.accept(token)
+        except BaseException as error:
+            _blame(sequence, error)
         if sequence.num_sampled == 1:
             self._prefixes.keep(sequence.slot, sequence.prepared.prefix_ids)
 
@@ -316,9 +321,9 @@ class Engine:
         """End what is still under way for a sequence, free its slot and hand out its result."""
         sequence.cancel.detach()
         if sequence.slot is not None:
-            if sequence.is_under_way:
+            if sequence.unread:
                 self._backend_or_raise().interrupt(sequence.slot)
-            while sequence.is_under_way:
+            while sequence.unread:
                 with contextlib.suppress(RequestError):
                     sequence.read()
             self._prefixes.set_live(sequence.slot, sequence.live_ids())
@@ -361,13 +366,18 @@ class Engine:
                 )
 
 
-@contextlib.contextmanager
-def _ending(sequence: Sequence) -> Iterator[None]:
-    """End ``sequence`` with what is raised here; only a fault of the engine, and an interrupt from outside, go on."""
+def _first_to_prefill(sequences: list[Sequence]) -> Sequence | None:
+    """Return the one of the highest priority whose prompt is not all queued; None if there is none."""
+    prefilling = [sequence for sequence in sequences if sequence.is_prefilling and sequence.ending is None]
+    return max(prefilling, key=lambda sequence: sequence.priority) if prefilling else None
+
+
+def _blame(sequence: Sequence, error: BaseException) -> None:
+    """End ``sequence`` with ``error``; only a fault of the engine, and an interrupt from outside, are raised again."""
+    if isinstance(error, EngineFaultError):
+        raise error
     try:
         with refusing_panics("answering"):
-            yield
-    except EngineFaultError:
-        raise
-    except Exception as error:
-        sequence.ending = error
+            raise error
+    except Exception as refused:
+        sequence.ending = refused

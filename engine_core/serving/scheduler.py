@@ -47,8 +47,7 @@ class Scheduler:
     @property
     def running(self) -> list[Sequence]:
         """Those that hold a slot, a copy."""
-        with self.changed:
-            return list(self._running)
+        return self._running.copy()
 
     @property
     def num_running(self) -> int:
@@ -68,8 +67,7 @@ class Scheduler:
 
     @property
     def free_slots(self) -> list[int]:
-        with self.changed:
-            taken = {sequence.slot for sequence in self._running}
+        taken = {sequence.slot for sequence in self.running}
         return [slot for slot in range(self.num_slots) if slot not in taken]
 
     @property
@@ -109,6 +107,8 @@ class Scheduler:
 
     def start_next(self) -> Sequence | None:
         """Return the waiting sequence that runs from now on; None if none waits or no slot is free."""
+        if not self._waiting:
+            return None
         with self.changed:
             if not self._waiting or not self.has_free_slot:
                 return None

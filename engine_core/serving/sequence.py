@@ -66,9 +66,10 @@ class Sequence:
         # Its place, while it runs.
         self.slot: int | None = None
         self.cached_tokens = 0  # of the prompt, whose KV was there
+        self._num_prompt = len(prepared.token_ids)
         self._num_valid = 0  # tokens of the prompt whose KV is there for sure
         self._num_fed = 0  # tokens of the prompt whose KV is there or on its way
-        self._unread: deque[tuple[SequenceStep, PendingToken]] = deque()  # what is queued and has not been read
+        self.unread: deque[tuple[SequenceStep, PendingToken]] = deque()  # what is queued and has not been read
         self._num_queued = 0  # tokens sampled or on their way
         self.ending: FinishReason | Exception | None = None  # why it is over
         # Its answer.
@@ -111,17 +112,12 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         """Whether some of its prompt has yet to be queued."""
-        return self._num_fed < len(self.prepared.token_ids)
+        return self._num_fed < self._num_prompt
 
     @property
     def runs_ahead(self) -> bool:
         """Whether the next step can be queued now: a JSON schema's mask needs the token before it."""
         return self.prepared.constraint is None or self._num_queued == self.num_sampled
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether a step is queued whose result has not been read."""
-        return bool(self._unread)
 
     def next_step(self, max_tokens: int) -> SequenceStep | None:
         """What to run next, with at most ``max_tokens`` of its prompt; None while all it may have is on its way.
@@ -130,16 +126,17 @@ class Sequence:
         """
         if self._num_queued == self.prepared.max_new_tokens:
             return None
-        start, end = self._num_fed, min(self._num_fed + max_tokens, len(self.prepared.token_ids))
-        samples = end == len(self.prepared.token_ids)
-        mask = self.prepared.constraint.mask() if samples and self.prepared.constraint is not None else None
+        constraint, start = self.prepared.constraint, self._num_fed
+        end = min(start + max_tokens, self._num_prompt)
+        samples = end == self._num_prompt
+        mask = constraint.mask() if constraint is not None and samples else None
         if start == end:
-            return SequenceStep(self.slot, mask=mask)
+            return SequenceStep(self.slot, None, 0, mask)
         return SequenceStep(self.slot, self.prepared.token_ids[start:end], start, mask, samples)
 
     def queued(self, step: SequenceStep, pending: PendingToken) -> None:
         """Notes that ``step`` is on its way."""
-        self._unread.append((step, pending))
+        self.unread.append((step, pending))
         self._num_fed += 0 if step.token_ids is None else len(step.token_ids)
         self._num_queued += step.samples
 
@@ -148,7 +145,7 @@ class Sequence:
 
         Raises InvalidSamplingError if no token was left, EngineFaultError.
         """
-        step, pending = self._unread.popleft()
+        step, pending = self.unread.popleft()
         token = pending.result()
         if step.token_ids is not None and self.cancel.reason is None:
             self._num_valid = step.position + len(step.token_ids)
@@ -160,7 +157,7 @@ class Sequence:
         Raises InvalidSchemaError, and EngineFaultError for a token that its schema's mask did not have.
         """
         if token is not None:
-            self._num_valid = len(self.prepared.token_ids)
+            self._num_valid = self._num_prompt
             self._note_time()
             if token in self.prepared.sampling.stop_token_ids:
                 return FinishReason.STOP
@@ -175,7 +172,7 @@ class Sequence:
                 return FinishReason.STOP
         if self.cancel.reason is not None:
             return self.cancel.reason
-        if self.num_sampled == 0 and token is None and self._num_valid < len(self.prepared.token_ids):
+        if self.num_sampled == 0 and token is None and self._num_valid < self._num_prompt:
             return None
         assert token is not None, "the backend ended a sequence that nobody ended"
         return FinishReason.LENGTH if self.num_sampled >= self.prepared.max_new_tokens else None

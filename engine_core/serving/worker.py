@@ -168,6 +168,9 @@ class Worker:
         """Wait for work and do one step, or warm a prompt; False when nothing is left to do. Raises when the engine
         failed."""
         scheduler = self._scheduler
+        if self._warm is None and scheduler.num_running:
+            self._engine.step()
+            return True
         with scheduler.changed:
             scheduler.changed.wait_for(lambda: scheduler.has_work or self._warm is not None or self._closed is not None)
             if self._closed is not None and not scheduler.has_work:

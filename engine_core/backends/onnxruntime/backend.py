@@ -7,7 +7,6 @@ caller. Weights, cache, prefix slots, logits and scratch are all taken by ``load
 from __future__ import annotations
 
 import _thread
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -190,8 +189,12 @@ class OnnxRuntimeBackend:
         pending = _Pending()
 
         def work() -> None:
-            with _failing([pending]):
-                pending.set(job(*arguments))
+            try:
+                result = job(*arguments)
+            except BaseException as error:
+                _fail(error, [pending])
+            else:
+                pending.set(result)
 
         self._jobs.put(work)
         return pending.result()
@@ -209,21 +212,23 @@ class OnnxRuntimeBackend:
     def _step(self, work: list[_Work]) -> None:
         """Those that decode first: their clients read a token while a prompt is worked on."""
         decoding = [item for item in work if item[0].token_ids is None and self._can_decode(item)]
-        for group in self._groups(decoding):
+        for group in [decoding] if len(decoding) == 1 else self._groups(decoding):
             self._decode(group)
         for step, pending in work:
             if step.token_ids is not None:
-                with _failing([pending], self._slots[step.slot]):
-                    pending.set(self._prefill(step))
+                self._finish_step(self._prefill, step, pending)
 
     def _can_decode(self, item: _Work) -> bool:
         slot, pending = self._slots[item[0].slot], item[1]
         if slot.interrupted or slot.ended:
             pending.set(None)
             return False
-        with _failing([pending], slot):
+        try:
             self._check_room(slot.length + 1)
-        return not slot.ended
+        except EngineFaultError as error:
+            _fail(error, [pending], [slot])
+            return False
+        return True
 
     def _groups(self, work: list[_Work]) -> Iterator[list[_Work]]:
         """Yield the items that can be run at once: slots side by side."""
@@ -239,14 +244,25 @@ class OnnxRuntimeBackend:
 
     def _decode(self, group: list[_Work]) -> None:
         slots = [self._slots[step.slot] for step, _ in group]
-        with _failing([pending for _, pending in group], *slots):
+        try:
             first = group[0][0].slot
             self._session.decode_batch([slot.last for slot in slots], [slot.length for slot in slots], first)
-            for slot in slots:
-                slot.length += 1
-            for step, pending in group:
-                with _failing([pending], self._slots[step.slot]):
-                    pending.set(self._sample(step))
+        except BaseException as error:
+            _fail(error, [pending for _, pending in group], slots)
+            return
+        for slot in slots:
+            slot.length += 1
+        for step, pending in group:
+            self._finish_step(self._sample, step, pending)
+
+    def _finish_step(self, work: Callable[[SequenceStep], int | None], step: SequenceStep, pending: _Pending) -> None:
+        """Give ``pending`` what ``work`` returns or raises."""
+        try:
+            token = work(step)
+        except BaseException as error:
+            _fail(error, [pending], [self._slots[step.slot]])
+        else:
+            pending.set(token)
 
     def _prefill(self, step: SequenceStep) -> int | None:
         slot = self._slots[step.slot]
@@ -337,17 +353,11 @@ class OnnxRuntimeBackend:
             raise EngineFaultError(f"A step would fill {length} positions, but the KV cache has {self.max_context}.")
 
 
-@contextlib.contextmanager
-def _failing(pending: Sequence[_Pending], *slots: _Slot) -> Iterator[None]:
-    """What is raised here becomes the result of all ``pending``, and their sequences have ended."""
-    try:
-        yield
-        return
-    except EdgeLLMError as caught:
-        error = caught
-    except BaseException as caught:  # the runtime's exceptions share no base class; panics are no Exception
-        _log.debug("The compute thread failed", exc_info=True)
-        error = EngineFaultError(f"ONNX Runtime failed in a step: {_first_line(caught)}")
+def _fail(error: BaseException, pending: Sequence[_Pending], slots: Sequence[_Slot] = ()) -> None:
+    """Make ``error`` the result of all ``pending``; the sequences of ``slots`` have ended."""
+    if not isinstance(error, EdgeLLMError):  # the runtime's exceptions share no base class; panics are no Exception
+        _log.debug("The compute thread failed", exc_info=error)
+        error = EngineFaultError(f"ONNX Runtime failed in a step: {_first_line(error)}")
     for slot in slots:
         slot.ended = True
     for each in pending:
