@@ -1,4 +1,4 @@
-"""The host's side of a GPU backend: requests, chunks, sampling parameters, tokens that are read late, saved prefixes.
+"""The host's side of a GPU backend: sequences, chunks, sampling parameters, tokens that are read late, saved prefixes.
 
 One stream, in order. A step's last kernel samples; the token feeds the next step on the device and reaches the host
 through pinned memory, marked by an event, so no step waits for the host. How a chunk and a step are computed is the
@@ -26,11 +26,30 @@ if TYPE_CHECKING:
     from engine_core.backends.tensorrt.layout import TrtSpec
 
 
-class _Pending:
-    """The token of step ``step`` of one request."""
+class _Slot:
+    """The sequence in one slot of the KV cache, since ``begin``. ``interrupted`` may be set from any thread."""
 
-    def __init__(self, backend: DeviceBackend, step: int) -> None:
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.step = 0  # tokens sampled, or being sampled
+        self.position = 0  # of the token that is fed next
+        self.stop_ids: frozenset[int] = frozenset()
+        self.ended = False
+        self.interrupted = False
+        self.num_uploads = 0
+        self.has_mask = False
+        self.values = np.zeros((), dtype=PARAMS)
+        self.marks = [0] * RING  # of the end of each step
+
+
+class _Pending:
+    """The token of step ``step`` of the sequence in ``slot``."""
+
+    def __init__(self, backend: DeviceBackend, slot: int, step: int) -> None:
         self._backend = backend
+        self._slot = slot
         self._step = step
         self._done = False
         self._token: int | None = None
@@ -38,12 +57,23 @@ class _Pending:
     def result(self) -> int | None:
         if not self._done:
             self._done = True
-            self._token = self._backend._read(self._step)
+            self._token = self._backend._read(self._slot, self._step)
         return self._token
 
 
+class _Fed:
+    """A part of a prompt whose end is ``mark``, and that samples nothing."""
+
+    def __init__(self, backend: DeviceBackend, mark: int) -> None:
+        self._backend = backend
+        self._mark = mark
+
+    def result(self) -> None:
+        self._backend._wait(self._mark)
+
+
 class _NoToken:
-    """Of a step that was not queued, because the sequence had ended, or that did not sample and is over."""
+    """A step that was not queued, because the sequence had ended."""
 
     def result(self) -> None:
         return None
@@ -83,9 +113,10 @@ class SequenceLimits:
 class DeviceBackend:
     """The part of ``engine_core.backends.Backend`` that GPU backends share.
 
-    A subclass calls ``_allocate_host``, then ``_reset``, sets ``_row_of`` and ``_resources``, and has the three hooks.
-    ``_work`` holds the device arrays: kv_cache, prefixes, state, params, seen, bias, mask; kv_scales and prefix_scales
-    (last dimension: positions of a row) where the cache has scales.
+    A subclass calls ``_allocate_host``, sets ``_row_of`` and ``_resources``, and has the three hooks. ``_work`` holds
+    the device arrays: kv_cache, prefixes, state, params, seen, bias, mask; kv_scales and prefix_scales (last dimension:
+    positions of a row) where the cache has scales. With several slots all of them but the prefixes' have a slot's in
+    each item of their first dimension.
     """
 
     num_slots = 1
@@ -100,16 +131,16 @@ class DeviceBackend:
 
     # --- hooks ----------------------------------------------------------------------------------------
 
-    def _queue_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
-        """Queues the forward pass of at most ``chunk`` tokens. Pinned buffers of ``slot`` (0 or 1) are free to use."""
+    def _queue_chunk(self, buffer: int, slot: int, token_ids: np.ndarray, position: int) -> None:
+        """Queues the forward pass of at most ``chunk`` tokens. The pinned buffers ``buffer``, 0 or 1, are free."""
         raise NotImplementedError
 
-    def _run_sampler(self) -> None:
+    def _run_sampler(self, slot: int) -> None:
         """Queues sampling from what the last chunk left, and what makes the next decode step find the token."""
         raise NotImplementedError
 
-    def _run_decode(self) -> None:
-        """Queues one step, from the last sampled token to the next one."""
+    def _run_decode(self, slots: list[int]) -> None:
+        """Queues one step of these sequences, from the last sampled tokens to the next ones."""
         raise NotImplementedError
 
     # --- memory ---------------------------------------------------------------------------------------
@@ -117,63 +148,87 @@ class DeviceBackend:
     def _allocate_host(self, own: Callable[[Any], Any], device: Device, limits: SequenceLimits) -> None:
         """Pinned memory and events; ``own`` takes each to be closed."""
         self._limits = limits
-        words = -(-limits.vocab_size // 32)
-        self._tokens = own(PinnedArray(device, (RING,), "int32"))
+        n, words = self.num_slots, -(-limits.vocab_size // 32)
+        self._slots = [_Slot() for _ in range(n)]
+        self._tokens = own(PinnedArray(device, (n, RING), "int32"))
         self._chunk_done = [own(Event(device)) for _ in range(2)]
-        self._masks = own(PinnedArray(device, (RING, words), "uint32"))
-        self._params = own(PinnedArray(device, (RING, PARAMS.itemsize), "uint8"))
-        self._positions = own(PinnedArray(device, (RING,), "int32"))
-        self._seen = own(PinnedArray(device, (-(-limits.head_rows // 32) * 4,), "uint8"))
-        self._bias = own(PinnedArray(device, (limits.head_rows,), "float32"))
-        self._events = [own(Event(device)) for _ in range(RING)]
+        self._num_chunks = 0
+        self._masks = own(PinnedArray(device, (n, RING, words), "uint32"))
+        self._params = own(PinnedArray(device, (n, RING, PARAMS.itemsize), "uint8"))
+        self._positions = own(PinnedArray(device, (n, RING), "int32"))
+        self._seen = own(PinnedArray(device, (n, -(-limits.head_rows // 32) * 4), "uint8"))
+        self._bias = own(PinnedArray(device, (n, limits.head_rows), "float32"))
+        self._begun = [own(Event(device)) for _ in range(n)]
+        self._events = [own(Event(device)) for _ in range(2 * RING)]  # a step of the engine has two ends at most
+        self._num_marks = 0
 
-    def _reset(self) -> None:
-        self._step = 0  # tokens sampled, or being sampled, since begin
-        self._position = 0  # of the token that is fed next
-        self._stop_ids: frozenset[int] = frozenset()
-        self._ended = False
-        self._interrupted = False
-        self._num_uploads = 0
-        self._has_mask = False
+    def _of(self, name: str, slot: int) -> DeviceArray:
+        """The part of an array of ``_work`` that belongs to ``slot``."""
+        array = self._work[name]
+        return array if self.num_slots == 1 else array.at(slot)
+
+    def _upload(self, array: DeviceArray, pinned: PinnedArray, *index: int) -> None:
+        """Queues a copy of ``pinned.host[index]`` to ``array``."""
+        host = pinned.host
+        offset = sum(i * stride for i, stride in zip(index, host.strides))
+        self._stream.upload(array, pinned, offset)
+
+    def _mark(self) -> int:
+        """Marks the end of what has been queued so far."""
+        self._events[self._num_marks % len(self._events)].record(self._stream)
+        self._num_marks += 1
+        return self._num_marks - 1
+
+    def _wait(self, mark: int) -> None:
+        """Waits until what was queued before ``mark`` is done; a later mark may have taken its event."""
+        self._events[mark % len(self._events)].wait()
 
     # --- the protocol ---------------------------------------------------------------------------------
 
     def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray) -> None:
-        assert slot == 0
         self._device.make_current()
-        self._stream.wait()
-        self._reset()
-        self._stop_ids = sampling.stop_token_ids
-        self._set_params(sampling)
-        work = self._work
-        self._stream.zero(work["state"])
+        state = self._slots[slot]
+        if self.num_slots == 1:
+            self._stream.wait()
+        else:  # others go on
+            self._begun[slot].wait()
+            self._wait(max(state.marks))
+        state.reset()
+        state.stop_ids = sampling.stop_token_ids
+        self._set_params(slot, sampling)
+        self._stream.zero(self._of("state", slot))
         if sampling.repetition_penalty != 1.0:
-            flags = np.zeros(self._seen.host.size * 8, dtype=bool)
+            flags = np.zeros(self._seen.host.shape[1] * 8, dtype=bool)
             rows = self._row_of[history] if self._row_of is not None else history
             flags[rows[rows >= 0]] = True
-            self._seen.host[:] = np.packbits(flags, bitorder="little")
-            self._stream.upload(work["seen"], self._seen)
+            self._seen.host[slot] = np.packbits(flags, bitorder="little")
+            self._upload(self._of("seen", slot), self._seen, slot)
         if sampling.logit_bias:
-            self._bias.host[:] = 0
+            self._bias.host[slot] = 0
             for token_id, bias in sampling.logit_bias:
                 is_row = self._row_of is None or token_id >= self._limits.vocab_size
                 row = token_id if is_row else int(self._row_of[token_id])
                 if 0 <= row < self._limits.head_rows:
-                    self._bias.host[row] += np.float32(bias)
-            self._stream.upload(work["bias"], self._bias)
+                    self._bias.host[slot, row] += np.float32(bias)
+            self._upload(self._of("bias", slot), self._bias, slot)
+        self._begun[slot].record(self._stream)
 
     def step(self, steps: Sequence[SequenceStep]) -> list[PendingToken]:
-        (step,) = steps
-        return [self._decode(step.mask) if step.token_ids is None else self._prefill(step)]
+        decoding = [step for step in steps if step.token_ids is None]
+        found = self._decode(decoding)
+        for step in steps:
+            if step.token_ids is not None:
+                found[step.slot] = self._prefill(step)
+        return [found[step.slot] for step in steps]
 
     def interrupt(self, slot: int) -> None:
-        self._interrupted = True
+        self._slots[slot].interrupted = True
 
     def save_prefix(self, slot: int, entry: int, length: int) -> None:
-        self._copy_prefix(entry, length, save=True)
+        self._copy_prefix(slot, entry, length, save=True)
 
     def load_prefix(self, slot: int, entry: int, length: int) -> None:
-        self._copy_prefix(entry, length, save=False)
+        self._copy_prefix(slot, entry, length, save=False)
 
     def close(self) -> None:
         resources, self._resources = self._resources, contextlib.ExitStack()
@@ -189,57 +244,69 @@ class DeviceBackend:
     # --- steps ----------------------------------------------------------------------------------------
 
     def _prefill(self, step: SequenceStep) -> PendingToken:
-        if not self._forward(step.token_ids, step.position):
+        if not self._forward(step.slot, step.token_ids, step.position):
             return _NoToken()
         if not step.samples:
-            self._stream.wait()
-            return _NoToken()
+            return _Fed(self, self._mark())
         # The sampler moves the position on by one.
-        upload = self._num_uploads % RING
-        self._positions.host[upload] = self._position - 1
-        field = DeviceArray(self._work["state"].address + STATE.fields["position"][1], (1,), "int32")
-        self._stream.upload(field, self._positions, 4 * upload)
-        self._use_mask(step.mask)
-        return self._sampled(self._run_sampler)
+        slot = self._slots[step.slot]
+        upload = slot.num_uploads % RING
+        self._positions.host[step.slot, upload] = slot.position - 1
+        address = self._of("state", step.slot).address + STATE.fields["position"][1]
+        self._upload(DeviceArray(address, (1,), "int32"), self._positions, step.slot, upload)
+        self._use_mask(step.slot, step.mask)
+        self._run_sampler(step.slot)
+        return self._sampled([step.slot])[step.slot]
 
-    def _decode(self, mask: np.ndarray | None) -> PendingToken:
-        if self._ended or self._interrupted or self._position >= self._limits.max_context:
-            return _NoToken()
-        self._use_mask(mask)
-        self._position += 1
-        return self._sampled(self._run_decode)
+    def _decode(self, steps: list[SequenceStep]) -> dict[int, PendingToken]:
+        """Queues one step of those that go on; returns what each gives, by slot."""
+        found: dict[int, PendingToken] = {step.slot: _NoToken() for step in steps}
+        going = []
+        for step in steps:
+            slot = self._slots[step.slot]
+            if not slot.ended and not slot.interrupted and slot.position < self._limits.max_context:
+                self._use_mask(step.slot, step.mask)
+                slot.position += 1
+                going.append(step.slot)
+        if going:
+            self._run_decode(going)
+            found |= self._sampled(going)
+        return found
 
-    def _forward(self, token_ids: np.ndarray, position: int) -> bool:
+    def _forward(self, slot: int, token_ids: np.ndarray, position: int) -> bool:
         """Queues the prompt in chunks, at most two ahead of the device; False if it was interrupted."""
-        chunk = self._limits.chunk
-        for index, start in enumerate(range(0, len(token_ids), chunk)):
+        chunk, state = self._limits.chunk, self._slots[slot]
+        for start in range(0, len(token_ids), chunk):
             part = token_ids[start : start + chunk]
-            slot = index % 2
-            if index >= 2:
-                self._chunk_done[slot].wait()
-            if self._interrupted:
+            buffer = self._num_chunks % 2
+            self._chunk_done[buffer].wait()
+            if state.interrupted:
                 self._stream.wait()
                 return False
-            self._queue_chunk(slot, part, position + start)
-            self._chunk_done[slot].record(self._stream)
-        self._position = position + len(token_ids)
+            self._queue_chunk(buffer, slot, part, position + start)
+            self._chunk_done[buffer].record(self._stream)
+            self._num_chunks += 1
+        state.position = position + len(token_ids)
         return True
 
-    def _sampled(self, run: Callable[[], None]) -> _Pending:
-        """Queues what samples the next token and marks its end."""
-        step = self._step
-        run()
-        self._events[step % RING].record(self._stream)
-        self._step += 1
-        return _Pending(self, step)
+    def _sampled(self, slots: list[int]) -> dict[int, PendingToken]:
+        """Marks the end of a step that sampled the next tokens of ``slots``."""
+        mark, found = self._mark(), {}
+        for number in slots:
+            slot = self._slots[number]
+            slot.marks[slot.step % RING] = mark
+            found[number] = _Pending(self, number, slot.step)
+            slot.step += 1
+        return found
 
-    def _read(self, step: int) -> int | None:
-        assert step > self._step - RING, "a pending token was read too late"
-        self._events[step % RING].wait()
-        if self._ended or self._interrupted:
+    def _read(self, number: int, step: int) -> int | None:
+        slot = self._slots[number]
+        assert step > slot.step - RING, "a pending token was read too late"
+        self._wait(slot.marks[step % RING])
+        if slot.ended or slot.interrupted:
             return None
-        token = int(self._tokens.host[step % RING])
-        self._ended = token < 0 or token in self._stop_ids
+        token = int(self._tokens.host[number, step % RING])
+        slot.ended = token < 0 or token in slot.stop_ids
         if token == FAULT_NAN:
             raise EngineFaultError("The model's logits are NaN; the weights or the engine are damaged.")
         if token == FAULT_EMPTY:
@@ -248,51 +315,50 @@ class DeviceBackend:
             )
         return token
 
-    def _set_params(self, sampling: SamplingParams) -> None:
-        values = np.zeros((), dtype=PARAMS)
+    def _set_params(self, slot: int, sampling: SamplingParams) -> None:
+        values = self._slots[slot].values
         for name in self.sampler_options:
             values[name] = getattr(sampling, name)
         values["top_k"] = min(sampling.top_k, self._limits.head_rows)
         values["has_bias"] = bool(sampling.logit_bias)
-        self._values = values
-        self._upload_params()
+        self._upload_params(slot)
 
-    def _upload_params(self) -> None:
-        slot = self._num_uploads % RING
-        self._num_uploads += 1
-        self._params.host[slot] = np.frombuffer(self._values.tobytes(), dtype=np.uint8)
-        self._stream.upload(self._work["params"], self._params, slot * PARAMS.itemsize)
+    def _upload_params(self, number: int) -> None:
+        slot = self._slots[number]
+        place = slot.num_uploads % RING
+        slot.num_uploads += 1
+        self._params.host[number, place] = np.frombuffer(slot.values.tobytes(), dtype=np.uint8)
+        self._upload(self._of("params", number), self._params, number, place)
 
-    def _use_mask(self, mask: np.ndarray | None) -> None:
+    def _use_mask(self, number: int, mask: np.ndarray | None) -> None:
+        slot = self._slots[number]
         if mask is not None:
-            slot = self._step % RING
-            if self._step >= RING:
-                self._events[slot].wait()  # its last copy has been read
-            self._masks.host[slot] = mask
-            self._stream.upload(self._work["mask"], self._masks, slot * self._masks.host.shape[1] * 4)
-        if self._has_mask != (mask is not None):
-            self._has_mask = mask is not None
-            self._values["has_mask"] = self._has_mask
-            self._upload_params()
+            place = slot.step % RING
+            if slot.step >= RING:
+                self._wait(slot.marks[place])  # its last copy has been read
+            self._masks.host[number, place] = mask
+            self._upload(self._of("mask", number), self._masks, number, place)
+        if slot.has_mask != (mask is not None):
+            slot.has_mask = mask is not None
+            slot.values["has_mask"] = slot.has_mask
+            self._upload_params(number)
 
-    def _copy_prefix(self, entry: int, length: int, save: bool) -> None:
+    def _copy_prefix(self, slot: int, entry: int, length: int, save: bool) -> None:
         """Copies the first ``length`` rows of every layer's and head's K and V."""
         self._device.make_current()
         limits, work = self._limits, self._work
         assert 0 <= entry < limits.prefix_slots and 0 < length <= limits.prefix_tokens
         item = limits.cache_item_bytes
         cache, prefix = limits.max_context * item, limits.prefix_tokens * item
-        self._copy_rows(save, length * item, "kv_cache", cache, "prefixes", entry, prefix)
+        live = (self._of("kv_cache", slot).address, cache)
+        self._copy_rows(save, length * item, live, (work["prefixes"].at(entry).address, prefix))
         if item := limits.scale_item_bytes:
             cache, prefix = (work[name].shape[-1] * item for name in ("kv_scales", "prefix_scales"))
-            self._copy_rows(save, length * item, "kv_scales", cache, "prefix_scales", entry, prefix)
+            live = (self._of("kv_scales", slot).address, cache)
+            self._copy_rows(save, length * item, live, (work["prefix_scales"].at(entry).address, prefix))
 
-    def _copy_rows(
-        self, save: bool, width: int, cache: str, cache_pitch: int, prefixes: str, entry: int, prefix_pitch: int
-    ) -> None:
-        """Copies the first ``width`` bytes of every row, ``pitch`` bytes apart, to (``save``) or from an entry."""
-        live = (self._work[cache].address, cache_pitch)
-        kept = (self._work[prefixes].at(entry).address, prefix_pitch)
+    def _copy_rows(self, save: bool, width: int, live: tuple[int, int], kept: tuple[int, int]) -> None:
+        """Copies the first ``width`` bytes of every row; ``live``, ``kept``: address, bytes from row to row."""
         target, source = (kept, live) if save else (live, kept)
         self._stream.copy_rows(*target, *source, width, self._limits.cache_rows)
 

@@ -63,6 +63,7 @@ class DeviceModel(Generic[Layer]):
         self.work = {name: arena.take(a.shape, a.dtype) for name, a in work.items()}
         prompt = self.work["prompt"]
         self._chunk = DeviceArray(prompt.address, (CHUNK_WORDS,), "int32")
+        self._slot_chunk = DeviceArray(prompt.address, (spec.attention.chunk_words,), "int32")
         self._tokens = DeviceArray(prompt.address + 4 * PROMPT_HEADER, (spec.chunk,), "int32")
         self._row_counts = prefill_rows(spec.chunk)
 
@@ -72,7 +73,7 @@ class DeviceModel(Generic[Layer]):
             source(name, array)
         assert rope.dtype == np.float32 and rope.shape == self.work["rope"].shape
         self._device.upload(self.work["rope"], rope)
-        for name in ("counters", "packed_counters", "prompt", "seen", "bias", "state"):
+        for name in ("counters", "packed_counters", "batch_counters", "prompt", "seen", "bias", "state"):
             if name in self.work:
                 self._stream.zero(self.work[name])
         self._device.synchronize()
@@ -96,7 +97,8 @@ class DeviceModel(Generic[Layer]):
         if kernels.configs.in_table:
             return
         state["position"] = min(_TUNED_CONTEXT, self.spec.max_context) - 1
-        self._device.upload(self.work["state"], np.frombuffer(state.tobytes(), dtype=np.uint8))
+        states = np.broadcast_to(np.frombuffer(state.tobytes(), dtype=np.uint8), self.work["state"].shape)
+        self._device.upload(self.work["state"], states)
         problems = kernels.problems(lambda: self._prepare(host_tokens))
         Tuner(
             kernels.configs,
@@ -175,7 +177,7 @@ class DeviceModel(Generic[Layer]):
     def _attend_one(self, i: int) -> Launch:
         """Layer ``i``'s attention of a decode step: from the first row of ``qkv`` to the first of ``attended``."""
         w = self.work
-        arrays = (w["kv_cache"].at(i), *(w[name] for name in ("rope", "state", "partial", "counters")))
+        arrays = (self._cache(i), *(w[name] for name in ("rope", "state", "partial", "counters")))
         return attention.attention_decode(
             self._kernels,
             *(self.spec.attention, w["qkv"].at(0), *arrays, w["attended"].at(0)),
@@ -188,8 +190,15 @@ class DeviceModel(Generic[Layer]):
             return None
         return self.weights[f"layers.{i}.q_norm"], self.weights[f"layers.{i}.k_norm"]
 
+    def _cache(self, i: int) -> DeviceArray:
+        """Layer ``i``'s KV cache, of the first slot."""
+        return self.work["kv_cache"].at(*self._layer(i))
+
     def _scales(self, i: int) -> DeviceArray | None:
-        return self.work["kv_scales"].at(i) if self.spec.attention.kv_int8 else None
+        return self.work["kv_scales"].at(*self._layer(i)) if self.spec.attention.kv_int8 else None
+
+    def _layer(self, i: int) -> tuple[int, ...]:
+        return (0, i) if self.spec.max_batch > 1 else (i,)
 
     # --- prefill --------------------------------------------------------------------------------------
 
@@ -228,14 +237,14 @@ class DeviceModel(Generic[Layer]):
         w = self.work
         return attention.rope_append(
             self._kernels,
-            *(self.spec.attention, w["qkv"], w["kv_cache"].at(i), w["rope"], self._chunk),
+            *(self.spec.attention, w["qkv"], self._cache(i), w["rope"], self._slot_chunk),
             norms=self._head_norms(i),
             scales=self._scales(i),
         )
 
     def _attend(self, i: int) -> attention.AttentionPrefill:
-        w, cache = self.work, self.work["kv_cache"].at(i)
-        arrays = (w["qkv"], cache, w["attended"], self._chunk)
+        w = self.work
+        arrays = (w["qkv"], self._cache(i), w["attended"], self._slot_chunk)
         return attention.attention_prefill(
             self._kernels, self.spec.attention, *arrays, self._row_counts, scales=self._scales(i)
         )

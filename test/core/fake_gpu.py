@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
 
 import fake_kernels
+from engine_core.cuda.kernels import sampling
 from engine_core.cuda.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
 from fake_kernels import address_of, array_at
 
@@ -172,7 +173,7 @@ class FakeDriver:
 
     def _cuLaunchKernelEx(self, config, function, params, _extra):
         entry, defines = function
-        defines = {**defines, "GRID": config.gridDimX}  # what it is now
+        defines = {**defines, "GRID": config.gridDimX, "GRID_Y": config.gridDimY}  # what it is now
         return self.run(lambda: self.kernels[entry](defines, ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))))
 
 
@@ -220,10 +221,33 @@ def kv_append(defines: dict, args) -> None:
             array_at(index, (), np.uint64)[...] = min(int(state["position"]), context - 1)
 
 
+def _rows_of(defines: dict, args, slots: int, count: int, strides: dict[int, int]) -> Iterator[list[int]]:
+    """The addresses of the arguments before number ``slots``, of each sequence that has a slot.
+
+    ``strides``: argument → bytes from one sequence to the next one.
+    """
+    addresses = [address_of(args, i) for i in range(slots)]
+    if not defines["BATCHED"]:
+        yield addresses
+        return
+    named = array_at(address_of(args, slots), (count,), np.int32)
+    for row in np.flatnonzero(named >= 0):
+        yield [address + int(row) * strides.get(i, 0) for i, address in enumerate(addresses)]
+
+
 def sample_scan(defines: dict, args) -> None:
     """The steps of sample.cu that come before the choice."""
-    logits, seen, bias, mask, vocab_map, params, _, scores = (address_of(args, i) for i in range(8))
-    rows, params = defines["ROWS"], array_at(params, (), PARAMS)
+    rows = defines["ROWS"]
+    words, scores = -(-rows // 32), sampling.scores_shape(rows)[0]
+    strides = {0: 4 * rows, 1: 4 * words, 2: 4 * rows, 3: 4 * defines["MASK_WORDS"], 5: PARAMS.itemsize, 7: 4 * scores}
+    for addresses in _rows_of(defines, args, 8, defines["GRID_Y"], strides):
+        _scan(rows, *addresses)
+
+
+def _scan(
+    rows: int, logits: int, seen: int, bias: int, mask: int, vocab_map: int, params: int, _: int, scores: int
+) -> None:
+    params = array_at(params, (), PARAMS)
     values = array_at(logits, (rows,), np.float32).copy()
     if params["repetition_penalty"] != 1.0:
         bits = np.unpackbits(array_at(seen, (-(-rows // 32) * 4,), np.uint8), bitorder="little")[:rows]
@@ -240,8 +264,14 @@ def sample_scan(defines: dict, args) -> None:
 
 def sample_pick(defines: dict, args) -> None:
     """sample.cu at temperature 0."""
-    scores, params, state, _, vocab_map, tokens = (address_of(args, i) for i in range(6))
-    state, rows = array_at(state, (), STATE), defines["ROWS"]
+    rows = defines["ROWS"]
+    strides = {0: 4 * sampling.scores_shape(rows)[0], 1: PARAMS.itemsize, 2: STATE.itemsize, 3: 4 * -(-rows // 32)}
+    for addresses in _rows_of(defines, args, 6, defines["GRID"], {**strides, 5: 4 * RING}):
+        _pick(rows, *addresses)
+
+
+def _pick(rows: int, scores: int, params: int, state: int, _: int, vocab_map: int, tokens: int) -> None:
+    state = array_at(state, (), STATE)
     values = array_at(scores, (rows,), np.float32)
     assert float(array_at(params, (), PARAMS)["temperature"]) == 0.0
     if np.isnan(values).any():

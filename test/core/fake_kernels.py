@@ -32,7 +32,9 @@ def _float(define: str) -> float:
 def embed(defines: dict, args) -> None:
     table, tokens, output = (address_of(args, i) for i in range(3))
     cols, count = defines["COLS"], defines["GRID"]
-    ids = np.maximum(array_at(tokens, (count,), np.int32), 0)  # below 0: a failed step's token, which is none
+    stride = defines["TOKEN_STRIDE"]
+    ids = array_at(tokens, ((count - 1) * stride + 1,), np.int32)[::stride]
+    ids = np.maximum(ids, 0)  # below 0: a failed step's token, which is none
     array_at(output, (count, cols), F32)[:] = array_at(table, (int(ids.max()) + 1, cols), F16)[ids]
 
 
@@ -61,6 +63,24 @@ def gemv(defines: dict, args) -> None:
         array_at(output, (rows // 2,), F16)[:] = reference.silu_multiply(result)
     else:
         array_at(output, (rows,), F32 if epilogue == linear.LOGITS else F16)[:] = result
+
+
+def gemm_packed(defines: dict, args) -> None:
+    """With 16-bit weights. Each row by itself, so that its sums do not depend on how many there are."""
+    weight, vectors, output, chunk, _, _, bias = (address_of(args, i) for i in range(7))
+    rows, cols, epilogue = defines["ROWS"], defines["COLS"], defines["EPILOGUE"]
+    assert defines["BITS"] == 16
+    count = int(array_at(chunk, (CHUNK_WORDS,), np.int32)[1])
+    matrix = array_at(weight, (rows, cols), F16).astype(F64)
+    result = np.stack([matrix @ row for row in array_at(vectors, (count, cols), F16).astype(F64)])
+    if defines["BIAS"]:
+        result += array_at(bias, (rows,), F16)
+    if epilogue == linear.RESIDUAL:
+        array_at(output, (count, rows), F32)[:] += result
+    elif epilogue == linear.SILU:
+        array_at(output, (count, rows // 2), F16)[:] = reference.silu_multiply(result)
+    else:
+        array_at(output, (count, rows), F32 if epilogue == linear.LOGITS else F16)[:] = result
 
 
 def silu_multiply(defines: dict, args) -> None:
@@ -107,7 +127,8 @@ class FakeBlas:
 class _Attention:
     """The arrays of one layer, as attention.py lays them out."""
 
-    def __init__(self, defines: dict, qkv: int, cache: int, count: int) -> None:
+    def __init__(self, defines: dict, qkv: int, cache: int, count: int, slot: int = 0) -> None:
+        cache += 2 * slot * defines["SLOT_STRIDE"]
         self.heads, self.kv_heads, dim = (defines[key] for key in ("HEADS", "KV_HEADS", "HEAD_DIM"))
         assert not defines["KV_INT8"]
         rows = array_at(qkv, (count, self.heads + 2 * self.kv_heads, dim), F16)
@@ -136,26 +157,42 @@ class _Attention:
         array_at(output, result.shape, F16)[:] = result
 
 
+def _slot(defines: dict, args, index: int) -> int:
+    """The KV slot of a chunk."""
+    words = CHUNK_WORDS + 1
+    return int(array_at(address_of(args, index), (words,), np.int32)[2]) if defines["SLOT_STRIDE"] else 0
+
+
 def rope_append(defines: dict, args) -> None:
     qkv, cache, rope, *norms = (address_of(args, i) for i in range(5))
     position, count = _chunk(args, 5)
-    layer = _Attention(defines, qkv, cache, count)
+    layer = _Attention(defines, qkv, cache, count, _slot(defines, args, 5))
     layer.queries[:] = layer.rotate(defines, rope, tuple(norms), position)
 
 
 def attention_prefill(defines: dict, args) -> None:
     qkv, cache, output = (address_of(args, i) for i in range(3))
     start, count = _chunk(args, 3)
-    layer = _Attention(defines, qkv, cache, count)
+    layer = _Attention(defines, qkv, cache, count, _slot(defines, args, 3))
     layer.attend(layer.queries, start, output)
 
 
 def attention_decode(defines: dict, args) -> None:
     qkv, cache, rope, q_norm, k_norm, state, _, _, output = (address_of(args, i) for i in range(9))
-    position = int(array_at(state, (), STATE)["position"])
-    layer = _Attention(defines, qkv, cache, 1)
-    layer.attend(layer.rotate(defines, rope, (q_norm, k_norm), position), position, output)
+    rows = defines["GRID_Y"] if defines["BATCHED"] else 1
+    slots = array_at(address_of(args, 10), (rows,), np.int32) if defines["BATCHED"] else [0]
+    heads, kv_heads, dim = (defines[key] for key in ("HEADS", "KV_HEADS", "HEAD_DIM"))
+    for row, slot in enumerate(slots):
+        position = int(array_at(state + row * STATE.itemsize, (), STATE)["position"])
+        if slot < 0 or position >= defines["CONTEXT"]:
+            continue
+        layer = _Attention(defines, qkv + 2 * row * (heads + 2 * kv_heads) * dim, cache, 1, int(slot))
+        target = output + 2 * row * heads * dim
+        layer.attend(layer.rotate(defines, rope, (q_norm, k_norm), position), position, target)
 
 
-_ALL = (embed, rms_norm, gemv, silu_multiply, add_bias, keep_last_row, rope_append, attention_prefill, attention_decode)
+_ALL = (
+    *(embed, rms_norm, gemv, gemm_packed, silu_multiply, add_bias, keep_last_row),
+    *(rope_append, attention_prefill, attention_decode),
+)
 KERNELS = {kernel.__name__: kernel for kernel in _ALL}

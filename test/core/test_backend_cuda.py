@@ -145,7 +145,7 @@ def test_a_turn_is_timed_as_the_benchmark_says(built, driver):
     backend = load(built[0])
     driver.log.clear()
     assert measure_turn(backend, 64) > 0
-    assert driver.log.count("cuGraphLaunch") == 1 and backend._position == 64 + TURN
+    assert driver.log.count("cuGraphLaunch") == 1 and backend._slots[0].position == 64 + TURN
     backend.close()
 
 

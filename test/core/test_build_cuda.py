@@ -251,7 +251,7 @@ def _tensors(engine_dir) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "changes, text",
     [
-        (dict(max_batch=2), "max_batch is 2"),
+        (dict(max_batch=17), "max_batch is 17"),
         (dict(kv_cache_type="fp8"), "no 'fp8' KV cache"),
     ],
 )

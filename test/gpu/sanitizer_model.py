@@ -14,6 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import numpy as np  # noqa: E402
 
 from device_steps import generate  # noqa: E402
+from engine_core.backends import SequenceStep  # noqa: E402
 from engine_core.backends.cuda.backend import CudaBackend  # noqa: E402
 from engine_core.backends.cuda.layout import CudaSpec, weight_arrays  # noqa: E402
 from engine_core.cuda.driver import Device  # noqa: E402
@@ -35,7 +36,9 @@ MODEL = dict(
 )
 
 
-def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool, tune_kernels: bool = False) -> CudaBackend:
+def make_backend(
+    weights: str, kv_cache_type: str, use_cuda_graph: bool, tune_kernels: bool = False, max_batch: int = 1
+) -> CudaBackend:
     model = spec_of(MODEL)
     spec = CudaSpec(
         model=dataclasses.replace(model, layers=tuple(dataclasses.replace(x, qkv_bias=True) for x in model.layers)),
@@ -47,6 +50,7 @@ def make_backend(weights: str, kv_cache_type: str, use_cuda_graph: bool, tune_ke
         chunk=64,
         prefix_slots=2,
         prefix_tokens=100,
+        max_batch=max_batch,
     )
     random = np.random.default_rng(9)
     arrays = {}
@@ -80,6 +84,14 @@ def main() -> None:
         backend.close()
         assert None not in first and len(set(first)) > 1, first
         print(weights, kv_cache_type, "graph" if use_cuda_graph else "eager", first, again)
+    backend = make_backend(weights, kv_cache_type, False, max_batch=3)
+    for slot, length in ((2, 77), (0, 290)):  # slot 1 stays empty
+        backend.begin(slot, sampled, prompt[:length])
+        backend.step([SequenceStep(slot, prompt[:length])])[0].result()
+    tokens = [each.result() for _ in range(6) for each in backend.step([SequenceStep(2), SequenceStep(0)])]
+    backend.close()
+    assert None not in tokens, tokens
+    print(weights, kv_cache_type, "two of three slots", tokens)
 
 
 if __name__ == "__main__":

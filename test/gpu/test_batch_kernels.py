@@ -77,7 +77,7 @@ def test_every_gemm_candidate_and_rows_that_are_not_computed(bench, kind):
     num_sums, num_counters = linear_batch.batch_scratch([(rows, cols)], sequences, bench.device.num_sms)
     counters = bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
     scratch = (bench.chunk(0, count), bench.poisoned((num_sums,), "fp32"), counters)
-    problem = linear_batch.gemm_problem(weight, linear.LOGITS, sequences)
+    problem = linear_batch.gemm_problem(weight, linear.LOGITS)
     assert problem.tokens == 16
     for config in problem.candidates(kernels.gpu):
         output = bench.poisoned((sequences, rows), "fp32")
@@ -88,6 +88,25 @@ def test_every_gemm_candidate_and_rows_that_are_not_computed(bench, kind):
         assert error(found[:count], x[:count] @ w.T) < 5e-5, config
         assert np.isnan(found[count:]).all()
         assert (bench.get(counters) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("rows, cols", [(1008, 2048), (4096, 14336), (6144, 4096)])
+def test_a_row_has_the_same_bits_in_every_batch(bench, kind, rows, cols):
+    kernels = bench.kernels("fp16")
+    weight, _ = make_weight(bench, rows, cols, kind, "fp16")
+    vectors, _ = bench.normal((16, cols), "fp16")
+    num_sums, num_counters = linear_batch.batch_scratch([(rows, cols)], 16, bench.device.num_sms)
+    counters = bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
+    scratch = (bench.poisoned((num_sums,), "fp32"), counters)
+    found = {}
+    for n in (1, 2, 4, 8, 16):
+        some = DeviceArray(vectors.address, (n, cols), "fp16")
+        output = bench.poisoned((n, rows), "fp32")
+        linear_batch.gemm_batch(kernels, weight, some, output, linear.LOGITS, bench.chunk(0, n), *scratch)(bench.stream)
+        found[n] = bench.get(output)
+    for n, rows_of_n in found.items():
+        assert (rows_of_n == found[16][:n]).all()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -189,7 +208,7 @@ def test_each_sequence_attends_to_its_own_slot_and_length(bench, heads, kv_heads
     states["position"] = positions
     states["token"] = 7
     states_array = bench.put(np.frombuffer(states.tobytes(), dtype=np.uint8).reshape(n, -1), "uint8")
-    partial = bench.poisoned((n * shape.partial_floats(bench.device.num_sms, n),), "fp32")
+    partial = bench.poisoned((shape.partial_floats(bench.device.num_sms, n),), "fp32")
     counters = bench.put(np.zeros((n, kv_heads), dtype=np.uint32), "uint32")
     output = bench.poisoned((n, heads * head_dim), dtype)
     cache, scales = case.layer_arrays
@@ -197,7 +216,7 @@ def test_each_sequence_attends_to_its_own_slot_and_length(bench, heads, kv_heads
     problem = attention.attention_decode(
         case.kernels, shape, *arrays, scales=scales, slots=bench.put(slots, "int32")
     ).problem
-    assert problem.sequences == n
+    assert problem == shape.batch_problem
     tolerance = TOLERANCE[dtype] * (3 if kv_int8 else 1)
     works = [i for i in range(n) if slots[i] >= 0 and positions[i] < CONTEXT]
     expected = {i: case.expected(values[i].reshape(1, -1, head_dim), slots[i], positions[i]).reshape(-1) for i in works}

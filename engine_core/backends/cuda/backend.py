@@ -1,8 +1,9 @@
 """The CUDA backend: our own kernels on an NVIDIA GPU, compiled for it when the engine is opened.
 
-One stream, in order. A decode step is one CUDA graph whose last kernel samples; the token feeds the next step on the
-device and reaches the host through pinned memory, marked by an event, so no step waits for the host. A chunk of a
-prompt is one CUDA graph, too, of the next larger of a few sizes: its place and length are in device memory.
+One stream, in order. A decode step is one CUDA graph, of the next larger of a few batch sizes, whose last kernel
+samples; the token feeds the next step on the device and reaches the host through pinned memory, marked by an event, so
+no step waits for the host. A chunk of a prompt is one CUDA graph, too, of the next larger of a few sizes: its place and
+length are in device memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from engine_core.backends.cuda.batch_model import BatchModel
 from engine_core.backends.cuda.layout import (
     PROMPT_HEADER,
     ArraySpec,
@@ -31,7 +33,8 @@ from engine_core.backends.gpu_model import DeviceModel, WeightSource
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, Arena, Device, DeviceArray, PinnedArray, Stream
 from engine_core.cuda.graphs import GraphKey, GraphRunner
-from engine_core.cuda.kernels import CHUNK_WORDS, Kernels
+from engine_core.cuda.kernels import Kernels
+from engine_core.cuda.kernels.sampling import RING
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.request import SamplingParams
@@ -100,6 +103,7 @@ class CudaBackend(DeviceBackend):
         """
         self._device = device
         self._spec = spec
+        self.num_slots = spec.max_batch
         self.max_context = spec.max_context
         self.prefill_chunk = spec.chunk
         self.vocab_size = spec.vocab_size
@@ -111,7 +115,6 @@ class CudaBackend(DeviceBackend):
                 device.upload(self._model.work["vocab_map"], vocab_map.astype(np.int32))
             self._row_of = rows_by_id(vocab_map, spec.vocab_size)
             self.kept_ids = vocab_map
-            self._reset()
             if tune_kernels:
                 self._model.tune(self._tokens.device_address)
             self._capture(undo, use_cuda_graph)
@@ -141,47 +144,73 @@ class CudaBackend(DeviceBackend):
             ),
         )
         self._prompt = [own(PinnedArray(device, (PROMPT_HEADER + spec.chunk,), "int32")) for _ in range(2)]
+        self._rows = own(PinnedArray(device, (RING, spec.max_batch), "int32"))  # the slots of a step, -1 = none
+        self._row_marks = [0] * RING  # of the end of the step before which they were copied
+        self._num_rows = 0
+        self._rows_there: list[int] = []  # the slots on the device
 
     def _work_arrays(self) -> dict[str, ArraySpec]:
         return work_arrays(self._spec, self._device.num_sms)
 
     def _make_model(self, arena: Arena, kernels: Kernels) -> DeviceModel:
-        return CudaModel(self._device, self._stream, arena, kernels, self._spec)
+        kind = BatchModel if self._spec.max_batch > 1 else CudaModel
+        return kind(self._device, self._stream, arena, kernels, self._spec)
 
     def _capture(self, undo: contextlib.ExitStack, enabled: bool) -> None:
-        work = self._model.work
+        model, work = self._model, self._model.work
         address = self._tokens.device_address
-        self._decode_key = GraphKey(1, work["state"].address, work["logits"].address)
         self._graphs = GraphRunner(self._stream, enabled)
         undo.callback(self._graphs.close)
-        self._set_params(SamplingParams(seed=0))
-        self._model.compile_ahead(address)
-        self._graphs.add(self._decode_key, self._model.decode_launches(address))
-        self._sample_last = self._model.sampling_launches(address)
+        for slot in range(self.num_slots):
+            self._set_params(slot, SamplingParams(seed=0))
+        model.compile_ahead(address)
+        if isinstance(model, BatchModel):
+            steps = {size: model.batch_launches(size, address) for size in self._spec.batch_sizes}
+            self._sample_last = [model.prompt_launches(slot, address) for slot in range(self.num_slots)]
+        else:
+            steps, self._sample_last = {1: model.decode_launches(address)}, [model.sampling_launches(address)]
+        self._decode_keys = {size: GraphKey(size, work["state"].address, work["logits"].address) for size in steps}
+        for size, launches in steps.items():
+            self._graphs.add(self._decode_keys[size], launches)
         self._model.prepare_prefill()
         self._prefill_keys = {}
         for rows in prefill_rows(self._spec.chunk):
             self._prefill_keys[rows] = key = GraphKey(1, work["prompt"].address, work["hidden"].address, rows=rows)
-            self._upload_chunk(0, np.zeros(min(rows, self.max_context), dtype=np.int32), 0)
+            self._upload_chunk(0, 0, np.zeros(min(rows, self.max_context), dtype=np.int32), 0)
             capture = self._model.captures_prefill and rows <= MAX_GRAPH_ROWS
             self._graphs.add(key, [lambda _stream, rows=rows: self._model.prefill_chunk(rows)], capture)
 
     # --- hooks of DeviceBackend -------------------------------------------------------------------------
 
-    def _queue_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
-        self._upload_chunk(slot, token_ids, position)
+    def _queue_chunk(self, buffer: int, slot: int, token_ids: np.ndarray, position: int) -> None:
+        self._upload_chunk(buffer, slot, token_ids, position)
         self._graphs.run(self._prefill_keys[rows_of_chunk(len(token_ids), self._spec.chunk)])
 
-    def _upload_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
-        host, length = self._prompt[slot].host, PROMPT_HEADER + len(token_ids)
+    def _upload_chunk(self, buffer: int, slot: int, token_ids: np.ndarray, position: int) -> None:
+        host, length = self._prompt[buffer].host, PROMPT_HEADER + len(token_ids)
         assert 1 <= len(token_ids) <= self._spec.chunk and position + len(token_ids) <= self.max_context
-        host[:CHUNK_WORDS] = position, len(token_ids)
+        host[:3] = position, len(token_ids), slot
         host[PROMPT_HEADER:length] = token_ids
-        self._stream.upload(DeviceArray(self._work["prompt"].address, (length,), "int32"), self._prompt[slot])
+        self._stream.upload(DeviceArray(self._work["prompt"].address, (length,), "int32"), self._prompt[buffer])
 
-    def _run_sampler(self) -> None:
-        for launch in self._sample_last:
+    def _run_sampler(self, slot: int) -> None:
+        for launch in self._sample_last[slot]:
             launch(self._stream)
 
-    def _run_decode(self) -> None:
-        self._graphs.run(self._decode_key)
+    def _run_decode(self, slots: list[int]) -> None:
+        if self.num_slots > 1 and slots != self._rows_there:
+            self._upload_rows(slots)
+        self._graphs.run(self._decode_keys[next(size for size in self._spec.batch_sizes if max(slots) < size)])
+
+    def _upload_rows(self, slots: list[int]) -> None:
+        """Queues what says which rows of a step have a sequence."""
+        place = self._num_rows % RING
+        if self._num_rows >= RING:
+            self._wait(self._row_marks[place])  # its last copy has been read
+        rows = self._rows.host[place]
+        rows[:] = -1
+        rows[slots] = slots
+        self._upload(self._work["slots"], self._rows, place)
+        self._row_marks[place] = self._num_marks
+        self._num_rows += 1
+        self._rows_there = slots

@@ -81,7 +81,7 @@ def build_cuda(
         quantization=quantization,
         kv_cache_type="fp16" if kv_cache_type == "auto" else kv_cache_type,
         max_context=max_context,
-        max_batch=1,
+        max_batch=CAPABILITIES.max_batch,
         eos_token_ids=companions.eos_token_ids(checkpoint),
         reduced_vocab_size=0 if kept is None else len(kept),
         group_size=GROUP if weight_format(quantization).kind in LAYOUTS else 0,

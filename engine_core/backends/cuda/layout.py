@@ -15,6 +15,7 @@ from engine_core.cuda.driver import ITEM_BYTES, aligned
 from engine_core.cuda.kernels.attention import AttentionShape, scale_pitch
 from engine_core.cuda.kernels.int4_layout import GROUP
 from engine_core.cuda.kernels.launch_configs import PACKED_ROWS, PackedRowsProblem
+from engine_core.cuda.kernels.linear_batch import batch_scratch
 from engine_core.cuda.kernels.linear_packed import LAYOUTS, packed_scratch
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.errors import ConfigurationError, EngineDirectoryError
@@ -29,7 +30,9 @@ PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt t
 # the plan is made.
 RUNTIME_BYTES = 76 << 20
 ROW_GRAIN = 64  # see round_rows
-PROMPT_HEADER = 4  # int32 before the tokens of a chunk: its CHUNK_WORDS, rounded up to 16 bytes
+PROMPT_HEADER = 4  # int32 before the tokens of a chunk: position, tokens and KV slot, rounded up to 16 bytes
+BATCH_SIZES = (1, 2, 4, 8, 16)  # sequences of a decode step for which there is a CUDA graph
+_ROW = 16  # int32 of a row of ``batch_chunks`` and ``prompt_slots``
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,12 @@ class CudaSpec:
     chunk: int  # tokens of a prefill step
     prefix_slots: int
     prefix_tokens: int
+    max_batch: int = 1  # sequences decoded at the same time, a KV slot for each
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Sequences of a decode step, of which there are a few sizes up to ``max_batch``."""
+        return [*(size for size in BATCH_SIZES if size < self.max_batch), self.max_batch]
 
     # --- of the model -------------------------------------------------------------------------------
 
@@ -112,6 +121,7 @@ class CudaSpec:
             norm_eps=model.norm_eps,
             qk_norm=model.layers[0].qk_norm,
             kv_int8=self.kv_int8,
+            slot_layers=model.num_layers if self.max_batch > 1 else 0,
         )
 
     @property
@@ -144,6 +154,7 @@ class CudaSpec:
             chunk=round_rows(chunk),
             prefix_slots=config.prompt_cache_entries,
             prefix_tokens=min(config.prompt_cache_tokens, max_context),
+            max_batch=config.max_batch,
         )
 
 
@@ -213,8 +224,10 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     attention, dtype, chunk, rows = spec.attention, spec.dtype, spec.chunk, spec.head_rows
     kv_heads, head_dim = attention.num_kv_heads, attention.head_dim
     kv_dtype = "int8" if attention.kv_int8 else dtype
+    slots = (spec.max_batch,) if spec.max_batch > 1 else ()  # one sequence has no such dimension
+    words = -(-spec.vocab_size // 32)
     arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
-        "kv_cache": ("kv_cache", (spec.num_layers, 2, kv_heads, spec.max_context, head_dim), kv_dtype),
+        "kv_cache": ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, spec.max_context, head_dim), kv_dtype),
         "rope": ("rope", (spec.max_context, head_dim // 2, 2), "fp32"),
         "hidden": ("scratch", (chunk, spec.hidden), "fp32"),
         "normed": ("scratch", (chunk, spec.hidden), dtype),
@@ -222,20 +235,28 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         "attended": ("scratch", (chunk, attention.num_heads * head_dim), dtype),
         "gate_up": ("scratch", (chunk, 2 * spec.intermediate), dtype),
         "activated": ("scratch", (chunk, spec.intermediate), dtype),
-        "partial": ("scratch", (attention.partial_floats(num_sms),), "fp32"),
-        "counters": ("scratch", (kv_heads,), "uint32"),
+        "partial": ("scratch", (attention.partial_floats(num_sms, *slots),), "fp32"),
+        "counters": ("scratch", (*slots, kv_heads), "uint32"),
         "blas": ("scratch", (BLAS_WORKSPACE,), "uint8"),
-        "scores": ("scratch", scores_shape(rows), "fp32"),
-        "logits": ("io", (rows,), "fp32"),
+        "scores": ("scratch", (*slots, *scores_shape(rows)), "fp32"),
+        "logits": ("io", (*slots, rows), "fp32"),
         "prompt": ("io", (PROMPT_HEADER + chunk,), "int32"),
-        "state": ("io", (STATE.itemsize,), "uint8"),
-        "params": ("io", (PARAMS.itemsize,), "uint8"),
-        "seen": ("io", (-(-rows // 32),), "uint32"),
-        "bias": ("io", (rows,), "fp32"),
-        "mask": ("io", (-(-spec.vocab_size // 32),), "uint32"),
+        "state": ("io", (*slots, STATE.itemsize), "uint8"),
+        "params": ("io", (*slots, PARAMS.itemsize), "uint8"),
+        "seen": ("io", (*slots, -(-rows // 32)), "uint32"),
+        "bias": ("io", (*slots, rows), "fp32"),
+        "mask": ("io", (*slots, words), "uint32"),
     }
     if attention.kv_int8:
-        arrays["kv_scales"] = ("kv_cache", (spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
+        arrays["kv_scales"] = ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
+    if slots:
+        matrices = [*matrix_shapes(spec).values(), (rows, spec.hidden)]
+        sums, counters = batch_scratch(matrices, spec.max_batch, num_sms)
+        arrays["batch_sums"] = ("scratch", (sums,), "fp32")
+        arrays["batch_counters"] = ("scratch", (counters,), "uint32")
+        arrays["slots"] = ("io", slots, "int32")  # of the rows of a decode step; -1 = the row does nothing
+        arrays["prompt_slots"] = ("io", (*slots, _ROW), "int32")  # the same for a prompt's first token, by its slot
+        arrays["batch_chunks"] = ("io", (len(spec.batch_sizes), _ROW), "int32")  # 0 and the rows of each size
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
     if spec.is_packed:  # for prefill: one matrix at a time in 16 bits, or partial sums of a GEMM of few tokens

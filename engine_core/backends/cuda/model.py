@@ -56,8 +56,8 @@ class CudaModel(DeviceModel[_Layer]):
 
     def _decode_layer(self, i: int) -> list[Work]:
         spec, w = self.spec, self.work
-        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in _LAYER_VECTORS}
-        matrices = {name: self.matrix(f"layers.{i}.{name}") for name in _ARRAYS}
+        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in LAYER_VECTORS}
+        matrices = {name: self.matrix(f"layers.{i}.{name}") for name in MATRICES}
         hidden, qkv, attended, activated = (w[name].at(0) for name in ("hidden", "qkv", "attended", "activated"))
         eps = spec.norm_eps
         return [
@@ -93,7 +93,7 @@ class CudaModel(DeviceModel[_Layer]):
             self._silu = self._silu_multiply()
             gemms, limit = self._prefill_layer(0).gemms, self._kernels.config(problem).rows
             sizes = [rows for rows in PACKED_ROWS if rows <= self.spec.chunk]
-            return [partial(self._multiply, gemms, name, rows, limit) for rows in sizes for name in _ARRAYS]
+            return [partial(self._multiply, gemms, name, rows, limit) for rows in sizes for name in MATRICES]
         if isinstance(problem, PackedGemmProblem):
             self._place_chunk(GEMM_TOKENS)
             rows = min(GEMM_TOKENS, self.spec.chunk)
@@ -104,7 +104,7 @@ class CudaModel(DeviceModel[_Layer]):
 
     def _prefill_layer(self, i: int) -> _Layer:
         kernels, spec, w = self._kernels, self.spec, self.work
-        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in _LAYER_VECTORS}
+        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in LAYER_VECTORS}
 
         def norm(weight: DeviceArray) -> Launch:
             return linear.rms_norm(kernels, w["hidden"], weight, w["normed"], spec.norm_eps)
@@ -116,14 +116,14 @@ class CudaModel(DeviceModel[_Layer]):
             rope_append=self._rope_append(i),
             attend=self._attend(i),
             post_norm=norm(weights["post_norm"]),
-            gemms={name: self._gemm(name, self.matrix(f"layers.{i}.{name}")) for name in _ARRAYS},
+            gemms={name: self._prefill_gemm(name, self.matrix(f"layers.{i}.{name}")) for name in MATRICES},
         )
 
-    def _gemm(self, name: str, weight: Matrix) -> _Gemm:
+    def _prefill_gemm(self, name: str, weight: Matrix) -> _Gemm:
         if not isinstance(weight, linear_packed.PackedWeight):
             return _Gemm(weight)
         kernels, w = self._kernels, self.work
-        source, target, epilogue = _ARRAYS[name]
+        source, target, epilogue = MATRICES[name]
         either = w["dequantized"]  # the dequantized matrix or, with few tokens, the partial sums
         whole = DeviceArray(either.address, matrix_shapes(self.spec)[name], self.spec.dtype)
         sums = DeviceArray(either.address, (either.nbytes // 4,), "fp32")
@@ -144,7 +144,7 @@ class CudaModel(DeviceModel[_Layer]):
             return
         if gemm.dequantize is not None:
             gemm.dequantize(stream)
-        source, target, epilogue = _ARRAYS[name]
+        source, target, epilogue = MATRICES[name]
         self.blas.matmul(w[source], gemm.weight, w[target], rows, epilogue == linear.RESIDUAL)
         if epilogue == linear.SILU:
             self._silu.set_grid(rows)
@@ -174,10 +174,10 @@ class CudaModel(DeviceModel[_Layer]):
 
 
 # GEMM → what it reads and writes, and its epilogue. SiLU's result goes from "gate_up" to "activated".
-_ARRAYS = {
+MATRICES = {
     "qkv": ("normed", "qkv", linear.STORE),
     "o": ("attended", "hidden", linear.RESIDUAL),
     "gate_up": ("normed", "gate_up", linear.SILU),
     "down": ("activated", "hidden", linear.RESIDUAL),
 }
-_LAYER_VECTORS = ("input_norm", "qkv_bias", "post_norm")
+LAYER_VECTORS = ("input_norm", "qkv_bias", "post_norm")

@@ -46,13 +46,13 @@ def spec_for(spec: ModelSpec, weight_format: str, size: Size) -> CudaSpec:
         quantization=weight_format,
         kv_cache_type=size.kv_cache_type or CAPABILITIES.kv_cache_types[0],
         max_context=size.max_context,
-        max_batch=1,
+        max_batch=CAPABILITIES.max_batch,
         eos_token_ids=(),
         reduced_vocab_size=size.head_rows,
         group_size=0 if CAPABILITIES.blocks(formats.weight_format(weight_format)) is None else GROUP,
         options=dataclasses.asdict(CudaOptions("fp16")),
     )
-    return CudaSpec.create(manifest, EngineConfig(Path()))
+    return CudaSpec.create(manifest, EngineConfig(Path(), max_batch=size.max_batch))
 
 
 def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, num_sms: int) -> dict[str, int]:

@@ -118,7 +118,6 @@ class TensorRTBackend(DeviceBackend):
             self._fill(vocab_map)
             self._row_of = rows_by_id(vocab_map, spec.vocab_size)
             self.kept_ids = vocab_map
-            self._reset()
             self._prepare(undo, engine)
             self._capture(undo, use_cuda_graph)
             self._warm_up()
@@ -187,7 +186,7 @@ class TensorRTBackend(DeviceBackend):
             PREFILL, ("token_ids", "positions", "last_token", "write_index"), min(spec.chunk, spec.max_context)
         )
         self._decode_engine = context(DECODE, ("step_token", "step_position", "step_last_token", "step_write_index"), 1)
-        self._set_params(SamplingParams(seed=0))
+        self._set_params(0, SamplingParams(seed=0))
         arrays = [work[name] for name in ("logits", "scores", "params", "state", "seen", "bias", "mask")]
         self._sampling = sample(self._kernels, *arrays, work.get("vocab_map"), self._tokens.device_address)
         self._append_count = ctypes.c_int(spec.chunk)
@@ -228,30 +227,30 @@ class TensorRTBackend(DeviceBackend):
     def _warm_up(self) -> None:
         """Runs the largest chunk at the start and beyond it, so that what TensorRT loads late is loaded now."""
         tokens = np.zeros(min(self._spec.chunk, self.max_context // 2), dtype=np.int32)
-        for slot, position in enumerate((0, len(tokens))):
-            self._queue_chunk(slot, tokens, position)
-        self._run_sampler()
-        self._run_decode()
+        for buffer, position in enumerate((0, len(tokens))):
+            self._queue_chunk(buffer, 0, tokens, position)
+        self._run_sampler(0)
+        self._run_decode([0])
         self._stream.wait()
         self._stream.zero(self._work["kv_cache"])
         self._stream.wait()
 
     # --- hooks of DeviceBackend -------------------------------------------------------------------------
 
-    def _queue_chunk(self, slot: int, token_ids: np.ndarray, position: int) -> None:
+    def _queue_chunk(self, buffer: int, slot: int, token_ids: np.ndarray, position: int) -> None:
         count, work, stream = len(token_ids), self._work, self._stream
-        self._prompt[slot].host[:count] = token_ids
-        self._chunk_positions[slot].host[:count] = np.arange(position, position + count, dtype=np.int32)
-        self._chunk_last[slot].host[0] = count - 1
+        self._prompt[buffer].host[:count] = token_ids
+        self._chunk_positions[buffer].host[:count] = np.arange(position, position + count, dtype=np.int32)
+        self._chunk_last[buffer].host[0] = count - 1
         for name, pinned, length in (
-            ("token_ids", self._prompt[slot], count),
-            ("positions", self._chunk_positions[slot], count),
-            ("last_token", self._chunk_last[slot], 1),
+            ("token_ids", self._prompt[buffer], count),
+            ("positions", self._chunk_positions[buffer], count),
+            ("last_token", self._chunk_last[buffer], 1),
         ):
             stream.upload(DeviceArray(work[name].address, (length,), "int32"), pinned)
         if self._spec.native:
-            self._chunk_index[slot].host[0] = position
-            stream.upload(work["write_index"], self._chunk_index[slot])
+            self._chunk_index[buffer].host[0] = position
+            stream.upload(work["write_index"], self._chunk_index[buffer])
         self._prefill_engine.set_shapes(input_shapes(self._spec, count, past_for(self._spec, position)))
         self._prefill_engine(stream)
         self._append_count.value = count
@@ -259,11 +258,11 @@ class TensorRTBackend(DeviceBackend):
         if not self._spec.native:
             self._append_chunk(stream)
 
-    def _run_sampler(self) -> None:
+    def _run_sampler(self, slot: int) -> None:
         for launch in (*self._sampling, self._hand_over):
             launch(self._stream)
 
-    def _run_decode(self) -> None:
+    def _run_decode(self, slots: list[int]) -> None:
         self._graphs.run(self._decode_key)
 
     # --- faults ---------------------------------------------------------------------------------------
@@ -274,9 +273,9 @@ class TensorRTBackend(DeviceBackend):
             self._damaged = False
             self._stream.zero(self._work["kv_cache"])
 
-    def _read(self, step: int) -> int | None:
+    def _read(self, number: int, step: int) -> int | None:
         try:
-            return super()._read(step)
+            return super()._read(number, step)
         except EngineFaultError:
             self._damaged = True
             raise

@@ -11,6 +11,7 @@ from engine_core.cuda.driver import DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check, float_define
 from engine_core.cuda.kernels.launch_configs import (
     ROPE_THREADS,
+    SPLIT_SEQUENCES,
     DecodeAttentionConfig,
     DecodeAttentionProblem,
     PrefillAttentionConfig,
@@ -60,14 +61,19 @@ class AttentionShape:
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
-    def partial_floats(self, num_sms: int, sequences: int = 1) -> int:
-        """Return the float32 values that the splits of a sequence leave to be merged, at most."""
-        splits = max_decode_splits(self.num_kv_heads * sequences, num_sms)
-        return splits * self.num_heads * (self.head_dim + 2)
+    def partial_floats(self, num_sms: int, sequences: int = 0) -> int:
+        """Return the float32 values that the splits leave to be merged, at most; ``sequences``: 0 = without slots."""
+        splits = max_decode_splits(self.num_kv_heads * (SPLIT_SEQUENCES if sequences else 1), num_sms)
+        return max(1, sequences) * splits * self.num_heads * (self.head_dim + 2)
 
     @property
     def decode_problem(self) -> DecodeAttentionProblem:
         return DecodeAttentionProblem(self.num_heads, self.num_kv_heads, self.head_dim, self.qk_norm, self.kv_int8)
+
+    @property
+    def batch_problem(self) -> DecodeAttentionProblem:
+        """The same of several sequences, whose number does not matter."""
+        return dataclasses.replace(self.decode_problem, sequences=SPLIT_SEQUENCES)
 
     def prefill_problem(self, rows: int) -> PrefillAttentionProblem:
         return PrefillAttentionProblem(self.num_heads, self.num_kv_heads, self.head_dim, self.kv_int8, rows)
@@ -145,7 +151,7 @@ def attention_decode(
     One sequence: qkv 16-bit [width]; ``state``: uint8 [STATE.itemsize], whose position is the token's; ``partial``:
     float32 [partial_floats(num_sms)]; ``counters``: uint32 [kv_heads], zeros; output: 16-bit [heads × head_dim].
     Several: ``slots``, int32 [n], is the KV slot of each one (negative = it does nothing); those arrays have n in
-    front, and ``partial`` is [n × partial_floats(num_sms, n)].
+    front, and ``partial`` is [partial_floats(num_sms, n)].
 
     ``cache`` and ``scales`` are one layer's of the first slot: [2, kv_heads, max_context, head_dim] and, of an int8
     cache, fp16 [2, kv_heads, scale_pitch]. ``rope``: float32 [max_context, head_dim / 2, 2]. ``norms``: weights of the
@@ -158,11 +164,11 @@ def attention_decode(
         check("slots", slots, rows, "int32")
         check("state", state, (*rows, STATE.itemsize), "uint8")
     check("qkv", qkv, (*rows, shape.qkv_width), kernels.dtype)
-    check("partial", partial, (sequences * shape.partial_floats(num_sms, sequences),), "fp32")
+    check("partial", partial, (shape.partial_floats(num_sms, sequences if rows else 0),), "fp32")
     check("counters", counters, (*rows, shape.num_kv_heads), "uint32")
     check("output", output, (*rows, shape.num_heads * shape.head_dim), kernels.dtype)
     q_norm, k_norm = norms or (0, 0)
-    problem = dataclasses.replace(shape.decode_problem, sequences=sequences)
+    problem = shape.batch_problem if rows else shape.decode_problem
     config = config or kernels.config(problem)
     shared = max(problem.shared(config), kernels.gpu.shared_budget)
     defines = {

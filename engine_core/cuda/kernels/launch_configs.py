@@ -30,6 +30,9 @@ DEQUANTIZE_WARPS = 8
 GEMM_TOKENS = 32  # tokens of a CTA of gemm_packed.cu in prefill: more would take longer than reading its weights
 BATCH_TOKENS = (8, 16)  # the same in a decode step of several sequences: the first that holds them
 MAX_SEQUENCES = BATCH_TOKENS[-1]  # of a decode step
+# A decode step of several sequences divides each one's keys as if it had this many sequences, whatever it has, so that
+# their results are added in the same order and no text depends on who else is there.
+SPLIT_SEQUENCES = 2
 _GEMM_BAND = 2  # tiles of a warp of gemm_packed.cu
 _GEMV_COLUMNS = 256  # columns of a warp's load in gemv.cu
 _KV_TILE = 16  # keys of a tile of kv_ring.cuh
@@ -513,7 +516,7 @@ def max_decode_splits(num_kv_heads: int, num_sms: int) -> int:
 
 @dataclass(frozen=True)
 class DecodeAttentionProblem(Problem[DecodeAttentionConfig]):
-    """One token of each of ``sequences``, of ``num_heads`` query heads, over a linear KV cache."""
+    """One token of ``num_heads`` query heads over a linear KV cache, divided as suits a step of ``sequences``."""
 
     num_heads: int
     num_kv_heads: int

@@ -6,6 +6,8 @@ own (``linear.rms_norm``): each CTA needs every row.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from engine_core.cuda.driver import DeviceArray, Launch
 from engine_core.cuda.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE
@@ -22,14 +24,18 @@ def cta_tokens(sequences: int) -> int:
     return next(tokens for tokens in BATCH_TOKENS if sequences <= tokens)
 
 
-def batch_scratch(shapes: list[tuple[int, int]], sequences: int, num_sms: int) -> tuple[int, int]:
+def batch_scratch(shapes: Iterable[tuple[int, int]], sequences: int, num_sms: int) -> tuple[int, int]:
     """Return the float32 partial sums and the counters that ``gemm_batch`` needs for matrices of ``shapes``."""
     return packed_scratch(shapes, sequences, num_sms, cta_tokens(sequences))
 
 
-def gemm_problem(weight: DeviceArray | PackedWeight, epilogue: int, sequences: int) -> PackedGemmProblem:
-    """Return the problem of ``gemm_batch``."""
-    tokens = cta_tokens(sequences)
+def gemm_problem(weight: DeviceArray | PackedWeight, epilogue: int) -> PackedGemmProblem:
+    """Return the problem of ``gemm_batch``.
+
+    It does not depend on how many sequences there are, so that each one's sums are added in the same order whoever
+    else is there.
+    """
+    tokens = MAX_SEQUENCES
     if isinstance(weight, PackedWeight):
         return PackedGemmProblem(*weight.tiles.shape, weight.format.bits, epilogue, tokens)
     rows, cols = weight.shape
@@ -67,7 +73,8 @@ def gemm_batch(
         check("weight", weight, (rows, cols), kernels.dtype)
     if cols % _VECTOR or (epilogue == SILU and rows % 2):
         raise KernelArgumentError(f"The weight is {[rows, cols]}; columns must be a multiple of {_VECTOR}, pairs even.")
-    problem = gemm_problem(weight, epilogue, sequences)
+    problem = gemm_problem(weight, epilogue)
+    tokens = cta_tokens(sequences)
     check("vectors", vectors, (sequences, cols), kernels.dtype)
     width, dtype = rows // 2 if epilogue == SILU else rows, "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
     check("output", output, (sequences, width), dtype)
@@ -78,8 +85,8 @@ def gemm_batch(
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
     config = config or kernels.config(problem)
-    shared = config.shared(problem.tile_bytes, problem.tokens)
-    if config.splits > 1 and partial.shape[0] < config.splits * problem.tiles * TILE * problem.tokens:
+    shared = config.shared(problem.tile_bytes, tokens)
+    if config.splits > 1 and partial.shape[0] < config.splits * problem.tiles * TILE * tokens:
         raise KernelArgumentError(f"partial has {partial.shape[0]} values for {config.splits} splits of {rows} rows.")
     defines: dict[str, int | str] = {
         "ROWS": rows,
@@ -91,7 +98,7 @@ def gemm_batch(
         "SPLITS": config.splits,
         "STAGE": config.stage,
         "BUFFERS": config.buffers,
-        "TOKENS": problem.tokens,
+        "TOKENS": tokens,
         "EPILOGUE": epilogue,
         "BIAS": int(bias is not None),
     }

@@ -1,0 +1,146 @@
+"""The transformer on our own kernels for several sequences, each in its slot of the KV cache.
+
+Row i of a decode step is the sequence in slot i. A step has one of a few sizes; a row without a sequence changes
+nothing. A layer takes seven kernels, because a GEMM of several rows does not norm for itself. The kernels add up a
+row's sums in the same order in every size, so that no text depends on the other rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from engine_core.backends.cuda.model import LAYER_VECTORS, MATRICES, CudaModel
+from engine_core.backends.gpu_model import WeightSource, Work
+from engine_core.cuda.driver import DeviceArray, Launch
+from engine_core.cuda.kernels import CHUNK_WORDS, attention, linear, linear_batch, sampling
+from engine_core.cuda.kernels.launch_configs import Problem
+
+_TOKEN = sampling.STATE.fields["token"][1]
+_STATE_INTS = sampling.STATE.itemsize // 4
+
+
+class BatchModel(CudaModel):
+    """See the module. ``spec.max_batch`` is above 1."""
+
+    def fill(self, source: WeightSource, rope: np.ndarray) -> None:
+        super().fill(source, rope)
+        w, device = self.work, self._device
+        chunks = np.zeros(w["batch_chunks"].shape, dtype=np.int32)
+        chunks[:, 1] = self.spec.batch_sizes
+        device.upload(w["batch_chunks"], chunks)
+        alone = np.full(w["prompt_slots"].shape, -1, dtype=np.int32)
+        for slot in range(self.spec.max_batch):
+            alone[slot, slot] = slot
+        device.upload(w["prompt_slots"], alone)
+        device.upload(w["slots"], np.full(self.spec.max_batch, -1, dtype=np.int32))
+
+    def tune(self, host_tokens: int) -> None:
+        slots = self.work["slots"]
+        self._device.upload(slots, np.arange(self.spec.max_batch, dtype=np.int32))
+        super().tune(host_tokens)
+        self._device.upload(slots, np.full(self.spec.max_batch, -1, dtype=np.int32))
+
+    def _prepare(self, host_tokens: int) -> None:
+        for size in self.spec.batch_sizes:
+            self.batch_launches(size, host_tokens)
+        self.prepare_prefill()
+
+    def decode_launches(self, host_tokens: int, num_layers: int | None = None) -> list[Work]:
+        return self.batch_launches(self.spec.max_batch, host_tokens, num_layers)
+
+    def size_for(self, slot: int) -> int:
+        """Return the size of the smallest step that has a row for ``slot``."""
+        return next(size for size in self.spec.batch_sizes if slot < size)
+
+    def batch_launches(self, size: int, host_tokens: int, num_layers: int | None = None) -> list[Work]:
+        """Return one step of the slots below ``size`` that ``slots`` names, or its first ``num_layers``.
+
+        It reads the token and position of each one's state and writes both; the token also goes to ``host_tokens``,
+        the device address of int32 [max_batch, RING].
+        """
+        tokens = DeviceArray(self.work["state"].address + _TOKEN, (size,), "int32")
+        embedded = linear.embed(self._kernels, self.weights["embed"], tokens, self._rows("hidden", size), _STATE_INTS)
+        launches: list[Work] = [embedded]
+        for i in range(self.spec.num_layers if num_layers is None else num_layers):
+            launches += self._batch_layer(i, size)
+        slots = DeviceArray(self.work["slots"].address, (size,), "int32")
+        return launches + self._sample_rows(size, slots, host_tokens)
+
+    def prompt_launches(self, slot: int, host_tokens: int) -> list[Work]:
+        """Return what samples the first token of the prompt whose last chunk was queued for ``slot``."""
+        w, size = self.work, self.size_for(slot)
+        row_bytes = w["hidden"].nbytes // w["hidden"].shape[0]
+        source, target = w["hidden"].address, w["hidden"].at(slot).address
+        move = lambda stream: stream.copy_rows(target, row_bytes, source, row_bytes, row_bytes, 1)  # noqa: E731
+        slots = DeviceArray(w["prompt_slots"].at(slot).address, (size,), "int32")
+        return [*([move] if slot else []), *self._sample_rows(size, slots, host_tokens)]
+
+    def _batch_layer(self, i: int, size: int) -> list[Work]:
+        kernels, w = self._kernels, self.work
+        vectors = {name: self.weights.get(f"layers.{i}.{name}") for name in LAYER_VECTORS}
+        slots = DeviceArray(w["slots"].address, (size,), "int32")
+        arrays = (self._rows("state", size), self._partial(size), self._rows("counters", size))
+        attend = attention.attention_decode(
+            kernels,
+            *(self.spec.attention, self._rows("qkv", size), self._cache(i), w["rope"], *arrays),
+            self._rows("attended", size),
+            norms=self._head_norms(i),
+            scales=self._scales(i),
+            slots=slots,
+        )
+        return [
+            self._norm(vectors["input_norm"], size),
+            self._gemm_rows(i, "qkv", size, bias=vectors["qkv_bias"]),
+            attend,
+            self._gemm_rows(i, "o", size),
+            self._norm(vectors["post_norm"], size),
+            self._gemm_rows(i, "gate_up", size),
+            self._gemm_rows(i, "down", size),
+        ]
+
+    def _sample_rows(self, size: int, slots: DeviceArray, host_tokens: int) -> list[Work]:
+        """Return the LM head of all rows, then the sampler of those that ``slots`` names."""
+        arrays = [self._rows(name, size) for name in ("logits", "scores", "params", "state", "seen", "bias", "mask")]
+        head = self.matrix("head" if self.spec.has_head else "embed")
+        return [
+            self._norm(self.weights["norm"], size),
+            self._gemm(head, "normed", "logits", linear.LOGITS, size),
+            *sampling.sample(self._kernels, *arrays, self.work.get("vocab_map"), host_tokens, slots),
+        ]
+
+    def _norm(self, weight: DeviceArray, size: int) -> Launch:
+        rows = self._rows("hidden", size), weight, self._rows("normed", size)
+        return linear.rms_norm(self._kernels, *rows, self.spec.norm_eps)
+
+    def _gemm_rows(self, i: int, name: str, size: int, bias: DeviceArray | None = None) -> Launch:
+        source, target, epilogue = MATRICES[name]
+        target = "activated" if epilogue == linear.SILU else target
+        return self._gemm(self.matrix(f"layers.{i}.{name}"), source, target, epilogue, size, bias)
+
+    def _gemm(
+        self, weight: Any, source: str, target: str, epilogue: int, size: int, bias: DeviceArray | None = None
+    ) -> Launch:
+        w = self.work
+        place = w["batch_chunks"].at(self.spec.batch_sizes.index(size)).address
+        return linear_batch.gemm_batch(
+            *(self._kernels, weight, self._rows(source, size), self._rows(target, size), epilogue),
+            *(DeviceArray(place, (CHUNK_WORDS,), "int32"), w["batch_sums"], w["batch_counters"]),
+            bias=bias,
+        )
+
+    def _partial(self, size: int) -> DeviceArray:
+        count = self.spec.attention.partial_floats(self._kernels.gpu.num_sms, size)
+        return DeviceArray(self.work["partial"].address, (count,), "fp32")
+
+    def _rows(self, name: str, size: int) -> DeviceArray:
+        """The first ``size`` rows of an array."""
+        array = self.work[name]
+        return DeviceArray(array.address, (size, *array.shape[1:]), array.dtype)
+
+    def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
+        if getattr(problem, "tokens", None) == linear_batch.MAX_SEQUENCES:
+            launches = self.decode_launches(host_tokens, len(self._tuned_layers()))
+            return [launch for launch in launches if isinstance(launch, Launch) and launch.problem == problem]
+        return super()._work_of(problem, host_tokens)
