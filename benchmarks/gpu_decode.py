@@ -70,6 +70,7 @@ SHAPES = {
     "llama-3.2-1b": Shape(16, 2048, 8192, 32, 8, 64, 128256, True),
     "llama-3.1-8b": Shape(32, 4096, 14336, 32, 8, 128, 128256, False),
     "qwen3-0.6b": Shape(28, 1024, 3072, 16, 8, 128, 151936, True, qk_norm=True),
+    "qwen3-1.7b": Shape(28, 2048, 6144, 16, 8, 128, 151936, True, qk_norm=True),
 }
 
 
@@ -92,7 +93,12 @@ def model_of(shape: Shape) -> ModelSpec:
 
 
 def make_spec(
-    shape: Shape, max_context: int, chunk: int, weights: str = "fp16", kv_cache_type: str = "fp16"
+    shape: Shape,
+    max_context: int,
+    chunk: int,
+    weights: str = "fp16",
+    kv_cache_type: str = "fp16",
+    max_batch: int = 1,
 ) -> CudaSpec:
     return CudaSpec(
         model=model_of(shape),
@@ -104,7 +110,16 @@ def make_spec(
         chunk=round_rows(chunk),
         prefix_slots=0,
         prefix_tokens=0,
+        max_batch=max_batch,
     )
+
+
+def open_backend(spec: CudaSpec) -> CudaBackend:
+    """Return a backend of random weights."""
+    device, head_dim = Device(), spec.attention.head_dim
+    angles = np.arange(spec.max_context)[:, None] * 500000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+    rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+    return CudaBackend(device, spec, RandomWeights(device), rope)
 
 
 class RandomWeights:
@@ -197,11 +212,8 @@ def median_of(runs: list[tuple[float, float]]) -> tuple[float, float]:
 def bench_ours(name: str, weights: str, kv_cache_type: str, contexts: list[int], bandwidth: float) -> list[dict]:
     shape = SHAPES[name]
     spec = make_spec(shape, max(contexts) + GENERATED + 2, 512, weights, kv_cache_type)
-    device = Device()
-    angles = np.arange(spec.max_context)[:, None] * 500000.0 ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
-    rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
     start = time.perf_counter()
-    backend = CudaBackend(device, spec, RandomWeights(device), rope)
+    backend = open_backend(spec)
     load = time.perf_counter() - start
     rows = []
     for context in contexts:
