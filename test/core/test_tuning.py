@@ -13,7 +13,6 @@ from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.layout import CudaSpec
 from engine_core.cuda.driver import Device, DeviceError, KernelCompileError
 from engine_core.cuda.kernels import source_hash
-from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.cuda.kernels.launch_configs import (
     DecodeAttentionProblem,
     GemvConfig,
@@ -24,6 +23,7 @@ from engine_core.cuda.kernels.launch_configs import (
 )
 from engine_core.cuda.kernels.tuning import ConfigFile, Tuner
 from engine_core.formats.weight_formats import weight_format
+from engine_core.models.shapes import spec_of
 from fake_gpu import FakeDriver, install
 from fake_kernels import KERNELS, FakeBlas
 
@@ -204,17 +204,23 @@ def test_a_problem_of_one_candidate_is_not_timed(tmp_path, monkeypatch):
 
 # --- a model with packed weights on the fake GPU --------------------------------------------------------
 
-SPEC = CudaSpec(
-    num_layers=2,
-    hidden=128,
-    intermediate=256,
-    attention=AttentionShape(4, 2, 32, 128),
+MODEL = dict(
+    architectures=["LlamaForCausalLM"],
+    num_hidden_layers=2,
+    hidden_size=128,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
     vocab_size=64,
+    rms_norm_eps=1e-5,
+)
+SPEC = CudaSpec(
+    model=spec_of(MODEL),
     head_rows=64,
     dtype="fp16",
-    norm_eps=1e-5,
-    qkv_bias=False,
-    tied=False,
+    kv_int8=False,
+    max_context=128,
     weight_format=weight_format("int4"),
     chunk=64,
     prefix_slots=0,
