@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
 
+import fakes
 from engine_core.backends import SequenceStep
 from engine_core.backends.capabilities import capabilities_of
 from engine_core.backends.cuda.backend import CudaBackend
@@ -16,7 +18,8 @@ from engine_core.cuda.driver import Device
 from engine_core.cuda.kernels.launch_configs import MAX_SEQUENCES
 from engine_core.formats.weight_formats import weight_format
 from engine_core.models.shapes import spec_of
-from engine_core.request import SamplingParams
+from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
+from engine_core.serving.sequence import Sequence
 from fake_gpu import FakeDriver, install
 from fake_kernels import FakeBlas
 
@@ -52,13 +55,13 @@ def driver(monkeypatch):
     return driver
 
 
-def make_spec(max_batch: int) -> CudaSpec:
-    model = spec_of(MODEL)
+def make_spec(max_batch: int, vocab_size: int = VOCAB) -> CudaSpec:
+    model = spec_of(MODEL | {"vocab_size": vocab_size})
     return CudaSpec(
         model=dataclasses.replace(model, layers=tuple(dataclasses.replace(x, qkv_bias=True) for x in model.layers)),
         kv_int8=False,
         max_context=CONTEXT,
-        head_rows=VOCAB,
+        head_rows=vocab_size,
         dtype="fp16",
         weight_format=weight_format("fp16"),
         chunk=32,
@@ -72,8 +75,8 @@ def make_spec(max_batch: int) -> CudaSpec:
 def load(driver):
     loaded = []
 
-    def make(max_batch: int, use_cuda_graph: bool = True) -> CudaBackend:
-        spec, random = make_spec(max_batch), np.random.default_rng(9)
+    def make(max_batch: int, use_cuda_graph: bool = True, vocab_size: int = VOCAB) -> CudaBackend:
+        spec, random = make_spec(max_batch, vocab_size), np.random.default_rng(9)
         arrays = {
             name: (random.standard_normal(array.shape) * 0.3).astype(np.float16)
             for name, array in weight_arrays(spec).items()
@@ -239,3 +242,38 @@ def test_every_slot_is_planned_and_allocated_at_once(load, driver):
         backend.close()
     assert totals[5]["kv_cache"] == 5 * totals[1]["kv_cache"]
     assert totals[5]["weights"] == totals[1]["weights"] and totals[5]["prefix_cache"] == totals[1]["prefix_cache"]
+
+
+SCHEMA = json.dumps({"type": "object", "properties": {"do": {"enum": ["go", "stop"]}}, "required": ["do"],
+                     "additionalProperties": False})  # fmt: skip
+TALK = [
+    ("hello", "", {}),
+    ("go to the kitchen, then come back and say what you saw", SCHEMA, {"max_new_tokens": 20}),
+    ("hi", "", {"repetition_penalty": 1.5}),
+    ("bring me the red cup", "", {"logit_bias": ((65, 0.3),), "seed": 4}),
+    ("wait", SCHEMA, {"repetition_penalty": 1.1, "seed": 5}),
+    ("stop", "", {"stop_token_ids": tuple(range(40, 90))}),
+]
+
+
+def test_an_engine_answers_all_as_it_answers_each(load, tokenizer_dir):
+    """Through the scheduler: prompts in chunks between the steps of others, schemas, known prefixes."""
+
+    def answers(max_batch: int) -> list[tuple[int, ...]]:
+        backend = load(max_batch, vocab_size=fakes.VOCAB_SIZE)
+        config = dict(prompt_cache_entries=2, prompt_cache_tokens=40, max_batch=max_batch)
+        engine, results = fakes.make_engine(backend, tokenizer_dir, **config), {}
+        for text, schema, sampling in TALK:
+            messages = (ChatMessage("system", "Be kind."), ChatMessage("user", text))
+            options = SamplingParams(**{"max_new_tokens": 12, "temperature": 0.0, **sampling})
+            request = GenerationRequest(text, messages, sampling=options, json_schema=schema)
+            done = lambda result: results.__setitem__(result.request_id, result)  # noqa: E731
+            engine.scheduler.add(Sequence(engine.prepare(request), engine.tokenizer, on_piece=None, on_done=done))
+        while engine.scheduler.has_work:
+            engine.step()
+        engine.close()
+        assert [results[text].error for text, *_ in TALK] == [None] * len(TALK)
+        return [results[text].token_ids for text, *_ in TALK]
+
+    found = answers(4)
+    assert found == answers(1) and all(found[:5])
