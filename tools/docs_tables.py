@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine_core.backends.capabilities import Capabilities, all_capabilities  # noqa: E402
-from engine_core.formats.weight_formats import NAMES, weight_format  # noqa: E402
+from engine_core.formats.weight_formats import NAMES  # noqa: E402
 from engine_core.models.families import FAMILIES  # noqa: E402
 from engine_core.models.shapes import spec_of  # noqa: E402
 from engine_core.models.spec import ModelSpec  # noqa: E402
@@ -82,11 +82,6 @@ def specs() -> list[ModelSpec]:
 
 
 def limits(backends: Sequence[Capabilities]) -> str:
-    def block(each: Capabilities) -> str:
-        blocks = {each.blocks(weight_format(kind)) for kind in each.weight_formats} - {None}
-        sizes = "; ".join(f"multiples of {rows} × {columns}" for rows, columns in sorted(blocks))
-        return sizes or "any"
-
     def traits(each: Capabilities) -> str:
         labels = "; ".join(trait.label for trait in each.traits)
         return labels.replace("the activation {spec.activation}", "another activation than silu")
@@ -97,7 +92,6 @@ def limits(backends: Sequence[Capabilities]) -> str:
         "`max_context` unless asked for": lambda each: f"the model's, at most {each.longest_default}",
         "`max_context` is a multiple of": lambda each: str(each.context_step),
         "`--group-size` of int8 and int4": lambda each: ", ".join(map(str, each.group_sizes)) or "–",
-        "matrices of int8 and int4": block,
         "CUDA graphs": lambda each: "yes" if each.cuda_graphs else "no",
         "models it does not run have": traits,
     }

@@ -52,8 +52,6 @@ class Capabilities:
     plans_others: bool = False  # whether ``plan`` says what other quantized formats would take
     planned_kv_cache_types: tuple[str, ...] = ()
     traits: tuple[Trait, ...] = ()  # what no model that runs may have
-    # Rows and columns of the blocks in which a format is stored, so that every matrix has to be multiples of them.
-    blocks: Callable[[WeightFormat], tuple[int, int] | None] = lambda kind: None
     kv_cache_types_of: Callable[[ModelSpec | None, str, int], tuple[str, ...]] | None = None  # where they depend on it
     group_sizes: tuple[int, ...] = ()  # weights that share a scale in int8 and int4, as ``build --group-size`` takes
     context_step: int = 1  # max_context is a multiple of it
@@ -104,19 +102,15 @@ class Capabilities:
         kv_cache_type: str = "",
         *,
         max_context: int = 0,
-        head_rows: int = 0,
         capability: int = 0,
     ) -> str | None:
         """Say why this does not run: the weights, the KV cache, the model and its sizes, the GPU.
 
-        ``spec``: None asks only what holds for every model. ``head_rows``: of a reduced LM head; 0 = all.
-        ``capability``: of the GPU, 87 = sm_87; 0 = unknown.
+        ``spec``: None asks only what holds for every model. ``capability``: of the GPU, 87 = sm_87; 0 = unknown.
         """
         reasons: Iterable[Callable[[], str | None]] = (
             lambda: self.device_refusal(weight_format, kv_cache_type, capability),
-            lambda: self.build_refusal(
-                spec, weight_format, kv_cache_type, max_context=max_context, head_rows=head_rows
-            ),
+            lambda: self.build_refusal(spec, weight_format, kv_cache_type, max_context=max_context),
         )
         return next((found for reason in reasons if (found := reason()) is not None), None)
 
@@ -127,7 +121,6 @@ class Capabilities:
         kv_cache_type: str = "",
         *,
         max_context: int = 0,
-        head_rows: int = 0,
     ) -> str | None:
         """Say why no engine of this is built, on whatever machine."""
         reasons: list[Callable[[], str | None]] = [
@@ -138,7 +131,6 @@ class Capabilities:
             reasons += [
                 lambda: self.model_refusal(spec, max_context),
                 lambda: self.context_refusal(spec, max_context),
-                lambda: self.shape_refusal(spec, weight_format, head_rows),
             ]
         return next((found for reason in reasons if (found := reason()) is not None), None)
 
@@ -149,10 +141,9 @@ class Capabilities:
         kv_cache_type: str = "",
         *,
         max_context: int = 0,
-        head_rows: int = 0,
     ) -> None:
         """Raise what ``build_refusal`` says: UnsupportedModelError for the model itself, BuildError for the rest."""
-        found = self.build_refusal(spec, weight_format, kv_cache_type, max_context=max_context, head_rows=head_rows)
+        found = self.build_refusal(spec, weight_format, kv_cache_type, max_context=max_context)
         if found is not None:
             is_model = found == self.model_refusal(spec, max_context)
             raise UnsupportedModelError(found) if is_model else BuildError(found)
@@ -201,20 +192,6 @@ class Capabilities:
         if max_context % self.context_step == 0:
             return None
         return f"max_context is {max_context}, but the {self.backend} backend takes multiples of {self.context_step}."
-
-    def shape_refusal(self, spec: ModelSpec, weight_format: str, head_rows: int = 0) -> str | None:
-        """Name the first matrix that does not divide into the blocks of ``weight_format``."""
-        block = self.blocks(formats.weight_format(weight_format))
-        if block is None:
-            return None
-        matrices = [*spec.layer_matrices.values(), (head_rows or spec.vocab_size, spec.hidden_size)]
-        for rows, columns in matrices:
-            if rows % block[0] or columns % block[1]:
-                return (
-                    f"A matrix is {rows} × {columns}, but {weight_format} of the {self.backend} backend takes rows in "
-                    f"multiples of {block[0]} and columns in multiples of {block[1]}; take {self.default_format}."
-                )
-        return None
 
     def batch_refusal(self, max_batch: int) -> str | None:
         """Say that the backend does not decode so many sequences at a time."""

@@ -145,6 +145,7 @@ class DeviceModel(Generic[Layer]):
                 *(head, w["hidden"].at(0), w["logits"], linear.LOGITS),
                 norm_weight=weights["norm"],
                 norm_eps=self.spec.norm_eps,
+                norm_size=self.spec.model.hidden_size,
             )
         ]
 

@@ -75,7 +75,6 @@ class CheckpointEstimate:
             quantization,
             size.kv_cache_type,
             max_context=size.max_context,
-            head_rows=size.head_rows,
             capability=device.capability if device.has_gpu else 0,
         )
         return reason or capabilities.batch_refusal(size.max_batch) or ""

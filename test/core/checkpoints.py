@@ -76,7 +76,7 @@ CASES: dict[str, tuple[str, str, dict]] = {
     "qwen3": (
         "Qwen3ForCausalLM",
         "Qwen3Config",
-        dict(num_attention_heads=5, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True),
+        dict(num_attention_heads=5, num_key_value_heads=1, head_dim=24, tie_word_embeddings=True),
     ),
     "gemma2": (
         "Gemma2ForCausalLM",
@@ -126,6 +126,22 @@ CASES: dict[str, tuple[str, str, dict]] = {
                 long_factor=[2 * f for f in _FACTORS],
                 partial_rotary_factor=0.5,
             ),
+        ),
+    ),
+    "llama-odd": (  # nothing is a multiple of what kernels read at once
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        dict(hidden_size=90, intermediate_size=150, num_attention_heads=6, num_key_value_heads=2, head_dim=8),
+    ),
+    "phi3-odd": (
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        dict(
+            hidden_size=80,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            original_max_position_embeddings=256,
+            rope_parameters=_rope(partial_rotary_factor=0.6),
         ),
     ),
 }

@@ -195,22 +195,17 @@ def test_what_the_backends_run_today(checkpoints):
     }
 
 
-def test_a_model_of_odd_sizes_is_refused_by_build_and_plan_alike(tmp_path, build):
-    directory = sample_checkpoints.write(tmp_path / "odd", "LlamaForCausalLM", hidden_size=96, head_dim=24)
-    estimate = CheckpointEstimate(directory)
-    for backend, formats in (("cuda", ("fp16", "int8", "int4")), ("onnxruntime", ("int8",))):
-        for weight_format in formats:
-            reason = estimate.why_not(weight_format, backend, Size(CONTEXT), THOR)
-            assert "not a multiple of 16" in reason
-            with pytest.raises(UnsupportedModelError) as raised:
-                build(backend, directory, weight_format)
-            assert str(raised.value) == reason
-    directory = sample_checkpoints.write(tmp_path / "narrow", "LlamaForCausalLM", hidden_size=96)
-    reason = CheckpointEstimate(directory).why_not("int4", "cuda", Size(CONTEXT), THOR)
-    assert "256 × 96" in reason and "multiples of 128" in reason
-    with pytest.raises(BuildError) as raised:
-        build("cuda", directory, "int4")
-    assert str(raised.value) == reason
+@pytest.mark.parametrize("backend", ["cuda", "onnxruntime"])
+@pytest.mark.parametrize("sizes", [dict(hidden_size=72, vocab_size=257), dict(hidden_size=90, intermediate_size=150)])
+def test_a_model_of_odd_sizes_is_built_and_planned(tmp_path, build, backend, sizes):
+    directory = sample_checkpoints.write(tmp_path / "odd", "LlamaForCausalLM", head_dim=20, **sizes)
+    estimate, capabilities = CheckpointEstimate(directory), capabilities_of(backend)
+    for weight_format in set(capabilities.weight_formats) - {"int4_awq"}:
+        assert estimate.why_not(weight_format, backend, Size(CONTEXT), THOR) == ""
+        manifest, out = build(backend, directory, weight_format)
+        taken = toolkit_of(backend).engine_bytes(out, manifest, EngineConfig(out), 16)
+        planned = estimate.plan_items(weight_format, backend, Size(CONTEXT), 16)
+        assert planned["kv_cache"] == taken["kv_cache"] > 2 * 2 * 20 * CONTEXT * 2  # heads are filled up
 
 
 @pytest.mark.parametrize("backend", backend_names())

@@ -26,7 +26,8 @@ def _architectures() -> list[str]:
     return [f"sm_{arch}" for arch in wanted if int(code) == 0 and arch in known]
 
 
-ATTENTION = dict(HEADS=8, KV_HEADS=2, HEAD_DIM=64, CONTEXT=512, QK_NORM=1, NORM_EPS="1e-5f", SCALE_LOG2E="0.18f")
+ATTENTION = dict(HEADS=8, KV_HEADS=2, HEAD_DIM=64, HEAD_SIZE=60, CONTEXT=512, QK_NORM=1, NORM_EPS="1e-5f")
+ATTENTION["SCALE_LOG2E"] = "0.18f"
 GEMV = dict(ROWS=512, COLS=1024, K_WARPS=4, ROW_WARPS=4, BATCH=4, DEPTH=3, EPILOGUE=2, NORM=1, BIAS=0, NORM_EPS="1e-5f")
 KERNELS = {
     "gemv": GEMV,

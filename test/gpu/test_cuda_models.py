@@ -54,6 +54,11 @@ MODELS = {
     "qwen2": ("Qwen2", dict(hidden_size=128, num_attention_heads=8, tie_word_embeddings=True)),
     "qwen3": ("Qwen3", dict(head_dim=64, tie_word_embeddings=False)),
     "llama, wide": ("Llama", dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, head_dim=64)),
+    "smollm2": ("Llama", dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)),
+    # Sizes that the kernels do not read, so that weights are filled up.
+    "llama, odd": ("Llama", dict(hidden_size=90, intermediate_size=150, head_dim=20)),
+    "qwen3, odd": ("Qwen3", dict(hidden_size=84, intermediate_size=172, head_dim=8, tie_word_embeddings=True)),
+    "qwen2, odd": ("Qwen2", dict(hidden_size=120, num_attention_heads=6)),
 }
 
 
@@ -171,11 +176,19 @@ def use_weights_of(engine_dir, model, kind: str) -> None:
     config, dtype = model.config, read_manifest(engine_dir).options["dtype"]
 
     def restored(name: str) -> torch.Tensor:
-        values, scales = layout.unpack(stored.raw(name))
+        values, scales = layout.unpack(stored.raw(name), shapes[name.split(".")[-1]])
         scales = from_bits(scales.view(NUMPY[dtype]), dtype)
         return torch.tensor(reference.dequantize(values, scales, layout.GROUP, zero))
 
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        "head": (config.vocab_size, hidden),
+        "qkv": (sum(heads) * config.head_dim, hidden),
+        "o": (hidden, heads[0] * config.head_dim),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(restored("head").float())  # no longer the embedding
         for i, layer in enumerate(model.model.layers):
@@ -216,16 +229,16 @@ def check_greedy(engine_dir, model, count: int = 20) -> None:
 @pytest.mark.parametrize("quantization", ["fp16", "int8", "int4"])
 def test_a_vocab_map_given_at_load_gives_the_tokens_of_one_built_in(tmp_path, quantization, tied):
     torch.manual_seed(9)
-    sizes = dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_attention_heads=8, head_dim=32)
+    sizes = dict(hidden_size=264, intermediate_size=640, num_attention_heads=8, head_dim=32)
     config = transformers.LlamaConfig(**{**SMALL, **sizes, "tie_word_embeddings": tied})
     transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "checkpoint")
-    others = 3 + np.random.default_rng(5).choice(1005, 399, replace=False)
+    others = 3 + np.random.default_rng(5).choice(1000, 400, replace=False)
     kept = np.sort(np.append(others, config.eos_token_id)).astype(np.int32)
     write_vocab_map(tmp_path / "map.safetensors", kept, {})
     common = dict(quantization=quantization, max_context=128)
     build_cuda(tmp_path / "checkpoint", tmp_path / "whole", **common)
     build_cuda(tmp_path / "checkpoint", tmp_path / "cut", vocab_map=tmp_path / "map.safetensors", **common)
-    prompt, found = np.random.default_rng(6).integers(0, 1008, 40).astype(np.int32), {}
+    prompt, found = np.random.default_rng(6).integers(0, 1003, 40).astype(np.int32), {}
     for name, vocab_map in (("whole", str(tmp_path / "map.safetensors")), ("cut", "auto")):
         backend = load(tmp_path / name, vocab_map=vocab_map, max_context=128)
         try:
@@ -240,13 +253,21 @@ def test_a_vocab_map_given_at_load_gives_the_tokens_of_one_built_in(tmp_path, qu
     assert found["whole"] == found["cut"] and {token for token, _ in found["cut"]} <= set(kept.tolist())
 
 
+QUANTIZED = {
+    "whole tiles": dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_attention_heads=8, head_dim=32),
+    "smollm2-135m": dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3),
+    "smollm2-360m": dict(hidden_size=960, intermediate_size=2560, num_attention_heads=15, num_key_value_heads=5),
+    "odd": dict(hidden_size=90, intermediate_size=150, head_dim=32),
+}
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("sizes", QUANTIZED.values(), ids=QUANTIZED)
 @pytest.mark.parametrize("quantization", ["int4", "int8"])
-def test_quantized_logits(tmp_path, quantization, dtype, tied):
+def test_quantized_logits(tmp_path, quantization, dtype, tied, sizes):
     """The same model, in transformers with the weights that the 4 or 8 bits stand for."""
     torch.manual_seed(8)
-    sizes = dict(vocab_size=1008, hidden_size=256, intermediate_size=640, num_attention_heads=8, head_dim=32)
     config = transformers.LlamaConfig(**{**SMALL, **sizes, "initializer_range": 0.06, "tie_word_embeddings": tied})
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():

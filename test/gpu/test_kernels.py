@@ -77,7 +77,8 @@ def test_gemv_refuses_what_it_cannot_read(bench):
         linear.gemv(kernels, weight, shifted, output, linear.LOGITS)
 
 
-# One tile, one row of warps and more, groups that do not divide among warps, more tiles than CTAs.
+# One tile, one row of warps and more, groups that do not divide among warps, more tiles than CTAs; then tiles that are
+# not full: to the right (the 576 and 960 columns of SmolLM2), below, both.
 PACKED_SHAPES = [
     (16, 128),
     (48, 384),
@@ -88,6 +89,12 @@ PACKED_SHAPES = [
     (6144, 4096),
     (528, 4864),
     (256, 14336),
+    (960, 576),
+    (2560, 960),
+    (576, 1536),
+    (1002, 128),
+    (50258, 72),
+    (26, 2568),
 ]
 
 
@@ -97,7 +104,7 @@ class _Packed:
     def __init__(self, bench, kind: str, rows: int, cols: int, dtype: str) -> None:
         found, layout = weight_format(kind), linear_packed.LAYOUTS[kind]
         self.values = bench.random.integers(0, found.top + 1, (rows, cols)).astype(np.uint8)
-        scales = bench.random.standard_normal((rows, cols // 128)) * (1.6 / found.zero) * cols**-0.5
+        scales = bench.random.standard_normal((rows, -(-cols // 128))) * (1.6 / found.zero) * cols**-0.5
         bits = to_bits(scales, dtype)
         tiles = bench.put(layout.pack(self.values, bits), "uint8")
         self.matrix = linear_packed.PackedWeight(tiles, found, rows, cols)
@@ -187,6 +194,49 @@ def test_gemv_packed_with_every_epilogue_and_dequantize(bench, rows, cols, norme
     weight = bench.poisoned((rows, cols), dtype)
     linear_packed.dequantize_packed(kernels, matrix, weight)(bench.stream)
     assert (bench.get(weight) == from_bits(to_bits(w.astype(np.float32), dtype), dtype)).all()
+
+
+@pytest.mark.parametrize("kind", ["fp16", *linear_packed.LAYOUTS])
+@pytest.mark.parametrize("rows, cols", [(50257, 576), (1003, 96), (1, 8)])
+def test_logits_of_an_odd_vocabulary(bench, rows, cols, kind):
+    kernels, (vector, x) = bench.kernels("fp16"), bench.normal((cols,), "fp16")
+    output = bench.poisoned((rows + 3,), "fp32")
+    logits = DeviceArray(output.address, (rows,), "fp32")
+    if kind == "fp16":
+        weight, w = bench.normal((rows, cols), "fp16", cols**-0.5)
+        linear.gemv(kernels, weight, vector, logits, linear.LOGITS)(bench.stream)
+    else:
+        packed = _Packed(bench, kind, rows, cols, "fp16")
+        w = packed.weight
+        linear_packed.gemv_packed(kernels, packed.matrix, vector, logits, linear.LOGITS)(bench.stream)
+    found = bench.get(output)
+    assert error(found[:rows], w @ x) < 5e-5
+    assert np.isnan(found[rows:]).all()  # nothing is written for rows that only fill a tile up
+
+
+@pytest.mark.parametrize("kind", ["fp16", *linear_packed.LAYOUTS])
+@pytest.mark.parametrize("cols, size", [(96, 90), (576, 570), (2048, 2041)])
+def test_a_norm_of_fewer_values_than_there_are_columns(bench, cols, size, kind):
+    """The others are zeros, as in a model whose hidden size the kernels do not read."""
+    kernels, rows = bench.kernels("fp16"), 64
+    hidden = bench.random.standard_normal((3, cols)).astype(np.float32) * 3
+    hidden[:, size:] = 0
+    array, vector = bench.put(hidden, "fp32"), bench.put(hidden[0], "fp32")
+    weight, g = bench.normal((cols,), "fp16")
+    expected = reference.rms_norm(hidden.astype(np.float64), g, EPS, size)
+    output = bench.poisoned((3, cols), "fp16")
+    linear.rms_norm(kernels, array, weight, output, EPS, norm_size=size)(bench.stream)
+    assert error(bench.get(output), expected) < TOLERANCE["fp16"]
+    norm = {"norm_weight": weight, "norm_eps": EPS, "norm_size": size}
+    output = bench.poisoned((rows,), "fp32")
+    if kind == "fp16":
+        matrix, w = bench.normal((rows, cols), "fp16", cols**-0.5)
+        linear.gemv(kernels, matrix, vector, output, linear.LOGITS, **norm)(bench.stream)
+    else:
+        packed = _Packed(bench, kind, rows, cols, "fp16")
+        w = packed.weight
+        linear_packed.gemv_packed(kernels, packed.matrix, vector, output, linear.LOGITS, **norm)(bench.stream)
+    assert error(bench.get(output), w @ expected[0]) < TOLERANCE["fp16"]
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -14,9 +14,10 @@ import numpy as np
 
 from engine_core.backends.cuda.capabilities import CAPABILITIES
 from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, weight_arrays
+from engine_core.backends.cuda.padding import Padding, padded_head
 from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.config import EngineConfig
-from engine_core.cuda.kernels.int4_layout import GROUP, TILE, fits
+from engine_core.cuda.kernels.int4_layout import GROUP
 from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.errors import BuildError
 from engine_core.formats import companions
@@ -71,8 +72,7 @@ def build_cuda(
     companions.check_tokenizer(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
-    rows = spec.vocab_size if kept is None else len(kept)
-    CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context, head_rows=rows)
+    CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     check_tensors(spec, checkpoint)
     manifest = Manifest(
         model_name=model_name or companions.model_name(checkpoint),
@@ -137,30 +137,38 @@ def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator
 
 
 def own_values(
-    checkpoint: Checkpoint, spec: ModelSpec, name: str, wanted: IntegerFormat, dtype: str
+    checkpoint: Checkpoint, spec: ModelSpec, name: str, wanted: IntegerFormat, dtype: str, padding: Padding
 ) -> np.ndarray | None:
     """Return packed tiles with the checkpoint's own quantized values and scales, of the fused tensor ``name``.
 
-    None unless all its parts are of the kind of ``wanted``, symmetric, in groups of a multiple of 128 columns, with
-    scales that ``dtype`` holds exactly.
+    None unless all its parts are of the kind of ``wanted``, symmetric, in groups of a multiple of 128 columns or of a
+    whole row, with scales that ``dtype`` holds exactly, and no columns are added between those of a group.
     """
     if not name.startswith("layers."):
+        return None
+    kind = name.split(".")[-1]
+    rows, columns = padding.rows(kind), padding.columns(kind)
+    assert rows is not None and columns is not None
+    if kind == "o" and not columns.is_whole:
         return None
     parts = _linear_of(spec, name).parts
     for part in parts:
         stored = checkpoint.stored(part)
-        if stored is None or stored.group_size % GROUP or not wanted.keeps(stored.format, stored.group_size):
+        if stored is None or not wanted.keeps(stored.format, stored.group_size):
+            return None
+        if stored.group_size % GROUP and stored.group_size < stored.shape[1]:
             return None
     found = [checkpoint.quantized(part) for part in parts]
     if any(part is None or (part.zeros is not None and (part.zeros != wanted.zero).any()) for part in found):
         return None
     found = [part.regrouped(GROUP) for part in found]
     values, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))
-    if not fits(*values.shape) or not np.array_equal(from_16_bit(to_16_bit(scales, dtype)), scales):
+    if not np.array_equal(from_16_bit(to_16_bit(scales, dtype)), scales):
         return None
     if name.endswith(".gate_up"):
         values, scales = _paired(values), _paired(scales)
-    return LAYOUTS[wanted.kind].pack(values, to_16_bit(scales, dtype))
+    values = columns.spread(rows.spread(values, 0, wanted.zero), 1, wanted.zero)
+    return LAYOUTS[wanted.kind].pack(values, to_16_bit(rows.spread(scales, 0), dtype))
 
 
 def _linear_of(spec: ModelSpec, name: str) -> LinearSpec:
@@ -176,21 +184,16 @@ def _paired(gate_up: np.ndarray) -> np.ndarray:
 
 
 def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
-    """float32 [max_context, head_dim / 2, 2]: cos and sin."""
-    return np.stack(spec.ropes[0].table(max_context), axis=-1)
+    """float32 [max_context, padded head_dim / 2, 2]: cos and sin. What is added turns zeros."""
+    table = np.stack(spec.ropes[0].table(max_context), axis=-1)
+    return np.pad(table, ((0, 0), (0, padded_head(spec.head_dim) // 2 - table.shape[1]), (0, 0)))
 
 
 def to_tiles(values: np.ndarray, wanted: IntegerFormat, dtype: str) -> np.ndarray:
-    """float32 [rows, cols] rounded to nearest, symmetric: packed tiles of ``wanted`` with scales of ``dtype``.
+    """Return float32 [rows, cols] rounded to nearest, symmetric: packed tiles of ``wanted`` with scales of ``dtype``.
 
-    Raises BuildError on a shape the tiles cannot hold.
+    Raises BuildError for a scale that fp16 cannot hold.
     """
-    rows, cols = values.shape
-    if not fits(rows, cols):
-        raise BuildError(
-            f"A weight is {rows} × {cols}, but {wanted.name} takes rows in multiples of {TILE} and columns in "
-            f"multiples of {GROUP}; build fp16 instead."
-        )
     group_size = wanted.group_size if wanted.has_fixed_group else GROUP
     quantized = wanted.quantize(values, Rounding(group_size, dtype)).regrouped(GROUP)
     return LAYOUTS[wanted.kind].pack(quantized.levels, to_16_bit(quantized.scales, dtype))
@@ -216,17 +219,19 @@ def write_weights(
     table = rope_table(spec, manifest.max_context)
     wanted = cuda_spec.weight_format
 
+    padding = Padding(spec, paired=paired)
     rounded: list[str] = []
 
     def tiles(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
         assert isinstance(wanted, IntegerFormat)
-        own = own_values(checkpoint, spec, name, wanted, dtype)
+        own = own_values(checkpoint, spec, name, wanted, dtype, padding)
         if own is None and _is_quantized(checkpoint, spec, name):
             rounded.append(name)
         return to_tiles(np.concatenate(list(blocks)), wanted, dtype) if own is None else own
 
     with SafetensorsWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)}) as writer:
         for name, blocks in fused_tensors(Weights(checkpoint, spec, kept), cuda_spec.has_head, paired=paired):
+            blocks = padding.fill(name.split(".")[-1], blocks)
             if arrays[name].dtype == "uint8":
                 writer.write(name, tiles(name, blocks))
             else:

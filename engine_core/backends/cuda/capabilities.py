@@ -39,14 +39,7 @@ TRAITS = (
         lambda spec, _: any(layer.post_attention_norm or layer.post_mlp_norm for layer in spec.layers),
     ),
     Trait("biases outside QKV", _has_other_biases),
-    Trait(
-        "a hidden or intermediate size that is not a multiple of 8",
-        lambda spec, _: bool(spec.hidden_size % 8 or spec.intermediate_size % 8),
-    ),
-    Trait(
-        "a head size that is not a multiple of 16 up to 256",
-        lambda spec, _: spec.head_dim % 16 > 0 or spec.head_dim > 256,
-    ),
+    Trait("a head size above 256", lambda spec, _: spec.head_dim > 256),
     Trait("more than 8 query heads for a KV head", lambda spec, _: spec.num_heads // spec.num_kv_heads > 8),
 )
 
@@ -57,12 +50,6 @@ def _is_packed(kind: WeightFormat) -> bool:
     from engine_core.cuda.kernels.linear_packed import LAYOUTS
 
     return kind.kind in LAYOUTS and not (kind.has_fixed_group and kind.group_size % GROUP)
-
-
-def _blocks(kind: WeightFormat) -> tuple[int, int] | None:
-    from engine_core.cuda.kernels.int4_layout import GROUP, TILE
-
-    return (TILE, GROUP) if _is_packed(kind) else None
 
 
 def _missing(machine: Machine) -> Missing | None:
@@ -103,7 +90,6 @@ CAPABILITIES = Capabilities(
     plans_others=True,
     planned_kv_cache_types=("fp8",),
     traits=TRAITS,
-    blocks=_blocks,
     group_sizes=(128,),
     least_capability=80,  # the kernels copy asynchronously and use the matrix units of Ampere
     cuda_graphs=True,

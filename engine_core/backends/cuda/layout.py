@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from engine_core.backends.capabilities import capabilities_of
+from engine_core.backends.cuda.padding import padded_head, padded_size
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, aligned
 from engine_core.cuda.kernels.attention import AttentionShape, scale_pitch
@@ -86,11 +87,13 @@ class CudaSpec:
 
     @property
     def hidden(self) -> int:
-        return self.model.hidden_size
+        """Return the hidden size that the kernels compute with; see ``padding``."""
+        return padded_size(self.model.hidden_size)
 
     @property
     def intermediate(self) -> int:
-        return self.model.intermediate_size
+        """Return the intermediate size that the kernels compute with; see ``padding``."""
+        return padded_size(self.model.intermediate_size)
 
     @property
     def vocab_size(self) -> int:
@@ -116,7 +119,8 @@ class CudaSpec:
         return AttentionShape(
             num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
+            head_dim=padded_head(model.head_dim),
+            head_size=model.head_dim,
             max_context=self.max_context,
             norm_eps=model.norm_eps,
             qk_norm=model.layers[0].qk_norm,
@@ -216,7 +220,13 @@ def packed_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
 
 def matrix_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
     """Return (rows, columns) of the matrices of a layer."""
-    return spec.model.layer_matrices
+    attention = spec.attention
+    return {
+        "qkv": (attention.qkv_width, spec.hidden),
+        "o": (spec.hidden, attention.num_heads * attention.head_dim),
+        "gate_up": (2 * spec.intermediate, spec.hidden),
+        "down": (spec.hidden, spec.intermediate),
+    }
 
 
 def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:

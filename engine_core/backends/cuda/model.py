@@ -66,6 +66,7 @@ class CudaModel(DeviceModel[_Layer]):
                 norm_weight=weights["input_norm"],
                 bias=weights["qkv_bias"],
                 norm_eps=eps,
+                norm_size=spec.model.hidden_size,
             ),
             self._attend_one(i),
             self._gemv(matrices["o"], attended, hidden, linear.RESIDUAL),
@@ -73,6 +74,7 @@ class CudaModel(DeviceModel[_Layer]):
                 *(matrices["gate_up"], hidden, activated, linear.SILU),
                 norm_weight=weights["post_norm"],
                 norm_eps=eps,
+                norm_size=spec.model.hidden_size,
             ),
             self._gemv(matrices["down"], activated, hidden, linear.RESIDUAL),
         ]
@@ -107,7 +109,8 @@ class CudaModel(DeviceModel[_Layer]):
         weights = {name: self.weights.get(f"layers.{i}.{name}") for name in LAYER_VECTORS}
 
         def norm(weight: DeviceArray) -> Launch:
-            return linear.rms_norm(kernels, w["hidden"], weight, w["normed"], spec.norm_eps)
+            arrays = (w["hidden"], weight, w["normed"])
+            return linear.rms_norm(kernels, *arrays, spec.norm_eps, norm_size=spec.model.hidden_size)
 
         bias = weights["qkv_bias"]
         return _Layer(

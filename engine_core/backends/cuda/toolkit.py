@@ -13,6 +13,7 @@ from engine_core.backends.cuda.weights import resolve
 from engine_core.backends.toolkit import BuildRequest, Size
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels.int4_layout import GROUP
+from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.formats import weight_formats as formats
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
@@ -49,7 +50,7 @@ def spec_for(spec: ModelSpec, weight_format: str, size: Size) -> CudaSpec:
         max_batch=CAPABILITIES.max_batch,
         eos_token_ids=(),
         reduced_vocab_size=size.head_rows,
-        group_size=0 if CAPABILITIES.blocks(formats.weight_format(weight_format)) is None else GROUP,
+        group_size=GROUP if formats.weight_format(weight_format).kind in LAYOUTS else 0,
         options=dataclasses.asdict(CudaOptions("fp16")),
     )
     return CudaSpec.create(manifest, EngineConfig(Path(), max_batch=size.max_batch))

@@ -11,14 +11,14 @@ from engine_core.backends.cuda.layout import CudaSpec, weight_arrays
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels.int4_layout import TILE
 from engine_core.cuda.kernels.linear_packed import LAYOUTS
-from engine_core.errors import ConfigurationError, EngineDirectoryError
+from engine_core.errors import EngineDirectoryError
 from engine_core.formats.manifest import Manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.vocab_map import configured_vocab_map
 from engine_core.formats.weight_formats.base import WeightFormat
 
 WEIGHTS_NAME = "weights.safetensors"
-ROPE_NAME = "rope"  # float32 [the manifest's max_context, head_dim / 2, 2]
+ROPE_NAME = "rope"  # float32 [the manifest's max_context, padded head_dim / 2, 2]
 STORED_TYPES = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}  # dtype of an array → as safetensors spells it
 _BLOCK = 16  # tiles along the rows that are cut at a time: 256 rows, from as many tiles at most
 
@@ -40,11 +40,6 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Reso
         return Resolved(stored, stored, None)
     if not cuts_head:
         return Resolved(stored, stored, vocab_map)
-    if stored.is_packed and len(vocab_map) % TILE:
-        raise ConfigurationError(
-            f"vocab_map is {config.vocab_map} with {len(vocab_map)} tokens, but an {stored.weight_format.kind} LM head "
-            f"of the cuda backend takes multiples of {TILE}; 'edgellm reduce-vocab' makes such maps."
-        )
     return Resolved(stored, dataclasses.replace(stored, head_rows=len(vocab_map)), vocab_map)
 
 
@@ -86,12 +81,12 @@ class CudaWeights:
 def kept_rows(stored: np.ndarray, kept: np.ndarray, weight_format: WeightFormat) -> np.ndarray:
     """The rows ``kept``, int32 [n], of a matrix in the form it is stored in.
 
-    ``stored``: [rows, cols] of a 16-bit type, or packed tiles of ``weight_format``, for which n is a multiple of 16.
+    ``stored``: [rows, cols] of a 16-bit type, or packed tiles of ``weight_format``.
     """
     if weight_format.kind not in LAYOUTS:
         return stored[kept]
     layout = LAYOUTS[weight_format.kind]
-    cut = np.empty((len(kept) // TILE, *stored.shape[1:]), dtype=np.uint8)
+    cut = np.empty((-(-len(kept) // TILE), *stored.shape[1:]), dtype=np.uint8)
     for start in range(0, len(cut), _BLOCK):
         rows = kept[start * TILE : (start + _BLOCK) * TILE]
         tiles, place = np.unique(rows // TILE, return_inverse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from engine_core.backends.capabilities import Capabilities, Trait
+from engine_core.backends.capabilities import Capabilities
 
 if TYPE_CHECKING:
     from engine_core.backends.machine import Machine, Missing
@@ -43,10 +43,6 @@ CAPABILITIES = Capabilities(
     kv_cache_types=("fp32", "fp16", "int8"),
     longest_default=4096,
     max_batch=4,
-    traits=(
-        # GroupQueryAttention's condition.
-        Trait("a head size that is not a multiple of 16", lambda spec, _: spec.head_dim % 16 > 0),
-    ),
     group_sizes=_GROUP_SIZES,
     declined_options={
         "max_prefill": "--max-prefill is fixed in an engine for tensorrt only; elsewhere set prefill_chunk.",

@@ -12,12 +12,14 @@ import numpy as np
 from onnx import TensorProto
 
 from engine_core.backends.onnxruntime.files import graph_name
+from engine_core.backends.onnxruntime.heads import head_axes, turned_size
 from engine_core.backends.onnxruntime.kv_cache_graphs import KVScales, with_fp16_cache, with_int8_cache
 from engine_core.backends.onnxruntime.weight_writer import PackedWeight, own_levels, packed_shape, rounded
 from engine_core.formats.onnx_writer import GraphWriter
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
+from engine_core.models.padding import Axis
 from engine_core.models.spec import LayerSpec, LinearSpec
 
 _MS = "com.microsoft"
@@ -65,6 +67,7 @@ class OrtDialect:
         self._spec = weights.spec
         self.packing = Packing()
         self.num_requantized = 0  # linears that the checkpoint has quantized otherwise than asked for
+        self._heads = head_axes(self._spec)
         self._tied_head = ""  # the embedding's tensor, where the head can use the same bytes
 
     def begin(self) -> None:
@@ -75,13 +78,11 @@ class OrtDialect:
         writer.input("length", TensorProto.INT32, [])
         for i in range(len(spec.layers)):
             for kind in ("key", "value"):
-                shape = ["batch", spec.num_kv_heads, "max_context", spec.head_dim]
+                shape = ["batch", spec.num_kv_heads, "max_context", self._heads[0].size]
                 writer.input(f"past_{kind}.{i}", TensorProto.FLOAT, shape)
                 writer.output(f"present_{kind}.{i}", TensorProto.FLOAT, shape)
-        for i, rope in enumerate(spec.ropes):
-            cos, sin = rope.table(self._max_context)
-            writer.constant(f"rope_cos.{i}", cos)
-            writer.constant(f"rope_sin.{i}", sin)
+        for name, table in self._rope_tables().items():
+            writer.constant(name, table)
 
     def embed(self) -> str:
         spec, writer, precision = self._spec, self._writer, self._precision
@@ -106,6 +107,8 @@ class OrtDialect:
                 gather_axis=0,
                 quantize_axis=1,
             )
+            if spec.hidden_size % group_size:  # the lookup gives whole groups
+                embedded = self._taken("embed/hidden", embedded, np.arange(spec.hidden_size))
         if spec.embedding_scale == 1.0:
             return embedded
         scale = writer.constant("embedding_scale", np.float32(spec.embedding_scale))
@@ -144,7 +147,13 @@ class OrtDialect:
 
     def attention(self, index: int, qkv: str, layer: LayerSpec) -> str:
         spec = self._spec
-        query, key, value = self._head_norms(index, qkv, layer) if layer.q_norm else (qkv, "", "")
+        heads = self._heads[layer.rope]
+        if layer.q_norm:
+            parts = self._head_norms(index, qkv, layer)
+            counts = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+            query, key, value = (self._filled(part, heads, count) for part, count in zip(parts, counts))
+        else:
+            query, key, value = self._filled(qkv, heads, spec.num_heads + 2 * spec.num_kv_heads), "", ""
         inputs = [query, key, value, f"past_key.{index}", f"past_value.{index}", "last_position", "length"]
         inputs += [f"rope_cos.{layer.rope}", f"rope_sin.{layer.rope}"]
         attributes: dict[str, float | int] = {"scale": spec.attention_scale}
@@ -152,7 +161,7 @@ class OrtDialect:
             attributes["softcap"] = spec.attention_softcap
         if layer.window and layer.window < self._max_context:
             attributes["local_window_size"] = layer.window
-        return self._writer.node(
+        attended = self._writer.node(
             "GroupQueryAttention",
             inputs,
             [f"layer{index}/attention/output", f"present_key.{index}", f"present_value.{index}"],
@@ -162,6 +171,9 @@ class OrtDialect:
             do_rotary=1,
             **attributes,
         )
+        if heads.is_whole:
+            return attended
+        return self._taken(f"layer{index}/attention/heads", attended, heads.repeated(spec.num_heads).places)
 
     def gated(self, name: str, gate_up: str) -> str:
         writer = self._writer
@@ -206,12 +218,7 @@ class OrtDialect:
     def finish(self) -> None:
         """Writes the graphs of the KV cache types that need no calibration."""
         self._save_graph(self._writer, "fp32")
-        ropes = {
-            f"rope_{name}.{i}": table
-            for i, rope in enumerate(self._spec.ropes)
-            for name, table in zip(("cos", "sin"), rope.table(self._max_context))
-        }
-        self._save_graph(with_fp16_cache(self._writer, ropes), "fp16")
+        self._save_graph(with_fp16_cache(self._writer, self._rope_tables()), "fp16")
 
     def add_int8_cache(self, scales: KVScales) -> None:
         """Writes the graph of an int8 KV cache too; after ``finish``."""
@@ -227,6 +234,28 @@ class OrtDialect:
                 before.save(_OPSETS, graph_name(kv_cache_type, window_before_1_24=True))
 
     # --- helpers ------------------------------------------------------------------------------------
+
+    def _rope_tables(self) -> dict[str, np.ndarray]:
+        """Name in the graph → float32 [max_context, half of the elements that are turned, see ``head_axes``]."""
+        tables = {}
+        for i, rope in enumerate(self._spec.ropes):
+            width = turned_size(rope.dim) // 2
+            for name, table in zip(("cos", "sin"), rope.table(self._max_context)):
+                tables[f"rope_{name}.{i}"] = np.pad(table, ((0, 0), (0, width - table.shape[1])))
+        return tables
+
+    def _filled(self, value: str, head: Axis, count: int) -> str:
+        """Return ``value`` [batch, tokens, ``count`` heads] with zeros where ``head`` adds elements to each."""
+        if head.is_whole:
+            return value
+        end = self._writer.constant("one_zero_after_each_row", np.array([0, 0, 0, 0, 0, 1], dtype=np.int64))
+        longer = self._writer.node("Pad", [value, end], f"{value}/longer")
+        return self._taken(f"{value}/filled", longer, head.repeated(count).sources())
+
+    def _taken(self, name: str, value: str, columns: np.ndarray) -> str:
+        """Return the values ``columns``, int64 [n], of ``value`` [batch, tokens, …]."""
+        indices = self._writer.constant(f"{name}/columns", columns.astype(np.int64))
+        return self._writer.node("Gather", [value, indices], name, axis=2)
 
     def _norm_weight(self, name: str) -> str:
         return self._writer.constant(name, self._weights.norm(name))

@@ -11,6 +11,7 @@ import numpy as np
 
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
 from engine_core.backends.onnxruntime.files import DATA_NAME, held_types
+from engine_core.backends.onnxruntime.heads import head_axes, turned_size
 from engine_core.backends.onnxruntime.session import has_flash_attention
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError
@@ -127,7 +128,7 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     cache = dict(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        head_dim=head_axes(model)[0].size,
         kv_cache_type=layout.kv_cache_type,
     )
     kv_cache = kv_cache_bytes(
@@ -157,7 +158,7 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
 
 def _rope_values(manifest: Manifest) -> int:
     """Of cos and sin together."""
-    return sum(rope.dim for rope in manifest.model.ropes) * manifest.max_context
+    return sum(turned_size(rope.dim) for rope in manifest.model.ropes) * manifest.max_context
 
 
 def stored_rope_bytes(manifest: Manifest) -> int:

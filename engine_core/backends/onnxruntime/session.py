@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
 from engine_core.backends.onnxruntime.head import cut_head
+from engine_core.backends.onnxruntime.heads import head_axes
 from engine_core.backends.onnxruntime.mapped_weights import copy_mapped, held_still
 from engine_core.errors import BackendUnavailableError
 from engine_core.models.spec import ModelSpec
@@ -54,7 +55,8 @@ class OrtSession:
             source, self._head = (str(path), None) if kept is None else cut_head(path, kept, options)
             self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
             copy_mapped(data, fd)
-        shape = (model.num_layers, 2, num_slots, model.num_kv_heads, max_context, model.head_dim)
+        head_dim = head_axes(model)[0].size
+        shape = (model.num_layers, 2, num_slots, model.num_kv_heads, max_context, head_dim)
         self.kv_cache = np.empty(shape, dtype=DTYPES[kv_cache_type])
         self.kv_cache.fill(0)  # takes the pages now rather than token by token
         self.logits = np.zeros((num_slots, rows), dtype=np.float32)

@@ -147,7 +147,10 @@ class ProductsModel(DeviceModel[_Layer]):
         """The first ``rows`` of ``hidden``, after the last product was added to them, normed into ``normed``."""
         hidden, normed, delta = (self._rows(name, rows) for name in ("hidden", "normed", "delta"))
         weight = self.weights["norm" if which == "norm" else f"layers.{i}.{which}"]
-        return linear.rms_norm(self._kernels, hidden, weight, normed, self.spec.norm_eps, delta if add else None)
+        spec, arrays = self.spec, (hidden, weight, normed)
+        return linear.rms_norm(
+            self._kernels, *arrays, spec.norm_eps, delta if add else None, norm_size=spec.model.hidden_size
+        )
 
     def _rows(self, name: str, rows: int) -> DeviceArray:
         array = self.work[name]

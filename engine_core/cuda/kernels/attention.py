@@ -30,11 +30,12 @@ class AttentionShape:
 
     num_heads: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # elements of a head in memory
     max_context: int
     norm_eps: float = 0.0
     qk_norm: bool = False
     kv_int8: bool = False  # the cache is quantized and has scales (kv_int8.cuh), else the kernels' 16-bit type
+    head_size: int = 0  # elements of a head in the model, the others being zeros; 0 = head_dim
 
     slot_layers: int = 0  # layers of a KV slot, where the cache has several: [slots, layers, 2, ...]; 0 = one slot
 
@@ -92,13 +93,14 @@ class AttentionShape:
             "HEADS": self.num_heads,
             "KV_HEADS": self.num_kv_heads,
             "HEAD_DIM": self.head_dim,
+            "HEAD_SIZE": self.head_size or self.head_dim,
             "CONTEXT": self.max_context,
             "QK_NORM": int(self.qk_norm),
             "KV_INT8": int(self.kv_int8),
             "SLOT_STRIDE": self.slot_layers * 2 * self.num_kv_heads * self.max_context * self.head_dim,
             "SCALE_SLOT_STRIDE": self.slot_layers * 2 * self.num_kv_heads * self.scale_pitch,
             "NORM_EPS": float_define(self.norm_eps),
-            "SCALE_LOG2E": float_define(math.log2(math.e) / math.sqrt(self.head_dim)),
+            "SCALE_LOG2E": float_define(math.log2(math.e) / math.sqrt(self.head_size or self.head_dim)),
         }
 
 

@@ -10,6 +10,10 @@ typedef unsigned long long u64;
 #define BF16 0
 #endif
 
+#ifndef NORM_SIZE
+#define NORM_SIZE COLS  // values that an RMSNorm takes the mean over: those after them are zeros
+#endif
+
 typedef u16 half_t;  // the bits of an fp16 or bf16 value
 
 #ifndef KV_INT8

@@ -157,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (NORM && segment == 0) {
             float total = 0.f;
             for (int k = 0; k < K_WARPS; ++k) total += squares[k];
-            scale = rsqrtf(total / COLS + NORM_EPS);
+            scale = rsqrtf(total / NORM_SIZE + NORM_EPS);
         }
         rows.end(share.begin + first, share.count - first, sums, scale, output);
     }

@@ -56,7 +56,7 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
     float total = 0.f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) total += sums[w];
-    const float scale = rsqrtf(total / COLS + NORM_EPS);
+    const float scale = rsqrtf(total / NORM_SIZE + NORM_EPS);
 #endif
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {

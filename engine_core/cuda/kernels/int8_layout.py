@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine_core.cuda.kernels.int4_layout import GROUP, TILE, fits, join_scales, split_scales
+from engine_core.cuda.kernels.int4_layout import GROUP, TILE, cropped, filled, join_scales, split_scales
 
 TILE_BYTES = TILE * GROUP + TILE * 2
 
-__all__ = ["GROUP", "TILE_BYTES", "TILE", "fits", "pack", "tiles_shape", "unpack"]
+__all__ = ["GROUP", "TILE_BYTES", "TILE", "pack", "tiles_shape", "unpack"]
 
 
 def tiles_shape(rows: int, cols: int) -> tuple[int, int, int]:
-    """Return the shape of the uint8 array that holds a matrix [rows, cols]; both must be multiples (``fits``)."""
-    return rows // TILE, cols // GROUP, TILE_BYTES
+    """Return the shape of the uint8 array that holds a matrix [rows, cols]."""
+    return -(-rows // TILE), -(-cols // GROUP), TILE_BYTES
 
 
 def pack(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Return the packed tiles, uint8 [rows / 16, cols / 128, TILE_BYTES].
+    """Return the packed tiles, uint8 ``tiles_shape(rows, cols)``.
 
-    ``values``: uint8 [rows, cols], 0 … 255; ``scales``: [rows, cols / 128] of a 16-bit type (bf16 as uint16).
+    ``values``: uint8 [rows, cols], 0 … 255; ``scales``: see ``int4_layout.pack``.
     """
+    values, scales = filled(values, scales)
     rows, cols = values.shape
-    assert fits(rows, cols) and scales.shape == (rows, cols // GROUP) and scales.dtype.itemsize == 2
     # Row = half * 8 + g, column = 32 t + 16 piece + byte; a lane reads 16 bytes at once.
     tiles = values.reshape(rows // TILE, 2, 8, cols // GROUP, 4, 2, 16)
     tiles = tiles.transpose(0, 3, 1, 5, 2, 4, 6)  # tile, group, half, piece, g, t, byte
@@ -30,9 +30,9 @@ def pack(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.concatenate([packed, join_scales(scales)], axis=2)
 
 
-def unpack(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (values, scales as uint16), the inverse of ``pack``."""
+def unpack(tiles: np.ndarray, shape: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return (values, scales as uint16), the inverse of ``pack``; ``shape``: see ``int4_layout.unpack``."""
     num_tiles, num_groups, _ = tiles.shape
     packed, scales = tiles[..., : TILE * GROUP], tiles[..., TILE * GROUP :]
     values = packed.reshape(num_tiles, num_groups, 2, 2, 8, 4, 16).transpose(0, 2, 4, 1, 5, 3, 6)
-    return values.reshape(num_tiles * TILE, num_groups * GROUP), split_scales(scales)
+    return cropped(values.reshape(num_tiles * TILE, num_groups * GROUP), split_scales(scales), shape)

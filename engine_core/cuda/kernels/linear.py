@@ -22,13 +22,15 @@ def gemv(
     norm_weight: DeviceArray | None = None,
     bias: DeviceArray | None = None,
     norm_eps: float = 0.0,
+    norm_size: int = 0,
     config: GemvConfig | None = None,
 ) -> Launch:
     """output ← weight [rows, cols] · vector [cols], with what follows fused (``epilogue``).
 
     STORE: 16-bit [rows], plus ``bias`` [rows]; RESIDUAL: float32 [rows], added to; SILU: 16-bit [rows / 2] of rows that
     are (gate, up) in turn; LOGITS: float32 [rows]. With ``norm_weight`` [cols] the vector is float32 and RMS-normalised
-    first, else 16-bit. ``config``: another launch configuration than the chosen one. Raises KernelArgumentError.
+    first, else 16-bit. ``norm_size``: how many values the norm's mean is over, those after them being zeros; 0 = all.
+    ``config``: another launch configuration than the chosen one. Raises KernelArgumentError.
     """
     rows, cols = weight.shape
     if cols % 8 or (epilogue == SILU and rows % 2):
@@ -62,6 +64,7 @@ def gemv(
         "NORM": int(norm_weight is not None),
         "BIAS": int(bias is not None),
         "NORM_EPS": float_define(norm_eps),
+        "NORM_SIZE": norm_size or cols,
     }
     function = kernels.function("gemv", "gemv", defines, shared)
     grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
@@ -76,10 +79,12 @@ def rms_norm(
     output: DeviceArray,
     norm_eps: float,
     delta: DeviceArray | None = None,
+    norm_size: int = 0,
 ) -> Launch:
     """output [max_rows, cols] 16-bit ← RMSNorm of rows [max_rows, cols] float32; the grid is the number of rows.
 
-    ``delta``, 16-bit [max_rows, cols], is added to ``rows`` before. Raises KernelArgumentError.
+    ``delta``, 16-bit [max_rows, cols], is added to ``rows`` before. ``norm_size``: see ``gemv``.
+    Raises KernelArgumentError.
     """
     num_rows, cols = rows.shape
     if cols % 8:
@@ -90,7 +95,7 @@ def rms_norm(
     if delta is not None:
         check("delta", delta, (num_rows, cols), kernels.dtype)
     defines = {"COLS": cols, "NORM_EPS": float_define(norm_eps), "ADD": int(delta is not None)}
-    defines["THREADS"] = RMS_NORM_THREADS
+    defines |= {"NORM_SIZE": norm_size or cols, "THREADS": RMS_NORM_THREADS}
     function = kernels.function("rms_norm", "rms_norm", defines)
     return Launch(kernels.device, function, (num_rows,), RMS_NORM_THREADS, [rows, weight, output, delta or 0])
 

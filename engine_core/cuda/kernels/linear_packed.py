@@ -43,6 +43,8 @@ class PackedWeight:
 
     def __post_init__(self) -> None:
         """Raises KernelArgumentError."""
+        if self.cols % 8:
+            raise KernelArgumentError(f"A packed weight has {self.cols} columns; the kernels read a multiple of 8.")
         shape = LAYOUTS[self.format.kind].tiles_shape(self.rows, self.cols)
         check("tiles", self.tiles, shape, "uint8")
 
@@ -62,6 +64,7 @@ def gemv_packed(
     norm_weight: DeviceArray | None = None,
     bias: DeviceArray | None = None,
     norm_eps: float = 0.0,
+    norm_size: int = 0,
     config: PackedGemvConfig | None = None,
 ) -> Launch:
     """As ``linear.gemv``, with a packed weight."""
@@ -85,6 +88,7 @@ def gemv_packed(
         "NORM": int(norm_weight is not None),
         "BIAS": int(bias is not None),
         "NORM_EPS": float_define(norm_eps),
+        "NORM_SIZE": norm_size or cols,
         "DEQUANTIZE_WARPS": DEQUANTIZE_WARPS,
     }
     function = kernels.function("gemv_packed", "gemv_packed", defines, shared)

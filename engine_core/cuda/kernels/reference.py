@@ -8,9 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 
-def rms_norm(rows: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """Return [..., cols] normalised along the last axis, times weight [cols]."""
-    return rows / np.sqrt((rows**2).mean(axis=-1, keepdims=True) + eps) * weight
+def rms_norm(rows: np.ndarray, weight: np.ndarray, eps: float, size: int = 0) -> np.ndarray:
+    """Return [..., cols] normalised along the last axis, times weight [cols].
+
+    ``size``: values that the mean is over, those after them being zeros; 0 = all.
+    """
+    squares = (rows**2).sum(axis=-1, keepdims=True) / (size or rows.shape[-1])
+    return rows / np.sqrt(squares + eps) * weight
 
 
 def silu_multiply(gate_up: np.ndarray) -> np.ndarray:
@@ -27,16 +31,19 @@ def rotate(vectors: np.ndarray, table: np.ndarray) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
-    """Causal attention: queries [n, heads, head_dim] at positions ``start`` … over keys and values
-    [kv_heads, start + n, head_dim]; returns [n, heads, head_dim]."""
+def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int, head_size: int = 0) -> np.ndarray:
+    """Return [n, heads, head_dim] of causal attention.
+
+    ``queries``: [n, heads, head_dim] at positions ``start`` …; ``keys`` and ``values``: [kv_heads, start + n,
+    head_dim]. ``head_size``: elements of a head that are not there to fill it up; 0 = all.
+    """
     num_queries, heads, head_dim = queries.shape
     group = heads // keys.shape[0]
     output = np.empty_like(queries)
     for i in range(num_queries):
         for h in range(heads):
             k, v = keys[h // group, : start + i + 1], values[h // group, : start + i + 1]
-            scores = k @ queries[i, h] / np.sqrt(head_dim)
+            scores = k @ queries[i, h] / np.sqrt(head_size or head_dim)
             weights = np.exp(scores - scores.max())
             output[i, h] = weights @ v / weights.sum()
     return output
@@ -54,5 +61,8 @@ def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantize(values: np.ndarray, scales: np.ndarray, group: int, zero: int) -> np.ndarray:
-    """Return weights [rows, cols] of values [rows, cols] (whole numbers) and scales [rows, cols / group]."""
-    return (values.astype(np.float64) - zero) * np.repeat(scales, group, axis=1)
+    """Return weights [rows, cols] of values [rows, cols] (whole numbers) and scales [rows, groups].
+
+    A group is ``group`` columns, the last one what is left.
+    """
+    return (values.astype(np.float64) - zero) * np.repeat(scales, group, axis=1)[:, : values.shape[1]]

@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, cons
     float total = 0.f;
 #pragma unroll
     for (int w = 0; w < THREADS / 32; ++w) total += sums[w];
-    const float scale = rsqrtf(total / COLS + NORM_EPS);
+    const float scale = rsqrtf(total / NORM_SIZE + NORM_EPS);
 #pragma unroll
     for (int p = 0; p < PARTS; ++p) {
         const int c = first + p * STEP;

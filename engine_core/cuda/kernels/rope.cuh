@@ -41,7 +41,7 @@ struct HeadVector {  // this lane's 8 elements of a head vector and their partne
         float squares = 0.f;
 #pragma unroll
         for (int j = 0; j < 8; ++j) squares += a[j] * a[j];
-        const float scale = rsqrtf(group_sum<LANES_PER_HEAD>(squares) / HEAD_DIM + NORM_EPS);
+        const float scale = rsqrtf(group_sum<LANES_PER_HEAD>(squares) / HEAD_SIZE + NORM_EPS);
         if (d < HEAD_DIM) {
 #pragma unroll
             for (int j = 0; j < 8; ++j)

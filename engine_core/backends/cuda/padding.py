@@ -1,0 +1,66 @@
+"""Filling weights up to the sizes that the kernels read.
+
+The kernels read 16 bytes at a time and heads in pieces of 16 elements. A hidden or intermediate size that is no
+multiple of 8, or a head size that is none of 16, is rounded up, and so are the weights, at build. Elements that are
+added stay 0 from the embedding to the head. Two numbers keep to the model's own size: the mean of an RMSNorm and the
+scale of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from engine_core.models.padding import Axis, round_up
+from engine_core.models.spec import ModelSpec
+
+_GRAIN = 8  # values of 16 bits in 16 bytes
+_HEAD_GRAIN = 16
+
+
+def padded_size(size: int) -> int:
+    """Return the hidden or intermediate size that the kernels compute with."""
+    return round_up(size, _GRAIN)
+
+
+def padded_head(size: int) -> int:
+    """Return the head size that the kernels compute with."""
+    return round_up(size, _HEAD_GRAIN)
+
+
+class Padding:
+    """The axes of a model's fused weights, by the last part of their names in ``weight_arrays``."""
+
+    def __init__(self, spec: ModelSpec, *, paired: bool = True) -> None:
+        """``paired``: rows of gate and up in turn, else all of gate, then all of up."""
+        hidden, inner = (Axis.at_the_end(size, _GRAIN) for size in (spec.hidden_size, spec.intermediate_size))
+        both = Axis.at_the_end(2 * spec.intermediate_size, 2 * _GRAIN) if paired else inner.repeated(2)
+        head = Axis.of_head(spec.head_dim, spec.head_dim, _HEAD_GRAIN)
+        qkv = head.repeated(spec.num_heads + 2 * spec.num_kv_heads)
+        self._rows = {
+            "norm": hidden, "input_norm": hidden, "post_norm": hidden, "q_norm": head, "k_norm": head,
+            "qkv": qkv, "qkv_bias": qkv, "o": hidden, "gate_up": both, "down": hidden,
+        }  # fmt: skip
+        self._columns = {
+            "embed": hidden, "head": hidden, "qkv": hidden, "gate_up": hidden, "down": inner,
+            "o": head.repeated(spec.num_heads),
+        }  # fmt: skip
+
+    def rows(self, name: str) -> Axis | None:
+        """Return the first axis of the weight ``name``; None: it has the tokens' rows, to which none are added."""
+        return self._rows.get(name)
+
+    def columns(self, name: str) -> Axis | None:
+        """Return the second axis of the weight ``name``; None: it has one axis only."""
+        return self._columns.get(name)
+
+    def fill(self, name: str, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield the weight ``name``, given in blocks of rows, filled up; in blocks, too, where no rows are added."""
+        rows, columns = self.rows(name), self.columns(name)
+        if columns is not None:
+            blocks = (columns.spread(block, axis=1) for block in blocks)
+        if rows is None or rows.is_whole:
+            yield from blocks
+        else:
+            yield rows.spread(np.concatenate(list(blocks)), axis=0)
