@@ -83,10 +83,9 @@ class Capabilities:
     def format_for(self, found: str) -> str:
         """Return the format to build, unless told otherwise, of a checkpoint that is ``found``; "" = not quantized.
 
-        A format that the backend does not have is dequantized where that loses nothing, and else what is refused.
+        A quantized checkpoint in a format that the backend lacks is refused, so that nothing is dequantized unasked.
         """
-        rounds = formats.weight_format(self.default_format).bits < 16
-        return found if found in self.weight_formats or (found and rounds) else self.default_format
+        return found or self.default_format
 
     def default_context(self, spec: ModelSpec) -> int:
         """Return the tokens an engine is built for unless told otherwise."""

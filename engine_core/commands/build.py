@@ -20,8 +20,8 @@ def add(commands) -> None:
     parser.add_argument(
         "--quantization",
         default="",
-        help=f"{_formats()}; several, with commas: one subdirectory each (default: what the checkpoint is quantized as "
-        f"where the backend has it, else {_defaults()})",
+        help=f"{_formats()}; several, with commas: one subdirectory each (default: what the checkpoint is quantized "
+        f"as, else {_defaults()})",
     )
     parser.add_argument(
         "--max-context",

@@ -196,7 +196,12 @@ def test_awq_is_nearer_to_the_original_than_rounding_to_nearest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "backend, choices", [("onnxruntime", "fp32 or int8 or int4"), ("cuda", "fp16 or int8 or int4")]
+    "backend, choices",
+    [
+        ("onnxruntime", "fp32, int8, int4 and int4_awq"),
+        ("cuda", "fp16, int8, int4 and int4_awq"),
+        ("tensorrt", "fp32 and fp16"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
 def test_a_format_that_no_backend_runs_is_refused_with_those_to_choose(
@@ -207,9 +212,9 @@ def test_a_format_that_no_backend_runs_is_refused_with_those_to_choose(
     command = ["build", str(tmp_path / "out"), str(tmp_path / "engine"), "--backend", backend, "--max-context", "64"]
     for asked in ([], ["--quantization", kind]):
         assert cli.main([*command, *asked]) == 1
-        assert f"in {kind}, which the {backend} backend does not run; choose {choices}, for" in capsys.readouterr().err
+        assert f"The {backend} backend has no '{kind}' weights; it has {choices}." in capsys.readouterr().err
     assert cli.main(["build", str(original), *command[2:], "--quantization", kind]) == 1
-    assert f"has no '{kind}' weights; choose one of" in capsys.readouterr().err
+    assert f"The {backend} backend has no '{kind}' weights; it has {choices}." in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -226,11 +231,11 @@ def test_weights_rounded_anew_to_what_was_asked_for_are_told_and_recorded(origin
     assert np.abs(logits_of(tmp_path / "engine", manifest) - expected).mean() / expected.std() < 0.05
 
 
-@pytest.mark.parametrize("kind, capability", [("fp8", "8.9"), ("nvfp4", "10.0")])
-def test_an_engine_with_weights_that_the_cpu_lacks_is_refused_in_one_sentence(original, tmp_path, kind, capability):
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_an_engine_with_weights_that_the_cpu_lacks_is_refused_in_one_sentence(original, tmp_path, kind):
     manifest = build_engine(original, tmp_path / "engine", quantization="fp32", max_context=64)
     manifest = dataclasses.replace(manifest, quantization=kind)
-    with pytest.raises(BackendUnavailableError, match=f"{kind} weights need an NVIDIA GPU .* {capability} or newer"):
+    with pytest.raises(BackendUnavailableError, match=f"onnxruntime backend has no '{kind}' weights"):
         resolve(tmp_path / "engine", manifest, EngineConfig(tmp_path / "engine"))
 
 
