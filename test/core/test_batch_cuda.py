@@ -55,8 +55,8 @@ def driver(monkeypatch):
     return driver
 
 
-def make_spec(max_batch: int, vocab_size: int = VOCAB) -> CudaSpec:
-    model = spec_of(MODEL | {"vocab_size": vocab_size})
+def make_spec(max_batch: int, vocab_size: int = VOCAB, **sizes: int) -> CudaSpec:
+    model = spec_of(MODEL | {"vocab_size": vocab_size} | sizes)
     return CudaSpec(
         model=dataclasses.replace(model, layers=tuple(dataclasses.replace(x, qkv_bias=True) for x in model.layers)),
         kv_int8=False,
@@ -75,8 +75,8 @@ def make_spec(max_batch: int, vocab_size: int = VOCAB) -> CudaSpec:
 def load(driver):
     loaded = []
 
-    def make(max_batch: int, use_cuda_graph: bool = True, vocab_size: int = VOCAB) -> CudaBackend:
-        spec, random = make_spec(max_batch, vocab_size), np.random.default_rng(9)
+    def make(max_batch: int, use_cuda_graph: bool = True, vocab_size: int = VOCAB, **sizes: int) -> CudaBackend:
+        spec, random = make_spec(max_batch, vocab_size, **sizes), np.random.default_rng(9)
         arrays = {
             name: (random.standard_normal(array.shape) * 0.3).astype(np.float16)
             for name, array in weight_arrays(spec).items()
@@ -137,6 +137,20 @@ def test_a_sequence_has_the_tokens_it_has_alone(load, use_cuda_graph):
     assert [alone(backend, index, slot) for slot, index in enumerate((2, 3, 4, 0, 1))] == [
         expected[index] for index in (2, 3, 4, 0, 1)
     ]
+
+
+def test_a_model_of_odd_sizes_has_the_logits_it_has_alone(load):
+    """A norm's mean is over the model's hidden size, not over the one the kernels compute with."""
+    rows = []
+    for max_batch in (1, 2):
+        backend = load(max_batch, hidden_size=66, intermediate_size=90, vocab_size=97)
+        for slot in range(max_batch):
+            backend.begin(slot, SamplingParams(seed=1), PROMPTS[1])
+            backend.step([SequenceStep(slot, PROMPTS[1], 0)])[0].result()
+        tokens = [each.result() for each in backend.step([SequenceStep(slot) for slot in range(max_batch)])]
+        assert len(set(tokens)) == 1
+        rows.append(backend._device.download(backend._work["logits"]).reshape(max_batch, -1))
+    assert np.abs(rows[1] - rows[0]).max() < 0.01 * np.abs(rows[0]).max()
 
 
 def test_a_step_is_the_graph_of_the_next_larger_size(load, driver):

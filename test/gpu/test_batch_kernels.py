@@ -25,8 +25,9 @@ pytestmark = pytest.mark.gpu
 
 TOLERANCE = {"fp16": 1e-3, "bf16": 6e-3, "fp32": 2e-5}
 EPS = 1e-5
-# One tile, groups that do not divide among warps, an odd number of tiles, shapes of models.
+# One tile, groups that do not divide among warps, an odd number of tiles, shapes of models, tiles that are not full.
 SHAPES = [(16, 128), (48, 384), (1280, 256), (160, 896), (1008, 2048), (6144, 4096), (528, 4864), (4096, 14336)]
+SHAPES += [(960, 576), (50258, 72), (26, 2568)]
 
 
 def make_weight(bench, rows: int, cols: int, kind: str, dtype: str):
@@ -35,7 +36,7 @@ def make_weight(bench, rows: int, cols: int, kind: str, dtype: str):
         return bench.normal((rows, cols), dtype, cols**-0.5)
     found, layout = weight_format(kind), linear_packed.LAYOUTS[kind]
     values = bench.random.integers(0, 2 * found.zero, (rows, cols)).astype(np.uint8)
-    scales = to_bits(bench.random.standard_normal((rows, cols // 128)) * (1.6 / found.zero) * cols**-0.5, dtype)
+    scales = to_bits(bench.random.standard_normal((rows, -(-cols // 128))) * (1.6 / found.zero) * cols**-0.5, dtype)
     weight = reference.dequantize(values, from_bits(scales, dtype), layout.GROUP, found.zero)
     return linear_packed.PackedWeight(bench.put(layout.pack(values, scales), "uint8"), found, rows, cols), weight
 

@@ -112,7 +112,7 @@ class BatchModel(CudaModel):
 
     def _norm(self, weight: DeviceArray, size: int) -> Launch:
         rows = self._rows("hidden", size), weight, self._rows("normed", size)
-        return linear.rms_norm(self._kernels, *rows, self.spec.norm_eps)
+        return linear.rms_norm(self._kernels, *rows, self.spec.norm_eps, norm_size=self.spec.model.hidden_size)
 
     def _gemm_rows(self, i: int, name: str, size: int, bias: DeviceArray | None = None) -> Launch:
         source, target, epilogue = MATRICES[name]
