@@ -45,7 +45,8 @@ def rms_norm(defines: dict, args) -> None:
     if defines["ADD"]:
         values += array_at(delta, shape, F16)
     scale = array_at(weight, shape[1:], F16).astype(F64)
-    array_at(output, shape, F16)[:] = reference.rms_norm(values.astype(F64), scale, _float(defines["NORM_EPS"]))
+    eps, size = _float(defines["NORM_EPS"]), defines["NORM_SIZE"]
+    array_at(output, shape, F16)[:] = reference.rms_norm(values.astype(F64), scale, eps, size)
 
 
 def gemv(defines: dict, args) -> None:
@@ -53,7 +54,8 @@ def gemv(defines: dict, args) -> None:
     rows, cols, epilogue = defines["ROWS"], defines["COLS"], defines["EPILOGUE"]
     values = array_at(vector, (cols,), F32 if defines["NORM"] else F16).astype(F64)
     if defines["NORM"]:
-        values = reference.rms_norm(values, array_at(norm, (cols,), F16).astype(F64), _float(defines["NORM_EPS"]))
+        scale = array_at(norm, (cols,), F16).astype(F64)
+        values = reference.rms_norm(values, scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
     result = array_at(weight, (rows, cols), F16).astype(F64) @ values
     if defines["BIAS"]:
         result += array_at(bias, (rows,), F16)
@@ -130,6 +132,7 @@ class _Attention:
     def __init__(self, defines: dict, qkv: int, cache: int, count: int, slot: int = 0) -> None:
         cache += 2 * slot * defines["SLOT_STRIDE"]
         self.heads, self.kv_heads, dim = (defines[key] for key in ("HEADS", "KV_HEADS", "HEAD_DIM"))
+        self.head_size = defines["HEAD_SIZE"]
         assert not defines["KV_INT8"]
         rows = array_at(qkv, (count, self.heads + 2 * self.kv_heads, dim), F16)
         self.queries, self.keys, self.values = np.split(rows, [self.heads, self.heads + self.kv_heads], axis=1)
@@ -144,7 +147,7 @@ class _Attention:
             vectors = vectors.astype(F64)
             if defines["QK_NORM"]:
                 weight = array_at(norm, (dim,), F16).astype(F64)
-                vectors = reference.rms_norm(vectors, weight, _float(defines["NORM_EPS"]))
+                vectors = reference.rms_norm(vectors, weight, _float(defines["NORM_EPS"]), defines["HEAD_SIZE"])
             rotated.append(reference.rotate(vectors, table))
         place = slice(position, position + count)
         self.cache[0, :, place] = rotated[1].swapaxes(0, 1)
@@ -153,7 +156,7 @@ class _Attention:
 
     def attend(self, queries: np.ndarray, start: int, output: int) -> None:
         keys, values = self.cache[:, :, : start + len(queries)].astype(F64)
-        result = reference.attention(queries.astype(F64), keys, values, start)
+        result = reference.attention(queries.astype(F64), keys, values, start, self.head_size)
         array_at(output, result.shape, F16)[:] = result
 
 

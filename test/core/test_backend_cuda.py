@@ -38,7 +38,7 @@ def driver(monkeypatch):
     return driver
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3", "llama-odd"])
 def built(request, tmp_path_factory):
     """(engine directory, checkpoint directory)."""
     directory = checkpoints.write(tmp_path_factory.mktemp(request.param), request.param)

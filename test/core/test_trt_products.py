@@ -35,7 +35,7 @@ def driver(monkeypatch):
     return driver
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama-odd", "qwen2", "qwen3"])
 def built(request, tmp_path_factory):
     """(engine directory, checkpoint directory)."""
     directory = checkpoints.write(tmp_path_factory.mktemp(request.param), request.param)
