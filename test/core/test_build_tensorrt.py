@@ -175,7 +175,7 @@ def test_the_native_dialect_writes_its_cache_itself(checkpoint, driver, tmp_path
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (dict(quantization="int4"), "no 'int4' weights; it has fp16 and fp32"),
+        (dict(quantization="int4"), "no 'int4' weights; it has fp32 and fp16"),
         (dict(quantization="nvfp4"), "no 'nvfp4' weights"),
         (dict(max_context=100), "multiples of 64"),
         (dict(max_context=320), "made for 1 to 256 tokens"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fakes
-from engine_core.config import BUSY_POLICIES, Worker
+from engine_core.config import BUSY_POLICIES
 from engine_core.errors import RequestError
 from engine_core.request import (
     LIMITS,
@@ -21,6 +21,7 @@ from engine_core.request import (
     SamplingParams,
 )
 from engine_core.serving.cancellation import CancelToken
+from engine_core.serving.worker import Worker
 from fakes import VOCAB_SIZE
 from fuzzing import any_text, fuzz, refusal
 
