@@ -11,7 +11,7 @@ help:
 	@echo "make demo   a lifecycle node answers robot commands, token by token"
 	@echo "make test   all tests that need no GPU"
 	@echo "make test-oldest  the core's tests with the oldest versions that the requirements allow"
-	@echo "make lint   the style check alone"
+	@echo "make lint   the checks of style and types alone"
 	@echo "make gpu-test  the tests that need an NVIDIA GPU; outcomes go to benchmarks/results/gpu_tests.jsonl"
 	@echo "make clean  remove everything these made"
 
@@ -32,5 +32,5 @@ gpu-test:
 	@tools/start $(NO_REFERENCE) run tools/gpu_tests.py $(PYTEST_ARGS)
 
 clean:
-	rm -rf build install log .venv .venv-* .demo .pytest_cache .ruff_cache
+	rm -rf build install log .venv .venv-* .demo .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

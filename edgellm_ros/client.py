@@ -394,6 +394,7 @@ class LLM:
             self._thread.start()
 
     def _spin(self) -> None:
+        assert self._executor is not None and self._context is not None
         while not self._closing and self._context.ok():
             self._executor.spin_once(timeout_sec=_CHECK_INTERVAL)
 
@@ -495,7 +496,7 @@ def make_goal(
     """Return the action's goal. Raises TypeError for an option that is not known."""
     if unknown := sorted(sampling.keys() - OPTION_TYPES.keys()):
         raise TypeError(f"{unknown[0]!r} is no option of a request; sampling options are {', '.join(OPTION_TYPES)}.")
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    turns: Sequence[Any] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     request = GenerationRequest(
         messages=[turn if isinstance(turn, ChatMessage) else ChatMessage(**turn) for turn in turns],
         prompt=prompt, json_schema=json_schema, stop=list(stop), priority=priority, deadline=float(deadline),

@@ -109,6 +109,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         settings = read_settings(self)
         self._topics.reset_totals()
         engine = self._state.engine
+        assert engine is not None  # it is inactive: configured
         worker = Worker(
             engine, queue_depth=settings.queue_depth, busy_policy=settings.busy_policy,
             on_change=self._refresh, on_fault=self._on_fault,

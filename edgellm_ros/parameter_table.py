@@ -40,7 +40,7 @@ class ParameterSpec:
 
     name: str
     kind: Kind
-    default: bool | int | float | str | list[str]
+    default: Any  # bool, int, float, str or list[str]
     description: str
     range: Range | None = None
     choices: tuple[str, ...] = ()
@@ -100,7 +100,8 @@ def _sampling(option: SamplingOption) -> ParameterSpec:
 
 
 def _dynamic(name: str, default: Any, description: str, *limits: float, **options: Any) -> ParameterSpec:
-    return ParameterSpec(name, Kind.DYNAMIC, default, description, range=Range(*limits) if limits else None, **options)
+    range = Range(limits[0], limits[1]) if limits else None
+    return ParameterSpec(name, Kind.DYNAMIC, default, description, range=range, **options)
 
 
 def _at_start(name: str, default: Any, description: str, **options: Any) -> ParameterSpec:

@@ -108,7 +108,9 @@ class SamplingOption:
 
 
 def _option(kind: type[int] | type[float], default: float | None, range: Range, description: str) -> Any:
-    return field(default=default, metadata={"kind": kind, "range": range, "description": description})
+    return field(
+        default=default, metadata={"kind": kind, "default": default, "range": range, "description": description}
+    )
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class SamplingParams:
 
 
 SAMPLING_OPTIONS: dict[str, SamplingOption] = {
-    each.name: SamplingOption(each.name, default=each.default, **each.metadata)
+    each.name: SamplingOption(each.name, **each.metadata)
     for each in dataclasses.fields(SamplingParams)
     if each.metadata
 }

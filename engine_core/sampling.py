@@ -140,6 +140,7 @@ class Sampler:
             kept = np.flatnonzero(weights >= np.float32(sampling.min_p))  # the likeliest token's weight is 1
             weights, rows = weights[kept], kept if rows is None else rows[kept]
         cumulative = np.cumsum(weights, dtype=np.float64)
+        assert sampling.seed is not None  # it is resolved
         target = uniform(sampling.seed, self._step) * cumulative[-1]
         index = min(int(np.searchsorted(cumulative, target, side="right")), len(cumulative) - 1)
         return index if rows is None else int(rows[index])

@@ -30,6 +30,7 @@ STAMP = ".edgellm-stamp"
 # What colcon installs; a change anywhere here means another build.
 PACKAGE_SOURCES = ("package.xml", "CMakeLists.txt", "msg", "srv", "action", "edgellm_ros", "engine_core", "launch")
 PACKAGE_SOURCES += ("config", "scripts", "models")
+TYPED = ("edgellm_ros", "engine_core")
 LINTED = ("benchmarks", "edgellm_ros", "engine_core", "examples", "launch", "setup.py", "test", "tools")
 # Of a ROS that was sourced in this shell or of an outer virtual environment: neither may leak into the wheels.
 FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "_ROS_WHEELS_BOOTSTRAP_COMPLETE", "AMENT_PREFIX_PATH")
@@ -303,11 +304,12 @@ def main() -> int:
     workspace = open_workspace(reference=not options.no_reference)
     testing = options.task in ("test", "lint")
     lint = ["-m", "ruff", "check", *(str(ROOT / name) for name in LINTED if (ROOT / name).exists())]
+    types = ["-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *(str(ROOT / name) for name in TYPED)]
     commands = {
         "setup": [],
         "demo": [[str(TOOLS / "demo.py"), *options.arguments]],
-        "lint": [lint],
-        "test": [lint, ["-m", "pytest", *pytest_arguments(options.arguments)]],
+        "lint": [lint, types],
+        "test": [lint, types, ["-m", "pytest", *pytest_arguments(options.arguments)]],
         "run": [options.arguments],
     }[options.task]
     steps = Steps(total=3 + len(commands))

@@ -34,14 +34,17 @@ def run(options: argparse.Namespace) -> int:
     if min(options.prompt_tokens) < 1 or options.new_tokens < 3 or options.repeats < 1:
         raise ConfigurationError("bench needs at least 1 prompt token, 3 new tokens and 1 repeat.")
     show = sys.stderr.isatty() and not options.json
+
+    def report(line: str) -> None:
+        if show:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
     with Benchmark(engine_config(options)) as bench:
         bench.check(options.prompt_tokens, options.new_tokens)
         timings = []
         for count in options.prompt_tokens:
-            report = (lambda line: print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)) if show else None
-            timings.append(bench.measure(count, options.new_tokens, options.repeats, *([report] if show else [])))
-        if show:
-            print("\r\033[K", end="", file=sys.stderr)
+            timings.append(bench.measure(count, options.new_tokens, options.repeats, report))
+        report("")
         lines = [_line(options, bench, timing) for timing in timings]
     if options.json:
         print(json.dumps({"kind": "bench", "results": lines}, indent=2))

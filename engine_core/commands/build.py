@@ -83,9 +83,9 @@ def run(options: argparse.Namespace) -> int:
     from engine_core.formats.detect import default_quantization
 
     capabilities = capabilities_of(options.backend)
-    for name, reason in capabilities.declined_options.items():
+    for name, why_not in capabilities.declined_options.items():
         if getattr(options, name) not in (None, 0, "auto"):
-            raise BuildError(reason)
+            raise BuildError(why_not)
     if (reason := capabilities.group_refusal(options.group_size)) is not None:
         raise BuildError(reason)
     try:

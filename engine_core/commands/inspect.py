@@ -130,8 +130,8 @@ def _checkpoint(options: argparse.Namespace) -> int:
     print_table([str(options.target), ""], rows)
     print()
     if backends:
-        rows = [line for name in backends for line in _backend_lines(name, kv_cache_types[name])]
-        print_table(["backend", "quantization", "KV cache"], rows, left=3)
+        lines = [line for name in backends for line in _backend_lines(name, kv_cache_types[name])]
+        print_table(["backend", "quantization", "KV cache"], lines, left=3)
         print()
     print_notes([f"{name}: {reason}" for name, reason in why_not.items()])
     return 0 if found["supported"] else 1

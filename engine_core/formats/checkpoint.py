@@ -94,7 +94,9 @@ class Checkpoint:
         stored = self._stored.get(name)
         if stored is None or stored.order is not None or not isinstance(stored.format, IntegerFormat):
             return None
-        return stored.read(rows)
+        found = stored.read(rows)
+        assert isinstance(found, QuantizedTensor)
+        return found
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._file_of:

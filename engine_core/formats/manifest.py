@@ -168,7 +168,7 @@ def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
     Raises ValueError naming the field that is missing, unknown or of another type.
     """
     origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{name or 'it'} is not an object")
         kinds = typing.get_type_hints(kind)

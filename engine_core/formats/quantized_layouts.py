@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.weight_formats import weight_format
 from engine_core.formats.weight_formats.base import WeightFormat
 
-Rows = slice | np.ndarray  # a slice, or indices
+Rows: TypeAlias = "slice | np.ndarray"  # a slice, or indices
 # AutoAWQ: the output channel in each nibble of a word, lowest first, and where each channel is found again.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_PLACE = np.argsort(AWQ_ORDER)
@@ -106,8 +107,8 @@ def _check_block(block: object) -> None:
     """Raises CheckpointError unless ``block`` is the rows and columns of a block, or none."""
     if block is None:
         return
-    is_pair = isinstance(block, (list, tuple)) and len(block) == 2
-    if not is_pair or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in block):
+    pair = block if isinstance(block, (list, tuple)) and len(block) == 2 else (0, 0)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
         raise CheckpointError(f"The quantization_config has the block {str(block)[:60]}, not two numbers above 0.")
 
 

@@ -51,7 +51,7 @@ class Weights:
         rows, columns = self.linear_shape(linear)
         half, step = rows // 2, max(1, self._step(columns) // 2)
         if len(linear.parts) == 1:
-            places = ((linear.parts[0], 0), (linear.parts[0], half))
+            places: tuple[tuple[str, int], ...] = ((linear.parts[0], 0), (linear.parts[0], half))
         else:
             places = tuple((part, 0) for part in linear.parts)
         for start in range(0, half, step):
@@ -61,8 +61,9 @@ class Weights:
 
     def integer_layout(self, linear: LinearSpec) -> IntegerLayout | None:
         """None unless every part is stored in integers of the same width, in groups of consecutive columns."""
-        found = [self._checkpoint.stored(part) for part in linear.parts]
-        if any(part is None or part.order is not None for part in found):
+        parts = [self._checkpoint.stored(part) for part in linear.parts]
+        found = [part for part in parts if part is not None and part.order is None]
+        if len(found) < len(parts):
             return None
         stored = found[0].format
         if not isinstance(stored, IntegerFormat) or any(part.format != stored for part in found):
@@ -80,7 +81,9 @@ class Weights:
             rows, columns = self._checkpoint.shape(part)
             step = self._step(columns)
             for start in range(0, rows, step):
-                yield self._checkpoint.quantized(part, slice(start, start + step)).regrouped(group_size)
+                block = self._checkpoint.quantized(part, slice(start, start + step))
+                assert block is not None, f"{part} is not stored in integers"
+                yield block.regrouped(group_size)
 
     def bias(self, linear: LinearSpec) -> np.ndarray | None:
         """float32 [out_features], or None."""

@@ -105,7 +105,7 @@ class Benchmark:
         begin(backend, _GREEDY, ids)
         pending = prefill(backend, ids)
         for index in range(count):  # as the engine does: the next step is queued before the token is read
-            ahead = decode(backend) if index + 1 < count else None
+            ahead = decode(backend) if index + 1 < count else pending
             pending.result()
             times[index] = time.perf_counter()
             pending = ahead

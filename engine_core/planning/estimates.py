@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 
 from engine_core.backends.capabilities import Capabilities, all_capabilities, capabilities_of
@@ -39,11 +40,11 @@ class CheckpointEstimate:
         found = []
         for kind in NAMES:
             having = [each for each in all_capabilities() if each.on_gpu == on_gpu and kind in each.planned_formats]
-            having.sort(key=lambda each, kind=kind: self._rank(each, kind))
+            having.sort(key=partial(self._rank, kind))
             found += [(kind, each.backend) for each in having[:1]]
         return tuple(found)
 
-    def _rank(self, capabilities: Capabilities, quantization: str) -> tuple[bool, bool]:
+    def _rank(self, quantization: str, capabilities: Capabilities) -> tuple[bool, bool]:
         refused = capabilities.refusal(self.spec, quantization) is not None
         return refused, quantization not in capabilities.weight_formats
 
@@ -90,9 +91,14 @@ class CheckpointEstimate:
     def _adjusted(self, items: dict[str, int], size: Size, own_size: Size, wanted: str) -> dict[str, int]:
         """Return ``items``, which the backend plans for ``own_size``, for the batch of ``size`` and KV type ``wanted``,
         which it may not run yet."""
-        geometry = dict(num_layers=len(self.spec.layers), num_kv_heads=self.spec.num_kv_heads)
-        geometry |= dict(head_dim=self.spec.head_dim, max_context=size.max_context)
-        before, after = (kv_cache_bytes(**geometry, kv_cache_type=kind) for kind in (own_size.kv_cache_type, wanted))
+        spec = self.spec
+        before, after = (
+            kv_cache_bytes(
+                num_layers=len(spec.layers), num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+                max_context=size.max_context, kv_cache_type=kind,
+            )
+            for kind in (own_size.kv_cache_type, wanted)
+        )  # fmt: skip
         result = dict(items)
         for name in ("kv_cache", "prefix_cache"):
             if name in result and wanted != own_size.kv_cache_type:

@@ -45,6 +45,12 @@ class Row:
         return self.plan is not None and self.plan.total <= self.plan.available
 
     @property
+    def total(self) -> int:
+        """The bytes of the plan, which there has to be."""
+        assert self.plan is not None
+        return self.plan.total
+
+    @property
     def usable(self) -> bool:
         return self.fits and not self.why_not
 
@@ -204,13 +210,14 @@ def advice(rows: list[Row], quantization: str = "", saved_by_vocab: Callable[[st
         elif any(row.usable for row in runs):
             continue
         else:
-            chosen = sorted(runs or here, key=lambda row: row.plan.total)[:1]
+            chosen = sorted(runs or here, key=lambda row: row.total)[:1]
         sentences += [_sentence(row, runs, saved_by_vocab) for row in chosen if not row.usable]
     return sentences
 
 
 def _sentence(row: Row, runs: list[Row], saved_by_vocab: Callable[[str], int] | None) -> str:
     plan = row.plan
+    assert plan is not None
     at = f"at max_context {row.max_context}" + (f" and batch {row.max_batch}" if row.max_batch > 1 else "")
     needs = f"{row.quantization} {at} needs {format_bytes(plan.total)}; {plan.device} has "
     needs += f"{format_bytes(plan.available)} free"
@@ -247,13 +254,13 @@ def _smaller(row: Row) -> list[str]:
 
 def _other_variant(row: Row, others: list[Row]) -> list[str]:
     """The largest of those that fit as asked and are smaller, or else the one that holds the most tokens."""
-    usable = sorted((other for other in others if other.usable), key=lambda other: other.plan.total)
+    usable = sorted((other for other in others if other.usable), key=lambda other: other.total)
     if usable:
-        smaller = [other for other in usable if other.plan.total <= row.plan.total]
+        smaller = [other for other in usable if other.total <= row.total]
         best = smaller[-1] if smaller else usable[0]
-        return [f"--quantization {best.quantization} fits ({format_bytes(best.plan.total)})"]
+        return [f"--quantization {best.quantization} fits ({format_bytes(best.total)})"]
     lengths = {other.quantization: other.longest.get((other.max_batch, other.kv_cache_type), 0) for other in others}
-    best = max(lengths, key=lengths.__getitem__, default="")
-    if not best or lengths[best] <= row.longest.get((row.max_batch, row.kv_cache_type), 0):
+    roomiest = max(lengths, key=lengths.__getitem__, default="")
+    if not roomiest or lengths[roomiest] <= row.longest.get((row.max_batch, row.kv_cache_type), 0):
         return []
-    return [f"--quantization {best} fits up to {lengths[best]} tokens"]
+    return [f"--quantization {roomiest} fits up to {lengths[roomiest]} tokens"]

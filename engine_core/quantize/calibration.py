@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def run_layers(
     except ImportError as error:
         raise BuildError(f"Calibrating needs {error.name}: pip install torch transformers.") from error
     with torch.device("meta"):
-        model = getattr(transformers, spec.architecture)._from_config(
+        model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.from_pretrained(str(checkpoint.directory)), attn_implementation="eager"
         )
     model = model.model.eval()
@@ -104,7 +105,7 @@ class _Run:
         self._torch, self._checkpoint, self._spec = torch, checkpoint, spec
         self._tokens, self._on_layer = tokens, on_layer
         self._embedded: list = []
-        self._hidden = None  # float32 [samples, length, hidden]
+        self._hidden: Any = None  # torch float32 [samples, length, hidden]
 
     def begin(self) -> None:
         """All texts' embeddings are there."""
@@ -113,8 +114,9 @@ class _Run:
 
     def stand_in(self, index: int, layer):
         """A module in the place of the decoder layer ``index``."""
+        from torch import nn
 
-        class StandIn(self._torch.nn.Module):
+        class StandIn(nn.Module):
             def forward(_, states, *args, **kwargs):  # noqa: N805
                 if self._hidden is None:
                     self._embedded.append(states.float().clone())
@@ -202,4 +204,3 @@ def _materialize(torch, checkpoint: Checkpoint, layer, prefix: str) -> None:
         values = torch.from_numpy(checkpoint.read(prefix + path))
         assert values.shape == parameter.shape, path
         setattr(layer.get_submodule(owner), name, torch.nn.Parameter(values, requires_grad=False))
-

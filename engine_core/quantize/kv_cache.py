@@ -8,7 +8,7 @@ each head. Scales are static: what is larger than anything seen in calibration i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from engine_core.models.spec import ModelSpec
 
-KVScales = np.ndarray  # float32 [layers, 2 (K, V), kv_heads, head_dim]
+KVScales: TypeAlias = np.ndarray  # float32 [layers, 2 (K, V), kv_heads, head_dim]
 
 INT8_MAX = 127  # -128 is not used
 _CHUNK = 128  # tokens per step

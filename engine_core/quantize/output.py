@@ -70,8 +70,9 @@ class CheckpointWriter:
                 if linear is None:
                     tensors[part] = (scheme.stored, shape)
                 else:
-                    scheme.check(part, shape)
-                    tensors |= scheme.tensors(part, shape)
+                    rows, columns = shape
+                    scheme.check(part, (rows, columns))
+                    tensors |= scheme.tensors(part, (rows, columns))
         self._writer = SafetensorsWriter(directory / "model.safetensors", tensors, {"format": "pt"})
 
     def __enter__(self) -> CheckpointWriter:
@@ -120,9 +121,9 @@ class CheckpointWriter:
 
     def write_layer(self, index: int, change: Change) -> None:
         layer = self._spec.layers[index]
-        biases = {}
-        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
-            biases |= self._changed_biases(linear, change)
+        biases: dict[str, np.ndarray] = {}
+        for changed in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            biases |= self._changed_biases(changed, change)
         for name, linear in self._layer_order(layer):
             if linear is not None:
                 self._write_linear(linear, change)

@@ -25,7 +25,7 @@ from engine_core.serving.schema_check import SchemaChecker
 from engine_core.serving.token_table import TokenTable
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
     from engine_core.text.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ class ConstraintFactory:
         self._ll_tokenizer: LLTokenizer | None = None
         self._why_not = ""
         self._checker = SchemaChecker()
-        self._cache: OrderedDict[bytes, object] = OrderedDict()  # digest → LLMatcher or InvalidSchemaError
+        self._cache: OrderedDict[bytes, LLMatcher | InvalidSchemaError] = OrderedDict()  # by digest
         self._running: dict[bytes, threading.Event] = {}  # digest → set when it is no longer being compiled
         self._lock = threading.Lock()
         try:
@@ -100,7 +100,7 @@ class ConstraintFactory:
         with self._lock:
             return _digest(schema) in self._cache
 
-    def _find(self, schema: str, timeout: float | None) -> object:
+    def _find(self, schema: str, timeout: float | None) -> LLMatcher | InvalidSchemaError:
         """Return the LLMatcher or the InvalidSchemaError of ``schema``; who asks meanwhile waits for the first."""
         key = _digest(schema)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -127,7 +127,7 @@ class ConstraintFactory:
                 del self._running[key]
             finished.set()
 
-    def _compile(self, schema: str, deadline: float | None) -> object:
+    def _compile(self, schema: str, deadline: float | None) -> LLMatcher | InvalidSchemaError:
         """Return what is to be kept. Raises DeadlinePassedError or QueueFullError, which say nothing about the schema.
 
         ``deadline``: of the request, s, time.monotonic.

@@ -54,7 +54,7 @@ class PrefixCache:
                 gain = max(common, saved) - (len(ids) - common)
                 if gain > most:
                     slot, length, most = candidate, min(common, limit), gain
-        if saved > length:
+        if best_entry is not None and saved > length:
             self._backend.load_prefix(slot, best_entry, saved)
             length = saved
         self.set_live(slot, prompt[:length])

@@ -13,6 +13,7 @@ longest is given up: its request is told to try again later.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import select
 import subprocess
@@ -189,7 +190,7 @@ class _Worker:
     def read_until(self, end: float) -> str | None:
         """Return its next answer; None if it ended or gave none until ``end`` (time.monotonic)."""
         output = self.process.stdout
-        assert output is not None
+        assert isinstance(output, io.BufferedReader)
         while not self._data.endswith(b"\n"):
             ready, _, _ = select.select([output], [], [], max(0.0, end - time.monotonic()))
             part = output.read1(65536) if ready else b""
@@ -203,6 +204,6 @@ class _Worker:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in filter(None, (self.process.stdin, self.process.stdout)):
             with contextlib.suppress(OSError):  # of what it had not read yet
                 pipe.close()

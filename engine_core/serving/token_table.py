@@ -66,7 +66,7 @@ class TokenTable:
         self._exponent = np.zeros(vocab_size, dtype=bool)  # it goes on with an exponent
         for i, value in enumerate(self._bytes):
             if value[:1] and value[:1] in b"0123456789.eE":
-                self._lead[i] = len(_LEADING_DIGITS.match(value).group().replace(b".", b""))
+                self._lead[i] = len(_LEADING_DIGITS.findall(value)[0].replace(b".", b""))
                 self._exponent[i] = _EXPONENT.match(value) is not None
         self._longer: dict[int, np.ndarray] = {}
         self._sorted, self._sorted_ids = [], []  # by what they write

@@ -129,7 +129,8 @@ def token_sequences(path: Path, tokenizer: Tokenizer, longest: int) -> Iterator[
 
 def _paragraphs(path: Path, lines: Iterator[str]) -> Iterator[Document]:
     """Each with the blank lines behind it, which are tokens too."""
-    paragraph, start, size, has_text = [], 1, 0, False
+    paragraph: list[str] = []
+    start, size, has_text = 1, 0, False
     for number, line in enumerate(lines, start=1):
         ended = size > _MAX_PARAGRAPH or (has_text and not paragraph[-1].strip())
         if ended and line.strip():
@@ -157,8 +158,8 @@ def _chat(place: str, line: str) -> Document:
     if isinstance(found.get("text"), str):
         return Document(place, text=found["text"])
     if isinstance(found.get("prompt"), str) and isinstance(found.get("response"), str):
-        messages = [{"role": "user", "content": found["prompt"]}, {"role": "assistant", "content": found["response"]}]
-        return Document(place, messages=tuple(messages))
+        question = {"role": "user", "content": found["prompt"]}
+        return Document(place, messages=(question, {"role": "assistant", "content": found["response"]}))
     messages = found.get("messages")
     if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
         return Document(place, messages=tuple(dict(m, content=_content(m)) for m in messages))
