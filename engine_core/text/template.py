@@ -96,7 +96,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum", None)
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self.filters["tojson"] = _to_json
-        self.filters = {name: self._bounded(name, function) for name, function in self.filters.items()}
+        self.filters.update({name: self._bounded(name, function) for name, function in self.filters.items()})
 
     def start(self) -> None:
         """Begins a rendering of this thread."""
@@ -127,8 +127,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def parse(self, source, name=None, filename=None):
         return _Counting().visit(super().parse(source, name, filename))
 
-    def _parse(self, source, name, filename):  # what ``compile`` calls
-        return _Counting().visit(super()._parse(source, name, filename))
+    def compile(self, source, name=None, filename=None, *args, **options):
+        tree = self.parse(source, name, filename) if isinstance(source, str) else source
+        return super().compile(tree, name, filename, *args, **options)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return super().is_safe_attribute(obj, attr, value) and not (isinstance(obj, str) and attr in _STRING_ATTRIBUTES)
