@@ -22,12 +22,16 @@ from engine_core.formats.safetensors_file import SafetensorsFile, write_safetens
 
 
 class Runner(Protocol):
+    """An open engine that is timed."""
+
     def generate(self, prompt: np.ndarray, count: int) -> tuple[float, float]:
         """(seconds to the first token, seconds per further token) of ``count`` tokens after ``prompt``."""
 
 
 @dataclass(frozen=True)
 class Engine:
+    """One way to run a model, and what it needs."""
+
     weights: str
     packages: tuple[str, ...]
     prepare: object  # (directory, config, max_context) -> None

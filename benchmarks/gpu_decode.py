@@ -54,6 +54,8 @@ extern "C" __global__ void read(const uint4* data, unsigned long long count, uns
 
 @dataclass(frozen=True)
 class Shape:
+    """The sizes of a published model."""
+
     layers: int
     hidden: int
     intermediate: int

@@ -69,6 +69,8 @@ DISCOVERY = 0.3  # s
 
 
 class Row(NamedTuple):
+    """One request as its client saw it."""
+
     first: float  # s, the first token at the client
     step: float  # s
     cached: int  # tokens of the prompt
@@ -262,6 +264,8 @@ class OverRos:
 
 @dataclass
 class Found:
+    """What was measured, by path."""
+
     rows: dict[str, list[Row]] = field(default_factory=lambda: {path: [] for path in PATHS})
     latencies: list[float] = field(default_factory=list)  # s
     empty: list[float] = field(default_factory=list)  # s

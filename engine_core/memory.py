@@ -47,6 +47,8 @@ def kv_cache_bytes(
 
 @dataclass(frozen=True)
 class MemoryItem:
+    """Bytes that are taken for one purpose."""
+
     name: str  # weights, kv_cache, prefix_cache, scratch, rope, io, runtime
     bytes: int
 

@@ -1,4 +1,4 @@
-"""A planner: turns a command into the steps of a plan. Run it beside a node that is active:
+"""A planner: turns a command into the steps of a plan. Run it beside a node that is active.
 
 python3 examples/planner_node.py bring me the red cup from the kitchen
 """

@@ -34,6 +34,8 @@ _READ_IF_THERE = (
 
 @dataclass(frozen=True)
 class FileRecord:
+    """What one file of an engine directory has to be."""
+
     size: int  # bytes
     sha256: str  # hexadecimal
 

@@ -119,8 +119,7 @@ def from_16_bit(values: np.ndarray) -> np.ndarray:
 
 
 def to_minifloat(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Codes (uint8) of the nearest values of ``table`` (E4M3 or E2M1), ties to even, what is too large to the largest.
-    """
+    """Return codes (uint8) of the nearest values of ``table`` (E4M3 or E2M1), ties to even; saturating."""
     half = len(table) // 2
     positive = table[:half]
     positive = positive[~np.isnan(positive)].astype(np.float64)  # in which the middles are exact

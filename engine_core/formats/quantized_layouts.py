@@ -253,7 +253,7 @@ class _Reader:
         scales = self._grouped(stem + "scales", rows)
 
         def unpack(packed: np.ndarray) -> np.ndarray:
-            """int32 [n, out / 8] → uint8 [n, out]"""
+            """int32 [n, out / 8] → uint8 [n, out]."""
             channels = unpack_int32(packed, 4, packed.shape[1] * 8).reshape(len(packed), -1, 8)
             return channels[:, :, _AWQ_PLACE].reshape(len(packed), -1)
 

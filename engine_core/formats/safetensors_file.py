@@ -81,7 +81,7 @@ class SafetensorsFile:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> str:
-        """The format's name of the type: F32, BF16, …"""
+        """The format's name of the type, as F32 or BF16."""
         return self._entries[name].dtype
 
     def raw(self, name: str) -> np.ndarray:

@@ -31,6 +31,8 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Perplexity:
+    """A perplexity and the tokens it is of."""
+
     perplexity: float  # of the scored tokens; NaN if there are none
     scored_tokens: int
     lost_tokens: int  # outside the reduced vocabulary

@@ -93,7 +93,7 @@ def with_reserve(profile: DeviceProfile, reserve: int) -> DeviceProfile:
 
 
 def this_cpu() -> DeviceProfile:
-    """This machine's main memory: what is free now (within its cgroup), so nothing is held back."""
+    """Return the main memory of this machine: what is free now (within its cgroup), so nothing is held back."""
     from engine_core.host_memory import available_memory
 
     return DeviceProfile("this", "this machine's CPU", available_memory(), 0, "free now")

@@ -34,8 +34,7 @@ class Tokens:
 
 @dataclass
 class Activations:
-    """The inputs of a linear: float32 ``mean`` and ``peak`` magnitude [in], and ``kept`` [tokens, in] for the search.
-    """
+    """Inputs of a linear: float32 ``mean`` and ``peak`` magnitude [in], and ``kept`` [tokens, in] for the search."""
 
     mean: np.ndarray
     peak: np.ndarray

@@ -45,6 +45,8 @@ _ROW_STEP = 16  # rows of a packed tile of the int8 and int4 kernels, which a ro
 
 @dataclass(frozen=True)
 class ReducedVocab:
+    """The token ids that are kept, and the files that say so."""
+
     ids: np.ndarray  # int32 [rows], ascending
     map_path: Path
     report_path: Path

@@ -12,6 +12,8 @@ _MAX_PENDING_TOKENS = 12
 
 
 class Decoder(Protocol):
+    """What makes text of token ids, as ``Tokenizer`` does."""
+
     def decode(self, ids: Sequence[int]) -> str: ...
 
 

@@ -1,4 +1,6 @@
-"""Writes conversations as JSON lines for ``--calibration`` of ``edgellm build`` and ``edgellm quantize``: of the training kind, never a held-out one.
+"""Write conversations for ``--calibration`` of ``edgellm build`` and ``edgellm quantize``, as JSON lines.
+
+They are of the training kind, never a held-out one.
 
     python -m tools.demo_model.calibration models/demo/calibration.jsonl
 """

@@ -226,7 +226,7 @@ class Wording:
         return self._case(self._fill(self.rng.choice(_REQUESTS)))
 
     def question(self) -> tuple[str, str]:
-        """("wants the cup", "do you want the cup")"""
+        """("wants the cup", "do you want the cup")."""
         told, asked = self.rng.choice(_QUESTIONS)
         values = self._values()
         return self._case(told.format(**values)), self._case(asked.format(**values))

@@ -46,8 +46,7 @@ def rounded(
     block_size: int,
     flat: bool = False,
 ) -> PackedWeight:
-    """Rounds float32 rows to the nearest level. ``flat``: values are [rows, groups * bytes], as the lookup wants them.
-    """
+    """Round float32 rows to the nearest level. ``flat``: values are [rows, groups * bytes], as the lookup has them."""
     rows, groups, size = packed_shape(shape, weight_format, block_size)
     scales: list[np.ndarray] = []
 
