@@ -31,6 +31,16 @@ STAMP = ".edgellm-stamp"
 PACKAGE_SOURCES = ("package.xml", "CMakeLists.txt", "msg", "srv", "action", "edgellm_ros", "engine_core", "launch")
 PACKAGE_SOURCES += ("config", "scripts", "models")
 TYPED = ("edgellm_ros", "engine_core")
+# What "make test-fast" runs: a few seconds each, and none needs a ROS.
+FAST = tuple(
+    f"test/{name}.py"
+    for name in (
+        "core/test_capabilities", "core/test_engine", "core/test_host_memory", "core/test_manifest",
+        "core/test_memory", "core/test_request_limits", "core/test_scheduler", "core/test_selection",
+        "core/test_sentences", "core/test_text_stream", "core/test_texts", "core/test_worker",
+        "package/test_private_members", "package/test_walls",
+    )
+)  # fmt: skip
 LINTED = ("benchmarks", "edgellm_ros", "engine_core", "examples", "launch", "setup.py", "test", "tools")
 # Of a ROS that was sourced in this shell or of an outer virtual environment: neither may leak into the wheels.
 FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "_ROS_WHEELS_BOOTSTRAP_COMPLETE", "AMENT_PREFIX_PATH")
@@ -297,12 +307,13 @@ def wait_for(process: subprocess.Popen) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=("setup", "demo", "test", "lint", "run"))
+    parser.add_argument("task", choices=("setup", "demo", "test", "test-fast", "lint", "run"))
     parser.add_argument("--no-reference", action="store_true", help="without torch and the tests that need it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed on to the task")
     options = parser.parse_args()
     workspace = open_workspace(reference=not options.no_reference)
-    testing = options.task in ("test", "lint")
+    testing = options.task in ("test", "test-fast", "lint")
+    builds = options.task != "test-fast"  # what it runs needs no ROS, and colcon takes longer than the tests
     lint = ["-m", "ruff", "check", *(str(ROOT / name) for name in LINTED if (ROOT / name).exists())]
     types = ["-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *(str(ROOT / name) for name in TYPED)]
     commands = {
@@ -310,18 +321,21 @@ def main() -> int:
         "demo": [[str(TOOLS / "demo.py"), *options.arguments]],
         "lint": [lint, types],
         "test": [lint, types, ["-m", "pytest", *pytest_arguments(options.arguments)]],
+        "test-fast": [lint, ["-m", "pytest", "-q", *(str(ROOT / name) for name in FAST), *options.arguments]],
         "run": [options.arguments],
     }[options.task]
-    steps = Steps(total=3 + len(commands))
+    steps = Steps(total=2 + builds + len(commands))
     try:
         with only_one():
             make_environment(workspace, testing, steps)
-            build_package(workspace, steps)
-        env = run_environment(workspace)
+            if builds:
+                build_package(workspace, steps)
+        env = run_environment(workspace) if builds else base_environment(workspace)
     except (SetupError, debian_parts.PartsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    env["EDGELLM_REQUIRE_ROS"] = "1"  # tests that find no ROS fail here instead of being skipped
+    if builds:
+        env["EDGELLM_REQUIRE_ROS"] = "1"  # tests that find no ROS fail here instead of being skipped
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a sourced ROS brings plugins made for its own, older pytest
     status = 0
     for command in commands:  # all of them: a finding of the linter does not hide the tests' results
