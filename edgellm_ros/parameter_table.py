@@ -135,6 +135,11 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
         _engine("kv_cache_type", "Number format of the KV cache; auto: what the engine was built for."),
         _engine("use_cuda_graph", "Replay decode steps and prompt chunks as CUDA graphs where the backend can."),
         _engine(
+            "tune_kernels",
+            "Measure kernel launch configurations for up to 10 s at the first configure on a GPU that the backend has "
+            "no figures for.",
+        ),
+        _engine(
             "prefill_chunk",
             "Tokens per prefill step, 0 = the backend's choice; with max_batch above 1, the next token of the other "
             "requests waits for one such step at most.",
