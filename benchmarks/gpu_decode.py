@@ -174,7 +174,7 @@ def read_bandwidth(device: Device) -> float:
 
 
 def step_bytes(spec: CudaSpec, context: int) -> int:
-    """What one decode step has to read with ``context`` tokens in the KV cache."""
+    """Return the bytes that one decode step has to read with ``context`` tokens in the KV cache."""
     weights = sum(array.nbytes for name, array in weight_arrays(spec).items() if name != "embed" or not spec.has_head)
     attention = spec.attention
     item = attention.head_dim + 2 if attention.kv_int8 else attention.head_dim * 2

@@ -1,4 +1,4 @@
-"""What does each variant cost in quality? Perplexity and exact-match plans of the demo model, on the CPU.
+"""Measure the quality of each variant: perplexity and exact-match plans of the demo model, on the CPU.
 
     python benchmarks/quality.py --work /tmp/quality          # measures, then the table and the plot
     python benchmarks/quality.py --variants ""                # table and plot of what was measured before
@@ -255,7 +255,7 @@ def differences(grid: Grid, names: Many[str]) -> list[dict]:
 
 
 def _quiet(line: str) -> None:
-    """What an engine reports when it is opened is of no interest here."""
+    """Ignore what an engine reports when it is opened."""
 
 
 def latest(path: Path, model: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Whether a real model's answers are what they have to be: schemas kept, streams whole, stops exact, seeds repeated.
+"""Check a real model's answers: schemas kept, streams whole, stops exact, seeds repeated.
 
     python3 benchmarks/real_model_checks.py ENGINE_DIR [--cases schema stream stop seed conversation] [--minutes 30]
 
@@ -337,7 +337,7 @@ def _units(options: argparse.Namespace) -> Iterator[tuple[int, str, float]]:
 
 
 class State:
-    """What has been judged of one engine, kept in a file with a line a unit."""
+    """The units of one engine that have been judged, kept in a file with a line a unit."""
 
     def __init__(self, path: Path, about: dict) -> None:
         self._path, self._about = path, about

@@ -1,4 +1,4 @@
-"""What ``real_model_checks.py`` asks: prompts in many languages, JSON schemas of many kinds, conversations."""
+"""The requests of ``real_model_checks.py``: prompts in many languages, JSON schemas of many kinds, conversations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ROS adds: the same request in process and through service, action and topic, from another process.
+"""Measure what ROS adds: the same request in process and through service, action and topic, from another process.
 
     python3 benchmarks/ros_overhead.py ENGINE_DIR [--tokens 200] [--rounds 15] [--starts 1] [--out FILE]
 
@@ -83,7 +83,7 @@ def make_row(first: float, metrics) -> Row:
 
 @dataclass
 class Times:
-    """Of one request, in seconds since it was sent: when each token came, counting pieces of several once for each."""
+    """The times of one request, in seconds since it was sent: when each token came, a piece of several as often."""
 
     start: float = field(default_factory=time.perf_counter)
     tokens: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What each setting of edgellm_ros/latency.py gives: the node with and without it, in turn, in one process.
+"""Measure each setting of edgellm_ros/latency.py: the node with and without it, in turn, in one process.
 
     python3 benchmarks/ros_tuning.py ENGINE_DIR [--rounds 40] [--tokens 100] [--threads 1] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""What does a smaller vocabulary give in speed? Decode steps at the shape of Qwen3-0.6B, on the CPU, random weights.
+"""Measure the speed of a pruned LM head: decode steps at the shape of Qwen3-0.6B, on the CPU, random weights.
 
     python benchmarks/vocab_speed.py --work /tmp/vocab_speed
 

@@ -150,7 +150,7 @@ def _to_metrics(result: GenerationResult) -> msg.GenerationMetrics:
 
 
 def refused(request_id: str, error: Exception) -> GenerationResult:
-    """What a request that was never accepted is answered with."""
+    """Return the answer to a request that was never accepted."""
     return GenerationResult(request_id, finish_reason=FinishReason.ERROR, error=error)
 
 

@@ -52,7 +52,7 @@ def is_built(directory: Path) -> bool:
 
 
 def build_command(checkpoint: Path, directory: Path, backend: str = "auto", quantization: str = "auto") -> list[str]:
-    """What to run. ``python3`` is the one the node will run on, which the caller's own need not be."""
+    """Return the command to run. ``python3`` is the one the node will run on, which the caller's own need not be."""
     command = ["python3", "-m", "engine_core.cli", "build", str(checkpoint), str(directory)]
     if backend != "auto":
         command += ["--backend", backend]

@@ -16,7 +16,7 @@ PERIOD = 1.0  # s
 
 @dataclass(frozen=True)
 class Health:
-    """What is said about the node."""
+    """The health of the node."""
 
     level: bytes  # a constant of DiagnosticStatus
     message: str

@@ -270,7 +270,7 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     @property
     def worker(self) -> Worker | None:
-        """What serves the requests while the node is active."""
+        """Return the worker that serves the requests while the node is active."""
         return self._state.worker
 
     @property

@@ -1,4 +1,4 @@
-"""What the node says about itself: ~/status, ~/get_info and the health behind /diagnostics."""
+"""Reports about the node: ~/status, ~/get_info and the health behind /diagnostics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes out on topics while a request runs, from the worker's thread: little, and only where someone reads."""
+"""Publish pieces and sentences while a request runs, from the worker's thread and only where someone reads."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def complete(node: Node, future: Future, value: Any = None, error: Exception | N
 class Started:
     """A coroutine whose first part runs at once, up to where it waits; the rest runs where this is awaited.
 
-    To be awaited once. What the coroutine raises, even at once, is raised there.
+    To be awaited once. An exception of the coroutine, even an immediate one, is raised there.
     """
 
     def __init__(self, coroutine: Coroutine) -> None:

@@ -26,7 +26,7 @@ MINIMUMS = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What is fixed while an engine is open. ``auto`` and 0 become values when it is opened."""
+    """The options that are fixed while an engine is open. ``auto`` and 0 become values when it is opened."""
 
     engine_dir: Path
     backend: str = "auto"

@@ -61,7 +61,7 @@ def _own_path(proc: Path, version: int) -> str | None:
 
 
 def _left_in(directory: Path, version: int) -> list[int]:
-    """What each limit of one cgroup leaves; empty where there is none."""
+    """Return the bytes that each limit of one cgroup leaves; empty where there is none."""
     stat = {}
     for line in _lines(directory / "memory.stat"):
         name, _, value = line.partition(" ")

@@ -55,7 +55,7 @@ class MemoryItem:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What ``load`` is going to take and what is free on the device it takes it from."""
+    """The bytes that ``load`` is going to take, and those that are free on the device it takes them from."""
 
     items: tuple[MemoryItem, ...]
     available: int  # bytes free before anything is taken

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: requests, pieces and results.
+"""Requests, pieces and results: the input and output of the engine.
 
 Plain frozen objects; nothing here touches a tensor or a thread.
 """

@@ -94,7 +94,7 @@ class Sampler:
         return row if self._map is None else int(self._map[row])
 
     def log_probability(self, logits: np.ndarray, token_id: int) -> float:
-        """Of a full-vocabulary id under the softmax over all rows; -inf for one that the LM head has lost."""
+        """Return that of a full-vocabulary id under the softmax over all rows; -inf for one that the LM head lacks."""
         row = int(self._rows(np.array([token_id]))[0])
         if row < 0:
             return -np.inf

@@ -177,7 +177,7 @@ def make_node(given: dict[str, str]) -> LifecycleNode:
 
 
 def file_names_engine(params_file: Path) -> bool:
-    """Whether any section of the file sets engine_dir to something. Raises RuntimeError if it cannot be read."""
+    """Return True if any section of the file sets engine_dir to something. Raises RuntimeError if it cannot be read."""
     if params_file == Path():
         return False
     try:

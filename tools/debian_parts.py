@@ -23,7 +23,7 @@ class PartsError(Exception):
 
 
 def has_pip() -> bool:
-    """Whether this Python can put pip into a virtual environment."""
+    """Return True if this Python can put pip into a virtual environment."""
     spec = importlib.util.find_spec("ensurepip")
     return spec is not None and spec.origin is not None
 

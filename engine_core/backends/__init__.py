@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SequenceStep(NamedTuple):
-    """What one step does for the sequence in ``slot``: feed tokens of its prompt, or its last sampled token."""
+    """The work of one step for the sequence in ``slot``: feed tokens of its prompt, or its last sampled token."""
 
     slot: int
     # int32 [n], n >= 1: their KV is written from ``position`` on. None: the last sampled token is fed, which need not
@@ -38,7 +38,7 @@ class SequenceStep(NamedTuple):
 
 
 class PendingToken(Protocol):
-    """What a step gives one sequence: a sampled token that may still be on its way from the device."""
+    """The outcome of a step for one sequence: a sampled token that may still be on its way from the device."""
 
     def result(self) -> int | None:
         """Waits for the full-vocabulary id. None: the sequence had ended before (the step did nothing), or the step

@@ -1,5 +1,7 @@
-"""What each backend builds and runs, and why not: the one source of ``plan``, ``build``, ``inspect``, ``doctor``, the
-choices of parameters and the tables of the documentation.
+"""The models and formats that each backend builds and runs, and why not.
+
+It is the one source of ``plan``, ``build``, ``inspect``, ``doctor``, the choices of parameters and the tables of the
+documentation.
 
 A backend's folder has a module ``capabilities`` with its ``CAPABILITIES``. It needs none of the packages that the
 backend itself needs, so that every machine can say what another one would run.
@@ -36,7 +38,7 @@ class Trait:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What one backend builds and runs.
+    """The models, formats and sizes that one backend builds and runs.
 
     Every method whose name ends in ``refusal`` returns one sentence with its full stop, or None where there is nothing
     against it. ``kv_cache_type`` "" or "auto" is the backend's default, ``max_context`` 0 what ``build`` takes.

@@ -81,7 +81,7 @@ class _NoToken:
 
 @dataclass(frozen=True)
 class SequenceLimits:
-    """What the host's side has to know of a model and its arrays."""
+    """The facts that the host needs of a model and its arrays."""
 
     max_context: int
     vocab_size: int

@@ -122,7 +122,7 @@ class DeviceModel(Generic[Layer]):
         self._device.upload(self._chunk, np.array([start, count], dtype=np.int32))
 
     def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
-        """What a step queues for ``problem``, of a few layers."""
+        """Return the launches that a step queues for ``problem``, of a few layers."""
         if isinstance(problem, PrefillAttentionProblem):
             self._place_chunk(problem.rows)
             return [partial(self._attend(i), rows=problem.rows) for i in self._tuned_layers()]

@@ -1,4 +1,4 @@
-"""What ``edgellm doctor`` knows of a machine, and what a backend misses there."""
+"""The machine as ``edgellm doctor`` knows it, and what a backend lacks there."""
 
 from __future__ import annotations
 

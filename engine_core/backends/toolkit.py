@@ -1,4 +1,4 @@
-"""What ``build``, ``plan`` and ``bench`` ask of a backend without opening an engine.
+"""The functions of a backend that ``build``, ``plan`` and ``bench`` call without opening an engine.
 
 A backend's folder has a module ``toolkit`` with these functions. It may need the packages that building needs.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What ``edgellm build`` was asked for. 0, "" and "auto" leave a choice to the backend."""
+    """The options of ``edgellm build``. 0, "" and "auto" leave a choice to the backend."""
 
     checkpoint: Path
     engine_dir: Path
@@ -38,7 +38,7 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class Size:
-    """What is asked of an engine that is not built yet."""
+    """The size of an engine that is not built yet."""
 
     max_context: int
     max_batch: int = 1

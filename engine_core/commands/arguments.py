@@ -23,7 +23,7 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """What ``add_engine`` and ``add_opening`` were given."""
+    """Return the configuration that the options of ``add_engine`` and ``add_opening`` ask for."""
     return EngineConfig(
         engine_dir=options.engine_dir,
         backend=options.backend,

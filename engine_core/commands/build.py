@@ -47,7 +47,7 @@ def add(commands) -> None:
         "--dialect",
         choices=("auto", "products", "plain", "native"),
         default="auto",
-        help="tensorrt only: products leaves attention, norms and sampling to our own kernels, plain and native put "
+        help="tensorrt only, the exporter: products leaves all but GEMMs to our own kernels, plain and native put "
         "the whole decoder into the plan (auto: products where our kernels take the model in fp16, else plain)",
     )
     parser.add_argument(

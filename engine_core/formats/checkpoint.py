@@ -89,7 +89,7 @@ class Checkpoint:
         return self._stored.get(name)
 
     def quantized(self, name: str, rows: slice | np.ndarray = slice(None)) -> QuantizedTensor | None:
-        """Rows of a weight in integers with its own levels, scales and zeros; None if it is nothing of the kind, or if
+        """Rows of a weight in integers with its own values, scales and zeros; None if it is nothing of the kind, or if
         its groups are not consecutive columns (GPTQ's desc_act), which only ``read`` puts right."""
         stored = self._stored.get(name)
         if stored is None or stored.order is not None or not isinstance(stored.format, IntegerFormat):

@@ -1,4 +1,4 @@
-"""What every engine directory has beside the weights, and what its manifest says of where it came from."""
+"""Copy the files that every engine directory has beside the weights, and record in its manifest where it came from."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def config_ids(checkpoint: Checkpoint, name: str) -> list[int]:
-    """What config.json and generation_config.json have under ``name``: a token id, several, or none.
+    """Return what config.json and generation_config.json have under ``name``: a token id, several, or none.
 
     Negative ids stand for none. Raises CheckpointError for what is no id.
     """
@@ -172,7 +172,7 @@ def model_name(checkpoint: Checkpoint) -> str:
 
 
 def versions(packages: Sequence[str] = ("onnx",)) -> dict[str, str]:
-    """Of this project, of numpy and of ``packages``, as far as they are installed."""
+    """Return the versions of this project, numpy and ``packages``, as far as they are installed."""
     found = {}
     for package in ("edgellm_ros", *packages, "numpy"):
         try:

@@ -33,15 +33,15 @@ def quantization_of(checkpoint: Checkpoint, spec: ModelSpec) -> str:
 def levels_refusal(quantization: str, found: str) -> str | None:
     """Say why a checkpoint that is ``found`` (see ``quantization_of``) cannot become ``quantization``; None: it can.
 
-    A format whose weights are made with sample texts takes a checkpoint's own levels.
+    A format whose weights are made with sample texts takes a checkpoint's own quantized values.
     """
     wanted = weight_format(quantization)
     if not wanted.needs_calibration or (found and weight_format(found).kind == wanted.kind):
         return None
     what = f"is in {found}" if found else "is not, or not in consecutive groups"
     return (
-        f"{quantization} takes the levels of a checkpoint in {wanted.kind}, but this one {what}; make one with "
-        f"'edgellm quantize --method {quantization}', or build {wanted.kind}, which rounds to nearest."
+        f"{quantization} takes the quantized values of a checkpoint in {wanted.kind}, but this one {what}; make one "
+        f"with 'edgellm quantize --method {quantization}', or build {wanted.kind}, which rounds to nearest."
     )
 
 

@@ -42,7 +42,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``engine.json`` says about one variant."""
+    """The content of ``engine.json``, which describes one variant."""
 
     model_name: str
     model: ModelSpec

@@ -54,7 +54,7 @@ class QuantizedTensor:
         return (self.levels.astype(np.float32) - zeros) * expand_groups(self.scales, self.group_size, columns)
 
     def regrouped(self, group_size: int) -> QuantizedTensor:
-        """The same weights with smaller groups, each with its old group's scale and zero."""
+        """Return these weights with smaller groups, each with its old group's scale and zero."""
         if group_size == self.group_size:
             return self
         columns = self.levels.shape[1]

@@ -84,7 +84,7 @@ class GraphWriter:
     # --- tensors ------------------------------------------------------------------------------------
 
     def constant(self, name: str, value: np.ndarray) -> str:
-        """A tensor that is there as a whole. The same name twice is the same tensor."""
+        """Add a tensor that is there as a whole. A name that was added before is the same tensor."""
         if name in self._initializers:
             return name
         value = np.asarray(value, order="C")

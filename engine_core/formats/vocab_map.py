@@ -59,7 +59,7 @@ def write_vocab_map(path: Path, kept: np.ndarray, metadata: dict[str, str]) -> N
 
 
 def vocab_map_metadata(path: Path) -> dict[str, str]:
-    """What the file says of itself, to be written into a copy. Raises CheckpointError."""
+    """Return the metadata of the file, to be written into a copy. Raises CheckpointError."""
     return SafetensorsFile(path).metadata
 
 

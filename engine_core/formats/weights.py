@@ -18,7 +18,7 @@ _BLOCK_BYTES = 16 << 20  # float32 rows read at a time: bounds the memory of a b
 
 @dataclass(frozen=True)
 class IntegerLayout:
-    """What the integers of all parts of a linear have in common."""
+    """The layout that the integers of all parts of a linear have in common."""
 
     format: IntegerFormat  # int4 or int8
     group_size: int  # columns that share a scale; the part with the smallest groups decides
@@ -72,7 +72,7 @@ class Weights:
         return IntegerLayout(stored, group_size, any(part.has_zeros for part in found))
 
     def is_quantized(self, linear: LinearSpec) -> bool:
-        """Whether any part is stored quantized, in whatever format."""
+        """Return True if any part is stored quantized, in whatever format."""
         return any(self._checkpoint.stored(part) is not None for part in linear.parts)
 
     def integers(self, linear: LinearSpec, group_size: int) -> Iterator[QuantizedTensor]:

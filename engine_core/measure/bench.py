@@ -27,7 +27,7 @@ _GREEDY = SamplingParams(seed=0)  # no stop ids: every run has the same length
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one prompt length, over all repeats. Seconds."""
+    """The times of one prompt length, over all repeats. Seconds."""
 
     prompt_tokens: int
     new_tokens: int

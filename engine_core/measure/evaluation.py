@@ -64,8 +64,8 @@ def measure_perplexity(
 
 
 def sequences_of(path: Path, tokenizer: Tokenizer) -> Iterator[Sequence]:
-    """What a text file has to score: of a chat every answer, given the conversation before it; of other text, all but
-    the first token of each piece of 512.
+    """Return the parts of a text file to score: of a chat every answer, given the conversation before it; of other
+    text, all but the first token of each piece of 512.
 
     Raises BuildError if the file cannot be read or a chat does not fit the model's template.
     """

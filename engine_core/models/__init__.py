@@ -1,1 +1,1 @@
-"""What a checkpoint's architecture is: its ``ModelSpec``, families, RoPE tables and sizes."""
+"""A checkpoint's architecture as data: its ``ModelSpec``, families, RoPE tables and sizes."""

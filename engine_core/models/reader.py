@@ -27,7 +27,7 @@ _BLOCK_VALUES = 4 << 20
 
 
 class ConfigSource(Protocol):
-    """What is asked of a checkpoint: ``formats.checkpoint.Checkpoint``, or a stand-in without weights."""
+    """The methods of a checkpoint that the reader calls: of ``formats.checkpoint.Checkpoint``, or a stand-in."""
 
     config: dict[str, Any]
     has_tensors: bool  # False: nobody knows which are stored
@@ -151,7 +151,7 @@ class _Reader:
         return embedding, embedding if self._equal(embedding, head) else head
 
     def _equal(self, one: str, other: str) -> bool:
-        """Whether two stored matrices have the same values; read in blocks, up to the first difference."""
+        """Return True if two stored matrices have the same values; read in blocks, up to the first difference."""
         shape = self.checkpoint.shape(one)
         if self.checkpoint.shape(other) != shape or len(shape) != 2:
             return False

@@ -87,7 +87,7 @@ def read_shapes(directory: Path) -> tuple[ConfigCheckpoint, ModelSpec]:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether ``directory`` is a checkpoint rather than an engine directory."""
+    """Return True if ``directory`` is a checkpoint rather than an engine directory."""
     return (Path(directory) / "config.json").is_file()
 
 

@@ -1,4 +1,4 @@
-"""What a model is, as data: one ``ModelSpec`` for each, read from a checkpoint's config.json (``reader``), stored in
+"""A model as data: one ``ModelSpec`` for each, read from a checkpoint's config.json (``reader``), stored in
 the manifest of an engine directory, and read by every backend.
 
 The families differ in names and traits, not in structure: pre-norm decoder layers of grouped-query attention with RoPE
@@ -29,7 +29,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one decoder layer is made of. Its properties name the checkpoint's tensors; "" = there is no such norm."""
+    """The parts of one decoder layer. Its properties name the checkpoint's tensors; "" = there is no such norm."""
 
     index: int
     window: int = 0  # tokens a query sees, itself included; 0 = all
@@ -187,7 +187,7 @@ class ModelSpec:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What the checkpoint has to hold: tensor name → shape; a stack's parts share their rows as they like."""
+        """Return the tensors of the checkpoint: name → shape; a stack's parts share their rows as they like."""
         hidden, matrices = self.hidden_size, self.layer_matrices
         shapes: dict[str, tuple[int, ...]] = {
             self.embedding: (self.vocab_size, hidden),

@@ -1,1 +1,1 @@
-"""What fits a device and which variant to take: estimates, device profiles, selection and ``edgellm doctor``."""
+"""Find what fits a device and which variant to take: estimates, device profiles, selection and ``edgellm doctor``."""

@@ -1,4 +1,4 @@
-"""What a checkpoint is and which backends can be built from it, for ``edgellm inspect``."""
+"""Describe a checkpoint and the backends that can be built from it, for ``edgellm inspect``."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ RESERVE_NOTE = (
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What a plan has to know of a device. Bytes."""
+    """A device as far as a plan depends on it. Bytes."""
 
     name: str
     title: str
@@ -37,7 +37,7 @@ class DeviceProfile:
 
     @property
     def free(self) -> int:
-        """What the engine may take."""
+        """Bytes that the engine may take."""
         return max(0, self.total - self.reserve)
 
     @property

@@ -1,4 +1,4 @@
-"""What this machine has and what of it a backend lacks, for ``edgellm doctor``. Nothing here changes anything."""
+"""Find out what this machine has and what a backend lacks, for ``edgellm doctor``. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Check:
-    """Whether one variant of one backend can run here, why not, and the command that changes it."""
+    """One variant of one backend: if it can run here, why not, and the command that changes it."""
 
     backend: str
     quantization: str
@@ -83,7 +83,7 @@ def examine() -> dict:
 
 
 def version_of(*distributions: str) -> str:
-    """Of the first that is installed, or empty."""
+    """Return the version of the first that is installed, or an empty string."""
     for name in distributions:
         try:
             return importlib.metadata.version(name)
@@ -146,7 +146,7 @@ def find_cpu(root: Path = _ROOT) -> dict:
 
 
 def hints(jetson: dict, root: Path = _ROOT) -> list[str]:
-    """What costs speed on this machine."""
+    """Return what costs speed on this machine."""
     found = []
     governor = _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip()
     if governor in ("powersave", "schedutil", "ondemand", "conservative"):

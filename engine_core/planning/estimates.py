@@ -1,4 +1,4 @@
-"""What an engine that is built from a checkpoint would take, variant by variant, before it is built.
+"""Estimate the memory of an engine that is built from a checkpoint, variant by variant, before it is built.
 
 Nothing is computed here that a backend computes itself (``plan_for`` of its toolkit). Only what no backend of this
 version runs is estimated from the weight format, the type of the KV cache and the batch.

@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line asks for; 0 and "" leave it open."""
+    """The options of the command line; 0 and "" leave a choice open."""
 
     contexts: tuple[int, ...] = ()
     batches: tuple[int, ...] = (1,)
@@ -190,14 +190,14 @@ def engine_plan(directory: Path, manifest: Manifest, config: EngineConfig, devic
 
 
 def is_possible(rows: list[Row], quantization: str = "") -> bool:
-    """Whether at every size asked for the variant named runs and fits, or any does where none is named."""
+    """Return True if the variant named, or any where none is named, runs and fits at every size asked for."""
     sizes = {(row.max_context, row.max_batch) for row in rows}
     usable = {(row.max_context, row.max_batch) for row in rows if row.usable and quantization in ("", row.quantization)}
     return sizes == usable
 
 
 def advice(rows: list[Row], quantization: str = "", saved_by_vocab: Callable[[str], int] | None = None) -> list[str]:
-    """What would make fit what does not: a sentence for each size of the variant asked for, or of the smallest one.
+    """Return advice for what does not fit: a sentence for each size of the variant asked for, or of the smallest one.
 
     ``saved_by_vocab``: quantization → bytes a vocabulary of a quarter saves.
     """

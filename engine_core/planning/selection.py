@@ -1,7 +1,7 @@
 """Which variant of an engine directory is opened, and why: the fastest of what is there, runs here and fits.
 
 ``auto`` asks the variants' backends in the order of ``backend_names``; within a backend the smallest weights come
-first, as decoding is bound by memory. What is passed over is named with its reason.
+first, as decoding is bound by memory. Every variant that is passed over is named with its reason.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def choose(config: EngineConfig) -> Choice:
 
 
 def advice(config: EngineConfig, plan: MemoryPlan) -> str:
-    """What would make the plan fit, for the refusal. ``config``: resolved."""
+    """Return advice that would make the plan fit, for the refusal. ``config``: resolved."""
     rest = plan.total - plan.item("kv_cache")
     per_token = plan.item("kv_cache") / config.max_context
     fitting = int((plan.available - rest) / per_token) if per_token else 0
@@ -69,7 +69,10 @@ def advice(config: EngineConfig, plan: MemoryPlan) -> str:
 
 
 def _candidates(config: EngineConfig) -> list[tuple[Path, Manifest]]:
-    """What the parameters leave, best first; never empty. Raises EngineDirectoryError or BackendUnavailableError."""
+    """Return the variants that the parameters leave, best first; never empty.
+
+    Raises EngineDirectoryError or BackendUnavailableError.
+    """
     found = find_variants(config.engine_dir)
     kept = [pair for pair in found if config.quantization in ("auto", pair[1].quantization)]
     if not kept:

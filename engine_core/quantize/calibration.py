@@ -1,4 +1,4 @@
-"""What goes into each linear of a model: one layer after the other runs over the calibration texts, in transformers.
+"""Gather the inputs of each linear: one layer after the other runs over the calibration texts, in transformers.
 
 Only the layer that runs is in memory, in float32, beside the hidden states of all texts. The model's own ``forward``
 drives it: its layers are replaced by stand-ins, so that masks and rotary embeddings are whatever the architecture makes
@@ -42,7 +42,7 @@ class Activations:
 
 
 def read_tokens(path: Path, checkpoint: Checkpoint, spec: ModelSpec, num_samples: int, sequence_length: int) -> Tokens:
-    """``num_samples`` pieces of up to ``sequence_length`` tokens, spread over the texts. Raises BuildError."""
+    """``num_samples`` pieces of up to ``sequence_length`` tokens, from all parts of the texts. Raises BuildError."""
     if num_samples < 1 or sequence_length < 1:
         raise BuildError("The number of samples and their length have to be 1 or more.")
     samples = read_sequences(path, checkpoint, min(sequence_length, spec.max_position), spec.vocab_size)

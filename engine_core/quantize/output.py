@@ -28,7 +28,7 @@ _WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", 
 
 @dataclass
 class Change:
-    """What calibration makes of one layer. Keys are names of checkpoint tensors, of linears that of the first part.
+    """The calibration of one layer. Keys are names of checkpoint tensors, of linears that of the first part.
 
     ``norms``: the weights as stored. ``columns``: float32 [in_features], multiplied onto a linear's columns. ``rows``:
     float32 [out_features], multiplied onto its rows and bias. ``ratios``: float32 [rows, groups], see

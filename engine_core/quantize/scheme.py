@@ -92,7 +92,7 @@ class Scheme:
         return self._quantized.store(name, quantized, rounding)
 
     def round(self, weights: np.ndarray, ratios: np.ndarray | np.float32 | None = None) -> QuantizedTensor:
-        """To the nearest integers; scales are rounded to 16 bits first, so that the levels make up for it."""
+        """To the nearest integers; scales are rounded to 16 bits first, so that the quantized values make up for it."""
         assert isinstance(self.format, IntegerFormat)
         return self.format.quantize(weights, self.rounding(ratios))
 

@@ -1,4 +1,4 @@
-"""What calibration changes in a layer before it is rounded, from the inputs of its linears.
+"""Search the changes of a layer before it is rounded, from the inputs of its linears.
 
 int4_awq: AWQ (Lin et al. 2023, arXiv 2306.00978). Columns that meet large inputs are scaled up before rounding, by s =
 mean|x|^a (and, as in the authors' code, over the weights' own mean), a from a grid, whichever gives the least squared
@@ -34,7 +34,7 @@ _BLOCK_ROWS = 2048  # whose errors are computed at once
 def change_of(
     checkpoint: Checkpoint, spec: ModelSpec, index: int, scheme: Scheme, activations: dict[str, Activations]
 ) -> Change:
-    """What to do to layer ``index``; see ``Change``."""
+    """Return the changes of layer ``index``; see ``Change``."""
     layer, change = spec.layers[index], Change()
     if scheme.method == SMOOTHQUANT:
         for norm, linear in ((layer.input_norm, layer.qkv), (layer.mlp_norm, layer.gate_up)):

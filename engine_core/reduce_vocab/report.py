@@ -1,4 +1,4 @@
-"""What a reduced vocabulary costs and gives: coverage of held-out text, bytes of a step, the tokens lost most."""
+"""The costs and gains of a reduced vocabulary: coverage of held-out text, bytes of a step, the tokens lost most."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _BYTE_LEVEL, _BYTE_FALLBACK, _CHARACTERS = "byte level", "byte fallback", "chara
 
 @dataclass(frozen=True)
 class TokenTexts:
-    """What each id writes. ``kind``: what the tokenizer writes an unknown character with."""
+    """Return the text that each id writes. ``kind``: how the tokenizer writes an unknown character."""
 
     texts: dict[int, str]  # U+FFFD where a token is a part of a character
     byte_ids: frozenset[int]  # tokens of one byte
@@ -119,7 +119,7 @@ def required_ids(
 
 
 def _alphabet(tokens: TokenTexts) -> set[int]:
-    """What any character can be written with.
+    """Return the ids with which any character can be written.
 
     All bytes, and with a byte fallback also the printable ASCII characters, which have tokens of their own there.
     Without bytes only a character's own token can write it, so each of those stays.
@@ -140,7 +140,7 @@ def _is_json(text: str) -> bool:
 
 def template_ids(tokenizer: Tokenizer) -> set[int]:
     """Every id the chat template emits around contents: each role, with and without tools, thinking and the prompt for
-    an answer. What a template refuses is passed over."""
+    an answer. Calls that a template refuses are passed over."""
     if not tokenizer.has_chat_template:
         return set()
     ids: set[int] = set()

@@ -1,6 +1,6 @@
 """The user's texts for ``reduce_vocab``: what is written and what is read, counted.
 
-A chat's answers are what the LM head has to write; all else of it is input. Of a plain text every token counts as
+A chat's answers are what the LM head has to write; all else of it is input. In a plain text every token counts as
 written.
 """
 

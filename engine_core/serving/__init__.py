@@ -1,1 +1,1 @@
-"""What answers requests: the engine, the worker with its queue, prefix cache, JSON schemas and cancellation."""
+"""Answer requests: the engine, the worker with its queue, prefix cache, JSON schemas and cancellation."""

@@ -23,7 +23,7 @@ _NOTHING = np.empty(0, dtype=np.int32)
 
 
 class PrefixCache:
-    """What the slots of ``backend`` hold, and ``num_entries`` saved prefixes of up to ``max_tokens`` tokens each."""
+    """Track what the slots of ``backend`` hold, and ``num_entries`` prefixes of up to ``max_tokens`` tokens each."""
 
     def __init__(self, backend: Backend, num_entries: int, max_tokens: int) -> None:
         self._backend = backend

@@ -111,16 +111,16 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether some of its prompt has yet to be queued."""
+        """True while some of its prompt has yet to be queued."""
         return self._num_fed < self._num_prompt
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the next step can be queued now: a JSON schema's mask needs the token before it."""
+        """True if the next step can be queued now: a JSON schema's mask needs the token before it."""
         return self.prepared.constraint is None or self._num_queued == self.num_sampled
 
     def next_step(self, max_tokens: int) -> SequenceStep | None:
-        """What to run next, with at most ``max_tokens`` of its prompt; None while all it may have is on its way.
+        """Return the next step, with at most ``max_tokens`` of its prompt; None while all it may have is on its way.
 
         Raises InvalidSchemaError if its schema leaves no token.
         """

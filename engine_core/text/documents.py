@@ -66,7 +66,7 @@ class Document:
 
 
 def text_start(tokenizer: Tokenizer) -> np.ndarray:
-    """What the tokenizer puts before every text, int32 [n]: BOS, or nothing."""
+    """Return what the tokenizer puts before every text, int32 [n]: BOS, or nothing."""
     whole, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
     places = range(len(whole) - len(bare) + 1)
     return whole[: next(i for i in places if np.array_equal(whole[i : i + len(bare)], bare))]

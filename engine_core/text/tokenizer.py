@@ -84,7 +84,7 @@ class Tokenizer:
         return self.apply_template([{"role": message.role, "content": message.content} for message in messages])
 
     def apply_template(self, conversation: list[dict], *, add_generation_prompt: bool = True, **variables) -> str:
-        """The same of messages as the template knows them, tool calls included; ``variables``: what else it reads."""
+        """Do so with messages as the template knows them, tool calls included; ``variables``: what else it reads."""
         if not self.has_chat_template:
             raise InvalidRequestError("This model has no chat template; send a raw prompt instead of messages.")
         try:

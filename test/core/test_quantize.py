@@ -294,7 +294,7 @@ def test_what_is_quantized_already_is_only_dequantized(original, tmp_path):
     plain = Checkpoint(tmp_path / "out")
     assert not plain.is_quantized and "quantization_config" not in plain.config
     np.testing.assert_allclose(plain.read(name), Checkpoint(tmp_path / "int8").read(name), rtol=2.0**-10)
-    with pytest.raises(BuildError, match="int4_awq takes the levels"):
+    with pytest.raises(BuildError, match="int4_awq takes the quantized values"):
         build_engine(tmp_path / "out", tmp_path / "engine", quantization="int4_awq")
     assert build_engine(tmp_path / "int8", tmp_path / "engine", quantization="int4").quantization == "int4"
 

@@ -72,5 +72,5 @@ def test_other_groups_and_zero_points_are_dequantized_first_and_told(original, t
 
 
 def test_int4_awq_needs_a_checkpoint_in_int4(original, tmp_path):
-    with pytest.raises(BuildError, match="int4_awq takes the levels"):
+    with pytest.raises(BuildError, match="int4_awq takes the quantized values"):
         build_cuda(original, tmp_path / "engine", quantization="int4_awq")

@@ -1,4 +1,4 @@
-"""The products dialect without a GPU: what is bound where, in which order, on kernels that are their slow twins."""
+"""The exporter ``products`` without a GPU: what is bound where, in which order, on the kernels' references in numpy."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_which_dialect_a_model_gets(llama, driver, tmp_path):
     assert read_manifest(llama[0]()).options["dialect"] == "products"
     with pytest.raises(BuildError, match="fp16 weights, not fp32"):
         llama[0](dialect="products", quantization="fp32")
-    with pytest.raises(BuildError, match="no dialect 'latin'"):
+    with pytest.raises(BuildError, match="no exporter 'latin'"):
         llama[0](dialect="latin")
     gemma = checkpoints.write(tmp_path / "gemma2", "gemma2")
     api = TensorRT(fake_tensorrt.make("8.6.0", driver))

@@ -48,7 +48,7 @@ class PlainRunner:
 
 
 class NativeRunner:
-    """The native dialect on the onnx reference evaluator; present caches take the place of the past ones."""
+    """Run the exporter ``native`` on the onnx reference evaluator; present caches take the place of the past ones."""
 
     def __init__(self, model: Path, spec: ModelSpec, max_context: int, dtype=np.float32) -> None:
         from onnx.reference import ReferenceEvaluator

@@ -48,7 +48,7 @@ def build_engine(
     """Writes the variant directory ``out_dir`` and returns its manifest.
 
     ``quantization``: one of CAPABILITIES.weight_formats, or auto: what the checkpoint is quantized as, else fp32. A
-    quantized checkpoint's int4 or int8 weights keep their levels, scales and zeros; built as anything else they are
+    quantized checkpoint's int4 or int8 weights keep their values, scales and zeros; built as anything else they are
     dequantized first, and the manifest's option ``requantized`` counts those that are rounded anew. int4_awq needs a
     checkpoint in int4. ``max_context``: tokens the RoPE table covers, 0 = the model's own, at most 4096.
     ``group_size``: weights per scale, 0 = 32.
@@ -128,7 +128,7 @@ def engine_options(precision: Precision, packing: Packing, *, shares_head: bool)
 
 
 def _check_group_size(wanted: WeightFormat, found: str, group_size: int) -> None:
-    """Raises BuildError for a group size that the format or the checkpoint's own levels do not allow."""
+    """Raises BuildError for a group size that the format or the checkpoint's own groups do not allow."""
     if not group_size:
         return
     if wanted.has_fixed_group:
@@ -139,7 +139,7 @@ def _check_group_size(wanted: WeightFormat, found: str, group_size: int) -> None
 
 
 def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> Precision:
-    """What ``build_engine`` makes of one of CAPABILITIES.weight_formats; raises BuildError."""
+    """Return how ``build_engine`` stores one of CAPABILITIES.weight_formats; raises BuildError."""
     linear = weight_format(quantization)
     if not isinstance(linear, IntegerFormat):
         if group_size or head_bits:

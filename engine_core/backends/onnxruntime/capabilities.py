@@ -1,4 +1,4 @@
-"""What the ONNX Runtime backend builds and runs: on the CPU, in the runtime's fused operators."""
+"""The models and formats of the ONNX Runtime backend, which runs on the CPU in the runtime's fused operators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GROUP_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits and GatherBlockQuantized
 
 
 def _runs_format(kind: WeightFormat) -> bool:
-    """Whether the runtime's operators multiply by the format: MatMul by fp32, MatMulNBits by integers."""
+    """Return True if the runtime's operators multiply by the format: MatMul by fp32, MatMulNBits by integers."""
     from engine_core.formats.weight_formats.integers import IntegerFormat
 
     if not isinstance(kind, IntegerFormat):

@@ -25,7 +25,7 @@ from engine_core.models.spec import LayerSpec, LinearSpec
 _MS = "com.microsoft"
 _OPSETS = {"": 17, _MS: 1}
 _PACKED_GROUP_BYTES = 8  # MatMulNBits keeps the scale and the sum of each group beside its packed values, float32 both
-_ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, products are integers
+_ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, the GEMM is in integers
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _values(tensor, directory: Path) -> np.ndarray:
 
 
 def _rows(values: np.ndarray, num_rows: int, kept: np.ndarray) -> np.ndarray:
-    """Of [num_rows, …], or of a flat tensor of so many rows (zero points), those of ``kept``."""
+    """Return the rows ``kept`` of a tensor [num_rows, …], or of a flat one of so many rows (zero points)."""
     if values.size % num_rows or not values.ndim:
         raise ConfigurationError("The LM head of this engine cannot be cut at load; build it with --vocab-map.")
     cut = np.ascontiguousarray(values.reshape(num_rows, -1)[kept])

@@ -1,4 +1,4 @@
-"""What the ONNX Runtime backend decides before it loads: sizes, threads, chunk, and the memory plan that follows."""
+"""Decide for the ONNX Runtime backend before it loads: sizes, threads, chunk, and the memory plan that follows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CHUNK_BETWEEN = 32  # the same where other answers wait for it
 # What loading adds to a process that has imported the library: code it had not touched yet, and the graph's objects.
 _RUNTIME_BYTES = 23 << 19
 _RUNTIME_LAYER_BYTES = 128 << 10
-_CUTTING_BYTES = 11 << 20  # the onnx package, with which a head is cut at load
+_CUTTING_BYTES = 11 << 20  # the onnx package, with which a head is pruned at load
 _ARENA_BYTES = 512 << 10  # small tensors of a step
 
 
@@ -58,7 +58,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class OrtOptions:
-    """What the builder writes into the manifest's ``options``. Bytes are those of the data file and of its packing."""
+    """The builder's entries in the manifest's ``options``. Bytes are those of the data file and of its packing."""
 
     head_bits: int = 32  # of the LM head's values
     shares_head: bool = False  # the token lookup and the whole LM head use the same bytes
@@ -157,12 +157,12 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
 
 
 def _rope_values(manifest: Manifest) -> int:
-    """Of cos and sin together."""
+    """Return the bytes of cos and sin together."""
     return sum(turned_size(rope.dim) for rope in manifest.model.ropes) * manifest.max_context
 
 
 def stored_rope_bytes(manifest: Manifest) -> int:
-    """Of the tables in the data file: in float32, and in fp16 for the cache of that type."""
+    """Return the bytes of the tables in the data file: in float32, and in fp16 for the cache of that type."""
     return _rope_values(manifest) * (6 if "fp16" in held_types(manifest.files) else 4)
 
 
@@ -174,7 +174,7 @@ def head_row_bytes(manifest: Manifest) -> tuple[int, int]:
 
 
 def _packed_bytes(layout: Layout, manifest: Manifest) -> int:
-    """What the weights take beside the data file; negative where more of the file is not loaded than is packed.
+    """Return the bytes of weights beside the data file; negative where more of the file is not loaded than is packed.
 
     Values that the runtime packs leave the mapped file for its own memory; what is shared with the lookup stays too.
     """
@@ -184,7 +184,7 @@ def _packed_bytes(layout: Layout, manifest: Manifest) -> int:
 
 
 def _cut_head_bytes(layout: Layout, manifest: Manifest) -> int:
-    """What a head that is cut at load takes more than the whole one: the kept rows twice, as they are and packed."""
+    """Return the bytes that pruning a head at load adds: the kept rows twice, as they are and packed."""
     model, options = manifest.model, read_options(manifest, OrtOptions)
     row, scales = head_row_bytes(manifest)
     whole = options.packed_head_bytes

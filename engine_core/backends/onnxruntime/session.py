@@ -29,7 +29,7 @@ class OrtSession:
     ``kv_cache``: DTYPES[kv_cache_type] [layers, 2 (K, V), slots, kv_heads, max_context, head_dim]. Past and present of
     a layer are bound to the same memory, so a step writes its own positions and copies nothing.
     ``packed``: the runtime makes copies of the weights in its kernels' own layout, which only quantized ones need.
-    ``kept``: int32 [rows], what the model's whole LM head is cut to; None: it stays as it is.
+    ``kept``: int32 [rows], rows of the full LM head that are kept; None: all of them.
     ``logits``: float32 [slots, rows], of each slot after its last step. Not thread-safe, but for ``terminate``.
     """
 

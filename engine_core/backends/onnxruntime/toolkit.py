@@ -1,4 +1,4 @@
-"""What ``build``, ``plan`` and ``bench`` ask of the ONNX Runtime backend: see ``engine_core.backends.toolkit``."""
+"""The ONNX Runtime backend's part of ``build``, ``plan`` and ``bench``: see ``engine_core.backends.toolkit``."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def rounded(
 
 
 def own_block_size(weights: Weights, linear: LinearSpec, fallback: int) -> int:
-    """Of ``own_levels``. Raises BuildError."""
+    """Return the size of blocks for ``own_levels``. Raises BuildError."""
     layout = weights.integer_layout(linear)
     if layout.group_size >= weights.linear_shape(linear)[1]:
         return fallback
@@ -76,7 +76,7 @@ def own_block_size(weights: Weights, linear: LinearSpec, fallback: int) -> int:
 
 
 def own_levels(writer: GraphWriter, name: str, weights: Weights, linear: LinearSpec, fallback: int) -> PackedWeight:
-    """The checkpoint's own levels, scales and zeros. ``fallback``: block size where a scale covers a whole row.
+    """Write the checkpoint's own values, scales and zeros. ``fallback``: block size where a scale covers a whole row.
 
     Raises BuildError for groups the operators do not take.
     """

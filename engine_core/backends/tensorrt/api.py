@@ -50,12 +50,12 @@ class TensorRT:
 
     @property
     def chooses_types(self) -> bool:
-        """Whether networks are weakly typed: TensorRT picks each layer's type unless it is pinned (8.6)."""
+        """True if networks are weakly typed: TensorRT picks each layer's type unless it is pinned (8.6)."""
         return not self._has_strong_flag and hasattr(self.trt.BuilderFlag, "FP16")
 
     @property
     def has_kv_cache_update(self) -> bool:
-        """Whether the native dialect's operators exist (10.15 and later)."""
+        """True if the operators of the exporter ``native`` exist (10.15 and later)."""
         network = self.trt.INetworkDefinition
         return hasattr(network, "add_attention") and hasattr(network, "add_kv_cache_update")
 
@@ -131,7 +131,7 @@ class TensorRT:
         return count
 
     def fold_transposes(self, network: Any, suffix: str) -> int:
-        """Turns products with a transposed second operand into products that read it as it lies; how many.
+        """Turn GEMMs with a transposed second operand into GEMMs that read it as it lies; return how many.
 
         A shuffle whose name ends in ``suffix`` feeds each: it is left without a reader, and the builder drops it.
         """

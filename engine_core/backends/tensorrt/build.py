@@ -47,7 +47,7 @@ from engine_core.models.spec import ModelSpec
 
 _log = logging.getLogger(__name__)
 
-# Bytes a layer may take while it runs. More than this buys no faster tactic for products of these sizes, and every
+# Bytes a layer may take while it runs. More than this buys no faster tactic for GEMMs of these sizes, and every
 # byte of it is one less for the KV cache.
 _WORKSPACE = 1 << 30
 _MIN_WORKSPACE = 64 << 20
@@ -89,10 +89,14 @@ def build_tensorrt(
     max_prefill = min(max_prefill or DEFAULT_MAX_PREFILL, max_context)
     dialect = choose_dialect(spec, max_context, quantization, dialect)
     if dialect != "products" and kv_cache_type not in ("auto", quantization):
-        raise BuildError(f"The {dialect} dialect has a KV cache of the weights' type, {quantization}; choose products.")
+        raise BuildError(
+            f"The exporter {dialect} has a KV cache of the weights' type, {quantization}; choose products."
+        )
     api = api or TensorRT()
     if dialect == "native" and not api.has_kv_cache_update:
-        raise BuildError(f"TensorRT {api.version} lacks the native dialect's operators (10.15 has them); use plain.")
+        raise BuildError(
+            f"TensorRT {api.version} lacks the operators of the exporter native (10.15 has them); choose plain."
+        )
     companions.check_tokenizer(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
@@ -131,9 +135,12 @@ def build_tensorrt(
 
 
 def choose_dialect(spec: ModelSpec, max_context: int, quantization: str, dialect: str) -> str:
-    """auto resolved. Raises BuildError or UnsupportedModelError where products cannot be what was asked for."""
+    """Return the exporter, with auto resolved.
+
+    Raises BuildError or UnsupportedModelError where ``products`` is asked for and does not take the model.
+    """
     if dialect not in ("auto", *DIALECTS):
-        raise BuildError(f"There is no dialect {dialect!r}; it is one of auto, {', '.join(DIALECTS)}.")
+        raise BuildError(f"There is no exporter {dialect!r}; it is one of auto, {', '.join(DIALECTS)}.")
     if dialect in ("plain", "native"):
         return dialect
     reason = products_refusal(spec, quantization, max_context)
@@ -166,7 +173,7 @@ def workspace_limit(free: int, weight_bytes: int, kv_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class _Tools:
-    """What every plan of a variant is built with."""
+    """The tools with which every plan of a variant is built."""
 
     api: TensorRT
     device: Device
@@ -194,7 +201,7 @@ def _write_plan(tools: _Tools, manifest: Manifest, weights: Weights, directory: 
 
 
 def _write_products(tools: _Tools, manifest: Manifest, directory: Path) -> int:
-    """Writes the plans of a layer's products; the bytes of scratch the hungriest of their contexts needs."""
+    """Write the plans of a layer's GEMMs; return the largest scratch size, in bytes, that a context needs."""
     config = EngineConfig(directory)
     spec = with_chunk(CudaSpec.create(manifest, config), manifest, config)
     # The builder makes weights of its own to time a product, and what runs is not there yet.
@@ -235,7 +242,7 @@ def build_plan(
     """The plan of an exported model. Raises TensorRTError or InsufficientMemoryError.
 
     ``profiles``: input → (least, typical, largest shape). ``workspace``: bytes a layer may take. ``half``: layers
-    may be 16-bit where TensorRT chooses types. ``fold``: products read operands as they lie that the model transposes.
+    may be 16-bit where TensorRT chooses types. ``fold``: GEMMs read operands as they lie that the model transposes.
     """
     api = tools.api
     tools.report(

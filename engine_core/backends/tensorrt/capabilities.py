@@ -1,7 +1,7 @@
-"""What the TensorRT backend builds and runs.
+"""The models and formats that the TensorRT backend builds and runs.
 
-fp16 models that the CUDA backend's kernels run get the products dialect, which has their KV caches; every other model,
-and fp32, gets one plan for the whole decoder, whose cache has the type of the weights.
+fp16 models that the CUDA backend's kernels run are written by the exporter ``products``, which has their KV caches;
+every other model, and fp32, gets one plan for the whole decoder, whose cache has the type of the weights.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def products_refusal(spec: ModelSpec, weight_format: str, max_context: int) -> str | None:
-    """Say why the CUDA backend's kernels cannot do all but the products of the layers."""
+    """Say why the CUDA backend's kernels cannot do all but the GEMMs of the layers."""
     if weight_format != "fp16":
-        return f"The products dialect has fp16 weights, not {weight_format}; choose plain."
+        return f"The exporter products has fp16 weights, not {weight_format}; choose plain."
     return CUDA.model_refusal(spec, max_context)
 
 

@@ -1,4 +1,4 @@
-"""What the two TensorRT dialects share: everything of a decoder except its attention, in plain ONNX operators.
+"""The common part of the exporters of whole decoders: all but the attention, in plain ONNX operators.
 
 Activations are [tokens, features]. Products are 16-bit; the residual stream, norms, RoPE, softmax and logits are
 float32, because their sums overflow or lose too much in 16 bits (Gemma's residual exceeds 65504). Casts stand next to
@@ -27,7 +27,7 @@ _REDUCE_AXES_ARE_INPUTS = 18  # the opset since which they are no attribute
 
 
 class TrtDialect:
-    """Implements ``onnx_graph.Dialect`` but for ``attention``. ``dtype``: of weights, KV cache and products.
+    """Implements ``onnx_graph.Dialect`` but for ``attention``. ``dtype``: of weights, KV cache and GEMMs.
 
     The inputs: ``token_ids`` and ``positions``, int32 [tokens]; ``last_token``, int32 [1], the index of the token whose
     logits are wanted, so that a call may be padded. int32, as TensorRT 8.6 has no int64 inputs. ``positions`` ascend by
@@ -109,7 +109,7 @@ class TrtDialect:
     def finish(self) -> None:
         self._writer.save({"": self.opset}, ir_version=self.ir_version)
 
-    # --- for the attention of a dialect ---------------------------------------------------------------
+    # --- for the attention of an exporter ---------------------------------------------------------------
 
     def _begin_cache(self) -> None:
         """Declares the inputs and outputs the KV cache needs."""

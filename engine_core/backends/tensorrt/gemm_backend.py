@@ -1,4 +1,4 @@
-"""TensorRT engines of the products dialect: TensorRT's matrix products between the CUDA backend's kernels.
+"""TensorRT engines of the exporter ``products``: TensorRT's GEMMs between the CUDA backend's kernels.
 
 A step is one CUDA graph, as on the cuda backend: for every layer norm, QKV product, attention (with RoPE and the
 append to the KV cache), output product, norm, MLP; then head and sampling. The weights lie in our own memory and are

@@ -1,4 +1,4 @@
-"""The products of a decoder layer as ONNX models whose weights are inputs: three plans serve every layer of a model."""
+"""The GEMMs of a decoder layer as ONNX models whose weights are inputs: three plans serve every layer of a model."""
 
 from __future__ import annotations
 

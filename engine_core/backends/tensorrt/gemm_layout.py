@@ -1,4 +1,4 @@
-"""What an engine of the products dialect holds and needs: three plans, the CUDA backend's arrays, one scratch.
+"""The arrays of an engine of the exporter ``products``: three plans, the CUDA backend's arrays, one scratch.
 
 TensorRT multiplies; norms, RoPE, attention, the LM head and sampling are the CUDA backend's kernels on its KV cache.
 """

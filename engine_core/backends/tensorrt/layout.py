@@ -1,4 +1,4 @@
-"""What a TensorRT engine of ours reads and writes: names, shapes, and every array that is bound to them.
+"""The inputs and outputs of our TensorRT engines: names, shapes, and every array that is bound to them.
 
 The builder makes its optimization profiles from here, the memory plan adds the arrays up, ``load`` takes exactly them.
 """
@@ -27,7 +27,7 @@ ADDRESS_STEP = 256
 
 @dataclass(frozen=True)
 class TrtOptions:
-    """What the builder writes into the manifest's ``options``."""
+    """The options that the builder writes into the manifest's ``options``."""
 
     dtype: str  # fp16 or fp32: of the weights
     dialect: str  # one of DIALECTS
@@ -141,7 +141,7 @@ def cache_names(index: int) -> tuple[str, str]:
 
 
 def cache_output_names(spec: TrtSpec, index: int) -> tuple[str, str]:
-    """What comes out for them: the new rows, or (native) the cache itself at the same address."""
+    """Return the outputs for them: the new rows, or (native) the cache itself at the same address."""
     stem = "present" if spec.native else "new"
     return f"{stem}_key.{index}", f"{stem}_value.{index}"
 

@@ -1,4 +1,4 @@
-"""What every TensorRT engine's manifest is checked for before a plan is loaded."""
+"""Check the manifest of a TensorRT engine before a plan is loaded."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from engine_core.formats.manifest import Manifest, read_options
 from engine_core.models.spec import ModelSpec
 
 # Allowances for TensorRT's and CUDA's own modules and graphs; the context itself is taken before the plan is made. That
-# of the products dialect was measured (test/gpu/test_memory_plan.py).
+# of the exporter ``products`` was measured (test/gpu/test_memory_plan.py).
 _RUNTIME_BYTES = 512 << 20
 _PRODUCTS_RUNTIME_BYTES = 12 << 20
 
@@ -27,7 +27,7 @@ def has_products(manifest: Manifest) -> bool:
 
 
 def resolve_products(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Resolved:
-    """Return an engine of the products dialect as ``config`` asks for it.
+    """Return an engine of the exporter ``products`` as ``config`` asks for it.
 
     Raises ConfigurationError or EngineDirectoryError.
     """
@@ -54,9 +54,9 @@ def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, nu
 
 
 def estimated_products_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:
-    """Return about what an engine of the products dialect would take.
+    """Return about what an engine of the exporter ``products`` would take.
 
-    Only the builder knows the scratch of its plans; taken is what the MLP's tensors between its products need.
+    Only the builder knows the scratch of its plans; taken is what the MLP's tensors between its GEMMs need.
     """
     return _products_bytes(spec, num_sms, spec.chunk * 3 * spec.intermediate * ITEM_BYTES[spec.dtype])
 

@@ -1,4 +1,4 @@
-"""What every weight format says of itself, and the formats whose weights are plain floats."""
+"""The description that every weight format gives of itself, and the formats whose weights are plain floats."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def pack(self, values: np.ndarray) -> np.ndarray:
-        """Return the stored form of the levels, codes or floats [..., n], of which a row is a whole number of bytes."""
+        """Return the stored form of quantized values or floats [..., n]; a row is a whole number of bytes."""
 
     @abstractmethod
     def unpack(self, stored: np.ndarray, count: int) -> np.ndarray:
@@ -79,7 +79,7 @@ class FloatFormat(WeightFormat):
         return np.dtype(f"float{self.bits}")
 
     def pack(self, values: np.ndarray) -> np.ndarray:
-        """Return ``values`` as this type. What is too large becomes infinite."""
+        """Return ``values`` as this type. A value that is too large becomes infinite."""
         with np.errstate(over="ignore"):
             return values.astype(self.dtype)
 

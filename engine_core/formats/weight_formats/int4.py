@@ -1,4 +1,4 @@
-"""4-bit integers, rounded to nearest: the value of largest magnitude becomes -8, so that all 16 levels are used."""
+"""4-bit integers, rounded to nearest: the value of largest magnitude becomes -8, so that all 16 values are used."""
 
 from __future__ import annotations
 

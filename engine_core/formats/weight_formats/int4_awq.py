@@ -1,5 +1,5 @@
-"""int4 from a checkpoint whose levels were made with sample texts: by AWQ (Lin et al. 2023, arXiv 2306.00978), GPTQ or
-the like. A build takes the checkpoint's own levels."""
+"""int4 from a checkpoint whose values were chosen with sample texts: by AWQ (Lin et al. 2023, arXiv 2306.00978), GPTQ
+or the like. A build takes the checkpoint's own quantized values."""
 
 import dataclasses
 

@@ -22,21 +22,21 @@ from engine_core.formats.weight_formats.base import SCALE_TYPES, QuantizedFormat
 
 @dataclass(frozen=True)
 class IntegerFormat(QuantizedFormat):
-    """w = (level - zero) * scale, with levels from 0 to 2^bits - 1 and the zero 2^(bits - 1) where it is symmetric."""
+    """w = (value - zero) * scale; quantized values are 0 to 2^bits - 1, the zero 2^(bits - 1) where it is symmetric."""
 
     scale_bytes: int = 2
     layout: str = "pack-quantized"
     has_zero_points: bool = False  # whether 'edgellm quantize' writes it asymmetric, too
-    lowest: int = 0  # the least level that rounding gives where it is symmetric
+    lowest: int = 0  # the least value that rounding gives where it is symmetric
 
     @property
     def zero(self) -> int:
-        """The level that stands for 0 where it is symmetric."""
+        """The quantized value that stands for 0 where it is symmetric."""
         return 1 << (self.bits - 1)
 
     @property
     def top(self) -> int:
-        """The highest level."""
+        """The highest quantized value."""
         return (1 << self.bits) - 1
 
     @property
@@ -45,7 +45,7 @@ class IntegerFormat(QuantizedFormat):
         return {"BITS": self.bits}
 
     def keeps(self, stored: WeightFormat, group_size: int) -> bool:
-        """Whether levels ``stored`` in groups of ``group_size`` columns are weights of this format as they are."""
+        """Return True if values ``stored`` in groups of ``group_size`` columns are this format's as they are."""
         return stored.kind == self.kind and not (self.has_fixed_group and group_size % (self.group_size or group_size))
 
     # --- rounding -------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class IntegerFormat(QuantizedFormat):
         """Return float32 [rows, groups] for weights [rows, groups, group_size] that nothing is to be clipped of."""
 
     def quantize(self, weights: np.ndarray, rounding: Rounding) -> QuantizedTensor:
-        """Return the nearest levels. The last group of a row may have fewer columns. Raises BuildError on overflow."""
+        """Return the nearest values. The last group of a row may have fewer columns. Raises BuildError on overflow."""
         group_size = rounding.group_size or weights.shape[1]
         grouped = _grouped(weights, group_size)
         zeros = None
@@ -72,7 +72,7 @@ class IntegerFormat(QuantizedFormat):
     def round(
         self, weights: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, group_size: int
     ) -> QuantizedTensor:
-        """Return the nearest levels for given scales, float32, and zero points, uint8, both [rows, groups]."""
+        """Return the nearest values for given scales, float32, and zero points, uint8, both [rows, groups]."""
         columns = weights.shape[1]
         middle = np.float32(self.zero) if zeros is None else expand_groups(zeros, group_size, columns)
         levels = np.rint(weights * expand_groups(inverse_of(scales), group_size, columns)) + middle
@@ -88,7 +88,7 @@ class IntegerFormat(QuantizedFormat):
     # --- storage --------------------------------------------------------------------------------------
 
     def pack(self, values: np.ndarray) -> np.ndarray:
-        """Return uint8 [..., n * bits / 8] of levels [..., n]; the first of two in a byte is in its low half."""
+        """Return uint8 [..., n * bits / 8] of values [..., n]; the first of two in a byte is in its low half."""
         return pack_nibbles(values) if self.bits == 4 else values
 
     def unpack(self, stored: np.ndarray, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a model family is, as data: the defaults of its configuration class and the traits of its layers."""
+"""A model family as data: the defaults of its configuration class and the traits of its layers."""
 
 from __future__ import annotations
 
