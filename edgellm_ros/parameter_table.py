@@ -117,7 +117,7 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
             launch_default="",
         ),
         _engine(
-            "backend", "What runs the model; auto takes the fastest that is built, runs here and fits.",
+            "backend", "Backend that runs the model; auto takes the fastest that is built, runs here and fits.",
             launch_default="",
         ),
         _engine("quantization", "Variant of the engine directory; auto takes the smallest.", launch_default=""),
@@ -153,7 +153,7 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
         ),
         _engine("verify_files", "Check the SHA-256 of every file of the engine, not only its size."),
     ),
-    "What a request gets that does not say otherwise": (
+    "Defaults of requests": (
         *map(_sampling, SAMPLING_OPTIONS.values()),
         # An empty list has no type in a parameter file, so "no stop strings" is a list of one empty string.
         _dynamic("stop", [""], "Strings before which an answer ends; empty ones are ignored."),
@@ -171,7 +171,7 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
         _dynamic("request_timeout", 0.0, "Seconds until a request without a deadline ends; 0 = never.", 0.0, 86400.0),
         _dynamic("warn_wait", 5.0, "Seconds a request may wait before /diagnostics warns; 0 = never.", 0.0, 86400.0),
         _dynamic(
-            "deactivate_policy", "finish", "What deactivate does to the running request.", choices=DEACTIVATE_POLICIES
+            "deactivate_policy", "finish", "How deactivate ends the running request.", choices=DEACTIVATE_POLICIES
         ),
         _dynamic("deactivate_timeout", 5.0, "Seconds the running request may go on in deactivate.", 0.0, 300.0),
     ),

@@ -14,7 +14,7 @@ from engine_core.formats import weight_formats
 BACKENDS = ("auto", *backend_names())
 QUANTIZATIONS = ("auto", *weight_formats.NAMES)
 KV_CACHE_TYPES = ("auto", *all_kv_cache_types())
-# What becomes of a request while another one runs, see the node's parameter busy_policy.
+# How a request is treated while another one runs: see the node's parameter busy_policy.
 BUSY_POLICIES = ("queue", "reject", "preempt", "preempt_lower")
 # Option of EngineConfig → the values it can have, or the least it can be.
 CHOICES = {"backend": BACKENDS, "quantization": QUANTIZATIONS, "kv_cache_type": KV_CACHE_TYPES}

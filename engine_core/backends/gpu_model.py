@@ -27,7 +27,7 @@ from engine_core.cuda.kernels.tuning import ConfigFile, EventTimer, Tuner
 
 # name, array → fills the array. From a file, or random for a benchmark.
 WeightSource = Callable[[str, DeviceArray], None]
-# What is queued on a stream: a kernel's launch, or a run of a TensorRT context.
+# The work queued on a stream: a kernel's launch, or a run of a TensorRT context.
 Work = Callable[[Stream], None]
 _TUNED_LAYERS = 8  # layers whose kernels tuning times
 _TUNED_CONTEXT = 1024  # tokens in the KV cache when it does

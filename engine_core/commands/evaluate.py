@@ -19,7 +19,7 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="measure the perplexity of an engine's variants on your texts",
-        description="Of a chat the answers are scored, of a plain text all of it. Lower is better.",
+        description="Scores the answers of chats, and all of a plain text. Lower is better.",
     )
     add_engine(parser)
     add_opening(parser)

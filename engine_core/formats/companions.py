@@ -24,7 +24,7 @@ from engine_core.models.spec import ModelSpec
 
 _log = logging.getLogger(__name__)
 
-# What the tokenizer and the chat template may need; copied where the checkpoint has it.
+# Files that the tokenizer and the chat template may need; copied where the checkpoint has them.
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

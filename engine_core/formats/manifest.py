@@ -25,7 +25,7 @@ from engine_core.models.spec import ModelSpec
 
 SCHEMA_VERSION = 2  # 1 had the model's sizes alone and left its traits to each backend
 MANIFEST_NAME = "engine.json"
-# What the tokenizer library reads from a directory by itself where it finds it.
+# Files that the tokenizer library reads from a directory by itself where it finds them.
 _READ_IF_THERE = (
     "tokenizer*", "chat_template*", "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "config.json",

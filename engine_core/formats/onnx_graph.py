@@ -1,6 +1,6 @@
 """The decoder as a graph: walks a ModelSpec and asks an exporter for each operation.
 
-What a layer does stands here once; which operators do it is the exporter's matter (ONNX Runtime's fused ones in
+The operations of a layer stand here once; an exporter chooses the operators (ONNX Runtime's fused ones in
 ``backends/onnxruntime/exporter.py``). Values are names of graph tensors; activations are float [1, tokens, features].
 """
 

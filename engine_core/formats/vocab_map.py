@@ -102,7 +102,7 @@ def configured_vocab_map(variant_dir: Path, manifest: Manifest, config: EngineCo
 def tokenizer_fingerprint(tokenizer_json: Path) -> str:
     """SHA-256, hexadecimal, of the vocabulary in a tokenizer.json: every id with its token, added tokens included.
 
-    What turns text into tokens (merges, normalization) is not part of it: a map holds for every tokenizer whose ids
+    Rules of tokenizing (merges, normalization) are not part of it: a map holds for every tokenizer whose ids
     mean the same. Raises CheckpointError.
     """
     try:

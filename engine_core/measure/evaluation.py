@@ -44,7 +44,7 @@ def measure_perplexity(
 ) -> Perplexity:
     """``report`` is told the number of tokens fed so far, after each sequence.
 
-    What is longer than the engine's max_context is cut there. Raises BackendUnavailableError if the engine's backend
+    A text longer than the engine's max_context is cut there. Raises BackendUnavailableError if the engine's backend
     does not give out its probabilities, EngineFaultError.
     """
     total, scored, lost, cut, fed = 0.0, 0, 0, 0, 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from engine_core.errors import BackendUnavailableError, ConfigurationError
 
 _MIB = 1 << 20
-# Of a Jetson without a desktop (0.6 to 1.2 GiB used when idle) and a ROS 2 stack beside the model (about 1 GiB: it
+# Held back: a Jetson without desktop (0.6 to 1.2 GiB when idle) and a ROS 2 stack beside the model (about 1 GiB: it
 # differs with the robot). NVIDIA's Jetson AI Lab (RAM Optimization) counts 0.8 GiB more for the desktop.
 RESERVE = 2 << 30
 RESERVE_NOTE = (

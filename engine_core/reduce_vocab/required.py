@@ -58,7 +58,7 @@ class TokenTexts:
 
 
 def _unknown_id(model: dict) -> int:
-    """Of a tokenizer.json's model; Unigram names the id, the others the token."""
+    """Return the unknown token of a tokenizer.json's model; Unigram names the id, the others the token."""
     if model.get("unk_id") is not None:
         return int(model["unk_id"])
     vocabulary = model.get("vocab")
@@ -66,7 +66,7 @@ def _unknown_id(model: dict) -> int:
 
 
 def _has_byte_level(values: dict) -> bool:
-    """Of a tokenizer.json, whose pre-tokenizers and decoders may be nested sequences."""
+    """Return True for a byte-level tokenizer.json, whose pre-tokenizers and decoders may be nested sequences."""
 
     def types(part: object) -> Iterator[str]:
         if isinstance(part, dict):

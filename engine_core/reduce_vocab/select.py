@@ -57,7 +57,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Chooser:
-    """What a choice is made from. ``allowed``: bool [vocab_size], ids the tokenizer has; ``outputs`` and ``inputs``:
+    """Chooses tokens. ``allowed``: bool [vocab_size], ids the tokenizer has; ``outputs`` and ``inputs``:
     int64 [vocab_size], how often each id is written and read."""
 
     method: str

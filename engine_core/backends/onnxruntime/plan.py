@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _SINGLE_THREAD_PARAMETERS = 20_000_000
 _CHUNK = 128  # tokens per prefill step: see docs/cpu_backend.md
 _CHUNK_BETWEEN = 32  # the same where other answers wait for it
-# What loading adds to a process that has imported the library: code it had not touched yet, and the graph's objects.
+# Bytes that loading adds to a process that has imported the library: code not touched before, the graph's objects.
 _RUNTIME_BYTES = 23 << 19
 _RUNTIME_LAYER_BYTES = 128 << 10
 _CUTTING_BYTES = 11 << 20  # the onnx package, with which a head is pruned at load

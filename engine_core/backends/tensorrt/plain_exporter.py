@@ -1,7 +1,7 @@
 """The decoder in opset 17's plain operators, for TensorRT 8.6 to 10.14: attention over a cache that is only read.
 
 The cache is an input, ``past_key.i`` and ``past_value.i`` [kv_heads, past, head_dim]: views of the one allocation.
-What a call adds comes out as ``new_key.i`` and ``new_value.i`` [tokens, kv_heads, head_dim], which the caller appends
+A call's new rows come out as ``new_key.i`` and ``new_value.i`` [tokens, kv_heads, head_dim], which the caller appends
 for all layers at once. Past and new parts meet in the softmax: their scores are joined, never the caches, and the
 weights are cut apart again for a product with each part's values.
 
