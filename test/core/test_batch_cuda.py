@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 
 import numpy as np
 import pytest
 
 import fakes
+from batch_steps import Requests
 from engine_core.backends import SequenceStep
 from engine_core.backends.capabilities import capabilities_of
 from engine_core.backends.cuda.backend import CudaBackend
@@ -45,6 +45,8 @@ REQUESTS = [
     (SamplingParams(seed=4, logit_bias=((7, 0.3), (9, -5.0))), None),
     (SamplingParams(seed=5, repetition_penalty=1.1, logit_bias=((50, 0.2),)), MASK),
 ]
+_ALL = Requests(PROMPTS, REQUESTS, COUNT)
+alone, together = _ALL.alone, _ALL.together
 
 
 @pytest.fixture
@@ -93,34 +95,6 @@ def load(driver):
         backend.close()
 
 
-def together(backend, slots: dict[int, int], joins: dict[int, int], leaves: dict[int, int]) -> dict[int, list[int]]:
-    """Run requests (index → slot), each from step ``joins`` to step ``leaves``; a step is queued ahead of reading."""
-    tokens: dict[int, list[int]] = {index: [] for index in slots}
-    pending: list[tuple[int, object]] = []
-    for number in itertools.count():
-        steps, owners = [], []
-        for index, slot in slots.items():
-            sampling, mask = REQUESTS[index]
-            if number == joins.get(index, 0):
-                backend.begin(slot, sampling, PROMPTS[index])
-                steps.append(SequenceStep(slot, PROMPTS[index], 0, mask))
-            elif joins.get(index, 0) < number < leaves.get(index, joins.get(index, 0) + COUNT):
-                steps.append(SequenceStep(slot, mask=mask))
-            else:
-                continue
-            owners.append(index)
-        queued = list(zip(owners, backend.step(steps))) if steps else []
-        for index, token in pending:
-            tokens[index].append(token.result())
-        pending = queued
-        if not pending and number > max(joins.values(), default=0):
-            return tokens
-
-
-def alone(backend, index: int, slot: int = 0) -> list[int]:
-    return together(backend, {index: slot}, {}, {})[index]
-
-
 @pytest.mark.parametrize("use_cuda_graph", [True, False])
 def test_a_sequence_has_the_tokens_it_has_alone(load, use_cuda_graph):
     backend = load(1)
@@ -129,7 +103,7 @@ def test_a_sequence_has_the_tokens_it_has_alone(load, use_cuda_graph):
     assert all(token % 2 == 0 for index in (2, 4) for token in expected[index])
     backend = load(5, use_cuda_graph)
     assert backend.num_slots == 5
-    found = together(backend, {index: index for index in range(5)}, {}, {})
+    found = together(backend, {index: index for index in range(5)})
     assert [found[index] for index in range(5)] == expected
     # Other slots, holes between them, some come later and some leave earlier; then each one alone.
     found = together(backend, {3: 0, 1: 1, 0: 4, 4: 2}, {1: 5, 0: 9, 4: 3}, {3: 10})
@@ -175,7 +149,7 @@ def test_a_part_of_a_prompt_goes_with_the_steps_of_others(load):
     expected = alone(load(1), 4)
     backend, prompt = load(3), PROMPTS[4]
     sampling, mask = REQUESTS[4]
-    first = together(backend, {0: 0}, {}, {})[0]
+    first = together(backend, {0: 0})[0]
     backend.begin(0, REQUESTS[0][0], PROMPTS[0])
     other = [backend.step([SequenceStep(0, PROMPTS[0])])[0].result()]
     backend.begin(2, sampling, prompt)
@@ -198,7 +172,7 @@ def test_a_prefix_of_one_slot_is_loaded_into_another(load):
     backend = load(3)
     expected = alone(backend, 3, 2)
     backend.save_prefix(2, 1, 20)
-    together(backend, {0: 0, 1: 1, 2: 2}, {}, {})
+    together(backend, {0: 0, 1: 1, 2: 2})
     backend.load_prefix(1, 1, 20)
     sampling, _ = REQUESTS[3]
     backend.begin(1, sampling, PROMPTS[3])
@@ -251,7 +225,7 @@ def test_every_slot_is_planned_and_allocated_at_once(load, driver):
         arena = max(buffer.nbytes for buffer in driver._buffers.values()) - 512
         assert arena == sum(totals[count].values())
         allocations = backend._device.allocations
-        together(backend, {index: index for index in range(count)}, {}, {})
+        together(backend, {index: index for index in range(count)})
         assert backend._device.allocations == allocations
         backend.close()
     assert totals[5]["kv_cache"] == 5 * totals[1]["kv_cache"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from pathlib import Path
 
@@ -12,13 +11,13 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
+from batch_steps import Requests
 from benchmarks.random_checkpoint import write_random_checkpoint
 from engine_core.backends import SequenceStep
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
 from engine_core.errors import EngineFaultError, InvalidSamplingError
-from engine_core.measure.steps import begin, decode, prefill
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
 from engine_core.serving.engine import Engine
 from engine_core.serving.worker import Worker
@@ -40,6 +39,8 @@ REQUESTS = [
 ]
 PROMPTS = [np.random.default_rng(i).integers(3, VOCAB, 5 + 13 * i).astype(np.int32) for i in range(4)]
 COUNT = 24
+_ALL = Requests(PROMPTS, REQUESTS, COUNT)
+alone, together = _ALL.alone, _ALL.together
 
 
 @pytest.fixture(scope="module")
@@ -67,45 +68,12 @@ def load(variant):
         backend.close()
 
 
-def alone(backend, index: int) -> list[int]:
-    sampling, mask = REQUESTS[index]
-    begin(backend, sampling, PROMPTS[index])
-    tokens = [prefill(backend, PROMPTS[index], 0, mask).result()]
-    while len(tokens) < COUNT:
-        tokens.append(decode(backend, mask).result())
-    return tokens
-
-
-def together(backend, slots: dict[int, int], joins: dict[int, int], leaves: dict[int, int]) -> dict[int, list[int]]:
-    """Run requests (index → slot), each from step ``joins`` to step ``leaves``; a step is queued ahead of reading."""
-    tokens: dict[int, list[int]] = {index: [] for index in slots}
-    pending: list[tuple[int, object]] = []
-    for number in itertools.count():
-        steps, owners = [], []
-        for index, slot in slots.items():
-            sampling, mask = REQUESTS[index]
-            if number == joins.get(index, 0):
-                backend.begin(slot, sampling, PROMPTS[index])
-                steps.append(SequenceStep(slot, PROMPTS[index], 0, mask))
-            elif joins.get(index, 0) < number < leaves.get(index, joins.get(index, 0) + COUNT):
-                steps.append(SequenceStep(slot, mask=mask))
-            else:
-                continue
-            owners.append(index)
-        queued = list(zip(owners, backend.step(steps))) if steps else []
-        for index, token in pending:
-            tokens[index].append(token.result())
-        pending = queued
-        if not pending and number > max(joins.values(), default=0):
-            return tokens
-
-
 @pytest.mark.parametrize("kv_cache_type", ["fp32", "fp16"])
 def test_a_sequence_has_the_tokens_it_has_alone(load, kv_cache_type):
     backend = load(max_batch=1, kv_cache_type=kv_cache_type)
     expected = [alone(backend, index) for index in range(4)]
     batched = load(kv_cache_type=kv_cache_type)
-    found = together(batched, {0: 0, 1: 1, 2: 2, 3: 3}, {}, {})
+    found = together(batched, {0: 0, 1: 1, 2: 2, 3: 3})
     assert [found[index] for index in range(4)] == expected
     # Others, other slots, with a hole between them; some come later and some leave earlier.
     found = together(batched, {3: 0, 1: 1, 0: 3}, {1: 5, 0: 9}, {3: 12})
@@ -118,7 +86,7 @@ def test_quantized_weights_are_run_for_all_at_once_and_float32_for_each(load, va
     runs = []
     decode_batch = backend._session.decode_batch
     backend._session.decode_batch = lambda ids, *rest: (runs.append(len(ids)), decode_batch(ids, *rest))[1]
-    together(backend, {0: 0, 1: 1, 2: 3}, {}, {})
+    together(backend, {0: 0, 1: 1, 2: 3})
     assert set(runs) == ({1} if variant[1].quantization == "fp32" else {1, 2}), "slots 0 and 1 lie side by side"
 
 
@@ -126,7 +94,7 @@ def test_a_runtime_whose_rows_depend_on_each_other_is_used_for_one_at_a_time(loa
     monkeypatch.setattr(OnnxRuntimeBackend, "_rows_are_independent", lambda self: False)
     backend = load()
     assert not backend._session.can_batch(2)
-    assert together(backend, {0: 2, 1: 1}, {}, {})[0] == alone(load(max_batch=1), 0)
+    assert together(backend, {0: 2, 1: 1})[0] == alone(load(max_batch=1), 0)
 
 
 def test_an_engine_without_a_batch_in_its_graph_runs_one_at_a_time(load, variant, monkeypatch, tmp_path):
@@ -147,7 +115,7 @@ def test_an_engine_without_a_batch_in_its_graph_runs_one_at_a_time(load, variant
     backend = OnnxRuntimeBackend.load(old, variant[1], EngineConfig(old, max_batch=4, num_threads=1))
     try:
         assert not backend._session.can_batch(2)
-        assert together(backend, {1: 0, 2: 1}, {}, {})[2] == alone(load(max_batch=1), 2)
+        assert together(backend, {1: 0, 2: 1})[2] == alone(load(max_batch=1), 2)
     finally:
         backend.close()
 

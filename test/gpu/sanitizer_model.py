@@ -26,7 +26,6 @@ VOCAB, CONTEXT, HEAD_DIM = 1008, 309, 32  # the last chunk of 290 tokens has row
 MODEL = dict(
     architectures=["Qwen3ForCausalLM"],  # has norms of Q and K; the biases of QKV are added
     num_hidden_layers=2,
-    hidden_size=256,
     intermediate_size=384,
     num_attention_heads=8,
     num_key_value_heads=2,
@@ -37,9 +36,14 @@ MODEL = dict(
 
 
 def make_backend(
-    weights: str, kv_cache_type: str, use_cuda_graph: bool, tune_kernels: bool = False, max_batch: int = 1
+    weights: str,
+    kv_cache_type: str,
+    use_cuda_graph: bool,
+    tune_kernels: bool = False,
+    max_batch: int = 1,
+    hidden_size: int = 256,
 ) -> CudaBackend:
-    model = spec_of(MODEL)
+    model = spec_of(MODEL | {"hidden_size": hidden_size})
     spec = CudaSpec(
         model=dataclasses.replace(model, layers=tuple(dataclasses.replace(x, qkv_bias=True) for x in model.layers)),
         kv_int8=kv_cache_type == "int8",

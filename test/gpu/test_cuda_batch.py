@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from gpu_bench import error
 from sanitizer_model import VOCAB, make_backend
 
+from batch_steps import Requests
 from engine_core.backends import SequenceStep
 from engine_core.request import SamplingParams
 
@@ -17,38 +16,16 @@ pytestmark = pytest.mark.gpu
 COUNT = 24
 PROMPTS = [np.random.default_rng(i).integers(0, VOCAB, 1 + 47 * i).astype(np.int32) for i in range(6)]
 MASK = np.full(-(-VOCAB // 32), 0x55555555, dtype=np.uint32)
-REQUESTS = [
+REQUESTS = [  # the model's logits have a standard deviation of 0.04
     (SamplingParams(seed=1), None),
-    (SamplingParams(seed=2, temperature=0.9, top_p=0.9), None),
-    (SamplingParams(seed=3, temperature=1.1, top_k=50), MASK),
-    (SamplingParams(seed=4, repetition_penalty=1.3, logit_bias=((7, 2.0), (9, -5.0))), None),
-    (SamplingParams(seed=5, temperature=0.7, min_p=0.05, repetition_penalty=1.1), MASK),
-    (SamplingParams(seed=6, temperature=1.5), None),
+    (SamplingParams(seed=2, temperature=0.02, top_p=0.9), None),
+    (SamplingParams(seed=3, temperature=0.03, top_k=50), MASK),
+    (SamplingParams(seed=4, repetition_penalty=1.3, logit_bias=((7, 0.08), (9, -0.05))), None),
+    (SamplingParams(seed=5, temperature=0.015, min_p=0.05, repetition_penalty=1.1), MASK),
+    (SamplingParams(seed=6, temperature=0.04), None),
 ]
-
-
-def together(backend, slots: dict[int, int], joins: dict[int, int], leaves: dict[int, int]) -> dict[int, list[int]]:
-    """Run requests (index → slot), each from step ``joins`` to step ``leaves``; a step is queued ahead of reading."""
-    tokens: dict[int, list[int]] = {index: [] for index in slots}
-    pending: list[tuple[int, object]] = []
-    for number in itertools.count():
-        steps, owners = [], []
-        for index, slot in slots.items():
-            sampling, mask = REQUESTS[index]
-            if number == joins.get(index, 0):
-                backend.begin(slot, sampling, PROMPTS[index])
-                steps.append(SequenceStep(slot, PROMPTS[index], 0, mask))
-            elif joins.get(index, 0) < number < leaves.get(index, joins.get(index, 0) + COUNT):
-                steps.append(SequenceStep(slot, mask=mask))
-            else:
-                continue
-            owners.append(index)
-        queued = list(zip(owners, backend.step(steps))) if steps else []
-        for index, token in pending:
-            tokens[index].append(token.result())
-        pending = queued
-        if not pending and number > max(joins.values(), default=0):
-            return tokens
+_ALL = Requests(PROMPTS, REQUESTS, COUNT)
+together = _ALL.together
 
 
 @pytest.mark.parametrize("use_cuda_graph", [True, False])
@@ -56,25 +33,26 @@ def together(backend, slots: dict[int, int], joins: dict[int, int], leaves: dict
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
 def test_a_sequence_has_the_tokens_it_has_alone(weights, kv_cache_type, use_cuda_graph):
     backend = make_backend(weights, kv_cache_type, use_cuda_graph, max_batch=16)
-    alone = [together(backend, {index: 0}, {}, {})[index] for index in range(6)]
-    assert all(None not in tokens and len(set(tokens)) > 1 for tokens in alone)
-    assert all(token % 2 == 0 for index in (2, 4) for token in alone[index])
-    allocations, (free, _) = backend._device.allocations, backend._device.memory_info()
+    alone = [_ALL.alone(backend, index) for index in range(6)]
+    assert all(None not in tokens and len(set(tokens)) > 1 for tokens in alone), alone
+    assert all(token % 2 == 0 for index in (2, 4) for token in alone[index]), alone
+    allocations = backend._device.allocations
     for slots in ((0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0), (15, 3, 8, 0, 7, 1)):
-        found = together(backend, dict(enumerate(slots)), {}, {})
+        found = together(backend, dict(enumerate(slots)))
         assert [found[index] for index in range(6)] == alone, slots
     found = together(backend, {3: 0, 1: 9, 0: 4, 5: 2}, {1: 5, 0: 11, 5: 3}, {3: 14})
     assert found[3] == alone[3][:14] and [found[i] for i in (0, 1, 5)] == [alone[i] for i in (0, 1, 5)]
-    assert (backend._device.allocations, backend._device.memory_info()[0]) == (allocations, free)
+    assert backend._device.allocations == allocations
     backend.close()
 
 
+@pytest.mark.parametrize("hidden_size", [256, 252])  # 252 is filled up to 256
 @pytest.mark.parametrize("kv_cache_type", ["fp16", "int8"])
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
-def test_logits_are_those_of_an_engine_for_one(weights, kv_cache_type):
+def test_logits_are_those_of_an_engine_for_one(weights, kv_cache_type, hidden_size):
     """Of a prompt and of the step after it, in the last slot of three."""
-    one = make_backend(weights, kv_cache_type, True)
-    three = make_backend(weights, kv_cache_type, True, max_batch=3)
+    one = make_backend(weights, kv_cache_type, True, hidden_size=hidden_size)
+    three = make_backend(weights, kv_cache_type, True, max_batch=3, hidden_size=hidden_size)
     for prompt in PROMPTS:
         for forced in (None, 11):
             logits = []
@@ -94,9 +72,9 @@ def test_logits_are_those_of_an_engine_for_one(weights, kv_cache_type):
 def test_a_prefix_of_one_slot_is_loaded_into_another():
     backend = make_backend("int4", "int8", True, max_batch=4)
     sampling, _ = REQUESTS[5]
-    expected = together(backend, {5: 3}, {}, {})[5]
+    expected = _ALL.alone(backend, 5, 3)
     backend.save_prefix(3, 1, 90)
-    together(backend, {0: 0, 1: 1, 2: 2, 3: 3}, {}, {})
+    together(backend, {0: 0, 1: 1, 2: 2, 3: 3})
     backend.load_prefix(1, 1, 90)
     backend.begin(1, sampling, PROMPTS[5])
     position = 64  # as the prompt was divided into chunks: the sums of the rest are added as before
@@ -121,8 +99,8 @@ def test_a_model_measures_what_a_batch_launches(monkeypatch, tmp_path):
     texts = []
     for _ in range(2):
         backend = make_backend("int4", "fp16", True, tune_kernels=True, max_batch=5)
-        texts.append(together(backend, {index: index for index in range(5)}, {}, {}))
-        alone = together(backend, {3: 1}, {}, {})[3]
+        texts.append(together(backend, {index: index for index in range(5)}))
+        alone = _ALL.alone(backend, 3, 1)
         backend.close()
         assert alone == texts[-1][3]
     assert texts[0] == texts[1]
