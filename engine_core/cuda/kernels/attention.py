@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from engine_core.cuda.driver import DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check, float_define
@@ -35,8 +35,8 @@ class AttentionShape:
     norm_eps: float = 0.0
     qk_norm: bool = False
     kv_int8: bool = False  # the cache is quantized and has scales (kv_int8.cuh), else the kernels' 16-bit type
+    _: KW_ONLY
     head_size: int = 0  # elements of a head in the model, the others being zeros; 0 = head_dim
-
     slot_layers: int = 0  # layers of a KV slot, where the cache has several: [slots, layers, 2, ...]; 0 = one slot
 
     @property
