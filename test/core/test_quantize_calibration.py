@@ -61,9 +61,9 @@ def test_folded_scales_change_nothing_but_the_rounding(tmp_path, name, method):
     directory = checkpoints.write(tmp_path, name, **SIZES.get(name, {}))
     checkpoint = Checkpoint(directory)
     spec = read_spec(checkpoint)
-    # Groups of 16, which divide all of these models' sizes.
+    # Groups of 8, which divide all of these models' sizes.
     scheme = make_scheme(method, 0, True, "bf16")
-    scheme = dataclasses.replace(scheme, group_size=16) if method == "int4_awq" else scheme
+    scheme = dataclasses.replace(scheme, group_size=8) if method == "int4_awq" else scheme
     changes = {}
 
     def on_layer(index, activations):
