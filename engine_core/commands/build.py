@@ -8,7 +8,7 @@ from pathlib import Path
 from engine_core.backends import backend_names
 from engine_core.backends.capabilities import all_capabilities, capabilities_of
 from engine_core.backends.toolkit import BuildRequest, toolkit_of
-from engine_core.config import KV_CACHE_TYPES
+from engine_core.config import KV_CACHE_TYPES, QUANTIZATIONS
 from engine_core.errors import BuildError
 
 
@@ -20,8 +20,8 @@ def add(commands) -> None:
     parser.add_argument(
         "--quantization",
         default="",
-        help=f"{_formats()}; several, with commas: one subdirectory each (default: what the checkpoint is quantized "
-        f"as, else {_defaults()})",
+        help=f"one of {', '.join(QUANTIZATIONS[1:])}; a backend that lacks it says which it has; several, with "
+        f"commas: one subdirectory each (default: what the checkpoint is quantized as, else {_defaults()})",
     )
     parser.add_argument(
         "--max-context",
@@ -65,10 +65,6 @@ def add(commands) -> None:
     )
     parser.add_argument("--name", default="", help="the model's name in the manifest")
     parser.set_defaults(run=run)
-
-
-def _formats() -> str:
-    return "; ".join(f"{each.backend}: {', '.join(each.weight_formats)}" for each in all_capabilities())
 
 
 def _defaults() -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from engine_core.commands.arguments import add_engine, add_opening, engine_config
 from engine_core.commands.tables import print_notes, print_table
 from engine_core.errors import BackendUnavailableError, InsufficientMemoryError
-from engine_core.formats.manifest import find_variants
 
 
 def add(commands) -> None:
@@ -75,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _variants(options: argparse.Namespace) -> list[tuple[str, str]]:
     """Return (backend, quantization) of every variant that the options leave, in order."""
+    from engine_core.formats.manifest import find_variants
+
     found = [(manifest.backend, manifest.quantization) for _, manifest in find_variants(options.engine_dir)]
     kept = sorted(
         (backend, quantization)
