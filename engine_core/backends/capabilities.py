@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from engine_core.backends import backend_names, check_name
 from engine_core.errors import BuildError, UnsupportedModelError
 from engine_core.formats import weight_formats as formats
 from engine_core.formats.weight_formats import NAMES
@@ -242,16 +243,12 @@ def _series(names: Iterable[object]) -> str:
 
 def capabilities_of(backend: str) -> Capabilities:
     """Return what ``backend`` builds and runs, installed or not. Raises BackendUnavailableError for another name."""
-    from engine_core.backends import check_name
-
     check_name(backend)
     return importlib.import_module(f"engine_core.backends.{backend}.capabilities").CAPABILITIES
 
 
 def all_capabilities() -> Iterator[Capabilities]:
     """Yield the capabilities of every backend, the fastest first."""
-    from engine_core.backends import backend_names
-
     return map(capabilities_of, backend_names())
 
 

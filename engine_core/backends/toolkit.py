@@ -9,9 +9,12 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from engine_core.backends import check_name
 
 if TYPE_CHECKING:
+    from engine_core.backends.capabilities import Capabilities
     from engine_core.config import EngineConfig
     from engine_core.formats.manifest import Manifest
     from engine_core.memory import MemoryPlan
@@ -69,10 +72,27 @@ class Toolkit(Protocol):
         """Return the CPU threads that compute; 0 on a GPU."""
 
 
+def manifest_before_build(
+    capabilities: Capabilities, spec: ModelSpec, weight_format: str, size: Size, **fields: Any
+) -> Manifest:
+    """Return the manifest that ``build`` would write, as far as a plan reads it. ``fields``: the backend's own."""
+    from engine_core.formats.manifest import Manifest
+
+    common = dict(
+        model_name="",
+        model=spec,
+        backend=capabilities.backend,
+        quantization=weight_format,
+        kv_cache_type=size.kv_cache_type or capabilities.kv_cache_types[0],
+        max_context=size.max_context,
+        max_batch=capabilities.max_batch,
+        eos_token_ids=(),
+    )
+    return Manifest(**{**common, **fields})
+
+
 def toolkit_of(backend: str) -> Toolkit:
     """Return the toolkit of ``backend``. Raises BackendUnavailableError for another name, ImportError where a package
     is missing that building or planning needs."""
-    from engine_core.backends import check_name
-
     check_name(backend)
     return cast(Toolkit, importlib.import_module(f"engine_core.backends.{backend}.toolkit"))

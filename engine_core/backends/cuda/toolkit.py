@@ -10,7 +10,7 @@ from engine_core.backends.cuda import build as builder
 from engine_core.backends.cuda.capabilities import CAPABILITIES
 from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, planned_bytes, weight_arrays
 from engine_core.backends.cuda.weights import resolve
-from engine_core.backends.toolkit import BuildRequest, Size
+from engine_core.backends.toolkit import BuildRequest, Size, manifest_before_build
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels.int4_layout import GROUP
 from engine_core.cuda.kernels.linear_packed import LAYOUTS
@@ -40,15 +40,8 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
 
 def spec_for(spec: ModelSpec, weight_format: str, size: Size) -> CudaSpec:
     """Return the model as the engine that ``build`` would make runs it."""
-    manifest = Manifest(
-        model_name="",
-        model=spec,
-        backend=CAPABILITIES.backend,
-        quantization=weight_format,
-        kv_cache_type=size.kv_cache_type or CAPABILITIES.kv_cache_types[0],
-        max_context=size.max_context,
-        max_batch=CAPABILITIES.max_batch,
-        eos_token_ids=(),
+    manifest = manifest_before_build(
+        *(CAPABILITIES, spec, weight_format, size),
         reduced_vocab_size=size.head_rows,
         group_size=GROUP if formats.weight_format(weight_format).kind in LAYOUTS else 0,
         options=dataclasses.asdict(CudaOptions("fp16")),

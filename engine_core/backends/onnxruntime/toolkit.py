@@ -13,7 +13,7 @@ from engine_core.backends.onnxruntime.exporter import Packing
 from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
 from engine_core.backends.onnxruntime.plan import OrtOptions, head_row_bytes, plan_memory, resolve, stored_rope_bytes
 from engine_core.backends.onnxruntime.size import count_data
-from engine_core.backends.toolkit import BuildRequest, Size
+from engine_core.backends.toolkit import BuildRequest, Size, manifest_before_build
 from engine_core.config import EngineConfig
 from engine_core.formats import weight_formats as formats
 from engine_core.formats.manifest import FileRecord, Manifest, read_options
@@ -44,17 +44,9 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
     rows = size.head_rows or spec.vocab_size
     data, packing = _count_data(spec, weight_format, size.max_context, rows)
     shares_head = spec.tied and rows == spec.vocab_size
-    kv_cache_type = size.kv_cache_type or CAPABILITIES.kv_cache_types[0]
     graphs = {graph_name(kind): FileRecord(0, "") for kind in CAPABILITIES.kv_cache_types}
-    manifest = Manifest(
-        model_name="",
-        model=spec,
-        backend=CAPABILITIES.backend,
-        quantization=weight_format,
-        kv_cache_type=kv_cache_type,
-        max_context=size.max_context,
-        max_batch=CAPABILITIES.max_batch,
-        eos_token_ids=(),
+    manifest = manifest_before_build(
+        *(CAPABILITIES, spec, weight_format, size),
         group_size=precision.group_size,
         options=dataclasses.asdict(builder.engine_options(precision, packing, shares_head=shares_head)),
         files={DATA_NAME: FileRecord(data, "")} | graphs,

@@ -10,7 +10,7 @@ from engine_core.backends.cuda import toolkit as cuda
 from engine_core.backends.tensorrt import plan
 from engine_core.backends.tensorrt.capabilities import CAPABILITIES, products_refusal
 from engine_core.backends.tensorrt.layout import DEFAULT_MAX_PREFILL, TrtOptions, TrtSpec
-from engine_core.backends.toolkit import BuildRequest, Size
+from engine_core.backends.toolkit import BuildRequest, Size, manifest_before_build
 from engine_core.config import EngineConfig
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
@@ -38,22 +38,13 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
     """An estimate: the scratch of a plan is known when it is built."""
     if products_refusal(spec, weight_format, size.max_context) is None:
         return plan.estimated_products_bytes(cuda.spec_for(spec, weight_format, size), num_sms or 1)
-    made = TrtSpec.create(
-        Manifest(
-            model_name="",
-            model=spec,
-            backend=CAPABILITIES.backend,
-            quantization=weight_format,
-            kv_cache_type=weight_format,
-            max_context=size.max_context,
-            max_batch=1,
-            eos_token_ids=(),
-            reduced_vocab_size=size.head_rows,
-            options=asdict(TrtOptions(weight_format, "plain", DEFAULT_MAX_PREFILL)),
-        ),
-        EngineConfig(Path()),
+    manifest = manifest_before_build(
+        *(CAPABILITIES, spec, weight_format, size),
+        kv_cache_type=weight_format,
+        reduced_vocab_size=size.head_rows,
+        options=asdict(TrtOptions(weight_format, "plain", DEFAULT_MAX_PREFILL)),
     )
-    return plan.estimated_plan_bytes(spec, made)
+    return plan.estimated_plan_bytes(spec, TrtSpec.create(manifest, EngineConfig(Path())))
 
 
 def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, num_sms: int) -> dict[str, int]:
