@@ -131,6 +131,7 @@ class _Action:
 
     def __init__(self, node: Node, name: str) -> None:
         group = MutuallyExclusiveCallbackGroup()
+        self.name = name
         self._node = node
         self._feedback_topic = f"{name}/_action/feedback"
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
@@ -191,10 +192,12 @@ class _Call:
         if self._ended:
             return
         if not self._action.client.server_is_ready() or not self._servers & self._action.servers():
-            raise UnavailableError("The node is gone.")  # or another has taken its place
+            raise UnavailableError(f"The node that offered {self._action.name} is gone.")
         if self._handle is None and time.monotonic() - self._sent > _SEND_LIMIT:
-            reason = "has not answered" if self._was_sent else "was not asked: no executor spins the client's node"
-            raise UnavailableError(f"The node {reason} for {_SEND_LIMIT:.0f} s.")
+            limit = f"{_SEND_LIMIT:.0f} s"
+            if self._was_sent:
+                raise UnavailableError(f"{self._action.name} has not answered for {limit}.")
+            raise UnavailableError(f"The request was not sent in {limit}: no executor spins the client's node.")
         self._action.run(self._look_for_result)
 
     # --- in the executor's thread ---------------------------------------------------------------------
