@@ -126,19 +126,22 @@ class Node:
 
     def __init__(self, engine: Path, log: Path) -> None:
         self._engine, self._log = engine, log
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen:
         executable = ROOT / "install" / "edgellm_ros" / "lib" / "edgellm_ros" / "llm_node"
-        options = {"engine_dir": engine, "autostart": "true", "queue_depth": 256}
+        options = {"engine_dir": self._engine, "autostart": "true", "queue_depth": 256}
         command = [sys.executable, str(executable), "--ros-args", "-r", f"__node:={NAME[1:]}", "--log-level", "error"]
         for name, value in options.items():
             command += ["-p", f"{name}:={value}"]
-        with open(log, "wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        with open(self._log, "wb") as output:
+            return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
     def restart(self) -> None:
         """Kill it and start another."""
         self.process.kill()
         self.process.wait()
-        self.__init__(self._engine, self._log)
+        self.process = self._start()
 
     def holds(self) -> dict[str, int]:
         """Resident KiB, threads and open file descriptors."""
