@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.gpu_decode import GREEDY, SHAPES, make_spec, open_backend
+from benchmarks.gpu_decode import GREEDY, SHAPES, make_spec, open_backend, write_lines
 from engine_core.backends import SequenceStep
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.cuda.driver import Device
@@ -181,11 +180,7 @@ def main() -> None:
                         f"{found.get('longest_gap_ms', ''):>8}",
                         flush=True,
                     )
-    lines = [json.dumps({"gpu": gpu, **found}) for found in rows]
-    print("\n".join(lines))
-    if options.output:
-        with open(options.output, "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+    write_lines(gpu, rows, options.output)
 
 
 if __name__ == "__main__":

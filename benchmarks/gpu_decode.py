@@ -315,6 +315,15 @@ def record(
     }
 
 
+def write_lines(gpu: str, rows: list[dict], output: Path | None) -> None:
+    """Print a JSON line of each measurement with the GPU's name; append them to ``output``, too."""
+    lines = "".join(json.dumps({"gpu": gpu, **row}) + "\n" for row in rows)
+    print(lines, end="")
+    if output:
+        with open(output, "a", encoding="utf-8") as file:
+            file.write(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"], choices=sorted(SHAPES))
@@ -348,11 +357,7 @@ def main() -> None:
                 f"{1e3 / row['ms_per_token']:>8.1f}{row['fraction']:>7.0%}{row.get('turn_ms', ''):>9}"
             )
         rows += found
-    lines = [json.dumps({"gpu": gpu, **row}) for row in rows]
-    print("\n".join(lines))
-    if options.output:
-        with open(options.output, "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+    write_lines(gpu, rows, options.output)
 
 
 if __name__ == "__main__":

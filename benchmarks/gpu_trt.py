@@ -37,6 +37,7 @@ from benchmarks.gpu_decode import (
     median_of,
     read_bandwidth,
     step_bytes,
+    write_lines,
 )
 from benchmarks.random_checkpoint import write_random_checkpoint
 from engine_core.cuda.driver import Device
@@ -253,11 +254,7 @@ def main() -> None:
     titles = ("prompt", "TTFT ms", "ms/token", "tok/s", "floor", "host µs")
     print(f"{'shape':<16}{'engine':<22}{'graph':<7}" + "{:>7}{:>9}{:>10}{:>8}{:>7}{:>9}".format(*titles))
     show(rows)
-    lines = [json.dumps({"gpu": gpu, **row}) for row in rows]
-    print("\n".join(lines))
-    if options.output:
-        with open(options.output, "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+    write_lines(gpu, rows, options.output)
 
 
 if __name__ == "__main__":
