@@ -98,7 +98,7 @@ def test_a_runtime_whose_rows_depend_on_each_other_is_used_for_one_at_a_time(loa
 
 
 def test_an_engine_without_a_batch_in_its_graph_runs_one_at_a_time(load, variant, monkeypatch, tmp_path):
-    """Such as one that was built before there were batches."""
+    """Its sequences decode one after another, with the same tokens."""
     old = tmp_path / "old"
     old.mkdir()
     for path in variant[0].iterdir():

@@ -72,7 +72,7 @@ class OrtSession:
         self._prefill_options = [ort.RunOptions() for _ in range(num_slots)]
         for each in self._prefill_options:
             each.log_severity_level = _FATAL  # being ended by ``terminate`` is no error worth a line
-        # An engine built before there were batches has a graph for one sequence.
+        # A graph with a fixed batch dimension takes one sequence at a time.
         if num_slots > 1 and not isinstance(self._session.get_inputs()[0].shape[0], int):
             for count in range(2, num_slots + 1):
                 for slot in range(num_slots - count + 1):
