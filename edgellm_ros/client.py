@@ -156,8 +156,21 @@ class _Action:
         """Return the identities of those who serve the action; a node that was started again has another."""
         return {bytes(info.endpoint_gid) for info in self._node.get_publishers_info_by_topic(self._feedback_topic)}
 
-    def destroy(self) -> None:
-        self.client.destroy()
+    def destroy(self, spins: bool) -> None:
+        """Take it from the node. ``spins``: an executor spins the node, so it is done there, between two waits."""
+        done = threading.Event()
+        guard = threading.Lock()
+
+        def destroy() -> None:
+            with guard:
+                if not done.is_set():
+                    self.client.destroy()
+                    done.set()
+
+        if spins:
+            self.run(destroy)
+            done.wait(_CLOSING)
+        destroy()
         self._node.destroy_guard_condition(self._guard)
 
 
@@ -417,7 +430,7 @@ class LLM:
             action.run(lambda: None)  # wakes it
             self._thread.join(2.0)
             self._executor.shutdown()
-        action.destroy()
+        action.destroy(spins=self._executor is None)
         if self._context is not None:
             self._node.destroy_node()
             self._context.try_shutdown()

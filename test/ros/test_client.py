@@ -89,6 +89,23 @@ def test_with_a_node_of_the_application(llm, make):
     assert len(texts) == 1
 
 
+@pytest.mark.parametrize("make", [SingleThreadedExecutor, MultiThreadedExecutor])
+def test_closing_it_does_not_disturb_the_application(llm, make):
+    with rclpy_node("application") as node:
+        node.create_timer(0.0005, lambda: None)  # the executor waits anew all the time
+        executor = make()
+        executor.add_node(node)
+        thread = threading.Thread(target=executor.spin, daemon=True)
+        thread.start()
+        for _ in range(40):
+            with LLM(llm.name, node=node) as client:
+                client.wait()
+        alive = thread.is_alive()
+        executor.shutdown()
+        thread.join(5.0)
+    assert alive
+
+
 def test_a_node_that_nobody_spins_is_told(llm, monkeypatch):
     monkeypatch.setattr(module, "_SEND_LIMIT", 0.5)
     with (
