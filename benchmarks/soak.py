@@ -2,8 +2,9 @@
 
     tools/start run "$PWD/benchmarks/soak.py" ENGINE_DIR [--requests 10000] [--clients 16] [--kills 20]
 
-Starts a node on the engine and client processes beside it. Each client sends requests through the action: greedy
-questions whose answers are known, random cancels, deadlines, priorities, JSON schemas, and bad input. ``--kills``
+Starts a node on the engine and client processes beside it. Each client sends requests, one in four through the action
+and the others through the service: greedy questions whose answers are known, random cancels (of the action), deadlines,
+priorities, JSON schemas, and bad input. ``--kills``
 clients are ended by SIGKILL meanwhile and replaced. Then the node itself is killed ``--node-kills`` times under the
 same load and started again: each request has to end, with an answer or with the news that the node is gone. Last, a
 node is led through ``--transitions`` lifecycle transitions. Prints a table and appends a row to
@@ -27,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -35,9 +37,21 @@ from pathlib import Path
 import rclpy
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
+from rclpy.executors import SingleThreadedExecutor
 
-from edgellm_ros.client import LLM, InvalidRequestError, LLMError, NotActiveError, QueueFullError, UnavailableError
-from edgellm_ros.msg import FinishReason
+from edgellm_ros import qos
+from edgellm_ros.client import (
+    LLM,
+    InvalidRequestError,
+    LLMError,
+    NotActiveError,
+    QueueFullError,
+    UnavailableError,
+    error_of,
+    make_goal,
+)
+from edgellm_ros.msg import ErrorCode, FinishReason, GenerationResult
+from edgellm_ros.srv import Generate
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -46,6 +60,7 @@ import isolation  # noqa: E402  # from tools/: no other node hears this one
 
 RESULTS = ROOT / "benchmarks" / "results" / "soak.jsonl"
 NAME = "/soak"
+KILL_INTERVAL = 5.0  # s between two client kills: a client needs some of them to start
 LIMIT = 60.0  # s without an answer after which a request counts as hung
 QUESTIONS = tuple(f"go to the {room}" for room in ("kitchen", "bedroom", "garage", "office", "bathroom", "garden"))
 SCHEMAS = (
@@ -58,11 +73,43 @@ BAD = (
 )  # fmt: skip
 
 
-def ask(llm: LLM, expected: dict[str, str], rng: random.Random) -> str:
-    """Send one request of a random kind; return its outcome, beginning with ``wrong`` if it is not as it has to be."""
+class Service:
+    """The node's service, asked like the client's ``ask``. Another thread spins ``node``."""
+
+    def __init__(self, node: rclpy.node.Node) -> None:
+        self._node = node
+        self._client = node.create_client(Generate, f"{NAME}/generate", qos_profile=qos.SERVICE)
+
+    def ask(self, messages: str, **options) -> GenerationResult:
+        """Return the answer; raise LLMError."""
+        if not self._client.wait_for_service(30.0):
+            raise UnavailableError("No node offers the service.")
+        servers = self._servers()
+        answered = threading.Event()
+        future = self._client.call_async(Generate.Request(request=make_goal(messages, **options).request))
+        future.add_done_callback(lambda _future: answered.set())
+        while not answered.wait(0.5):
+            if not servers & self._servers():
+                self._client.remove_pending_request(future)
+                raise UnavailableError("The node that offered the service is gone.")
+        result = future.result().result
+        if result.error_code != ErrorCode.NONE:
+            raise error_of(result.error_code, result.error_message)
+        return result
+
+    def _servers(self) -> set[bytes]:
+        return {bytes(info.endpoint_gid) for info in self._node.get_publishers_info_by_topic(f"{NAME}/stats")}
+
+
+def ask(llm: LLM, service: Service, expected: dict[str, str], tokens: int, rng: random.Random) -> str:
+    """Send one request of a random kind, with at most ``tokens`` tokens for an answer in words; return its outcome.
+
+    An outcome begins with ``wrong`` if it is not as it has to be.
+    """
     kind = rng.choices(("plain", "cancel", "deadline", "schema", "bad"), (5, 2, 1, 2, 2))[0]
     question = rng.choice(QUESTIONS)
-    options = {"temperature": 0.0, "max_new_tokens": 64, "priority": rng.randrange(4)}
+    road = llm if rng.random() < 0.25 else service
+    options = {"temperature": 0.0, "max_new_tokens": tokens, "priority": rng.randrange(4)}
     try:
         if kind == "cancel":
             pieces = llm.pieces(question, **options)
@@ -73,19 +120,19 @@ def ask(llm: LLM, expected: dict[str, str], rng: random.Random) -> str:
         if kind == "bad":
             fields = {"messages": question} | rng.choice(BAD)
             try:
-                llm.ask(fields.pop("messages"), **(options | fields))
+                road.ask(fields.pop("messages"), **(options | fields))
             except InvalidRequestError:
                 return "refused"
             return "wrong: bad input was answered"
         if kind == "schema":
-            answer = llm.ask(question, json_schema=rng.choice(SCHEMAS), **options)
+            answer = road.ask(question, json_schema=rng.choice(SCHEMAS), **(options | {"max_new_tokens": 64}))
             if answer.finish_reason == FinishReason.STOP:
                 json.loads(answer.text)
             return "answered"
         if kind == "deadline":
             options["deadline"] = 10.0 ** rng.uniform(-3, 0)
-        answer = llm.ask(question, **options)
-        whole = answer.finish_reason == FinishReason.STOP
+        answer = road.ask(question, **options)
+        whole = answer.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         if answer.text != expected[question] if whole else not expected[question].startswith(answer.text):
             return f"wrong: {answer.text!r}"
         return "answered" if whole else "cut by its deadline"
@@ -97,18 +144,28 @@ def ask(llm: LLM, expected: dict[str, str], rng: random.Random) -> str:
         return f"wrong: {type(error).__name__} {error}"
 
 
-def serve(seed: float, expected: dict[str, str], quota, pipe: Connection) -> None:
+def serve(seed: float, expected: dict[str, str], tokens: int, quota, pipe: Connection) -> None:
     """One client process: takes requests from ``quota`` until none is left; tells ``pipe`` "sent" and each outcome."""
     rng = random.Random(seed)
-    with LLM(NAME, wait=30.0) as llm:
+    rclpy.init()
+    node = rclpy.create_node("soak_client", start_parameter_services=False)
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    spinner = threading.Thread(target=executor.spin, daemon=True)
+    spinner.start()
+    service = Service(node)
+    with LLM(NAME, node=node, wait=30.0) as llm:
         while True:
             with quota.get_lock():
                 if quota.value <= 0:
                     break
                 quota.value -= 1
             pipe.send("sent")
-            pipe.send(ask(llm, expected, rng))
+            pipe.send(ask(llm, service, expected, tokens, rng))
     pipe.send("end")
+    executor.shutdown()
+    spinner.join(5.0)
+    rclpy.shutdown()
 
 
 @dataclass
@@ -159,22 +216,26 @@ class Node:
 
 
 def requests(
-    options: argparse.Namespace, expected: dict[str, str], count: int, kills: int = 0, restart=None, node_kills: int = 0
+    options: argparse.Namespace, node: Node, expected: dict[str, str], count: int, kills: int = 0, node_kills: int = 0
 ) -> collections.Counter:
     """Run client processes until ``count`` requests were sent; return how often each outcome came.
 
-    ``kills`` clients are killed and replaced; ``restart`` kills the node and starts another, ``node_kills`` times.
+    ``kills`` clients are killed and replaced; ``node`` is killed and started again ``node_kills`` times. Tells stderr
+    after every 5,000 requests what the node holds.
     """
     spawn = multiprocessing.get_context("spawn")
     quota = spawn.Value("i", count)
     rng = random.Random(options.seed)
     counts: collections.Counter = collections.Counter()
     clients: list[Client] = []
-    next_kill = next_node_kill = time.monotonic() + 2.0
+    kills_node = node_kills > 0
+    started = time.monotonic()
+    next_kill = next_node_kill = started + 2.0
 
     def start() -> None:
         pipe, theirs = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=serve, args=(rng.random(), expected, quota, theirs), daemon=True)
+        arguments = (rng.random(), expected, options.max_new_tokens, quota, theirs)
+        process = spawn.Process(target=serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
         clients.append(Client(process, pipe))
@@ -194,10 +255,12 @@ def requests(
             client.sent = time.monotonic()
         else:
             kind = outcome.partition(":")[0] if client.sent else "doubled"
-            if kind == "gone" and restart is None:
+            if kind == "gone" and not kills_node:
                 kind = "wrong"
             client.sent = 0.0
             counts[kind] += 1
+            if counts.total() % 5000 == 0:
+                print(f"{time.monotonic() - started:.0f} s, {counts.total()} requests: {node.holds()}", file=sys.stderr)
             if kind in ("wrong", "doubled"):
                 print(outcome[:300], file=sys.stderr)
 
@@ -220,9 +283,9 @@ def requests(
             kill(rng.choice(clients))
             counts["client killed"] += 1
             start()
-            kills, next_kill = kills - 1, now + 0.5
+            kills, next_kill = kills - 1, now + KILL_INTERVAL
         if node_kills and now > next_node_kill:
-            restart()
+            node.restart()
             node_kills, next_node_kill = node_kills - 1, time.monotonic() + 2.0
             if not node_kills:
                 quota.value = 0
@@ -245,13 +308,13 @@ def transitions(count: int) -> int:
     return failed
 
 
-def learn_answers(log: Path) -> dict[str, str]:
+def learn_answers(log: Path, tokens: int) -> dict[str, str]:
     """Return the node's answer to each question, asked alone, once it is active."""
     end = time.monotonic() + 2 * LIMIT
     with LLM(NAME, wait=LIMIT) as llm:
         while True:
             try:
-                return {text: llm.ask(text, temperature=0.0, max_new_tokens=64).text for text in QUESTIONS}
+                return {text: llm.ask(text, temperature=0.0, max_new_tokens=tokens).text for text in QUESTIONS}
             except LLMError:
                 assert time.monotonic() < end, log.read_text()
                 time.sleep(0.2)
@@ -265,6 +328,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="clients ended by SIGKILL (default: %(default)s)")
     parser.add_argument("--node-kills", type=int, default=0, help="times the node is killed (default: %(default)s)")
     parser.add_argument("--transitions", type=int, default=100, help="lifecycle transitions (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to append to (default: %(default)s)")
     options = parser.parse_args()
@@ -276,17 +340,17 @@ def main() -> int:
         log = Path(directory) / "node.log"
         node = Node(options.engine_dir, log)
         try:
-            expected = learn_answers(log)
+            expected = learn_answers(log, options.max_new_tokens)
             if options.requests:
-                requests(options, expected, max(200, options.requests // 10))  # what a node takes once is no growth
+                requests(options, node, expected, max(200, options.requests // 50))
                 before, started = node.holds(), time.monotonic()
-                counts += requests(options, expected, options.requests, options.kills)
+                counts += requests(options, node, expected, options.requests, options.kills)
                 seconds, after = time.monotonic() - started, node.holds()
                 growth = {key: round((after[key] - before[key]) * 1000 / options.requests, 2) for key in before}
             if options.node_kills:
                 many = 2**31 - 1
-                counts += requests(options, expected, many, restart=node.restart, node_kills=options.node_kills)
-                learn_answers(log)
+                counts += requests(options, node, expected, many, node_kills=options.node_kills)
+                learn_answers(log, options.max_new_tokens)
             failed = transitions(options.transitions) if options.transitions else 0
             status = node.stop()
         finally:
@@ -300,6 +364,7 @@ def main() -> int:
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "requests": options.requests,
         "clients": options.clients,
+        "max_new_tokens": options.max_new_tokens,
         "kills": options.kills,
         "node_kills": options.node_kills,
         "seconds": round(seconds, 1),
