@@ -8,7 +8,7 @@ backend's matter.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class _Slot:
     def reset(self) -> None:
         self.step = 0  # tokens sampled, or being sampled
         self.position = 0  # of the token that is fed next
-        self.stop_ids: frozenset[int] = frozenset()
+        self.stop_ids: Collection[int] = frozenset()
         self.ended = False
         self.interrupted = False
         self.num_uploads = 0
@@ -122,12 +122,13 @@ class DeviceBackend:
     num_slots = 1
     sampler_options = frozenset(SAMPLING_OPTIONS) & frozenset(PARAMS.names)
 
-    _device: Device | None
+    _device: Device
     _stream: Stream
     _limits: SequenceLimits
     _work: dict[str, DeviceArray]
     _row_of: np.ndarray | None  # see ``rows_by_id``
     _resources: contextlib.ExitStack
+    _closed = False
 
     # --- hooks ----------------------------------------------------------------------------------------
 
@@ -206,8 +207,9 @@ class DeviceBackend:
         if sampling.logit_bias:
             self._bias.host[slot] = 0
             for token_id, bias in sampling.logit_bias:
-                is_row = self._row_of is None or token_id >= self._limits.vocab_size
-                row = token_id if is_row else int(self._row_of[token_id])
+                row = token_id
+                if self._row_of is not None and token_id < self._limits.vocab_size:
+                    row = int(self._row_of[token_id])
                 if 0 <= row < self._limits.head_rows:
                     self._bias.host[slot, row] += np.float32(bias)
             self._upload(self._of("bias", slot), self._bias, slot)
@@ -232,14 +234,14 @@ class DeviceBackend:
 
     def close(self) -> None:
         resources, self._resources = self._resources, contextlib.ExitStack()
-        device, self._device = self._device, None
-        if device is None:
+        if self._closed:
             return
-        device.make_current()
+        self._closed = True
+        self._device.make_current()
         with contextlib.suppress(EngineFaultError):  # of a step that failed before
             self._stream.wait()
         resources.close()
-        device.close()
+        self._device.close()
 
     # --- steps ----------------------------------------------------------------------------------------
 
@@ -291,7 +293,8 @@ class DeviceBackend:
 
     def _sampled(self, slots: list[int]) -> dict[int, PendingToken]:
         """Marks the end of a step that sampled the next tokens of ``slots``."""
-        mark, found = self._mark(), {}
+        mark = self._mark()
+        found: dict[int, PendingToken] = {}
         for number in slots:
             slot = self._slots[number]
             slot.marks[slot.step % RING] = mark

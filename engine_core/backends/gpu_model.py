@@ -24,6 +24,7 @@ from engine_core.cuda.kernels import CHUNK_WORDS, Kernels, attention, linear, li
 from engine_core.cuda.kernels.launch_configs import PrefillAttentionProblem, Problem
 from engine_core.cuda.kernels.nvrtc import kernel_cache_dir
 from engine_core.cuda.kernels.tuning import ConfigFile, EventTimer, Tuner
+from engine_core.formats.weight_formats.integers import IntegerFormat
 
 # name, array → fills the array. From a file, or random for a benchmark.
 WeightSource = Callable[[str, DeviceArray], None]
@@ -134,8 +135,9 @@ class DeviceModel(Generic[Layer]):
     def sampling_launches(self, host_tokens: int) -> list[Work]:
         """The head on the first row of ``hidden``, then the sampler; the token also goes to ``host_tokens``."""
         w = self.work
-        arrays = [w[name] for name in ("logits", "scores", "params", "state", "seen", "bias", "mask")]
-        return [*self._head(), *sampling.sample(self._kernels, *arrays, w.get("vocab_map"), host_tokens)]
+        arrays = {name: w[name] for name in sampling.ARRAYS}
+        sample = sampling.sample(self._kernels, **arrays, vocab_map=w.get("vocab_map"), host_tokens=host_tokens)
+        return [*self._head(), *sample]
 
     def _head(self) -> list[Work]:
         w, weights = self.work, self.weights
@@ -168,6 +170,7 @@ class DeviceModel(Generic[Layer]):
         shape = packed_shapes(self.spec).get(name.split(".")[-1])
         if shape is None:
             return array
+        assert isinstance(self.spec.weight_format, IntegerFormat)
         return linear_packed.PackedWeight(array, self.spec.weight_format, *shape)
 
     def _gemv(self, weight: Matrix, *args: Any, **kwargs: Any) -> Launch:
@@ -178,10 +181,16 @@ class DeviceModel(Generic[Layer]):
     def _attend_one(self, i: int) -> Launch:
         """Layer ``i``'s attention of a decode step: from the first row of ``qkv`` to the first of ``attended``."""
         w = self.work
-        arrays = (self._cache(i), *(w[name] for name in ("rope", "state", "partial", "counters")))
         return attention.attention_decode(
             self._kernels,
-            *(self.spec.attention, w["qkv"].at(0), *arrays, w["attended"].at(0)),
+            self.spec.attention,
+            w["qkv"].at(0),
+            self._cache(i),
+            w["rope"],
+            w["state"],
+            w["partial"],
+            w["counters"],
+            w["attended"].at(0),
             norms=self._head_norms(i),
             scales=self._scales(i),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -16,6 +16,15 @@ from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
 _ALIGNMENT = 4096  # bytes; a page, so that the runtime can map each tensor in place
 IR_VERSION = 9  # what ONNX Runtime 1.17 and TensorRT 10 read
 _INLINE_BYTES = 8192  # smaller tensors stand in the model file itself
+
+
+class DataFile(Protocol):
+    """The methods of a binary file that data is written with."""
+
+    def tell(self) -> int: ...
+    def write(self, data: bytes | memoryview, /) -> object: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class GraphWriter:
@@ -30,7 +39,7 @@ class GraphWriter:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
 
-    def _open_data(self) -> BinaryIO:
+    def _open_data(self) -> DataFile:
         return open(self._directory / DATA_NAME, "wb")
 
     def __enter__(self) -> GraphWriter:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.number_formats import QuantizedTensor
+from engine_core.formats.quantized_layouts import Rows, Stored
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.models.spec import LinearSpec, ModelSpec
 
 _BLOCK_BYTES = 16 << 20  # float32 rows read at a time: bounds the memory of a build, whatever the model's size
+
+
+class Tensors(Protocol):
+    """The part of ``Checkpoint`` that ``Weights`` reads."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str, rows: Rows = ...) -> np.ndarray: ...
+    def stored(self, name: str) -> Stored | None: ...
+    def quantized(self, name: str, rows: Rows = ...) -> QuantizedTensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class IntegerLayout:
 class Weights:
     """``vocab_map``: int32 [rows], the full ids an LM head of fewer rows keeps, or None."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, vocab_map: np.ndarray | None = None) -> None:
+    def __init__(self, checkpoint: Tensors, spec: ModelSpec, vocab_map: np.ndarray | None = None) -> None:
         self._checkpoint = checkpoint
         self.spec = spec
         self.vocab_map = vocab_map

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from engine_core.errors import CheckpointError
 from engine_core.formats.checkpoint import Checkpoint, read_json
+from engine_core.formats.number_formats import QuantizedTensor
+from engine_core.formats.quantized_layouts import Rows, Stored
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.models.reader import read_spec
 from engine_core.models.spec import ModelSpec
@@ -58,20 +60,25 @@ class SpecTensors:
 
     def __init__(self, spec: ModelSpec, stored: WeightFormat | None = None) -> None:
         self._shapes = spec.shapes()
-        self._stored: SimpleNamespace | None = None
-        if stored is not None:
-            self._stored = SimpleNamespace(format=stored, group_size=stored.group_size, has_zeros=False, order=None)
+        self._format = stored
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
-    def read(self, name: str, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+    def read(self, name: str, rows: Rows = slice(None)) -> np.ndarray:
         assert isinstance(rows, slice)
         return np.broadcast_to(np.float32(0), self._shapes[name])
 
-    def stored(self, name: str) -> SimpleNamespace | None:
-        """How a weight lies in the checkpoint; None: it is not quantized."""
-        return self._stored
+    def stored(self, name: str) -> Stored | None:
+        """How the matrix ``name`` lies in the checkpoint; None: it is not quantized."""
+        if self._format is None:
+            return None
+        rows, columns = self._shapes[name]
+        read = partial(self.quantized, name)
+        return Stored(self._format, (rows, columns), self._format.group_size, has_zeros=False, read=read)
+
+    def quantized(self, name: str, rows: Rows = slice(None)) -> QuantizedTensor:
+        raise AssertionError("there are no values")
 
 
 def read_shapes(directory: Path) -> tuple[ConfigCheckpoint, ModelSpec]:

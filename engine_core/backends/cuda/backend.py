@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -174,11 +175,15 @@ class CudaBackend(DeviceBackend):
             self._graphs.add(self._decode_keys[size], launches)
         self._model.prepare_prefill()
         self._prefill_keys = {}
+
+        def prefill(_stream: Stream, rows: int) -> None:
+            model.prefill_chunk(rows)
+
         for rows in prefill_rows(self._spec.chunk):
             self._prefill_keys[rows] = key = GraphKey(1, work["prompt"].address, work["hidden"].address, rows=rows)
             self._upload_chunk(0, 0, np.zeros(min(rows, self.max_context), dtype=np.int32), 0)
             capture = self._model.captures_prefill and rows <= MAX_GRAPH_ROWS
-            self._graphs.add(key, [lambda _stream, rows=rows: self._model.prefill_chunk(rows)], capture)
+            self._graphs.add(key, [partial(prefill, rows=rows)], capture)
 
     # --- hooks of DeviceBackend -------------------------------------------------------------------------
 

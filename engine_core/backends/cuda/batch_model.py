@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine_core.backends.cuda.model import LAYER_VECTORS, MATRICES, CudaModel
+from engine_core.backends.cuda.model import MATRICES, CudaModel
 from engine_core.backends.gpu_model import WeightSource, Work
 from engine_core.cuda.driver import DeviceArray, Launch
 from engine_core.cuda.kernels import CHUNK_WORDS, attention, linear, linear_batch, sampling
@@ -79,7 +79,6 @@ class BatchModel(CudaModel):
 
     def _batch_layer(self, i: int, size: int) -> list[Work]:
         kernels, w = self._kernels, self.work
-        vectors = {name: self.weights.get(f"layers.{i}.{name}") for name in LAYER_VECTORS}
         slots = DeviceArray(w["slots"].address, (size,), "int32")
         arrays = (self._rows("state", size), self._partial(size), self._rows("counters", size))
         attend = attention.attention_decode(
@@ -91,23 +90,23 @@ class BatchModel(CudaModel):
             slots=slots,
         )
         return [
-            self._norm(vectors["input_norm"], size),
-            self._gemm_rows(i, "qkv", size, bias=vectors["qkv_bias"]),
+            self._norm(self.weights[f"layers.{i}.input_norm"], size),
+            self._gemm_rows(i, "qkv", size, bias=self.weights.get(f"layers.{i}.qkv_bias")),
             attend,
             self._gemm_rows(i, "o", size),
-            self._norm(vectors["post_norm"], size),
+            self._norm(self.weights[f"layers.{i}.post_norm"], size),
             self._gemm_rows(i, "gate_up", size),
             self._gemm_rows(i, "down", size),
         ]
 
     def _sample_rows(self, size: int, slots: DeviceArray, host_tokens: int) -> list[Work]:
         """Return the LM head of all rows, then the sampler of those that ``slots`` names."""
-        arrays = [self._rows(name, size) for name in ("logits", "scores", "params", "state", "seen", "bias", "mask")]
-        head = self.matrix("head" if self.spec.has_head else "embed")
+        arrays = {name: self._rows(name, size) for name in sampling.ARRAYS}
+        head, vocab_map = self.matrix("head" if self.spec.has_head else "embed"), self.work.get("vocab_map")
         return [
             self._norm(self.weights["norm"], size),
             self._gemm(head, "normed", "logits", linear.LOGITS, size),
-            *sampling.sample(self._kernels, *arrays, self.work.get("vocab_map"), host_tokens, slots),
+            *sampling.sample(self._kernels, **arrays, vocab_map=vocab_map, host_tokens=host_tokens, slots=slots),
         ]
 
     def _norm(self, weight: DeviceArray, size: int) -> Launch:

@@ -158,10 +158,12 @@ def own_values(
             return None
         if stored.group_size % GROUP and stored.group_size < stored.shape[1]:
             return None
-    found = [checkpoint.quantized(part) for part in parts]
-    if any(part is None or (part.zeros is not None and (part.zeros != wanted.zero).any()) for part in found):
-        return None
-    found = [part.regrouped(GROUP) for part in found]
+    found = []
+    for part in parts:
+        quantized = checkpoint.quantized(part)
+        if quantized is None or (quantized.zeros is not None and (quantized.zeros != wanted.zero).any()):
+            return None
+        found.append(quantized.regrouped(GROUP))
     values, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))
     if not np.array_equal(from_16_bit(to_16_bit(scales, dtype)), scales):
         return None

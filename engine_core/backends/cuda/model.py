@@ -56,15 +56,14 @@ class CudaModel(DeviceModel[_Layer]):
 
     def _decode_layer(self, i: int) -> list[Work]:
         spec, w = self.spec, self.work
-        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in LAYER_VECTORS}
         matrices = {name: self.matrix(f"layers.{i}.{name}") for name in MATRICES}
         hidden, qkv, attended, activated = (w[name].at(0) for name in ("hidden", "qkv", "attended", "activated"))
         eps = spec.norm_eps
         return [
             self._gemv(
                 *(matrices["qkv"], hidden, qkv, linear.STORE),
-                norm_weight=weights["input_norm"],
-                bias=weights["qkv_bias"],
+                norm_weight=self.weights[f"layers.{i}.input_norm"],
+                bias=self.weights.get(f"layers.{i}.qkv_bias"),
                 norm_eps=eps,
                 norm_size=spec.model.hidden_size,
             ),
@@ -72,7 +71,7 @@ class CudaModel(DeviceModel[_Layer]):
             self._gemv(matrices["o"], attended, hidden, linear.RESIDUAL),
             self._gemv(
                 *(matrices["gate_up"], hidden, activated, linear.SILU),
-                norm_weight=weights["post_norm"],
+                norm_weight=self.weights[f"layers.{i}.post_norm"],
                 norm_eps=eps,
                 norm_size=spec.model.hidden_size,
             ),
@@ -106,19 +105,18 @@ class CudaModel(DeviceModel[_Layer]):
 
     def _prefill_layer(self, i: int) -> _Layer:
         kernels, spec, w = self._kernels, self.spec, self.work
-        weights = {name: self.weights.get(f"layers.{i}.{name}") for name in LAYER_VECTORS}
 
-        def norm(weight: DeviceArray) -> Launch:
-            arrays = (w["hidden"], weight, w["normed"])
+        def norm(name: str) -> Launch:
+            arrays = (w["hidden"], self.weights[f"layers.{i}.{name}"], w["normed"])
             return linear.rms_norm(kernels, *arrays, spec.norm_eps, norm_size=spec.model.hidden_size)
 
-        bias = weights["qkv_bias"]
+        bias = self.weights.get(f"layers.{i}.qkv_bias")
         return _Layer(
-            input_norm=norm(weights["input_norm"]),
+            input_norm=norm("input_norm"),
             bias=None if bias is None else linear.add_bias(kernels, w["qkv"], bias),
             rope_append=self._rope_append(i),
             attend=self._attend(i),
-            post_norm=norm(weights["post_norm"]),
+            post_norm=norm("post_norm"),
             gemms={name: self._prefill_gemm(name, self.matrix(f"layers.{i}.{name}")) for name in MATRICES},
         )
 
@@ -183,4 +181,3 @@ MATRICES = {
     "gate_up": ("normed", "gate_up", linear.SILU),
     "down": ("activated", "hidden", linear.RESIDUAL),
 }
-LAYER_VECTORS = ("input_norm", "qkv_bias", "post_norm")

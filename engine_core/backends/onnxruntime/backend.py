@@ -89,7 +89,8 @@ class OnnxRuntimeBackend:
         self.vocab_size = layout.vocab_size
         self.reduced_vocab_size = layout.head_rows
         self.kept_ids = layout.vocab_map
-        self._session: OrtSession | None = session
+        self._session = session  # until ``close``
+        self._closed = False
         self._slots = [_Slot(layout) for _ in range(layout.num_slots)]
         layers, kinds, _, heads, _, head_dim = session.kv_cache.shape
         shape = (layout.prefix_slots, layers, kinds, heads, layout.prefix_tokens, head_dim)
@@ -149,7 +150,7 @@ class OnnxRuntimeBackend:
         self._call(self._begin, self._slots[slot], sampling, history)
 
     def step(self, steps: Sequence[SequenceStep]) -> list[_Pending]:
-        assert self._session is not None, "the backend is closed"
+        assert not self._closed, "the backend is closed"
         work = [(_copy(step), _Pending()) for step in steps]
         self._jobs.put(partial(self._step, work))
         return [pending for _, pending in work]
@@ -172,20 +173,21 @@ class OnnxRuntimeBackend:
         self._call(self._restore, slot, entry, length)
 
     def close(self) -> None:
-        if self._session is None:
+        if self._closed:
             return
         for slot in range(self.num_slots):
             self._set_interrupted(slot, True)
         self._jobs.put(None)
         self._thread.join()
-        self._session = None
+        self._closed = True
+        del self._session
         self._prefixes = np.empty(0, dtype=np.float32)
 
     # --- the compute thread -------------------------------------------------------------------------
 
     def _call(self, job: Callable, *arguments: Any) -> Any:
         """Have the compute thread call ``job``; return or raise what comes of it."""
-        assert self._session is not None, "the backend is closed"
+        assert not self._closed, "the backend is closed"
         pending = _Pending()
 
         def work() -> None:
@@ -343,10 +345,9 @@ class OnnxRuntimeBackend:
     # --- helpers ------------------------------------------------------------------------------------
 
     def _set_interrupted(self, slot: int, value: bool) -> None:
-        session = self._session
         self._slots[slot].interrupted = value
-        if session is not None:
-            session.terminate(slot, value)
+        if not self._closed:
+            self._session.terminate(slot, value)
 
     def _check_room(self, length: int) -> None:
         if length > self.max_context:

@@ -78,7 +78,7 @@ class OrtDialect:
         writer.input("length", TensorProto.INT32, [])
         for i in range(len(spec.layers)):
             for kind in ("key", "value"):
-                shape = ["batch", spec.num_kv_heads, "max_context", self._heads[0].size]
+                shape: list[int | str] = ["batch", spec.num_kv_heads, "max_context", self._heads[0].size]
                 writer.input(f"past_{kind}.{i}", TensorProto.FLOAT, shape)
                 writer.output(f"present_{kind}.{i}", TensorProto.FLOAT, shape)
         for name, table in self._rope_tables().items():
@@ -94,12 +94,12 @@ class OrtDialect:
             embedded = writer.node("Gather", [table, "input_ids"], "embed/output", axis=0)
         else:
             head, group_size = precision.head, precision.group_size
-            table = rounded(writer, "embedding", shape, self._weights.embedding(), head, group_size, flat=True)
+            packed = rounded(writer, "embedding", shape, self._weights.embedding(), head, group_size, flat=True)
             if shares:
-                self._tied_head = writer.alias("head.weight", table.values, packed_shape(shape, head, group_size))
+                self._tied_head = writer.alias("head.weight", packed.values, packed_shape(shape, head, group_size))
             embedded = writer.node(
                 "GatherBlockQuantized",
-                [table.values, "input_ids", table.scales],
+                [packed.values, "input_ids", packed.scales],
                 "embed/output",
                 domain=_MS,
                 bits=head.bits,
@@ -138,12 +138,12 @@ class OrtDialect:
         layout = self._weights.integer_layout(linear)
         group_size = self._precision.group_size
         if layout is not None and wanted.keeps(layout.format, layout.group_size):
-            weight = own_levels(self._writer, f"{name}.weight", self._weights, linear, group_size)
+            packed = own_levels(self._writer, f"{name}.weight", self._weights, linear, group_size)
         else:
             self.num_requantized += self._weights.is_quantized(linear)
             blocks = self._weights.linear(linear)
-            weight = rounded(self._writer, f"{name}.weight", shape, blocks, wanted, group_size)
-        return self._matmul_nbits(name, value, weight, shape, bias)
+            packed = rounded(self._writer, f"{name}.weight", shape, blocks, wanted, group_size)
+        return self._matmul_nbits(name, value, packed, shape, bias)
 
     def attention(self, index: int, qkv: str, layer: LayerSpec) -> str:
         spec = self._spec

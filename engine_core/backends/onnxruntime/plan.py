@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,16 +126,15 @@ def _default_threads(num_parameters: int) -> int:
 def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     """Every byte ``load`` takes, by purpose, and what the machine has free."""
     model = manifest.model
-    cache = dict(
+    cache_bytes = partial(
+        kv_cache_bytes,
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
         head_dim=head_axes(model)[0].size,
         kv_cache_type=layout.kv_cache_type,
     )
-    kv_cache = kv_cache_bytes(
-        **cache, max_context=layout.max_context, max_batch=layout.num_slots, int8_scales="channel"
-    )
-    prefix = kv_cache_bytes(**cache, max_context=layout.prefix_tokens, int8_scales="none") * layout.prefix_slots
+    kv_cache = cache_bytes(max_context=layout.max_context, max_batch=layout.num_slots, int8_scales="channel")
+    prefix = cache_bytes(max_context=layout.prefix_tokens, int8_scales="none") * layout.prefix_slots
     data = manifest.files[DATA_NAME].size if DATA_NAME in manifest.files else 0
     rope = _rope_values(manifest) * (2 if layout.kv_cache_type == "fp16" else 4)
     stored = stored_rope_bytes(manifest)  # those of the other type stay on the disk

@@ -51,8 +51,11 @@ class OrtSession:
         self.num_slots = num_slots
         options, path = session_options(threads, packed), _model_path(variant_dir, kv_cache_type)
         data = variant_dir / DATA_NAME
+        self._head: list[ort.OrtValue] = []  # the kept rows of a pruned head, which the session reads
         with held_still(data) as fd:
-            source, self._head = (str(path), None) if kept is None else cut_head(path, kept, options)
+            source: str | bytes = str(path)
+            if kept is not None:
+                source, self._head = cut_head(path, kept, options)
             self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
             copy_mapped(data, fd)
         head_dim = head_axes(model)[0].size

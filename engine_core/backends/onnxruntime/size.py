@@ -35,6 +35,9 @@ class _CountingFile:
     def flush(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 class _CountingWriter(GraphWriter):
     """Writes nothing, and takes no block: what is left of a tensor is its shape, as zeros nobody touches."""

@@ -64,6 +64,7 @@ def rounded(
 def own_block_size(weights: Weights, linear: LinearSpec, fallback: int) -> int:
     """Return the size of blocks for ``own_levels``. Raises BuildError."""
     layout = weights.integer_layout(linear)
+    assert layout is not None
     if layout.group_size >= weights.linear_shape(linear)[1]:
         return fallback
     for block_size in BLOCK_SIZES:

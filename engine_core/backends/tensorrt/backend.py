@@ -36,7 +36,7 @@ from engine_core.cuda.driver import ITEM_BYTES, Arena, Device, DeviceArray, Laun
 from engine_core.cuda.graphs import GraphKey, GraphRunner
 from engine_core.cuda.kernels import Kernels
 from engine_core.cuda.kernels.kv_append import AppendShape, NextStep, kv_append, kv_append_blocks
-from engine_core.cuda.kernels.sampling import sample
+from engine_core.cuda.kernels.sampling import ARRAYS, sample
 from engine_core.errors import EngineDirectoryError, EngineFaultError
 from engine_core.formats.manifest import Manifest, read_options
 from engine_core.formats.vocab_map import own_vocab_map
@@ -187,8 +187,8 @@ class TensorRTBackend(DeviceBackend):
         )
         self._decode_engine = context(DECODE, ("step_token", "step_position", "step_last_token", "step_write_index"), 1)
         self._set_params(0, SamplingParams(seed=0))
-        arrays = [work[name] for name in ("logits", "scores", "params", "state", "seen", "bias", "mask")]
-        self._sampling = sample(self._kernels, *arrays, work.get("vocab_map"), self._tokens.device_address)
+        arrays, host_tokens = {name: work[name] for name in ARRAYS}, self._tokens.device_address
+        self._sampling = sample(self._kernels, **arrays, vocab_map=work.get("vocab_map"), host_tokens=host_tokens)
         self._append_count = ctypes.c_int(spec.chunk)
         self._append_chunk = self._append(work["positions"], self._append_count, None)
         self._append_step = self._append(None, ctypes.c_int(1), work["state"])

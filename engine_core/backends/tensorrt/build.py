@@ -26,6 +26,7 @@ from engine_core.backends.tensorrt.layout import (
     DIALECTS,
     PLAN_NAME,
     PREFILL,
+    Profile,
     TrtOptions,
     TrtSpec,
     profile_shapes,
@@ -213,7 +214,7 @@ def _write_products(tools: _Tools, manifest: Manifest, directory: Path) -> int:
             model = export_product(Path(temporary), product, spec)
             width = next(iter(weight_shapes(spec)[product].values()))[1]
             sizes = ((1, spec.chunk, spec.chunk), (1, 1, 1))
-            profiles = [{"input": tuple((rows, width) for rows in three)} for three in sizes]
+            profiles: list[Profile] = [{"input": tuple((rows, width) for rows in three)} for three in sizes]
             plan = build_plan(tools, model, profiles, workspace, half=True)
         scratch.append(_save_plan(tools, plan, directory / plan_name(product)))
     return max(scratch)
@@ -233,7 +234,7 @@ def _save_plan(tools: _Tools, plan: memoryview, path: Path) -> int:
 def build_plan(
     tools: _Tools,
     model: Path,
-    profiles: Sequence[dict[str, tuple[tuple[int, ...], ...]]],
+    profiles: Sequence[Profile],
     workspace: int,
     *,
     half: bool,
@@ -241,7 +242,7 @@ def build_plan(
 ) -> memoryview:
     """The plan of an exported model. Raises TensorRTError or InsufficientMemoryError.
 
-    ``profiles``: input → (least, typical, largest shape). ``workspace``: bytes a layer may take. ``half``: layers
+    ``workspace``: bytes a layer may take. ``half``: layers
     may be 16-bit where TensorRT chooses types. ``fold``: GEMMs read operands as they lie that the model transposes.
     """
     api = tools.api
@@ -267,7 +268,7 @@ def build_plan(
     return plan
 
 
-def _add_profile(builder: Any, config: Any, shapes: dict[str, tuple[tuple[int, ...], ...]]) -> None:
+def _add_profile(builder: Any, config: Any, shapes: Profile) -> None:
     profile = builder.create_optimization_profile()
     for name, (least, typical, largest) in shapes.items():
         profile.set_shape(name, least, typical, largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class TrtEngine:
         context = self.api.create_context(self._engine, scratch.address, scratch.nbytes)
         self.api.checked(
             "set_optimization_profile_async",
-            lambda: context.set_optimization_profile_async(profile, int(stream.handle)),
+            partial(context.set_optimization_profile_async, profile, int(stream.handle)),
         )
         stream.wait()
         return TrtContext(self.api, context)
@@ -71,7 +72,7 @@ class TrtContext:
             if self._shapes.get(name) != shape:
                 self._api.checked(
                     f"set_input_shape({name!r}, {shape})",
-                    lambda n=name, s=shape: self._context.set_input_shape(n, s),
+                    partial(self._context.set_input_shape, name, shape),
                 )
                 self._shapes[name] = shape
 

@@ -239,7 +239,7 @@ class TrtDialect:
         self._type_of[name] = self._dtype
         return self._writer.constant(name, self._narrow(value))
 
-    def _ints(self, name: str, values: Sequence[int], dtype: type = np.int64) -> str:
+    def _ints(self, name: str, values: Sequence[int] | Sequence[Sequence[int]], dtype: type = np.int64) -> str:
         return self._writer.constant(name, np.array(values, dtype=dtype))
 
     def _stream(self, name: str, shape: Sequence[int], blocks: Iterator[np.ndarray]) -> str:

@@ -23,6 +23,8 @@ PREFILL, DECODE = 0, 1  # optimization profiles
 # Positions of the shortest past. A prompt's first chunk sees none of them and is handed this many.
 MIN_PAST = 64
 ADDRESS_STEP = 256
+# Input → its least, typical and largest shape in an optimization profile.
+Profile = dict[str, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,8 @@ def input_shapes(spec: TrtSpec, tokens: int, past: int) -> dict[str, tuple[int, 
     return shapes
 
 
-def profile_shapes(spec: TrtSpec, profile: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Input → (least, typical, largest shape) of an optimization profile, for an engine of ``spec``'s own limits."""
+def profile_shapes(spec: TrtSpec, profile: int) -> Profile:
+    """Return the optimization profile PREFILL or DECODE of an engine of ``spec``'s own limits."""
     if profile == PREFILL:
         # A prompt that fits one chunk is the common case: tactics are chosen for it.
         sizes = ((1, MIN_PAST), (spec.chunk, MIN_PAST), (spec.chunk, spec.max_context))

@@ -112,7 +112,8 @@ class Kernels:
     @contextlib.contextmanager
     def _noting(self) -> Iterator[set[tuple]]:
         """Within the context ``function`` only adds to the set that is yielded."""
-        self._wanted = wanted = set()
+        wanted: set[tuple] = set()
+        self._wanted = wanted
         try:
             yield wanted
         finally:

@@ -56,6 +56,7 @@ def kv_append(
             f"head_dim is {shape.head_dim} and the stride {shape.fresh_stride}; the kernel takes multiples of {vector}."
         )
     if shape.num_layers:
+        assert fresh is not None
         check("fresh", fresh, (2 * shape.num_layers, shape.fresh_stride), cache.dtype)
     if state is not None:
         check("state", state, (STATE.itemsize,), "uint8")

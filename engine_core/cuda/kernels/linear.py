@@ -53,7 +53,7 @@ def gemv(
     problem = GemvProblem(rows, cols, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
     shared = config.shared(cols)
-    defines = {
+    defines: dict[str, int | str] = {
         "ROWS": rows,
         "COLS": cols,
         "K_WARPS": config.k_warps,
@@ -94,7 +94,7 @@ def rms_norm(
     check("output", output, (num_rows, cols), kernels.dtype)
     if delta is not None:
         check("delta", delta, (num_rows, cols), kernels.dtype)
-    defines = {"COLS": cols, "NORM_EPS": float_define(norm_eps), "ADD": int(delta is not None)}
+    defines: dict[str, int | str] = {"COLS": cols, "NORM_EPS": float_define(norm_eps), "ADD": int(delta is not None)}
     defines |= {"NORM_SIZE": norm_size or cols, "THREADS": RMS_NORM_THREADS}
     function = kernels.function("rms_norm", "rms_norm", defines)
     return Launch(kernels.device, function, (num_rows,), RMS_NORM_THREADS, [rows, weight, output, delta or 0])

@@ -37,7 +37,8 @@ def gemm_problem(weight: DeviceArray | PackedWeight, epilogue: int) -> PackedGem
     """
     tokens = MAX_SEQUENCES
     if isinstance(weight, PackedWeight):
-        return PackedGemmProblem(*weight.tiles.shape, weight.format.bits, epilogue, tokens)
+        tiles, groups, tile_bytes = weight.tiles.shape
+        return PackedGemmProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, tokens)
     rows, cols = weight.shape
     return PackedGemmProblem(-(-rows // TILE), -(-cols // GROUP), _TILE_BYTES, 16, epilogue, tokens)
 

@@ -77,9 +77,10 @@ def gemv_packed(
     if bias is not None:
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
-    problem = PackedGemvProblem(*weight.tiles.shape, weight.format.bits, epilogue, norm_weight is not None)
+    tiles, groups, tile_bytes = weight.tiles.shape
+    problem = PackedGemvProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
-    shared = max(config.shared(*weight.tiles.shape[1:]), kernels.gpu.shared_budget)
+    shared = max(config.shared(groups, tile_bytes), kernels.gpu.shared_budget)
     if shared > kernels.gpu.max_shared:
         raise KernelArgumentError(f"A row of {cols} values does not fit the shared memory of {kernels.gpu.name}.")
     defines = {
@@ -142,9 +143,10 @@ class PackedGemm:
         check("partial", partial, partial.shape, "fp32")
         check("counters", counters, counters.shape, "uint32")
         check("chunk", chunk, (CHUNK_WORDS,), "int32")
-        self.problem = PackedGemmProblem(*tiles.shape, weight.format.bits, epilogue)
+        num_tiles, groups, tile_bytes = tiles.shape
+        self.problem = PackedGemmProblem(num_tiles, groups, tile_bytes, weight.format.bits, epilogue)
         config = config or kernels.config(self.problem)
-        shared = config.shared(tiles.shape[2])
+        shared = config.shared(tile_bytes)
         defines = {
             **_defines(weight, config.k_warps, config.row_warps, config.depth),
             "SPLITS": config.splits,
@@ -154,7 +156,7 @@ class PackedGemm:
             "EPILOGUE": epilogue,
         }
         function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
-        grid = (1, config.splits, config.ctas(tiles.shape[0]))
+        grid = (1, config.splits, config.ctas(num_tiles))
         args = [tiles, vectors, output, chunk, partial, counters, 0]
         self._launch = Launch(kernels.device, function, grid, config.threads, args, shared)
 

@@ -29,6 +29,9 @@ PARAMS = np.dtype(
     ]
 )
 
+# Arrays of ``sample``, by name.
+ARRAYS = ("logits", "scores", "params", "state", "seen", "bias", "mask")
+
 _RUNS = SAMPLE_PICK_THREADS  # of rows, whose largest scores are kept
 
 

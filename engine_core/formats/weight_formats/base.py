@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from engine_core.formats.number_formats import QuantizedTensor, ScaledFloat
 
 Shape = tuple[int, ...]
+Quantized = TypeVar("Quantized", QuantizedTensor, ScaledFloat)  # what a format rounds weights to
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,13 @@ class FloatFormat(WeightFormat):
 
 
 @dataclass(frozen=True)
-class QuantizedFormat(WeightFormat):
+class QuantizedFormat(WeightFormat, Generic[Quantized]):
     """A format with scales. 'edgellm quantize' writes it in the layout of compressed-tensors."""
 
     layout: str = ""  # compressed-tensors' name of it
 
     @abstractmethod
-    def quantize(self, weights: np.ndarray, rounding: Rounding) -> QuantizedTensor | ScaledFloat:
+    def quantize(self, weights: np.ndarray, rounding: Rounding) -> Quantized:
         """Return ``weights``, float32 [rows, columns], rounded to the nearest values of the format."""
 
     @abstractmethod
@@ -103,7 +105,7 @@ class QuantizedFormat(WeightFormat):
         """Return the tensors of the weight ``name`` in the order of ``store``: name → (safetensors type, shape)."""
 
     @abstractmethod
-    def store(self, name: str, quantized: QuantizedTensor | ScaledFloat, rounding: Rounding) -> dict[str, np.ndarray]:
+    def store(self, name: str, quantized: Quantized, rounding: Rounding) -> dict[str, np.ndarray]:
         """Return the tensors of a weight that ``quantize`` made with ``rounding``."""
 
     @abstractmethod

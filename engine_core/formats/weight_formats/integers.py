@@ -21,7 +21,7 @@ from engine_core.formats.weight_formats.base import SCALE_TYPES, QuantizedFormat
 
 
 @dataclass(frozen=True)
-class IntegerFormat(QuantizedFormat):
+class IntegerFormat(QuantizedFormat[QuantizedTensor]):
     """w = (value - zero) * scale; quantized values are 0 to 2^bits - 1, the zero 2^(bits - 1) where it is symmetric."""
 
     scale_bytes: int = 2

@@ -23,7 +23,7 @@ from engine_core.formats.weight_formats.base import QuantizedFormat, Rounding, S
 
 
 @dataclass(frozen=True)
-class Nvfp4(QuantizedFormat):
+class Nvfp4(QuantizedFormat[ScaledFloat]):
     def quantize(self, weights: np.ndarray, rounding: Rounding) -> ScaledFloat:
         """Return the nearest codes of ``weights``, whose columns are a multiple of 16."""
         rows, columns = weights.shape
