@@ -1,7 +1,7 @@
 """How fast is the TensorRT backend, with and without CUDA graphs, and where does a decode step's time go?
 
     python3 benchmarks/gpu_trt.py [--shapes NAME ...] [--prompts N ...] [--max-context N] [--layers N]
-        [--dialect NAME] [--level N] [--work DIR] [--profile] [--transformers] [--transformers-python PATH]
+        [--exporter NAME] [--level N] [--work DIR] [--profile] [--transformers] [--transformers-python PATH]
         [--output benchmarks/results/gpu_trt.jsonl]
 
 Builds an engine of each shape with random weights (minutes for a 1 B model; --work keeps it for the next run), then
@@ -66,17 +66,17 @@ def model_config(shape: Shape, max_context: int) -> dict:
     }
 
 
-def build(name: str, shape: Shape, max_context: int, work: Path, dialect: str, level: int) -> tuple[Path, float]:
+def build(name: str, shape: Shape, max_context: int, work: Path, exporter: str, level: int) -> tuple[Path, float]:
     """(engine directory, s it took to build; 0 if it was there)."""
     from engine_core.backends.tensorrt.build import build_tensorrt
 
-    engine_dir = work / f"{name}-{shape.layers}-{max_context}-{dialect}-{level}"
+    engine_dir = work / f"{name}-{shape.layers}-{max_context}-{exporter}-{level}"
     if (engine_dir / "engine.json").is_file():
         return engine_dir, 0.0
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         checkpoint = write_random_checkpoint(Path(temporary) / name, model_config(shape, max_context))
         start = time.perf_counter()
-        options = dict(max_context=max_context, dialect=dialect, level=level)
+        options = dict(max_context=max_context, exporter=exporter, level=level)
         build_tensorrt(checkpoint, engine_dir, report=print, **options)
     return engine_dir, time.perf_counter() - start
 
@@ -101,7 +101,7 @@ def host_seconds(backend, prompt_tokens: int) -> float:
 def slowest_layers(backend, count: int = 30) -> list[tuple[str, float]]:
     """(layer, ms) of one decode step's contexts outside a graph, the slowest first, by TensorRT's profiler.
 
-    In the products dialect, of one layer's three contexts.
+    In the exporter gemm, of one layer's three contexts.
     """
     import tensorrt as trt
 
@@ -147,8 +147,8 @@ def bench_engine(
             measure(backend, prompt, 8)
             ttft, per_token = median_of([measure(backend, prompt, GENERATED) for _ in range(RUNS)])
             # A plan of the whole decoder is handed the whole cache, whatever part of it is filled.
-            products = manifest.options["dialect"] == "products"
-            read = prompt + GENERATED // 2 if products else manifest.max_context
+            is_gemm = manifest.options["exporter"] == "gemm"
+            read = prompt + GENERATED // 2 if is_gemm else manifest.max_context
             floor = step_bytes(make_spec(shape, manifest.max_context, 64), read) / bandwidth
             rows.append(
                 record(
@@ -157,7 +157,7 @@ def bench_engine(
                 | {
                     "host_us_per_token": round(1e6 * host_seconds(backend, prompt), 1),
                     "load_s": round(load_s, 2),
-                    "dialect": manifest.options["dialect"],
+                    "exporter": manifest.options["exporter"],
                     "max_context": manifest.max_context,
                     "versions": manifest.builder,
                 }
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=[32, 128, 512, 2048])
     parser.add_argument("--max-context", type=int, default=2304, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=0)
-    parser.add_argument("--dialect", default="auto", choices=["auto", "products", "plain", "native"])
+    parser.add_argument("--exporter", default="auto", choices=["auto", "gemm", "plain", "native"])
     parser.add_argument("--level", type=int, default=3, help="how long TensorRT searches, 0 to 5")
     parser.add_argument("--work", type=Path, help="where engines are kept")
     parser.add_argument("--profile", action="store_true")
@@ -246,7 +246,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         for name in options.shapes:
             shape = dataclasses.replace(SHAPES[name], layers=options.layers or SHAPES[name].layers)
-            engine_dir, build_s = build(name, shape, options.max_context, work, options.dialect, options.level)
+            engine_dir, build_s = build(name, shape, options.max_context, work, options.exporter, options.level)
             found = bench_engine(engine_dir, name, shape, options, bandwidth)
             rows += [row | {"layers": shape.layers, "build_s": round(build_s, 1)} for row in found]
     if options.transformers or options.transformers_python:

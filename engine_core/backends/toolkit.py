@@ -36,7 +36,7 @@ class BuildRequest:
     head_bits: int = 0
     calibration: Path | None = None
     max_prefill: int = 0
-    dialect: str = "auto"
+    exporter: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,11 @@ def add(commands) -> None:
         "--max-prefill", type=int, default=0, help="tokens of a prefill step, tensorrt only (default: 512)"
     )
     parser.add_argument(
-        "--dialect",
-        choices=("auto", "products", "plain", "native"),
+        "--exporter",
+        choices=("auto", "gemm", "plain", "native"),
         default="auto",
-        help="tensorrt only, the exporter: products leaves all but GEMMs to our own kernels, plain and native put "
-        "the whole decoder into the plan (auto: products where our kernels take the model in fp16, else plain)",
+        help="tensorrt only, the exporter: gemm leaves all but GEMMs to our own kernels, plain and native put "
+        "the whole decoder into the plan (auto: gemm where our kernels take the model in fp16, else plain)",
     )
     parser.add_argument(
         "--kv-cache-type",
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
             head_bits=options.head_bits,
             calibration=options.calibration,
             max_prefill=options.max_prefill,
-            dialect=options.dialect,
+            exporter=options.exporter,
         )
         try:
             toolkit.build(request, print)

@@ -14,6 +14,8 @@ _MULTIPROCESSORS, _MAJOR, _MINOR, _INTEGRATED = 16, 75, 76, 18
 
 @dataclass(frozen=True)
 class GpuInfo:
+    """One NVIDIA GPU of this machine."""
+
     name: str
     capability: int  # 87 = sm_87
     num_sms: int
@@ -23,7 +25,10 @@ class GpuInfo:
 
 @dataclass(frozen=True)
 class GpuReport:
-    """``why_none`` is empty if there is a GPU. ``cuda_version`` is the newest the driver supports, such as 12.6."""
+    """The GPUs that the driver finds.
+
+    ``why_none`` is empty if there is a GPU. ``cuda_version`` is the newest the driver supports, such as 12.6.
+    """
 
     gpus: tuple[GpuInfo, ...] = ()
     cuda_version: str = ""

@@ -75,7 +75,7 @@ class Checkpoint:
         return self._file(name).read(name, rows)
 
     def dtype(self, name: str) -> str:
-        """As safetensors spells it, of a tensor that is not quantized. Raises CheckpointError."""
+        """Return safetensors' name of the type of a tensor that is not quantized. Raises CheckpointError."""
         return self._file(name).dtype(name)
 
     # --- quantized weights --------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Checkpoint:
         return bool(self._stored)
 
     def stored(self, name: str) -> Stored | None:
-        """How a quantized weight lies in the checkpoint; None for one that is not quantized."""
+        """Return the layout of a quantized weight; None for one that is not quantized."""
         return self._stored.get(name)
 
     def quantized(self, name: str, rows: slice | np.ndarray = slice(None)) -> QuantizedTensor | None:

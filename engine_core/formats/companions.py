@@ -101,9 +101,9 @@ def copy_vocab_map(vocab_map: Path | None, kept: np.ndarray | None, directory: P
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Those of generation_config.json, of config.json and of the tokenizer: all are in use, and they may differ.
+    """Return the ids of generation_config.json, of config.json and of the tokenizer, which may differ.
 
-    Where none of them names one, that of the family's configuration class. Raises CheckpointError.
+    Where none of them names one: that of the family's configuration class. Raises CheckpointError.
     """
     ids = {*config_ids(checkpoint, "eos_token_id"), *_tokenizer_eos(checkpoint)}
     if not ids and "eos_token_id" not in checkpoint.config:

@@ -30,7 +30,7 @@ def quantization_of(checkpoint: Checkpoint, spec: ModelSpec) -> str:
     return min(of_kind, key=lambda name: not weight_format(name).needs_calibration, default="")
 
 
-def levels_refusal(quantization: str, found: str) -> str | None:
+def conversion_refusal(quantization: str, found: str) -> str | None:
     """Say why a checkpoint that is ``found`` (see ``quantization_of``) cannot become ``quantization``; None: it can.
 
     A format whose weights are made with sample texts takes a checkpoint's own quantized values.

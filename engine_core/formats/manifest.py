@@ -34,7 +34,7 @@ _READ_IF_THERE = (
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What one file of an engine directory has to be."""
+    """The size and digest that one file of an engine directory must have."""
 
     size: int  # bytes
     sha256: str  # hexadecimal

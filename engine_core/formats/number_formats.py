@@ -35,11 +35,11 @@ E2M1 = _minifloats(2, 1)
 class QuantizedTensor:
     """A weight [rows, columns] in integers; ``dequantize`` says what they stand for.
 
-    ``levels``: uint8 [rows, columns] below 2^bits. ``scales``: float32 [rows, groups]. ``zeros``: uint8 [rows, groups],
+    ``values``: uint8 [rows, columns] below 2^bits. ``scales``: float32 [rows, groups]. ``zeros``: uint8 [rows, groups],
     or None: 2^(bits-1) everywhere. A group is ``group_size`` consecutive columns, the last one what is left.
     """
 
-    levels: np.ndarray
+    values: np.ndarray
     scales: np.ndarray
     zeros: np.ndarray | None
     bits: int
@@ -47,21 +47,21 @@ class QuantizedTensor:
 
     def dequantize(self) -> np.ndarray:
         """float32 [rows, columns]."""
-        columns = self.levels.shape[1]
+        columns = self.values.shape[1]
         zeros = np.float32(1 << (self.bits - 1))
         if self.zeros is not None:
             zeros = expand_groups(self.zeros, self.group_size, columns).astype(np.float32)
-        return (self.levels.astype(np.float32) - zeros) * expand_groups(self.scales, self.group_size, columns)
+        return (self.values.astype(np.float32) - zeros) * expand_groups(self.scales, self.group_size, columns)
 
     def regrouped(self, group_size: int) -> QuantizedTensor:
         """Return these weights with smaller groups, each with its old group's scale and zero."""
         if group_size == self.group_size:
             return self
-        columns = self.levels.shape[1]
+        columns = self.values.shape[1]
         assert self.group_size % group_size == 0 or self.group_size >= columns
         old = np.arange(0, columns, group_size) // self.group_size
         zeros = None if self.zeros is None else self.zeros[:, old]
-        return QuantizedTensor(self.levels, self.scales[:, old], zeros, self.bits, group_size)
+        return QuantizedTensor(self.values, self.scales[:, old], zeros, self.bits, group_size)
 
 
 @dataclass(frozen=True)
@@ -134,28 +134,28 @@ def to_minifloat(values: np.ndarray, table: np.ndarray) -> np.ndarray:
 # --- packing ----------------------------------------------------------------------------------------
 
 
-def pack_nibbles(levels: np.ndarray) -> np.ndarray:
+def pack_nibbles(values: np.ndarray) -> np.ndarray:
     """uint8 [..., n] below 16 → uint8 [..., ceil(n / 2)], two to a byte, the first in the low nibble."""
-    if levels.shape[-1] % 2:
-        levels = np.concatenate([levels, np.zeros_like(levels[..., :1])], axis=-1)
-    return levels[..., 0::2] | (levels[..., 1::2] << 4)
+    if values.shape[-1] % 2:
+        values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
+    return values[..., 0::2] | (values[..., 1::2] << 4)
 
 
 def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
     """The inverse of ``pack_nibbles``: uint8 [..., count]."""
-    levels = np.stack([packed & 15, packed >> 4], axis=-1)
-    return levels.reshape(*packed.shape[:-1], -1)[..., :count]
+    values = np.stack([packed & 15, packed >> 4], axis=-1)
+    return values.reshape(*packed.shape[:-1], -1)[..., :count]
 
 
-def pack_int32(levels: np.ndarray, bits: int) -> np.ndarray:
+def pack_int32(values: np.ndarray, bits: int) -> np.ndarray:
     """uint8 [rows, columns] → int32 [rows, ceil(columns * bits / 32)], 4 or 8 bits, the first in the lowest bits."""
-    rows, columns = levels.shape
+    rows, columns = values.shape
     padded = np.zeros((rows, -(-columns * bits // 32) * 32 // bits), dtype=np.uint8)
-    padded[:, :columns] = levels
+    padded[:, :columns] = values
     return np.ascontiguousarray(pack_nibbles(padded) if bits == 4 else padded).view("<i4")
 
 
 def unpack_int32(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
     """The inverse of ``pack_int32``: uint8 [rows, columns]."""
-    levels = np.ascontiguousarray(packed, dtype="<i4").view(np.uint8)
-    return unpack_nibbles(levels, columns) if bits == 4 else levels[:, :columns]
+    values = np.ascontiguousarray(packed, dtype="<i4").view(np.uint8)
+    return unpack_nibbles(values, columns) if bits == 4 else values[:, :columns]

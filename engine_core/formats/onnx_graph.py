@@ -11,7 +11,7 @@ from typing import Protocol
 from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
 
 
-class Dialect(Protocol):
+class Exporter(Protocol):
     """The operations of a decoder in one runtime's operators. Every method adds nodes and names their result."""
 
     def begin(self) -> None:
@@ -44,31 +44,31 @@ class Dialect(Protocol):
         """Writes what is left."""
 
 
-def write_decoder(spec: ModelSpec, dialect: Dialect) -> None:
+def write_decoder(spec: ModelSpec, exporter: Exporter) -> None:
     """Writes the whole model. Only the last token of a call gets logits."""
-    dialect.begin()
-    residual = dialect.embed()
+    exporter.begin()
+    residual = exporter.embed()
     pending = ""  # a block's output that is not in the residual yet: its sum is fused with the next norm
     for index, layer in enumerate(spec.layers):
         prefix = f"layer{index}"
-        normed, residual = _norm_in(dialect, f"{prefix}/input_norm", residual, pending, layer.input_norm)
-        attended = dialect.attention(index, dialect.linear(f"{prefix}/qkv", normed, layer.qkv), layer)
-        attended = dialect.linear(f"{prefix}/output", attended, layer.output)
+        normed, residual = _norm_in(exporter, f"{prefix}/input_norm", residual, pending, layer.input_norm)
+        attended = exporter.attention(index, exporter.linear(f"{prefix}/qkv", normed, layer.qkv), layer)
+        attended = exporter.linear(f"{prefix}/output", attended, layer.output)
         if layer.post_attention_norm:
-            attended = dialect.norm(f"{prefix}/post_attention_norm", attended, layer.post_attention_norm)
-        normed, residual = _norm_in(dialect, f"{prefix}/mlp_norm", residual, attended, layer.mlp_norm)
-        hidden = dialect.gated(f"{prefix}/gated", dialect.linear(f"{prefix}/gate_up", normed, layer.gate_up))
-        pending = dialect.linear(f"{prefix}/down", hidden, layer.down)
+            attended = exporter.norm(f"{prefix}/post_attention_norm", attended, layer.post_attention_norm)
+        normed, residual = _norm_in(exporter, f"{prefix}/mlp_norm", residual, attended, layer.mlp_norm)
+        hidden = exporter.gated(f"{prefix}/gated", exporter.linear(f"{prefix}/gate_up", normed, layer.gate_up))
+        pending = exporter.linear(f"{prefix}/down", hidden, layer.down)
         if layer.post_mlp_norm:
-            pending = dialect.norm(f"{prefix}/post_mlp_norm", pending, layer.post_mlp_norm)
-    residual = dialect.last_token("last_residual", residual)
-    pending = dialect.last_token("last_output", pending)
-    normed, _ = dialect.add_norm("final_norm", residual, pending, spec.final_norm)
-    dialect.head(normed)
-    dialect.finish()
+            pending = exporter.norm(f"{prefix}/post_mlp_norm", pending, layer.post_mlp_norm)
+    residual = exporter.last_token("last_residual", residual)
+    pending = exporter.last_token("last_output", pending)
+    normed, _ = exporter.add_norm("final_norm", residual, pending, spec.final_norm)
+    exporter.head(normed)
+    exporter.finish()
 
 
-def _norm_in(dialect: Dialect, name: str, residual: str, pending: str, weight: str) -> tuple[str, str]:
+def _norm_in(exporter: Exporter, name: str, residual: str, pending: str, weight: str) -> tuple[str, str]:
     if not pending:
-        return dialect.norm(name, residual, weight), residual
-    return dialect.add_norm(name, residual, pending, weight)
+        return exporter.norm(name, residual, weight), residual
+    return exporter.add_norm(name, residual, pending, weight)

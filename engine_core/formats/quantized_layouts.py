@@ -1,4 +1,4 @@
-"""How quantized checkpoints of the usual tools store a weight, and how it is read without requantizing it.
+"""The layouts in which common tools store quantized weights, read without requantizing them.
 
 compressed-tensors (llm-compressor, and ``edgellm quantize``): pack-quantized, int-quantized, float-quantized,
 nvfp4-pack-quantized. ModelOpt: FP8 and NVFP4. AutoAWQ: its GEMM version. GPTQ: zeros off by one in the first version of
@@ -35,7 +35,7 @@ _METHODS = ("compressed-tensors", "awq", "gptq", "fp8", "modelopt")
 
 @dataclass(frozen=True)
 class Stored:
-    """How one weight lies in the checkpoint. ``read`` gives rows of it."""
+    """The layout of one weight in the checkpoint. ``read`` returns rows of it."""
 
     format: WeightFormat  # int4, int8, fp8 or nvfp4; the tensors do not tell how they were rounded
     shape: tuple[int, int]
@@ -164,8 +164,8 @@ class _Reader:
         order, group_size = self._order(stem + "weight_g_idx", columns, scales.shape[1])
 
         def read(which: Rows) -> QuantizedTensor:
-            levels = unpack_int32(packed[which], bits, columns)
-            return _integers(levels, scales, zeros, bits, group_size, which, order)
+            values = unpack_int32(packed[which], bits, columns)
+            return _integers(values, scales, zeros, bits, group_size, which, order)
 
         return Stored(weight_format(f"int{bits}"), (rows, columns), group_size, zeros is not None, read, order)
 
@@ -264,8 +264,8 @@ class _Reader:
 
         def read(which: Rows) -> QuantizedTensor:
             first, last, inside = _span(which, rows)
-            levels = unpack(words[:, first // 8 : -(-last // 8)]).T[inside]
-            return _integers(np.ascontiguousarray(levels), scales, zeros, 4, group_size, which, None)
+            values = unpack(words[:, first // 8 : -(-last // 8)]).T[inside]
+            return _integers(np.ascontiguousarray(values), scales, zeros, 4, group_size, which, None)
 
         return Stored(weight_format("int4"), (rows, columns), group_size, zeros is not None, read, order)
 
@@ -285,8 +285,8 @@ class _Reader:
         order, group_size = self._order(stem + "g_idx", columns, scales.shape[1])
 
         def read(which: Rows) -> QuantizedTensor:
-            levels = unpack_int32(np.ascontiguousarray(words[:, which].T), bits, columns)
-            return _integers(levels, scales, zeros, bits, group_size, which, order)
+            values = unpack_int32(np.ascontiguousarray(words[:, which].T), bits, columns)
+            return _integers(values, scales, zeros, bits, group_size, which, order)
 
         return Stored(weight_format(f"int{bits}"), (rows, columns), group_size, zeros is not None, read, order)
 
@@ -336,7 +336,7 @@ class _Reader:
 
 
 def _integers(
-    levels: np.ndarray,
+    values: np.ndarray,
     scales: np.ndarray,
     zeros: np.ndarray | None,
     bits: int,
@@ -344,8 +344,8 @@ def _integers(
     which: Rows,
     order: np.ndarray | None,
 ) -> QuantizedTensor:
-    levels = levels if order is None else levels[:, order]
-    return QuantizedTensor(levels, scales[which], None if zeros is None else zeros[which], bits, group_size)
+    values = values if order is None else values[:, order]
+    return QuantizedTensor(values, scales[which], None if zeros is None else zeros[which], bits, group_size)
 
 
 def _span(which: Rows, rows: int) -> tuple[int, int, Rows]:

@@ -14,7 +14,7 @@ def round_up(size: int, grain: int) -> int:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the values along one axis of an array go: ``places``, int64 [n], ascending, of ``size``; 0 elsewhere."""
+    """The places of values along an axis that is filled up with zeros: ``places``, int64 [n], ascending, below ``size``."""
 
     places: np.ndarray
     size: int
@@ -43,7 +43,7 @@ class Axis:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is added."""
+        """True if nothing is added."""
         return len(self.places) == self.size
 
     def spread(self, values: np.ndarray, axis: int, fill: int = 0) -> np.ndarray:

@@ -70,7 +70,7 @@ class SpecTensors:
         return np.broadcast_to(np.float32(0), self._shapes[name])
 
     def stored(self, name: str) -> Stored | None:
-        """How the matrix ``name`` lies in the checkpoint; None: it is not quantized."""
+        """Return the layout of the matrix ``name``; None: it is not quantized."""
         if self._format is None:
             return None
         rows, columns = self._shapes[name]

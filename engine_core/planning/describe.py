@@ -8,7 +8,7 @@ from pathlib import Path
 from engine_core.backends.capabilities import Capabilities, all_capabilities
 from engine_core.errors import CheckpointError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.detect import levels_refusal, quantization_of
+from engine_core.formats.detect import conversion_refusal, quantization_of
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.models.reader import check_tensors, read_spec
 from engine_core.models.rope import RopeSpec
@@ -97,7 +97,7 @@ def _refusals(capabilities: Capabilities, spec: ModelSpec, stored: str | None) -
     for kind in capabilities.planned_formats:
         reason = capabilities.refusal(spec, kind)
         if reason is None and stored is not None:
-            reason = levels_refusal(kind, stored)
+            reason = conversion_refusal(kind, stored)
         if reason is not None:
             found[kind] = reason
     return found

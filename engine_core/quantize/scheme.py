@@ -87,7 +87,7 @@ class Scheme:
         quantized = self._quantized.quantize(weights, rounding)
         if self.layout == _INT_QUANTIZED:
             assert isinstance(quantized, QuantizedTensor)
-            signed = (quantized.levels ^ 0x80).view(np.int8)
+            signed = (quantized.values ^ 0x80).view(np.int8)
             return {name: signed, f"{name}_scale": to_16_bit(quantized.scales, self.dtype)}
         return self._quantized.store(name, quantized, rounding)
 

@@ -248,7 +248,7 @@ def test_a_configuration_the_engine_cannot_honour_is_refused(built, driver, conf
 
 def test_a_manifest_without_its_options_is_refused(built, driver):
     manifest = read_manifest(built[0])
-    for options_ in ({}, {**manifest.options, "scratch_bytes": "many"}, {**manifest.options, "dialect": "latin"}):
+    for options_ in ({}, {**manifest.options, "scratch_bytes": "many"}, {**manifest.options, "exporter": "latin"}):
         damaged = dataclasses.replace(manifest, options=options_)
         with pytest.raises(EngineDirectoryError, match="build the engine again|does not know"):
             api = TensorRT(fake_tensorrt.make(VERSION, driver))

@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory):
 def build(checkpoint, out, driver, version="8.6.0", **options):
     """(manifest, the stand-in module)."""
     module = fake_tensorrt.make(version, driver)
-    options = {"max_context": 128, "dialect": "plain", **options}
+    options = {"max_context": 128, "exporter": "plain", **options}
     return build_tensorrt(checkpoint, out, api=TensorRT(module), **options), module
 
 
@@ -158,8 +158,8 @@ def test_a_smaller_head_gives_ids_of_the_full_vocabulary(checkpoint, driver, tmp
 
 
 @pytest.mark.skipif(onnx.defs.onnx_opset_version() < 24, reason="this onnx has no opset 24")
-def test_the_native_dialect_writes_its_cache_itself(checkpoint, driver, tmp_path):
-    options = dict(quantization="fp32", dialect="native", max_prefill=16)
+def test_the_native_exporter_writes_its_cache_itself(checkpoint, driver, tmp_path):
+    options = dict(quantization="fp32", exporter="native", max_prefill=16)
     build(checkpoint, tmp_path / "engine", driver, "10.16.1", **options)
     backend = load(tmp_path / "engine", driver, "10.16.1")
     expected = checkpoints.reference_greedy(checkpoints.reference(checkpoint), PROMPT[:20], 5)

@@ -21,7 +21,7 @@ from engine_core.config import KV_CACHE_TYPES, QUANTIZATIONS, EngineConfig
 from engine_core.cuda.gpu_info import GpuInfo, GpuReport
 from engine_core.errors import BuildError, ConfigurationError, EdgeLLMError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.detect import levels_refusal, quantization_of
+from engine_core.formats.detect import conversion_refusal, quantization_of
 from engine_core.formats.weight_formats import NAMES
 from engine_core.models.shapes import read_shapes
 from engine_core.planning import devices, doctor
@@ -103,7 +103,7 @@ def assert_configuring_agrees(backend, spec, manifest, directory, kv):
     try:
         toolkit_of(backend).engine_bytes(directory, manifest, EngineConfig(directory, kv_cache_type=kv), 16)
     except EdgeLLMError as error:
-        # What this engine was not built for is another matter: int8 without text to calibrate, products or plain.
+        # What this engine was not built for is another matter: int8 without text to calibrate, gemm or plain.
         if expected is None:
             assert isinstance(error, ConfigurationError) and "this engine was built for" in str(error)
         else:
@@ -143,7 +143,7 @@ def test_inspect_lists_what_can_be_built_and_run(architecture, quantized, checkp
     for backend in backend_names():
         capabilities = capabilities_of(backend)
         for weight_format in capabilities.planned_formats:
-            reason = capabilities.refusal(spec, weight_format) or levels_refusal(weight_format, stored)
+            reason = capabilities.refusal(spec, weight_format) or conversion_refusal(weight_format, stored)
             assert (weight_format in found["backends"][backend]) == (reason is None)
             if reason is not None:
                 model_reason = capabilities.model_refusal(spec)

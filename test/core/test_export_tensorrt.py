@@ -1,4 +1,4 @@
-"""Both TensorRT dialects against transformers, on every architecture: prefill, token by token, in chunks."""
+"""Both TensorRT exporters against transformers, on every architecture: prefill, token by token, in chunks."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ MAX_CONTEXT = 64
 OPSET_24 = onnx.defs.onnx_opset_version() >= 24
 
 
-def export(directory, out, *, dialect="plain", dtype="fp32", vocab_map=None):
+def export(directory, out, *, exporter="plain", dtype="fp32", vocab_map=None):
     out.mkdir(exist_ok=True)
     checkpoint = Checkpoint(directory)
     weights = Weights(checkpoint, read_spec(checkpoint), vocab_map)
-    return export_onnx(out, weights, MAX_CONTEXT, dialect=dialect, dtype=dtype), weights.spec
+    return export_onnx(out, weights, MAX_CONTEXT, exporter=exporter, dtype=dtype), weights.spec
 
 
 @pytest.fixture(scope="module", params=sorted(checkpoints.CASES))
@@ -105,7 +105,7 @@ def test_plain_in_fp16_is_near_transformers(checkpoint, tmp_path):
 @pytest.mark.skipif(not OPSET_24, reason="this onnx has no opset 24")
 def test_native_has_the_logits_of_transformers(checkpoint):
     directory, expected = checkpoint
-    model, spec = export(directory, directory / "native", dialect="native")
+    model, spec = export(directory, directory / "native", exporter="native")
     onnx.checker.check_model(str(model))
     runner = NativeRunner(model, spec, MAX_CONTEXT)
     for start, stop in ((0, 17), (17, 40), *((i, i + 1) for i in range(40, len(PROMPT)))):
@@ -116,7 +116,7 @@ def test_native_has_the_logits_of_transformers(checkpoint):
 @pytest.mark.skipif(not OPSET_24, reason="this onnx has no opset 24")
 def test_native_in_fp16_is_near_transformers(checkpoint, tmp_path):
     directory, expected = checkpoint
-    model, spec = export(directory, tmp_path, dialect="native", dtype="fp16")
+    model, spec = export(directory, tmp_path, exporter="native", dtype="fp16")
     runner = NativeRunner(model, spec, MAX_CONTEXT, np.float16)
     logits = runner.run(PROMPT[:40], 0)
     assert np.abs(logits - expected[39]).max() < 0.02 * expected.std()
@@ -156,14 +156,14 @@ EXPORT = """
 checkpoint = Checkpoint(Path(sys.argv[1]))
 out = Path(sys.argv[2])
 out.mkdir()
-export_onnx(out, Weights(checkpoint, read_spec(checkpoint)), 256, dialect=sys.argv[3], dtype="fp16")
+export_onnx(out, Weights(checkpoint, read_spec(checkpoint)), 256, exporter=sys.argv[3], dtype="fp16")
 """
 
 
-@pytest.mark.parametrize("dialect", ["plain", "native"])
-def test_an_export_takes_less_memory_than_one_and_a_half_checkpoints(tmp_path, dialect):
+@pytest.mark.parametrize("exporter", ["plain", "native"])
+def test_an_export_takes_less_memory_than_one_and_a_half_checkpoints(tmp_path, exporter):
     directory, size = large_checkpoint(tmp_path / "checkpoint")
-    found = growth(IMPORTS, EXPORT, directory, tmp_path / "out", dialect)
+    found = growth(IMPORTS, EXPORT, directory, tmp_path / "out", exporter)
     # The checkpoint is mapped, so its own pages count once they are read; a copy in float32 would be 2 more of it.
     print(f"{found / size:.2f} checkpoints of {size / 1e6:.0f} MB")
     assert found < 1.5 * size, f"{found / size:.2f} checkpoints"

@@ -77,7 +77,7 @@ def test_the_kernels_of_an_int8_cache_compile(arch):
 
 @pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
 @pytest.mark.parametrize("bf16", [0, 1])
-def test_the_products_of_8_bits_compile(arch, bf16):
+def test_8_bit_gemms_compile(arch, bf16):
     _compile_all(arch, ("gemv_packed", "gemm_packed"), BITS=8, BF16=bf16)
 
 
@@ -93,7 +93,7 @@ def test_the_kernels_of_several_sequences_compile(arch):
 @pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows, cols, epilogue", [(50257, 576, 3), (1000, 72, 2), (24, 2560, 1)])
-def test_products_with_tiles_that_are_not_full_compile(bits, rows, cols, epilogue):
+def test_gemms_with_tiles_that_are_not_full_compile(bits, rows, cols, epilogue):
     sizes = dict(ROWS=rows, COLS=cols, EPILOGUE=epilogue, BITS=bits, BF16=0, K_WARPS=1)
     _compile_all("sm_87", ("gemv_packed",), **sizes)
     if epilogue < 3:  # the LM head has one vector

@@ -137,10 +137,10 @@ def test_the_engine_has_the_levels_of_the_checkpoint(original, tmp_path, monkeyp
     for i, layer in enumerate(read_spec(checkpoint).layers):
         for name, linear in (("qkv", layer.qkv), ("output", layer.output), ("down", layer.down)):
             parts = [checkpoint.quantized(part) for part in linear.parts]
-            levels = np.concatenate([part.levels for part in parts])
+            values = np.concatenate([part.values for part in parts])
             stored = tensors[f"layer{i}/{name}.weight"]
             found = unpack_nibbles(stored, 32) if bits == 4 else stored
-            np.testing.assert_array_equal(found.reshape(levels.shape), levels)
+            np.testing.assert_array_equal(found.reshape(values.shape), values)
             scales = np.concatenate([part.regrouped(32).scales for part in parts])
             np.testing.assert_array_equal(tensors[f"layer{i}/{name}.scales"], scales)
             if not symmetric:
@@ -167,7 +167,7 @@ def test_levels_of_different_groups_and_of_channels_are_laid_side_by_side(origin
         assert (manifest.quantization, manifest.group_size) == ("int8", block)
         own = checkpoint.quantized("model.layers.2.mlp.down_proj.weight")
         stored = initializers(tmp_path / "engine")["layer2/down.weight"].reshape(128, -1)
-        np.testing.assert_array_equal(stored[:, :224], own.levels)
+        np.testing.assert_array_equal(stored[:, :224], own.values)
         assert (stored[:, 224:] == 128).all()  # what fills the last block stands for 0
         exact = transformers_logits(original)
         assert np.abs(logits_of(tmp_path / "engine", manifest) - exact).mean() / exact.std() < 0.1

@@ -1,4 +1,4 @@
-"""int4 checkpoints for the CUDA backend: levels and scales as they are where the kernels' layout has them."""
+"""int4 checkpoints for the CUDA backend: values and scales as they are where the kernels' layout has them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def original(request, tmp_path_factory):
 
 
 def stored(engine_dir, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(levels, scales as float32) of a fused tensor."""
+    """(values, scales as float32) of a fused tensor."""
     file = SafetensorsFile(engine_dir / "weights.safetensors")
-    levels, scales = int4_layout.unpack(file.raw(name))
+    values, scales = int4_layout.unpack(file.raw(name))
     is_bf16 = file.dtype("embed") == "BF16"
-    return levels, (scales.astype(np.uint32) << 16).view(np.float32) if is_bf16 else scales.view(np.float16)
+    return values, (scales.astype(np.uint32) << 16).view(np.float32) if is_bf16 else scales.view(np.float16)
 
 
 def test_symmetric_groups_of_128_keep_levels_and_scales(original, tmp_path):
@@ -46,14 +46,14 @@ def test_symmetric_groups_of_128_keep_levels_and_scales(original, tmp_path):
     for i, layer in enumerate(read_spec(checkpoint).layers):
         for name, linear in (("qkv", layer.qkv), ("o", layer.output), ("gate_up", layer.gate_up), ("down", layer.down)):
             parts = [checkpoint.quantized(part) for part in linear.parts]
-            levels = np.concatenate([part.levels for part in parts])
+            values = np.concatenate([part.values for part in parts])
             scales = np.concatenate([part.scales for part in parts])
             if name == "gate_up":  # rows of the two in turn
-                levels = np.stack(np.split(levels, 2), axis=1).reshape(levels.shape)
+                values = np.stack(np.split(values, 2), axis=1).reshape(values.shape)
                 scales = np.stack(np.split(scales, 2), axis=1).reshape(scales.shape)
             assert not read_manifest(tmp_path / "engine").options["requantized"]
             found = stored(tmp_path / "engine", f"layers.{i}.{name}")
-            np.testing.assert_array_equal(found[0], levels)
+            np.testing.assert_array_equal(found[0], values)
             np.testing.assert_array_equal(found[1], scales)
 
 
@@ -66,8 +66,8 @@ def test_other_groups_and_zero_points_are_dequantized_first_and_told(original, t
     assert manifest.options["requantized"] == 4 * manifest.model.num_layers
     assert "rounded anew" in caplog.text and "onnxruntime" in caplog.text
     expected = Checkpoint(tmp_path / "out").read("model.layers.1.mlp.down_proj.weight")
-    levels, scales = stored(tmp_path / "engine", "layers.1.down")
-    restored = dequantize(levels, scales.astype(np.float64), int4_layout.GROUP, weight_format("int4").zero)
+    values, scales = stored(tmp_path / "engine", "layers.1.down")
+    restored = dequantize(values, scales.astype(np.float64), int4_layout.GROUP, weight_format("int4").zero)
     assert 0 < np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.12
 
 

@@ -48,23 +48,23 @@ def test_rounding_is_to_nearest_even_and_saturates(table, name, largest):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [1, 7, 8, 31, 64])
 def test_words_hold_the_first_level_in_their_lowest_bits(bits, columns):
-    levels = RANDOM.integers(0, 1 << bits, (3, columns)).astype(np.uint8)
-    packed = formats.pack_int32(levels, bits)
+    values = RANDOM.integers(0, 1 << bits, (3, columns)).astype(np.uint8)
+    packed = formats.pack_int32(values, bits)
     assert packed.dtype == np.int32 and packed.shape == (3, -(-columns * bits // 32))
     for row in range(3):
         for column in range(columns):
             word = int(packed[row, column * bits // 32]) & 0xFFFFFFFF
-            assert word >> (column * bits % 32) & ((1 << bits) - 1) == levels[row, column]
-    np.testing.assert_array_equal(formats.unpack_int32(packed, bits, columns), levels)
+            assert word >> (column * bits % 32) & ((1 << bits) - 1) == values[row, column]
+    np.testing.assert_array_equal(formats.unpack_int32(packed, bits, columns), values)
 
 
 @pytest.mark.parametrize("count", [1, 6, 7])
 def test_a_byte_holds_two_levels_the_first_one_low(count):
-    levels = RANDOM.integers(0, 16, (2, 3, count)).astype(np.uint8)
-    packed = formats.pack_nibbles(levels)
+    values = RANDOM.integers(0, 16, (2, 3, count)).astype(np.uint8)
+    packed = formats.pack_nibbles(values)
     assert packed.shape == (2, 3, -(-count // 2))
-    assert (packed[..., 0] & 15 == levels[..., 0]).all()
-    np.testing.assert_array_equal(formats.unpack_nibbles(packed, count), levels)
+    assert (packed[..., 0] & 15 == values[..., 0]).all()
+    np.testing.assert_array_equal(formats.unpack_nibbles(packed, count), values)
 
 
 @pytest.mark.parametrize("bits, symmetric", [(4, True), (4, False), (8, True), (8, False)])
@@ -81,7 +81,7 @@ def test_levels_are_the_nearest_and_stand_for_what_the_formula_says(bits, symmet
             zero = 1 << (bits - 1) if zeros is None else int(zeros[row, group])
             reachable = (np.arange(1 << bits) - zero) * scales[row, group]
             nearest = np.abs(reachable - weights[row, column]).min()
-            assert restored[row, column] == np.float32((int(quantized.levels[row, column]) - zero) * scales[row, group])
+            assert restored[row, column] == np.float32((int(quantized.values[row, column]) - zero) * scales[row, group])
             assert abs(restored[row, column] - weights[row, column]) <= nearest + 1e-6
     assert not restored[1].any()
 
@@ -89,10 +89,10 @@ def test_levels_are_the_nearest_and_stand_for_what_the_formula_says(bits, symmet
 def test_smaller_groups_of_the_same_weights_stand_for_the_same():
     scales = RANDOM.normal(size=(3, 2)).astype(np.float32)
     zeros = RANDOM.integers(0, 16, (3, 2)).astype(np.uint8)
-    levels = RANDOM.integers(0, 16, (3, 96)).astype(np.uint8)
-    halves = formats.QuantizedTensor(levels, scales, zeros, 4, 48)
+    values = RANDOM.integers(0, 16, (3, 96)).astype(np.uint8)
+    halves = formats.QuantizedTensor(values, scales, zeros, 4, 48)
     np.testing.assert_array_equal(halves.regrouped(16).dequantize(), halves.dequantize())
-    whole = formats.QuantizedTensor(levels, scales[:, :1], None, 4, 96)
+    whole = formats.QuantizedTensor(values, scales[:, :1], None, 4, 96)
     np.testing.assert_array_equal(whole.regrouped(64).dequantize(), whole.dequantize())
 
 
@@ -135,7 +135,7 @@ def test_what_a_format_stores_is_what_it_says_and_is_read_back(name):
         assert tensors[tensor].shape == size and tensors[tensor].dtype.itemsize == sizes[dtype]
     aside = ("w_shape", "w_global_scale")  # of the tensor as a whole
     assert sum(tensor.nbytes for key, tensor in tensors.items() if key not in aside) == found.nbytes(shape)
-    values = quantized.levels if found.name.startswith("int") else quantized.codes
+    values = quantized.values if found.name.startswith("int") else quantized.codes
     packed = found.pack(values)
     assert packed.shape == (32, 256 * found.bits // 8)
     np.testing.assert_array_equal(found.unpack(packed, 256), values)
@@ -165,5 +165,5 @@ def test_a_short_last_group_is_rounded_with_a_scale_of_its_own(bits):
     assert whole.scales.shape == (3, 2)
     for columns, group in ((slice(0, 32), 0), (slice(32, 40), 1)):
         part = found.quantize(weights[:, columns], Rounding(0))
-        np.testing.assert_array_equal(whole.levels[:, columns], part.levels)
+        np.testing.assert_array_equal(whole.values[:, columns], part.values)
         np.testing.assert_array_equal(whole.scales[:, group], part.scales[:, 0])

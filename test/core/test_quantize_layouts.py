@@ -1,4 +1,4 @@
-"""Quantized checkpoints of other tools: read as what they stand for, and built with their own levels."""
+"""Quantized checkpoints of other tools: read as what they stand for, and built with their own values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(directory, quantization: dict, tensors: dict, types: dict | None = Non
 
 
 def words(nibbles, bits: int = 4) -> np.ndarray:
-    """int32 of the levels of a word, the first in the lowest bits; ``nibbles``: [..., levels of a word]."""
+    """int32 of the values of a word, the first in the lowest bits; ``nibbles``: [..., values of a word]."""
     value = np.zeros(nibbles.shape[:-1], dtype=np.uint32)
     for place in range(nibbles.shape[-1]):
         value |= nibbles[..., place].astype(np.uint32) << np.uint32(place * bits)
@@ -41,33 +41,33 @@ def words(nibbles, bits: int = 4) -> np.ndarray:
 
 @pytest.fixture
 def weight():
-    """(levels [rows, columns], scales and zeros [rows, groups], what they stand for); every row and column differs."""
+    """(values [rows, columns], scales and zeros [rows, groups], what they stand for); every row and column differs."""
     random = np.random.default_rng(5)
-    levels = random.integers(0, 16, (ROWS, COLUMNS)).astype(np.uint8)
+    values = random.integers(0, 16, (ROWS, COLUMNS)).astype(np.uint8)
     scales = random.uniform(0.01, 0.1, (ROWS, COLUMNS // GROUP)).astype(np.float16).astype(np.float32)
     zeros = random.integers(1, 16, (ROWS, COLUMNS // GROUP)).astype(np.uint8)
-    return levels, scales, zeros
+    return values, scales, zeros
 
 
-def meaning(levels, scales, zeros, group_of=None) -> np.ndarray:
+def meaning(values, scales, zeros, group_of=None) -> np.ndarray:
     """Element by element: what integer weights stand for."""
-    result = np.empty(levels.shape, dtype=np.float32)
-    for row in range(levels.shape[0]):
-        for column in range(levels.shape[1]):
+    result = np.empty(values.shape, dtype=np.float32)
+    for row in range(values.shape[0]):
+        for column in range(values.shape[1]):
             group = column // GROUP if group_of is None else group_of[column]
             zero = 8 if zeros is None else int(zeros[row, group])
-            result[row, column] = np.float32(int(levels[row, column]) - zero) * scales[row, group]
+            result[row, column] = np.float32(int(values[row, column]) - zero) * scales[row, group]
     return result
 
 
-def check(checkpoint: Checkpoint, levels, scales, zeros, expected) -> None:
+def check(checkpoint: Checkpoint, values, scales, zeros, expected) -> None:
     name = f"{NAME}.weight"
     assert name in checkpoint and checkpoint.shape(name) == (ROWS, COLUMNS)
     np.testing.assert_array_equal(checkpoint.read(name), expected)
     np.testing.assert_array_equal(checkpoint.read(name, slice(5, 19)), expected[5:19])
     np.testing.assert_array_equal(checkpoint.read(name, np.array([2, 23, 9])), expected[[2, 23, 9]])
     own = checkpoint.quantized(name, slice(3, 22))
-    np.testing.assert_array_equal(own.levels, levels[3:22])
+    np.testing.assert_array_equal(own.values, values[3:22])
     np.testing.assert_array_equal(own.scales, scales[3:22])
     assert (own.bits, own.group_size) == (4, GROUP)
     if zeros is None:
@@ -78,22 +78,22 @@ def check(checkpoint: Checkpoint, levels, scales, zeros, expected) -> None:
 
 def test_autoawq(tmp_path, weight):
     """Its GEMM version packs eight output channels into a word, in the order 0 2 4 6 1 3 5 7."""
-    levels, scales, zeros = weight
+    values, scales, zeros = weight
     order = [0, 2, 4, 6, 1, 3, 5, 7]
     tensors = {
-        "qweight": words(levels.T.reshape(COLUMNS, -1, 8)[:, :, order]),
+        "qweight": words(values.T.reshape(COLUMNS, -1, 8)[:, :, order]),
         "qzeros": words(zeros.T.reshape(COLUMNS // GROUP, -1, 8)[:, :, order]),
         "scales": scales.T.astype(np.float16),
     }
     config = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
-    check(write(tmp_path / "a", config, tensors), levels, scales, zeros, meaning(levels, scales, zeros))
+    check(write(tmp_path / "a", config, tensors), values, scales, zeros, meaning(values, scales, zeros))
     with pytest.raises(UnsupportedModelError, match="'gemv'"):
         write(tmp_path / "b", {**config, "version": "gemv"}, tensors)
 
 
-def gptq(levels, scales, zeros, group_of=None, offset=1) -> dict:
+def gptq(values, scales, zeros, group_of=None, offset=1) -> dict:
     return {
-        "qweight": words(np.moveaxis(levels.T.reshape(-1, 8, ROWS), 1, 2)),
+        "qweight": words(np.moveaxis(values.T.reshape(-1, 8, ROWS), 1, 2)),
         "qzeros": words(((zeros.T - offset) & 15).reshape(COLUMNS // GROUP, -1, 8)),
         "scales": scales.T.astype(np.float16),
         "g_idx": (np.arange(COLUMNS) // GROUP if group_of is None else group_of).astype(np.int32),
@@ -103,34 +103,34 @@ def gptq(levels, scales, zeros, group_of=None, offset=1) -> dict:
 @pytest.mark.parametrize("layout, offset", [("gptq", 1), ("gptq_v2", 0)])
 def test_gptq_of_both_versions(tmp_path, weight, layout, offset):
     """The first version stores zeros less one."""
-    levels, scales, zeros = weight
+    values, scales, zeros = weight
     config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "checkpoint_format": layout}
-    checkpoint = write(tmp_path / "a", config, gptq(levels, scales, zeros, offset=offset))
-    check(checkpoint, levels, scales, zeros, meaning(levels, scales, zeros))
+    checkpoint = write(tmp_path / "a", config, gptq(values, scales, zeros, offset=offset))
+    check(checkpoint, values, scales, zeros, meaning(values, scales, zeros))
     eights = np.full_like(zeros, 8)
-    checkpoint = write(tmp_path / "b", config, gptq(levels, scales, eights, offset=offset))
-    check(checkpoint, levels, scales, None, meaning(levels, scales, None))
+    checkpoint = write(tmp_path / "b", config, gptq(values, scales, eights, offset=offset))
+    check(checkpoint, values, scales, None, meaning(values, scales, None))
 
 
 def test_gptq_with_groups_in_another_order_is_dequantized_but_not_taken_as_it_is(tmp_path, weight):
-    levels, scales, zeros = weight
+    values, scales, zeros = weight
     group_of = np.random.default_rng(1).permutation(np.arange(COLUMNS) // GROUP)
     config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}
-    checkpoint = write(tmp_path / "a", config, gptq(levels, scales, zeros, group_of))
-    expected = meaning(levels, scales, zeros, group_of)
+    checkpoint = write(tmp_path / "a", config, gptq(values, scales, zeros, group_of))
+    expected = meaning(values, scales, zeros, group_of)
     np.testing.assert_array_equal(checkpoint.read(f"{NAME}.weight"), expected)
     np.testing.assert_array_equal(checkpoint.read(f"{NAME}.weight", slice(7, 9)), expected[7:9])
     assert checkpoint.quantized(f"{NAME}.weight") is None
     uneven = np.zeros(COLUMNS, dtype=np.int64)
     with pytest.raises(CheckpointError, match="g_idx"):
-        write(tmp_path / "b", config, gptq(levels, scales, zeros, uneven))
+        write(tmp_path / "b", config, gptq(values, scales, zeros, uneven))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_compressed_tensors_pack_quantized(tmp_path, weight, symmetric):
-    levels, scales, zeros = weight
+    values, scales, zeros = weight
     tensors = {
-        "weight_packed": words(levels.reshape(ROWS, -1, 8)),
+        "weight_packed": words(values.reshape(ROWS, -1, 8)),
         "weight_scale": scales.astype(np.float16),
         "weight_shape": np.array([ROWS, COLUMNS]),
     }
@@ -139,7 +139,7 @@ def test_compressed_tensors_pack_quantized(tmp_path, weight, symmetric):
     else:
         tensors["weight_zero_point"] = words(np.moveaxis(zeros.reshape(-1, 8, zeros.shape[1]), 1, 2))
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    check(write(tmp_path / "a", config, tensors), levels, scales, zeros, meaning(levels, scales, zeros))
+    check(write(tmp_path / "a", config, tensors), values, scales, zeros, meaning(values, scales, zeros))
 
 
 def test_compressed_tensors_int_quantized(tmp_path):
@@ -150,7 +150,7 @@ def test_compressed_tensors_int_quantized(tmp_path):
     checkpoint = write(tmp_path / "a", config, {"weight": values, "weight_scale": scales})
     np.testing.assert_array_equal(checkpoint.read(f"{NAME}.weight"), values * scales.astype(np.float32))
     own = checkpoint.quantized(f"{NAME}.weight")
-    np.testing.assert_array_equal(own.levels.astype(int) - 128, values)
+    np.testing.assert_array_equal(own.values.astype(int) - 128, values)
     assert own.group_size == COLUMNS and own.bits == 8
 
 
@@ -219,9 +219,9 @@ def test_modelopt_nvfp4(tmp_path):
     ],
 )
 def test_what_is_not_read_is_refused(tmp_path, weight, config, error, message):
-    levels, scales, zeros = weight
+    values, scales, zeros = weight
     with pytest.raises(error, match=message):
-        write(tmp_path / "a", config, gptq(levels, scales, zeros))
+        write(tmp_path / "a", config, gptq(values, scales, zeros))
 
 
 def test_a_quantized_weight_without_its_scales_is_refused(tmp_path):
@@ -257,9 +257,7 @@ def test_what_the_compressed_tensors_library_packs_is_read_as_the_library_unpack
     packed = compressor.compress(state, scheme)
     expected = compressor.decompress(dict(packed), scheme)["weight"].float().numpy()
     fp8 = {name for name, tensor in packed.items() if tensor.dtype == torch.float8_e4m3fn}
-    tensors = {
-        name: (tensor.view(torch.uint8) if name in fp8 else tensor).numpy() for name, tensor in packed.items()
-    }
+    tensors = {name: (tensor.view(torch.uint8) if name in fp8 else tensor).numpy() for name, tensor in packed.items()}
     config = {"quant_method": "compressed-tensors", "format": layout}
     if preset == "FP8_BLOCK":
         config["config_groups"] = {"group_0": {"weights": {"block_structure": [128, 128]}}}
@@ -299,15 +297,15 @@ def test_bf16_scales_are_read(tmp_path):
 
 def test_compressed_tensors_with_zero_points_that_are_not_packed(tmp_path, weight):
     """Stored as int8, one for each scale, where the weights are packed."""
-    levels, scales, zeros = weight
+    values, scales, zeros = weight
     tensors = {
-        "weight_packed": words(levels.reshape(ROWS, -1, 8)),
+        "weight_packed": words(values.reshape(ROWS, -1, 8)),
         "weight_scale": scales.astype(np.float16),
         "weight_shape": np.array([ROWS, COLUMNS]),
         "weight_zero_point": (zeros.astype(np.int16) - 8).astype(np.int8),
     }
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    check(write(tmp_path / "a", config, tensors), levels, scales, zeros, meaning(levels, scales, zeros))
+    check(write(tmp_path / "a", config, tensors), values, scales, zeros, meaning(values, scales, zeros))
     tensors["weight_zero_point"] = tensors["weight_zero_point"][:, :1]
     with pytest.raises(CheckpointError, match="zero points"):
         write(tmp_path / "b", config, tensors)

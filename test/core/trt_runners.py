@@ -1,4 +1,4 @@
-"""The TensorRT dialects run on the CPU, with the KV cache kept in numpy as the backend keeps it on the device."""
+"""The TensorRT exporters run on the CPU, with the KV cache kept in numpy as the backend keeps it on the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ POISON = 1000.0  # finite, as the backend's zeroed cache always is; a position t
 
 
 class PlainRunner:
-    """The plain dialect on ONNX Runtime. ``cache``: [layers, 1, 2 (K, V), kv_heads, max_context, head_dim]."""
+    """The plain exporter on ONNX Runtime. ``cache``: [layers, 1, 2 (K, V), kv_heads, max_context, head_dim]."""
 
     def __init__(self, model: Path, spec: ModelSpec, max_context: int, dtype=np.float32) -> None:
         import onnxruntime as ort

@@ -33,36 +33,36 @@ SIZES = dict(
 )
 
 
-def words(levels: np.ndarray, bits: int = 4) -> np.ndarray:
-    """int32 of the levels of a word, the first in the lowest bits; ``levels``: [..., levels of a word]."""
-    places = np.arange(levels.shape[-1], dtype=np.uint32) * np.uint32(bits)
-    return np.bitwise_or.reduce(levels.astype(np.uint32) << places, axis=-1).view(np.int32)
+def words(quantized: np.ndarray, bits: int = 4) -> np.ndarray:
+    """int32 words [...], the first value in the lowest bits; ``quantized``: [..., values of a word]."""
+    places = np.arange(quantized.shape[-1], dtype=np.uint32) * np.uint32(bits)
+    return np.bitwise_or.reduce(quantized.astype(np.uint32) << places, axis=-1).view(np.int32)
 
 
-def awq(levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
-    """``levels`` [rows, columns], ``scales`` and ``zeros`` [rows, groups]."""
-    packed = {name: words(x.T.reshape(x.shape[1], -1, 8)[:, :, AWQ_ORDER]) for name, x in (("w", levels), ("z", zeros))}
-    return {"qweight": packed["w"], "qzeros": packed["z"], "scales": scales.T.astype(np.float16)}
+def awq(quantized: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
+    """``quantized`` [rows, columns], ``scales`` and ``zeros`` [rows, groups]."""
+    weights, packed_zeros = (words(x.T.reshape(x.shape[1], -1, 8)[:, :, AWQ_ORDER]) for x in (quantized, zeros))
+    return {"qweight": weights, "qzeros": packed_zeros, "scales": scales.T.astype(np.float16)}
 
 
-def gptq(levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
+def gptq(quantized: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
     """Its first version, which stores zeros less one."""
-    return gptq_of(4, levels, scales, zeros)
+    return gptq_of(4, quantized, scales, zeros)
 
 
-def gptq_of(bits: int, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
-    (rows, columns), per_word = levels.shape, 32 // bits
+def gptq_of(bits: int, quantized: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
+    (rows, columns), per_word = quantized.shape, 32 // bits
     return {
-        "qweight": words(np.moveaxis(levels.T.reshape(-1, per_word, rows), 1, 2), bits),
+        "qweight": words(np.moveaxis(quantized.T.reshape(-1, per_word, rows), 1, 2), bits),
         "qzeros": words((zeros.T - 1).reshape(zeros.shape[1], -1, per_word), bits),
         "scales": scales.T.astype(np.float16),
         "g_idx": (np.arange(columns) // GROUP).astype(np.int32),
     }
 
 
-def gptq_int8(levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
+def gptq_int8(quantized: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
     """As ``gptq``, in 8 bits."""
-    return gptq_of(8, levels, scales, zeros)
+    return gptq_of(8, quantized, scales, zeros)
 
 
 GPTQ = dict(group_size=GROUP, checkpoint_format="gptq", desc_act=False)
@@ -89,8 +89,8 @@ def write(directory, kind: str, asymmetric: bool):
         grouped = values.reshape(values.shape[0], -1, GROUP)
         scales = (np.abs(grouped).max(axis=2) / (zero - 1)).astype(np.float16).astype(np.float32)
         zeros = random.integers(zero - 2, zero + 2, scales.shape) if asymmetric else np.full(scales.shape, zero)
-        levels = np.clip(np.rint(grouped / scales[:, :, None]) + zeros[:, :, None], 0, top).astype(np.uint8)
-        packed = pack(levels.reshape(values.shape), scales, zeros.astype(np.uint8))
+        quantized = np.clip(np.rint(grouped / scales[:, :, None]) + zeros[:, :, None], 0, top).astype(np.uint8)
+        packed = pack(quantized.reshape(values.shape), scales, zeros.astype(np.uint8))
         tensors |= {f"{name.removesuffix('weight')}{key}": np.ascontiguousarray(x) for key, x in packed.items()}
     directory.mkdir()
     write_safetensors(directory / "model.safetensors", tensors)
@@ -103,23 +103,23 @@ def write(directory, kind: str, asymmetric: bool):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(("kind", "asymmetric"), [("gptq", False), ("awq", False), ("awq", True), ("gptq_int8", False)])
 def test_logits_are_those_of_the_dequantized_model(tmp_path, kind, asymmetric, dtype):
-    """Symmetric levels are kept; what has zero points is rounded anew; the engine's weights are then the measure."""
+    """Symmetric values are kept; what has zero points is rounded anew; the engine's weights are then the measure."""
     model = write(tmp_path / "checkpoint", kind, asymmetric)
     quantization = "int8" if kind == "gptq_int8" else "int4_awq"
-    levels = weight_format(quantization).kind
+    layout = weight_format(quantization).kind
     build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization=quantization, max_context=256, dtype=dtype)
     with torch.no_grad():
         for name in ("embed_tokens", "norm"):
             parameter = getattr(model.model, name).weight
             parameter.copy_(parameter.half().float())
-    use_weights_of(tmp_path / "engine", model, levels)
+    use_weights_of(tmp_path / "engine", model, layout)
     checkpoint = Checkpoint(tmp_path / "checkpoint")
     for name, parameter in model.named_parameters():
         if name.endswith("_proj.weight"):
             found, expected = parameter.detach().numpy(), checkpoint.read(name)
             if asymmetric or dtype == "bf16":  # fp16 scales do not all fit bf16
                 off = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-                assert off < (0.12 if levels == "int4" else 0.01), name
+                assert off < (0.12 if layout == "int4" else 0.01), name
             else:
                 np.testing.assert_array_equal(found, expected)
     check_greedy(tmp_path / "engine", model)

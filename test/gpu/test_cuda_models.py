@@ -133,8 +133,8 @@ class _Int8Cache(transformers.DynamicCache):
     def update(self, keys, values, *args, **kwargs):
         rounded = []
         for vectors in (keys, values):
-            levels, scales = reference.quantize_vectors(vectors.double().numpy())
-            rounded.append(torch.tensor(levels * scales[..., None], dtype=vectors.dtype))
+            quantized, scales = reference.quantize_vectors(vectors.double().numpy())
+            rounded.append(torch.tensor(quantized * scales[..., None], dtype=vectors.dtype))
         return super().update(*rounded, *args, **kwargs)
 
 
@@ -142,7 +142,7 @@ def test_logits_with_an_int8_kv_cache(model, engine_dir):
     """An engine built for a 16-bit cache opens with an int8 one by the parameter alone.
 
     Off float32 by what the 16-bit type loses and by no more than half as much again as the rounding of K and V alone
-    does in transformers: noise of the type moves values over to other levels.
+    does in transformers: noise of the type rounds values to neighbours.
     """
     manifest = read_manifest(engine_dir)
     assert manifest.kv_cache_type == "fp16"

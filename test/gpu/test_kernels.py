@@ -319,11 +319,11 @@ class _Attention:
         self.scales = None
         if kv_int8:  # scales of very different sizes, as a model's tokens have; past the row's end they are NaN
             self.cached *= np.exp2(bench.random.integers(-6, 2, (2, kv_heads, context, 1)))
-            levels, scales = reference.quantize_vectors(self.cached)
+            quantized, scales = reference.quantize_vectors(self.cached)
             padded = np.full((2, kv_heads, self.shape.scale_pitch), np.nan, dtype=np.float16)
             padded[..., :context] = scales
-            self.cache, self.scales = bench.put(levels.astype(np.int8), "int8"), bench.put(padded, "fp16")
-            self.cached = levels * scales[..., None]
+            self.cache, self.scales = bench.put(quantized.astype(np.int8), "int8"), bench.put(padded, "fp16")
+            self.cached = quantized * scales[..., None]
         self.qkv, values = bench.normal((count, self.shape.qkv_width), dtype)
         self.heads = values.reshape(count, heads + 2 * kv_heads, head_dim)
         self.output = bench.poisoned((count, heads * head_dim), dtype)
@@ -342,8 +342,8 @@ class _Attention:
         cache = self.cached.copy()
         for part, new in enumerate((k.swapaxes(0, 1), v.swapaxes(0, 1))):
             if shape.kv_int8:
-                levels, scales = reference.quantize_vectors(new)
-                new = levels * scales[..., None]
+                quantized, scales = reference.quantize_vectors(new)
+                new = quantized * scales[..., None]
             cache[part, :, start : start + n] = new
         output = reference.attention(q, cache[0, :, : start + n], cache[1, :, : start + n], start)
         return output.reshape(n, -1), cache
@@ -354,7 +354,7 @@ class _Attention:
         if self.scales is not None:
             found = found * self.bench.get(self.scales)[..., : self.shape.max_context, None]
             new = slice(start, start + self.count)
-            # A value near the middle of two levels may be rounded the other way, no more than that.
+            # A value near the middle between two may be rounded the other way, no more than that.
             steps = np.abs(cache[:, :, new]).max(axis=-1, keepdims=True) / 127
             assert (np.abs(found - cache)[:, :, new] <= 1.01 * steps).all()
             assert (np.abs(found - cache)[:, :, new] > 0.1 * steps).mean() < 0.02
@@ -451,9 +451,9 @@ def test_a_nan_in_an_int8_cache_is_seen_and_zeros_stay_zeros(bench):
     bench.device.upload(case.qkv, values)
     inputs = (case.kernels, case.shape, case.qkv, case.cache)
     attention.rope_append(*inputs, case.rope, bench.chunk(4, 3), scales=case.scales)(bench.stream)
-    scales, levels = bench.get(case.scales), bench.get(case.cache)
+    scales, quantized = bench.get(case.scales), bench.get(case.cache)
     assert np.isnan(scales[0, 1, 5]) and np.isfinite(scales[:, 0, :7]).all()
-    assert scales[1, 0, 4] == 0 and (levels[1, 0, 4] == 0).all()
+    assert scales[1, 0, 4] == 0 and (quantized[1, 0, 4] == 0).all()
 
 
 def test_attention_refuses_a_cache_of_another_type(bench):

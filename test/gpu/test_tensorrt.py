@@ -34,7 +34,7 @@ COMMON = dict(
 )
 ROPE = dict(rope_theta=10000.0)
 LLAMA = dict(architectures=["LlamaForCausalLM"], num_attention_heads=8, num_key_value_heads=2, head_dim=32, **ROPE)
-# Those our kernels take get the products dialect, gemma2 gets plain.
+# Those our kernels take get the exporter gemm, gemma2 gets plain.
 MODELS = {
     "llama": LLAMA,
     "llama-plain": LLAMA,
@@ -48,7 +48,7 @@ MODELS = {
     "qwen3": dict(
         architectures=["Qwen3ForCausalLM"], num_attention_heads=4, num_key_value_heads=4, head_dim=64, **ROPE
     ),
-    # The products dialect's kernels and plans have sizes that are filled up.
+    # The exporter gemm's kernels and plans have sizes that are filled up.
     "qwen3-odd": dict(
         architectures=["Qwen3ForCausalLM"],
         hidden_size=90,
@@ -71,7 +71,7 @@ MODELS = {
         **ROPE,
     ),
 }
-# Logits of fp16 engines may differ from the fp16 model on ONNX Runtime by this share of their spread: products are
+# Logits of fp16 engines may differ from the fp16 model on ONNX Runtime by this share of their spread: GEMMs are
 # rounded to 16 bits at the same places, but sums run in another order, perhaps in 16 bits.
 TOLERANCE = 0.03
 
@@ -87,11 +87,11 @@ def model(request, tmp_path_factory):
 
     directory = tmp_path_factory.mktemp(request.param)
     checkpoint = write_random_checkpoint(directory / "checkpoint", {**COMMON, **MODELS[request.param]}, scale=0.09)
-    dialect = "plain" if request.param.endswith("plain") else "auto"
-    options = dict(max_context=CONTEXT, max_prefill=CHUNK, level=1, dialect=dialect)
+    exporter = "plain" if request.param.endswith("plain") else "auto"
+    options = dict(max_context=CONTEXT, max_prefill=CHUNK, level=1, exporter=exporter)
     manifest = build_tensorrt(checkpoint, directory / "engine", **options)
     is_plain = request.param in ("llama-plain", "gemma2")
-    assert manifest.options["dialect"] == ("plain" if is_plain else "products")
+    assert manifest.options["exporter"] == ("plain" if is_plain else "gemm")
     return directory / "engine", checkpoint
 
 
@@ -110,7 +110,7 @@ def test_logits_are_those_of_the_exported_model(model, tmp_path):
 
     checkpoint = Checkpoint(model[1])
     spec = read_spec(checkpoint)
-    exported = export_onnx(tmp_path, Weights(checkpoint, spec), CONTEXT, dialect="plain", dtype="fp16")
+    exported = export_onnx(tmp_path, Weights(checkpoint, spec), CONTEXT, exporter="plain", dtype="fp16")
     reference = PlainRunner(exported, spec, CONTEXT, np.float16)
     reference.cache[:] = 0
     backend = load(model[0])

@@ -22,7 +22,7 @@ from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.errors import BuildError
 from engine_core.formats import companions
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.detect import levels_refusal, quantization_of
+from engine_core.formats.detect import conversion_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.number_formats import from_16_bit, to_16_bit
 from engine_core.formats.safetensors_file import SafetensorsWriter
@@ -67,7 +67,7 @@ def build_cuda(
         dtype = "bf16" if stored == "bfloat16" else "fp16"
     if dtype not in ("fp16", "bf16"):
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
-    if (reason := levels_refusal(quantization, quantization_of(checkpoint, spec))) is not None:
+    if (reason := conversion_refusal(quantization, quantization_of(checkpoint, spec))) is not None:
         raise BuildError(reason)
     companions.check_tokenizer(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
@@ -164,7 +164,7 @@ def own_values(
         if quantized is None or (quantized.zeros is not None and (quantized.zeros != wanted.zero).any()):
             return None
         found.append(quantized.regrouped(GROUP))
-    values, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("levels", "scales"))
+    values, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("values", "scales"))
     if not np.array_equal(from_16_bit(to_16_bit(scales, dtype)), scales):
         return None
     if name.endswith(".gate_up"):
@@ -198,7 +198,7 @@ def to_tiles(values: np.ndarray, wanted: IntegerFormat, dtype: str) -> np.ndarra
     """
     group_size = wanted.group_size if wanted.has_fixed_group else GROUP
     quantized = wanted.quantize(values, Rounding(group_size, dtype)).regrouped(GROUP)
-    return LAYOUTS[wanted.kind].pack(quantized.levels, to_16_bit(quantized.scales, dtype))
+    return LAYOUTS[wanted.kind].pack(quantized.values, to_16_bit(quantized.scales, dtype))
 
 
 def write_weights(
@@ -243,6 +243,6 @@ def write_weights(
 
 
 def _is_quantized(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> bool:
-    """Whether any part of the fused tensor ``name`` is stored quantized."""
+    """Return True if any part of the fused tensor ``name`` is stored quantized."""
     parts = _linear_of(spec, name).parts if name.startswith("layers.") else ()
     return any(checkpoint.stored(part) is not None for part in parts)

@@ -1,4 +1,4 @@
-"""What the CUDA backend builds and runs."""
+"""The models and formats that the CUDA backend builds and runs."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ CAPABILITIES = Capabilities(
         "head_bits": "The cuda backend's LM head has the weights' own format; leave --head-bits out.",
         "calibration": "The cuda backend measures its int8 KV cache's scales as it runs; leave --calibration out.",
         "max_prefill": "--max-prefill is fixed in an engine for tensorrt only; elsewhere set prefill_chunk.",
-        "dialect": "--dialect is a matter of tensorrt only; leave it out.",
+        "exporter": "--exporter is a matter of tensorrt only; leave it out.",
     },
     packages=("cuda-bindings",),
     missing=_missing,

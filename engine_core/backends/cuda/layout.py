@@ -1,4 +1,4 @@
-"""What the CUDA backend keeps in device memory: every array, its shape and its purpose.
+"""Every array that the CUDA backend keeps in device memory: its shape and its purpose.
 
 The memory plan adds these up and ``load`` takes exactly these, so that the plan cannot be wrong about itself.
 """
@@ -38,6 +38,8 @@ _ROW = 16  # int32 of a row of ``batch_chunks`` and ``prompt_slots``
 
 @dataclass(frozen=True)
 class ArraySpec:
+    """One array in device memory."""
+
     purpose: str  # the memory plan's item
     shape: tuple[int, ...]
     dtype: str
@@ -49,7 +51,7 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class CudaOptions:
-    """What a builder writes into the manifest's ``options`` for this backend's kernels."""
+    """The builder's entries in the manifest's ``options``, for this backend's kernels."""
 
     dtype: str  # fp16 or bf16: of the weights that are not quantized, and of scales
     requantized: int = 0  # quantized matrices that were dequantized and rounded anew
@@ -109,12 +111,12 @@ class CudaSpec:
 
     @property
     def tied(self) -> bool:
-        """Whether the LM head is the embedding."""
+        """True if the LM head is the embedding."""
         return self.model.tied
 
     @cached_property
     def attention(self) -> AttentionShape:
-        """What the attention kernels are specialised for; the same in every layer of a model that the kernels run."""
+        """The sizes that the attention kernels are compiled for, equal in all layers of a model that they run."""
         model = self.model
         return AttentionShape(
             num_heads=model.num_heads,
@@ -135,7 +137,7 @@ class CudaSpec:
 
     @property
     def has_head(self) -> bool:
-        """Whether the LM head has an array of its own."""
+        """True if the LM head has an array of its own."""
         return self.is_packed or not self.tied or self.head_rows != self.vocab_size
 
     @classmethod
@@ -169,7 +171,7 @@ def round_rows(tokens: int) -> int:
 
 
 def rows_of_chunk(tokens: int, chunk: int) -> int:
-    """The same where a step has at most ``chunk`` rows."""
+    """Return this spec for steps of at most ``chunk`` rows."""
     return min(chunk, round_rows(tokens))
 
 
@@ -283,7 +285,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
 
 
 def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
-    """What the engine opens with: the parameter, else what it was built to open with. Raises ConfigurationError."""
+    """Return the KV cache type that the parameter asks for, else the one of the build. Raises ConfigurationError."""
     kind = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
     reason = capabilities_of(manifest.backend).kv_cache_refusal(manifest.model, manifest.quantization, kind)
     if reason is not None:

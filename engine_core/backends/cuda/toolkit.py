@@ -1,4 +1,4 @@
-"""What ``build``, ``plan`` and ``bench`` ask of the CUDA backend: see ``engine_core.backends.toolkit``."""
+"""Answer ``build``, ``plan`` and ``bench`` for the CUDA backend; see ``engine_core.backends.toolkit``."""
 
 from __future__ import annotations
 

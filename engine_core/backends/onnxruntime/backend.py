@@ -212,7 +212,7 @@ class OnnxRuntimeBackend:
         slot.ended = False
 
     def _step(self, work: list[_Work]) -> None:
-        """Those that decode first: their clients read a token while a prompt is worked on."""
+        """Decode before prefilling: the clients of decoding sequences read a token while a prompt is worked on."""
         decoding = [item for item in work if item[0].token_ids is None and self._can_decode(item)]
         for group in [decoding] if len(decoding) == 1 else self._groups(decoding):
             self._decode(group)

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
-from engine_core.backends.onnxruntime.exporter import OrtDialect, Packing, Precision
+from engine_core.backends.onnxruntime.exporter import OrtExporter, Packing, Precision
 from engine_core.backends.onnxruntime.plan import OrtOptions
 from engine_core.backends.onnxruntime.weight_writer import own_block_size
 from engine_core.errors import BuildError
 from engine_core.formats import companions
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.detect import levels_refusal, quantization_of
+from engine_core.formats.detect import conversion_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.onnx_graph import write_decoder
 from engine_core.formats.onnx_writer import GraphWriter
@@ -66,7 +66,7 @@ def build_engine(
     if quantization == "auto":
         quantization = found or "fp32"
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
-    if (reason := levels_refusal(quantization, found)) is not None:
+    if (reason := conversion_refusal(quantization, found)) is not None:
         raise BuildError(reason)
     precision = precision_of(quantization, group_size, head_bits)
     _check_group_size(precision.linear, found, group_size)
@@ -82,12 +82,12 @@ def build_engine(
     )
     with write_variant(Path(out_dir)) as directory:
         with GraphWriter(directory, spec.architecture) as writer:
-            dialect = OrtDialect(writer, weights, precision, max_context)
-            write_decoder(spec, dialect)
+            exporter = OrtExporter(writer, weights, precision, max_context)
+            write_decoder(spec, exporter)
             if calibration is not None:
                 sequences = read_sequences(calibration, checkpoint, max_context, spec.vocab_size)
                 report(f"Calibrating the int8 KV cache on {sum(map(len, sequences))} tokens of {calibration}")
-                dialect.add_int8_cache(int8_scales(measure_peaks(directory, spec, weights.head_rows, sequences)))
+                exporter.add_int8_cache(int8_scales(measure_peaks(directory, spec, weights.head_rows, sequences)))
         companions.copy_companions(checkpoint, directory)
         companions.copy_vocab_map(vocab_map, kept, directory)
         manifest = Manifest(
@@ -103,14 +103,14 @@ def build_engine(
             group_size=_group_size(weights, precision),
             builder=companions.versions(),
             notes=companions.notes(spec, max_context),
-            options=asdict(engine_options(precision, dialect.packing, shares_head=spec.tied and kept is None)),
+            options=asdict(engine_options(precision, exporter.packing, shares_head=spec.tied and kept is None)),
         )
-        if dialect.num_requantized:
+        if exporter.num_requantized:
             report(
-                f"{dialect.num_requantized} quantized matrices of {checkpoint.directory} were dequantized and rounded "
+                f"{exporter.num_requantized} quantized matrices of {checkpoint.directory} were dequantized and rounded "
                 f"anew to {quantization}"
             )
-            manifest.options["requantized"] = dialect.num_requantized
+            manifest.options["requantized"] = exporter.num_requantized
         manifest = seal(directory, manifest)
     report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
     return manifest

@@ -46,7 +46,7 @@ CAPABILITIES = Capabilities(
     group_sizes=_GROUP_SIZES,
     declined_options={
         "max_prefill": "--max-prefill is fixed in an engine for tensorrt only; elsewhere set prefill_chunk.",
-        "dialect": "--dialect is a matter of tensorrt only; leave it out.",
+        "exporter": "--exporter is a matter of tensorrt only; leave it out.",
     },
     packages=("onnxruntime",),
     missing=_missing,

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from engine_core.backends.onnxruntime.files import graph_name
 from engine_core.backends.onnxruntime.heads import head_axes, turned_size
 from engine_core.backends.onnxruntime.kv_cache_graphs import KVScales, with_fp16_cache, with_int8_cache
-from engine_core.backends.onnxruntime.weight_writer import PackedWeight, own_levels, packed_shape, rounded
+from engine_core.backends.onnxruntime.weight_writer import PackedWeight, own_values, packed_shape, rounded
 from engine_core.formats.onnx_writer import GraphWriter
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.formats.weight_formats.integers import IntegerFormat
@@ -56,8 +56,8 @@ class Packing:
         self.largest_scales = max(self.largest_scales, 4 * groups)
 
 
-class OrtDialect:
-    """Implements ``onnx_graph.Dialect``. ``max_context``: positions of the RoPE table."""
+class OrtExporter:
+    """Implements ``onnx_graph.Exporter``. ``max_context``: positions of the RoPE table."""
 
     def __init__(self, writer: GraphWriter, weights: Weights, precision: Precision, max_context: int) -> None:
         self._writer = writer
@@ -138,7 +138,7 @@ class OrtDialect:
         layout = self._weights.integer_layout(linear)
         group_size = self._precision.group_size
         if layout is not None and wanted.keeps(layout.format, layout.group_size):
-            packed = own_levels(self._writer, f"{name}.weight", self._weights, linear, group_size)
+            packed = own_values(self._writer, f"{name}.weight", self._weights, linear, group_size)
         else:
             self.num_requantized += self._weights.is_quantized(linear)
             blocks = self._weights.linear(linear)

@@ -1,6 +1,6 @@
-"""How many bytes the CPU backend's weights would have: a graph is written as for an engine, its data only counted.
+"""Count the bytes that the CPU backend's weights would have: a graph is written as for an engine, its data counted.
 
-The dialect that writes an engine is the one that is counted here, so that the two cannot disagree.
+The exporter that writes an engine is the one that is counted here, so that the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.backends.onnxruntime.exporter import OrtDialect, Packing, Precision
+from engine_core.backends.onnxruntime.exporter import OrtExporter, Packing, Precision
 from engine_core.formats.onnx_graph import write_decoder
 from engine_core.formats.onnx_writer import GraphWriter
 from engine_core.formats.weights import Weights
@@ -75,6 +75,6 @@ def count_data(
     kept = None if head_rows == spec.vocab_size else np.arange(head_rows, dtype=np.int32)
     weights = Weights(tensors, dataclasses.replace(spec, ropes=ropes), kept)
     writer = _CountingWriter(Path(), spec.architecture)
-    dialect = OrtDialect(writer, weights, precision, max_context)
-    write_decoder(weights.spec, dialect)
-    return writer.num_bytes, dialect.packing
+    exporter = OrtExporter(writer, weights, precision, max_context)
+    write_decoder(weights.spec, exporter)
+    return writer.num_bytes, exporter.packing

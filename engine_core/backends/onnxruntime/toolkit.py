@@ -58,7 +58,7 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
 @lru_cache(maxsize=64)
 def _count_data(spec: ModelSpec, weight_format: str, max_context: int, head_rows: int) -> tuple[int, Packing]:
     wanted = formats.weight_format(weight_format)
-    tensors = SpecTensors(spec, wanted if wanted.needs_calibration else None)  # those levels come with the checkpoint
+    tensors = SpecTensors(spec, wanted if wanted.needs_calibration else None)  # those values come with the checkpoint
     return count_data(tensors, spec, builder.precision_of(weight_format), max_context, head_rows)
 
 

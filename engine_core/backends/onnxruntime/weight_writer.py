@@ -1,5 +1,5 @@
 """Streams weights into an ONNX file in the form of MatMulNBits and GatherBlockQuantized: rounded here, or with the
-levels, scales and zeros a quantized checkpoint has already.
+values, scales and zeros a quantized checkpoint has already.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def rounded(
 
 
 def own_block_size(weights: Weights, linear: LinearSpec, fallback: int) -> int:
-    """Return the size of blocks for ``own_levels``. Raises BuildError."""
+    """Return the size of blocks for ``own_values``. Raises BuildError."""
     layout = weights.integer_layout(linear)
     assert layout is not None
     if layout.group_size >= weights.linear_shape(linear)[1]:
@@ -76,7 +76,7 @@ def own_block_size(weights: Weights, linear: LinearSpec, fallback: int) -> int:
     )
 
 
-def own_levels(writer: GraphWriter, name: str, weights: Weights, linear: LinearSpec, fallback: int) -> PackedWeight:
+def own_values(writer: GraphWriter, name: str, weights: Weights, linear: LinearSpec, fallback: int) -> PackedWeight:
     """Write the checkpoint's own values, scales and zeros. ``fallback``: block size where a scale covers a whole row.
 
     Raises BuildError for groups the operators do not take.
@@ -112,10 +112,10 @@ def _zeros_of(block: QuantizedTensor) -> np.ndarray:
 
 def _padded(block: QuantizedTensor, columns: int) -> np.ndarray:
     """Levels [rows, columns]; what is added stands for 0."""
-    missing = columns - block.levels.shape[1]
+    missing = columns - block.values.shape[1]
     if not missing:
-        return block.levels
-    return np.concatenate([block.levels, np.repeat(_zeros_of(block)[:, -1:], missing, axis=1)], axis=1)
+        return block.values
+    return np.concatenate([block.values, np.repeat(_zeros_of(block)[:, -1:], missing, axis=1)], axis=1)
 
 
 def _stem(name: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from engine_core.backends.gpu_backend import DeviceBackend, SequenceLimits, plan_here, rows_by_id
 from engine_core.backends.tensorrt.api import TensorRT
 from engine_core.backends.tensorrt.engine import TrtContext, TrtEngine
-from engine_core.backends.tensorrt.gemm_backend import ProductsBackend
+from engine_core.backends.tensorrt.gemm_backend import GemmBackend
 from engine_core.backends.tensorrt.layout import (
     DECODE,
     PLAN_NAME,
@@ -30,7 +30,7 @@ from engine_core.backends.tensorrt.layout import (
     work_arrays,
 )
 from engine_core.backends.tensorrt.machine import check_machine
-from engine_core.backends.tensorrt.plan import engine_bytes, has_products
+from engine_core.backends.tensorrt.plan import engine_bytes, is_gemm_engine
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, Arena, Device, DeviceArray, Launch, PinnedArray, Stream
 from engine_core.cuda.graphs import GraphKey, GraphRunner
@@ -65,10 +65,10 @@ class TensorRTBackend(DeviceBackend):
     @classmethod
     def load(
         cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
-    ) -> TensorRTBackend | ProductsBackend:
+    ) -> TensorRTBackend | GemmBackend:
         """``api``: a stand-in for tests."""
-        if has_products(manifest):
-            return ProductsBackend.load(variant_dir, manifest, config, api)
+        if is_gemm_engine(manifest):
+            return GemmBackend.load(variant_dir, manifest, config, api)
         spec = TrtSpec.create(manifest, config)
         api = api or TensorRT()
         vocab_map = None

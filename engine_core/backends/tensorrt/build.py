@@ -15,15 +15,15 @@ from engine_core.backends.cuda.build import write_weights
 from engine_core.backends.cuda.layout import CudaSpec, matrix_shapes
 from engine_core.backends.cuda.weights import WEIGHTS_NAME
 from engine_core.backends.tensorrt.api import TensorRT
-from engine_core.backends.tensorrt.capabilities import CAPABILITIES, products_refusal
+from engine_core.backends.tensorrt.capabilities import CAPABILITIES, gemm_refusal
 from engine_core.backends.tensorrt.export import export_onnx
 from engine_core.backends.tensorrt.exporter import FP32
-from engine_core.backends.tensorrt.gemm_exporter import export_product
-from engine_core.backends.tensorrt.gemm_layout import PRODUCTS, plan_name, weight_shapes, with_chunk
+from engine_core.backends.tensorrt.gemm_exporter import export_plan
+from engine_core.backends.tensorrt.gemm_layout import GEMM_PLANS, plan_name, weight_shapes, with_chunk
 from engine_core.backends.tensorrt.layout import (
     DECODE,
     DEFAULT_MAX_PREFILL,
-    DIALECTS,
+    EXPORTERS,
     PLAN_NAME,
     PREFILL,
     Profile,
@@ -62,7 +62,7 @@ def build_tensorrt(
     quantization: str = "fp16",
     max_context: int = 0,
     max_prefill: int = 0,
-    dialect: str = "auto",
+    exporter: str = "auto",
     vocab_map: Path | None = None,
     kv_cache_type: str = "auto",
     model_name: str = "",
@@ -73,11 +73,11 @@ def build_tensorrt(
     """Writes the variant ``engine_dir`` for this machine's GPU and TensorRT.
 
     ``quantization``: fp16 or fp32. ``max_context``: tokens, a multiple of 64; 0 = the model's, at most 4096.
-    ``max_prefill``: tokens of a prefill step, 0 = 512. ``dialect``: products (fp16) leaves all but the layers' matrix
-    products to the CUDA backend's kernels and takes the models these run; plain takes every model and puts all of it
-    into one plan; native does the same and needs TensorRT 10.15; auto is products where that can be, else plain.
-    ``kv_cache_type``: what the engine opens with unless told otherwise, auto = the type of the weights; int8 needs the
-    dialect products. ``level``: how long tactics are searched, 0 to 5. The timing cache is kept beside ``engine_dir``.
+    ``max_prefill``: tokens of a prefill step, 0 = 512. ``exporter``: gemm (fp16) leaves all but the layers' GEMMs to
+    the CUDA backend's kernels and takes the models these run; plain takes every model and puts all of it into one plan;
+    native does the same and needs TensorRT 10.15; auto is gemm where that can be, else plain. ``kv_cache_type``: what
+    the engine opens with unless told otherwise, auto = the type of the weights; int8 needs the exporter gemm.
+    ``level``: how long tactics are searched, 0 to 5. The timing cache is kept beside ``engine_dir``.
 
     Raises CheckpointError, UnsupportedModelError, BuildError, BackendUnavailableError, InsufficientMemoryError or
     TensorRTError; then ``engine_dir`` is as it was before.
@@ -88,13 +88,11 @@ def build_tensorrt(
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     max_context = max_context or CAPABILITIES.default_context(spec)
     max_prefill = min(max_prefill or DEFAULT_MAX_PREFILL, max_context)
-    dialect = choose_dialect(spec, max_context, quantization, dialect)
-    if dialect != "products" and kv_cache_type not in ("auto", quantization):
-        raise BuildError(
-            f"The exporter {dialect} has a KV cache of the weights' type, {quantization}; choose products."
-        )
+    exporter = choose_exporter(spec, max_context, quantization, exporter)
+    if exporter != "gemm" and kv_cache_type not in ("auto", quantization):
+        raise BuildError(f"The exporter {exporter} has a KV cache of the weights' type, {quantization}; choose gemm.")
     api = api or TensorRT()
-    if dialect == "native" and not api.has_kv_cache_update:
+    if exporter == "native" and not api.has_kv_cache_update:
         raise BuildError(
             f"TensorRT {api.version} lacks the operators of the exporter native (10.15 has them); choose plain."
         )
@@ -117,16 +115,16 @@ def build_tensorrt(
             gpu_arch=device.arch,
             builder={**companions.versions(), "tensorrt": api.version},
             notes=companions.notes(spec, max_context),
-            options=asdict(TrtOptions(quantization, dialect, max_prefill)),
+            options=asdict(TrtOptions(quantization, exporter, max_prefill)),
         )
         with write_variant(Path(engine_dir)) as directory:
             companions.copy_companions(checkpoint, directory)
             companions.copy_vocab_map(vocab_map, kept, directory)
             cache_path = timing_cache_path(Path(engine_dir), api, device)
             tools = _Tools(api, device, cache_path, level, report)
-            if dialect == "products":
+            if exporter == "gemm":
                 write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept, paired=False)
-                scratch = _write_products(tools, manifest, directory)
+                scratch = _write_gemm_plans(tools, manifest, directory)
             else:
                 scratch = _write_plan(tools, manifest, Weights(checkpoint, spec, kept), directory)
             manifest.options["scratch_bytes"] = scratch
@@ -135,19 +133,19 @@ def build_tensorrt(
         device.close()
 
 
-def choose_dialect(spec: ModelSpec, max_context: int, quantization: str, dialect: str) -> str:
+def choose_exporter(spec: ModelSpec, max_context: int, quantization: str, exporter: str) -> str:
     """Return the exporter, with auto resolved.
 
-    Raises BuildError or UnsupportedModelError where ``products`` is asked for and does not take the model.
+    Raises BuildError or UnsupportedModelError where ``gemm`` is asked for and does not take the model.
     """
-    if dialect not in ("auto", *DIALECTS):
-        raise BuildError(f"There is no exporter {dialect!r}; it is one of auto, {', '.join(DIALECTS)}.")
-    if dialect in ("plain", "native"):
-        return dialect
-    reason = products_refusal(spec, quantization, max_context)
+    if exporter not in ("auto", *EXPORTERS):
+        raise BuildError(f"There is no exporter {exporter!r}; it is one of auto, {', '.join(EXPORTERS)}.")
+    if exporter in ("plain", "native"):
+        return exporter
+    reason = gemm_refusal(spec, quantization, max_context)
     if reason is None:
-        return "products"
-    if dialect == "auto":
+        return "gemm"
+    if exporter == "auto":
         return "plain"
     raise BuildError(reason) if quantization != "fp16" else UnsupportedModelError(reason)
 
@@ -189,9 +187,9 @@ def _write_plan(tools: _Tools, manifest: Manifest, weights: Weights, directory: 
     spec = TrtSpec.create(manifest, EngineConfig(directory))
     # On the same disk: the ONNX model is as large as the plan.
     with tempfile.TemporaryDirectory(prefix=".onnx.", dir=directory.parent) as temporary:
-        tools.report(f"Exporting {weights.spec.architecture} as ONNX ({options.dialect}, {options.dtype})")
+        tools.report(f"Exporting {weights.spec.architecture} as ONNX ({options.exporter}, {options.dtype})")
         model = export_onnx(
-            Path(temporary), weights, manifest.max_context, dialect=options.dialect, dtype=options.dtype
+            Path(temporary), weights, manifest.max_context, exporter=options.exporter, dtype=options.dtype
         )
         weight_bytes = (Path(temporary) / DATA_NAME).stat().st_size
         kv_bytes = work_arrays(spec, 0)["kv_cache"].nbytes
@@ -201,22 +199,22 @@ def _write_plan(tools: _Tools, manifest: Manifest, weights: Weights, directory: 
     return _save_plan(tools, plan, directory / PLAN_NAME)
 
 
-def _write_products(tools: _Tools, manifest: Manifest, directory: Path) -> int:
+def _write_gemm_plans(tools: _Tools, manifest: Manifest, directory: Path) -> int:
     """Write the plans of a layer's GEMMs; return the largest scratch size, in bytes, that a context needs."""
     config = EngineConfig(directory)
     spec = with_chunk(CudaSpec.create(manifest, config), manifest, config)
-    # The builder makes weights of its own to time a product, and what runs is not there yet.
+    # The builder makes weights of its own to time a GEMM, and what runs is not there yet.
     weight_bytes = max(2 * math.prod(shape) for shape in matrix_shapes(spec).values())
     workspace = workspace_limit(tools.device.memory_info()[0], weight_bytes, 0)
     scratch = []
-    for product in PRODUCTS:
+    for name in GEMM_PLANS:
         with tempfile.TemporaryDirectory(prefix=".onnx.", dir=directory.parent) as temporary:
-            model = export_product(Path(temporary), product, spec)
-            width = next(iter(weight_shapes(spec)[product].values()))[1]
+            model = export_plan(Path(temporary), name, spec)
+            width = next(iter(weight_shapes(spec)[name].values()))[1]
             sizes = ((1, spec.chunk, spec.chunk), (1, 1, 1))
             profiles: list[Profile] = [{"input": tuple((rows, width) for rows in three)} for three in sizes]
             plan = build_plan(tools, model, profiles, workspace, half=True)
-        scratch.append(_save_plan(tools, plan, directory / plan_name(product)))
+        scratch.append(_save_plan(tools, plan, directory / plan_name(name)))
     return max(scratch)
 
 

@@ -1,6 +1,6 @@
 """The models and formats that the TensorRT backend builds and runs.
 
-fp16 models that the CUDA backend's kernels run are written by the exporter ``products``, which has their KV caches;
+fp16 models that the CUDA backend's kernels run are written by the exporter ``gemm``, which has their KV caches;
 every other model, and fp32, gets one plan for the whole decoder, whose cache has the type of the weights.
 """
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from engine_core.models.spec import ModelSpec
 
 
-def products_refusal(spec: ModelSpec, weight_format: str, max_context: int) -> str | None:
+def gemm_refusal(spec: ModelSpec, weight_format: str, max_context: int) -> str | None:
     """Say why the CUDA backend's kernels cannot do all but the GEMMs of the layers."""
     if weight_format != "fp16":
-        return f"The exporter products has fp16 weights, not {weight_format}; choose plain."
+        return f"The exporter gemm has fp16 weights, not {weight_format}; choose plain."
     return CUDA.model_refusal(spec, max_context)
 
 
 def _kv_cache_types_of(spec: ModelSpec | None, weight_format: str, max_context: int) -> tuple[str, ...]:
-    if weight_format != "fp16" or (spec is not None and products_refusal(spec, weight_format, max_context)):
+    if weight_format != "fp16" or (spec is not None and gemm_refusal(spec, weight_format, max_context)):
         return (weight_format,)
     return CUDA.kv_cache_types
 

@@ -1,6 +1,6 @@
 """The common part of the exporters of whole decoders: all but the attention, in plain ONNX operators.
 
-Activations are [tokens, features]. Products are 16-bit; the residual stream, norms, RoPE, softmax and logits are
+Activations are [tokens, features]. GEMMs are 16-bit; the residual stream, norms, RoPE, softmax and logits are
 float32, because their sums overflow or lose too much in 16 bits (Gemma's residual exceeds 65504). Casts stand next to
 element-wise nodes, which TensorRT can fuse, so that but for the residual no float32 value has to reach memory. Strongly
 typed networks take the types from here; where TensorRT chooses types itself (8.6), the builder pins every node whose
@@ -26,8 +26,8 @@ _ONNX_TYPES = {"fp16": TensorProto.FLOAT16, "fp32": TensorProto.FLOAT}
 _REDUCE_AXES_ARE_INPUTS = 18  # the opset since which they are no attribute
 
 
-class TrtDialect:
-    """Implements ``onnx_graph.Dialect`` but for ``attention``. ``dtype``: of weights, KV cache and GEMMs.
+class TrtExporter:
+    """Implements ``onnx_graph.Exporter`` but for ``attention``. ``dtype``: of weights, KV cache and GEMMs.
 
     The inputs: ``token_ids`` and ``positions``, int32 [tokens]; ``last_token``, int32 [1], the index of the token whose
     logits are wanted, so that a call may be padded. int32, as TensorRT 8.6 has no int64 inputs. ``positions`` ascend by
@@ -49,7 +49,7 @@ class TrtDialect:
         self._cached: dict[tuple, str] = {}  # what several nodes read and is computed once
         self._tied_head = ""
 
-    # --- onnx_graph.Dialect ---------------------------------------------------------------------------
+    # --- onnx_graph.Exporter ---------------------------------------------------------------------------
 
     def begin(self) -> None:
         for name in ("token_ids", "positions"):
@@ -77,7 +77,7 @@ class TrtDialect:
     def linear(self, name: str, value: str, linear: LinearSpec) -> str:
         weights = self._weights
         weight = self._stream(f"{name}.weight", weights.linear_shape(linear), weights.linear(linear))
-        return self._product(name, value, weight, weights.bias(linear))
+        return self._matmul(name, value, weight, weights.bias(linear))
 
     def attention(self, index: int, qkv: str, layer: LayerSpec) -> str:
         raise NotImplementedError
@@ -99,7 +99,7 @@ class TrtDialect:
         spec, weights = self._spec, self._weights
         shape = (weights.head_rows, spec.hidden_size)
         weight = self._tied_head or self._stream("head.weight", shape, weights.head())
-        logits = self._product("head", value, weight, None)
+        logits = self._matmul("head", value, weight, None)
         if spec.logits_softcap:
             logits = self._softcap("logits", logits, spec.logits_softcap)
         logits = self._as(logits, "fp32")
@@ -148,7 +148,7 @@ class TrtDialect:
         normed = self._node32("Div", [value, root], f"{name}{FP32}normed")
         return self._node32("Mul", [normed, weight], f"{name}{FP32}weighted")
 
-    def _product(self, name: str, value: str, weight: str, bias: np.ndarray | None) -> str:
+    def _matmul(self, name: str, value: str, weight: str, bias: np.ndarray | None) -> str:
         """value [tokens, in] · weight [out, in]ᵀ (+ bias), 16-bit."""
         inputs = [value, weight]
         if bias is not None:

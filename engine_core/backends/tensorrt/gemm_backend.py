@@ -1,7 +1,7 @@
-"""TensorRT engines of the exporter ``products``: TensorRT's GEMMs between the CUDA backend's kernels.
+"""TensorRT engines of the exporter ``gemm``: TensorRT's GEMMs between the CUDA backend's kernels.
 
-A step is one CUDA graph, as on the cuda backend: for every layer norm, QKV product, attention (with RoPE and the
-append to the KV cache), output product, norm, MLP; then head and sampling. The weights lie in our own memory and are
+A step is one CUDA graph, as on the cuda backend: for every layer norm, the QKV GEMM, attention (with RoPE and the
+append to the KV cache), the output GEMM, norm, MLP; then head and sampling. The weights lie in our own memory and are
 inputs of the plans, so one plan runs all layers: its context is bound anew before each run, and a graph keeps what it
 captured.
 """
@@ -23,14 +23,14 @@ from engine_core.backends.gpu_model import DeviceModel, WeightSource, Work
 from engine_core.backends.tensorrt.api import TensorRT
 from engine_core.backends.tensorrt.engine import TrtContext, TrtEngine, TrtRun
 from engine_core.backends.tensorrt.gemm_layout import (
-    PRODUCTS,
+    GEMM_PLANS,
+    gemm_work_arrays,
     plan_name,
-    products_work_arrays,
     weight_shapes,
 )
 from engine_core.backends.tensorrt.layout import DECODE, PREFILL, TrtOptions
 from engine_core.backends.tensorrt.machine import check_machine
-from engine_core.backends.tensorrt.plan import engine_bytes, resolve_products
+from engine_core.backends.tensorrt.plan import engine_bytes, resolve_gemm
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import Kernels, linear
@@ -40,7 +40,7 @@ from engine_core.formats.manifest import Manifest, read_options
 from engine_core.memory import MemoryPlan
 
 
-class ProductsBackend(CudaBackend):
+class GemmBackend(CudaBackend):
     """See ``engine_core.backends.Backend``."""
 
     name = "tensorrt"
@@ -52,9 +52,9 @@ class ProductsBackend(CudaBackend):
     @classmethod
     def load(
         cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
-    ) -> ProductsBackend:
+    ) -> GemmBackend:
         """``api``: a stand-in for tests."""
-        resolved, api = resolve_products(variant_dir, manifest, config), api or TensorRT()
+        resolved, api = resolve_gemm(variant_dir, manifest, config), api or TensorRT()
         plans = Plans(api, variant_dir, read_options(manifest, TrtOptions).scratch_bytes)
         check = partial(check_machine, manifest, api)
         return cls._load(variant_dir, resolved, config, check, plans=plans)
@@ -67,15 +67,15 @@ class ProductsBackend(CudaBackend):
         super().__init__(device, spec, source, rope, **kwargs)
 
     def _work_arrays(self) -> dict[str, ArraySpec]:
-        return products_work_arrays(self._spec, self._device.num_sms, self._plans.scratch_bytes)
+        return gemm_work_arrays(self._spec, self._device.num_sms, self._plans.scratch_bytes)
 
     def _make_model(self, arena: Arena, kernels: Kernels) -> DeviceModel:
-        return ProductsModel(self._device, self._stream, arena, kernels, self._spec, self._work_arrays(), self._plans)
+        return GemmModel(self._device, self._stream, arena, kernels, self._spec, self._work_arrays(), self._plans)
 
 
 @dataclass(frozen=True)
 class Plans:
-    """Where the plans of a variant are, and what they need."""
+    """The plans of a variant: their folder, and the scratch that they need."""
 
     api: TensorRT
     variant_dir: Path
@@ -95,8 +95,8 @@ class _Layer:
     mlp: Work
 
 
-class ProductsModel(DeviceModel[_Layer]):
-    """See the module. A product's result is added to ``hidden`` by the norm that follows it."""
+class GemmModel(DeviceModel[_Layer]):
+    """See the module. A plan's output is added to ``hidden`` by the norm that follows it."""
 
     captures_prefill = False  # a graph would hold only until a context gets other shapes
     _kept = ("hidden", "delta")
@@ -116,12 +116,12 @@ class ProductsModel(DeviceModel[_Layer]):
         self._prefill: dict[str, TrtContext] = {}
         self._decode: dict[str, TrtContext] = {}
         with contextlib.ExitStack() as undo:
-            for name in PRODUCTS:
+            for name in GEMM_PLANS:
                 self._open(undo, plans, name)
             self._resources = undo.pop_all()
 
     def _open(self, undo: contextlib.ExitStack, plans: Plans, name: str) -> None:
-        """Loads a product's plan and makes its two contexts, which read and write the same arrays."""
+        """Load the plan ``name`` and make its two contexts, which read and write the same arrays."""
         engine = TrtEngine(plans.api, plans.variant_dir / plan_name(name))
         undo.callback(engine.close)
         engine.check_tensors({"input", *weight_shapes(self.spec)[name], "output"})
@@ -138,13 +138,13 @@ class ProductsModel(DeviceModel[_Layer]):
             context.set_shapes({"input": (rows, self.work[source].shape[1])})
             contexts[name] = context
 
-    def _product(self, contexts: dict[str, TrtContext], name: str, i: int) -> Work:
-        """A run of product ``name`` with layer ``i``'s weights."""
+    def _run(self, contexts: dict[str, TrtContext], name: str, i: int) -> Work:
+        """Return a run of the plan ``name`` with layer ``i``'s weights."""
         weights = {weight: self.weights[f"layers.{i}.{weight}"] for weight in weight_shapes(self.spec)[name]}
         return TrtRun(contexts[name], weights)
 
     def _norm(self, i: int, which: str, rows: int, add: bool) -> Launch:
-        """The first ``rows`` of ``hidden``, after the last product was added to them, normed into ``normed``."""
+        """The first ``rows`` of ``hidden``, after the last plan's output was added to them, normed into ``normed``."""
         hidden, normed, delta = (self._rows(name, rows) for name in ("hidden", "normed", "delta"))
         weight = self.weights["norm" if which == "norm" else f"layers.{i}.{which}"]
         spec, arrays = self.spec, (hidden, weight, normed)
@@ -161,15 +161,15 @@ class ProductsModel(DeviceModel[_Layer]):
     def _decode_layer(self, i: int) -> list[Work]:
         return [
             self._norm(i, "input_norm", 1, add=i > 0),
-            self._product(self._decode, "qkv", i),
+            self._run(self._decode, "qkv", i),
             self._attend_one(i),
-            self._product(self._decode, "o", i),
+            self._run(self._decode, "o", i),
             self._norm(i, "post_norm", 1, add=True),
-            self._product(self._decode, "mlp", i),
+            self._run(self._decode, "mlp", i),
         ]
 
     def _head(self) -> list[Work]:
-        # The head's kernel norms for itself; here the last layer's product is added.
+        # The head's kernel norms for itself; here the last layer's output is added.
         return [self._norm(0, "norm", 1, add=True), *super()._head()]
 
     # --- prefill --------------------------------------------------------------------------------------
@@ -178,12 +178,12 @@ class ProductsModel(DeviceModel[_Layer]):
         rows = self.spec.chunk
         return _Layer(
             input_norm=self._norm(i, "input_norm", rows, add=i > 0),
-            qkv=self._product(self._prefill, "qkv", i),
+            qkv=self._run(self._prefill, "qkv", i),
             rope_append=self._rope_append(i),
             attend=self._attend(i),
-            output=self._product(self._prefill, "o", i),
+            output=self._run(self._prefill, "o", i),
             post_norm=self._norm(i, "post_norm", rows, add=True),
-            mlp=self._product(self._prefill, "mlp", i),
+            mlp=self._run(self._prefill, "mlp", i),
         )
 
     def _begin_chunk(self, rows: int) -> None:
@@ -205,5 +205,5 @@ class ProductsModel(DeviceModel[_Layer]):
         self._resources.close()
 
 
-# Product → what it reads and what it writes.
+# Plan → what it reads and what it writes.
 _ARRAYS = {"qkv": ("normed", "qkv"), "o": ("attended", "delta"), "mlp": ("normed", "delta")}

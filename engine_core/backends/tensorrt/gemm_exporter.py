@@ -7,18 +7,18 @@ from pathlib import Path
 from onnx import TensorProto
 
 from engine_core.backends.cuda.layout import CudaSpec
-from engine_core.backends.tensorrt.gemm_layout import PRODUCTS, weight_shapes
-from engine_core.backends.tensorrt.plain_exporter import TrtPlainDialect
+from engine_core.backends.tensorrt.gemm_layout import GEMM_PLANS, weight_shapes
+from engine_core.backends.tensorrt.plain_exporter import TrtPlainExporter
 from engine_core.formats.onnx_writer import GraphWriter
 
 
-def export_product(directory: Path, name: str, spec: CudaSpec) -> Path:
-    """Writes the ONNX model of product ``name`` (of PRODUCTS) into ``directory``; its path.
+def export_plan(directory: Path, name: str, spec: CudaSpec) -> Path:
+    """Write the ONNX model of the plan ``name`` (of GEMM_PLANS) into ``directory``; return its path.
 
     ``input`` [tokens, columns], fp16, comes first, then the weights; ``output`` [tokens, rows] is fp16. Matrices are
     [rows, columns], as a checkpoint has them. ``mlp`` is down · (SiLU(gate) × up), the rows of gate before those of up.
     """
-    assert name in PRODUCTS, name
+    assert name in GEMM_PLANS, name
     shapes = weight_shapes(spec)[name]
     with GraphWriter(directory, name) as writer:
         first = next(iter(shapes.values()))
@@ -37,5 +37,5 @@ def export_product(directory: Path, name: str, spec: CudaSpec) -> Path:
             rows = first[0]
             writer.node("Gemm", ["input", *shapes], "output", transB=1)
         writer.output("output", TensorProto.FLOAT16, ["tokens", rows])
-        writer.save({"": TrtPlainDialect.opset}, ir_version=TrtPlainDialect.ir_version)
+        writer.save({"": TrtPlainExporter.opset}, ir_version=TrtPlainExporter.ir_version)
     return writer.model_path

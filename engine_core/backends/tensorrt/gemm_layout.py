@@ -1,4 +1,4 @@
-"""The arrays of an engine of the exporter ``products``: three plans, the CUDA backend's arrays, one scratch.
+"""The arrays of an engine of the exporter ``gemm``: three plans, the CUDA backend's arrays, one scratch.
 
 TensorRT multiplies; norms, RoPE, attention, the LM head and sampling are the CUDA backend's kernels on its KV cache.
 """
@@ -13,21 +13,21 @@ from engine_core.config import EngineConfig
 from engine_core.formats.manifest import Manifest, read_options
 
 # What a layer multiplies, in order: a plan each. With which of the layer's weights, by their names in the plan.
-PRODUCTS = {"qkv": ("qkv", "qkv_bias"), "o": ("o",), "mlp": ("gate_up", "down")}
+GEMM_PLANS = {"qkv": ("qkv", "qkv_bias"), "o": ("o",), "mlp": ("gate_up", "down")}
 # The CUDA backend's own, for cuBLAS and between gate-up and down.
 _UNUSED = ("blas", "gate_up", "activated")
 
 
-def plan_name(product: str) -> str:
-    return f"{product}.plan"
+def plan_name(name: str) -> str:
+    return f"{name}.plan"
 
 
 def weight_shapes(spec: CudaSpec) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Product → its weights, by name, and their shapes."""
+    """Return the weights of each of GEMM_PLANS: plan → weight → shape."""
     shapes: dict[str, tuple[int, ...]] = dict(matrix_shapes(spec))
     if spec.qkv_bias:
         shapes["qkv_bias"] = (spec.attention.qkv_width,)
-    return {name: {key: shapes[key] for key in weights if key in shapes} for name, weights in PRODUCTS.items()}
+    return {name: {key: shapes[key] for key in weights if key in shapes} for name, weights in GEMM_PLANS.items()}
 
 
 def with_chunk(spec: CudaSpec, manifest: Manifest, config: EngineConfig) -> CudaSpec:
@@ -37,9 +37,11 @@ def with_chunk(spec: CudaSpec, manifest: Manifest, config: EngineConfig) -> Cuda
     return dataclasses.replace(spec, chunk=round_rows(min(config.prefill_chunk or max_prefill, spec.max_context)))
 
 
-def products_work_arrays(spec: CudaSpec, num_sms: int, scratch_bytes: int) -> dict[str, ArraySpec]:
+def gemm_work_arrays(spec: CudaSpec, num_sms: int, scratch_bytes: int) -> dict[str, ArraySpec]:
     """Everything that is not a weight. ``scratch_bytes``: what the hungriest plan works in."""
     arrays = {name: array for name, array in work_arrays(spec, num_sms).items() if name not in _UNUSED}
     arrays["engine"] = ArraySpec("scratch", (max(1, scratch_bytes),), "uint8")
-    arrays["delta"] = ArraySpec("scratch", (spec.chunk, spec.hidden), spec.dtype)  # what a product adds to ``hidden``
+    arrays["delta"] = ArraySpec(
+        "scratch", (spec.chunk, spec.hidden), spec.dtype
+    )  # what a plan's output adds to ``hidden``
     return arrays

@@ -16,7 +16,7 @@ from engine_core.errors import ConfigurationError
 from engine_core.formats.manifest import Manifest, read_options
 from engine_core.models.spec import ModelSpec
 
-DIALECTS = ("products", "plain", "native")
+EXPORTERS = ("gemm", "plain", "native")
 PLAN_NAME = "model.plan"
 DEFAULT_MAX_PREFILL = 512  # tokens of a prefill step the engine is built for
 PREFILL, DECODE = 0, 1  # optimization profiles
@@ -32,13 +32,15 @@ class TrtOptions:
     """The options that the builder writes into the manifest's ``options``."""
 
     dtype: str  # fp16 or fp32: of the weights
-    dialect: str  # one of DIALECTS
+    exporter: str  # one of EXPORTERS
     max_prefill: int  # tokens of the longest prefill step
     scratch_bytes: int = 0  # what the plan that needs most works in
 
     def __post_init__(self) -> None:
-        if self.dtype not in CAPABILITIES.weight_formats or self.dialect not in DIALECTS or self.max_prefill < 1:
-            raise ValueError(f"dtype, dialect and max_prefill are {self.dtype}, {self.dialect} and {self.max_prefill}")
+        if self.dtype not in CAPABILITIES.weight_formats or self.exporter not in EXPORTERS or self.max_prefill < 1:
+            raise ValueError(
+                f"dtype, exporter, max_prefill are {self.dtype}, {self.exporter}, {self.max_prefill}"
+            )
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class TrtSpec:
         options = read_options(manifest, TrtOptions)
         _check_config(manifest, config, options)
         max_context = config.max_context or manifest.max_context
-        native = options.dialect == "native"
+        native = options.exporter == "native"
         if native and max_context != manifest.max_context:
             raise ConfigurationError(
                 f"max_context is {max_context}, but this engine has a fixed cache of {manifest.max_context} positions; "

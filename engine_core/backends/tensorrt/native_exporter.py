@@ -13,13 +13,13 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from engine_core.backends.tensorrt.exporter import FP32, TrtDialect
+from engine_core.backends.tensorrt.exporter import FP32, TrtExporter
 from engine_core.models.spec import LayerSpec
 
 _SEQUENCE_AXIS = 2  # of [batch, heads, sequence, head_dim]
 
 
-class TrtNativeDialect(TrtDialect):
+class TrtNativeExporter(TrtExporter):
     """See the module."""
 
     opset = 24

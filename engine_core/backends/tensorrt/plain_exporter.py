@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import TensorProto
 
-from engine_core.backends.tensorrt.exporter import FP32, TrtDialect
+from engine_core.backends.tensorrt.exporter import FP32, TrtExporter
 from engine_core.models.spec import LayerSpec
 
 TRANSPOSED = "/transposed"
@@ -26,7 +26,7 @@ TRANSPOSED = "/transposed"
 _HIDDEN = -1e30
 
 
-class TrtPlainDialect(TrtDialect):
+class TrtPlainExporter(TrtExporter):
     """See the module."""
 
     opset = 17

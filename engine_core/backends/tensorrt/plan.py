@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine_core.backends.cuda.layout import CudaSpec, bytes_by_purpose, weight_arrays
 from engine_core.backends.cuda.weights import Resolved, resolve
-from engine_core.backends.tensorrt.gemm_layout import products_work_arrays, with_chunk
+from engine_core.backends.tensorrt.gemm_layout import gemm_work_arrays, with_chunk
 from engine_core.backends.tensorrt.layout import PLAN_NAME, TrtOptions, TrtSpec, work_arrays
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES
@@ -16,18 +16,18 @@ from engine_core.formats.manifest import Manifest, read_options
 from engine_core.models.spec import ModelSpec
 
 # Allowances for TensorRT's and CUDA's own modules and graphs; the context itself is taken before the plan is made. That
-# of the exporter ``products`` was measured (test/gpu/test_memory_plan.py).
+# of the exporter ``gemm`` was measured (test/gpu/test_memory_plan.py).
 _RUNTIME_BYTES = 512 << 20
-_PRODUCTS_RUNTIME_BYTES = 12 << 20
+_GEMM_RUNTIME_BYTES = 12 << 20
 
 
-def has_products(manifest: Manifest) -> bool:
-    """Tell whether ``gemm_exporter`` wrote the engine: its manifest's ``dialect`` is "products"."""
-    return read_options(manifest, TrtOptions).dialect == "products"
+def is_gemm_engine(manifest: Manifest) -> bool:
+    """Tell whether ``gemm_exporter`` wrote the engine: its manifest's ``exporter`` is "gemm"."""
+    return read_options(manifest, TrtOptions).exporter == "gemm"
 
 
-def resolve_products(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Resolved:
-    """Return an engine of the exporter ``products`` as ``config`` asks for it.
+def resolve_gemm(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Resolved:
+    """Return an engine of the exporter ``gemm`` as ``config`` asks for it.
 
     Raises ConfigurationError or EngineDirectoryError.
     """
@@ -42,8 +42,8 @@ def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, nu
     Raises ConfigurationError or EngineDirectoryError.
     """
     scratch = read_options(manifest, TrtOptions).scratch_bytes
-    if has_products(manifest):
-        return _products_bytes(resolve_products(variant_dir, manifest, config).spec, num_sms, scratch)
+    if is_gemm_engine(manifest):
+        return _gemm_bytes(resolve_gemm(variant_dir, manifest, config).spec, num_sms, scratch)
     path = variant_dir / PLAN_NAME
     spec = TrtSpec.create(manifest, config)
     try:
@@ -53,12 +53,12 @@ def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, nu
     return {"weights": weights, **bytes_by_purpose(work_arrays(spec, scratch)), "runtime": _RUNTIME_BYTES}
 
 
-def estimated_products_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:
-    """Return about what an engine of the exporter ``products`` would take.
+def estimated_gemm_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:
+    """Return about what an engine of the exporter ``gemm`` would take.
 
     Only the builder knows the scratch of its plans; taken is what the MLP's tensors between its GEMMs need.
     """
-    return _products_bytes(spec, num_sms, spec.chunk * 3 * spec.intermediate * ITEM_BYTES[spec.dtype])
+    return _gemm_bytes(spec, num_sms, spec.chunk * 3 * spec.intermediate * ITEM_BYTES[spec.dtype])
 
 
 def estimated_plan_bytes(model: ModelSpec, spec: TrtSpec) -> dict[str, int]:
@@ -77,6 +77,6 @@ def estimated_plan_bytes(model: ModelSpec, spec: TrtSpec) -> dict[str, int]:
     return {"weights": weights, **work, "runtime": _RUNTIME_BYTES}
 
 
-def _products_bytes(spec: CudaSpec, num_sms: int, scratch: int) -> dict[str, int]:
-    work = products_work_arrays(spec, num_sms, scratch)
-    return bytes_by_purpose(weight_arrays(spec), work) | {"runtime": _PRODUCTS_RUNTIME_BYTES}
+def _gemm_bytes(spec: CudaSpec, num_sms: int, scratch: int) -> dict[str, int]:
+    work = gemm_work_arrays(spec, num_sms, scratch)
+    return bytes_by_purpose(weight_arrays(spec), work) | {"runtime": _GEMM_RUNTIME_BYTES}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine_core.backends.cuda import toolkit as cuda
 from engine_core.backends.tensorrt import plan
-from engine_core.backends.tensorrt.capabilities import CAPABILITIES, products_refusal
+from engine_core.backends.tensorrt.capabilities import CAPABILITIES, gemm_refusal
 from engine_core.backends.tensorrt.layout import DEFAULT_MAX_PREFILL, TrtOptions, TrtSpec
 from engine_core.backends.toolkit import BuildRequest, Size, manifest_before_build
 from engine_core.config import EngineConfig
@@ -26,7 +26,7 @@ def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
         quantization=request.weight_format,
         max_context=request.max_context,
         max_prefill=request.max_prefill,
-        dialect=request.dialect,
+        exporter=request.exporter,
         vocab_map=request.vocab_map,
         kv_cache_type=request.kv_cache_type,
         model_name=request.model_name,
@@ -36,8 +36,8 @@ def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
 
 def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> dict[str, int]:
     """An estimate: the scratch of a plan is known when it is built."""
-    if products_refusal(spec, weight_format, size.max_context) is None:
-        return plan.estimated_products_bytes(cuda.spec_for(spec, weight_format, size), num_sms or 1)
+    if gemm_refusal(spec, weight_format, size.max_context) is None:
+        return plan.estimated_gemm_bytes(cuda.spec_for(spec, weight_format, size), num_sms or 1)
     manifest = manifest_before_build(
         *(CAPABILITIES, spec, weight_format, size),
         kv_cache_type=weight_format,

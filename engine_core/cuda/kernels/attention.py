@@ -73,7 +73,7 @@ class AttentionShape:
 
     @property
     def batch_problem(self) -> DecodeAttentionProblem:
-        """The same of several sequences, whose number does not matter."""
+        """The problem of a step of several sequences, whatever their number."""
         return dataclasses.replace(self.decode_problem, sequences=SPLIT_SEQUENCES)
 
     def prefill_problem(self, rows: int) -> PrefillAttentionProblem:

@@ -1,4 +1,4 @@
-"""How gemv_packed.cu stores a matrix: packing and unpacking with numpy, for the builder and the tests.
+"""The layout of a matrix in gemv_packed.cu: packing and unpacking with numpy, for the builder and the tests.
 
 A matrix whose rows or columns are not whole tiles is filled up with zeros, its scales too: see ``filled``.
 """

@@ -1,4 +1,4 @@
-"""How gemv_packed.cu stores a matrix in 8 bits: packing and unpacking with numpy, for the builder and the tests."""
+"""The layout of an 8-bit matrix in gemv_packed.cu: packing and unpacking with numpy, for the builder and the tests."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def gemv_packed(
     norm_size: int = 0,
     config: PackedGemvConfig | None = None,
 ) -> Launch:
-    """As ``linear.gemv``, with a packed weight."""
+    """Return the launch of ``linear.gemv`` with a packed weight."""
     rows, cols = weight.rows, weight.cols
     check("vector", vector, (cols,), "fp32" if norm_weight is not None else kernels.dtype)
     output_dtype = "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype

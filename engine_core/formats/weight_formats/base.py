@@ -16,7 +16,7 @@ Quantized = TypeVar("Quantized", QuantizedTensor, ScaledFloat)  # what a format 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a weight is rounded to a format. A format reads what concerns it.
+    """The way a weight is rounded to a format, which reads the fields that concern it.
 
     ``group_size``: columns that share a scale, 0 = all of a row. ``scale_type``: fp16, bf16 or fp32, to which scales
     are rounded before the weights, so that the weights make up for it. ``symmetric``: whether there are no zero points.

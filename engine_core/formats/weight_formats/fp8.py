@@ -20,6 +20,8 @@ from engine_core.formats.weight_formats.base import SCALE_TYPES, QuantizedFormat
 
 @dataclass(frozen=True)
 class Fp8(QuantizedFormat[ScaledFloat]):
+    """See the module."""
+
     def quantize(self, weights: np.ndarray, rounding: Rounding) -> ScaledFloat:
         scales = np.abs(weights).max(axis=1, keepdims=True) / FP8_MAX
         scales = from_16_bit(to_16_bit(scales, rounding.scale_type))

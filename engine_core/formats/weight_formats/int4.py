@@ -11,6 +11,8 @@ from engine_core.formats.weight_formats.integers import IntegerFormat
 
 @dataclass(frozen=True)
 class Int4(IntegerFormat):
+    """See the module."""
+
     def symmetric_scales(self, grouped: np.ndarray) -> np.ndarray:
         peak = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
         return (peak / np.float32(-8)).astype(np.float32)

@@ -11,6 +11,8 @@ from engine_core.formats.weight_formats.integers import IntegerFormat
 
 @dataclass(frozen=True)
 class Int8(IntegerFormat):
+    """See the module."""
+
     def symmetric_scales(self, grouped: np.ndarray) -> np.ndarray:
         return (np.abs(grouped).max(axis=2) / np.float32(127)).astype(np.float32)
 

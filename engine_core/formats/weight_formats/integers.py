@@ -75,9 +75,9 @@ class IntegerFormat(QuantizedFormat[QuantizedTensor]):
         """Return the nearest values for given scales, float32, and zero points, uint8, both [rows, groups]."""
         columns = weights.shape[1]
         middle = np.float32(self.zero) if zeros is None else expand_groups(zeros, group_size, columns)
-        levels = np.rint(weights * expand_groups(inverse_of(scales), group_size, columns)) + middle
-        levels = np.clip(levels, self.lowest if zeros is None else 0, self.top).astype(np.uint8)
-        return QuantizedTensor(levels, scales, zeros, self.bits, group_size)
+        values = np.rint(weights * expand_groups(inverse_of(scales), group_size, columns)) + middle
+        values = np.clip(values, self.lowest if zeros is None else 0, self.top).astype(np.uint8)
+        return QuantizedTensor(values, scales, zeros, self.bits, group_size)
 
     def _asymmetric_scales(self, grouped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (float32 scales, uint8 zeros) for the range from the smallest to the largest value, 0 in it."""
@@ -107,13 +107,13 @@ class IntegerFormat(QuantizedFormat[QuantizedTensor]):
 
     def store(self, name: str, quantized: QuantizedTensor, rounding: Rounding) -> dict[str, np.ndarray]:
         found = {
-            f"{name}_packed": pack_int32(quantized.levels, self.bits),
+            f"{name}_packed": pack_int32(quantized.values, self.bits),
             f"{name}_scale": to_16_bit(quantized.scales, rounding.scale_type),
         }
         if quantized.zeros is not None:
             zeros = pack_int32(np.ascontiguousarray(quantized.zeros.T), self.bits)
             found[f"{name}_zero_point"] = np.ascontiguousarray(zeros.T)
-        return found | {f"{name}_shape": np.array(quantized.levels.shape, dtype=np.int64)}
+        return found | {f"{name}_shape": np.array(quantized.values.shape, dtype=np.int64)}
 
     def config(self, rounding: Rounding) -> dict:
         values = {"num_bits": self.bits, "type": "int", "symmetric": rounding.symmetric, "dynamic": False}

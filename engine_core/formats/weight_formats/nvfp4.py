@@ -24,6 +24,8 @@ from engine_core.formats.weight_formats.base import QuantizedFormat, Rounding, S
 
 @dataclass(frozen=True)
 class Nvfp4(QuantizedFormat[ScaledFloat]):
+    """See the module."""
+
     def quantize(self, weights: np.ndarray, rounding: Rounding) -> ScaledFloat:
         """Return the nearest codes of ``weights``, whose columns are a multiple of 16."""
         rows, columns = weights.shape

@@ -1,4 +1,4 @@
-"""The exporter ``products`` without a GPU: what is bound where, in which order, on the kernels' references in numpy."""
+"""The exporter ``gemm`` without a GPU: what is bound where, in which order, on the kernels' references in numpy."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_three_small_plans_serve_all_layers(built, driver):
     plans = {name for name in manifest.files if name.endswith(".plan")}
     assert plans == {"qkv.plan", "o.plan", "mlp.plan"} and "weights.safetensors" in manifest.files
     assert sum((built[0] / name).stat().st_size for name in plans) < 10_000
-    assert (manifest.backend, manifest.options["dialect"]) == ("tensorrt", "products")
+    assert (manifest.backend, manifest.options["exporter"]) == ("tensorrt", "gemm")
     api = TensorRT(fake_tensorrt.make("8.6.0", driver))
     backend = TensorRTBackend.load(built[0], manifest, EngineConfig(built[0], tune_kernels=False), api)
     assert len(api.trt.contexts) == 6  # prefill and decode of each
@@ -125,20 +125,20 @@ def test_a_vocab_map_at_configure_cuts_the_head(llama, driver, tmp_path):
     backend.close()
 
 
-def test_which_dialect_a_model_gets(llama, driver, tmp_path):
-    assert read_manifest(llama[0](dialect="plain")).options["dialect"] == "plain"
-    assert read_manifest(llama[0](quantization="fp32")).options["dialect"] == "plain"
-    assert read_manifest(llama[0]()).options["dialect"] == "products"
+def test_which_exporter_a_model_gets(llama, driver, tmp_path):
+    assert read_manifest(llama[0](exporter="plain")).options["exporter"] == "plain"
+    assert read_manifest(llama[0](quantization="fp32")).options["exporter"] == "plain"
+    assert read_manifest(llama[0]()).options["exporter"] == "gemm"
     with pytest.raises(BuildError, match="fp16 weights, not fp32"):
-        llama[0](dialect="products", quantization="fp32")
+        llama[0](exporter="gemm", quantization="fp32")
     with pytest.raises(BuildError, match="no exporter 'latin'"):
-        llama[0](dialect="latin")
+        llama[0](exporter="latin")
     gemma = checkpoints.write(tmp_path / "gemma2", "gemma2")
     api = TensorRT(fake_tensorrt.make("8.6.0", driver))
     build = dict(max_context=CONTEXT, api=api)
-    assert build_tensorrt(gemma, tmp_path / "gemma", **build).options["dialect"] == "plain"
+    assert build_tensorrt(gemma, tmp_path / "gemma", **build).options["exporter"] == "plain"
     with pytest.raises(UnsupportedModelError, match="norms with an offset"):
-        build_tensorrt(gemma, tmp_path / "gemma", dialect="products", **build)
+        build_tensorrt(gemma, tmp_path / "gemma", exporter="gemm", **build)
 
 
 @pytest.mark.parametrize(
