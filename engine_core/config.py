@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_core.backends import backend_names
 from engine_core.backends.capabilities import all_kv_cache_types
+from engine_core.backends.registry import backend_names
 from engine_core.errors import ConfigurationError
 from engine_core.formats import weight_formats
 

@@ -1,4 +1,4 @@
-"""The one protocol every backend implements, and the lazy table that opens them.
+"""The one protocol every backend implements.
 
 A backend owns the weights, the linear KV cache with a slot for each sequence, and the sampling. It hands back tokens
 that may still be on their way (``PendingToken``), so that the host's work on one token overlaps the computation of the
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from engine_core.backends.registry import BACKENDS, check_name
 from engine_core.errors import BackendUnavailableError
 from engine_core.request import SamplingParams
 
@@ -102,33 +103,10 @@ class Backend(Protocol):
         """Gives everything back; may be called twice."""
 
 
-# name → (module, class); imported only when asked for. The fastest first, by tokens a second at batch 1: on one H200
-# the CUDA kernels decode at 56 to 90 % of the memory limit (benchmarks/results/kernels.md), a TensorRT 8.6 plan from
-# ONNX at 24 %; a CPU has a tenth of a GPU's bandwidth.
-_BACKENDS = {
-    "cuda": ("engine_core.backends.cuda.backend", "CudaBackend"),
-    "tensorrt": ("engine_core.backends.tensorrt.backend", "TensorRTBackend"),
-    "onnxruntime": ("engine_core.backends.onnxruntime.backend", "OnnxRuntimeBackend"),
-}
-
-
-def backend_names() -> tuple[str, ...]:
-    """The backends of this version, installed or not, the fastest first."""
-    return tuple(_BACKENDS)
-
-
-def check_name(name: str) -> None:
-    """Raises BackendUnavailableError unless ``name`` is a backend of this version."""
-    if name not in _BACKENDS:
-        raise BackendUnavailableError(
-            f"The backend {name!r} is not part of this version; available: {', '.join(sorted(_BACKENDS))}."
-        )
-
-
 def backend_class(name: str) -> type[Backend]:
     """The class of backend ``name``. Raises BackendUnavailableError with what is missing."""
     check_name(name)
-    module, attribute = _BACKENDS[name]
+    module, attribute = BACKENDS[name]
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:

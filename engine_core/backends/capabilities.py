@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from engine_core.backends import backend_names, check_name
+from engine_core.backends.registry import backend_names, check_name
 from engine_core.errors import BuildError, UnsupportedModelError
 from engine_core.formats import weight_formats as formats
 from engine_core.formats.weight_formats import NAMES

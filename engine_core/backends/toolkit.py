@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from engine_core.backends import check_name
+from engine_core.backends.registry import check_name
 
 if TYPE_CHECKING:
     from engine_core.backends.capabilities import Capabilities

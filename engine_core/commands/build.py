@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from engine_core.backends import backend_names
 from engine_core.backends.capabilities import all_capabilities, capabilities_of
+from engine_core.backends.registry import backend_names
 from engine_core.backends.toolkit import BuildRequest, toolkit_of
 from engine_core.config import KV_CACHE_TYPES, QUANTIZATIONS
 from engine_core.errors import BuildError

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from engine_core.errors import BuildError
-from engine_core.quantize import METHODS
+from engine_core.quantize.methods import METHODS
 
 
 def add(commands) -> None:

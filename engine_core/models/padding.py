@@ -14,7 +14,7 @@ def round_up(size: int, grain: int) -> int:
 
 @dataclass(frozen=True)
 class Axis:
-    """The places of values along an axis that is filled up with zeros: ``places``, int64 [n], ascending, below ``size``."""
+    """The places of values along an axis filled up with zeros: ``places``, int64 [n], ascending, below ``size``."""
 
     places: np.ndarray
     size: int

@@ -10,7 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_core.backends import Backend, backend_class, backend_names
+from engine_core.backends import Backend, backend_class
+from engine_core.backends.registry import backend_names
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError, EdgeLLMError, EngineDirectoryError
 from engine_core.formats.manifest import Manifest, find_variants, read_manifest

@@ -6,13 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from engine_core.formats import weight_formats
-
 _log = logging.getLogger(__name__)
-
-SMOOTHQUANT = "int8_smoothquant"  # int8 whose outliers of the activations are moved into the weights
-# A format each, but SmoothQuant's, which writes int8 too.
-METHODS = (*(name for name in weight_formats.NAMES if name != "fp32"), SMOOTHQUANT)
 
 
 def quantize_checkpoint(
@@ -31,7 +25,7 @@ def quantize_checkpoint(
 ) -> None:
     """Writes the Hugging Face checkpoint ``out_dir`` in the layout of compressed-tensors.
 
-    ``method``: one of METHODS; int4 is rounded to nearest, fp16 dequantizes. ``group_size``: weights
+    ``method``: one of ``methods.METHODS``; int4 is rounded to nearest, fp16 dequantizes. ``group_size``: weights
     that share a scale, 32, 64 or 128; 0 = 128 for int4, a row for int8. ``calibration``: a text file or JSONL chats, of
     which up to ``num_samples`` pieces of up to ``sequence_length`` tokens are taken; needed by int8_smoothquant and
     int4_awq, for which the checkpoint's own calibration.jsonl is the default. ``symmetric``: False gives int4 zero

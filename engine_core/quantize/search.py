@@ -19,8 +19,8 @@ import numpy as np
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.number_formats import from_16_bit, to_16_bit
 from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
-from engine_core.quantize import SMOOTHQUANT
 from engine_core.quantize.calibration import Activations
+from engine_core.quantize.methods import SMOOTHQUANT
 from engine_core.quantize.output import Change, changed_weights
 from engine_core.quantize.scheme import Scheme
 

@@ -11,9 +11,9 @@ import pytest
 import fake_tensorrt
 import sample_checkpoints
 from engine_core import cli
-from engine_core.backends import backend_names
 from engine_core.backends.capabilities import all_kv_cache_types, capabilities_of
 from engine_core.backends.machine import Machine
+from engine_core.backends.registry import backend_names
 from engine_core.backends.tensorrt import build as tensorrt_build
 from engine_core.backends.tensorrt.api import TensorRT
 from engine_core.backends.toolkit import BuildRequest, Size, toolkit_of

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import fake_gpu
-from engine_core import backends
+from engine_core.backends import registry
 from engine_core.backends.tensorrt import backend as tensorrt
 from engine_core.config import EngineConfig
 from engine_core.errors import (
@@ -54,7 +54,7 @@ class CudaFake(_Fake):
 def fake_backends(monkeypatch):
     module = __name__
     for name in ("cuda", "tensorrt", "onnxruntime"):
-        monkeypatch.setitem(backends._BACKENDS, name, (module, "CudaFake" if name == "cuda" else "_Fake"))
+        monkeypatch.setitem(registry.BACKENDS, name, (module, "CudaFake" if name == "cuda" else "_Fake"))
 
 
 @pytest.fixture

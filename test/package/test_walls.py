@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -55,6 +56,22 @@ SOURCES = sorted([*CORE.rglob("*.py"), *(ROOT / "edgellm_ros").rglob("*.py")])
 def test_imports_stay_inside_the_walls(path):
     crossing = {name: line for name, line in imports(path).items() if name in forbidden_in(path)}
     assert not crossing, f"{path.relative_to(ROOT)} must not import {crossing}"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_modules_import_each_other():
+    """Not even for types, or inside functions."""
+    paths = {module_name(path): path for path in SOURCES}
+    graph: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+        named = {(f"{node.module}.{alias.name}", node.module) for node in nodes for alias in node.names}
+        graph[module] = {name if name in paths else parent for name, parent in named} & paths.keys() - {module}
+    assert "engine_core.errors" in graph["engine_core.config"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules
 
 
 def test_the_walls_see_imports_of_every_form(tmp_path):

@@ -1,0 +1,9 @@
+"""The methods of ``edgellm quantize``."""
+
+from __future__ import annotations
+
+from engine_core.formats import weight_formats
+
+SMOOTHQUANT = "int8_smoothquant"  # int8 whose outliers of the activations are moved into the weights
+# A format each, but SmoothQuant's, which writes int8 too.
+METHODS = (*(name for name in weight_formats.NAMES if name != "fp32"), SMOOTHQUANT)
