@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 import fakes
+from fake_gpu import FakeDriver, install
 
 
 @pytest.fixture(scope="session")
@@ -10,6 +11,14 @@ def tokenizer_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
     fakes.write_tokenizer(directory)
     return directory
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """The CUDA driver in host memory on which the test opens every ``Device``."""
+    driver = FakeDriver()
+    install(monkeypatch, driver)
+    return driver
 
 
 @pytest.fixture

@@ -190,12 +190,14 @@ def compile_kernel(source: str, *, name: str, arch: str, headers: dict, defines:
 
 
 def install(monkeypatch, driver: FakeDriver) -> None:
-    """Makes every ``Device`` opened from here on one of ``driver``."""
+    """Makes every ``Device`` opened from here on one of ``driver``, and cuBLAS numpy."""
+    import engine_core.backends.cuda.model
     import engine_core.cuda.driver
     import engine_core.cuda.kernels
 
     monkeypatch.setattr(engine_core.cuda.driver, "bindings", lambda: (driver, None))
     monkeypatch.setattr(engine_core.cuda.kernels, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(engine_core.backends.cuda.model, "Blas", fake_kernels.FakeBlas)
 
 
 # --- kernels, as numpy --------------------------------------------------------------------------------------

@@ -22,20 +22,10 @@ from engine_core.config import EngineConfig
 from engine_core.cuda.driver import DeviceMemoryError
 from engine_core.formats.manifest import read_manifest
 from engine_core.measure.steps import begin, extend, prefill
-from fake_gpu import FakeDriver, install
-from fake_kernels import FakeBlas
 from peak_memory import growth, large_checkpoint
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=100).astype(np.int32)
 FOLLOWING = np.array([5, 77, 200], dtype=np.int32)
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    driver = FakeDriver()
-    install(monkeypatch, driver)
-    monkeypatch.setattr("engine_core.backends.cuda.model.Blas", FakeBlas)
-    return driver
 
 
 @pytest.fixture(scope="module", params=["llama3", "qwen2", "qwen3", "llama-odd"])

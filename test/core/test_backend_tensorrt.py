@@ -43,13 +43,6 @@ def options(**changes) -> SamplingParams:
     return SamplingParams(**{"seed": 1, **changes})
 
 
-@pytest.fixture
-def driver(monkeypatch):
-    driver = FakeDriver()
-    install(monkeypatch, driver)
-    return driver
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """(engine directory, checkpoint directory), fp32 and chunks of 16 tokens."""

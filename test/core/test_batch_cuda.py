@@ -20,8 +20,6 @@ from engine_core.formats.weight_formats import weight_format
 from engine_core.models.shapes import spec_of
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
 from engine_core.serving.sequence import Sequence
-from fake_gpu import FakeDriver, install
-from fake_kernels import FakeBlas
 
 VOCAB, CONTEXT, HEAD_DIM, COUNT = 96, 96, 16, 12
 MODEL = dict(
@@ -47,14 +45,6 @@ REQUESTS = [
 ]
 _ALL = Requests(PROMPTS, REQUESTS, COUNT)
 alone, together = _ALL.alone, _ALL.together
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    driver = FakeDriver()
-    install(monkeypatch, driver)
-    monkeypatch.setattr("engine_core.backends.cuda.model.Blas", FakeBlas)
-    return driver
 
 
 def make_spec(max_batch: int, vocab_size: int = VOCAB, **sizes: int) -> CudaSpec:

@@ -28,7 +28,6 @@ from engine_core.errors import (
 )
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import write_safetensors
-from fake_gpu import FakeDriver, install
 from test_backend_tensorrt import PROMPT, load
 
 GIB = 1 << 30
@@ -36,9 +35,8 @@ DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 
 @pytest.fixture
-def driver(monkeypatch):
-    driver = FakeDriver(memory=4 * GIB)
-    install(monkeypatch, driver)
+def driver(driver):
+    driver.memory = 4 * GIB
     return driver
 
 

@@ -28,13 +28,6 @@ CONTEXT, CHUNK = 128, 64
 LONG = np.resize(PROMPT, 100)  # two chunks, the second not full
 
 
-@pytest.fixture
-def driver(monkeypatch):
-    driver = FakeDriver()
-    install(monkeypatch, driver)
-    return driver
-
-
 @pytest.fixture(scope="module", params=["llama-odd", "qwen2", "qwen3"])
 def built(request, tmp_path_factory):
     """(engine directory, checkpoint directory)."""

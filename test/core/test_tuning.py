@@ -25,7 +25,7 @@ from engine_core.cuda.kernels.tuning import ConfigFile, Tuner
 from engine_core.formats.weight_formats import weight_format
 from engine_core.models.shapes import spec_of
 from fake_gpu import FakeDriver, install
-from fake_kernels import KERNELS, FakeBlas
+from fake_kernels import KERNELS
 
 ORIN = Gpu("Orin", 87, 8, 166912)
 H200 = Gpu("H200", 90, 132, 232448)
@@ -232,7 +232,6 @@ def test_a_model_measures_every_kernel_it_launches(monkeypatch, tmp_path):
     driver = FakeDriver(memory=1 << 28)  # 8 SMs, compute capability 9.0: not in the table
     install(monkeypatch, driver)
     monkeypatch.setenv("EDGELLM_KERNEL_CACHE", str(tmp_path))
-    monkeypatch.setattr("engine_core.backends.cuda.model.Blas", FakeBlas)
     launched: set[tuple] = set()
     for entry in ("gemv_packed", "gemm_packed", "dequantize_packed", *KERNELS, "sample_scan", "sample_pick"):
         driver.kernels[entry] = lambda defines, args, entry=entry: launched.add((entry, *sorted(defines.items())))
