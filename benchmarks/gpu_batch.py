@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.gpu_decode import GREEDY, SHAPES, make_spec, open_backend, write_lines
+from benchmarks.gpu_decode import GREEDY, SHAPES, WEIGHTS, make_spec, open_backend, write_lines
 from engine_core.backends import SequenceStep
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.cuda.driver import Device
@@ -152,7 +152,7 @@ def row(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-3.1-8b", "qwen3-1.7b"], choices=sorted(SHAPES))
-    parser.add_argument("--weights", nargs="+", default=["int4", "fp16"], choices=["fp16", "int8", "int4"])
+    parser.add_argument("--weights", nargs="+", default=["int4", "fp16"], choices=WEIGHTS)
     parser.add_argument("--kv-cache-type", nargs="+", default=["fp16"], choices=["fp16", "int8"])
     parser.add_argument("--context", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16])

@@ -1,7 +1,7 @@
 """How fast does the CUDA backend decode, and how far is that from the memory limit?
 
-    python3 benchmarks/gpu_decode.py [--shapes NAME ...] [--weights fp16 int8 int4] [--kv-cache-type fp16 int8]
-        [--contexts N ...] [--transformers] [--output benchmarks/results/gpu_decode.jsonl]
+    python3 benchmarks/gpu_decode.py [--shapes NAME ...] [--weights fp16 int8 int4 fp8 nvfp4]
+        [--kv-cache-type fp16 int8] [--contexts N ...] [--transformers] [--output benchmarks/results/gpu_decode.jsonl]
 
 Models of published shapes with random weights on the GPU that is there. The floor of a step is the bytes it has to
 read (every weight but the embedding's rows, and the KV cache with its scales) over the read bandwidth measured in the
@@ -26,8 +26,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine_core.backends.cuda.backend import CudaBackend
-from engine_core.backends.cuda.layout import CudaSpec, round_rows, weight_arrays
+from engine_core.backends.cuda.build import to_tiles
+from engine_core.backends.cuda.layout import CudaSpec, packed_shapes, round_rows, weight_arrays
 from engine_core.cuda.driver import ALIGNMENT, Arena, Device, DeviceArray, Event, Launch, Module, Stream
+from engine_core.cuda.kernels.linear_packed import FLOAT_LAYOUTS
 from engine_core.cuda.kernels.nvrtc import compile_kernel
 from engine_core.formats.weight_formats import weight_format
 from engine_core.measure.steps import begin, decode, prefill
@@ -35,6 +37,7 @@ from engine_core.models.shapes import spec_of
 from engine_core.models.spec import ModelSpec
 from engine_core.request import SamplingParams
 
+WEIGHTS = ("fp16", "int8", "int4", "fp8", "nvfp4")
 GENERATED = 128
 TURN = 32  # tokens of a turn of a conversation
 GREEDY = SamplingParams(seed=1)
@@ -121,17 +124,21 @@ def open_backend(spec: CudaSpec) -> CudaBackend:
     device, head_dim = Device(), spec.attention.head_dim
     angles = np.arange(spec.max_context)[:, None] * 500000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
     rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
-    return CudaBackend(device, spec, RandomWeights(device), rope)
+    return CudaBackend(device, spec, RandomWeights(device, spec), rope)
 
 
 class RandomWeights:
     """A weight source: norms are one, the rest repeats one block of normal values."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, spec: CudaSpec) -> None:
         self._device = device
+        self._spec = spec
         self._block = (0.01 * np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32)).astype(np.float16)
 
     def __call__(self, name: str, array: DeviceArray) -> None:
+        if array.dtype == "uint8" and self._spec.weight_format.kind in FLOAT_LAYOUTS:
+            self._repeat(array, self._strips(packed_shapes(self._spec)[name.split(".")[-1]][1]))
+            return
         if array.dtype == "uint8":
             # Any bits are 4- or 8-bit weights, and the block's values small scales.
             array = DeviceArray(array.address, (array.nbytes // 2,), "fp16")
@@ -139,10 +146,19 @@ class RandomWeights:
         if name.endswith("norm"):
             self._device.upload(array, np.ones(count, dtype=np.float16))
             return
-        first = min(count, len(self._block))
-        self._device.upload(DeviceArray(array.address, (first,), "fp16"), self._block[:first])
-        done = first
-        while done < count:  # doubling, on the device
+        self._repeat(array, self._block[:count])
+
+    def _strips(self, cols: int) -> np.ndarray:
+        """Sixteen strips of packed tiles of small floats, in bytes: some of those are no numbers."""
+        rows = self._block[: 256 * cols].astype(np.float32).reshape(256, cols)
+        return to_tiles(rows, self._spec.weight_format, "fp16").reshape(-1).view(np.float16)
+
+    def _repeat(self, array: DeviceArray, block: np.ndarray) -> None:
+        """Fill ``array`` with ``block``, fp16 [n], over and over."""
+        count = array.nbytes // 2
+        done = min(count, len(block))
+        self._device.upload(DeviceArray(array.address, (done,), "fp16"), block[:done])
+        while done < count:  # doubling, on the device; whole blocks at a time
             step = min(done, count - done)
             self._device.call("cuMemcpyDtoD", array.address + 2 * done, array.address, 2 * step)
             done += step
@@ -327,7 +343,7 @@ def write_lines(gpu: str, rows: list[dict], output: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"], choices=sorted(SHAPES))
-    parser.add_argument("--weights", nargs="+", default=["fp16", "int4"], choices=["fp16", "int8", "int4"])
+    parser.add_argument("--weights", nargs="+", default=["fp16", "int4"], choices=WEIGHTS)
     parser.add_argument("--kv-cache-type", nargs="+", default=["fp16"], choices=["fp16", "int8"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[32, 512, 2048, 8192])
     parser.add_argument("--transformers", action="store_true", help="measure transformers beside it")

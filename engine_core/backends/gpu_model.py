@@ -24,7 +24,6 @@ from engine_core.cuda.kernels import CHUNK_WORDS, Kernels, attention, linear, li
 from engine_core.cuda.kernels.launch_configs import PrefillAttentionProblem, Problem
 from engine_core.cuda.kernels.nvrtc import kernel_cache_dir
 from engine_core.cuda.kernels.tuning import ConfigFile, EventTimer, Tuner
-from engine_core.formats.weight_formats.integers import IntegerFormat
 
 # name, array → fills the array. From a file, or random for a benchmark.
 WeightSource = Callable[[str, DeviceArray], None]
@@ -170,7 +169,6 @@ class DeviceModel(Generic[Layer]):
         shape = packed_shapes(self.spec).get(name.split(".")[-1])
         if shape is None:
             return array
-        assert isinstance(self.spec.weight_format, IntegerFormat)
         return linear_packed.PackedWeight(array, self.spec.weight_format, *shape)
 
     def _gemv(self, weight: Matrix, *args: Any, **kwargs: Any) -> Launch:

@@ -19,6 +19,7 @@ from engine_core.formats.weight_formats.integers import IntegerFormat
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_MODELOPT = "hf_quant_config.json"
 
 
 class Checkpoint:
@@ -36,7 +37,18 @@ class Checkpoint:
         self.config = read_json(self.directory / "config.json")
         self.generation_config = read_json(self.directory / "generation_config.json", required=False)
         self._file_of = self._open()
-        self._stored = find_stored(self.config, self._file_of)
+        self._stored = find_stored(self._quantization(), self._file_of)
+
+    def _quantization(self) -> dict:
+        """Return the configuration with its quantization_config, which ModelOpt may have put into a file of its own."""
+        side = self.directory / _MODELOPT
+        if self.config.get("quantization_config") or not side.is_file():
+            return self.config
+        found = read_json(side).get("quantization")
+        algorithm = found.get("quant_algo") if isinstance(found, dict) else None
+        if not algorithm:
+            return self.config
+        return {**self.config, "quantization_config": {"quant_method": "modelopt", "quant_algo": algorithm}}
 
     def _open(self) -> dict[str, SafetensorsFile]:
         index = self.directory / _INDEX

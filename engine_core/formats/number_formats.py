@@ -69,7 +69,8 @@ class ScaledFloat:
     """A weight [rows, columns] in small floats: w = value of its code * scale of its block of a row.
 
     ``codes``: uint8 [rows, columns], indices of ``table``, which is E4M3 or E2M1. ``scales``: float32 [rows, blocks],
-    for nvfp4 the products of ``block_scales`` (E4M3 codes, uint8 [rows, blocks]) and ``global_scale``, which fp8 lacks.
+    for nvfp4 the products of ``block_scales`` (E4M3 codes, uint8 [rows, blocks]) and ``global_scale``, one number or
+    [rows, 1], which fp8 lacks.
     """
 
     codes: np.ndarray
@@ -77,7 +78,7 @@ class ScaledFloat:
     table: np.ndarray
     block_size: int  # columns that share a scale
     block_scales: np.ndarray | None = None
-    global_scale: np.float32 = np.float32(1)
+    global_scale: np.float32 | np.ndarray = np.float32(1)
 
     def dequantize(self) -> np.ndarray:
         """float32 [rows, columns]."""

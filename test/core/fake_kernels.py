@@ -1,6 +1,7 @@
 """The kernels of the GPU backends' layers as numpy, for the driver in host memory: float64 between 16-bit values.
 
-Each is made of its slow twin and reads its arguments as the real one does. Only fp16, no int8 KV cache.
+Each is made of its slow twin and reads its arguments as the real one does. Only fp16, no int8 KV cache. Weights are of
+16 bits or packed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import numpy as np
 
 from engine_core.cuda.kernels import CHUNK_WORDS, linear, reference
+from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.cuda.kernels.sampling import STATE
 
 F16, F32, F64 = np.float16, np.float32, np.float64
@@ -49,6 +51,25 @@ def rms_norm(defines: dict, args) -> None:
     array_at(output, shape, F16)[:] = reference.rms_norm(values.astype(F64), scale, eps, size)
 
 
+def _matrix(defines: dict, address: int) -> np.ndarray:
+    """float64 [ROWS, COLS] of 16-bit weights, or of packed tiles as packed.cuh tells them apart."""
+    shape = defines["ROWS"], defines["COLS"]
+    kinds = {(4, 0): "int4", (8, 0): "int8", (8, 1): "fp8", (4, 1): "nvfp4"}
+    if defines.get("BITS", 16) == 16:
+        return array_at(address, shape, F16).astype(F64)
+    kind = "fp8_blocks" if defines.get("GROUP_SCALES") else kinds[defines["BITS"], defines.get("FLOATS", 0)]
+    return reference.packed_weight(array_at(address, LAYOUTS[kind].tiles_shape(*shape), np.uint8), kind, shape, "fp16")
+
+
+def dequantize_packed(defines: dict, args) -> None:
+    matrix = _matrix(defines, address_of(args, 0))
+    array_at(address_of(args, 1), matrix.shape, F16)[:] = matrix
+
+
+def gemv_packed(defines: dict, args) -> None:
+    gemv(defines, args)
+
+
 def gemv(defines: dict, args) -> None:
     weight, vector, norm, bias, output = (address_of(args, i) for i in range(5))
     rows, cols, epilogue = defines["ROWS"], defines["COLS"], defines["EPILOGUE"]
@@ -56,7 +77,7 @@ def gemv(defines: dict, args) -> None:
     if defines["NORM"]:
         scale = array_at(norm, (cols,), F16).astype(F64)
         values = reference.rms_norm(values, scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
-    result = array_at(weight, (rows, cols), F16).astype(F64) @ values
+    result = _matrix(defines, weight) @ values
     if defines["BIAS"]:
         result += array_at(bias, (rows,), F16)
     if epilogue == linear.RESIDUAL:
@@ -68,14 +89,13 @@ def gemv(defines: dict, args) -> None:
 
 
 def gemm_packed(defines: dict, args) -> None:
-    """With 16-bit weights. Each row by itself, so that its sums do not depend on how many there are."""
+    """Each row by itself, so that its sums do not depend on how many there are."""
     weight, vectors, output, chunk, _, _, bias = (address_of(args, i) for i in range(7))
     rows, cols, epilogue = defines["ROWS"], defines["COLS"], defines["EPILOGUE"]
-    assert defines["BITS"] == 16
     count = int(array_at(chunk, (CHUNK_WORDS,), np.int32)[1])
-    matrix = array_at(weight, (rows, cols), F16).astype(F64)
+    matrix = _matrix(defines, weight)
     result = np.stack([matrix @ row for row in array_at(vectors, (count, cols), F16).astype(F64)])
-    if defines["BIAS"]:
+    if defines.get("BIAS"):
         result += array_at(bias, (rows,), F16)
     if epilogue == linear.RESIDUAL:
         array_at(output, (count, rows), F32)[:] += result
@@ -195,7 +215,7 @@ def attention_decode(defines: dict, args) -> None:
 
 
 _ALL = (
-    *(embed, rms_norm, gemv, gemm_packed, silu_multiply, add_bias, keep_last_row),
+    *(embed, rms_norm, gemv, gemv_packed, dequantize_packed, gemm_packed, silu_multiply, add_bias, keep_last_row),
     *(rope_append, attention_prefill, attention_decode),
 )
 KERNELS = {kernel.__name__: kernel for kernel in _ALL}

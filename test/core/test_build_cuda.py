@@ -14,7 +14,7 @@ from engine_core.backends.cuda.layout import CudaSpec, bytes_by_purpose, weight_
 from engine_core.backends.cuda.weights import CudaWeights, kept_rows, resolve
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import aligned
-from engine_core.cuda.kernels import int4_layout, int8_layout
+from engine_core.cuda.kernels import int4_layout, int8_layout, reference
 from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.cuda.kernels.reference import dequantize
 from engine_core.errors import BuildError, ConfigurationError, UnsupportedModelError
@@ -23,6 +23,7 @@ from engine_core.formats.safetensors_file import SafetensorsFile, write_safetens
 from engine_core.formats.vocab_map import write_vocab_map
 from engine_core.formats.weight_formats import weight_format
 from fake_gpu import FakeDriver, install
+from packed_weights import format_of, random_parts
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"],
@@ -159,24 +160,27 @@ def test_int8_is_within_half_a_step(checkpoint, tmp_path, dtype):
 @pytest.mark.parametrize(("kind", "layout"), LAYOUTS.items())
 @pytest.mark.parametrize("rows, cols", [(64, 512), (16, 576), (50, 128), (1, 8), (331, 1000)])
 def test_packing_is_its_own_inverse(kind, layout, rows, cols):
-    random = np.random.default_rng(1)
-    values = random.integers(0, weight_format(kind).top + 1, (rows, cols)).astype(np.uint8)
-    scales = random.integers(0, 1 << 16, (rows, -(-cols // 128))).astype(np.uint16)
-    tiles = layout.pack(values, scales)
-    assert tiles.shape == layout.tiles_shape(rows, cols)
-    found = layout.unpack(tiles, (rows, cols))
-    assert (found[0] == values).all() and (found[1] == scales).all()
+    parts = random_parts(np.random.default_rng(1), kind, rows, cols, "fp16")
+    if kind == "nvfp4":  # the signs of block scales go to the values
+        parts = (parts[0], parts[1] & 0x7F, parts[2])
+    tiles = layout.pack(*parts)
+    assert tiles.shape == layout.tiles_shape(rows, cols) and tiles.dtype == np.uint8
+    for before, after in zip(parts, layout.unpack(tiles, (rows, cols)), strict=True):
+        assert np.array_equal(before, after.view(before.dtype))
     whole = layout.unpack(tiles)  # with zeros around it
     assert whole[0].shape == (-(-rows // 16) * 16, -(-cols // 128) * 128)
-    for before, after in zip((values, scales), whole, strict=True):
-        assert np.array_equal(np.pad(before, [(0, b - a) for a, b in zip(before.shape, after.shape)]), after)
+    for before, after in zip(parts, whole, strict=True):
+        padded = np.pad(before, [(0, b - a) for a, b in zip(before.shape, after.shape)])
+        assert np.array_equal(padded, after.view(before.dtype))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(("kind", "layout"), LAYOUTS.items())
 def test_a_group_of_zeros_stays_zero(kind, layout, dtype):
-    values, _ = layout.unpack(to_tiles(np.zeros((16, 128), dtype=np.float32), weight_format(kind), dtype))
-    assert (values == weight_format(kind).zero).all()
+    tiles = to_tiles(np.zeros((16, 128), dtype=np.float32), format_of(kind), dtype)
+    assert (
+        not reference.packed_weight(tiles, kind, (16, 128), dtype).any() and layout.tiles_shape(16, 128) == tiles.shape
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +198,7 @@ def test_a_group_of_zeros_stays_zero(kind, layout, dtype):
             UnsupportedModelError,
             "sliding window",
         ),
-        ({}, "nvfp4", BuildError, "nvfp4"),
+        ({}, "fp32", BuildError, "fp32"),
     ],
 )
 def test_what_the_kernels_cannot_run_is_refused_and_nothing_is_left(
@@ -273,7 +277,7 @@ def write_map(path, count: int):
     return path
 
 
-@pytest.mark.parametrize("quantization", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("quantization", ["fp16", "int8", "int4", "fp8", "nvfp4"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("count", [272, 101])
 def test_a_map_given_at_load_takes_the_rows_that_a_build_with_it_writes(
@@ -302,10 +306,9 @@ def test_rows_are_kept_across_many_records(rows, count, cols):
     rng = np.random.default_rng(1)
     kept = np.sort(rng.choice(rows, count, replace=False)).astype(np.int32)
     for kind, layout in LAYOUTS.items():
-        values = rng.integers(0, weight_format(kind).top + 1, (rows, cols)).astype(np.uint8)
-        scales = rng.integers(0, 1 << 16, (rows, -(-cols // 128))).astype(np.uint16)
-        found = kept_rows(layout.pack(values, scales), kept, weight_format(kind))
-        assert (found == layout.pack(values[kept], scales[kept])).all()
+        parts = random_parts(rng, kind, rows, cols, "fp16")
+        found = kept_rows(layout.pack(*parts), kept, format_of(kind))
+        assert (found == layout.pack(*(part[kept] for part in parts))).all()
 
 
 def test_a_map_that_cannot_be_cut_to_is_refused(checkpoint, tmp_path):

@@ -20,8 +20,8 @@ from engine_core.cuda.kernels import Kernels, attention, kernel_source, linear, 
 from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.cuda.kernels.nvrtc import compile_kernel
 from engine_core.cuda.kernels.sampling import STATE
-from engine_core.formats.weight_formats import weight_format
 from fake_gpu import FakeDriver, install
+from packed_weights import KINDS, format_of
 
 SCHEDULERS, REGISTERS = 4, 16384
 MODELS = {  # hidden, intermediate, heads, KV heads, head_dim, vocabulary
@@ -50,7 +50,7 @@ def _array(shape: tuple[int, ...], dtype: str) -> DeviceArray:
     return DeviceArray(1 << 20, shape, dtype)
 
 
-def _gemms(kernels: Kernels, model: str, bits: int) -> list:
+def _gemms(kernels: Kernels, model: str, kind: str) -> list:
     hidden, intermediate, heads, kv_heads, head_dim, vocab = MODELS[model]
     launches = []
     for rows, cols, epilogue, normed in (
@@ -66,12 +66,11 @@ def _gemms(kernels: Kernels, model: str, bits: int) -> list:
         )
         vector = _array((cols,), "fp32" if normed else "fp16")
         norm = {"norm_weight": _array((cols,), "fp16"), "norm_eps": 1e-5} if normed else {}
-        if bits == 16:
+        if kind == "fp16":
             launches.append(linear.gemv(kernels, _array((rows, cols), "fp16"), vector, output, epilogue, **norm))
         else:
-            packed = weight_format(f"int{bits}")
-            tiles = _array(linear_packed.LAYOUTS[packed.kind].tiles_shape(rows, cols), "uint8")
-            weight = linear_packed.PackedWeight(tiles, packed, rows, cols)
+            tiles = _array(linear_packed.LAYOUTS[kind].tiles_shape(rows, cols), "uint8")
+            weight = linear_packed.PackedWeight(tiles, format_of(kind), rows, cols)
             launches.append(linear_packed.gemv_packed(kernels, weight, vector, output, epilogue, **norm))
     return launches
 
@@ -142,10 +141,10 @@ def noted(monkeypatch, tmp_path):
     return noted
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("kind", ["fp16", *KINDS])
 @pytest.mark.parametrize("model", MODELS)
-def test_gemms(noted, model, bits):
-    _check(noted, _gemms(noted.kernels, model, bits))
+def test_gemms(noted, model, kind):
+    _check(noted, _gemms(noted.kernels, model, kind))
 
 
 def test_attention(noted):

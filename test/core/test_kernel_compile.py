@@ -82,6 +82,16 @@ def test_8_bit_gemms_compile(arch, bf16):
 
 
 @pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+@pytest.mark.parametrize("bf16", [0, 1])
+@pytest.mark.parametrize("bits, group_scales", [(8, 0), (8, 1), (4, 0)])
+def test_the_products_of_small_floats_compile(arch, bf16, bits, group_scales):
+    """With the type's own instructions from sm_89 on, without them before."""
+    _compile_all(
+        arch, ("gemv_packed", "gemm_packed"), BITS=bits, FLOATS=1, GROUP_SCALES=group_scales, BF16=bf16, EPILOGUE=1
+    )
+
+
+@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
 def test_the_kernels_of_several_sequences_compile(arch):
     tokens = 8 * (1 + _architectures().index(arch) % 2)
     _compile_all(arch, ["gemm_packed"], BITS=16, TOKENS=tokens, EPILOGUE=3, BUFFERS=2, STAGE=2)
@@ -92,9 +102,10 @@ def test_the_kernels_of_several_sequences_compile(arch):
 
 @pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("floats", [0, 1])
 @pytest.mark.parametrize("rows, cols, epilogue", [(50257, 576, 3), (1000, 72, 2), (24, 2560, 1)])
-def test_gemms_with_tiles_that_are_not_full_compile(bits, rows, cols, epilogue):
-    sizes = dict(ROWS=rows, COLS=cols, EPILOGUE=epilogue, BITS=bits, BF16=0, K_WARPS=1)
+def test_gemms_with_tiles_that_are_not_full_compile(bits, floats, rows, cols, epilogue):
+    sizes = dict(ROWS=rows, COLS=cols, EPILOGUE=epilogue, BITS=bits, FLOATS=floats, BF16=0, K_WARPS=1)
     _compile_all("sm_87", ("gemv_packed",), **sizes)
     if epilogue < 3:  # the LM head has one vector
         _compile_all("sm_87", ("gemm_packed",), **{**sizes, "SPLITS": 1, "STAGE": 1, "BUFFERS": 2})

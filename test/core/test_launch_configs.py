@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine_core.cuda.kernels import int4_layout, int8_layout
+from engine_core.cuda.kernels import fp8_layout, int4_layout, int8_layout, nvfp4_layout
 from engine_core.cuda.kernels.launch_configs import (
     BATCH_TOKENS,
     GEMM_TOKENS,
@@ -42,7 +42,9 @@ RTX_4060 = Gpu("RTX 4060", 89, 24, 101376)
 RTX_4090 = Gpu("RTX 4090", 89, 128, 101376)
 GPUS = [H200, H100_PCIE, A100, ORIN, ORIN_32GB, ORIN_NANO, THOR, RTX_4060, RTX_4090]
 MATRICES = [(16, 128), (48, 384), (528, 4864), (1152, 896), (3072, 2048), (4096, 14336), (28672, 4096), (70000, 128)]
-LAYOUTS = {4: int4_layout, 8: int8_layout}
+TILE_BYTES = {4: [int4_layout.TILE_BYTES, nvfp4_layout.TILE_BYTES], 8: [int8_layout.TILE_BYTES]}
+TILE_BYTES[8] += [fp8_layout.ROWS.TILE_BYTES, fp8_layout.GROUPS.TILE_BYTES]
+KINDS = [(bits, which) for bits, sizes in TILE_BYTES.items() for which in range(len(sizes))]
 STATIC_SHARED = 12 * 1024  # bytes that kernels declare themselves, at most
 
 
@@ -50,8 +52,9 @@ def rule(problem, gpu: Gpu):
     return LaunchConfigs(gpu).lookup(problem)
 
 
-def packed(rows: int, cols: int, bits: int) -> tuple[int, int, int, int]:
-    return (*LAYOUTS[bits].tiles_shape(rows, cols), bits)
+def packed(rows: int, cols: int, bits: int, which: int = 0) -> tuple[int, int, int, int]:
+    """``which``: of TILE_BYTES[bits]."""
+    return -(-rows // 16), -(-cols // 128), TILE_BYTES[bits][which], bits
 
 
 def in_16_bits(rows: int, cols: int) -> tuple[int, int, int, int]:
@@ -113,9 +116,9 @@ def test_problems_that_are_looked_up_are_noted_in_order_and_once():
 def all_problems():
     for matrix in MATRICES:
         yield GemvProblem(*matrix)
-        for bits in LAYOUTS:
-            yield PackedGemvProblem(*packed(*matrix, bits))
-            yield PackedGemmProblem(*packed(*matrix, bits))
+        for kind in KINDS:
+            yield PackedGemvProblem(*packed(*matrix, *kind))
+            yield PackedGemmProblem(*packed(*matrix, *kind))
     for heads, kv_heads, head_dim in ((32, 8, 128), (32, 8, 64), (14, 2, 64), (8, 1, 256), (3, 3, 16), (8, 4, 96)):
         for kv_int8 in (False, True):
             yield DecodeAttentionProblem(heads, kv_heads, head_dim, False, kv_int8)
@@ -165,9 +168,9 @@ def test_gemv_fits_the_gpu(rows, cols, gpu):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("rows, cols", [m for m in MATRICES if m != (70000, 128)])
-@pytest.mark.parametrize("bits", LAYOUTS)
-def test_gemv_of_packed_tiles_fits_the_gpu(bits, rows, cols, gpu):
-    problem = PackedGemvProblem(*packed(rows, cols, bits))
+@pytest.mark.parametrize(("bits", "which"), KINDS)
+def test_gemv_of_packed_tiles_fits_the_gpu(bits, which, rows, cols, gpu):
+    problem = PackedGemvProblem(*packed(rows, cols, bits, which))
     for config in problem.candidates(gpu):
         assert config.shared(problem.groups, problem.tile_bytes) + STATIC_SHARED <= gpu.max_shared
         assert 32 <= config.threads <= 512 and config.depth >= 1
@@ -178,10 +181,11 @@ def test_gemv_of_packed_tiles_fits_the_gpu(bits, rows, cols, gpu):
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("rows, cols", MATRICES)
 @pytest.mark.parametrize(
-    ("bits", "cta_tokens"), [(4, GEMM_TOKENS), (8, GEMM_TOKENS), (4, 8), (8, 16), (16, 8), (16, 16)]
+    ("bits", "which", "cta_tokens"),
+    [*((*kind, GEMM_TOKENS) for kind in KINDS), (4, 0, 8), (8, 0, 16), (4, 1, 16), (8, 2, 8), (16, 0, 8), (16, 0, 16)],
 )
-def test_gemm_fits_the_gpu_and_covers_the_matrix(bits, cta_tokens, rows, cols, gpu):
-    sizes = in_16_bits(rows, cols) if bits == 16 else packed(rows, cols, bits)
+def test_gemm_fits_the_gpu_and_covers_the_matrix(bits, which, cta_tokens, rows, cols, gpu):
+    sizes = in_16_bits(rows, cols) if bits == 16 else packed(rows, cols, bits, which)
     problem = PackedGemmProblem(*sizes, 0, cta_tokens)
     tiles, groups, bands = problem.tiles, problem.groups, -(-problem.tiles // 2)
     num_tokens = 70 if cta_tokens == GEMM_TOKENS else cta_tokens

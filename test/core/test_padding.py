@@ -15,7 +15,6 @@ from engine_core.config import EngineConfig
 from engine_core.cuda.driver import aligned
 from engine_core.cuda.kernels import reference
 from engine_core.cuda.kernels.int4_layout import GROUP
-from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.formats.number_formats import from_16_bit
 from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
 from engine_core.formats.weight_formats import weight_format
@@ -80,9 +79,8 @@ def built(engine_dir: Path, manifest, config: EngineConfig) -> tuple[CudaSpec, d
         if array.dtype != "uint8":
             arrays[name] = from_16_bit(stored).astype(np.float64)
             continue
-        kind = resolved.spec.weight_format
-        values, scales = LAYOUTS[kind.kind].unpack(stored, packed[name.split(".")[-1]])
-        arrays[name] = reference.dequantize(values, scales.view(np.float16).astype(np.float64), GROUP, kind.zero)
+        kind = resolved.spec.weight_format.kind
+        arrays[name] = reference.packed_weight(stored, kind, packed[name.split(".")[-1]], "fp16")
     return resolved.spec, arrays, weights.rope().astype(np.float64)
 
 

@@ -16,11 +16,11 @@ import numpy as np  # noqa: E402
 from device_steps import generate  # noqa: E402
 from engine_core.backends import SequenceStep  # noqa: E402
 from engine_core.backends.cuda.backend import CudaBackend  # noqa: E402
-from engine_core.backends.cuda.layout import CudaSpec, weight_arrays  # noqa: E402
+from engine_core.backends.cuda.layout import CudaSpec, packed_shapes, weight_arrays  # noqa: E402
 from engine_core.cuda.driver import Device  # noqa: E402
-from engine_core.formats.weight_formats import weight_format  # noqa: E402
 from engine_core.models.shapes import spec_of  # noqa: E402
 from engine_core.request import SamplingParams  # noqa: E402
+from packed_weights import format_of, random_tiles  # noqa: E402
 
 VOCAB, CONTEXT, HEAD_DIM = 1008, 309, 32  # the last chunk of 290 tokens has rows beyond the context
 MODEL = dict(
@@ -50,21 +50,19 @@ def make_backend(
         max_context=CONTEXT,
         head_rows=VOCAB,
         dtype="fp16",
-        weight_format=weight_format(weights),
+        weight_format=format_of(weights),
         chunk=64,
         prefix_slots=2,
         prefix_tokens=100,
         max_batch=max_batch,
     )
     random = np.random.default_rng(9)
-    arrays = {}
+    arrays, packed = {}, packed_shapes(spec)
     for name, array in weight_arrays(spec).items():
         if array.dtype == "fp16":
             arrays[name] = (random.standard_normal(array.shape) * 0.05).astype(np.float16)
-        else:  # random values, then 16 scales in each tile
-            scales = random.standard_normal((*array.shape[:-1], 16)) * 0.2 * 0.5**spec.weight_format.bits
-            arrays[name] = random.integers(0, 256, array.shape, dtype=np.uint8)
-            arrays[name][..., -32:] = scales.astype(np.float16).view(np.uint8)
+        else:
+            arrays[name] = random_tiles(random, weights, *packed[name.split(".")[-1]], "fp16")
     device = Device()
     angles = np.arange(CONTEXT)[:, None] * 100.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
     rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)

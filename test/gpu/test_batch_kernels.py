@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_bench import error, from_bits, to_bits
+from gpu_bench import error
 from test_device_sampler import CASES, options
 
 from engine_core.cuda.driver import DeviceArray
@@ -17,9 +17,9 @@ from engine_core.cuda.kernels import (
     reference,
     sampling,
 )
-from engine_core.formats.weight_formats import weight_format
 from engine_core.request import SAMPLING_OPTIONS
 from engine_core.sampling import Sampler
+from packed_weights import KINDS, format_of, random_tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -34,11 +34,9 @@ def make_weight(bench, rows: int, cols: int, kind: str, dtype: str):
     """(on the device, float64 [rows, cols])."""
     if kind == "fp16":
         return bench.normal((rows, cols), dtype, cols**-0.5)
-    found, layout = weight_format(kind), linear_packed.LAYOUTS[kind]
-    values = bench.random.integers(0, 2 * found.zero, (rows, cols)).astype(np.uint8)
-    scales = to_bits(bench.random.standard_normal((rows, -(-cols // 128))) * (1.6 / found.zero) * cols**-0.5, dtype)
-    weight = reference.dequantize(values, from_bits(scales, dtype), layout.GROUP, found.zero)
-    return linear_packed.PackedWeight(bench.put(layout.pack(values, scales), "uint8"), found, rows, cols), weight
+    tiles = random_tiles(bench.random, kind, rows, cols, dtype)
+    packed = linear_packed.PackedWeight(bench.put(tiles, "uint8"), format_of(kind), rows, cols)
+    return packed, reference.packed_weight(tiles, kind, (rows, cols), dtype)
 
 
 def check_every_epilogue(bench, weight, w: np.ndarray, sequences: int, dtype: str, least: float = 0.0) -> None:
@@ -70,7 +68,7 @@ def check_every_epilogue(bench, weight, w: np.ndarray, sequences: int, dtype: st
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("rows, cols", SHAPES)
-@pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["fp16", *KINDS])
 @pytest.mark.parametrize("sequences", [1, 2, 7, 8, 9, 16])
 def test_gemm_batch_with_every_epilogue(bench, sequences, kind, rows, cols, dtype):
     """The OFFSETS that fp16 adds and takes off again cost some of float32's last digits, as tensor cores round towards
@@ -79,7 +77,7 @@ def test_gemm_batch_with_every_epilogue(bench, sequences, kind, rows, cols, dtyp
     check_every_epilogue(bench, weight, w, sequences, dtype, least=0.0 if kind == "fp16" else 2e-4)
 
 
-@pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["fp16", *KINDS])
 def test_every_gemm_candidate_and_rows_that_are_not_computed(bench, kind):
     rows, cols, sequences, count = 1008, 2048, 12, 9
     kernels = bench.kernels("fp16")
@@ -101,7 +99,7 @@ def test_every_gemm_candidate_and_rows_that_are_not_computed(bench, kind):
         assert (bench.get(counters) == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["fp16", *KINDS])
 @pytest.mark.parametrize("rows, cols", [(1008, 2048), (4096, 14336), (6144, 4096)])
 def test_a_row_has_the_same_bits_in_every_batch(bench, kind, rows, cols):
     kernels = bench.kernels("fp16")

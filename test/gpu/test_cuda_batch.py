@@ -10,6 +10,7 @@ from sanitizer_model import VOCAB, make_backend
 from batch_steps import Requests
 from engine_core.backends import SequenceStep
 from engine_core.request import SamplingParams
+from packed_weights import KINDS
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +31,7 @@ together = _ALL.together
 
 @pytest.mark.parametrize("use_cuda_graph", [True, False])
 @pytest.mark.parametrize("kv_cache_type", ["fp16", "int8"])
-@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["fp16", *KINDS])
 def test_a_sequence_has_the_tokens_it_has_alone(weights, kv_cache_type, use_cuda_graph):
     backend = make_backend(weights, kv_cache_type, use_cuda_graph, max_batch=16)
     alone = [_ALL.alone(backend, index) for index in range(6)]
@@ -48,7 +49,7 @@ def test_a_sequence_has_the_tokens_it_has_alone(weights, kv_cache_type, use_cuda
 
 @pytest.mark.parametrize("hidden_size", [256, 252])  # 252 is filled up to 256
 @pytest.mark.parametrize("kv_cache_type", ["fp16", "int8"])
-@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["fp16", *KINDS])
 def test_logits_are_those_of_an_engine_for_one(weights, kv_cache_type, hidden_size):
     """Of a prompt and of the step after it, in the last slot of three."""
     one = make_backend(weights, kv_cache_type, True, hidden_size=hidden_size)

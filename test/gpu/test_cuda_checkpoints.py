@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from test_cuda_models import check_greedy, use_weights_of
 
+import float_checkpoints
 from engine_core.backends.cuda.build import build_cuda
+from engine_core.backends.cuda.layout import CudaSpec
+from engine_core.config import EngineConfig
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.safetensors_file import write_safetensors
 from engine_core.formats.weight_formats import weight_format
@@ -123,3 +126,24 @@ def test_logits_are_those_of_the_dequantized_model(tmp_path, kind, asymmetric, d
             else:
                 np.testing.assert_array_equal(found, expected)
     check_greedy(tmp_path / "engine", model)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("kind", float_checkpoints.KINDS)
+def test_logits_of_fp8_and_nvfp4_are_those_of_the_dequantized_model(tmp_path, kind, dtype):
+    directory, engine = float_checkpoints.write(tmp_path / "checkpoint", kind), tmp_path / "engine"
+    quantization = float_checkpoints.KINDS[kind][2]
+    manifest = build_cuda(directory, engine, quantization=quantization, max_context=256, dtype=dtype)
+    assert manifest.options["requantized"] == 0
+    checkpoint, values = Checkpoint(directory), dict(float_checkpoints.CONFIG)
+    config = transformers.LlamaConfig(**{name: value for name, value in values.items() if name != "architectures"})
+    model = transformers.LlamaForCausalLM(config).eval().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.tensor(checkpoint.read(name)))
+    stored_as = CudaSpec.create(manifest, EngineConfig(engine)).weight_format.kind
+    use_weights_of(engine, model, stored_as)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.weight"):
+            np.testing.assert_allclose(parameter.detach().numpy(), checkpoint.read(name), rtol=1e-6)
+    check_greedy(engine, model)

@@ -6,18 +6,16 @@ import copy
 
 import numpy as np
 import pytest
-from gpu_bench import NUMPY, error, from_bits
+from gpu_bench import error
 
 from device_steps import GREEDY, generate
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels import reference
-from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.vocab_map import write_vocab_map
-from engine_core.formats.weight_formats import weight_format
 from engine_core.measure.steps import begin, decode, extend, prefill
 from engine_core.request import SamplingParams
 
@@ -171,14 +169,11 @@ def test_logits_with_an_int8_kv_cache(model, engine_dir):
 
 def use_weights_of(engine_dir, model, kind: str) -> None:
     """Gives the model in transformers what the engine's packed weights, of the format ``kind``, stand for."""
-    layout, zero = LAYOUTS[kind], weight_format(kind).zero
     stored = SafetensorsFile(engine_dir / "weights.safetensors")
     config, dtype = model.config, read_manifest(engine_dir).options["dtype"]
 
     def restored(name: str) -> torch.Tensor:
-        values, scales = layout.unpack(stored.raw(name), shapes[name.split(".")[-1]])
-        scales = from_bits(scales.view(NUMPY[dtype]), dtype)
-        return torch.tensor(reference.dequantize(values, scales, layout.GROUP, zero))
+        return torch.tensor(reference.packed_weight(stored.raw(name), kind, shapes[name.split(".")[-1]], dtype))
 
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -226,7 +221,7 @@ def check_greedy(engine_dir, model, count: int = 20) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("quantization", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("quantization", ["fp16", "int8", "int4", "fp8", "nvfp4"])
 def test_a_vocab_map_given_at_load_gives_the_tokens_of_one_built_in(tmp_path, quantization, tied):
     torch.manual_seed(9)
     sizes = dict(hidden_size=264, intermediate_size=640, num_attention_heads=8, head_dim=32)
@@ -264,7 +259,7 @@ QUANTIZED = {
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sizes", QUANTIZED.values(), ids=QUANTIZED)
-@pytest.mark.parametrize("quantization", ["int4", "int8"])
+@pytest.mark.parametrize("quantization", ["int4", "int8", "fp8", "nvfp4"])
 def test_quantized_logits(tmp_path, quantization, dtype, tied, sizes):
     """The same model, in transformers with the weights that the 4 or 8 bits stand for."""
     torch.manual_seed(8)

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from gpu_bench import error, from_bits, to_bits
+from gpu_bench import error
 from sanitizer_model import CONTEXT, make_backend
 
 from device_steps import generate
@@ -25,7 +25,7 @@ from engine_core.cuda.kernels import (
 )
 from engine_core.cuda.kernels.launch_configs import Gpu
 from engine_core.cuda.kernels.tuning import TIME_LIMIT, EventTimer
-from engine_core.formats.weight_formats import weight_format
+from packed_weights import format_of, random_tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -61,12 +61,9 @@ def test_every_gemv_candidate(bench, small, rows, cols):
 
 def packed_matrix(bench, kind: str, rows: int, cols: int):
     """(PackedWeight, float64 [rows, cols])."""
-    found, layout = weight_format(kind), linear_packed.LAYOUTS[kind]
-    values = bench.random.integers(0, 2 * found.zero, (rows, cols)).astype(np.uint8)
-    bits = to_bits(bench.random.standard_normal((rows, cols // 128)) * (1.6 / found.zero) * cols**-0.5, "fp16")
-    weight = reference.dequantize(values, from_bits(bits, "fp16"), layout.GROUP, found.zero)
-    packed = bench.put(layout.pack(values, bits), "uint8")
-    return linear_packed.PackedWeight(packed, found, rows, cols), weight
+    tiles = random_tiles(bench.random, kind, rows, cols, "fp16")
+    packed = linear_packed.PackedWeight(bench.put(tiles, "uint8"), format_of(kind), rows, cols)
+    return packed, reference.packed_weight(tiles, kind, (rows, cols), "fp16")
 
 
 @pytest.mark.parametrize("rows, cols", [(6144, 4096), (528, 4864), (1008, 2048), (256, 14336)])
@@ -158,7 +155,10 @@ def run(weights: str, kv_cache_type: str, **options) -> list[int]:
         backend.close()
 
 
-@pytest.mark.parametrize(("weights", "kv_cache_type"), [("int4", "int8"), ("fp16", "fp16"), ("int8", "int8")])
+@pytest.mark.parametrize(
+    ("weights", "kv_cache_type"),
+    [("int4", "int8"), ("fp16", "fp16"), ("int8", "int8"), ("fp8", "fp16"), ("nvfp4", "int8")],
+)
 def test_a_model_measures_once_and_answers_the_same_afterwards(as_small, weights, kv_cache_type):
     start = time.monotonic()
     first = run(weights, kv_cache_type, tune_kernels=True)

@@ -22,7 +22,7 @@ from engine_core.cuda.kernels.launch_configs import (
     PackedGemmProblem,
     PrefillAttentionConfig,
 )
-from engine_core.formats.weight_formats import weight_format
+from packed_weights import format_of, random_tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -102,13 +102,9 @@ class _Packed:
     """A matrix of the format ``kind`` in packed tiles, and what it is in float64."""
 
     def __init__(self, bench, kind: str, rows: int, cols: int, dtype: str) -> None:
-        found, layout = weight_format(kind), linear_packed.LAYOUTS[kind]
-        self.values = bench.random.integers(0, found.top + 1, (rows, cols)).astype(np.uint8)
-        scales = bench.random.standard_normal((rows, -(-cols // 128))) * (1.6 / found.zero) * cols**-0.5
-        bits = to_bits(scales, dtype)
-        tiles = bench.put(layout.pack(self.values, bits), "uint8")
-        self.matrix = linear_packed.PackedWeight(tiles, found, rows, cols)
-        self.weight = reference.dequantize(self.values, from_bits(bits, dtype), layout.GROUP, found.zero)
+        tiles = random_tiles(bench.random, kind, rows, cols, dtype)
+        self.matrix = linear_packed.PackedWeight(bench.put(tiles, "uint8"), format_of(kind), rows, cols)
+        self.weight = reference.packed_weight(tiles, kind, (rows, cols), dtype)
 
 
 def _packed_scratch(bench, rows: int, cols: int, num_sms: int):
@@ -153,7 +149,7 @@ def test_packed_gemm_as_smaller_gpus_divide_it(bench, rows, cols, kind, num_sms,
     """As on a Jetson AGX Orin, an Orin Nano and a small RTX: more rows a CTA, and CTAs that come in rounds."""
     packed, count = _Packed(bench, kind, rows, cols, "fp16"), 70
     gpu = Gpu("smaller", 87, num_sms, max_shared)
-    config = LaunchConfigs(gpu).lookup(PackedGemmProblem(*packed.matrix.tiles.shape, packed.matrix.format.bits))
+    config = LaunchConfigs(gpu).lookup(PackedGemmProblem(*packed.matrix.sizes, packed.matrix.format.bits))
     partial, counters = _packed_scratch(bench, rows, cols, num_sms)
     vectors, x = bench.normal((count, cols), "fp16", 3.0)
     output = bench.poisoned((count, rows), "fp16")

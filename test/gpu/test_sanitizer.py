@@ -36,7 +36,10 @@ def find_sanitizer() -> str | None:
 
 
 @pytest.mark.skipif(find_sanitizer() is None, reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize(("weights", "kv_cache_type"), [("int4", "int8"), ("fp16", "fp16"), ("int8", "int8")])
+@pytest.mark.parametrize(
+    ("weights", "kv_cache_type"),
+    [("int4", "int8"), ("fp16", "fp16"), ("int8", "int8"), ("fp8", "fp16"), ("fp8_blocks", "fp16"), ("nvfp4", "fp16")],
+)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool, weights, kv_cache_type):
     command = [find_sanitizer(), "--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]

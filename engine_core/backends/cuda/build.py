@@ -17,23 +17,25 @@ from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, weight_array
 from engine_core.backends.cuda.padding import Padding, padded_head
 from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.config import EngineConfig
-from engine_core.cuda.kernels.int4_layout import GROUP
-from engine_core.cuda.kernels.linear_packed import LAYOUTS
+from engine_core.cuda.kernels.int4_layout import GROUP, TILE
+from engine_core.cuda.kernels.linear_packed import LAYOUTS, stored_group
 from engine_core.errors import BuildError
 from engine_core.formats import companions
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import conversion_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
-from engine_core.formats.number_formats import from_16_bit, to_16_bit
+from engine_core.formats.number_formats import ScaledFloat, from_16_bit, to_16_bit
 from engine_core.formats.safetensors_file import SafetensorsWriter
 from engine_core.formats.weight_formats import weight_format
-from engine_core.formats.weight_formats.base import Rounding
+from engine_core.formats.weight_formats.base import QuantizedFormat, Rounding, WeightFormat
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
 from engine_core.models.reader import check_tensors, read_spec
 from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
 
 _log = logging.getLogger(__name__)
+
+_ROUNDED = 1 << 22  # weights that are rounded to small floats at a time, which takes several times as much memory
 
 
 def build_cuda(
@@ -50,9 +52,10 @@ def build_cuda(
     """Writes the variant ``engine_dir`` from a Hugging Face checkpoint directory.
 
     ``quantization``: fp16 (16-bit weights of either type), int8 or int4 (rounded to nearest, groups of 128, the LM head
-    too) or int4_awq, which is int4 from a checkpoint in int4. A checkpoint's own symmetric quantized values of as many
-    bits are kept with their scales, in groups of 128 or a multiple of that, such as a row; others are dequantized
-    first.
+    too), int4_awq, which is int4 from a checkpoint in int4, fp8 (a scale for each row) or nvfp4. A checkpoint's own
+    symmetric quantized values of as many bits are kept with their scales, in groups of 128 or a multiple of that, such
+    as a row; so are its own fp8 values with scales of tensors, rows or blocks of 128 columns, and its own nvfp4 values.
+    Others are dequantized first.
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
     ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps; a file of that name in the
     checkpoint is used by itself.
@@ -74,6 +77,7 @@ def build_cuda(
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     check_tensors(spec, checkpoint)
+    stored_as = engine_format(checkpoint, spec, weight_format(quantization))
     manifest = Manifest(
         model_name=model_name or companions.model_name(checkpoint),
         model=spec,
@@ -84,7 +88,7 @@ def build_cuda(
         max_batch=CAPABILITIES.max_batch,
         eos_token_ids=companions.eos_token_ids(checkpoint),
         reduced_vocab_size=0 if kept is None else len(kept),
-        group_size=GROUP if weight_format(quantization).kind in LAYOUTS else 0,
+        group_size=stored_group(stored_as),
         use_cuda_graph=True,
         builder=companions.versions(()),
         notes=companions.notes(spec, max_context),
@@ -96,9 +100,9 @@ def build_cuda(
         rounded = write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
         if rounded:
             _log.warning(
-                "%d quantized matrices of %s are dequantized and rounded anew to %s, since the cuda backend holds "
-                "symmetric values in groups of %d only, such as %s; the backend onnxruntime keeps them as they are.",
-                len(rounded), checkpoint.directory, quantization, GROUP, rounded[0],
+                "%d quantized matrices of %s are dequantized and rounded anew to %s, since the cuda backend holds %s "
+                "only, such as %s; %s.",
+                len(rounded), checkpoint.directory, quantization, _held(stored_as), rounded[0], _otherwise(stored_as),
             )  # fmt: skip
             manifest = dataclasses.replace(manifest, options=dataclasses.asdict(CudaOptions(dtype, len(rounded))))
         manifest = seal(directory, manifest)
@@ -136,13 +140,23 @@ def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator
         yield "k_norm", [weights.norm(layer.k_norm)]
 
 
+def engine_format(checkpoint: Checkpoint, spec: ModelSpec, wanted: WeightFormat) -> WeightFormat:
+    """Return how an engine holds weights in ``wanted``: in fp8 with scales of groups if the checkpoint has such."""
+    linears = (each for layer in spec.layers for each in (layer.qkv, layer.output, layer.gate_up, layer.down))
+    stored = [checkpoint.stored(part) for linear in linears for part in linear.parts]
+    own = [each for each in stored if each is not None and each.format.kind == wanted.kind]
+    has_groups = any(each.group_size < each.shape[1] and each.group_size % GROUP == 0 for each in own)
+    return wanted.in_groups(GROUP if has_groups else 0)
+
+
 def own_values(
-    checkpoint: Checkpoint, spec: ModelSpec, name: str, wanted: IntegerFormat, dtype: str, padding: Padding
+    checkpoint: Checkpoint, spec: ModelSpec, name: str, wanted: WeightFormat, dtype: str, padding: Padding
 ) -> np.ndarray | None:
     """Return packed tiles with the checkpoint's own quantized values and scales, of the fused tensor ``name``.
 
-    None unless all its parts are of the kind of ``wanted``, symmetric, in groups of a multiple of 128 columns or of a
-    whole row, with scales that ``dtype`` holds exactly, and no columns are added between those of a group.
+    None unless all its parts are of the kind of ``wanted``, with scales of columns that the kernels read, and no
+    columns are added between those of a group. Integers are symmetric, and ``dtype`` holds their scales exactly.
+    Raises BuildError for values that are not finite.
     """
     if not name.startswith("layers."):
         return None
@@ -152,6 +166,23 @@ def own_values(
     if kind == "o" and not columns.is_whole:
         return None
     parts = _linear_of(spec, name).parts
+    if isinstance(wanted, IntegerFormat):
+        own, zero = _own_integers(checkpoint, parts, wanted, dtype), wanted.zero
+    else:
+        own, zero = _own_floats(checkpoint, parts, wanted), 0
+    if own is None:
+        return None
+    if name.endswith(".gate_up"):
+        own = [_paired(array) for array in own]
+    values, *scales = own
+    values = columns.spread(rows.spread(values, 0, zero), 1, zero)
+    return LAYOUTS[wanted.kind].pack(values, *(rows.spread(array, 0) for array in scales))
+
+
+def _own_integers(
+    checkpoint: Checkpoint, parts: tuple[str, ...], wanted: IntegerFormat, dtype: str
+) -> list[np.ndarray] | None:
+    """Return (values, scales of ``dtype`` in groups of 128) of all parts, or None; see ``own_values``."""
     for part in parts:
         stored = checkpoint.stored(part)
         if stored is None or not wanted.keeps(stored.format, stored.group_size):
@@ -167,10 +198,41 @@ def own_values(
     values, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("values", "scales"))
     if not np.array_equal(from_16_bit(to_16_bit(scales, dtype)), scales):
         return None
-    if name.endswith(".gate_up"):
-        values, scales = _paired(values), _paired(scales)
-    values = columns.spread(rows.spread(values, 0, wanted.zero), 1, wanted.zero)
-    return LAYOUTS[wanted.kind].pack(values, to_16_bit(rows.spread(scales, 0), dtype))
+    return [values, to_16_bit(scales, dtype)]
+
+
+def _own_floats(checkpoint: Checkpoint, parts: tuple[str, ...], wanted: WeightFormat) -> list[np.ndarray] | None:
+    """Return what the layout of ``wanted`` packs, of all parts, or None; see ``own_values``."""
+    found = []
+    for part in parts:
+        stored = checkpoint.stored(part)
+        if stored is None or stored.format.name != wanted.name:
+            return None
+        weight = stored.read(slice(None))
+        assert isinstance(weight, ScaledFloat)
+        if np.isnan(weight.table).any() and np.isnan(weight.table[np.unique(weight.codes)]).any():
+            raise BuildError(f"{part} of {checkpoint.directory} holds values that are no numbers; fetch it again.")
+        if not np.isfinite(weight.scales).all():
+            raise BuildError(f"{part} of {checkpoint.directory} has scales that are not finite; fetch it again.")
+        arrays = LAYOUTS[wanted.kind].parts(weight)
+        if arrays is None:
+            return None
+        found.append(arrays)
+    return [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
+
+
+def _held(wanted: WeightFormat) -> str:
+    """Return which values of a checkpoint an engine keeps."""
+    if isinstance(wanted, IntegerFormat):
+        return f"symmetric values in groups of {GROUP}"
+    return f"values with scales of rows or of {GROUP} columns" if wanted.name == "fp8" else f"{wanted.name} values"
+
+
+def _otherwise(wanted: WeightFormat) -> str:
+    """Return what keeps the values that an engine does not."""
+    if isinstance(wanted, IntegerFormat):
+        return "the backend onnxruntime keeps them as they are"
+    return "build fp16 to keep what they stand for"
 
 
 def _linear_of(spec: ModelSpec, name: str) -> LinearSpec:
@@ -191,14 +253,25 @@ def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
     return np.pad(table, ((0, 0), (0, padded_head(spec.head_dim) // 2 - table.shape[1]), (0, 0)))
 
 
-def to_tiles(values: np.ndarray, wanted: IntegerFormat, dtype: str) -> np.ndarray:
-    """Return float32 [rows, cols] rounded to nearest, symmetric: packed tiles of ``wanted`` with scales of ``dtype``.
+def to_tiles(values: np.ndarray, wanted: WeightFormat, dtype: str) -> np.ndarray:
+    """Return float32 [rows, cols] rounded to nearest, symmetric: packed tiles of ``wanted``.
 
-    Raises BuildError for a scale that fp16 cannot hold.
+    What a row becomes does not depend on the others. Integers have scales of ``dtype``; raises BuildError for a scale
+    that fp16 cannot hold.
     """
-    group_size = wanted.group_size if wanted.has_fixed_group else GROUP
-    quantized = wanted.quantize(values, Rounding(group_size, dtype)).regrouped(GROUP)
-    return LAYOUTS[wanted.kind].pack(quantized.values, to_16_bit(quantized.scales, dtype))
+    layout = LAYOUTS[wanted.kind]
+    if isinstance(wanted, IntegerFormat):
+        group_size = wanted.group_size if wanted.has_fixed_group else GROUP
+        quantized = wanted.quantize(values, Rounding(group_size, dtype)).regrouped(GROUP)
+        return layout.pack(quantized.values, to_16_bit(quantized.scales, dtype))
+    assert isinstance(wanted, QuantizedFormat)
+    step = max(1, _ROUNDED // (TILE * values.shape[1])) * TILE
+    packed = []
+    for start in range(0, len(values), step):
+        rows = values[start : start + step]
+        rounding = Rounding(peak=np.abs(rows).max(axis=1, keepdims=True))
+        packed.append(layout.pack(*layout.parts(wanted.quantize(rows, rounding))))
+    return np.concatenate(packed)
 
 
 def write_weights(
@@ -225,7 +298,6 @@ def write_weights(
     rounded: list[str] = []
 
     def tiles(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
-        assert isinstance(wanted, IntegerFormat)
         own = own_values(checkpoint, spec, name, wanted, dtype, padding)
         if own is None and _is_quantized(checkpoint, spec, name):
             rounded.append(name)

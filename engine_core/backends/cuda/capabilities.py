@@ -45,11 +45,13 @@ TRAITS = (
 
 
 def _is_packed(kind: WeightFormat) -> bool:
-    """Return whether the kernels multiply by packed tiles of the format, which have a scale for 128 columns."""
+    """Return whether the kernels multiply by packed tiles of the format: integers have a scale for 128 columns."""
     from engine_core.cuda.kernels.int4_layout import GROUP
-    from engine_core.cuda.kernels.linear_packed import LAYOUTS
+    from engine_core.cuda.kernels.linear_packed import INTEGER_LAYOUTS, LAYOUTS
 
-    return kind.kind in LAYOUTS and not (kind.has_fixed_group and kind.group_size % GROUP)
+    if kind.kind in INTEGER_LAYOUTS:
+        return not (kind.has_fixed_group and kind.group_size % GROUP)
+    return kind.kind in LAYOUTS
 
 
 def _missing(machine: Machine) -> Missing | None:

@@ -14,10 +14,9 @@ from engine_core.backends.cuda.padding import padded_head, padded_size
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, aligned
 from engine_core.cuda.kernels.attention import AttentionShape, scale_pitch
-from engine_core.cuda.kernels.int4_layout import GROUP
 from engine_core.cuda.kernels.launch_configs import PACKED_ROWS, PackedRowsProblem
 from engine_core.cuda.kernels.linear_batch import batch_scratch
-from engine_core.cuda.kernels.linear_packed import LAYOUTS, packed_scratch
+from engine_core.cuda.kernels.linear_packed import LAYOUTS, packed_scratch, stored_group
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.errors import ConfigurationError, EngineDirectoryError
 from engine_core.formats.manifest import Manifest, read_options
@@ -296,12 +295,14 @@ def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
 def _weight_format(manifest: Manifest) -> WeightFormat:
     """Raises EngineDirectoryError."""
     known = capabilities_of(manifest.backend).weight_formats
-    if manifest.quantization not in known or manifest.group_size not in (0, GROUP):
-        raise EngineDirectoryError(
-            f"The variant is {manifest.quantization} with groups of {manifest.group_size}, but the {manifest.backend} "
-            f"backend reads {', '.join(known)} with groups of {GROUP}; build the engine again."
-        )
-    return weight_format(manifest.quantization)
+    if manifest.quantization in known:
+        found = weight_format(manifest.quantization).in_groups(manifest.group_size)
+        if manifest.group_size == stored_group(found):
+            return found
+    raise EngineDirectoryError(
+        f"The variant is {manifest.quantization} with groups of {manifest.group_size}, which the {manifest.backend} "
+        f"backend does not read; it reads {', '.join(known)}. Build the engine again."
+    )
 
 
 def planned_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:

@@ -12,8 +12,7 @@ from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, planned_byte
 from engine_core.backends.cuda.weights import resolve
 from engine_core.backends.toolkit import BuildRequest, Size, manifest_before_build
 from engine_core.config import EngineConfig
-from engine_core.cuda.kernels.int4_layout import GROUP
-from engine_core.cuda.kernels.linear_packed import LAYOUTS
+from engine_core.cuda.kernels.linear_packed import stored_group
 from engine_core.formats import weight_formats as formats
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
@@ -43,7 +42,7 @@ def spec_for(spec: ModelSpec, weight_format: str, size: Size) -> CudaSpec:
     manifest = manifest_before_build(
         *(CAPABILITIES, spec, weight_format, size),
         reduced_vocab_size=size.head_rows,
-        group_size=GROUP if formats.weight_format(weight_format).kind in LAYOUTS else 0,
+        group_size=stored_group(formats.weight_format(weight_format)),
         options=dataclasses.asdict(CudaOptions("fp16")),
     )
     return CudaSpec.create(manifest, EngineConfig(Path(), max_batch=size.max_batch))

@@ -90,7 +90,6 @@ def kept_rows(stored: np.ndarray, kept: np.ndarray, weight_format: WeightFormat)
     for start in range(0, len(cut), _BLOCK):
         rows = kept[start * TILE : (start + _BLOCK) * TILE]
         tiles, place = np.unique(rows // TILE, return_inverse=True)
-        values, scales = layout.unpack(stored[tiles])
         own = place * TILE + rows % TILE
-        cut[start : start + _BLOCK] = layout.pack(values[own], scales[own])
+        cut[start : start + _BLOCK] = layout.pack(*(part[own] for part in layout.unpack(stored[tiles])))
     return cut

@@ -1,4 +1,4 @@
-// GEMM for a few tokens: Y = X Wᵀ, W in packed tiles of 4- or 8-bit values or in 16 bits (packed.cuh). Each CTA reads its tiles once
+// GEMM for a few tokens: Y = X Wᵀ, W in packed tiles of integers or small floats, or in 16 bits (packed.cuh). Each CTA reads its tiles once
 // for TOKENS tokens, so that a short prompt, or one token each of several sequences, takes little longer than a decode step.
 //
 // X is [tokens][COLS] 16-bit, row-major. EPILOGUE 0: Y [tokens][ROWS] 16-bit, plus bias [ROWS] with BIAS; 1: Y [tokens][ROWS]
@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     constexpr int ROW_BYTES = COLS * 2;
     const unsigned char* own = weights + (u64)(first_tile * TILE + g) * ROW_BYTES + (first_group + k_warp) * (GROUP * 2) + 16 * t;
 #else
-    const unsigned char* own = weights + ((u64)first_tile * GROUPS + first_group + k_warp) * TILE_BYTES + 16 * lane;
+    const unsigned char* own = weights + first_tile * STRIP_BYTES + (first_group + k_warp) * TILE_BYTES + 16 * lane;
 #endif
     int next_stage = 0, next_share = 0;
     const auto load = [&](unsigned char* slot) {
@@ -190,10 +190,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                         copy16_async(target + 512 * piece, has ? source + down * ROW_BYTES + 2 * right : weights, has ? 16 : 0);
                     }
 #else
-                    const unsigned char* source = own + (b * GROUPS + group) * TILE_BYTES;
+                    const unsigned char* source = own + b * STRIP_BYTES + group * TILE_BYTES;
 #pragma unroll
                     for (int unit = 0; unit < SCALES; unit += 32) copy16_async(target + 16 * unit, source + 16 * unit);
-                    if (lane < 2) copy16_async(target + 16 * SCALES, source + 16 * SCALES);
+                    if (lane < SCALE_UNITS) copy16_async(target + 16 * SCALES, source + 16 * SCALES);
 #endif
                 }
             }
@@ -212,6 +212,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 
     const Patterns patterns((u32)count >> 31);
+    float2 whole[BAND];
+#pragma unroll
+    for (int b = 0; b < BAND; ++b) whole[b] = row_scales(weights, works ? first_tile + b : TILES, g);
     float sums[BAND][EIGHTS_OF_TOKENS][4] = {};
     unsigned char* slot = ring;
     const auto refill = [&]() {  // the slot is read: it is for other tiles, and the next one's turn comes
@@ -236,6 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 continue;
             }
             uint4 top[BAND][PIECES], bottom[BAND][PIECES];
+            const BlockScales blocks[BAND] = {{slot, lane}, {slot + TILE_BYTES, lane}};
             float group_sums[BAND][EIGHTS_OF_TOKENS][4];
 #pragma unroll
             for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
@@ -258,6 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                         top[b][p] = packed[32 * p], bottom[b][p] = packed[32 * (PIECES + p)];
                     }
                     widen(u[b], top[b], eight, patterns), widen(w[b], bottom[b], eight, patterns);
+                    blocks[b].apply(u[b], 0, eight), blocks[b].apply(w[b], 1, eight);
                 }
 #pragma unroll
                 for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
@@ -270,8 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             }
 #pragma unroll
             for (int b = 0; b < BAND; ++b) {
-                float2 scale = make_float2(1.f, 1.f);
-                if (BITS < 16) scale = unpack2(((const u32*)(slot + b * TILE_BYTES + 16 * SCALES))[g]);
+                const float2 scale = group_scales(slot + b * TILE_BYTES, g);
 #pragma unroll
                 for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
 #pragma unroll
@@ -282,6 +286,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
     wait_copies<0>();
+#pragma unroll
+    for (int b = 0; b < BAND; ++b)
+#pragma unroll
+        for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[b][n][j] *= j < 2 ? whole[b].x : whole[b].y;
     if (K_WARPS == 1) {
         if (works) finish<BAND>(first_tile, sums, output, count, partial, counters, bias);
         return;

@@ -1,7 +1,7 @@
 // GEMV with quantized weights: y = W x for one vector, W in packed tiles of 4- or 8-bit values (packed.cuh), multiplied in tensor
 // cores. A second kernel dequantizes W to 16 bits for prefill.
 //
-// W is [ROWS][COLS] in packed tiles. All eight columns of the B operand are x, so no sum over lanes is left to do.
+// W is [ROWS][COLS] in packed tiles of integers or small floats. All eight columns of the B operand are x, so no sum over lanes is left to do.
 //
 // As in gemv.cu, K_WARPS warps divide the columns and each warp copies its tiles through its own ring of DEPTH stages in shared
 // memory, filled before the kernel waits for the kernel that computes x. NORM: x is float32 and RMS-normalised first, then rounded
@@ -102,15 +102,15 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     // The tiles of this warp: its groups of each of its rows of tiles, one after the other.
     const int own_groups = min(WARP_GROUPS, GROUPS - first_group);
     int left = max(0, (num_tiles - row_warp + ROW_WARPS - 1) / ROW_WARPS) * own_groups, next_group = 0;
-    const uint4* next = (const uint4*)(tiles + ((u64)(first_tile + row_warp) * GROUPS + first_group) * TILE_BYTES) + lane;
+    const uint4* next = (const uint4*)(tiles + (first_tile + row_warp) * STRIP_BYTES + first_group * TILE_BYTES) + lane;
     auto load = [&](uint4* slot) {
         if (left > 0) {
 #pragma unroll
             for (int i = 0; i < SCALES; i += 32) copy16_async(slot + i + lane, next + i);
-            if (lane < 2) copy16_async(slot + SCALES + lane, next + SCALES);
+            if (lane < SCALE_UNITS) copy16_async(slot + SCALES + lane, next + SCALES);
             --left;
             next += TILE_BYTES / 16;
-            if (++next_group == own_groups) next_group = 0, next += (ROW_WARPS * GROUPS - own_groups) * (TILE_BYTES / 16);
+            if (++next_group == own_groups) next_group = 0, next += (ROW_WARPS * STRIP_BYTES - own_groups * TILE_BYTES) / 16;
         }
         commit_copies();
     };
@@ -133,6 +133,7 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
         for (int tile = row_warp; tile < SEGMENT_TILES; tile += ROW_WARPS) {
             if (segment * SEGMENT_TILES + tile >= num_tiles) break;
             float low = 0.f, high = 0.f;  // of rows lane / 4 and lane / 4 + 8
+            const float2 whole = row_scales(tiles, first_tile + segment * SEGMENT_TILES + tile, lane / 4);
             const uint4* group_x = x + first_group * 16 + lane % 4;
             for (int i = 0; i < own_groups; ++i, group_x += 16) {
                 wait_copies<DEPTH - 1>();
@@ -140,7 +141,8 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
                 uint4 top[PIECES], bottom[PIECES];
 #pragma unroll
                 for (int p = 0; p < PIECES; ++p) top[p] = slot[32 * p + lane], bottom[p] = slot[32 * (PIECES + p) + lane];
-                const float2 scale = unpack2(((const u32*)(slot + SCALES))[lane / 4]);
+                const float2 scale = group_scales(slot, lane / 4);
+                const BlockScales blocks(slot, lane);
                 const float offset = offsets[first_group + i];
                 float even[4], odd[4];
 #pragma unroll
@@ -149,6 +151,7 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
                     u32 u[4], w[4];
                     widen(u, top, eight);
                     widen(w, bottom, eight);
+                    blocks.apply(u, 0, eight), blocks.apply(w, 1, eight);
                     if (eight == 0) {
                         multiply_first(even, u[0], w[0], u[1], w[1], v.x, v.y, -offset);
                         multiply_first(odd, u[2], w[2], u[3], w[3], v.z, v.w, 0.f);
@@ -164,8 +167,8 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
                 slot = slot == ring + (DEPTH - 1) * (TILE_BYTES / 16) ? ring : slot + TILE_BYTES / 16;
             }
             if (lane % 4 == 0) {
-                sums[k_warp][tile * TILE + lane / 4] = low;
-                sums[k_warp][tile * TILE + lane / 4 + 8] = high;
+                sums[k_warp][tile * TILE + lane / 4] = low * whole.x;
+                sums[k_warp][tile * TILE + lane / 4 + 8] = high * whole.y;
             }
         }
         __syncthreads();
@@ -181,15 +184,16 @@ extern "C" __global__ void __launch_bounds__(32 * DEQUANTIZE_WARPS) dequantize_p
     const u64 tile = (u64)blockIdx.x * DEQUANTIZE_WARPS + threadIdx.x / 32;
     if (tile >= (u64)TILES * GROUPS) return;
     const int lane = threadIdx.x % 32;
-    const uint4* source = tiles + tile * (TILE_BYTES / 16);
+    const uint4* source = tiles + (tile / GROUPS * STRIP_BYTES + tile % GROUPS * TILE_BYTES) / 16;
     uint4* rows = shared[threadIdx.x / 32];
-    const half_t* scales = (const half_t*)(source + SCALES);
+    const float2 group = group_scales(source, lane / 4), whole = row_scales((const unsigned char*)tiles, (int)(tile / GROUPS), lane / 4);
+    const BlockScales blocks(source, lane);
     // Where a row's units lie: eight lanes meet no bank twice.
     const auto place = [](int row, int unit) { return row * UNITS + (unit ^ (unit / 8 + 2 * (row % 2))); };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = lane / 4 + 8 * half;
-        const float scale = to_float(scales[lane / 4 * 2 + half]);
+        const float scale = half ? group.y * whole.y : group.x * whole.x;
         uint4 pieces[PIECES];
 #pragma unroll
         for (int p = 0; p < PIECES; ++p) pieces[p] = source[32 * (PIECES * half + p) + lane];
@@ -198,6 +202,7 @@ extern "C" __global__ void __launch_bounds__(32 * DEQUANTIZE_WARPS) dequantize_p
             float v[8];
             u32 pairs[4];
             widen(pairs, pieces, eight);
+            blocks.apply(pairs, half, eight);
 #pragma unroll
             for (int pair = 0; pair < 4; ++pair) {
                 const float2 f = unpack2(pairs[pair]);

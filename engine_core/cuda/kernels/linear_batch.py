@@ -37,7 +37,7 @@ def gemm_problem(weight: DeviceArray | PackedWeight, epilogue: int) -> PackedGem
     """
     tokens = MAX_SEQUENCES
     if isinstance(weight, PackedWeight):
-        tiles, groups, tile_bytes = weight.tiles.shape
+        tiles, groups, tile_bytes = weight.sizes
         return PackedGemmProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, tokens)
     rows, cols = weight.shape
     return PackedGemmProblem(-(-rows // TILE), -(-cols // GROUP), _TILE_BYTES, 16, epilogue, tokens)

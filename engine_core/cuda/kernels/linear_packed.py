@@ -1,9 +1,13 @@
-"""GEMV and GEMM with 4- and 8-bit weights, and their dequantization; wrappers of gemv_packed.cu and gemm_packed.cu."""
+"""GEMV and GEMM with 4- and 8-bit weights, and their dequantization; wrappers of gemv_packed.cu and gemm_packed.cu.
+
+Weights are integers or small floats.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from engine_core.cuda.driver import DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import (
@@ -12,8 +16,10 @@ from engine_core.cuda.kernels import (
     Kernels,
     check,
     float_define,
+    fp8_layout,
     int4_layout,
     int8_layout,
+    nvfp4_layout,
 )
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE
 from engine_core.cuda.kernels.launch_configs import (
@@ -26,10 +32,19 @@ from engine_core.cuda.kernels.launch_configs import (
     gemm_splits,
 )
 from engine_core.cuda.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
-from engine_core.formats.weight_formats.integers import IntegerFormat
+from engine_core.formats.weight_formats.base import WeightFormat
 
 # Kind of a weight format → how the kernels store a matrix of it. The kernels read no others.
-LAYOUTS = {"int4": int4_layout, "int8": int8_layout}
+INTEGER_LAYOUTS = {"int4": int4_layout, "int8": int8_layout}
+FLOAT_LAYOUTS = {"fp8": fp8_layout.ROWS, "fp8_blocks": fp8_layout.GROUPS, "nvfp4": nvfp4_layout}
+LAYOUTS: dict[str, Any] = {**INTEGER_LAYOUTS, **FLOAT_LAYOUTS}
+
+
+def stored_group(weight_format: WeightFormat) -> int:
+    """Return the columns that share a scale where the kernels read the format; 0 = all of a row, or no scales."""
+    if weight_format.kind not in LAYOUTS or weight_format.has_fixed_group:
+        return weight_format.group_size
+    return GROUP
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class PackedWeight:
     """A matrix [rows, cols] on the device, in packed tiles of ``format``."""
 
     tiles: DeviceArray
-    format: IntegerFormat
+    format: WeightFormat
     rows: int
     cols: int
 
@@ -47,6 +62,11 @@ class PackedWeight:
             raise KernelArgumentError(f"A packed weight has {self.cols} columns; the kernels read a multiple of 8.")
         shape = LAYOUTS[self.format.kind].tiles_shape(self.rows, self.cols)
         check("tiles", self.tiles, shape, "uint8")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Return the tiles along the rows, those along the columns, and the bytes of one."""
+        return -(-self.rows // TILE), -(-self.cols // GROUP), LAYOUTS[self.format.kind].TILE_BYTES
 
 
 def _defines(weight: PackedWeight, k_warps: int, row_warps: int, depth: int) -> dict[str, int | str]:
@@ -77,7 +97,7 @@ def gemv_packed(
     if bias is not None:
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
-    tiles, groups, tile_bytes = weight.tiles.shape
+    tiles, groups, tile_bytes = weight.sizes
     problem = PackedGemvProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
     shared = max(config.shared(groups, tile_bytes), kernels.gpu.shared_budget)
@@ -136,15 +156,14 @@ class PackedGemm:
         config: PackedGemmConfig | None = None,
     ) -> None:
         """Raises KernelArgumentError, KernelCompileError or DeviceError."""
-        rows, cols, tiles = weight.rows, weight.cols, weight.tiles
+        rows, cols, (tiles, groups, tile_bytes) = weight.rows, weight.cols, weight.sizes
         check("vectors", vectors, (vectors.shape[0], cols), kernels.dtype)
         width = rows // 2 if epilogue == SILU else rows
         check("output", output, (vectors.shape[0], width), "fp32" if epilogue == RESIDUAL else kernels.dtype)
         check("partial", partial, partial.shape, "fp32")
         check("counters", counters, counters.shape, "uint32")
         check("chunk", chunk, (CHUNK_WORDS,), "int32")
-        num_tiles, groups, tile_bytes = tiles.shape
-        self.problem = PackedGemmProblem(num_tiles, groups, tile_bytes, weight.format.bits, epilogue)
+        self.problem = PackedGemmProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue)
         config = config or kernels.config(self.problem)
         shared = config.shared(tile_bytes)
         defines = {
@@ -156,8 +175,8 @@ class PackedGemm:
             "EPILOGUE": epilogue,
         }
         function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
-        grid = (1, config.splits, config.ctas(num_tiles))
-        args = [tiles, vectors, output, chunk, partial, counters, 0]
+        grid = (1, config.splits, config.ctas(tiles))
+        args = [weight.tiles, vectors, output, chunk, partial, counters, 0]
         self._launch = Launch(kernels.device, function, grid, config.threads, args, shared)
 
     def __call__(self, stream: Stream, rows: int) -> None:
@@ -168,10 +187,10 @@ class PackedGemm:
 
 def dequantize_packed(kernels: Kernels, weight: PackedWeight, output: DeviceArray) -> Launch:
     """output [rows, cols] 16-bit ← weight."""
-    tiles = weight.tiles
+    tiles, groups, _ = weight.sizes
     check("output", output, (weight.rows, weight.cols), kernels.dtype)
     defines = {**_defines(weight, 1, 1, 1), "EPILOGUE": LOGITS, "NORM": 0, "BIAS": 0, "NORM_EPS": "0.f"}
     defines["DEQUANTIZE_WARPS"] = DEQUANTIZE_WARPS
     function = kernels.function("gemv_packed", "dequantize_packed", defines)
-    grid = -(-tiles.shape[0] * tiles.shape[1] // DEQUANTIZE_WARPS)
-    return Launch(kernels.device, function, (grid,), 32 * DEQUANTIZE_WARPS, [tiles, output], overlap=False)
+    grid = -(-tiles * groups // DEQUANTIZE_WARPS)
+    return Launch(kernels.device, function, (grid,), 32 * DEQUANTIZE_WARPS, [weight.tiles, output], overlap=False)

@@ -7,6 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine_core.cuda.kernels import nvfp4_layout
+from engine_core.cuda.kernels.int4_layout import GROUP
+from engine_core.cuda.kernels.linear_packed import FLOAT_LAYOUTS, LAYOUTS
+from engine_core.formats.number_formats import E2M1, E4M3, from_16_bit
+from engine_core.formats.weight_formats import weight_format
+
 
 def rms_norm(rows: np.ndarray, weight: np.ndarray, eps: float, size: int = 0) -> np.ndarray:
     """Return [..., cols] normalised along the last axis, times weight [cols].
@@ -66,3 +72,19 @@ def dequantize(values: np.ndarray, scales: np.ndarray, group: int, zero: int) ->
     A group is ``group`` columns, the last one what is left.
     """
     return (values.astype(np.float64) - zero) * np.repeat(scales, group, axis=1)[:, : values.shape[1]]
+
+
+def packed_weight(tiles: np.ndarray, kind: str, shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """Return the weights [rows, cols] that packed ``tiles`` of a kind in ``linear_packed.LAYOUTS`` stand for.
+
+    ``dtype``: fp16 or bf16, of the scales of integers.
+    """
+    found, *scales = LAYOUTS[kind].unpack(tiles, shape)
+    if kind == "nvfp4":
+        blocks, of_rows = (E4M3[scales[0]].astype(np.float64), scales[1].astype(np.float64))
+        return E2M1[found].astype(np.float64) * np.repeat(blocks, nvfp4_layout.BLOCK, axis=1)[:, : shape[1]] * of_rows
+    if kind in FLOAT_LAYOUTS:
+        groups = np.repeat(scales[0].astype(np.float64), shape[1] if scales[0].shape[1] == 1 else GROUP, axis=1)
+        return E4M3[found].astype(np.float64) * groups[:, : shape[1]]
+    wide = from_16_bit(scales[0] if dtype == "bf16" else scales[0].view(np.float16))
+    return dequantize(found, wide.astype(np.float64), GROUP, 1 << (weight_format(kind).bits - 1))

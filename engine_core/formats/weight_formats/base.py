@@ -21,14 +21,15 @@ class Rounding:
     ``group_size``: columns that share a scale, 0 = all of a row. ``scale_type``: fp16, bf16 or fp32, to which scales
     are rounded before the weights, so that the weights make up for it. ``symmetric``: whether there are no zero points.
     ``ratios``: [rows, groups] or one number, what is left of each group's range before values are clipped; None = all.
-    ``peak``: the largest magnitude of all parts that share a tensor's scale; None = that of the weights given.
+    ``peak``: the largest magnitude of all parts that share a tensor's scale, or [rows, 1], of each row; None = that of
+    the weights given.
     """
 
     group_size: int = 0
     scale_type: str = "fp32"
     symmetric: bool = True
     ratios: np.ndarray | np.float32 | None = None
-    peak: float | None = None
+    peak: float | np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,17 @@ class WeightFormat(ABC):
         """Return the bytes of a weight with its scales; see ``num_groups``."""
         rows, columns = shape
         return rows * (-(-columns * self.bits // 8) + self.num_groups(columns, group_size) * self.scale_bytes)
+
+    # --- kernels --------------------------------------------------------------------------------------
+
+    @property
+    def kernel_defines(self) -> dict[str, int]:
+        """Macros that specialise the packed kernels (cuda/kernels/packed.cuh) for the format."""
+        return {"BITS": self.bits}
+
+    def in_groups(self, group_size: int) -> WeightFormat:
+        """Return the format of an engine whose manifest says ``group_size``, where that changes how weights lie."""
+        return self
 
     # --- values ---------------------------------------------------------------------------------------
 
@@ -114,3 +126,14 @@ class QuantizedFormat(WeightFormat, Generic[Quantized]):
 
 
 SCALE_TYPES = {"fp16": "F16", "bf16": "BF16"}  # as safetensors spells them
+
+
+def grouped(weights: np.ndarray, group_size: int) -> np.ndarray:
+    """Return [rows, groups, group_size], the last group filled up with zeros."""
+    rows, columns = weights.shape
+    groups = -(-columns // group_size)
+    if columns != groups * group_size:
+        padded = np.zeros((rows, groups * group_size), dtype=weights.dtype)
+        padded[:, :columns] = weights
+        weights = padded
+    return weights.reshape(rows, groups, group_size)

@@ -1,7 +1,12 @@
-"""8-bit floats: OCP E4M3 without infinities ("e4m3fn", Micikevicius et al. 2022, arXiv 2209.05433), one scale a row."""
+"""8-bit floats: OCP E4M3 without infinities ("e4m3fn", Micikevicius et al. 2022, arXiv 2209.05433), one scale a row.
+
+``BLOCKS`` is the same with a scale for 128 columns of a row, as an engine holds checkpoints whose blocks of rows and
+columns have scales (DeepSeek-V3: arXiv 2412.19437; Qwen3).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,22 +15,42 @@ from engine_core.formats.number_formats import (
     E4M3,
     FP8_MAX,
     ScaledFloat,
+    expand_groups,
     from_16_bit,
     inverse_of,
     to_16_bit,
     to_minifloat,
 )
-from engine_core.formats.weight_formats.base import SCALE_TYPES, QuantizedFormat, Rounding, Shape
+from engine_core.formats.weight_formats.base import (
+    SCALE_TYPES,
+    QuantizedFormat,
+    Rounding,
+    Shape,
+    WeightFormat,
+    grouped,
+)
 
 
 @dataclass(frozen=True)
 class Fp8(QuantizedFormat[ScaledFloat]):
     """See the module."""
 
+    @property
+    def kernel_defines(self) -> dict[str, int]:
+        return {"BITS": 8, "FLOATS": 1, "GROUP_SCALES": int(self.group_size > 0)}
+
+    def in_groups(self, group_size: int) -> WeightFormat:
+        return BLOCKS if group_size else FORMAT
+
     def quantize(self, weights: np.ndarray, rounding: Rounding) -> ScaledFloat:
-        scales = np.abs(weights).max(axis=1, keepdims=True) / FP8_MAX
-        scales = from_16_bit(to_16_bit(scales, rounding.scale_type))
-        return ScaledFloat(to_minifloat(weights * inverse_of(scales), E4M3), scales, E4M3, weights.shape[1])
+        """Return the nearest codes. The last group of a row may have fewer columns."""
+        columns = weights.shape[1]
+        group_size = self.group_size or columns
+        scales = np.abs(grouped(weights, group_size)).max(axis=2) / FP8_MAX
+        if rounding.scale_type != "fp32":
+            scales = from_16_bit(to_16_bit(scales, rounding.scale_type))
+        codes = to_minifloat(weights * expand_groups(inverse_of(scales), group_size, columns), E4M3)
+        return ScaledFloat(codes, scales, E4M3, group_size)
 
     def pack(self, values: np.ndarray) -> np.ndarray:
         return values
@@ -46,3 +71,4 @@ class Fp8(QuantizedFormat[ScaledFloat]):
 FORMAT = Fp8(
     name="fp8", kind="fp8", bits=8, has_fixed_group=True, scale_bytes=2, least_capability=89, layout="float-quantized"
 )
+BLOCKS = dataclasses.replace(FORMAT, kind="fp8_blocks", group_size=128)

@@ -17,7 +17,14 @@ from engine_core.formats.number_formats import (
     to_16_bit,
     unpack_nibbles,
 )
-from engine_core.formats.weight_formats.base import SCALE_TYPES, QuantizedFormat, Rounding, Shape, WeightFormat
+from engine_core.formats.weight_formats.base import (
+    SCALE_TYPES,
+    QuantizedFormat,
+    Rounding,
+    Shape,
+    WeightFormat,
+    grouped,
+)
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,6 @@ class IntegerFormat(QuantizedFormat[QuantizedTensor]):
         """The highest quantized value."""
         return (1 << self.bits) - 1
 
-    @property
-    def kernel_defines(self) -> dict[str, int]:
-        """Macros that specialise the packed kernels (cuda/kernels/packed.cuh) for the format."""
-        return {"BITS": self.bits}
-
     def keeps(self, stored: WeightFormat, group_size: int) -> bool:
         """Return True if values ``stored`` in groups of ``group_size`` columns are this format's as they are."""
         return stored.kind == self.kind and not (self.has_fixed_group and group_size % (self.group_size or group_size))
@@ -57,12 +59,12 @@ class IntegerFormat(QuantizedFormat[QuantizedTensor]):
     def quantize(self, weights: np.ndarray, rounding: Rounding) -> QuantizedTensor:
         """Return the nearest values. The last group of a row may have fewer columns. Raises BuildError on overflow."""
         group_size = rounding.group_size or weights.shape[1]
-        grouped = _grouped(weights, group_size)
+        groups = grouped(weights, group_size)
         zeros = None
         if rounding.symmetric:
-            scales = self.symmetric_scales(grouped)
+            scales = self.symmetric_scales(groups)
         else:
-            scales, zeros = self._asymmetric_scales(grouped)
+            scales, zeros = self._asymmetric_scales(groups)
         if rounding.ratios is not None:
             scales = scales * rounding.ratios
         if rounding.scale_type != "fp32":
@@ -120,14 +122,3 @@ class IntegerFormat(QuantizedFormat[QuantizedTensor]):
         if rounding.group_size:
             return values | {"strategy": "group", "group_size": rounding.group_size}
         return values | {"strategy": "channel"}
-
-
-def _grouped(weights: np.ndarray, group_size: int) -> np.ndarray:
-    """Return [rows, groups, group_size], the last group filled up with zeros."""
-    rows, columns = weights.shape
-    groups = -(-columns // group_size)
-    if columns != groups * group_size:
-        padded = np.zeros((rows, groups * group_size), dtype=weights.dtype)
-        padded[:, :columns] = weights
-        weights = padded
-    return weights.reshape(rows, groups, group_size)

@@ -19,27 +19,32 @@ from engine_core.formats.number_formats import (
     to_minifloat,
     unpack_nibbles,
 )
-from engine_core.formats.weight_formats.base import QuantizedFormat, Rounding, Shape
+from engine_core.formats.weight_formats.base import QuantizedFormat, Rounding, Shape, grouped
 
 
 @dataclass(frozen=True)
 class Nvfp4(QuantizedFormat[ScaledFloat]):
     """See the module."""
 
+    @property
+    def kernel_defines(self) -> dict[str, int]:
+        return {"BITS": 4, "FLOATS": 1}
+
     def quantize(self, weights: np.ndarray, rounding: Rounding) -> ScaledFloat:
-        """Return the nearest codes of ``weights``, whose columns are a multiple of 16."""
-        rows, columns = weights.shape
-        peak = float(np.abs(weights).max()) if rounding.peak is None else rounding.peak
+        """Return the nearest codes. The last block of a row may have fewer columns."""
+        columns = weights.shape[1]
+        peak = np.abs(weights).max() if rounding.peak is None else rounding.peak
         global_scale = self.global_scale(peak)
-        peaks = np.abs(weights.reshape(rows, -1, self.group_size)).max(axis=2)
+        peaks = np.abs(grouped(weights, self.group_size)).max(axis=2)
         block_scales = to_minifloat(peaks / FP4_MAX / global_scale, E4M3)
         scales = E4M3[block_scales] * global_scale
         codes = to_minifloat(weights * expand_groups(inverse_of(scales), self.group_size, columns), E2M1)
         return ScaledFloat(codes, scales, E2M1, self.group_size, block_scales, global_scale)
 
-    def global_scale(self, peak: float) -> np.float32:
-        """Return the tensor's scale for a largest magnitude of ``peak``: block scales then reach up to 448."""
-        return np.float32(peak) / (FP8_MAX * FP4_MAX) if peak else np.float32(1)
+    def global_scale(self, peak: float | np.ndarray) -> np.float32 | np.ndarray:
+        """Return the scale, float32, for a largest magnitude of ``peak``: block scales then reach up to 448."""
+        peaks = np.asarray(peak, dtype=np.float32)
+        return np.where(peaks > 0, peaks / (FP8_MAX * FP4_MAX), np.float32(1))[()]
 
     def pack(self, values: np.ndarray) -> np.ndarray:
         """Return uint8 [..., n / 2] of codes [..., n]; the first of two in a byte is in its low half."""
