@@ -113,8 +113,7 @@ def make_spec(
         dtype="fp16",
         weight_format=weight_format(weights),
         chunk=round_rows(chunk),
-        prefix_slots=0,
-        prefix_tokens=0,
+        pool_tokens=0,
         max_batch=max_batch,
     )
 

@@ -146,6 +146,13 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
         ),
         _engine("prompt_cache_entries", "System prompts whose KV is kept beside the cache.", 64),
         _engine("prompt_cache_tokens", "Tokens each kept system prompt can have."),
+        _engine(
+            "session_memory",
+            "MiB for the KV of conversations, so that one that comes back is not computed again; in the host's memory, "
+            "or on a Jetson in the one it shares with the GPU. 0 = a conversation is kept only until another request "
+            "needs its place.",
+            1 << 20,
+        ),
         _engine("num_threads", "CPU threads; 0 = the backend's choice.", 1024),
         _engine(
             "reproducible",

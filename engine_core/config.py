@@ -20,7 +20,7 @@ BUSY_POLICIES = ("queue", "reject", "preempt", "preempt_lower")
 CHOICES = {"backend": BACKENDS, "quantization": QUANTIZATIONS, "kv_cache_type": KV_CACHE_TYPES}
 MINIMUMS = {
     "max_context": 0, "max_batch": 1, "prefill_chunk": 0, "prompt_cache_entries": 0, "prompt_cache_tokens": 1,
-    "num_threads": 0,
+    "session_memory": 0, "num_threads": 0,
 }  # fmt: skip
 
 
@@ -42,6 +42,9 @@ class EngineConfig:
     prefill_chunk: int = 0  # tokens per prefill step; 0 = the backend's choice
     prompt_cache_entries: int = 2  # saved prefixes (system prompts); their memory is part of the plan
     prompt_cache_tokens: int = 512  # tokens each saved prefix can hold
+    # MiB of the memory plan in which the KV of conversations is kept: the host's, or the GPU's where they are one.
+    # 0: a conversation goes on only from the slot it was in.
+    session_memory: int = 0
     # A request with a seed of its own computes its whole prompt: KV reused from other requests was computed in other
     # chunks, whose rounding (most of all int8's) can change a sampled token. Without it, seeds repeat only mostly.
     reproducible: bool = True

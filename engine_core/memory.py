@@ -51,6 +51,7 @@ class MemoryItem:
 
     name: str  # weights, kv_cache, prefix_cache, scratch, rope, io, runtime
     bytes: int
+    on_host: bool = False  # in the host's memory, which is not the device's
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,31 @@ class MemoryPlan:
     items: tuple[MemoryItem, ...]
     available: int  # bytes free before anything is taken
     device: str  # "CPU" or the GPU's name
+    host_available: int = 0  # bytes free on the host, where the plan has items there
 
     @classmethod
-    def of(cls, totals: Mapping[str, int], available: int, device: str) -> MemoryPlan:
-        """``totals``: bytes by an item's name, in the order of the plan."""
-        return cls(tuple(MemoryItem(name, count) for name, count in totals.items()), available, device)
+    def of(
+        cls,
+        totals: Mapping[str, int],
+        available: int,
+        device: str,
+        host: Mapping[str, int] | None = None,
+        host_available: int = 0,
+    ) -> MemoryPlan:
+        """``totals``, ``host``: bytes by an item's name, in the order of the plan."""
+        items = [MemoryItem(name, count) for name, count in totals.items()]
+        items += [MemoryItem(name, count, on_host=True) for name, count in (host or {}).items()]
+        return cls(tuple(items), available, device, host_available)
 
     @property
     def total(self) -> int:
-        return sum(item.bytes for item in self.items)
+        """Return the bytes that are taken of the device's memory."""
+        return sum(item.bytes for item in self.items if not item.on_host)
+
+    @property
+    def host_total(self) -> int:
+        """Return the bytes that are taken of the host's memory beside the device."""
+        return sum(item.bytes for item in self.items if item.on_host)
 
     def item(self, name: str) -> int:
         """Bytes of the item ``name``; 0 if the plan has none."""
@@ -76,16 +93,24 @@ class MemoryPlan:
 
     def table(self) -> str:
         """The plan as aligned lines, for a log or a terminal."""
-        rows = [(item.name, item.bytes) for item in self.items]
+        rows = [(item.name, item.bytes) for item in self.items if not item.on_host]
         rows += [("total", self.total), ("free", self.available)]
+        if self.host_total:
+            rows += [(f"{item.name} (host)", item.bytes) for item in self.items if item.on_host]
+            rows += [("free (host)", self.host_available)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {format_bytes(count):>11}" for name, count in rows)
 
     def check(self, advice: str = "") -> None:
         """Raises InsufficientMemoryError with the numbers, and ``advice`` on what would fit, if it does not fit."""
+        if self.host_total > self.host_available:
+            raise InsufficientMemoryError(
+                f"The engine needs {format_bytes(self.host_total)} of the host's memory for conversations, but "
+                f"{format_bytes(self.host_available)} are free; lower session_memory."
+            )
         if self.total <= self.available:
             return
-        parts = ", ".join(f"{item.name} {format_bytes(item.bytes)}" for item in self.items)
+        parts = ", ".join(f"{item.name} {format_bytes(item.bytes)}" for item in self.items if not item.on_host)
         raise InsufficientMemoryError(
             f"The engine needs {format_bytes(self.total)} ({parts}), but {self.device} has "
             f"{format_bytes(self.available)} free{'; ' + advice if advice else ''}."

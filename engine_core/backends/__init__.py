@@ -64,6 +64,7 @@ class Backend(Protocol):
     num_slots: int
     prefill_chunk: int  # tokens of a prompt it computes at once
     max_context: int  # tokens the KV of a slot holds
+    pool_tokens: int  # places of the KV pool, see ``kv_pool``
     vocab_size: int  # of the full vocabulary
     reduced_vocab_size: int  # rows of the LM head; vocab_size without a vocab map
     kept_ids: np.ndarray | None  # int32 [reduced_vocab_size], the ids of those rows; None without a vocab map
@@ -93,11 +94,11 @@ class Backend(Protocol):
         """Makes the steps of this slot's sequence that run, are queued or are still to come end early: their tokens
         become None. Holds until the next ``begin`` of the slot. From any thread; returns at once."""
 
-    def save_prefix(self, slot: int, entry: int, length: int) -> None:
-        """Copies the KV of positions 0 … length-1 of ``slot`` to prefix ``entry`` (< prompt_cache_entries)."""
+    def save_kv(self, slot: int, position: int, place: int, count: int) -> None:
+        """Copies the KV of ``count`` positions of ``slot`` to as many places of the pool, before any later step."""
 
-    def load_prefix(self, slot: int, entry: int, length: int) -> None:
-        """Copies the KV of prefix ``entry`` back to positions 0 … length-1 of ``slot``."""
+    def load_kv(self, slot: int, position: int, place: int, count: int) -> None:
+        """Copies it back, bit for bit, to positions that may be others."""
 
     def close(self) -> None:
         """Gives everything back; may be called twice."""

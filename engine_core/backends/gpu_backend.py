@@ -8,7 +8,7 @@ backend's matter.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,12 @@ from engine_core.backends import PendingToken, SequenceStep
 from engine_core.cuda.driver import Device, DeviceArray, Event, PinnedArray, Stream
 from engine_core.cuda.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
 from engine_core.errors import EngineFaultError, InvalidSamplingError
+from engine_core.host_memory import available_memory
 from engine_core.memory import MemoryPlan
 from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 
 if TYPE_CHECKING:
-    from engine_core.backends.cuda.layout import CudaSpec
+    from engine_core.backends.cuda.layout import ArraySpec, CudaSpec
     from engine_core.backends.tensorrt.layout import TrtSpec
 
 
@@ -87,11 +88,10 @@ class SequenceLimits:
     vocab_size: int
     head_rows: int  # rows of the LM head
     chunk: int  # tokens of a prefill step
-    prefix_slots: int
-    prefix_tokens: int
+    pool_tokens: int  # places of the KV pool
     cache_rows: int  # K and V of every layer and KV head
     cache_item_bytes: int  # of one position of a row
-    scale_item_bytes: int = 0  # the same of ``kv_scales`` and ``prefix_scales``; 0 where the cache has none
+    scale_item_bytes: int = 0  # the same of ``kv_scales`` and ``pool_scales``; 0 where the cache has none
 
     @classmethod
     def of(
@@ -102,8 +102,7 @@ class SequenceLimits:
             vocab_size=spec.vocab_size,
             head_rows=spec.head_rows,
             chunk=spec.chunk,
-            prefix_slots=spec.prefix_slots,
-            prefix_tokens=spec.prefix_tokens,
+            pool_tokens=spec.pool_tokens,
             cache_rows=spec.num_layers * 2 * num_kv_heads,
             cache_item_bytes=cache_item_bytes,
             scale_item_bytes=scale_item_bytes,
@@ -114,9 +113,9 @@ class DeviceBackend:
     """The part of ``engine_core.backends.Backend`` that GPU backends share.
 
     A subclass calls ``_allocate_host``, sets ``_row_of`` and ``_resources``, and has the three hooks. ``_work`` holds
-    the device arrays: kv_cache, prefixes, state, params, seen, bias, mask; kv_scales and prefix_scales (last dimension:
-    positions of a row) where the cache has scales. With several slots all of them but the prefixes' have a slot's in
-    each item of their first dimension.
+    the device arrays: kv_cache, pool, state, params, seen, bias, mask; kv_scales and pool_scales (last dimension:
+    positions of a row) where the cache has scales. With several slots all of them but the pool's have a slot's in each
+    item of their first dimension. The pool's arrays may be in pinned memory instead: ``_host_pool``.
     """
 
     num_slots = 1
@@ -126,6 +125,7 @@ class DeviceBackend:
     _stream: Stream
     _limits: SequenceLimits
     _work: dict[str, DeviceArray]
+    _host_pool: dict[str, PinnedArray]
     _row_of: np.ndarray | None  # see ``rows_by_id``
     _resources: contextlib.ExitStack
     _closed = False
@@ -146,9 +146,22 @@ class DeviceBackend:
 
     # --- memory ---------------------------------------------------------------------------------------
 
-    def _allocate_host(self, own: Callable[[Any], Any], device: Device, limits: SequenceLimits) -> None:
-        """Pinned memory and events; ``own`` takes each to be closed."""
+    def _allocate_host(
+        self,
+        own: Callable[[Any], Any],
+        device: Device,
+        limits: SequenceLimits,
+        pool: Mapping[str, ArraySpec] | None = None,
+    ) -> None:
+        """Pinned memory and events; ``own`` takes each to be closed.
+
+        ``pool``: the arrays of the KV pool, if they are to be in pinned memory.
+        """
         self._limits = limits
+        self.pool_tokens = limits.pool_tokens
+        self._host_pool = {
+            name: own(PinnedArray(device, (array.nbytes,), "uint8")) for name, array in (pool or {}).items()
+        }
         n, words = self.num_slots, -(-limits.vocab_size // 32)
         self._slots = [_Slot() for _ in range(n)]
         self._tokens = own(PinnedArray(device, (n, RING), "int32"))
@@ -226,11 +239,11 @@ class DeviceBackend:
     def interrupt(self, slot: int) -> None:
         self._slots[slot].interrupted = True
 
-    def save_prefix(self, slot: int, entry: int, length: int) -> None:
-        self._copy_prefix(slot, entry, length, save=True)
+    def save_kv(self, slot: int, position: int, place: int, count: int) -> None:
+        self._copy_kv(slot, position, place, count, save=True)
 
-    def load_prefix(self, slot: int, entry: int, length: int) -> None:
-        self._copy_prefix(slot, entry, length, save=False)
+    def load_kv(self, slot: int, position: int, place: int, count: int) -> None:
+        self._copy_kv(slot, position, place, count, save=False)
 
     def close(self) -> None:
         resources, self._resources = self._resources, contextlib.ExitStack()
@@ -346,31 +359,33 @@ class DeviceBackend:
             slot.values["has_mask"] = slot.has_mask
             self._upload_params(number)
 
-    def _copy_prefix(self, slot: int, entry: int, length: int, save: bool) -> None:
-        """Copies the first ``length`` rows of every layer's and head's K and V."""
+    def _copy_kv(self, slot: int, position: int, place: int, count: int, save: bool) -> None:
+        """Queues the copies of ``count`` positions of every layer's and head's K and V."""
         self._device.make_current()
-        limits, work = self._limits, self._work
-        assert 0 <= entry < limits.prefix_slots and 0 < length <= limits.prefix_tokens
-        item = limits.cache_item_bytes
-        cache, prefix = limits.max_context * item, limits.prefix_tokens * item
-        live = (self._of("kv_cache", slot).address, cache)
-        self._copy_rows(save, length * item, live, (work["prefixes"].at(entry).address, prefix))
-        if item := limits.scale_item_bytes:
-            cache, prefix = (work[name].shape[-1] * item for name in ("kv_scales", "prefix_scales"))
-            live = (self._of("kv_scales", slot).address, cache)
-            self._copy_rows(save, length * item, live, (work["prefix_scales"].at(entry).address, prefix))
+        limits = self._limits
+        assert 0 <= position < position + count <= limits.max_context
+        assert 0 <= place < place + count <= limits.pool_tokens
+        arrays = [("kv_cache", "pool", limits.max_context, limits.cache_item_bytes)]
+        if limits.scale_item_bytes:
+            arrays.append(("kv_scales", "pool_scales", self._work["kv_scales"].shape[-1], limits.scale_item_bytes))
+        for cache, pool, length, item in arrays:
+            live = (self._of(cache, slot).address + position * item, length * item)
+            kept = (self._pool_address(pool) + place * item, limits.pool_tokens * item)
+            target, source = (kept, live) if save else (live, kept)
+            self._stream.copy_rows(*target, *source, count * item, limits.cache_rows)
 
-    def _copy_rows(self, save: bool, width: int, live: tuple[int, int], kept: tuple[int, int]) -> None:
-        """Copies the first ``width`` bytes of every row; ``live``, ``kept``: address, bytes from row to row."""
-        target, source = (kept, live) if save else (live, kept)
-        self._stream.copy_rows(*target, *source, width, self._limits.cache_rows)
+    def _pool_address(self, name: str) -> int:
+        host = self._host_pool.get(name)
+        return self._work[name].address if host is None else host.device_address
 
 
-def plan_here(totals: Callable[[Device], dict[str, int]]) -> MemoryPlan:
-    """The plan for this machine's GPU of what ``totals`` says for it, bytes by purpose."""
+def plan_here(totals: Callable[[Device], tuple[dict[str, int], dict[str, int]]]) -> MemoryPlan:
+    """The plan for this machine's GPU of what ``totals`` says for it: bytes by purpose, on the GPU and on the host."""
     device = Device()
     try:
-        return MemoryPlan.of(totals(device), device.memory_info()[0], device.name)
+        on_device, on_host = totals(device)
+        free_on_host = available_memory() if on_host else 0
+        return MemoryPlan.of(on_device, device.memory_info()[0], device.name, on_host, free_on_host)
     finally:
         device.close()
 

@@ -109,6 +109,8 @@ class Device:
         self.num_sms = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self.max_shared = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         self.arch = f"sm_{self.capability}"
+        # Its memory is the host's, as on a Jetson.
+        self.is_integrated = bool(self._attribute(attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED))
 
     def _attribute(self, which: Any) -> int:
         return int(self.call("cuDeviceGetAttribute", which, self._handle))
@@ -271,10 +273,13 @@ class Stream:
         self.device.call("cuMemsetD8Async", array.address, 0, array.nbytes, self.handle)
 
     def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
-        """Queues a copy of ``rows`` rows of ``width`` bytes that lie ``pitch`` bytes apart."""
+        """Queues a copy of ``rows`` rows of ``width`` bytes that lie ``pitch`` bytes apart.
+
+        ``target``, ``source``: addresses of device memory or of pinned memory.
+        """
         driver = self.device._driver
         copy = driver.CUDA_MEMCPY2D()
-        copy.srcMemoryType = copy.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcMemoryType = copy.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_UNIFIED
         copy.srcDevice, copy.srcPitch = source, source_pitch
         copy.dstDevice, copy.dstPitch = target, target_pitch
         copy.WidthInBytes, copy.Height = width, rows

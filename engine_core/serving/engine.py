@@ -46,9 +46,9 @@ from engine_core.request import (
 )
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.constraint import ConstraintFactory
-from engine_core.serving.prefix_cache import PrefixCache
 from engine_core.serving.scheduler import Scheduler
 from engine_core.serving.sequence import PreparedRequest, Sequence
+from engine_core.serving.session_pool import SessionPool
 from engine_core.text.tokenizer import Tokenizer, common_prefix_length
 
 __all__ = ["CancelToken", "Engine", "PreparedRequest"]
@@ -84,7 +84,12 @@ class Engine:
         self._backend: Backend | None = backend
         kept = getattr(backend, "kept_ids", None)
         self._constraints = ConstraintFactory(tokenizer, self.vocab_size, manifest.eos_token_ids, kept)
-        self._prefixes = PrefixCache(backend, config.prompt_cache_entries, config.prompt_cache_tokens)
+        self.pool = SessionPool(
+            backend,
+            num_prompts=config.prompt_cache_entries,
+            prompt_tokens=config.prompt_cache_tokens,
+            keeps_conversations=config.session_memory > 0,
+        )
         self.scheduler = Scheduler(backend.num_slots)
         # Of one prompt in a step: other answers wait no longer for their next token.
         self._max_prefill = backend.prefill_chunk if backend.num_slots > 1 else backend.max_context
@@ -191,12 +196,12 @@ class Engine:
         if not len(prefix) or not self.config.prompt_cache_entries:
             return 0
         backend = self._backend_or_raise()
-        slot, cached = self._prefixes.place(prefix, self.scheduler.free_slots)
+        slot, cached = self.pool.place(prefix, self.scheduler.free_slots)
         backend.begin(slot, SamplingParams(seed=0), prefix)
         (pending,) = backend.step([SequenceStep(slot, prefix[cached:], cached, samples=False)])
         pending.result()
-        self._prefixes.set_live(slot, prefix)
-        self._prefixes.keep(slot, prefix)
+        self.pool.set_live(slot, prefix)
+        self.pool.keep_prompt(slot, prefix)
         return len(prefix)
 
     def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
@@ -214,7 +219,7 @@ class Engine:
             )
         assert 1 <= first < len(token_ids) <= self.max_context
         assert not self.scheduler.has_work
-        self._prefixes.place_fresh([0])
+        self.pool.place_fresh([0])
         return score(token_ids, first)
 
     def generate(
@@ -275,9 +280,9 @@ class Engine:
             return
         backend, prepared, free = self._backend_or_raise(), sequence.prepared, self.scheduler.free_slots
         if self.config.reproducible and prepared.request.sampling.seed is not None:
-            sequence.place(self._prefixes.place_fresh(free), 0)
+            sequence.place(self.pool.place_fresh(free, prepared.token_ids), 0)
         else:
-            sequence.place(*self._prefixes.place(prepared.token_ids, free))
+            sequence.place(*self.pool.place(prepared.token_ids, free))
         backend.begin(sequence.slot, prepared.sampling, prepared.token_ids)
         sequence.cancel.attach(partial(backend.interrupt, sequence.slot))
 
@@ -315,7 +320,7 @@ class Engine:
         except BaseException as error:
             _blame(sequence, error)
         if sequence.num_sampled == 1:
-            self._prefixes.keep(sequence.slot, sequence.prepared.prefix_ids)
+            self.pool.keep_prompt(sequence.slot, sequence.prepared.prefix_ids)
 
     def _finish(self, sequence: Sequence) -> None:
         """End what is still under way for a sequence, free its slot and hand out its result."""
@@ -326,9 +331,11 @@ class Engine:
             while sequence.unread:
                 with contextlib.suppress(RequestError):
                     sequence.read()
-            self._prefixes.set_live(sequence.slot, sequence.live_ids())
+            self.pool.set_live(sequence.slot, sequence.live_ids())
         self.scheduler.remove(sequence)
         sequence.finish()
+        if sequence.slot is not None:  # nobody waits for this copy
+            self.pool.keep_conversation(sequence.slot, len(sequence.prepared.token_ids))
 
     # --- helpers --------------------------------------------------------------------------------------
 

@@ -31,9 +31,9 @@ def check_tokens_after_a_prefix(backend, prompt: np.ndarray) -> None:
     expected = generate(backend, prompt, 8)
     assert None not in expected
     extend(backend, prompt[:50], 0)
-    backend.save_prefix(0, 1, 50)
+    backend.save_kv(0, 0, 64, 50)
     generate(backend, prompt[::-1].copy(), 8)
-    backend.load_prefix(0, 1, 50)
+    backend.load_kv(0, 0, 64, 50)
     assert generate(backend, prompt, 8, start=50) == expected
     backend.close()
 

@@ -39,6 +39,7 @@ class FakeDriver:
 
     def __init__(self, memory: int = 1 << 30, capability: int = 90) -> None:
         self.memory, self.capability = memory, capability
+        self.is_integrated = False  # its memory is the host's
         self.kernels: dict[str, Callable] = {
             "sample_scan": sample_scan,
             "sample_pick": sample_pick,
@@ -144,6 +145,7 @@ class FakeDriver:
 
     def _cuDeviceGetAttribute(self, which, _device):
         values = {"MAJOR": self.capability // 10, "MINOR": self.capability % 10, "COUNT": 8, "OPTIN": 100 << 10}
+        values["INTEGRATED"] = self.is_integrated
         return values[which.rsplit("_", 1)[1]]
 
     def _cuStreamBeginCapture(self, _stream, _mode):

@@ -70,14 +70,15 @@ class ScriptedBackend:
     name = "fake"
     sampler_options = frozenset(SAMPLING_OPTIONS)
 
-    def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, slots=2, num_slots=1,
+    def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, pool_tokens=1024, num_slots=1,
                  prefill_chunk=512):  # fmt: skip
         self.script, self.step_time, self.fail_at = script, step_time, fail_at
         self.max_context, self.vocab_size = max_context, VOCAB_SIZE
         self.reduced_vocab_size = VOCAB_SIZE
         self.num_slots, self.prefill_chunk = num_slots, prefill_chunk
         self._slots = [_Slot(max_context) for _ in range(num_slots)]
-        self._prefixes = [np.full(max_context, -1, dtype=np.int32) for _ in range(slots)]
+        self.pool_tokens = pool_tokens
+        self._pool = np.full(pool_tokens, -1, dtype=np.int32)
         self.calls: list[tuple] = []
         self.steps: list[tuple[int, ...]] = []
         self.prompts: list[list[int | None]] = []
@@ -166,15 +167,19 @@ class ScriptedBackend:
     def interrupt(self, slot) -> None:
         self._slots[slot].interrupted = True
 
-    def save_prefix(self, slot, entry, length) -> None:
-        self.calls.append(("save", entry, length))
-        self._stream.submit(lambda: None).result()
-        self._prefixes[entry][:length] = self._slots[slot].kv[:length]
+    def save_kv(self, slot, position, place, count) -> None:
+        self.calls.append(("save", place, count))
+        self._stream.submit(self._copy, slot, position, place, count, save=True)
 
-    def load_prefix(self, slot, entry, length) -> None:
-        self.calls.append(("load", entry, length))
-        self._stream.submit(lambda: None).result()
-        self._slots[slot].kv[:length] = self._prefixes[entry][:length]
+    def load_kv(self, slot, position, place, count) -> None:
+        self.calls.append(("load", place, count))
+        self._stream.submit(self._copy, slot, position, place, count, save=False)
+
+    def _copy(self, slot, position, place, count, save) -> None:
+        live, kept = self._slots[slot].kv[position : position + count], self._pool[place : place + count]
+        assert len(live) == len(kept) == count > 0
+        target, source = (kept, live) if save else (live, kept)
+        target[:] = source
 
     def close(self) -> None:
         self.closed += 1

@@ -158,9 +158,9 @@ def test_more_tokens_than_the_cache_holds_are_a_fault(load):
 def test_a_saved_prefix_replaces_its_prefill(load, expected):
     backend = load(prompt_cache_entries=2, prompt_cache_tokens=24)
     extend(backend, PROMPT[:24], 0)
-    backend.save_prefix(0, 1, 24)
+    backend.save_kv(0, 0, 32, 24)
     run(backend, prompt=PROMPT[::-1].copy())  # overwrites the live cache
-    backend.load_prefix(0, 1, 24)
+    backend.load_kv(0, 0, 32, 24)
     assert run(backend, position=24) == expected
 
 
@@ -239,6 +239,6 @@ def test_close_twice_ends_the_thread(load):
 def test_the_plan_names_every_purpose(variant):
     plan = OnnxRuntimeBackend.plan(*variant, EngineConfig(variant[0], max_context=100, prompt_cache_entries=3))
     assert plan.item("kv_cache") == 3 * 2 * 2 * 100 * 32 * 4
-    assert plan.item("prefix_cache") == 3 * plan.item("kv_cache")  # slots are no longer than the context
+    assert plan.item("prefix_cache") == 3 * 112 * plan.item("kv_cache") // 100  # the context, in blocks of 16 tokens
     assert plan.item("weights") > 4 * variant[1].model.num_parameters * 0.95
     assert all(plan.item(name) > 0 for name in ("scratch", "rope", "io", "runtime")) and plan.available > 0

@@ -108,9 +108,9 @@ def test_prefixes_and_extending_bring_the_same_tokens(built, model, driver):
     backend = load(built[0], driver, prompt_cache_tokens=40)
     expected = checkpoints.reference_greedy(model, PROMPT, 8)
     extend(backend, PROMPT[:40], 0)
-    backend.save_prefix(0, 1, 40)
+    backend.save_kv(0, 0, 48, 40)
     generate(backend, PROMPT[::-1].copy(), 8)
-    backend.load_prefix(0, 1, 40)
+    backend.load_kv(0, 0, 48, 40)
     assert generate(backend, PROMPT, 8, start=40) == expected
     backend.close()
 

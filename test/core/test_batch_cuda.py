@@ -13,7 +13,14 @@ from batch_steps import Requests
 from engine_core.backends import SequenceStep
 from engine_core.backends.capabilities import capabilities_of
 from engine_core.backends.cuda.backend import CudaBackend
-from engine_core.backends.cuda.layout import CudaSpec, bytes_by_purpose, weight_arrays, work_arrays
+from engine_core.backends.cuda.layout import (
+    CudaSpec,
+    bytes_by_purpose,
+    host_bytes,
+    planned_bytes,
+    weight_arrays,
+    work_arrays,
+)
 from engine_core.cuda.driver import Device
 from engine_core.cuda.kernels.launch_configs import MAX_SEQUENCES
 from engine_core.formats.weight_formats import weight_format
@@ -47,7 +54,7 @@ _ALL = Requests(PROMPTS, REQUESTS, COUNT)
 alone, together = _ALL.alone, _ALL.together
 
 
-def make_spec(max_batch: int, vocab_size: int = VOCAB, **sizes: int) -> CudaSpec:
+def make_spec(max_batch: int, vocab_size: int = VOCAB, pool_on_host: bool = False, **sizes: int) -> CudaSpec:
     model = spec_of(MODEL | {"vocab_size": vocab_size} | sizes)
     return CudaSpec(
         model=dataclasses.replace(model, layers=tuple(dataclasses.replace(x, qkv_bias=True) for x in model.layers)),
@@ -57,9 +64,9 @@ def make_spec(max_batch: int, vocab_size: int = VOCAB, **sizes: int) -> CudaSpec
         dtype="fp16",
         weight_format=weight_format("fp16"),
         chunk=32,
-        prefix_slots=2,
-        prefix_tokens=40,
+        pool_tokens=288 if pool_on_host else 96,
         max_batch=max_batch,
+        pool_on_host=pool_on_host,
     )
 
 
@@ -161,9 +168,9 @@ def test_a_part_of_a_prompt_goes_with_the_steps_of_others(load):
 def test_a_prefix_of_one_slot_is_loaded_into_another(load):
     backend = load(3)
     expected = alone(backend, 3, 2)
-    backend.save_prefix(2, 1, 20)
+    backend.save_kv(2, 0, 48, 20)
     together(backend, {0: 0, 1: 1, 2: 2})
-    backend.load_prefix(1, 1, 20)
+    backend.load_kv(1, 0, 48, 20)
     sampling, _ = REQUESTS[3]
     backend.begin(1, sampling, PROMPTS[3])
     tokens = [backend.step([SequenceStep(1, PROMPTS[3][20:], 20)])[0].result()]
@@ -255,3 +262,47 @@ def test_an_engine_answers_all_as_it_answers_each(load, tokenizer_dir):
 
     found = answers(4)
     assert found == answers(1) and all(found[:5])
+
+
+def test_conversations_come_back_from_pinned_memory(load, driver, tokenizer_dir):
+    """Two that take turns in one slot have the tokens and the KV they have in a slot each; nothing is allocated."""
+
+    def answers(max_batch: int, **options) -> tuple[list[tuple[int, ...]], list[int], np.ndarray]:
+        backend = load(max_batch, vocab_size=fakes.VOCAB_SIZE, **options)
+        config = {"prompt_cache_entries": 0, "session_memory": int(bool(options)), "max_batch": max_batch}
+        engine = fakes.make_engine(backend, tokenizer_dir, **config)
+        talks: list[list[ChatMessage]] = [[], []]
+        tokens, cached, taken = [], [], []
+        for turn in range(6):
+            talk = talks[turn % 2]
+            talk.append(ChatMessage("user", f"{turn} go"))
+            request = GenerationRequest("r", tuple(talk), sampling=SamplingParams(max_new_tokens=4))
+            done: list = []
+            sequence = Sequence(engine.prepare(request), engine.tokenizer, on_piece=None, on_done=done.append)
+            engine.scheduler.add(sequence)
+            while not done:
+                engine.step()
+            talk.append(ChatMessage("assistant", "ok"))
+            tokens.append(done[0].token_ids)
+            cached.append(done[0].cached_tokens)
+            taken.append((backend._device.allocations, driver.used))
+        assert len(set(taken)) == 1
+        cache = backend._device.download(backend._work["kv_cache"]).astype(np.float32)
+        cache = cache if max_batch == 1 else cache[sequence.slot]
+        engine.close()
+        return tokens, cached, cache[..., : len(sequence.live_ids()), :]
+
+    tokens, cached, kv = answers(1, pool_on_host=True)
+    expected, live, live_kv = answers(2)
+    assert tokens == expected and cached[2:] == live[2:] and min(cached[2:]) > 20
+    assert kv.shape == live_kv.shape and np.abs(kv - live_kv).max() < 1e-2 < np.abs(kv).max()
+
+
+def test_the_pool_is_planned_where_it_lies(load, driver, tmp_path):
+    on_host, on_device = make_spec(2, pool_on_host=True), make_spec(2)
+    assert host_bytes(on_host) == {"prefix_cache": 288 * 2 * 2 * 2 * HEAD_DIM * 2} and host_bytes(on_device) == {}
+    assert "prefix_cache" not in planned_bytes(on_host, 8) and planned_bytes(on_device, 8)["prefix_cache"]
+    backend = load(2, pool_on_host=True)
+    assert sum(array.host.nbytes for array in backend._host_pool.values()) == host_bytes(on_host)["prefix_cache"]
+    driver.is_integrated = True
+    assert not on_host.on(Device()).pool_on_host, "its memory is the host's: one of them is enough"

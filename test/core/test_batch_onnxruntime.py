@@ -156,8 +156,8 @@ def test_prefixes_are_saved_from_one_slot_and_loaded_into_another(load):
     sampling, _ = REQUESTS[3]
     backend.begin(1, sampling, PROMPTS[3])
     backend.step([SequenceStep(1, PROMPTS[3], 0)])[0].result()
-    backend.save_prefix(1, 0, 32)
-    backend.load_prefix(3, 0, 32)
+    backend.save_kv(1, 0, 0, 32)
+    backend.load_kv(3, 0, 0, 32)
     backend.begin(3, sampling, PROMPTS[3])
     tokens = [backend.step([SequenceStep(3, PROMPTS[3][32:], 32)])[0].result()]
     tokens += [backend.step([SequenceStep(3)])[0].result() for _ in range(COUNT - 1)]

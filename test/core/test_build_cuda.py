@@ -217,7 +217,7 @@ def test_the_plan_adds_up_what_is_taken(checkpoint, tmp_path):
     spec = CudaSpec.create(manifest, config)
     totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, num_sms=10))
     assert totals["kv_cache"] == 2 * 2 * 2 * 100 * 32 * 2  # layers, K and V, heads, tokens, head_dim, bytes
-    assert totals["prefix_cache"] == 3 * 2 * 2 * 2 * 50 * 32 * 2
+    assert totals["prefix_cache"] == 3 * 2 * 2 * 2 * 64 * 32 * 2
     stored = sum(tensor.nbytes for tensor in _tensors(tmp_path / "engine").values())
     assert 0 <= totals["weights"] - stored < 256 * len(weight_arrays(spec))
     assert spec.chunk % 64 == 0 and spec.chunk >= 100
@@ -234,7 +234,7 @@ def test_an_int8_kv_cache_is_chosen_when_the_engine_is_opened(checkpoint, tmp_pa
     assert (arrays["kv_cache"].shape, arrays["kv_cache"].dtype) == ((2, 2, 2, 101, 32), "int8")
     assert (arrays["kv_scales"].shape, arrays["kv_scales"].dtype) == ((2, 2, 2, 104), "fp16")
     assert bytes_by_purpose(arrays)["kv_cache"] == aligned(8 * 101 * 32) + aligned(8 * 104 * 2)
-    assert bytes_by_purpose(arrays)["prefix_cache"] == aligned(3 * 8 * 50 * 32) + aligned(3 * 8 * 56 * 2)
+    assert bytes_by_purpose(arrays)["prefix_cache"] == aligned(3 * 8 * 64 * 32) + aligned(3 * 8 * 64 * 2)
     assert "kv_scales" not in work_arrays(CudaSpec.create(manifest, EngineConfig(tmp_path / "engine")), num_sms=10)
 
 

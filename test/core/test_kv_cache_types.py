@@ -117,13 +117,14 @@ def test_a_saved_prefix_is_of_the_caches_own_type(llama, kind):
     try:
         extend(backend, PROMPT[:24], 0)
         expected = backend._session.kv_cache[..., :24, :].copy()
-        backend.save_prefix(0, 1, 24)
+        backend.save_kv(0, 0, 32, 24)
         extend(backend, PROMPT[::-1].copy(), 0)
         assert (backend._session.kv_cache[..., :24, :] != expected).any()
-        backend.load_prefix(0, 1, 24)
+        backend.load_kv(0, 0, 32, 24)
+        backend._call(int)  # the copy is queued
         assert (backend._session.kv_cache[..., :24, :] == expected).all() and expected.any()
         plan = OnnxRuntimeBackend.plan(engine_dir, manifest, config)
-        assert backend._prefixes.dtype == expected.dtype and backend._prefixes.nbytes == plan.item("prefix_cache")
+        assert backend._pool.dtype == expected.dtype and backend._pool.nbytes == plan.item("prefix_cache")
     finally:
         backend.close()
 
@@ -134,7 +135,7 @@ def test_the_plan_counts_the_bytes_of_the_type(llama, kind, value_bytes, scales)
     config = EngineConfig(engine_dir, kv_cache_type=kind, max_context=100, prompt_cache_tokens=50)
     plan = OnnxRuntimeBackend.plan(engine_dir, manifest, config)
     values = 3 * 2 * 2 * 100 * 32 * value_bytes
-    assert plan.item("kv_cache") == values + scales and plan.item("prefix_cache") == values
+    assert plan.item("kv_cache") == values + scales and plan.item("prefix_cache") == values * 128 // 100
     assert plan.item("rope") == manifest.max_context * 32 * (2 if kind == "fp16" else 4)
 
 

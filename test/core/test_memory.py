@@ -32,6 +32,15 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_numbers():
     assert "total" in plan.table() and "5.00 GiB" in plan.table()
 
 
+def test_what_lies_on_the_host_is_counted_against_the_host():
+    plan = MemoryPlan.of({"weights": 2 * GIB}, 4 * GIB, "GPU 0", {"prefix_cache": 3 * GIB}, 3 * GIB)
+    assert (plan.total, plan.host_total, plan.item("prefix_cache")) == (2 * GIB, 3 * GIB, 3 * GIB)
+    plan.check()
+    assert "prefix_cache (host)" in plan.table() and "free (host)" in plan.table()
+    with pytest.raises(InsufficientMemoryError, match=r"3.00 GiB of the host's memory.* lower session_memory"):
+        MemoryPlan.of({"weights": GIB}, 4 * GIB, "GPU 0", {"prefix_cache": 3 * GIB}, 2 * GIB).check()
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (5 * 2**20, "5.00 MiB"), (2**41, "2048.00 GiB")],

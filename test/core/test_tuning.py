@@ -223,8 +223,7 @@ SPEC = CudaSpec(
     max_context=128,
     weight_format=weight_format("int4"),
     chunk=64,
-    prefix_slots=0,
-    prefix_tokens=1,
+    pool_tokens=0,
 )
 
 

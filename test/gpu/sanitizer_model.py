@@ -52,8 +52,7 @@ def make_backend(
         dtype="fp16",
         weight_format=format_of(weights),
         chunk=64,
-        prefix_slots=2,
-        prefix_tokens=100,
+        pool_tokens=208,
         max_batch=max_batch,
     )
     random = np.random.default_rng(9)
@@ -79,9 +78,9 @@ def main() -> None:
     for use_cuda_graph in (True, False):
         backend = make_backend(weights, kv_cache_type, use_cuda_graph)
         first = generate(backend, prompt[:77], 6)
-        backend.save_prefix(0, 1, 60)
+        backend.save_kv(0, 0, 100, 60)
         generate(backend, prompt, 6, sampled)  # over 256 keys: attention in more than one share
-        backend.load_prefix(0, 1, 60)
+        backend.load_kv(0, 0, 100, 60)
         again = generate(backend, prompt[:77], 6, start=60)
         backend.close()
         assert None not in first and len(set(first)) > 1, first

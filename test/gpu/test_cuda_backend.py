@@ -45,8 +45,7 @@ def make_backend(fill=None, *, vocab_map=None, kv_int8=False, **changes) -> Cuda
         dtype="fp16",
         weight_format=weight_format("fp16"),
         chunk=64,
-        prefix_slots=2,
-        prefix_tokens=100,
+        pool_tokens=208,
     )
     spec = CudaSpec(**{**values, **changes})
     random = np.random.default_rng(9)
@@ -62,9 +61,9 @@ def make_backend(fill=None, *, vocab_map=None, kv_int8=False, **changes) -> Cuda
     return CudaBackend(device, spec, lambda name, a: device.upload(a, weights[name]), rope, vocab_map=vocab_map)
 
 
-@pytest.fixture(params=[False, True], ids=["16-bit KV", "int8 KV"])
+@pytest.fixture(params=[(False, False), (True, False), (True, True)], ids=["16-bit KV", "int8 KV", "pool on the host"])
 def backend(request):
-    backend = make_backend(kv_int8=request.param)
+    backend = make_backend(kv_int8=request.param[0], pool_on_host=request.param[1])
     yield backend
     backend.close()
     backend.close()  # twice is fine
@@ -83,8 +82,8 @@ def test_nothing_is_allocated_after_load(backend):
     allocations, (free, _) = backend._device.allocations, backend._device.memory_info()
     for i in range(300):
         generate(backend, PROMPT[: 1 + i % 90], 4, kinds[i % 3])
-        backend.save_prefix(0, i % 2, 1 + i % 90)
-        backend.load_prefix(0, i % 2, 1 + i % 90)
+        backend.save_kv(0, 0, i % 2 * 96, 1 + i % 90)
+        backend.load_kv(0, 0, i % 2 * 96, 1 + i % 90)
     assert backend._device.allocations == allocations
     assert backend._device.memory_info()[0] == free
 
@@ -105,7 +104,7 @@ def test_what_does_not_fit_leaves_nothing_behind():
     outer = Device()
     before = outer.memory_info()[0]
     with pytest.raises(DeviceMemoryError, match="cuMemAlloc"):
-        make_backend(prefix_slots=1 << 25, prefix_tokens=100)
+        make_backend(pool_tokens=1 << 32)
     assert abs(outer.memory_info()[0] - before) <= 4 << 20
     outer.close()
 
@@ -143,10 +142,10 @@ def test_prefixes_bring_the_same_tokens(backend):
     other = PROMPT[::-1].copy()
     begin(backend, options(), PROMPT)
     prefill(backend, PROMPT, 0).result()
-    backend.save_prefix(0, 1, 60)
+    backend.save_kv(0, 0, 100, 60)
     generate(backend, other, 10, options())
-    backend.save_prefix(0, 0, 60)
-    backend.load_prefix(0, 1, 60)
+    backend.save_kv(0, 0, 0, 60)
+    backend.load_kv(0, 0, 100, 60)
     assert generate(backend, PROMPT, 10, options(), start=60) == expected
 
 

@@ -74,9 +74,9 @@ def test_a_prefix_of_one_slot_is_loaded_into_another():
     backend = make_backend("int4", "int8", True, max_batch=4)
     sampling, _ = REQUESTS[5]
     expected = _ALL.alone(backend, 5, 3)
-    backend.save_prefix(3, 1, 90)
+    backend.save_kv(3, 0, 100, 90)
     together(backend, {0: 0, 1: 1, 2: 2, 3: 3})
-    backend.load_prefix(1, 1, 90)
+    backend.load_kv(1, 0, 100, 90)
     backend.begin(1, sampling, PROMPTS[5])
     position = 64  # as the prompt was divided into chunks: the sums of the rest are added as before
     tokens = [backend.step([SequenceStep(1, PROMPTS[5][position:], position)])[0].result()]

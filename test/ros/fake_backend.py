@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine_core.backends.kv_pool import pool_tokens
 from engine_core.errors import EngineFaultError
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.memory import MemoryItem, MemoryPlan
 from fakes import END, EOS, ScriptedBackend, fake_model, write_tokenizer
 
 MAX_CONTEXT = 2048
+TOKEN_BYTES = 256  # of its KV, as it says
 
 
 class FakeBackend(ScriptedBackend):
@@ -30,7 +32,7 @@ class FakeBackend(ScriptedBackend):
         backend = cls(
             None if script is None else [*script.encode("utf-8"), EOS],
             max_context=config.max_context, step_time=options.get("step_time", 0.0),
-            slots=config.prompt_cache_entries,
+            pool_tokens=pool_tokens(config, config.max_context, TOKEN_BYTES),
         )  # fmt: skip
         backend.fault_file = Path(options["fault_file"]) if "fault_file" in options else None
         return backend

@@ -21,7 +21,9 @@ from engine_core.backends.cuda.layout import (
     PROMPT_HEADER,
     ArraySpec,
     CudaSpec,
+    host_bytes,
     planned_bytes,
+    pool_arrays,
     prefill_rows,
     rows_of_chunk,
     weight_arrays,
@@ -52,7 +54,7 @@ class CudaBackend(DeviceBackend):
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
         spec = resolve(variant_dir, manifest, config).spec
-        return plan_here(lambda device: planned_bytes(spec, device.num_sms))
+        return plan_here(lambda device: (planned_bytes(spec.on(device), device.num_sms), host_bytes(spec.on(device))))
 
     @classmethod
     def load(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> CudaBackend:
@@ -74,7 +76,7 @@ class CudaBackend(DeviceBackend):
             check(device)
             return cls(
                 device,
-                resolved.spec,
+                resolved.spec.on(device),
                 lambda name, array: device.upload(array, weights.read(name)),
                 weights.rope(),
                 vocab_map=resolved.vocab_map,
@@ -143,6 +145,7 @@ class CudaBackend(DeviceBackend):
                 cache_item_bytes=spec.attention.head_dim * ITEM_BYTES[self._work["kv_cache"].dtype],
                 scale_item_bytes=2 if spec.attention.kv_int8 else 0,
             ),
+            pool_arrays(spec) if spec.pool_on_host else None,
         )
         self._prompt = [own(PinnedArray(device, (PROMPT_HEADER + spec.chunk,), "int32")) for _ in range(2)]
         self._rows = own(PinnedArray(device, (RING, spec.max_batch), "int32"))  # the slots of a step, -1 = none

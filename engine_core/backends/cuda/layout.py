@@ -5,15 +5,17 @@ The memory plan adds these up and ``load`` takes exactly these, so that the plan
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from engine_core.backends.capabilities import capabilities_of
 from engine_core.backends.cuda.padding import padded_head, padded_size
+from engine_core.backends.kv_pool import pool_tokens
 from engine_core.config import EngineConfig
-from engine_core.cuda.driver import ITEM_BYTES, aligned
-from engine_core.cuda.kernels.attention import AttentionShape, scale_pitch
+from engine_core.cuda.driver import ITEM_BYTES, Device, aligned
+from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.cuda.kernels.launch_configs import PACKED_ROWS, PackedRowsProblem
 from engine_core.cuda.kernels.linear_batch import batch_scratch
 from engine_core.cuda.kernels.linear_packed import LAYOUTS, packed_scratch, stored_group
@@ -71,9 +73,9 @@ class CudaSpec:
     kv_int8: bool
     max_context: int
     chunk: int  # tokens of a prefill step
-    prefix_slots: int
-    prefix_tokens: int
+    pool_tokens: int  # places of the KV pool
     max_batch: int = 1  # sequences decoded at the same time, a KV slot for each
+    pool_on_host: bool = False  # the KV pool is in pinned memory, unless the GPU's memory is the host's: see ``on``
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -149,7 +151,7 @@ class CudaSpec:
             raise ConfigurationError(reason)
         max_context = config.max_context or manifest.max_context
         chunk = min(config.prefill_chunk or PREFILL_CHUNK, max_context)
-        return cls(
+        spec = cls(
             model=manifest.model,
             head_rows=manifest.reduced_vocab_size or manifest.model.vocab_size,
             dtype=read_options(manifest, CudaOptions).dtype,
@@ -157,10 +159,16 @@ class CudaSpec:
             kv_int8=_kv_cache_type(manifest, config) == "int8",
             max_context=max_context,
             chunk=round_rows(chunk),
-            prefix_slots=config.prompt_cache_entries,
-            prefix_tokens=min(config.prompt_cache_tokens, max_context),
+            pool_tokens=0,
             max_batch=config.max_batch,
+            pool_on_host=config.session_memory > 0,
         )
+        token_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in _pool_shapes(spec, 1).values())
+        return dataclasses.replace(spec, pool_tokens=pool_tokens(config, max_context, token_bytes))
+
+    def on(self, device: Device) -> CudaSpec:
+        """Return the same as it runs on ``device``."""
+        return dataclasses.replace(self, pool_on_host=self.pool_on_host and not device.is_integrated)
 
 
 def round_rows(tokens: int) -> int:
@@ -275,12 +283,25 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         sums, counters = packed_scratch(shapes, min(chunk, PACKED_ROWS[-1]), num_sms)
         arrays["dequantized"] = ("scratch", (max(2 * sums, *map(math.prod, shapes)),), dtype)
         arrays["packed_counters"] = ("scratch", (counters,), "uint32")
-    if spec.prefix_slots:
-        rows_of_slot = (spec.prefix_slots, spec.num_layers * 2 * kv_heads)
-        arrays["prefixes"] = ("prefix_cache", (*rows_of_slot, spec.prefix_tokens, head_dim), kv_dtype)
-        if attention.kv_int8:
-            arrays["prefix_scales"] = ("prefix_cache", (*rows_of_slot, scale_pitch(spec.prefix_tokens)), "fp16")
-    return {name: ArraySpec(*values) for name, values in arrays.items()}
+    pool = {} if spec.pool_on_host else pool_arrays(spec)
+    return {name: ArraySpec(*values) for name, values in arrays.items()} | pool
+
+
+def pool_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
+    """Return the arrays of the KV pool: a row for each layer, K and V and head, as the cache has them."""
+    shapes = _pool_shapes(spec, spec.pool_tokens) if spec.pool_tokens else {}
+    return {name: ArraySpec("prefix_cache", *values) for name, values in shapes.items()}
+
+
+def _pool_shapes(spec: CudaSpec, tokens: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    attention = spec.attention
+    rows = spec.num_layers * 2 * attention.num_kv_heads
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {
+        "pool": ((rows, tokens, attention.head_dim), "int8" if attention.kv_int8 else spec.dtype)
+    }
+    if attention.kv_int8:
+        arrays["pool_scales"] = ((rows, tokens), "fp16")
+    return arrays
 
 
 def _kv_cache_type(manifest: Manifest, config: EngineConfig) -> str:
@@ -306,10 +327,15 @@ def _weight_format(manifest: Manifest) -> WeightFormat:
 
 
 def planned_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:
-    """Everything ``load`` takes, by purpose, on a GPU with so many SMs."""
+    """Everything ``load`` takes of the GPU's memory, by purpose, where it has so many SMs."""
     totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, num_sms))
     totals["runtime"] = RUNTIME_BYTES
     return totals
+
+
+def host_bytes(spec: CudaSpec) -> dict[str, int]:
+    """Return what ``load`` takes of the host's memory for the KV pool, by purpose."""
+    return bytes_by_purpose(pool_arrays(spec)) if spec.pool_on_host else {}
 
 
 def bytes_by_purpose(*groups: dict[str, ArraySpec]) -> dict[str, int]:

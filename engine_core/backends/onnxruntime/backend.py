@@ -1,7 +1,7 @@
 """The CPU backend: ONNX Runtime, one linear KV cache bound in place, and a compute thread that plays the device stream.
 
 Steps are queued and return at once; the thread runs the model and samples, so that the step after never waits for the
-caller. Weights, cache, prefix slots, logits and scratch are all taken by ``load``.
+caller. Weights, cache, KV pool, logits and scratch are all taken by ``load``.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class OnnxRuntimeBackend:
         self._closed = False
         self._slots = [_Slot(layout) for _ in range(layout.num_slots)]
         layers, kinds, _, heads, _, head_dim = session.kv_cache.shape
-        shape = (layout.prefix_slots, layers, kinds, heads, layout.prefix_tokens, head_dim)
-        self._prefixes = np.empty(shape, session.kv_cache.dtype)
-        self._prefixes.fill(0)
+        self.pool_tokens = layout.pool_tokens
+        self._pool = np.empty((layers, kinds, heads, layout.pool_tokens, head_dim), session.kv_cache.dtype)
+        self._pool.fill(0)  # takes the pages now
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="onnxruntime-stream", daemon=True)
         self._thread.start()
@@ -166,11 +166,20 @@ class OnnxRuntimeBackend:
     def interrupt(self, slot: int) -> None:
         self._set_interrupted(slot, True)
 
-    def save_prefix(self, slot: int, entry: int, length: int) -> None:
-        self._call(self._save, slot, entry, length)
+    def save_kv(self, slot: int, position: int, place: int, count: int) -> None:
+        cached, kept = self._ranges(slot, position, place, count)
+        self._jobs.put(partial(np.copyto, kept, cached))
 
-    def load_prefix(self, slot: int, entry: int, length: int) -> None:
-        self._call(self._restore, slot, entry, length)
+    def load_kv(self, slot: int, position: int, place: int, count: int) -> None:
+        cached, kept = self._ranges(slot, position, place, count)
+        self._jobs.put(partial(np.copyto, cached, kept))
+
+    def _ranges(self, slot: int, position: int, place: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return views of the same shape: of the KV cache, and of the pool."""
+        assert not self._closed, "the backend is closed"
+        assert min(position, place) >= 0 and position + count <= self.max_context and place + count <= self.pool_tokens
+        cached = self._session.kv_cache[:, :, slot, :, position : position + count]
+        return cached, self._pool[:, :, :, place : place + count]
 
     def close(self) -> None:
         if self._closed:
@@ -181,7 +190,7 @@ class OnnxRuntimeBackend:
         self._thread.join()
         self._closed = True
         del self._session
-        self._prefixes = np.empty(0, dtype=np.float32)
+        self._pool = np.empty(0, dtype=np.float32)
 
     # --- the compute thread -------------------------------------------------------------------------
 
@@ -307,12 +316,6 @@ class OnnxRuntimeBackend:
         if token in slot.stop_ids:
             slot.ended = True
         return token
-
-    def _save(self, slot: int, entry: int, length: int) -> None:
-        self._prefixes[entry][..., :length, :] = self._session.kv_cache[:, :, slot, :, :length]
-
-    def _restore(self, slot: int, entry: int, length: int) -> None:
-        self._session.kv_cache[:, :, slot, :, :length] = self._prefixes[entry][..., :length, :]
 
     def _warm_up(self) -> None:
         session = self._session

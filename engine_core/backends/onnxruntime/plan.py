@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from engine_core.backends.kv_pool import pool_tokens
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
 from engine_core.backends.onnxruntime.files import DATA_NAME, held_types
 from engine_core.backends.onnxruntime.heads import head_axes, turned_size
@@ -49,8 +49,7 @@ class Layout:
     head_rows: int  # rows of the LM head that runs
     vocab_map: np.ndarray | None  # int32 [rows]
     cuts_head: bool  # the head is whole in the engine; ``vocab_map`` was given at load
-    prefix_slots: int
-    prefix_tokens: int
+    pool_tokens: int  # places of the KV pool
 
     @property
     def vocab_size(self) -> int:
@@ -83,18 +82,18 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
             f"build it again with --max-context {max_context}."
         )
     vocab_map, cuts_head = configured_vocab_map(variant_dir, manifest, config)
+    kv_cache_type = _kv_cache_type(manifest, config)
     return Layout(
         max_context=max_context,
         num_slots=config.max_batch,
-        kv_cache_type=_kv_cache_type(manifest, config),
+        kv_cache_type=kv_cache_type,
         chunk=min(config.prefill_chunk or (_CHUNK if config.max_batch == 1 else _CHUNK_BETWEEN), max_context),
         threads=_num_threads(config.num_threads, manifest.model.num_parameters),
         model=manifest.model,
         head_rows=manifest.model.vocab_size if vocab_map is None else len(vocab_map),
         vocab_map=vocab_map,
         cuts_head=cuts_head,
-        prefix_slots=config.prompt_cache_entries,
-        prefix_tokens=min(config.prompt_cache_tokens, max_context),
+        pool_tokens=pool_tokens(config, max_context, _kv_bytes(manifest.model, kv_cache_type, 1)),
     )
 
 
@@ -126,15 +125,8 @@ def _default_threads(num_parameters: int) -> int:
 def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     """Every byte ``load`` takes, by purpose, and what the machine has free."""
     model = manifest.model
-    cache_bytes = partial(
-        kv_cache_bytes,
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=head_axes(model)[0].size,
-        kv_cache_type=layout.kv_cache_type,
-    )
-    kv_cache = cache_bytes(max_context=layout.max_context, max_batch=layout.num_slots, int8_scales="channel")
-    prefix = cache_bytes(max_context=layout.prefix_tokens, int8_scales="none") * layout.prefix_slots
+    kv_cache = _kv_bytes(model, layout.kv_cache_type, layout.max_context, layout.num_slots, "channel")
+    prefix = _kv_bytes(model, layout.kv_cache_type, layout.pool_tokens)
     data = manifest.files[DATA_NAME].size if DATA_NAME in manifest.files else 0
     rope = _rope_values(manifest) * (2 if layout.kv_cache_type == "fp16" else 4)
     stored = stored_rope_bytes(manifest)  # those of the other type stay on the disk
@@ -153,6 +145,18 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
         ),
         available=available_memory(),
         device="the CPU",
+    )
+
+
+def _kv_bytes(model: ModelSpec, kv_cache_type: str, tokens: int, num_slots: int = 1, int8_scales: str = "none") -> int:
+    return kv_cache_bytes(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=head_axes(model)[0].size,
+        max_context=tokens,
+        max_batch=num_slots,
+        kv_cache_type=kv_cache_type,
+        int8_scales=int8_scales,
     )
 
 

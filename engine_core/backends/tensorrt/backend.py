@@ -27,10 +27,11 @@ from engine_core.backends.tensorrt.layout import (
     cache_output_names,
     input_shapes,
     past_for,
+    pool_arrays,
     work_arrays,
 )
 from engine_core.backends.tensorrt.machine import check_machine
-from engine_core.backends.tensorrt.plan import engine_bytes, is_gemm_engine
+from engine_core.backends.tensorrt.plan import engine_bytes_on, is_gemm_engine
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, Arena, Device, DeviceArray, Launch, PinnedArray, Stream
 from engine_core.cuda.graphs import GraphKey, GraphRunner
@@ -51,7 +52,7 @@ class TensorRTBackend(DeviceBackend):
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
-        return plan_here(lambda device: engine_bytes(variant_dir, manifest, config, device.num_sms))
+        return plan_here(lambda device: engine_bytes_on(variant_dir, manifest, config, device))
 
     @classmethod
     def check_here(cls, manifest: Manifest) -> None:
@@ -81,7 +82,7 @@ class TensorRTBackend(DeviceBackend):
                 device,
                 api,
                 variant_dir / PLAN_NAME,
-                spec,
+                spec.on(device),
                 read_options(manifest, TrtOptions).scratch_bytes,
                 vocab_map=vocab_map,
                 use_cuda_graph=config.use_cuda_graph,
@@ -153,7 +154,8 @@ class TensorRTBackend(DeviceBackend):
         self._work = {name: arena.take(array.shape, array.dtype) for name, array in arrays.items()}
         self._kernels = own(Kernels(device, "fp16"))  # none of those used here reads 16-bit values
         item_bytes = spec.head_dim * ITEM_BYTES[spec.dtype]
-        self._allocate_host(own, device, SequenceLimits.of(spec, spec.num_kv_heads, item_bytes))
+        pool = pool_arrays(spec) if spec.pool_on_host else None
+        self._allocate_host(own, device, SequenceLimits.of(spec, spec.num_kv_heads, item_bytes), pool)
         self._prompt = [own(PinnedArray(device, (spec.chunk,), "int32")) for _ in range(2)]
         self._chunk_positions = [own(PinnedArray(device, (spec.chunk,), "int32")) for _ in range(2)]
         self._chunk_last = [own(PinnedArray(device, (1,), "int32")) for _ in range(2)]

@@ -30,7 +30,7 @@ from engine_core.backends.tensorrt.gemm_layout import (
 )
 from engine_core.backends.tensorrt.layout import DECODE, PREFILL, TrtOptions
 from engine_core.backends.tensorrt.machine import check_machine
-from engine_core.backends.tensorrt.plan import engine_bytes, resolve_gemm
+from engine_core.backends.tensorrt.plan import engine_bytes_on, resolve_gemm
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import Kernels, linear
@@ -47,7 +47,7 @@ class GemmBackend(CudaBackend):
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
-        return plan_here(lambda device: engine_bytes(variant_dir, manifest, config, device.num_sms))
+        return plan_here(lambda device: engine_bytes_on(variant_dir, manifest, config, device))
 
     @classmethod
     def load(

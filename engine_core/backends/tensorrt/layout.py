@@ -5,12 +5,14 @@ The builder makes its optimization profiles from here, the memory plan adds the 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from engine_core.backends.cuda.layout import ArraySpec
+from engine_core.backends.kv_pool import pool_tokens
 from engine_core.backends.tensorrt.capabilities import CAPABILITIES
 from engine_core.config import EngineConfig
-from engine_core.cuda.driver import ITEM_BYTES
+from engine_core.cuda.driver import ITEM_BYTES, Device
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.errors import ConfigurationError
 from engine_core.formats.manifest import Manifest, read_options
@@ -38,9 +40,7 @@ class TrtOptions:
 
     def __post_init__(self) -> None:
         if self.dtype not in CAPABILITIES.weight_formats or self.exporter not in EXPORTERS or self.max_prefill < 1:
-            raise ValueError(
-                f"dtype, exporter, max_prefill are {self.dtype}, {self.exporter}, {self.max_prefill}"
-            )
+            raise ValueError(f"dtype, exporter, max_prefill are {self.dtype}, {self.exporter}, {self.max_prefill}")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class TrtSpec:
     native: bool  # the engine writes its cache itself (TensorRT 10.15 and later)
     max_context: int
     chunk: int  # tokens of a prefill step
-    prefix_slots: int
-    prefix_tokens: int
+    pool_tokens: int  # places of the KV pool
+    pool_on_host: bool = False  # see CudaSpec
 
     @classmethod
     def create(cls, manifest: Manifest, config: EngineConfig) -> TrtSpec:
@@ -68,16 +68,22 @@ class TrtSpec:
                 f"max_context is {max_context}, but this engine has a fixed cache of {manifest.max_context} positions; "
                 "leave it at 0, or build the engine for what you want."
             )
+        model = manifest.model
+        token_bytes = model.num_layers * 2 * model.num_kv_heads * model.head_dim * ITEM_BYTES[options.dtype]
         return cls(
-            model=manifest.model,
-            head_rows=manifest.reduced_vocab_size or manifest.model.vocab_size,
+            model=model,
+            head_rows=manifest.reduced_vocab_size or model.vocab_size,
             dtype=options.dtype,
             native=native,
             max_context=max_context,
             chunk=min(config.prefill_chunk or options.max_prefill, max_context),
-            prefix_slots=config.prompt_cache_entries,
-            prefix_tokens=min(config.prompt_cache_tokens, max_context),
+            pool_tokens=pool_tokens(config, max_context, token_bytes),
+            pool_on_host=config.session_memory > 0,
         )
+
+    def on(self, device: Device) -> TrtSpec:
+        """Return the same as it runs on ``device``."""
+        return dataclasses.replace(self, pool_on_host=self.pool_on_host and not device.is_integrated)
 
     @property
     def num_layers(self) -> int:
@@ -210,7 +216,13 @@ def work_arrays(spec: TrtSpec, scratch_bytes: int) -> dict[str, ArraySpec]:
         arrays["fresh"] = ("io", (2 * spec.num_layers, spec.fresh_stride), dtype)
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
-    if spec.prefix_slots:
-        shape = (spec.prefix_slots, spec.num_layers * 2 * kv_heads, spec.prefix_tokens, head_dim)
-        arrays["prefixes"] = ("prefix_cache", shape, dtype)
-    return {name: ArraySpec(*values) for name, values in arrays.items()}
+    pool = {} if spec.pool_on_host else pool_arrays(spec)
+    return {name: ArraySpec(*values) for name, values in arrays.items()} | pool
+
+
+def pool_arrays(spec: TrtSpec) -> dict[str, ArraySpec]:
+    """Return the array of the KV pool."""
+    if not spec.pool_tokens:
+        return {}
+    shape = (spec.num_layers * 2 * spec.num_kv_heads, spec.pool_tokens, spec.head_dim)
+    return {"pool": ArraySpec("prefix_cache", shape, spec.dtype)}

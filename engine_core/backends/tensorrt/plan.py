@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from engine_core.backends.cuda.layout import CudaSpec, bytes_by_purpose, weight_arrays
+from engine_core.backends.cuda.layout import pool_arrays as cuda_pool_arrays
 from engine_core.backends.cuda.weights import Resolved, resolve
 from engine_core.backends.tensorrt.gemm_layout import gemm_work_arrays, with_chunk
-from engine_core.backends.tensorrt.layout import PLAN_NAME, TrtOptions, TrtSpec, work_arrays
+from engine_core.backends.tensorrt.layout import PLAN_NAME, TrtOptions, TrtSpec, pool_arrays, work_arrays
 from engine_core.config import EngineConfig
-from engine_core.cuda.driver import ITEM_BYTES
+from engine_core.cuda.driver import ITEM_BYTES, Device
 from engine_core.errors import EngineDirectoryError
 from engine_core.formats.manifest import Manifest, read_options
 from engine_core.models.spec import ModelSpec
@@ -41,11 +42,30 @@ def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, nu
 
     Raises ConfigurationError or EngineDirectoryError.
     """
-    scratch = read_options(manifest, TrtOptions).scratch_bytes
+    return _bytes_of(variant_dir, manifest, _spec_of(variant_dir, manifest, config), num_sms)
+
+
+def engine_bytes_on(
+    variant_dir: Path, manifest: Manifest, config: EngineConfig, device: Device
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what ``load`` takes on ``device``, and of the host's memory beside it. Raises as ``engine_bytes`` does."""
+    spec = _spec_of(variant_dir, manifest, config).on(device)
+    arrays = cuda_pool_arrays(spec) if isinstance(spec, CudaSpec) else pool_arrays(spec)
+    on_host = bytes_by_purpose(arrays) if spec.pool_on_host else {}
+    return _bytes_of(variant_dir, manifest, spec, device.num_sms), on_host
+
+
+def _spec_of(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> CudaSpec | TrtSpec:
     if is_gemm_engine(manifest):
-        return _gemm_bytes(resolve_gemm(variant_dir, manifest, config).spec, num_sms, scratch)
+        return resolve_gemm(variant_dir, manifest, config).spec
+    return TrtSpec.create(manifest, config)
+
+
+def _bytes_of(variant_dir: Path, manifest: Manifest, spec: CudaSpec | TrtSpec, num_sms: int) -> dict[str, int]:
+    scratch = read_options(manifest, TrtOptions).scratch_bytes
+    if isinstance(spec, CudaSpec):
+        return _gemm_bytes(spec, num_sms, scratch)
     path = variant_dir / PLAN_NAME
-    spec = TrtSpec.create(manifest, config)
     try:
         weights = path.stat().st_size
     except OSError as error:
