@@ -13,8 +13,8 @@ from engine_core.errors import BuildError
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("build", help="make an engine from a Hugging Face checkpoint directory")
-    parser.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors")
+    parser = commands.add_parser("build", help="make an engine from a Hugging Face checkpoint or a GGUF file")
+    parser.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors, or a GGUF file")
     parser.add_argument("engine_dir", type=Path, help="where to write; several variants go to its subdirectories")
     parser.add_argument("--backend", choices=backend_names(), default="onnxruntime")
     parser.add_argument(

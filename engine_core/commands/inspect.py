@@ -17,7 +17,7 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "inspect", help="check an engine's files and say what it is; or say what a checkpoint is and what runs it"
     )
-    parser.add_argument("target", type=Path, help="engine or checkpoint directory")
+    parser.add_argument("target", type=Path, help="engine or checkpoint directory, or a GGUF file")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="one variant (default: all)")
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="check the SHA-256 of every file"

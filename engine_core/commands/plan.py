@@ -20,7 +20,9 @@ def add(commands) -> None:
         description="Exit status 1 if what is asked for does not fit or does not run there: the variant of "
         "--quantization, or every variant.",
     )
-    parser.add_argument("target", type=Path, help="a checkpoint directory (config.json is enough) or an engine")
+    parser.add_argument(
+        "target", type=Path, help="a checkpoint directory (config.json is enough), a GGUF file or an engine"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--device", default="this", help="a Jetson by name, such as orin-nano-8gb, or this (default)")
     where.add_argument("--memory", help="what the engine may take, such as 16GB (10⁹ bytes each) or 14GiB")

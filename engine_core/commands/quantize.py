@@ -10,8 +10,10 @@ from engine_core.quantize.methods import METHODS
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("quantize", help="make a smaller checkpoint from a Hugging Face checkpoint directory")
-    parser.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors")
+    parser = commands.add_parser(
+        "quantize", help="make a smaller checkpoint from a Hugging Face checkpoint or a GGUF file"
+    )
+    parser.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors, or a GGUF file")
     parser.add_argument("out", type=Path, help="the directory to write; takes its name only when it is whole")
     parser.add_argument(
         "--method",

@@ -118,7 +118,10 @@ def config_ids(checkpoint: Checkpoint, name: str) -> list[int]:
     Negative ids stand for none. Raises CheckpointError for what is no id.
     """
     ids: list[int] = []
-    for file, config in (("config.json", checkpoint.config), ("generation_config.json", checkpoint.generation_config)):
+    for file, config in (
+        (checkpoint.config_name, checkpoint.config),
+        ("generation_config.json", checkpoint.generation_config),
+    ):
         value = config.get(name)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(x, bool) or not isinstance(x, int) or x >= 2**31 for x in values):
@@ -168,7 +171,7 @@ def notes(spec: ModelSpec, max_context: int) -> tuple[str, ...]:
 
 def model_name(checkpoint: Checkpoint) -> str:
     name = str(checkpoint.config.get("_name_or_path") or "")
-    return Path(name).name or checkpoint.directory.resolve().name
+    return Path(name).name or checkpoint.name
 
 
 def versions(packages: Sequence[str] = ("onnx",)) -> dict[str, str]:

@@ -15,7 +15,8 @@ MARK = "edgellm_quantization"  # in config.json: the method, which the layout al
 def quantization_of(checkpoint: Checkpoint, spec: ModelSpec) -> str:
     """Return the format of the checkpoint's linears; "" if they are plain or of several formats.
 
-    'edgellm quantize' marks what it wrote. Others calibrate (AWQ, GPTQ, llm-compressor): their int4 is int4_awq.
+    'edgellm quantize' marks what it wrote. Others calibrate (AWQ, GPTQ, llm-compressor): their int4 is int4_awq. GGUF's
+    Q4_0 is rounded to nearest.
     """
     layers = spec.layers
     linears = (linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
@@ -27,7 +28,8 @@ def quantization_of(checkpoint: Checkpoint, spec: ModelSpec) -> str:
     method = mark.get("method") if isinstance(mark, dict) else None
     if method in of_kind:
         return method
-    return min(of_kind, key=lambda name: not weight_format(name).needs_calibration, default="")
+    is_calibrated = not checkpoint.is_gguf
+    return min(of_kind, key=lambda name: weight_format(name).needs_calibration != is_calibrated, default="")
 
 
 def conversion_refusal(quantization: str, found: str) -> str | None:
@@ -46,6 +48,6 @@ def conversion_refusal(quantization: str, found: str) -> str | None:
 
 
 def default_quantization(checkpoint_dir: Path) -> str:
-    """``quantization_of`` a directory. Raises CheckpointError or UnsupportedModelError."""
+    """``quantization_of`` a checkpoint. Raises CheckpointError or UnsupportedModelError."""
     checkpoint = Checkpoint(checkpoint_dir)
     return quantization_of(checkpoint, read_spec(checkpoint))

@@ -22,6 +22,7 @@ class Tensors(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
     def read(self, name: str, rows: Rows = ...) -> np.ndarray: ...
+    def is_rounded(self, name: str) -> bool: ...
     def stored(self, name: str) -> Stored | None: ...
     def quantized(self, name: str, rows: Rows = ...) -> QuantizedTensor | None: ...
 
@@ -81,9 +82,9 @@ class Weights:
         group_size = math.gcd(*(part.group_size for part in found))
         return IntegerLayout(stored, group_size, any(part.has_zeros for part in found))
 
-    def is_quantized(self, linear: LinearSpec) -> bool:
-        """Return True if any part is stored quantized, in whatever format."""
-        return any(self._checkpoint.stored(part) is not None for part in linear.parts)
+    def is_rounded(self, name: str) -> bool:
+        """Return True for a tensor that is stored quantized, in whatever format."""
+        return self._checkpoint.is_rounded(name)
 
     def integers(self, linear: LinearSpec, group_size: int) -> Iterator[QuantizedTensor]:
         """Blocks of rows in order, as the checkpoint has them, in groups of ``group_size``; see ``integer_layout``."""

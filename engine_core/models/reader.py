@@ -32,6 +32,10 @@ class ConfigSource(Protocol):
     config: dict[str, Any]
     has_tensors: bool  # False: nobody knows which are stored
 
+    @property
+    def config_name(self) -> str:
+        """How messages name what the configuration is read from."""
+
     def __contains__(self, name: str) -> bool: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -63,7 +67,8 @@ class _Reader:
     def __init__(self, checkpoint: ConfigSource, family: Family) -> None:
         self.checkpoint = checkpoint
         self.family = family
-        self.fields = fields = Fields(checkpoint.config)
+        self.where = checkpoint.config_name
+        self.fields = fields = Fields(checkpoint.config, self.where)
         self.num_heads = fields.whole("num_attention_heads")
         self.hidden_size = fields.whole("hidden_size")
         self.num_layers = fields.whole("num_hidden_layers")
@@ -77,7 +82,7 @@ class _Reader:
         kv_heads = fields.whole("num_key_value_heads", family.num_kv_heads, optional=family.kv_heads_nullable)
         kv_heads = kv_heads or self.num_heads
         if self.num_heads % kv_heads:
-            raise CheckpointError(f"config.json has {self.num_heads} heads for {kv_heads} KV heads: not a multiple.")
+            raise CheckpointError(f"{self.where} has {self.num_heads} heads for {kv_heads} KV heads: not a multiple.")
         activation = fields.text(family.activation_field, family.activation)
         if activation not in _ACTIVATIONS:
             raise UnsupportedModelError(
@@ -123,7 +128,7 @@ class _Reader:
         )
         if head_dim is None and self.hidden_size % self.num_heads:
             raise CheckpointError(
-                f"config.json has hidden_size={self.hidden_size} for {self.num_heads} heads and no head_dim: "
+                f"{self.where} has hidden_size={self.hidden_size} for {self.num_heads} heads and no head_dim: "
                 "not a multiple."
             )
         return head_dim or self.hidden_size // self.num_heads
@@ -187,16 +192,16 @@ class _Reader:
             kinds = [FULL] * self.num_layers if has_none else family.layer_kinds(fields, self.num_layers)
         if given is not None and given != kinds:  # what it means elsewhere depends on more than the model
             raise UnsupportedModelError(
-                f"config.json has layer_types other than {sorted(set(kinds))} for all its {self.num_layers} layers, "
+                f"{self.where} has layer_types other than {sorted(set(kinds))} for all its {self.num_layers} layers, "
                 f"which is not supported for {family.architecture}; leave them out."
             )
         if len(kinds) != self.num_layers or not set(kinds) <= {FULL, SLIDING}:
             raise UnsupportedModelError(
-                f"config.json has the layer types {sorted(set(kinds))} for {self.num_layers} layers; "
+                f"{self.where} has the layer types {sorted(set(kinds))} for {self.num_layers} layers; "
                 f"one of {FULL} and {SLIDING} for each is supported."
             )
         if window is None and SLIDING in kinds:
-            raise CheckpointError(f"config.json has layers of the type {SLIDING}, but no sliding_window for them.")
+            raise CheckpointError(f"{self.where} has layers of the type {SLIDING}, but no sliding_window for them.")
         return kinds
 
     def _window(self) -> int | None:
@@ -210,7 +215,7 @@ class _Reader:
     def _rope(self, kind: str) -> RopeSpec:
         family, fields = self.family, self.fields
         values = self._rope_values(kind)
-        own = Fields(values, "config.json's RoPE parameters")
+        own = Fields(values, f"The RoPE of {self.where}")
         name = "rope_type" if "rope_type" in own else "type"
         scaling = own.text(name, "default")
         scaling = dict(family.rope_names).get(scaling, scaling)
@@ -224,7 +229,7 @@ class _Reader:
         dim = int(self.head_dim * partial)
         if (partial != 1 and not family.partial_rotary) or not 0 < dim <= self.head_dim or dim % 2:
             raise UnsupportedModelError(
-                f"config.json has partial_rotary_factor={partial:g} of heads of {self.head_dim} values, which is not "
+                f"{self.where} has partial_rotary_factor={partial:g} of heads of {self.head_dim} values, which is not "
                 f"supported for {family.architecture}; an even number of values, and all but in Phi-3, are rotated."
             )
         original = None
@@ -253,7 +258,7 @@ class _Reader:
         fields, family = self.fields, self.family
         scaling, parameters = fields.table("rope_scaling"), fields.table("rope_parameters")
         if family.local_rope_theta:
-            nested = Fields(parameters or {}, "config.json's rope_parameters")
+            nested = Fields(parameters or {}, f"The rope_parameters of {self.where}")
             if parameters and not ({FULL, SLIDING} & parameters.keys()):
                 fields.refuse("rope_parameters", f"an object with {FULL} and {SLIDING}")
             values = dict(nested.table(kind) or {})
@@ -276,8 +281,8 @@ class _Reader:
         value = self._softcap("attn_logit_softcapping", self.family.attention_softcap)
         if value and not self.family.caps_attention:
             raise UnsupportedModelError(
-                f"config.json has attn_logit_softcapping={value:g}, which {self.family.architecture} does not apply in "
-                "transformers; set it to null to do the same."
+                f"{self.where} has attn_logit_softcapping={value:g}, which {self.family.architecture} does not apply "
+                "in transformers; set it to null to do the same."
             )
         return value
 

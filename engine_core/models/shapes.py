@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from engine_core.errors import CheckpointError
 from engine_core.formats.checkpoint import Checkpoint, read_json
+from engine_core.formats.gguf_file import is_gguf
 from engine_core.formats.number_formats import QuantizedTensor
 from engine_core.formats.quantized_layouts import Rows, Stored
 from engine_core.formats.weight_formats.base import WeightFormat
@@ -26,6 +26,7 @@ class ConfigCheckpoint:
     """
 
     has_tensors = False  # nobody knows which are stored
+    config_name = "config.json"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = dict(config)
@@ -33,7 +34,9 @@ class ConfigCheckpoint:
 
     @classmethod
     def of(cls, directory: Path) -> ConfigCheckpoint:
-        """Raises CheckpointError without a readable config.json."""
+        """Raises CheckpointError without a readable config.json or GGUF file."""
+        if is_gguf(directory):
+            return cls(Checkpoint(directory).config)
         return cls(read_json(Path(directory) / "config.json"))
 
     def __contains__(self, name: str) -> bool:
@@ -80,12 +83,19 @@ class SpecTensors:
     def quantized(self, name: str, rows: Rows = slice(None)) -> QuantizedTensor:
         raise AssertionError("there are no values")
 
+    def is_rounded(self, name: str) -> bool:
+        """Return whether it is quantized."""
+        return self._format is not None
+
 
 def read_shapes(directory: Path) -> tuple[ConfigCheckpoint, ModelSpec]:
-    """(configuration, spec) of a checkpoint directory; weights are looked at only where they are.
+    """(configuration, spec) of a checkpoint; weights are looked at only where they are.
 
     Raises CheckpointError or UnsupportedModelError.
     """
+    if is_gguf(directory):
+        checkpoint = Checkpoint(directory)
+        return ConfigCheckpoint(checkpoint.config), read_spec(checkpoint)
     stand_in = ConfigCheckpoint.of(directory)
     source: ConfigCheckpoint | Checkpoint = stand_in
     if not stand_in.stored_quantization and list(Path(directory).glob("*.safetensors")):
@@ -95,12 +105,4 @@ def read_shapes(directory: Path) -> tuple[ConfigCheckpoint, ModelSpec]:
 
 def is_checkpoint(directory: Path) -> bool:
     """Return True if ``directory`` is a checkpoint rather than an engine directory."""
-    return (Path(directory) / "config.json").is_file()
-
-
-def stored_bytes(directory: Path) -> int:
-    """Bytes of the safetensors files in ``directory``; 0 if there are none. Raises CheckpointError."""
-    try:
-        return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be read ({error}).") from error
+    return is_gguf(directory) or (Path(directory) / "config.json").is_file()

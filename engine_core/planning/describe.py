@@ -7,39 +7,41 @@ from pathlib import Path
 
 from engine_core.backends.capabilities import Capabilities, all_capabilities
 from engine_core.errors import CheckpointError, UnsupportedModelError
-from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.checkpoint import Checkpoint, stored_bytes
 from engine_core.formats.detect import conversion_refusal, quantization_of
+from engine_core.formats.gguf_file import is_gguf
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.models.reader import check_tensors, read_spec
 from engine_core.models.rope import RopeSpec
-from engine_core.models.shapes import ConfigCheckpoint, read_shapes, stored_bytes
+from engine_core.models.shapes import ConfigCheckpoint, read_shapes
 from engine_core.models.spec import ModelSpec
 
 
-def describe_checkpoint(directory: Path) -> dict:
+def describe_checkpoint(path: Path) -> dict:
     """JSON-safe: sizes, types, ``supported``, ``backends`` (name → quantizations that can be built and run),
     ``kv_cache_types`` (name → quantization → types), ``why_not`` (what → reason).
 
-    Raises CheckpointError if config.json or a safetensors file cannot be read.
+    Raises CheckpointError if config.json, a safetensors file or a GGUF file cannot be read.
     """
-    source = ConfigCheckpoint.of(directory)
+    source = ConfigCheckpoint.of(path)
     config = source.config
+    num_bytes, dtypes = _stored(path)
     found: dict = {
         "architecture": _architecture(config),
         "supported": False,
         "quantization": _stored_quantization(source.stored_quantization),
-        "weights_bytes": stored_bytes(directory),
-        "dtype": _dtypes(directory) or str(config.get("dtype") or config.get("torch_dtype") or ""),
+        "weights_bytes": num_bytes,
+        "dtype": dtypes or str(config.get("dtype") or config.get("torch_dtype") or ""),
     }
     why_not: dict[str, str] = {}
     backends: dict[str, list[str]] = {}
     kv_cache_types: dict[str, dict[str, list[str]]] = {}
     try:
-        _, spec = read_shapes(directory)
+        _, spec = read_shapes(path)
         found |= sizes(spec)
         stored = None if source.stored_quantization else ""  # None: its weights would have to be looked at
-        if found["weights_bytes"]:  # what the builders do first
-            checkpoint = Checkpoint(directory)
+        if num_bytes:  # what the builders do first
+            checkpoint = Checkpoint(path)
             check_tensors(read_spec(checkpoint), checkpoint)
             stored = quantization_of(checkpoint, spec)
         found["supported"] = True
@@ -54,12 +56,28 @@ def describe_checkpoint(directory: Path) -> dict:
                 why_not |= {f"{each.backend} {kind}": reason for kind, reason in refused.items()}
     except (UnsupportedModelError, CheckpointError) as error:
         why_not["checkpoint"] = str(error)
-    if not found["weights_bytes"]:
+    if not num_bytes:
         why_not["weights"] = "there are no safetensors here, so that it can be planned, not built"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (directory / name).is_file():
-            why_not[name] = "missing; without it an engine cannot read text"
-    return found | {"backends": backends, "kv_cache_types": kv_cache_types, "why_not": why_not}
+    return found | {
+        "backends": backends,
+        "kv_cache_types": kv_cache_types,
+        "why_not": why_not | _without_tokenizer(path),
+    }
+
+
+def _without_tokenizer(path: Path) -> dict[str, str]:
+    """Return what the tokenizer lacks (what → reason)."""
+    directory = path
+    if is_gguf(path):
+        try:
+            checkpoint = Checkpoint(path)  # kept: its directory is gone with it
+            directory = checkpoint.directory
+        except (UnsupportedModelError, CheckpointError) as error:
+            return {"tokenizer": str(error)}
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return {
+        name: "missing; without it an engine cannot read text" for name in names if not (directory / name).is_file()
+    }
 
 
 def _architecture(config: dict) -> str:
@@ -115,10 +133,16 @@ def _stored_quantization(values: dict | None) -> str:
     return ", ".join(parts)
 
 
-def _dtypes(directory: Path) -> str:
-    """Types of the stored tensors, the most frequent first; empty without weights."""
+def _stored(path: Path) -> tuple[int, str]:
+    """Return the bytes of the files with weights, and the types of the tensors, the most frequent first."""
     counts: Counter[str] = Counter()
-    for path in sorted(Path(directory).glob("*.safetensors")):
-        file = SafetensorsFile(path)
-        counts.update(file.dtype(name) for name in file.names())
-    return ", ".join(dtype for dtype, _ in counts.most_common())
+    if is_gguf(path):
+        checkpoint = Checkpoint(path)
+        num_bytes = checkpoint.num_bytes
+        counts.update(checkpoint.dtypes())
+    else:
+        num_bytes = stored_bytes(path)
+        for name in sorted(Path(path).glob("*.safetensors")):
+            file = SafetensorsFile(name)
+            counts.update(file.dtype(tensor) for tensor in file.names())
+    return num_bytes, ", ".join(dtype for dtype, _ in counts.most_common())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine_core.backends.capabilities import Capabilities, all_capabilities, capabilities_of
 from engine_core.backends.toolkit import Size, toolkit_of
+from engine_core.formats.gguf_file import is_gguf
 from engine_core.formats.weight_formats import NAMES, weight_format
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.memory import MemoryPlan, kv_cache_bytes
@@ -28,7 +29,8 @@ class CheckpointEstimate:
         self.directory = Path(directory)
         checkpoint, self.spec = read_shapes(self.directory)
         name = str(checkpoint.config.get("_name_or_path") or "")
-        self.name = Path(name).name or self.directory.resolve().name
+        own = self.directory.resolve()
+        self.name = Path(name).name or (own.stem if is_gguf(own) else own.name)
 
     def variants(self, backend: str = "", *, on_gpu: bool = True) -> tuple[tuple[str, str], ...]:
         """Return (quantization, backend) of every column: all of ``backend``, or without one of the GPU or the CPU.

@@ -33,7 +33,7 @@ def read_sequences(path: Path, checkpoint: Checkpoint, max_tokens: int, vocab_si
         tokenizer = Tokenizer(checkpoint.directory)
     except EngineDirectoryError:
         raise BuildError(
-            f"The calibration text {path} cannot be used: {checkpoint.directory} has no tokenizer.json that loads."
+            f"The calibration text {path} cannot be used: {checkpoint.path} has no tokenizer that loads."
         ) from None
     sequences = list(token_sequences(path, tokenizer, max_tokens))
     if not sequences:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine_core.formats.atomic import replaced_directory
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import MARK
 from engine_core.formats.number_formats import to_16_bit
+from engine_core.formats.rounding_errors import RoundingErrors
 from engine_core.formats.safetensors_file import SafetensorsWriter
 from engine_core.formats.vocab_map import VOCAB_MAP_NAME
 from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
@@ -73,6 +75,7 @@ class CheckpointWriter:
                     rows, columns = shape
                     scheme.check(part, (rows, columns))
                     tensors |= scheme.tensors(part, (rows, columns))
+        self.rounding_errors = RoundingErrors()  # of weights that are quantized already
         self._writer = SafetensorsWriter(directory / "model.safetensors", tensors, {"format": "pt"})
 
     def __enter__(self) -> CheckpointWriter:
@@ -158,9 +161,13 @@ class CheckpointWriter:
         row = 0
         for name, weights in zip(linear.parts, parts):
             own = None if ratios is None else ratios[row : row + len(weights)]
-            for tensor, values in self._scheme.encode(name, weights, own, peak).items():
+            for tensor, values in self._scheme.encode(name, weights, own, peak, self._listener(name)).items():
                 self._writer.write(tensor, values)
             row += len(weights)
+
+    def _listener(self, name: str) -> Callable[[np.ndarray, np.ndarray], None] | None:
+        """Return what counts the loss of a weight that is quantized already, or None."""
+        return partial(self.rounding_errors.add, name) if self._checkpoint.is_rounded(name) else None
 
     def _copy(self, name: str) -> None:
         """As it is, in 16 bits, a block of rows at a time."""
@@ -170,13 +177,18 @@ class CheckpointWriter:
         self._writer.write_blocks(name, (to_16_bit(block, self._scheme.dtype) for block in blocks))
 
 
-def write_config(directory: Path, checkpoint: Checkpoint, spec: ModelSpec, scheme: Scheme, head: bool) -> None:
+def write_config(
+    directory: Path, checkpoint: Checkpoint, spec: ModelSpec, scheme: Scheme, head: bool, errors: RoundingErrors
+) -> None:
+    """``errors``: of the weights that were quantized already, for the record."""
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     dtype = {"fp16": "float16", "bf16": "bfloat16"}[scheme.dtype]
     config.update({key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype})
     if scheme.quantized:
         config["quantization_config"] = scheme.config([] if head else ["lm_head"])
     config[MARK] = {"method": scheme.method, "group_size": scheme.group_size}
+    if errors:
+        config[MARK]["rounding_errors"] = errors.relative()
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

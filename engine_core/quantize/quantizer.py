@@ -53,9 +53,11 @@ def quantize(
     report(f"Quantizing {spec.architecture} with {spec.num_parameters / 1e6:.1f} M parameters to {method} in {out_dir}")
     with write_directory(out_dir) as directory:
         copy_companions(directory, checkpoint)
-        write_config(directory, checkpoint, spec, scheme, head)
         with CheckpointWriter(directory, checkpoint, spec, scheme, head) as writer:
             _write(writer, checkpoint, spec, scheme, tokens, progress)
+        write_config(directory, checkpoint, spec, scheme, head, writer.rounding_errors)
+    if writer.rounding_errors:
+        report(writer.rounding_errors.sentence(checkpoint.path.name, method))
     size = sum(path.stat().st_size for path in Path(out_dir).iterdir() if path.is_file())
     report(f"Wrote {out_dir}: {size / 1e6:.1f} MB")
 
@@ -89,9 +91,10 @@ def _write(
 
 def _check(checkpoint: Checkpoint, spec: ModelSpec, scheme: Scheme, head: bool) -> None:
     """Raises BuildError."""
-    if checkpoint.is_quantized and scheme.quantized:
+    # A GGUF file is often all there is of a model: its quantized weights are rounded anew, which is reported.
+    if checkpoint.is_quantized and scheme.quantized and not checkpoint.is_gguf:
         raise BuildError(
-            f"{checkpoint.directory} is quantized already; quantize the checkpoint it was made from, or take the "
+            f"{checkpoint.path} is quantized already; quantize the checkpoint it was made from, or take the "
             "method fp16, which dequantizes it."
         )
     if head and not scheme.quantized:
@@ -107,7 +110,7 @@ def _calibration(given: Path | None, checkpoint: Checkpoint, method: str) -> Pat
     path = find_calibration(checkpoint, given)
     if path is None:
         raise BuildError(
-            f"{method} is calibrated on texts like those the model will see, and {checkpoint.directory} brings no "
+            f"{method} is calibrated on texts like those the model will see, and {checkpoint.path} brings no "
             f"{' or '.join(NAMES)}; give a text file or JSONL chats with --calibration."
         )
     return path

@@ -6,6 +6,7 @@ SGLang read: a method here is a "preset scheme" there (W4A16, W8A16, W8A8, FP8_D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,10 +82,22 @@ class Scheme:
             return {name: ("I8", shape), f"{name}_scale": (self.stored, (shape[0], 1))}
         return self._quantized.tensors(name, shape, self.rounding())
 
-    def encode(self, name: str, weights: np.ndarray, ratios: np.ndarray | None, peak: float) -> dict[str, np.ndarray]:
-        """The tensors of one weight, float32 [rows, columns]. ``ratios``, ``peak``: see ``Rounding``."""
+    def encode(
+        self,
+        name: str,
+        weights: np.ndarray,
+        ratios: np.ndarray | None,
+        peak: float,
+        on_rounded: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The tensors of one weight, float32 [rows, columns]. ``ratios``, ``peak``: see ``Rounding``.
+
+        ``on_rounded`` gets the weights before and after they are rounded.
+        """
         rounding = self.rounding(ratios, peak)
         quantized = self._quantized.quantize(weights, rounding)
+        if on_rounded is not None:
+            on_rounded(weights, quantized.dequantize())
         if self.layout == _INT_QUANTIZED:
             assert isinstance(quantized, QuantizedTensor)
             signed = (quantized.values ^ 0x80).view(np.int8)

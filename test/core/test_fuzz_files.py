@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sample_checkpoints
 from engine_core.config import EngineConfig
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.companions import check_tokenizer, eos_token_ids
@@ -150,3 +151,92 @@ def test_a_damaged_safetensors_file(tmp_path_factory, data, at, length):
 @given(options=st.dictionaries(st.sampled_from(["backend", "max_context", "verify_files", "colour"]), values))
 def test_damaged_options(options):
     refusal(EngineConfig.from_dict, {"engine_dir": "x"} | options)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory) -> tuple[Path, int]:
+    """(a small file, where its tensors begin)."""
+    import gguf_files
+
+    directory = tmp_path_factory.mktemp("gguf")
+    tokens = [chr(code) for code in range(33, 127)] + ["ab", "<|im_end|>"]
+    tokenizer = {
+        "ggml.model": "gpt2", "ggml.pre": "qwen2", "ggml.tokens": tokens, "ggml.merges": ["a b"],
+        "ggml.token_type": [1] * 95 + [3], "ggml.eos_token_id": 95, "chat_template": "{{ messages }}",
+    }  # fmt: skip
+    path = gguf_files.write(directory / "x.gguf", sample_checkpoints.write(directory / "c", "Qwen3ForCausalLM"),
+                            "Q8_0", tokenizer=tokenizer)  # fmt: skip
+    num_bytes = sum(int(np.prod(shape)) for shape in read_spec(Checkpoint(path)).shapes().values())
+    return path, path.stat().st_size - num_bytes  # a value takes more than a byte
+
+
+def read_gguf(path: Path) -> None:
+    checkpoint = Checkpoint(path)
+    spec = read_spec(checkpoint)
+    check_tensors(spec, checkpoint)
+    eos_token_ids(checkpoint)
+    quantization_of(checkpoint, spec)
+    for name in spec.shapes():
+        assert checkpoint.read(name, slice(0, 2)).dtype == np.float32
+    assert (checkpoint.directory / "config.json").is_file()
+
+
+@fuzz
+@given(data=st.data())
+def test_a_damaged_gguf_file(gguf_file, tmp_path_factory, data):
+    path, end = gguf_file
+    whole = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, min(end, 6000)) | st.integers(0, 400))
+        patch = data.draw(st.binary(min_size=1, max_size=12) | st.sampled_from([b"\xff" * 8, b"\0" * 8, b"\x7f" * 4]))
+        whole[at : at + len(patch)] = patch
+    length = data.draw(st.none() | st.integers(0, len(whole)))
+    damaged_path = tmp_path_factory.getbasetemp() / "fuzzed.gguf"
+    damaged_path.write_bytes(whole[:length])
+    refusal(read_gguf, damaged_path)
+
+
+def test_a_gguf_file_that_is_cut_off_anywhere_in_its_header(gguf_file, tmp_path):
+    path, end = gguf_file
+    whole = path.read_bytes()
+    read_gguf(path)
+    for length in [*range(200), *range(200, end, 97), len(whole) - 1]:
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        assert refusal(read_gguf, tmp_path / "cut.gguf") is not None, length
+
+
+@pytest.mark.parametrize("at, value", [(8, 2**63), (16, 2**63), (8, 10**9), (16, 10**9), (4, 3 << 24), (4, 1), (0, 0)])
+def test_counts_and_versions_that_no_gguf_file_can_have(gguf_file, tmp_path, at, value):
+    whole = bytearray(gguf_file[0].read_bytes())
+    size = 8 if at in (8, 16) else 4
+    whole[at : at + size] = value.to_bytes(size, "little")
+    (tmp_path / "x.gguf").write_bytes(whole)
+    found = refusal(read_gguf, tmp_path / "x.gguf")
+    assert found is not None and "is not a whole GGUF file" in str(found)
+
+
+@fuzz
+@given(values=st.dictionaries(st.sampled_from(sorted({
+    "qwen3.block_count", "qwen3.attention.head_count", "qwen3.embedding_length", "qwen3.rope.freq_base",
+    "qwen3.rope.scaling.type", "qwen3.rope.scaling.factor", "qwen3.rope.dimension_count", "general.alignment",
+    "qwen3.attention.key_length", "qwen3.context_length", "tokenizer.ggml.model", "tokenizer.ggml.pre", "split.count",
+    "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.eos_token_id",
+    "tokenizer.chat_template", "qwen3.attention.sliding_window_pattern", "tokenizer.ggml.bos_token_id",
+    "tokenizer.ggml.add_bos_token",
+})), values | st.lists(st.integers(-5, 100), max_size=100).map(np.array), min_size=1, max_size=3))  # fmt: skip
+def test_gguf_metadata_with_anything_in_it(gguf_file, monkeypatch, values):
+    from engine_core.formats import gguf_model
+
+    real = gguf_model.read_parts
+
+    def changed(path):
+        parts = real(path)
+        parts[0].metadata.update(values)
+        return parts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_model, "read_parts", changed)
+        refusal(read_gguf, gguf_file[0])

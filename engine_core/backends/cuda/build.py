@@ -102,7 +102,7 @@ def build_cuda(
             _log.warning(
                 "%d quantized matrices of %s are dequantized and rounded anew to %s, since the cuda backend holds %s "
                 "only, such as %s; %s.",
-                len(rounded), checkpoint.directory, quantization, _held(stored_as), rounded[0], _otherwise(stored_as),
+                len(rounded), checkpoint.path, quantization, _held(stored_as), rounded[0], _otherwise(stored_as),
             )  # fmt: skip
             manifest = dataclasses.replace(manifest, options=dataclasses.asdict(CudaOptions(dtype, len(rounded))))
         manifest = seal(directory, manifest)
@@ -317,4 +317,4 @@ def write_weights(
 def _is_quantized(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> bool:
     """Return True if any part of the fused tensor ``name`` is stored quantized."""
     parts = _linear_of(spec, name).parts if name.startswith("layers.") else ()
-    return any(checkpoint.stored(part) is not None for part in parts)
+    return any(checkpoint.is_rounded(part) for part in parts)

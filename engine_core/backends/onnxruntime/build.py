@@ -1,10 +1,10 @@
-"""Builds an engine variant for the CPU from a Hugging Face checkpoint directory; needs no torch."""
+"""Builds an engine variant for the CPU from a checkpoint; needs no torch."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
@@ -49,9 +49,9 @@ def build_engine(
 
     ``quantization``: one of CAPABILITIES.weight_formats, or auto: what the checkpoint is quantized as, else fp32. A
     quantized checkpoint's int4 or int8 weights keep their values, scales and zeros; built as anything else they are
-    dequantized first, and the manifest's option ``requantized`` counts those that are rounded anew. int4_awq needs a
-    checkpoint in int4. ``max_context``: tokens the RoPE table covers, 0 = the model's own, at most 4096.
-    ``group_size``: weights per scale, 0 = 32.
+    dequantized first, and the manifest's option ``rounding_errors`` has the loss of those that are rounded anew.
+    int4_awq needs a checkpoint in int4. ``max_context``: tokens the RoPE table covers, 0 = the model's own, at most
+    4096. ``group_size``: weights per scale, 0 = 32.
     ``head_bits``: 4 or 8 for the LM head and the embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors
     file of the full ids an LM head of fewer rows keeps; a file of that name in the checkpoint is used by itself.
     ``kv_cache_type``: what the engine opens with unless told otherwise; auto = fp32. It holds fp32 and fp16 in any
@@ -105,12 +105,12 @@ def build_engine(
             notes=companions.notes(spec, max_context),
             options=asdict(engine_options(precision, exporter.packing, shares_head=spec.tied and kept is None)),
         )
-        if exporter.num_requantized:
-            report(
-                f"{exporter.num_requantized} quantized matrices of {checkpoint.directory} were dequantized and rounded "
-                f"anew to {quantization}"
-            )
-            manifest.options["requantized"] = exporter.num_requantized
+        if exporter.rounding_errors:
+            sentence = exporter.rounding_errors.sentence(checkpoint.path.name, quantization)
+            report(sentence)
+            manifest = replace(manifest, notes=(*manifest.notes, sentence))
+            manifest.options["requantized"] = len(exporter.rounding_errors)
+            manifest.options["rounding_errors"] = exporter.rounding_errors.relative()
         manifest = seal(directory, manifest)
     report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
     return manifest
@@ -174,7 +174,7 @@ def _calibration(kv_cache_type: str, given: Path | None, checkpoint: Checkpoint)
     found = find_calibration(checkpoint, given)
     if found is None and kv_cache_type == "int8":
         raise BuildError(
-            f"An int8 KV cache is calibrated on text, but {checkpoint.directory} has no {' or '.join(NAMES)}; give "
+            f"An int8 KV cache is calibrated on text, but {checkpoint.path} has no {' or '.join(NAMES)}; give "
             "--calibration FILE with conversations like those the robot will have."
         )
     return found

@@ -6,7 +6,9 @@ MatMulNBits multiplies with group-wise int4 or int8 weights; GatherBlockQuantize
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from onnx import TensorProto
@@ -16,6 +18,7 @@ from engine_core.backends.onnxruntime.heads import head_axes, turned_size
 from engine_core.backends.onnxruntime.kv_cache_graphs import KVScales, with_fp16_cache, with_int8_cache
 from engine_core.backends.onnxruntime.weight_writer import PackedWeight, own_values, packed_shape, rounded
 from engine_core.formats.onnx_writer import GraphWriter
+from engine_core.formats.rounding_errors import RoundingErrors
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
@@ -66,7 +69,7 @@ class OrtExporter:
         self._max_context = max_context
         self._spec = weights.spec
         self.packing = Packing()
-        self.num_requantized = 0  # linears that the checkpoint has quantized otherwise than asked for
+        self.rounding_errors = RoundingErrors()  # of matrices that the checkpoint has quantized otherwise
         self._heads = head_axes(self._spec)
         self._tied_head = ""  # the embedding's tensor, where the head can use the same bytes
 
@@ -94,7 +97,8 @@ class OrtExporter:
             embedded = writer.node("Gather", [table, "input_ids"], "embed/output", axis=0)
         else:
             head, group_size = precision.head, precision.group_size
-            packed = rounded(writer, "embedding", shape, self._weights.embedding(), head, group_size, flat=True)
+            blocks, listener = self._weights.embedding(), self._listener("embedding", spec.embedding)
+            packed = rounded(writer, "embedding", shape, blocks, head, group_size, flat=True, on_rounded=listener)
             if shares:
                 self._tied_head = writer.alias("head.weight", packed.values, packed_shape(shape, head, group_size))
             embedded = writer.node(
@@ -140,9 +144,8 @@ class OrtExporter:
         if layout is not None and wanted.keeps(layout.format, layout.group_size):
             packed = own_values(self._writer, f"{name}.weight", self._weights, linear, group_size)
         else:
-            self.num_requantized += self._weights.is_quantized(linear)
-            blocks = self._weights.linear(linear)
-            packed = rounded(self._writer, f"{name}.weight", shape, blocks, wanted, group_size)
+            blocks, listener = self._weights.linear(linear), self._listener(name, *linear.parts)
+            packed = rounded(self._writer, f"{name}.weight", shape, blocks, wanted, group_size, on_rounded=listener)
         return self._matmul_nbits(name, value, packed, shape, bias)
 
     def attention(self, index: int, qkv: str, layer: LayerSpec) -> str:
@@ -212,7 +215,8 @@ class OrtExporter:
         if self._tied_head:
             packed = PackedWeight(self._tied_head, "embedding.scales", "", head, group_size)
         else:
-            packed = rounded(self._writer, "head.weight", shape, weights.head(), head, group_size)
+            blocks, listener = weights.head(), self._listener("head", self._spec.head)
+            packed = rounded(self._writer, "head.weight", shape, blocks, head, group_size, on_rounded=listener)
         return self._matmul_nbits("head", value, packed, shape, None)
 
     def finish(self) -> None:
@@ -234,6 +238,12 @@ class OrtExporter:
                 before.save(_OPSETS, graph_name(kv_cache_type, window_before_1_24=True))
 
     # --- helpers ------------------------------------------------------------------------------------
+
+    def _listener(self, name: str, *tensors: str) -> Callable[[np.ndarray, np.ndarray], None] | None:
+        """Return what counts the loss of a matrix of which any tensor is quantized in the checkpoint, or None."""
+        if not any(self._weights.is_rounded(tensor) for tensor in tensors):
+            return None
+        return partial(self.rounding_errors.add, name)
 
     def _rope_tables(self) -> dict[str, np.ndarray]:
         """Name in the graph → float32 [max_context, half of the elements that are turned, see ``head_axes``]."""

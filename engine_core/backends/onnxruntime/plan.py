@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,7 @@ class OrtOptions:
     packed_bytes: int = 0  # what the runtime packs the weights into
     packed_head_bytes: int = 0  # of packed_bytes, the LM head's
     requantized: int = 0  # quantized matrices that were dequantized and rounded anew
+    rounding_errors: dict[str, float] = field(default_factory=dict)  # of each of them, relative
 
 
 def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layout:

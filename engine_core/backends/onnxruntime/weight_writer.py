@@ -4,7 +4,7 @@ values, scales and zeros a quantized checkpoint has already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,8 +45,12 @@ def rounded(
     weight_format: IntegerFormat,
     block_size: int,
     flat: bool = False,
+    on_rounded: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> PackedWeight:
-    """Round float32 rows to the nearest level. ``flat``: values are [rows, groups * bytes], as the lookup has them."""
+    """Round float32 rows to the nearest level. ``flat``: values are [rows, groups * bytes], as the lookup has them.
+
+    ``on_rounded`` gets each block of rows before and after it, float32.
+    """
     rows, groups, size = packed_shape(shape, weight_format, block_size)
     scales: list[np.ndarray] = []
 
@@ -54,6 +58,8 @@ def rounded(
         for block in blocks:
             quantized = weight_format.quantize(block, Rounding(block_size))
             scales.append(quantized.scales)
+            if on_rounded is not None:
+                on_rounded(block, quantized.dequantize())
             yield weight_format.pack(_padded(quantized, groups * block_size))
 
     writer.stream(name, _BYTES, (rows, groups * size) if flat else (rows, groups, size), values())

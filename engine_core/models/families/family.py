@@ -52,6 +52,11 @@ class Family:
     original_max_position: int | None = None  # default of a field beside the RoPE's own, which it overrides
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "longrope")
     rope_names: tuple[tuple[str, str], ...] = ()  # earlier names
+    # GGUF
+    gguf: str = ""  # the architecture that such files name; "" = none does
+    gguf_pairs_rows: bool = (
+        False  # rows of Q and K that RoPE turns together lie side by side there, not half a head apart
+    )
     # Layers
     fused: bool = False  # one tensor for Q, K and V, one for gate and up
     qk_norm: bool = False

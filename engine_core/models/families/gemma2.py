@@ -25,6 +25,7 @@ FAMILY = Family(
     reads_layer_types=True,
     qkv_bias="attention_bias",
     output_bias="attention_bias",
+    gguf="gemma2",
     outer_norms=True,
     norm_offset=1.0,
     scaled_embedding=True,

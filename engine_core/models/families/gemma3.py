@@ -28,6 +28,7 @@ FAMILY = Family(
     output_bias="attention_bias",
     rope_theta=1e6,
     local_rope_theta=10000.0,
+    gguf="gemma3",
     qk_norm=True,
     outer_norms=True,
     norm_offset=1.0,

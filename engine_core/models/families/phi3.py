@@ -13,5 +13,6 @@ FAMILY = Family(
     original_max_position=4096,
     rope_kinds=("default", "longrope"),
     rope_names=(("su", "longrope"), ("yarn", "longrope")),
+    gguf="phi3",
     fused=True,
 )

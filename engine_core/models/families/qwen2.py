@@ -20,4 +20,5 @@ FAMILY = Family(
     layer_kinds=layer_kinds,
     reads_layer_types=True,
     qkv_bias=True,
+    gguf="qwen2",
 )

@@ -16,4 +16,5 @@ FAMILY = Family(
     qkv_bias="attention_bias",
     output_bias="attention_bias",
     qk_norm=True,
+    gguf="qwen3",
 )
