@@ -34,18 +34,18 @@ class Exporter(Protocol):
     def gated(self, name: str, gate_up: str) -> str:
         """activation(gate) * up of the two halves of the last axis."""
 
-    def last_token(self, name: str, value: str) -> str:
-        """[1, tokens, n] → [1, n], the last of the tokens."""
+    def wanted_tokens(self, name: str, value: str) -> str:
+        """[1, tokens, n] → [rows, n], those of the tokens whose logits are wanted; the last one at least."""
 
     def head(self, value: str) -> None:
-        """Logits, float32 [1, rows], as the graph's output."""
+        """Logits, float32 [rows, LM head rows], as the graph's output."""
 
     def finish(self) -> None:
         """Writes what is left."""
 
 
 def write_decoder(spec: ModelSpec, exporter: Exporter) -> None:
-    """Writes the whole model. Only the last token of a call gets logits."""
+    """Writes the whole model. Only the wanted tokens of a call get logits."""
     exporter.begin()
     residual = exporter.embed()
     pending = ""  # a block's output that is not in the residual yet: its sum is fused with the next norm
@@ -61,8 +61,8 @@ def write_decoder(spec: ModelSpec, exporter: Exporter) -> None:
         pending = exporter.linear(f"{prefix}/down", hidden, layer.down)
         if layer.post_mlp_norm:
             pending = exporter.norm(f"{prefix}/post_mlp_norm", pending, layer.post_mlp_norm)
-    residual = exporter.last_token("last_residual", residual)
-    pending = exporter.last_token("last_output", pending)
+    residual = exporter.wanted_tokens("last_residual", residual)
+    pending = exporter.wanted_tokens("last_output", pending)
     normed, _ = exporter.add_norm("final_norm", residual, pending, spec.final_norm)
     exporter.head(normed)
     exporter.finish()

@@ -79,6 +79,7 @@ class OrtExporter:
         # For each sequence, positions already in the cache plus those of this call, less one; and their largest sum.
         writer.input("last_position", TensorProto.INT32, ["batch"])
         writer.input("length", TensorProto.INT32, [])
+        writer.input("rows", TensorProto.INT64, ["rows", 2])  # (sequence, token) of each row of the logits
         for i in range(len(spec.layers)):
             for kind in ("key", "value"):
                 shape: list[int | str] = ["batch", spec.num_kv_heads, "max_context", self._heads[0].size]
@@ -190,9 +191,8 @@ class OrtExporter:
             active = writer.node("FastGelu", [gate], f"{name}/active", domain=_MS)  # the tanh approximation
         return writer.node("Mul", [active, up], f"{name}/output")
 
-    def last_token(self, name: str, value: str) -> str:
-        last = self._writer.constant("last", np.array(-1, dtype=np.int64))
-        return self._writer.node("Gather", [value, last], f"{name}/output", axis=1)
+    def wanted_tokens(self, name: str, value: str) -> str:
+        return self._writer.node("GatherND", [value, "rows"], f"{name}/output")
 
     def head(self, value: str) -> None:
         logits = self._head_logits(value)
@@ -202,7 +202,7 @@ class OrtExporter:
             bounded = self._writer.node("Tanh", [scaled], "softcap/tanh")
             logits = self._writer.node("Mul", [bounded, cap], "softcap/output")
         self._writer.node("Identity", [logits], "logits")
-        self._writer.output("logits", TensorProto.FLOAT, ["batch", self._weights.head_rows])
+        self._writer.output("logits", TensorProto.FLOAT, ["rows", self._weights.head_rows])
 
     def _head_logits(self, value: str) -> str:
         """The head's product, before soft capping."""

@@ -15,6 +15,8 @@ from engine_core.backends.onnxruntime.mapped_weights import copy_mapped, held_st
 from engine_core.errors import BackendUnavailableError
 from engine_core.models.spec import ModelSpec
 
+# Tokens of a step that verifies a draft. With 16, a runtime's GEMM rounds otherwise than with one.
+MAX_DRAFT_ROWS = 8
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}  # of the KV cache
 # Before 1.27 the CPU's attention operator reads no int8 cache: 1.26 opens the graph and fails in the first step.
 _FIRST_WITH_INT8_CACHE = (1, 27)
@@ -30,7 +32,9 @@ class OrtSession:
     a layer are bound to the same memory, so a step writes its own positions and copies nothing.
     ``packed``: the runtime makes copies of the weights in its kernels' own layout, which only quantized ones need.
     ``kept``: int32 [rows], rows of the full LM head that are kept; None: all of them.
-    ``logits``: float32 [slots, rows], of each slot after its last step. Not thread-safe, but for ``terminate``.
+    ``logits``: float32 [slots, rows], of each slot after its last step.
+    ``draft_logits``: float32 [MAX_DRAFT_ROWS, rows], those of the last ``verify``; no rows unless ``verifies``, which
+    asks for it. Not thread-safe, but for ``terminate``.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class OrtSession:
         packed: bool = True,
         kept: np.ndarray | None = None,
         num_slots: int = 1,
+        verifies: bool = False,
     ):
         self.max_context = max_context
         self.chunk = chunk
@@ -65,35 +70,52 @@ class OrtSession:
         self.logits = np.zeros((num_slots, rows), dtype=np.float32)
         self._last_positions = np.zeros(num_slots, dtype=np.int32)
         self._length = np.zeros((), dtype=np.int32)
+        inputs = {each.name: each for each in self._session.get_inputs()}
+        self._has_rows = "rows" in inputs  # graphs of older builds give the last token's logits alone
+        # (sequence, token) of each row of the logits: of a step of several slots, of a prompt, of drafts
+        self._batch_rows = np.stack([np.arange(num_slots), np.zeros(num_slots, dtype=np.int64)], axis=1)
+        self._last_row = np.zeros((1, 2), dtype=np.int64)
+        self._draft_rows = np.zeros((MAX_DRAFT_ROWS, 2), dtype=np.int64)
+        self.verifies = verifies and self._has_rows
+        self.draft_logits = np.zeros((MAX_DRAFT_ROWS if self.verifies else 0, rows), dtype=np.float32)
         self._step_tokens = np.zeros((num_slots, 1), dtype=np.int64)
         self._tokens = np.zeros(chunk, dtype=np.int64)
         # (first slot, number of slots) → a step of slots that lie side by side
-        self._decode = {(slot, 1): self._bind(self._step_tokens[:1], slot) for slot in range(num_slots)}
-        self._prefill = [self._bind(self._tokens[None], slot) for slot in range(num_slots)]
+        first_row = self._batch_rows[:1]
+        self._decode = {(slot, 1): self._bind(self._step_tokens[:1], slot, first_row) for slot in range(num_slots)}
+        self._prefill = [self._bind(self._tokens[None], slot, self._last_row) for slot in range(num_slots)]
         self._bound_tokens = [chunk] * num_slots
         self._decode_options = ort.RunOptions()
         self._prefill_options = [ort.RunOptions() for _ in range(num_slots)]
         for each in self._prefill_options:
             each.log_severity_level = _FATAL  # being ended by ``terminate`` is no error worth a line
         # A graph with a fixed batch dimension takes one sequence at a time.
-        if num_slots > 1 and not isinstance(self._session.get_inputs()[0].shape[0], int):
+        if num_slots > 1 and not isinstance(inputs["input_ids"].shape[0], int):
             for count in range(2, num_slots + 1):
                 for slot in range(num_slots - count + 1):
-                    self._decode[slot, count] = self._bind(self._step_tokens[:count], slot)
+                    binding = self._bind(self._step_tokens[:count], slot, self._batch_rows[:count])
+                    self._decode[slot, count] = binding
+        self._draft_tokens = np.zeros((1, MAX_DRAFT_ROWS), dtype=np.int64)
+        self._verify = []
+        if self.verifies:
+            self._verify = [self._bind(self._draft_tokens, slot, self._draft_rows) for slot in range(num_slots)]
 
-    def _bind(self, token_ids: np.ndarray, slot: int) -> ort.IOBinding:
-        """``token_ids``: int64 [slots from ``slot`` on, tokens]."""
+    def _bind(self, token_ids: np.ndarray, slot: int, rows: np.ndarray) -> ort.IOBinding:
+        """``token_ids``: int64 [slots from ``slot`` on, tokens]. ``rows``: int64 [n, 2]."""
         count = len(token_ids)
         binding = self._session.io_binding()
         _bind_input(binding, "input_ids", token_ids)
         _bind_input(binding, "last_position", self._last_positions[:count])
         _bind_input(binding, "length", self._length)
+        if self._has_rows:
+            _bind_input(binding, "rows", rows)
         for layer in range(self.kv_cache.shape[0]):
             for index, kind in enumerate(("key", "value")):
                 cache = self.kv_cache[layer, index, slot : slot + count]
                 _bind_input(binding, f"past_{kind}.{layer}", cache)
                 _bind_output(binding, f"present_{kind}.{layer}", cache)
-        _bind_output(binding, "logits", self.logits[slot : slot + count])
+        logits = self.logits[slot : slot + count] if len(rows) == count else self.draft_logits[: len(rows)]
+        _bind_output(binding, "logits", logits)
         return binding
 
     def can_batch(self, count: int) -> bool:
@@ -103,6 +125,11 @@ class OrtSession:
     def stop_batching(self) -> None:
         """Forget the steps of several slots; ``can_batch`` is false for all of them from now on."""
         self._decode = {place: binding for place, binding in self._decode.items() if place[1] == 1}
+
+    def stop_verifying(self) -> None:
+        """Forget the steps with drafts; ``verifies`` is false from now on."""
+        self.verifies, self._verify = False, []
+        self.draft_logits = self.draft_logits[:0].copy()
 
     def decode(self, token_id: int, position: int, slot: int = 0) -> None:
         """Feeds one token at ``position``; its logits are in ``logits[slot]`` afterwards."""
@@ -119,6 +146,7 @@ class OrtSession:
     def prefill(self, token_ids: np.ndarray, position: int, slot: int = 0) -> None:
         """Feeds 1 to ``chunk`` tokens, integers [n], at ``position`` and on; the logits are those after the last."""
         count = len(token_ids)
+        self._last_row[0, 1] = count - 1
         self._tokens[:count] = token_ids
         if count != self._bound_tokens[slot]:
             _bind_input(self._prefill[slot], "input_ids", self._tokens[None, :count])
@@ -126,6 +154,19 @@ class OrtSession:
         self._last_positions[0] = position + count - 1
         self._length[...] = position + count
         self._session.run_with_iobinding(self._prefill[slot], self._prefill_options[slot])
+
+    def verify(self, token_ids: Sequence[int], position: int, rows: Sequence[int], slot: int = 0) -> None:
+        """Feeds tokens [n] at ``position`` and on; the logits after those whose indices are ``rows`` [m] are
+        in ``draft_logits[:m]`` afterwards. n and m are at most MAX_DRAFT_ROWS; needs ``verifies``."""
+        binding, count, wanted = self._verify[slot], len(token_ids), len(rows)
+        self._draft_tokens[0, :count] = token_ids
+        self._draft_rows[:wanted, 1] = rows
+        _bind_input(binding, "input_ids", self._draft_tokens[:, :count])
+        _bind_input(binding, "rows", self._draft_rows[:wanted])
+        _bind_output(binding, "logits", self.draft_logits[:wanted])
+        self._last_positions[0] = position + count - 1
+        self._length[...] = position + count
+        self._session.run_with_iobinding(binding, self._decode_options)
 
     def terminate(self, slot: int, stop: bool) -> None:
         """True: a ``prefill`` of ``slot`` that runs or comes ends, with an exception, at its next node. From any

@@ -92,7 +92,7 @@ class TrtExporter:
             active = self._gelu_tanh(f"{name}{FP32}gelu", gate)
         return self._node("Mul", [active, up], f"{name}/output", self._dtype)
 
-    def last_token(self, name: str, value: str) -> str:
+    def wanted_tokens(self, name: str, value: str) -> str:
         return self._node("Gather", [value, "last_token"], f"{name}/output", self._type_of[value], axis=0)
 
     def head(self, value: str) -> None:
