@@ -7,13 +7,14 @@ can be sampled, and turns its errors into ``InvalidSchemaError``, which ends one
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -154,13 +155,42 @@ class ConstraintFactory:
 
 
 class JsonConstraint:
-    """The state of one answer. Not thread-safe; used by one request and dropped."""
+    """The state of one answer. Not thread-safe; used by one request and dropped.
+
+    Text that the schema forces is spelled in one way, as the tokenizer spells it, whether it is sampled token by token
+    or fed at once: ``forced`` names such a token, and the mask has no other.
+    """
 
     def __init__(self, matcher, vocab_size: int, tokens: TokenTable) -> None:
         self._matcher = matcher
         self._tokens = tokens
         self._mask = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
         self._text = JsonText()
+        self._forced: deque[int] = deque()  # ids of forced text that come next
+        self._excluded: frozenset[int] = frozenset()
+        self._fork_mask: np.ndarray | None = None
+
+    def exclude(self, token_ids: Iterable[int]) -> None:
+        """State which ids the request's logit bias forbids: no text is forced to be spelled with them."""
+        self._excluded = frozenset(token_ids)
+
+    def fork(self) -> JsonConstraint:
+        """Return the state of the same answer, to try out how it may go on. Its mask is valid until the next fork's."""
+        other = copy.copy(self)
+        if self._fork_mask is None:
+            self._fork_mask = np.zeros_like(self._mask)
+        other._mask = self._fork_mask
+        other._matcher, other._text, other._forced = self._matcher.deep_copy(), self._text.fork(), self._forced.copy()
+        return other
+
+    @property
+    def forced(self) -> int | None:
+        """The id of the only token that may come next, where the schema forces text; else None."""
+        if not self._forced:
+            self._forced.extend(self._matcher.compute_ff_tokens())
+            if not self._excluded.isdisjoint(self._forced):
+                self._forced.clear()
+        return self._forced[0] if self._forced else None
 
     def mask(self) -> np.ndarray:
         """Return uint32 [ceil(vocab_size / 32)], bit i of word i // 32 = token id i may come next.
@@ -168,6 +198,10 @@ class JsonConstraint:
         The next call reuses the array. Raises InvalidSchemaError if the grammar has become too expensive, or no token
         that can be sampled goes on with the value.
         """
+        if (forced := self.forced) is not None:
+            self._mask.fill(0)
+            self._mask[forced // 32] = np.uint32(1) << np.uint32(forced % 32)
+            return self._mask
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if self._matcher.is_error():
             raise InvalidSchemaError(f"The JSON schema cannot be used: {first_line(self._matcher.get_error())}.")
@@ -189,6 +223,8 @@ class JsonConstraint:
                 raise EngineFaultError(f"The backend sampled token {token_id}, which the JSON schema did not allow.")
             raise InvalidSchemaError(f"The JSON schema cannot be used: {first_line(self._matcher.get_error())}.")
         self._text.feed(self._tokens.bytes_of(token_id))
+        if self._forced and self._forced.popleft() != token_id:
+            self._forced.clear()
 
     @property
     def complete(self) -> bool:

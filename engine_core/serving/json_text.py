@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 _QUOTE, _BACKSLASH, _COMMA, _COLON = b'"\\,:'
 _OPEN_OBJECT, _CLOSE_OBJECT, _OPEN_ARRAY, _CLOSE_ARRAY = b"{}[]"
 _NUMBER = b"0123456789.-"
@@ -17,7 +19,13 @@ class JsonText:
         self._escaped = False
         self._is_key = False  # the open string
         self._expects_key = False  # the next string is one
-        self._open: list[set[bytes] | None] = []  # the keys of each open object; None: an array
+        self._open: list[frozenset[bytes] | None] = []  # the keys of each open object; None: an array
+
+    def fork(self) -> JsonText:
+        """Return another text, the same so far."""
+        other = copy.copy(self)
+        other._string, other._open = self._string[:], self._open[:]
+        return other
 
     @property
     def digits(self) -> int:
@@ -25,10 +33,10 @@ class JsonText:
         return sum(byte in b"0123456789" for byte in self.number)
 
     @property
-    def taken(self) -> set[bytes]:
+    def taken(self) -> frozenset[bytes]:
         """The keys that the innermost object has, where another key may be under way or come next; else empty."""
         keys = self._open[-1] if self._open else None
-        return keys if keys and (self._is_key or not self.in_string) else set()
+        return keys if keys and (self._is_key or not self.in_string) else frozenset()
 
     @property
     def key(self) -> bytes | None:
@@ -54,14 +62,14 @@ class JsonText:
             self.in_string = False
             keys = self._open[-1] if self._open else None
             if self._is_key and keys is not None:
-                keys.add(bytes(self._string))
+                self._open[-1] = keys | {bytes(self._string)}
             return
         self._escaped = not self._escaped and byte == _BACKSLASH
         self._string.append(byte)
 
     def _feed_structure(self, byte: int) -> None:
         if byte in (_OPEN_OBJECT, _OPEN_ARRAY):
-            self._open.append(set() if byte == _OPEN_OBJECT else None)
+            self._open.append(frozenset() if byte == _OPEN_OBJECT else None)
             self._expects_key = byte == _OPEN_OBJECT
         elif byte in (_CLOSE_OBJECT, _CLOSE_ARRAY):
             if self._open:
