@@ -118,7 +118,6 @@ class _OursRunner:
         self._backend = backend
 
     def generate(self, prompt: np.ndarray, count: int) -> tuple[float, float]:
-
         from engine_core.measure.steps import begin, decode, prefill
         from engine_core.request import SamplingParams
 

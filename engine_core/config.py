@@ -13,11 +13,16 @@ from engine_core.formats import weight_formats
 
 BACKENDS = ("auto", *backend_names())
 QUANTIZATIONS = ("auto", *weight_formats.NAMES)
+# auto: where it changes no answer; on: also where several tokens at once are rounded otherwise than one, so that an
+# answer may differ from the one without, but is always the same.
+SPECULATIONS = ("auto", "on", "off")
 KV_CACHE_TYPES = ("auto", *all_kv_cache_types())
 # How a request is treated while another one runs: see the node's parameter busy_policy.
 BUSY_POLICIES = ("queue", "reject", "preempt", "preempt_lower")
 # Option of EngineConfig → the values it can have, or the least it can be.
-CHOICES = {"backend": BACKENDS, "quantization": QUANTIZATIONS, "kv_cache_type": KV_CACHE_TYPES}
+CHOICES = {
+    "backend": BACKENDS, "quantization": QUANTIZATIONS, "kv_cache_type": KV_CACHE_TYPES, "speculation": SPECULATIONS,
+}  # fmt: skip
 MINIMUMS = {
     "max_context": 0, "max_batch": 1, "prefill_chunk": 0, "prompt_cache_entries": 0, "prompt_cache_tokens": 1,
     "session_memory": 0, "num_threads": 0,
@@ -39,6 +44,7 @@ class EngineConfig:
     # On a GPU whose launch configurations are not in the table, the first configure measures them for some seconds and
     # keeps them in the kernel cache. False: the table's rules, extrapolated.
     tune_kernels: bool = True
+    speculation: str = "auto"  # steps that feed guessed tokens too and keep those that would have been sampled
     prefill_chunk: int = 0  # tokens per prefill step; 0 = the backend's choice
     prompt_cache_entries: int = 2  # saved prefixes (system prompts); their memory is part of the plan
     prompt_cache_tokens: int = 512  # tokens each saved prefix can hold

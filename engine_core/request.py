@@ -204,7 +204,7 @@ class GenerationRequest:
     json_schema: str = ""  # "" = free text; otherwise the answer is one JSON value of this schema
     priority: int = 0  # the highest waiting goes first; equal ones in order of arrival
     timeout: float = 0.0  # seconds from arrival, preparation and waiting included; 0 or above 1e8 = none
-    stream_interval: float = 0.0  # seconds; pieces are coalesced to at most one per interval, 0 = one per token
+    stream_interval: float = 0.0  # seconds; pieces are coalesced to at most one per interval, 0 = one per step
     # Special tokens spelled in the messages' contents become control tokens; by default they are plain text. A raw
     # prompt is always read with its special tokens: whoever sends one writes the template's part too.
     allow_special: bool = False
@@ -289,6 +289,21 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class SpeculationCounts:
+    """What steps that fed more than one token brought: see ``serving/speculation.py``."""
+
+    steps: int = 0  # that had a draft
+    drafted: int = 0  # tokens guessed by lookup
+    accepted: int = 0  # of them, kept
+    forced: int = 0  # tokens that a schema forced and that were fed without a step of their own
+
+    def __add__(self, other: SpeculationCounts) -> SpeculationCounts:
+        return SpeculationCounts(
+            *(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+        )
+
+
+@dataclass(frozen=True)
 class GenerationResult:
     """The whole answer with its figures; also what a cancelled or failed request ends with."""
 
@@ -300,6 +315,7 @@ class GenerationResult:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens whose KV was reused
     generated_tokens: int = 0  # sampled tokens, the end-of-sequence token included
+    speculation: SpeculationCounts = SpeculationCounts()
     queue_time: float = 0.0  # s, from arrival to the start of the work
     time_to_first_token: float = 0.0  # s, from arrival to the first token on the host; 0 if there was none
     tokens_per_second: float = 0.0  # decode rate after the first token; 0 with fewer than two tokens

@@ -88,10 +88,12 @@ class Sampler:
             self._check(float(scores[row]))
         else:
             row = self._draw(scores)
-        self._step += 1
-        if sampling.repetition_penalty != 1.0 and not self._seen[row]:
-            self._add_seen(np.array([row], dtype=np.int32))
+        self._note(row)
         return row if self._map is None else int(self._map[row])
+
+    def advance(self, token_id: int) -> None:
+        """Take a full-vocabulary id as the next token, as if it had been sampled."""
+        self._note(token_id if self._map is None else int(self._row_of[token_id]))
 
     def log_probability(self, logits: np.ndarray, token_id: int) -> float:
         """Return that of a full-vocabulary id under the softmax over all rows; -inf for one that the LM head lacks."""
@@ -146,6 +148,12 @@ class Sampler:
         return index if rows is None else int(rows[index])
 
     # --- helpers ----------------------------------------------------------------------------------
+
+    def _note(self, row: int) -> None:
+        assert self._sampling is not None and row >= 0
+        self._step += 1
+        if self._sampling.repetition_penalty != 1.0 and not self._seen[row]:
+            self._add_seen(np.array([row], dtype=np.int32))
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
         return ids if self._map is None else self._row_of[ids]

@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from engine_core.memory import MemoryPlan
 
 
+class Draft(NamedTuple):
+    """Tokens that may come after the one a step feeds. They are fed with it, and the step samples after each of them
+    as long as what is sampled is the next of them."""
+
+    token_ids: np.ndarray  # int32 [k], k >= 1
+    # bool [k]: it is the only token that may stand there, so that nothing is sampled for it. Its mask is not read.
+    forced: np.ndarray
+    # uint32 [k, words]: the masks of the tokens after each of them; None = all tokens may be sampled.
+    masks: np.ndarray | None = None
+
+
 class SequenceStep(NamedTuple):
     """The work of one step for the sequence in ``slot``: feed tokens of its prompt, or its last sampled token."""
 
@@ -36,14 +47,21 @@ class SequenceStep(NamedTuple):
     # llguidance and xgrammar); None = all. Read before ``step`` returns.
     mask: np.ndarray | None = None
     samples: bool = True  # False: the KV alone, of a part of a prompt or of a prefix that is to be saved
+    # Only where ``token_ids`` is None, and of no more than ``max_draft`` tokens.
+    draft: Draft | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """The tokens that it samples at most."""
+        return int(self.samples) + (0 if self.draft is None else len(self.draft.token_ids))
 
 
 class PendingToken(Protocol):
-    """The outcome of a step for one sequence: a sampled token that may still be on its way from the device."""
+    """The outcome of a step for one sequence: what it sampled, which may still be on its way from the device."""
 
-    def result(self) -> int | None:
-        """Waits for the full-vocabulary id. None: the sequence had ended before (the step did nothing), or the step
-        was not to sample, and the KV is valid now.
+    def result(self) -> int | tuple[int, ...] | None:
+        """Waits for the full-vocabulary id; a step with a draft gives one or more. None: the sequence had ended before
+        (the step did nothing), or the step was not to sample, and the KV is valid now.
 
         Raises EngineFaultError if the step failed, InvalidSamplingError if no token was left to sample; the
         sequence has ended then, and steps queued behind give None.
@@ -69,6 +87,8 @@ class Backend(Protocol):
     reduced_vocab_size: int  # rows of the LM head; vocab_size without a vocab map
     kept_ids: np.ndarray | None  # int32 [reduced_vocab_size], the ids of those rows; None without a vocab map
     sampler_options: frozenset[str]  # the names of ``SAMPLING_OPTIONS`` that its sampler applies
+    max_draft: int  # tokens of a step's draft, at most; 0: it takes no drafts
+    exact_drafts: bool  # a step with a draft gives, bit for bit, what steps of one token give
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
@@ -89,6 +109,10 @@ class Backend(Protocol):
         """Queue one step of each of these sequences, all of different slots; return what they give, in their order.
 
         A prompt that is long is worked through in chunks, between two of which ``interrupt`` ends it."""
+
+    def step_cost(self, rows: Sequence[int]) -> float:
+        """Return how long a step takes that feeds so many tokens of each sequence, as a multiple of the step of one
+        token of one sequence. Measured by ``load``. Only where ``max_draft`` is not 0."""
 
     def interrupt(self, slot: int) -> None:
         """Makes the steps of this slot's sequence that run, are queued or are still to come end early: their tokens

@@ -119,6 +119,8 @@ class DeviceBackend:
     """
 
     num_slots = 1
+    max_draft = 0
+    exact_drafts = False
     sampler_options = frozenset(SAMPLING_OPTIONS) & frozenset(PARAMS.names)
 
     _device: Device

@@ -13,9 +13,7 @@ def begin(backend: Backend, sampling: SamplingParams, prompt: np.ndarray) -> Non
     backend.begin(0, sampling, prompt)
 
 
-def prefill(
-    backend: Backend, token_ids: np.ndarray, position: int = 0, mask: np.ndarray | None = None
-) -> PendingToken:
+def prefill(backend: Backend, token_ids: np.ndarray, position: int = 0, mask: np.ndarray | None = None) -> PendingToken:
     return backend.step([SequenceStep(0, token_ids, position, mask)])[0]
 
 

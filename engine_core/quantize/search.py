@@ -74,9 +74,7 @@ def _scaled(spec: ModelSpec, layer: LayerSpec) -> Iterator[tuple[LinearSpec, np.
 # --- scales -----------------------------------------------------------------------------------------
 
 
-def _best_scale(
-    weights: np.ndarray, inputs: Activations, scheme: Scheme, sharing: np.ndarray | None
-) -> np.ndarray:
+def _best_scale(weights: np.ndarray, inputs: Activations, scheme: Scheme, sharing: np.ndarray | None) -> np.ndarray:
     """float32 [in]: the scale of the grid with the least error of the output; ones if none is better than none.
 
     ``sharing``: inputs with the same number get the same scale.

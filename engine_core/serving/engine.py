@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -49,6 +50,7 @@ from engine_core.serving.constraint import ConstraintFactory
 from engine_core.serving.scheduler import Scheduler
 from engine_core.serving.sequence import PreparedRequest, Sequence
 from engine_core.serving.session_pool import SessionPool
+from engine_core.serving.speculation import Speculation
 from engine_core.text.tokenizer import Tokenizer, common_prefix_length
 
 __all__ = ["CancelToken", "Engine", "PreparedRequest"]
@@ -91,6 +93,7 @@ class Engine:
             keeps_conversations=config.session_memory > 0,
         )
         self.scheduler = Scheduler(backend.num_slots)
+        self.speculation = Speculation(backend)
         # Of one prompt in a step: other answers wait no longer for their next token.
         self._max_prefill = backend.prefill_chunk if backend.num_slots > 1 else backend.max_context
 
@@ -156,6 +159,8 @@ class Engine:
         left = max(0.05, end - time.monotonic()) if request.timeout else None
         constraint = self._constraints.compile(request.json_schema, left) if request.json_schema else None
         sampling = request.sampling
+        if constraint is not None:
+            constraint.exclude(token_id for token_id, bias in sampling.biases() if bias == -math.inf)
         return PreparedRequest(
             request=request,
             token_ids=token_ids,
@@ -259,7 +264,7 @@ class Engine:
             self._start(newcomer)
         running = self.scheduler.running
         unread = [sequence for sequence in running if sequence.unread]
-        runs_ahead = all(sequence.runs_ahead for sequence in running)
+        runs_ahead = all(sequence.runs_ahead and not self.speculation.waits(sequence) for sequence in running)
         if runs_ahead:
             self._queue(running)
         for sequence in unread:
@@ -284,6 +289,7 @@ class Engine:
         else:
             sequence.place(*self.pool.place(prepared.token_ids, free))
         backend.begin(sequence.slot, prepared.sampling, prepared.token_ids)
+        self.speculation.begin(sequence)
         sequence.cancel.attach(partial(backend.interrupt, sequence.slot))
 
     def _queue(self, sequences: list[Sequence]) -> None:
@@ -305,21 +311,27 @@ class Engine:
                 owners.append(sequence)
                 steps.append(step)
         if steps:
+            self.speculation.add_drafts(owners, steps)
             for sequence, step, pending in zip(owners, steps, self._backend_or_raise().step(steps)):
                 sequence.queued(step, pending)
 
     def _read(self, sequence: Sequence) -> None:
-        """Read the token of a sequence's oldest step into its answer."""
+        """Read what a sequence's oldest step has sampled into its answer."""
+        step, is_first = sequence.unread[0][0], sequence.num_sampled == 0
         try:
-            token = sequence.read()
+            tokens = sequence.read()
         except RequestError as error:
             sequence.ending = error
             return
+        self.speculation.read(sequence, step, tokens)
         try:
-            sequence.ending = sequence.accept(token)
+            for token in tokens or (None,):
+                sequence.ending = sequence.accept(token)
+                if sequence.ending is not None:
+                    break
         except BaseException as error:
             _blame(sequence, error)
-        if sequence.num_sampled == 1:
+        if is_first and sequence.num_sampled:
             self.pool.keep_prompt(sequence.slot, sequence.prepared.prefix_ids)
 
     def _finish(self, sequence: Sequence) -> None:
@@ -332,6 +344,7 @@ class Engine:
                 with contextlib.suppress(RequestError):
                     sequence.read()
             self.pool.set_live(sequence.slot, sequence.live_ids())
+            sequence.speculation = self.speculation.end(sequence)
         self.scheduler.remove(sequence)
         sequence.finish()
         if sequence.slot is not None:  # nobody waits for this copy

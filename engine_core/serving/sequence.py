@@ -15,7 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine_core.backends import PendingToken, SequenceStep
-from engine_core.request import FinishReason, GenerationRequest, GenerationResult, Piece, SamplingParams
+from engine_core.request import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    Piece,
+    SamplingParams,
+    SpeculationCounts,
+)
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.constraint import JsonConstraint
 from engine_core.text.detokenizer import Decoder, Detokenizer, StopStrings
@@ -75,6 +82,7 @@ class Sequence:
         # Its answer.
         self.token_ids: list[int] = []  # without the end-of-sequence token
         self.num_sampled = 0
+        self.speculation = SpeculationCounts()
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopStrings(prepared.request.stop)
         self._text: list[str] = []
@@ -138,21 +146,25 @@ class Sequence:
         """Notes that ``step`` is on its way."""
         self.unread.append((step, pending))
         self._num_fed += 0 if step.token_ids is None else len(step.token_ids)
-        self._num_queued += step.samples
+        self._num_queued += step.most_tokens
 
-    def read(self) -> int | None:
-        """Return the token of its oldest unread step; None if it had none to sample, or was interrupted.
+    def read(self) -> tuple[int, ...]:
+        """Return the tokens of its oldest unread step; none if it had none to sample, or was interrupted.
 
         Raises InvalidSamplingError if no token was left, EngineFaultError.
         """
         step, pending = self.unread.popleft()
-        token = pending.result()
+        found = pending.result()
+        tokens = found if isinstance(found, tuple) else () if found is None else (found,)
         if step.token_ids is not None and self.cancel.reason is None:
             self._num_valid = step.position + len(step.token_ids)
-        return token
+        if step.draft is not None:
+            self._num_queued -= step.most_tokens - len(tokens)
+        return tokens
 
     def accept(self, token: int | None) -> FinishReason | None:
-        """Takes what ``read`` returned into the answer; returns why the answer ends with it, or None.
+        """Takes a token that ``read`` returned into the answer, None if it had none; returns why the answer ends with
+        it, or None.
 
         Raises InvalidSchemaError, and EngineFaultError for a token that its schema's mask did not have.
         """
@@ -214,6 +226,7 @@ class Sequence:
                 token_ids=tuple(self.token_ids),
                 cached_tokens=self.cached_tokens,
                 generated_tokens=self.num_sampled,
+                speculation=self.speculation,
                 queue_time=self.start - self.arrival,
                 time_to_first_token=self._first_token - self.arrival if self.num_sampled else 0.0,
                 tokens_per_second=(self.num_sampled - 1) / decode_time if decode_time > 0 else 0.0,

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from engine_core.backends import Draft
 from engine_core.config import EngineConfig
 from engine_core.errors import EngineFaultError
 from engine_core.formats.manifest import Manifest
@@ -59,19 +60,26 @@ class _Slot:
         self.length = self.num_sampled = 0
         self.last = -1
 
+    def cut(self, length: int) -> None:
+        """Forget what a draft has left beyond ``length``; its KV stays there, as on a device."""
+        self.length = length
+
 
 class ScriptedBackend:
     """Says ``script`` (ids) after any prompt, or, without one, tokens that depend on the whole KV of the sequence.
 
     Works in a thread of its own, as a device would; ``step_time`` seconds a step. ``fail_at``: the step that fails.
-    ``steps``: the slots of each step that was queued; ``prompts``: the tokens of prompts in it.
+    ``steps``: the slots of each step that was queued; ``prompts``: the tokens of prompts in it. ``memory``: the tokens
+    before the next one that it depends on; 0: all of them. ``row_cost``: of a token of a step beyond the first.
     """
 
     name = "fake"
     sampler_options = frozenset(SAMPLING_OPTIONS)
 
     def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, pool_tokens=1024, num_slots=1,
-                 prefill_chunk=512):  # fmt: skip
+                 prefill_chunk=512, max_draft=0, exact_drafts=True, memory=0, row_cost=0.01):  # fmt: skip
+        self.max_draft, self.exact_drafts = max_draft, exact_drafts
+        self.memory, self.row_cost = memory, row_cost
         self.script, self.step_time, self.fail_at = script, step_time, fail_at
         self.max_context, self.vocab_size = max_context, VOCAB_SIZE
         self.reduced_vocab_size = VOCAB_SIZE
@@ -82,6 +90,7 @@ class ScriptedBackend:
         self.calls: list[tuple] = []
         self.steps: list[tuple[int, ...]] = []
         self.prompts: list[list[int | None]] = []
+        self.drafts: list[int] = []  # tokens drafted, of each sequence's step
         self.num_steps = 0
         self._stream = ThreadPoolExecutor(1)
         self.closed = 0
@@ -101,13 +110,19 @@ class ScriptedBackend:
             if step.token_ids is not None:
                 self.calls.append(("prefill" if step.samples else "extend", len(step.token_ids), step.position))
                 assert len(step.token_ids) >= 1 and step.token_ids.dtype == np.int32
+            draft = step.draft
+            if draft is not None:
+                assert step.token_ids is None and 0 < len(draft.token_ids) == len(draft.forced) <= self.max_draft
+                draft = Draft(*(None if array is None else array.copy() for array in draft))
             copies.append(
                 step._replace(
                     token_ids=None if step.token_ids is None else step.token_ids.copy(),
                     mask=None if step.mask is None else step.mask.copy(),
+                    draft=draft,
                 )
             )
         self.steps.append(tuple(step.slot for step in steps))
+        self.drafts.extend(0 if step.draft is None else len(step.draft.token_ids) for step in steps)
         self.prompts.append([None if step.token_ids is None else len(step.token_ids) for step in steps])
         assert len(set(self.steps[-1])) == len(steps)
         futures: list[Future] = [Future() for _ in steps]
@@ -138,7 +153,34 @@ class ScriptedBackend:
         if self.fail_at is not None and self.num_steps >= self.fail_at:
             raise EngineFaultError("The fake device fell off the bus.")
 
-    def _run_one(self, step) -> int | None:
+    def step_cost(self, rows) -> float:
+        return 1.0 + self.row_cost * (sum(rows) - 1)
+
+    def _verify(self, step) -> tuple[int, ...]:
+        state, ids = self._slots[step.slot], step.draft.token_ids.tolist()
+        start, found = state.length, []
+        end = start + 1 + len(ids)
+        assert end <= self.max_context
+        state.kv[start:end] = [state.last, *ids]
+        for i in range(len(ids) + 1):
+            state.cut(start + i + 1)
+            mask = step.mask if i == 0 else None if step.draft.masks is None else step.draft.masks[i - 1]
+            if i < len(ids) and step.draft.forced[i]:
+                state.sampler.advance(ids[i])
+                token = ids[i]
+            else:
+                token = state.sampler.sample(self.logits(state), mask)
+            found.append(token)
+            state.num_sampled += 1
+            state.ended = token in state.sampling.stop_token_ids
+            if state.ended or i == len(ids) or token != ids[i]:
+                break
+        state.last = found[-1]
+        return tuple(found)
+
+    def _run_one(self, step) -> int | tuple[int, ...] | None:
+        if step.draft is not None:
+            return self._verify(step)
         state = self._slots[step.slot]
         token_ids, position = step.token_ids, step.position
         if token_ids is None:
@@ -158,7 +200,7 @@ class ScriptedBackend:
             logits = np.zeros(VOCAB_SIZE, dtype=np.float32)
             logits[self.script[state.num_sampled]] = 10.0
             return logits
-        seed = zlib.crc32(state.kv[: state.length].tobytes())
+        seed = zlib.crc32(state.kv[max(0, state.length - self.memory) if self.memory else 0 : state.length].tobytes())
         logits = np.random.default_rng(seed).normal(size=VOCAB_SIZE).astype(np.float32)
         logits[BOS:] -= 100.0  # plain text for ever
         logits[128:256] -= 100.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,17 +19,24 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from engine_core.backends import SequenceStep
+from engine_core.backends import Draft, SequenceStep
 from engine_core.backends.onnxruntime.plan import Layout, plan_memory, resolve
-from engine_core.backends.onnxruntime.session import OrtSession, check_runtime
+from engine_core.backends.onnxruntime.session import MAX_DRAFT_ROWS, OrtSession, check_runtime
 from engine_core.config import EngineConfig
-from engine_core.errors import BackendUnavailableError, EdgeLLMError, EngineFaultError
+from engine_core.errors import BackendUnavailableError, EdgeLLMError, EngineFaultError, InvalidSamplingError
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 from engine_core.sampling import Sampler
 
 _log = logging.getLogger(__name__)
+
+# What steps with drafts cost is measured with so many tokens in the cache, so often, and for so long at most.
+_COST_CONTEXT, _COST_TURNS, _COST_SECONDS = 256, 5, 2.0
+_USUAL_COSTS = (1.0, 1.1, 1.25, 1.4, 1.65, 1.9, 2.15, 2.4)  # the same where they are not measured
+
+
+_Result = int | tuple[int, ...] | None  # see ``PendingToken``
 
 
 class _Pending:
@@ -39,14 +47,14 @@ class _Pending:
     def __init__(self) -> None:
         self._done = _thread.allocate_lock()
         self._done.acquire()
-        self._value: int | None = None
+        self._value: _Result = None
         self._error: EdgeLLMError | None = None
 
-    def set(self, value: int | None, error: EdgeLLMError | None = None) -> None:
+    def set(self, value: _Result, error: EdgeLLMError | None = None) -> None:
         self._value, self._error = value, error
         self._done.release()
 
-    def result(self) -> int | None:
+    def result(self) -> _Result:
         with self._done:
             if self._error is not None:
                 raise self._error
@@ -77,6 +85,10 @@ class OnnxRuntimeBackend:
     depends on who else is there; ``load`` tries it. Quantized weights pass. float32 weights do not, because the runtime
     sums one row in another order than several: their sequences decode one after another, which costs nothing for two
     and a factor of 2 for four.
+
+    A step with a draft is a run of one sequence. With quantized weights and an int8 cache each of its tokens gets, bit
+    for bit, what a step of its own gives: ``load`` tries it, and measures what such steps cost. Over a float cache the
+    runtime multiplies one row in another order than several, which changes a token now and then.
     """
 
     name = "onnxruntime"
@@ -92,6 +104,9 @@ class OnnxRuntimeBackend:
         self._session = session  # until ``close``
         self._closed = False
         self._slots = [_Slot(layout) for _ in range(layout.num_slots)]
+        self.max_draft = 0
+        self.exact_drafts = False
+        self._costs = [1.0]  # of a step of 0, 1, … drafted tokens
         layers, kinds, _, heads, _, head_dim = session.kv_cache.shape
         self.pool_tokens = layout.pool_tokens
         self._pool = np.empty((layers, kinds, heads, layout.pool_tokens, head_dim), session.kv_cache.dtype)
@@ -127,6 +142,7 @@ class OnnxRuntimeBackend:
                 packed=manifest.quantization != "fp32",
                 kept=layout.vocab_map if layout.cuts_head else None,
                 num_slots=layout.num_slots,
+                verifies=layout.draft_rows > 0,
             )
         except EdgeLLMError:
             raise
@@ -137,7 +153,7 @@ class OnnxRuntimeBackend:
             ) from error
         backend = cls(session, layout)
         try:
-            backend._call(backend._warm_up)
+            backend._call(backend._warm_up, config.speculation)
         except BaseException:
             backend.close()
             raise
@@ -154,6 +170,12 @@ class OnnxRuntimeBackend:
         work = [(_copy(step), _Pending()) for step in steps]
         self._jobs.put(partial(self._step, work))
         return [pending for _, pending in work]
+
+    def step_cost(self, rows: Sequence[int]) -> float:
+        single, cost = rows.count(1), sum(self._costs[count - 1] for count in rows if count > 1)
+        if single and not self._session.can_batch(single):
+            return cost + single
+        return cost + (self._costs[min(single, len(self._costs)) - 1] if single else 0.0)
 
     def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
         """float64 [n - first]: of each token of ``token_ids``, int32 [n], from index ``first`` (1 or more) on, given
@@ -223,8 +245,12 @@ class OnnxRuntimeBackend:
     def _step(self, work: list[_Work]) -> None:
         """Decode before prefilling: the clients of decoding sequences read a token while a prompt is worked on."""
         decoding = [item for item in work if item[0].token_ids is None and self._can_decode(item)]
-        for group in [decoding] if len(decoding) == 1 else self._groups(decoding):
+        single = [item for item in decoding if item[0].draft is None]
+        for group in [single] if len(single) == 1 else self._groups(single):
             self._decode(group)
+        for step, pending in decoding:
+            if step.draft is not None:
+                self._finish_step(partial(self._verify, step.draft), step, pending)
         for step, pending in work:
             if step.token_ids is not None:
                 self._finish_step(self._prefill, step, pending)
@@ -235,7 +261,8 @@ class OnnxRuntimeBackend:
             pending.set(None)
             return False
         try:
-            self._check_room(slot.length + 1)
+            draft = item[0].draft
+            self._check_room(slot.length + 1 + (0 if draft is None else len(draft.token_ids)))
         except EngineFaultError as error:
             _fail(error, [pending], [slot])
             return False
@@ -266,7 +293,34 @@ class OnnxRuntimeBackend:
         for step, pending in group:
             self._finish_step(self._sample, step, pending)
 
-    def _finish_step(self, work: Callable[[SequenceStep], int | None], step: SequenceStep, pending: _Pending) -> None:
+    def _verify(self, draft: Draft, step: SequenceStep) -> tuple[int, ...]:
+        """Feed the last token and a draft; return the tokens that steps of their own would have sampled."""
+        slot, session, ids = self._slots[step.slot], self._session, draft.token_ids.tolist()
+        sampled = [i for i in range(len(ids)) if not draft.forced[i]] + [len(ids)]  # what they are sampled after
+        session.verify([slot.last, *ids], slot.length, sampled, step.slot)
+        logits = iter(session.draft_logits)
+        found: list[int] = []
+        for i in range(len(ids) + 1):
+            if i < len(ids) and draft.forced[i]:
+                token = ids[i]
+                slot.sampler.advance(token)
+            else:
+                mask = step.mask if i == 0 else None if draft.masks is None else draft.masks[i - 1]
+                try:
+                    token = slot.sampler.sample(next(logits), mask)
+                except InvalidSamplingError:
+                    if not found:
+                        raise
+                    break  # the next step raises it: those before are part of the answer
+            found.append(token)
+            slot.ended = token in slot.stop_ids
+            if slot.ended or i == len(ids) or token != ids[i]:
+                break
+        slot.length += len(found)
+        slot.last = found[-1]
+        return tuple(found)
+
+    def _finish_step(self, work: Callable[[SequenceStep], _Result], step: SequenceStep, pending: _Pending) -> None:
         """Give ``pending`` what ``work`` returns or raises."""
         try:
             token = work(step)
@@ -317,14 +371,69 @@ class OnnxRuntimeBackend:
             slot.ended = True
         return token
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, speculation: str) -> None:
         session = self._session
         for slot in range(self.num_slots):
             session.prefill(np.zeros(session.chunk, dtype=np.int64), session.max_context - session.chunk, slot)
             session.decode(0, session.max_context - 1, slot)
         if session.can_batch(2) and not self._rows_are_independent():
             session.stop_batching()
+        if session.verifies:
+            self.exact_drafts = session.kv_cache.dtype == np.int8 and self._drafts_are_exact()
+            if self.exact_drafts:
+                self._measure_costs()
+            else:  # drafts must not depend on what is measured
+                self._costs = list(_USUAL_COSTS)
+            if self.exact_drafts or (speculation == "on" and self.num_slots == 1 and self.max_context > MAX_DRAFT_ROWS):
+                self.max_draft = MAX_DRAFT_ROWS - 1
+            else:
+                session.stop_verifying()
         session.kv_cache.fill(0)
+
+    def _drafts_are_exact(self) -> bool:
+        """Tell whether a step of several tokens leaves the same KV and logits, bit for bit, as steps of one each."""
+        session, random = self._session, np.random.default_rng(1)
+        last = session.max_context - MAX_DRAFT_ROWS
+        if last < 1:
+            return False
+        rows_at = {position: range(2, MAX_DRAFT_ROWS + 1) for position in (1, min(100, last))}
+        rows_at.setdefault(last, range(MAX_DRAFT_ROWS, MAX_DRAFT_ROWS + 1))
+        prompt = random.integers(0, self.vocab_size, session.chunk)
+        for start in range(0, session.max_context, session.chunk):
+            session.prefill(prompt[: session.max_context - start], start)
+        for position, sizes in rows_at.items():
+            tokens = random.integers(0, self.vocab_size, MAX_DRAFT_ROWS).tolist()
+            alone = np.empty_like(session.draft_logits)
+            for i, token in enumerate(tokens):
+                session.decode(token, position + i)
+                alone[i] = session.logits[0]
+            written = session.kv_cache[:, :, 0, :, position : position + MAX_DRAFT_ROWS]
+            kv = written.copy()
+            for rows in sizes:
+                written[...] = 0
+                session.verify(tokens[:rows], position, range(rows))
+                is_same = np.array_equal(written[..., :rows, :], kv[..., :rows, :])
+                if not is_same or not np.array_equal(session.draft_logits[:rows], alone[:rows]):
+                    return False
+        return True
+
+    def _measure_costs(self) -> None:
+        """Time steps of 1, 2, 4 and 8 tokens in turns; those between are interpolated."""
+        session = self._session
+        sizes = (1, 2, 4, MAX_DRAFT_ROWS)
+        position = min(_COST_CONTEXT, session.max_context - MAX_DRAFT_ROWS)
+        times = np.full(len(sizes), np.inf)
+        tokens = [0] * MAX_DRAFT_ROWS
+        end = time.monotonic() + _COST_SECONDS
+        for turn in range(_COST_TURNS):
+            if turn and time.monotonic() > end:
+                break
+            for i, size in enumerate(sizes):
+                start = time.perf_counter()
+                session.verify(tokens[:size], position, range(size))
+                times[i] = min(times[i], time.perf_counter() - start)
+        times = np.minimum.accumulate(times[::-1])[::-1]  # what takes longer than a larger step was held up
+        self._costs = np.interp(range(1, MAX_DRAFT_ROWS + 1), sizes, times / times[0]).tolist()
 
     def _rows_are_independent(self) -> bool:
         """Tell whether each slot gets the same logits, bit for bit, in a run of several as in a run of its own."""
@@ -371,7 +480,10 @@ def _fail(error: BaseException, pending: Sequence[_Pending], slots: Sequence[_Sl
 def _copy(step: SequenceStep) -> SequenceStep:
     """Return ``step`` with arrays of its own: the caller may change what it handed over."""
     token_ids = None if step.token_ids is None else step.token_ids.copy()
-    return step._replace(token_ids=token_ids, mask=None if step.mask is None else step.mask.copy())
+    draft = step.draft
+    if draft is not None:
+        draft = Draft(*(None if array is None else array.copy() for array in draft))
+    return step._replace(token_ids=token_ids, mask=None if step.mask is None else step.mask.copy(), draft=draft)
 
 
 def _first_line(error: BaseException) -> str:

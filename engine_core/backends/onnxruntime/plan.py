@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from engine_core.backends.kv_pool import pool_tokens
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
 from engine_core.backends.onnxruntime.files import DATA_NAME, held_types
 from engine_core.backends.onnxruntime.heads import head_axes, turned_size
-from engine_core.backends.onnxruntime.session import has_flash_attention
+from engine_core.backends.onnxruntime.session import MAX_DRAFT_ROWS, has_flash_attention
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError
 from engine_core.formats.manifest import Manifest, read_options
@@ -51,6 +50,7 @@ class Layout:
     vocab_map: np.ndarray | None  # int32 [rows]
     cuts_head: bool  # the head is whole in the engine; ``vocab_map`` was given at load
     pool_tokens: int  # places of the KV pool
+    draft_rows: int  # tokens of a step with a draft
 
     @property
     def vocab_size(self) -> int:
@@ -85,6 +85,11 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
         )
     vocab_map, cuts_head = configured_vocab_map(variant_dir, manifest, config)
     kv_cache_type = _kv_cache_type(manifest, config)
+    if config.speculation == "on" and kv_cache_type != "int8" and config.max_batch > 1:
+        raise ConfigurationError(
+            f"speculation is 'on' and kv_cache_type is {kv_cache_type!r}, with which drafts can change an answer's "
+            f"rounding; with max_batch {config.max_batch} use the int8 KV cache, or set speculation to auto."
+        )
     return Layout(
         max_context=max_context,
         num_slots=config.max_batch,
@@ -96,7 +101,14 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
         vocab_map=vocab_map,
         cuts_head=cuts_head,
         pool_tokens=pool_tokens(config, max_context, _kv_bytes(manifest.model, kv_cache_type, 1)),
+        draft_rows=_draft_rows(config, kv_cache_type),
     )
+
+
+def _draft_rows(config: EngineConfig, kv_cache_type: str) -> int:
+    """Return the tokens of a step with a draft, 0 where there is none: see ``OnnxRuntimeBackend``."""
+    is_on = config.speculation == "on" or (config.speculation == "auto" and kv_cache_type == "int8")
+    return MAX_DRAFT_ROWS if is_on else 0
 
 
 def _num_threads(asked: int, num_parameters: int) -> int:
@@ -142,7 +154,7 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
             MemoryItem("prefix_cache", prefix),
             MemoryItem("scratch", _scratch_bytes(layout, manifest)),
             MemoryItem("rope", rope),
-            MemoryItem("io", 8 * layout.chunk + layout.num_slots * (4 * rows + 13 * rows)),
+            MemoryItem("io", 8 * layout.chunk + rows * (layout.num_slots * (4 + 13) + layout.draft_rows * 4)),
             MemoryItem("runtime", runtime),
         ),
         available=available_memory(),
