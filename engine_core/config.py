@@ -25,7 +25,7 @@ CHOICES = {
 }  # fmt: skip
 MINIMUMS = {
     "max_context": 0, "max_batch": 1, "prefill_chunk": 0, "prompt_cache_entries": 0, "prompt_cache_tokens": 1,
-    "session_memory": 0, "num_threads": 0,
+    "session_memory": 0, "num_threads": 0, "lora_max_rank": 1,
 }  # fmt: skip
 
 
@@ -51,6 +51,9 @@ class EngineConfig:
     # MiB of the memory plan in which the KV of conversations is kept: the host's, or the GPU's where they are one.
     # 0: a conversation goes on only from the slot it was in.
     session_memory: int = 0
+    # LoRA adapters that requests may name, each "name:directory"; see formats/lora.py. Empty entries are ignored.
+    lora_adapters: tuple[str, ...] = ()
+    lora_max_rank: int = 64  # an adapter of a higher rank is refused
     # A request with a seed of its own computes its whole prompt: KV reused from other requests was computed in other
     # chunks, whose rounding (most of all int8's) can change a sampled token. Without it, seeds repeat only mostly.
     reproducible: bool = True
@@ -63,6 +66,10 @@ class EngineConfig:
             if option.name == "engine_dir":
                 if not isinstance(value, (str, Path)):
                     raise ConfigurationError(f"engine_dir is {value!r:.60}, expected a path.")
+            elif kind is tuple:
+                if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
+                    raise ConfigurationError(f"{option.name} is {value!r:.60}, expected a list of texts.")
+                object.__setattr__(self, option.name, tuple(entry for entry in value if entry))
             elif type(value) is not kind:
                 raise ConfigurationError(f"{option.name} is {value!r:.60}, expected a value of type {kind.__name__}.")
         object.__setattr__(self, "engine_dir", Path(self.engine_dir).expanduser())

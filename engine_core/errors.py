@@ -22,6 +22,10 @@ class ConfigurationError(EdgeLLMError):
     """A configuration value that no engine could honour (unknown key, out of range, contradictory)."""
 
 
+class AdapterError(ConfigurationError):
+    """A LoRA adapter is missing, damaged, of another model, or of a kind that is not run."""
+
+
 class EngineDirectoryError(EdgeLLMError):
     """The engine directory is missing, incomplete, damaged, or not made for this version."""
 

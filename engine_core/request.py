@@ -63,6 +63,7 @@ class RequestLimits:
     logit_biases: int = 1024
     stop_token_ids: int = 1024
     request_id_chars: int = 256
+    adapter_chars: int = 64
     priority: int = 255  # from 0
 
     def check_count(self, name: str, count: int, limit: int) -> None:
@@ -202,6 +203,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()  # generation ends before the first of these; never part of the text
     json_schema: str = ""  # "" = free text; otherwise the answer is one JSON value of this schema
+    adapter: str = ""  # name of a LoRA adapter of the engine's; "" = the model itself
     priority: int = 0  # the highest waiting goes first; equal ones in order of arrival
     timeout: float = 0.0  # seconds from arrival, preparation and waiting included; 0 or above 1e8 = none
     stream_interval: float = 0.0  # seconds; pieces are coalesced to at most one per interval, 0 = one per step
@@ -226,7 +228,8 @@ class GenerationRequest:
                 )
         if self.messages and not any(m.content.strip() for m in self.messages if m.role != "system"):
             raise EmptyPromptError("All messages are empty; there is nothing to answer.")
-        for text in (self.request_id, self.prompt, self.json_schema, *self.stop, *(m.content for m in self.messages)):
+        texts = (self.request_id, self.adapter, self.prompt, self.json_schema, *self.stop)
+        for text in (*texts, *(m.content for m in self.messages)):
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
@@ -254,6 +257,7 @@ class GenerationRequest:
         limits.check_count("logit biases", len(self.sampling.logit_bias), limits.logit_biases)
         limits.check_count("stop token ids", len(self.sampling.stop_token_ids), limits.stop_token_ids)
         limits.check_count("characters in its id", len(self.request_id), limits.request_id_chars)
+        limits.check_count("characters in its adapter's name", len(self.adapter), limits.adapter_chars)
         limits.check_count("characters in a stop string", max(map(len, self.stop), default=0), limits.stop_chars)
         if not 0 <= self.priority <= limits.priority:
             raise InvalidRequestError(f"The priority is {self.priority}, but it must be from 0 to {limits.priority}.")

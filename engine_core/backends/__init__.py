@@ -101,9 +101,9 @@ class Backend(Protocol):
         Raises BackendUnavailableError, InsufficientMemoryError, EngineDirectoryError or EngineFaultError.
         """
 
-    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray) -> None:
+    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray, adapter: str = "") -> None:
         """Starts a sequence in ``slot``. ``sampling``: resolved. ``history``: int32 [n], the whole prompt, for the
-        repetition penalty."""
+        repetition penalty. ``adapter``: of ``lora_adapters``, for every step of the sequence; "" = none."""
 
     def step(self, steps: Sequence[SequenceStep]) -> list[PendingToken]:
         """Queue one step of each of these sequences, all of different slots; return what they give, in their order.

@@ -10,7 +10,7 @@ backend itself needs, so that every machine can say what another one would run.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -60,6 +60,7 @@ class Capabilities:
     context_step: int = 1  # max_context is a multiple of it
     least_capability: int = 0  # of the GPU; 80 = sm_80
     cuda_graphs: bool = False
+    lora: bool = False  # LoRA adapters at run time
     declined_options: Mapping[str, str] = field(default_factory=dict)  # option of ``build`` it does not take → why not
     packages: tuple[str, ...] = ()  # distributions whose versions say what ran
     missing: Callable[[Machine], Missing | None] = field(default=lambda machine: None)  # what a machine lacks to run it
@@ -202,6 +203,16 @@ class Capabilities:
         at_most = "one sequence" if self.max_batch == 1 else f"up to {self.max_batch} sequences"
         limit = f"set it to {self.max_batch}" if self.max_batch == 1 else f"set it to {self.max_batch} or less"
         return f"max_batch is {max_batch}, but the {self.backend} backend runs {at_most} at a time; {limit}."
+
+    def adapter_refusal(self, entries: Collection[str]) -> str | None:
+        """Say that the backend runs no LoRA adapters, where there are ``entries`` of lora_adapters."""
+        if self.lora or not entries:
+            return None
+        able = [each.backend for each in all_capabilities() if each.lora]
+        return (
+            f"lora_adapters names {len(entries)}, but the {self.backend} backend runs no adapters; leave it empty or "
+            f"use the backend {' or '.join(able)}."
+        )
 
     def group_refusal(self, group_size: int) -> str | None:
         """Say that weights cannot share a scale in groups of that size; 0 is the backend's own choice."""

@@ -201,7 +201,7 @@ class DeviceBackend:
 
     # --- the protocol ---------------------------------------------------------------------------------
 
-    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray) -> None:
+    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray, adapter: str = "") -> None:
         self._device.make_current()
         state = self._slots[slot]
         if self.num_slots == 1:

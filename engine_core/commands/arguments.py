@@ -20,6 +20,9 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: the backend's choice)")
     parser.add_argument("--vocab-map", default="auto", help="auto, none or a safetensors file")
     parser.add_argument("--kv-cache-type", choices=KV_CACHE_TYPES, default="auto")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="NAME:DIR", help="a LoRA adapter to load; may be repeated"
+    )
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
@@ -32,4 +35,5 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         num_threads=options.threads,
         vocab_map=options.vocab_map,
         kv_cache_type=options.kv_cache_type,
+        lora_adapters=tuple(options.lora),
     )

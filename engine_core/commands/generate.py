@@ -17,6 +17,7 @@ def add(commands) -> None:
     parser.add_argument("prompt", help="the user's message; - reads it from stdin")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--system", default="", help="system prompt")
+    parser.add_argument("--adapter", default="", metavar="NAME", help="answer with this adapter of --lora")
     for option in SAMPLING_OPTIONS.values():
         flag = f"--{option.name.replace('_', '-')}"
         parser.add_argument(flag, type=option.kind, default=option.default, help=option.description)
@@ -33,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
     content = {"prompt": text} if options.raw else {"messages": (*system, ChatMessage("user", text))}
     request = GenerationRequest(
         "cli",
+        adapter=options.adapter,
         sampling=SamplingParams(**{name: getattr(options, name) for name in SAMPLING_OPTIONS}),
         **content,
     )

@@ -21,7 +21,7 @@ def decode(backend: Backend, mask: np.ndarray | None = None) -> PendingToken:
     return backend.step([SequenceStep(0, mask=mask)])[0]
 
 
-def extend(backend: Backend, token_ids: np.ndarray, position: int) -> None:
+def extend(backend: Backend, token_ids: np.ndarray, position: int, adapter: str = "") -> None:
     """Write the KV of ``token_ids`` without sampling, as for a prefix that is to be saved."""
-    backend.begin(0, SamplingParams(seed=0), token_ids)
+    backend.begin(0, SamplingParams(seed=0), token_ids, adapter)
     backend.step([SequenceStep(0, token_ids, position, samples=False)])[0].result()

@@ -27,12 +27,14 @@ from engine_core.errors import (
     BackendUnavailableError,
     EmptyPromptError,
     EngineFaultError,
+    InvalidRequestError,
     InvalidSamplingError,
     InvalidTextError,
     PromptTooLongError,
     RequestError,
     refusing_panics,
 )
+from engine_core.formats.lora import adapter_paths
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.planning.selection import advice, choose
@@ -82,6 +84,7 @@ class Engine:
         self.vocab_size = manifest.model.vocab_size
         self.reduced_vocab_size = backend.reduced_vocab_size
         self.device: str = plan.device
+        self.adapters = tuple(adapter_paths(config.lora_adapters))  # the names that a request may ask for
         self._eos_ids = frozenset(manifest.eos_token_ids)
         self._backend: Backend | None = backend
         kept = getattr(backend, "kept_ids", None)
@@ -141,6 +144,7 @@ class Engine:
         end = time.monotonic() + request.timeout
         request.validate()
         self._check_sampling(request.sampling)
+        self._check_adapter(request.adapter)
         num_chars = len(request.prompt) + sum(len(message.content) for message in request.messages)
         at_least = num_chars // self.tokenizer.max_token_chars
         if at_least >= self.max_context:  # too long to be worth the memory of tokenizing it
@@ -285,10 +289,10 @@ class Engine:
             return
         backend, prepared, free = self._backend_or_raise(), sequence.prepared, self.scheduler.free_slots
         if self.config.reproducible and prepared.request.sampling.seed is not None:
-            sequence.place(self.pool.place_fresh(free, prepared.token_ids), 0)
+            sequence.place(self.pool.place_fresh(free, prepared.token_ids, sequence.adapter), 0)
         else:
-            sequence.place(*self.pool.place(prepared.token_ids, free))
-        backend.begin(sequence.slot, prepared.sampling, prepared.token_ids)
+            sequence.place(*self.pool.place(prepared.token_ids, free, sequence.adapter))
+        backend.begin(sequence.slot, prepared.sampling, prepared.token_ids, sequence.adapter)
         self.speculation.begin(sequence)
         sequence.cancel.attach(partial(backend.interrupt, sequence.slot))
 
@@ -372,6 +376,11 @@ class Engine:
             )
         if not len(token_ids):
             raise EmptyPromptError("The prompt has no tokens; there is nothing to answer.")
+
+    def _check_adapter(self, name: str) -> None:
+        if name and name not in self.adapters:
+            known = f"it has {', '.join(self.adapters)}" if self.adapters else "it has none (lora_adapters)"
+            raise InvalidRequestError(f"The adapter {name!r} is not loaded in this engine; {known}.")
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         sampler_options = self._backend_or_raise().sampler_options

@@ -101,6 +101,11 @@ class Sequence:
         return self.prepared.request.request_id
 
     @property
+    def adapter(self) -> str:
+        """The name of its LoRA adapter; "" = none."""
+        return self.prepared.request.adapter
+
+    @property
     def priority(self) -> int:
         return self.prepared.request.priority
 

@@ -137,7 +137,12 @@ class Speculation:
         return self._slots[sequence.slot]
 
     def _room(self, sequence: Sequence, unread: int) -> int:
-        """Return how many tokens can be drafted for the answer to stay within its length."""
+        """Return how many tokens can be drafted for the answer to stay within its length; none with a LoRA adapter.
+
+        An adapter's branches may round several tokens otherwise than one.
+        """
+        if sequence.adapter:
+            return 0
         left = sequence.prepared.max_new_tokens - sequence.num_sampled - unread - 1
         return min(self._max_draft, left)
 

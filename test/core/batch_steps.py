@@ -14,11 +14,12 @@ from engine_core.request import SamplingParams
 
 @dataclass(frozen=True)
 class Requests:
-    """Prompts, and the sampling and mask of each one's answer of ``count`` tokens."""
+    """Prompts, and the sampling, the mask and the adapter (of none, if left out) of each one's ``count`` tokens."""
 
     prompts: list[np.ndarray]
     options: list[tuple[SamplingParams, np.ndarray | None]]
     count: int
+    adapters: list[str] | None = None
 
     def together(
         self,
@@ -41,7 +42,7 @@ class Requests:
                 sampling, mask = self.options[index]
                 first = joins.get(index, 0)
                 if number == first:
-                    backend.begin(slot, sampling, self.prompts[index])
+                    backend.begin(slot, sampling, self.prompts[index], self.adapters[index] if self.adapters else "")
                     steps.append(SequenceStep(slot, self.prompts[index], 0, mask))
                 elif first < number < leaves.get(index, first + self.count):
                     steps.append(SequenceStep(slot, mask=mask))

@@ -59,6 +59,7 @@ class _Slot:
         self.interrupted = self.ended = False
         self.length = self.num_sampled = 0
         self.last = -1
+        self.adapter = ""
 
     def cut(self, length: int) -> None:
         """Forget what a draft has left beyond ``length``; its KV stays there, as on a device."""
@@ -95,10 +96,11 @@ class ScriptedBackend:
         self._stream = ThreadPoolExecutor(1)
         self.closed = 0
 
-    def begin(self, slot, sampling, history) -> None:
+    def begin(self, slot, sampling, history, adapter="") -> None:
         def work():
             state.sampler.begin(sampling, history)
             state.sampling, state.ended, state.num_sampled = sampling, False, 0
+            state.adapter = adapter
 
         state = self._slots[slot]
         state.interrupted = False
@@ -187,7 +189,7 @@ class ScriptedBackend:
             token_ids, position = np.array([state.last], dtype=np.int32), state.length
         state.length = position + len(token_ids)
         assert state.length <= self.max_context
-        state.kv[position : state.length] = token_ids
+        state.kv[position : state.length] = token_ids + (zlib.crc32(state.adapter.encode()) & 0xFFFF) * VOCAB_SIZE
         if not step.samples:
             return None
         state.last = state.sampler.sample(self.logits(state), step.mask)

@@ -96,6 +96,34 @@ def test_reused_prefixes_give_the_text_a_fresh_engine_gives(open_engine):
     assert "load" in kinds and kinds.count("save") >= 3 and cached > 200
 
 
+def test_kv_is_reused_for_the_adapter_it_was_computed_with_and_no_other(open_engine):
+    """The same conversation by turns with and without adapters: the text of an engine that has cached nothing."""
+    config = {"lora_adapters": ["sea:x", "hill:y"]}
+    messages = [ChatMessage("system", "You are a robot with a long description."), ChatMessage("user", "go")]
+    requests = [ask(messages=messages, max_new_tokens=8).replace(adapter=name) for name in ("", "sea", "hill")]
+    fresh = [run(open_engine(config=config), request)[1].text for request in requests]
+    assert len(set(fresh)) == 3
+    engine = open_engine(config=config)
+    assert engine.adapters == ("sea", "hill")
+    engine.warm_system_prompt(messages[0].content)
+    cached = {}
+    for index in (1, 0, 1, 2, 2, 0, 1):
+        _, result = run(engine, requests[index])
+        assert result.text == fresh[index]
+        cached.setdefault(index, []).append(result.cached_tokens)
+    assert [counts[0] > 0 for counts in (cached[0], cached[1], cached[2])] == [True, False, False]
+    assert cached[1][1] > 0 and cached[2][1] > 0, "kept for each adapter"
+
+
+def test_an_adapter_that_is_not_loaded_is_refused(open_engine):
+    for config, words in (({}, "it has none"), ({"lora_adapters": ["sea:x", "hill:y"]}, "it has sea, hill.")):
+        engine = open_engine(config=config)
+        with pytest.raises(InvalidRequestError, match=f"The adapter 'lake' is not loaded in this engine; {words}"):
+            engine.prepare(ask().replace(adapter="lake"))
+        with pytest.raises(InvalidRequestError, match="65 characters in its adapter's name, but at most 64"):
+            engine.prepare(ask().replace(adapter="x" * 65))
+
+
 def test_a_conversation_goes_on_from_the_live_cache(open_engine):
     engine = open_engine([*text_ids("Sure."), END])
     messages = [ChatMessage("user", "bring me the cup")]

@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import write_safetensors
 from engine_core.formats.vocab_map import write_vocab_map
 
@@ -45,15 +46,16 @@ def resident():
 directory = Path(sys.argv[1])
 manifest = read_manifest(directory, verify_hashes=False)
 config = EngineConfig(directory, max_context=int(sys.argv[2]), num_threads=2, kv_cache_type=sys.argv[3])
-config = dataclasses.replace(config, vocab_map=sys.argv[4], session_memory=int(sys.argv[5]))
+config = dataclasses.replace(config, vocab_map=sys.argv[4], session_memory=int(sys.argv[5]), lora_adapters=sys.argv[6:])
 plan = OnnxRuntimeBackend.plan(directory, manifest, config)
 before = resident()
 backend = OnnxRuntimeBackend.load(directory, manifest, config)
 grown = resident() - before
 import numpy as np
 for length in (1, 17, 64, 65, 127, 128, 300):  # what comes after takes nothing more
-    extend(backend, np.arange(length) % 16000, 0)
-    extend(backend, np.arange(length) % 16000, config.max_context - length)
+    for adapter in ("", *(entry.partition(":")[0] for entry in config.lora_adapters)):
+        extend(backend, np.arange(length) % 16000, 0, adapter)
+        extend(backend, np.arange(length) % 16000, config.max_context - length, adapter)
 later = resident() - before
 session = backend._session
 actual = {"kv_cache": session.kv_cache.nbytes, "prefix_cache": backend._pool.nbytes}
@@ -93,8 +95,11 @@ def engine(request, checkpoint, tmp_path_factory):
     return directory
 
 
-def measure(engine: Path, max_context: int, kind: str, vocab_map: Path | str = "auto", session_memory: int = 0):
+def measure(
+    engine: Path, max_context: int, kind: str, vocab_map="auto", session_memory=0, adapters: tuple[str, ...] = ()
+):
     command = [sys.executable, "-c", PROGRAM, str(engine), str(max_context), kind, str(vocab_map), str(session_memory)]
+    command += adapters
     runs = []
     for _ in range(3):  # now and then one has 2 MiB more or less of the libraries' code in memory
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -114,6 +119,22 @@ def test_they_agree_where_the_head_is_cut_at_load(engine, tmp_path):
     kept[0] = 2
     write_vocab_map(tmp_path / "map", kept, {})
     check(*measure(engine, 512, "fp32", tmp_path / "map"), tolerance=0.02)
+
+
+@pytest.mark.parametrize("engine", ["int4"], indirect=True)
+def test_they_agree_with_adapters(engine, tmp_path):
+    spec, tensors = read_manifest(engine, verify_hashes=False).model, {}
+    for name, shape in spec.shapes().items():
+        if len(shape) == 2 and "layers" in name:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = np.zeros((16, shape[1]), np.float32)
+            tensors[f"{stem}.lora_B.weight"] = np.zeros((shape[0], 16), np.float32)
+    write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    plan, *rest = measure(engine, 512, "fp32", adapters=(f"one:{tmp_path}", f"two:{tmp_path}"))
+    assert plan["adapters"] > 2 * sum(tensor.nbytes for tensor in tensors.values())
+    check(plan, *rest)
 
 
 def check(plan, actual, grown, later, tolerance=0.01):

@@ -69,6 +69,7 @@ class _Slot:
         self.stop_ids: Collection[int] = frozenset()
         self.ended = True
         self.interrupted = False
+        self.adapter = ""
         self.length = 0  # tokens in the cache
         self.last = 0  # the token sampled last
 
@@ -103,6 +104,7 @@ class OnnxRuntimeBackend:
         self.kept_ids = layout.vocab_map
         self._session = session  # until ``close``
         self._closed = False
+        self._adapters = [adapter.name for adapter in layout.adapters]
         self._slots = [_Slot(layout) for _ in range(layout.num_slots)]
         self.max_draft = 0
         self.exact_drafts = False
@@ -143,6 +145,8 @@ class OnnxRuntimeBackend:
                 kept=layout.vocab_map if layout.cuts_head else None,
                 num_slots=layout.num_slots,
                 verifies=layout.draft_rows > 0,
+                adapters=layout.adapters,
+                own_graph=layout.adapters_have_graph,
             )
         except EdgeLLMError:
             raise
@@ -161,9 +165,9 @@ class OnnxRuntimeBackend:
 
     # --- the protocol: any call queues a job --------------------------------------------------------
 
-    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray) -> None:
+    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray, adapter: str = "") -> None:
         self._set_interrupted(slot, False)
-        self._call(self._begin, self._slots[slot], sampling, history)
+        self._call(self._begin, slot, sampling, history, adapter)
 
     def step(self, steps: Sequence[SequenceStep]) -> list[_Pending]:
         assert not self._closed, "the backend is closed"
@@ -237,7 +241,10 @@ class OnnxRuntimeBackend:
             job()
             del job  # nothing is kept alive while waiting
 
-    def _begin(self, slot: _Slot, sampling: SamplingParams, history: np.ndarray) -> None:
+    def _begin(self, index: int, sampling: SamplingParams, history: np.ndarray, adapter: str) -> None:
+        slot = self._slots[index]
+        self._session.use_adapter(index, adapter)
+        slot.adapter = adapter
         slot.sampler.begin(sampling, history)
         slot.stop_ids = sampling.stop_token_ids
         slot.ended = False
@@ -269,10 +276,11 @@ class OnnxRuntimeBackend:
         return True
 
     def _groups(self, work: list[_Work]) -> Iterator[list[_Work]]:
-        """Yield the items that can be run at once: slots side by side."""
+        """Yield the items that can be run at once: slots side by side, none of which uses an adapter."""
         group: list[_Work] = []
         for item in sorted(work, key=lambda item: item[0].slot):
             is_next = bool(group) and item[0].slot == group[-1][0].slot + 1
+            is_next = is_next and not any(self._slots[each[0].slot].adapter for each in (item, group[-1]))
             if group and not (is_next and self._session.can_batch(len(group) + 1)):
                 yield group
                 group = []
@@ -353,6 +361,7 @@ class OnnxRuntimeBackend:
 
     def _score(self, token_ids: np.ndarray, first: int) -> np.ndarray:
         self._slots[0].ended = True  # no sequence that a step could go on with
+        self._session.use_adapter(0, "")
         self._check_room(len(token_ids))
         self._feed(0, token_ids[:first], 0)
         found = np.empty(len(token_ids) - first)
@@ -374,8 +383,10 @@ class OnnxRuntimeBackend:
     def _warm_up(self, speculation: str) -> None:
         session = self._session
         for slot in range(self.num_slots):
-            session.prefill(np.zeros(session.chunk, dtype=np.int64), session.max_context - session.chunk, slot)
-            session.decode(0, session.max_context - 1, slot)
+            for adapter in (*self._adapters, ""):
+                session.use_adapter(slot, adapter)
+                session.prefill(np.zeros(session.chunk, dtype=np.int64), session.max_context - session.chunk, slot)
+                session.decode(0, session.max_context - 1, slot)
         if session.can_batch(2) and not self._rows_are_independent():
             session.stop_batching()
         if session.verifies:

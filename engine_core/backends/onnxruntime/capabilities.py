@@ -43,6 +43,7 @@ CAPABILITIES = Capabilities(
     kv_cache_types=("fp32", "fp16", "int8"),
     longest_default=4096,
     max_batch=4,
+    lora=True,
     group_sizes=_GROUP_SIZES,
     declined_options={
         "max_prefill": "--max-prefill is fixed in an engine for tensorrt only; elsewhere set prefill_chunk.",

@@ -1,7 +1,7 @@
 """Cuts the LM head of a whole ONNX model to the rows of a vocab map while it is loaded, so that no step reads the rest.
 
 The graph is edited in memory and the kept rows are handed to the session as initializers: what is dropped is never
-loaded. The engine directory, which may be read-only, stays as it is.
+loaded.
 """
 
 from __future__ import annotations
@@ -11,28 +11,19 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from engine_core.errors import BackendUnavailableError, ConfigurationError
+from engine_core.backends.onnxruntime.loaded_graph import LoadedGraph
+from engine_core.errors import ConfigurationError
 
 _NODES = ("head", "head/product")  # exporter.py: the product, and the sum with its bias
-_FOLDER = "session.model_external_initializers_file_folder_path"
-_FOLDER_SINCE = (1, 23)  # seen working in 1.23 and not in 1.20; absolute locations work up to 1.23 and not in 1.32
 
 
-def cut_head(path: Path, kept: np.ndarray, options: ort.SessionOptions) -> tuple[bytes, list[ort.OrtValue]]:
-    """The model at ``path`` with only the rows ``kept``, int32 [rows], of its head; ``options`` gets those rows.
+def cut_head(loaded: LoadedGraph, kept: np.ndarray, options: ort.SessionOptions) -> list[ort.OrtValue]:
+    """Leave only the rows ``kept``, int32 [rows], of the head of ``loaded``; ``options`` gets those rows.
 
     The values returned are the rows' memory: they have to live as long as the session.
-    Raises ConfigurationError if the head is not one that can be cut, BackendUnavailableError without ``onnx``.
+    Raises ConfigurationError if the head is not one that can be cut.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise BackendUnavailableError(
-            "A vocab map given at load needs the Python package 'onnx' to cut the LM head: pip install onnx, or build "
-            "the engine with 'edgellm build --vocab-map'."
-        ) from error
-    model = onnx.load(str(path), load_external_data=False)
-    graph = model.graph
+    graph, path = loaded.graph, loaded.path
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     rows = graph.output[[output.name for output in graph.output].index("logits")].type.tensor_type.shape.dim[1]
     owned = []
@@ -41,7 +32,7 @@ def cut_head(path: Path, kept: np.ndarray, options: ort.SessionOptions) -> tuple
             if name not in tensors:
                 continue
             values = _rows(_values(tensors[name], path.parent), rows.dim_value, kept)
-            cut = _placeholder(onnx, f"{node.name}.kept.{index}", values, tensors[name])
+            cut = _placeholder(loaded.onnx, f"{node.name}.kept.{index}", values, tensors[name])
             node.input[index] = cut.name
             graph.initializer.append(cut)
             owned.append(ort.OrtValue.ortvalue_from_numpy(values))  # shares the array's memory
@@ -52,9 +43,7 @@ def cut_head(path: Path, kept: np.ndarray, options: ort.SessionOptions) -> tuple
     if not owned:
         raise ConfigurationError(f"The LM head of {path} cannot be cut at load; build it with --vocab-map.")
     rows.dim_value = len(kept)
-    _drop_unused(graph)
-    _locate(graph, path.parent, options)
-    return model.SerializeToString(), owned
+    return owned
 
 
 def _values(tensor, directory: Path) -> np.ndarray:
@@ -86,20 +75,3 @@ def _placeholder(onnx, name: str, values: np.ndarray, source):
     for key, value in (("location", place["location"]), ("offset", place["offset"]), ("length", str(values.nbytes))):
         tensor.external_data.add(key=key, value=value)
     return tensor
-
-
-def _drop_unused(graph) -> None:
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
-
-
-def _locate(graph, directory: Path, options: ort.SessionOptions) -> None:
-    """Says where the data files are: a model handed over as bytes has no directory of its own."""
-    if tuple(int(part) for part in ort.__version__.split(".")[:2]) >= _FOLDER_SINCE:
-        options.add_session_config_entry(_FOLDER, str(directory.resolve()))
-        return
-    for tensor in graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = str(directory.resolve() / entry.value)

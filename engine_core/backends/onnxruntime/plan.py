@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends.kv_pool import pool_tokens
+from engine_core.backends.onnxruntime.adapters import num_bytes, sites
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
 from engine_core.backends.onnxruntime.files import DATA_NAME, held_types
 from engine_core.backends.onnxruntime.heads import head_axes, turned_size
 from engine_core.backends.onnxruntime.session import MAX_DRAFT_ROWS, has_flash_attention
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError
+from engine_core.formats.lora import LoraAdapter, read_adapters
 from engine_core.formats.manifest import Manifest, read_options
 from engine_core.formats.vocab_map import configured_vocab_map
 from engine_core.host_cpu import count_cores
@@ -32,8 +34,11 @@ _CHUNK_BETWEEN = 32  # the same where other answers wait for it
 # Bytes that loading adds to a process that has imported the library: code not touched before, the graph's objects.
 _RUNTIME_BYTES = 23 << 19
 _RUNTIME_LAYER_BYTES = 128 << 10
-_CUTTING_BYTES = 11 << 20  # the onnx package, with which a head is pruned at load
+_EDITING_BYTES = 11 << 20  # the onnx package, with which a graph is edited at load
 _ARENA_BYTES = 512 << 10  # small tensors of a step
+# Sequences without an adapter take a graph without branches where a second one is small. In a larger model the branches
+# of rank 0 cost nothing that can be measured, see docs/cpu_backend.md.
+_OWN_GRAPH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Layout:
     cuts_head: bool  # the head is whole in the engine; ``vocab_map`` was given at load
     pool_tokens: int  # places of the KV pool
     draft_rows: int  # tokens of a step with a draft
+    adapters: tuple[LoraAdapter, ...] = ()
+    adapters_have_graph: bool = False  # a graph, and weights, of their own
 
     @property
     def vocab_size(self) -> int:
@@ -72,11 +79,12 @@ class OrtOptions:
 
 def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layout:
     """Raises ConfigurationError for what this backend cannot do, BackendUnavailableError for weights in a type the CPU
-    lacks, EngineDirectoryError for a damaged vocab map."""
+    lacks, EngineDirectoryError for a damaged vocab map, AdapterError."""
     if (reason := CAPABILITIES.refusal(None, manifest.quantization)) is not None:
         raise BackendUnavailableError(reason)
     if (reason := CAPABILITIES.batch_refusal(config.max_batch)) is not None:
         raise ConfigurationError(reason)
+    adapters = read_adapters(config.lora_adapters, manifest.model, config.lora_max_rank)
     max_context = config.max_context or manifest.max_context
     if max_context > manifest.max_context:
         raise ConfigurationError(
@@ -102,6 +110,8 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
         cuts_head=cuts_head,
         pool_tokens=pool_tokens(config, max_context, _kv_bytes(manifest.model, kv_cache_type, 1)),
         draft_rows=_draft_rows(config, kv_cache_type),
+        adapters=adapters,
+        adapters_have_graph=bool(adapters) and _data_bytes(manifest) <= _OWN_GRAPH_BYTES,
     )
 
 
@@ -141,18 +151,23 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     model = manifest.model
     kv_cache = _kv_bytes(model, layout.kv_cache_type, layout.max_context, layout.num_slots, "channel")
     prefix = _kv_bytes(model, layout.kv_cache_type, layout.pool_tokens)
-    data = manifest.files[DATA_NAME].size if DATA_NAME in manifest.files else 0
+    data = _data_bytes(manifest)
     rope = _rope_values(manifest) * (2 if layout.kv_cache_type == "fp16" else 4)
     stored = stored_rope_bytes(manifest)  # those of the other type stay on the disk
     rows = layout.head_rows
     runtime = _RUNTIME_BYTES + _RUNTIME_LAYER_BYTES * model.num_layers
-    runtime += _CUTTING_BYTES if layout.cuts_head else 0
+    runtime += _EDITING_BYTES if layout.cuts_head or layout.adapters else 0
+    weights, scratch = max(0, data - stored + _packed_bytes(layout, manifest)), _scratch_bytes(layout, manifest)
+    adapters = num_bytes(layout.adapters, sites(model, layout.adapters))
+    if layout.adapters_have_graph:
+        adapters += weights + rope + scratch + _RUNTIME_LAYER_BYTES * model.num_layers
     return MemoryPlan(
         (
-            MemoryItem("weights", max(0, data - stored + _packed_bytes(layout, manifest))),
+            MemoryItem("weights", weights),
             MemoryItem("kv_cache", kv_cache),
             MemoryItem("prefix_cache", prefix),
-            MemoryItem("scratch", _scratch_bytes(layout, manifest)),
+            *([MemoryItem("adapters", adapters)] if layout.adapters else []),
+            MemoryItem("scratch", scratch),
             MemoryItem("rope", rope),
             MemoryItem("io", 8 * layout.chunk + rows * (layout.num_slots * (4 + 13) + layout.draft_rows * 4)),
             MemoryItem("runtime", runtime),
@@ -172,6 +187,10 @@ def _kv_bytes(model: ModelSpec, kv_cache_type: str, tokens: int, num_slots: int 
         kv_cache_type=kv_cache_type,
         int8_scales=int8_scales,
     )
+
+
+def _data_bytes(manifest: Manifest) -> int:
+    return manifest.files[DATA_NAME].size if DATA_NAME in manifest.files else 0
 
 
 def _rope_values(manifest: Manifest) -> int:

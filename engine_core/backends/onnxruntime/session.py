@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from engine_core.backends.onnxruntime.adapters import Site, add_branches, matrices, sites
 from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
 from engine_core.backends.onnxruntime.head import cut_head
 from engine_core.backends.onnxruntime.heads import head_axes
+from engine_core.backends.onnxruntime.loaded_graph import LoadedGraph
 from engine_core.backends.onnxruntime.mapped_weights import copy_mapped, held_still
 from engine_core.errors import BackendUnavailableError
+from engine_core.formats.lora import LoraAdapter
 from engine_core.models.spec import ModelSpec
 
 # Tokens of a step that verifies a draft. With 16, a runtime's GEMM rounds otherwise than with one.
@@ -25,6 +28,16 @@ _FIRST_WITH_FLASH_ATTENTION = (1, 32)
 _ERROR, _FATAL = 3, 4  # ONNX Runtime's log severities
 
 
+class _SlotRuns:
+    """The bound runs of one slot by one session: a step of one token, and a part of a prompt."""
+
+    def __init__(self, session: ort.InferenceSession, decode: ort.IOBinding, prefill: ort.IOBinding, chunk: int):
+        self.session = session
+        self.decode = decode
+        self.prefill = prefill
+        self.bound_tokens = chunk  # of ``prefill``
+
+
 class OrtSession:
     """The model and the KV of ``num_slots`` sequences.
 
@@ -32,6 +45,8 @@ class OrtSession:
     a layer are bound to the same memory, so a step writes its own positions and copies nothing.
     ``packed``: the runtime makes copies of the weights in its kernels' own layout, which only quantized ones need.
     ``kept``: int32 [rows], rows of the full LM head that are kept; None: all of them.
+    ``adapters``: LoRA adapters that ``use_adapter`` chooses from. ``own_graph``: sequences with one have a second
+    session, with weights of its own, so that the others' graph has no branches.
     ``logits``: float32 [slots, rows], of each slot after its last step.
     ``draft_logits``: float32 [MAX_DRAFT_ROWS, rows], those of the last ``verify``; no rows unless ``verifies``, which
     asks for it. Not thread-safe, but for ``terminate``.
@@ -50,19 +65,23 @@ class OrtSession:
         kept: np.ndarray | None = None,
         num_slots: int = 1,
         verifies: bool = False,
+        adapters: Sequence[LoraAdapter] = (),
+        own_graph: bool = False,
     ):
         self.max_context = max_context
         self.chunk = chunk
         self.num_slots = num_slots
-        options, path = session_options(threads, packed), _model_path(variant_dir, kv_cache_type)
-        data = variant_dir / DATA_NAME
-        self._head: list[ort.OrtValue] = []  # the kept rows of a pruned head, which the session reads
+        path, data = _model_path(variant_dir, kv_cache_type), variant_dir / DATA_NAME
+        self._heads: list[ort.OrtValue] = []  # rows that sessions read
+        places = sites(model, adapters)
         with held_still(data) as fd:
-            source: str | bytes = str(path)
-            if kept is not None:
-                source, self._head = cut_head(path, kept, options)
-            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            without = [] if own_graph else places
+            self._session = self._open(path, session_options(threads, packed), kept, without)
+            has_own = own_graph and bool(places)
+            adapted = self._open(path, session_options(threads, packed), kept, places) if has_own else self._session
             copy_mapped(data, fd)
+        self._matrices = {"": matrices(None, places)}  # by the adapter's name
+        self._matrices |= {adapter.name: matrices(adapter, places) for adapter in adapters}
         head_dim = head_axes(model)[0].size
         shape = (model.num_layers, 2, num_slots, model.num_kv_heads, max_context, head_dim)
         self.kv_cache = np.empty(shape, dtype=DTYPES[kv_cache_type])
@@ -80,30 +99,52 @@ class OrtSession:
         self.draft_logits = np.zeros((MAX_DRAFT_ROWS if self.verifies else 0, rows), dtype=np.float32)
         self._step_tokens = np.zeros((num_slots, 1), dtype=np.int64)
         self._tokens = np.zeros(chunk, dtype=np.int64)
-        # (first slot, number of slots) → a step of slots that lie side by side
-        first_row = self._batch_rows[:1]
-        self._decode = {(slot, 1): self._bind(self._step_tokens[:1], slot, first_row) for slot in range(num_slots)}
-        self._prefill = [self._bind(self._tokens[None], slot, self._last_row) for slot in range(num_slots)]
-        self._bound_tokens = [chunk] * num_slots
+        self._plain = [self._bind_slot(self._session, slot) for slot in range(num_slots)]
+        self._adapted = [self._bind_slot(adapted, slot) for slot in range(num_slots)] if has_own else self._plain
+        self._runs = list(self._plain)  # of each slot, with the adapter that it uses
+        self._used = [""] * num_slots
         self._decode_options = ort.RunOptions()
         self._prefill_options = [ort.RunOptions() for _ in range(num_slots)]
         for each in self._prefill_options:
             each.log_severity_level = _FATAL  # being ended by ``terminate`` is no error worth a line
+        # (first slot, number of slots) → a step of slots that lie side by side, without adapters.
+        self._batches: dict[tuple[int, int], ort.IOBinding] = {}
         # A graph with a fixed batch dimension takes one sequence at a time.
         if num_slots > 1 and not isinstance(inputs["input_ids"].shape[0], int):
             for count in range(2, num_slots + 1):
                 for slot in range(num_slots - count + 1):
-                    binding = self._bind(self._step_tokens[:count], slot, self._batch_rows[:count])
-                    self._decode[slot, count] = binding
+                    binding = self._bind(self._session, self._step_tokens[:count], slot, self._batch_rows[:count])
+                    self._batches[slot, count] = binding
         self._draft_tokens = np.zeros((1, MAX_DRAFT_ROWS), dtype=np.int64)
         self._verify = []
         if self.verifies:
-            self._verify = [self._bind(self._draft_tokens, slot, self._draft_rows) for slot in range(num_slots)]
+            every_slot = range(num_slots)
+            self._verify = [
+                self._bind(self._session, self._draft_tokens, slot, self._draft_rows) for slot in every_slot
+            ]
 
-    def _bind(self, token_ids: np.ndarray, slot: int, rows: np.ndarray) -> ort.IOBinding:
+    def _open(
+        self, path: Path, options: ort.SessionOptions, kept: np.ndarray | None, places: Sequence[Site]
+    ) -> ort.InferenceSession:
+        """Load the graph, cut to the rows ``kept`` of its head and with the branches of ``places``."""
+        source: str | bytes = str(path)
+        if kept is not None or places:
+            loaded = LoadedGraph(path, "A vocab map given at load" if kept is not None else "A LoRA adapter")
+            if kept is not None:
+                self._heads += cut_head(loaded, kept, options)
+            add_branches(loaded, places)
+            source = loaded.serialized(options)
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    def _bind_slot(self, session: ort.InferenceSession, slot: int) -> _SlotRuns:
+        decode = self._bind(session, self._step_tokens[:1], slot, self._batch_rows[:1])
+        prefill = self._bind(session, self._tokens[None], slot, self._last_row)
+        return _SlotRuns(session, decode, prefill, self.chunk)
+
+    def _bind(self, session: ort.InferenceSession, token_ids: np.ndarray, slot: int, rows: np.ndarray) -> ort.IOBinding:
         """``token_ids``: int64 [slots from ``slot`` on, tokens]. ``rows``: int64 [n, 2]."""
         count = len(token_ids)
-        binding = self._session.io_binding()
+        binding = session.io_binding()
         _bind_input(binding, "input_ids", token_ids)
         _bind_input(binding, "last_position", self._last_positions[:count])
         _bind_input(binding, "length", self._length)
@@ -116,15 +157,30 @@ class OrtSession:
                 _bind_output(binding, f"present_{kind}.{layer}", cache)
         logits = self.logits[slot : slot + count] if len(rows) == count else self.draft_logits[: len(rows)]
         _bind_output(binding, "logits", logits)
+        inputs = {each.name for each in session.get_inputs()}
+        for name, array in self._matrices[""].items():
+            if name in inputs:
+                _bind_input(binding, name, array)
         return binding
 
+    def use_adapter(self, slot: int, name: str) -> None:
+        """Make the steps of ``slot`` those of the LoRA adapter ``name``; "" = of the model itself."""
+        if name == self._used[slot]:
+            return
+        runs = self._adapted[slot] if name else self._plain[slot]
+        if name or runs is self._adapted[slot]:
+            for input_name, array in self._matrices[name].items():
+                _bind_input(runs.decode, input_name, array)
+                _bind_input(runs.prefill, input_name, array)
+        self._runs[slot], self._used[slot] = runs, name
+
     def can_batch(self, count: int) -> bool:
-        """Return whether a step can take ``count`` slots that lie side by side."""
-        return (0, count) in self._decode
+        """Return whether a step can take ``count`` slots that lie side by side and use no adapter."""
+        return count == 1 or (0, count) in self._batches
 
     def stop_batching(self) -> None:
         """Forget the steps of several slots; ``can_batch`` is false for all of them from now on."""
-        self._decode = {place: binding for place, binding in self._decode.items() if place[1] == 1}
+        self._batches.clear()
 
     def stop_verifying(self) -> None:
         """Forget the steps with drafts; ``verifies`` is false from now on."""
@@ -136,24 +192,26 @@ class OrtSession:
         self.decode_batch([token_id], [position], slot)
 
     def decode_batch(self, token_ids: Sequence[int], positions: Sequence[int], slot: int) -> None:
-        """Feeds one token each to the slots from ``slot`` on. More than one need ``can_batch``."""
+        """Feeds one token each to the slots from ``slot`` on. More than one need ``can_batch``, and no adapter."""
         count = len(token_ids)
         self._step_tokens[:count, 0] = token_ids
         self._last_positions[:count] = positions
         self._length[...] = max(positions) + 1
-        self._session.run_with_iobinding(self._decode[slot, count], self._decode_options)
+        runs = self._runs[slot]
+        session, binding = (runs.session, runs.decode) if count == 1 else (self._session, self._batches[slot, count])
+        session.run_with_iobinding(binding, self._decode_options)
 
     def prefill(self, token_ids: np.ndarray, position: int, slot: int = 0) -> None:
         """Feeds 1 to ``chunk`` tokens, integers [n], at ``position`` and on; the logits are those after the last."""
-        count = len(token_ids)
+        count, runs = len(token_ids), self._runs[slot]
         self._last_row[0, 1] = count - 1
         self._tokens[:count] = token_ids
-        if count != self._bound_tokens[slot]:
-            _bind_input(self._prefill[slot], "input_ids", self._tokens[None, :count])
-            self._bound_tokens[slot] = count
+        if count != runs.bound_tokens:
+            _bind_input(runs.prefill, "input_ids", self._tokens[None, :count])
+            runs.bound_tokens = count
         self._last_positions[0] = position + count - 1
         self._length[...] = position + count
-        self._session.run_with_iobinding(self._prefill[slot], self._prefill_options[slot])
+        runs.session.run_with_iobinding(runs.prefill, self._prefill_options[slot])
 
     def verify(self, token_ids: Sequence[int], position: int, rows: Sequence[int], slot: int = 0) -> None:
         """Feeds tokens [n] at ``position`` and on; the logits after those whose indices are ``rows`` [m] are

@@ -269,8 +269,8 @@ class TensorRTBackend(DeviceBackend):
 
     # --- faults ---------------------------------------------------------------------------------------
 
-    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray) -> None:
-        super().begin(slot, sampling, history)
+    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray, adapter: str = "") -> None:
+        super().begin(slot, sampling, history, adapter)
         if self._damaged:
             self._damaged = False
             self._stream.zero(self._work["kv_cache"])

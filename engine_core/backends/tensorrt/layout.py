@@ -119,8 +119,9 @@ def check_chunk(config: EngineConfig, max_prefill: int) -> None:
 
 def _check_config(manifest: Manifest, config: EngineConfig, options: TrtOptions) -> None:
     """Raises ConfigurationError on what this backend does not do."""
-    if (reason := CAPABILITIES.batch_refusal(config.max_batch)) is not None:
-        raise ConfigurationError(reason)
+    for refused in (CAPABILITIES.batch_refusal(config.max_batch), CAPABILITIES.adapter_refusal(config.lora_adapters)):
+        if refused is not None:
+            raise ConfigurationError(refused)
     if config.kv_cache_type not in ("auto", options.dtype):
         built = (
             f"kv_cache_type is {config.kv_cache_type!r}, but this engine was built for {options.dtype!r}; set it to "
