@@ -384,8 +384,9 @@ class LLM:
     """A client of the node ``name``. Without ``node`` it has a node and an executor thread of its own.
 
     With ``node``, an executor has to spin that node in another thread than the one that waits here. A request takes:
-    ``messages`` (a text, or turns of role and content) or ``prompt``, ``json_schema``, ``stop``, ``priority``,
-    ``deadline`` (s), ``request_id``, ``allow_special``, and the options of msg/SamplingOptions that have one value.
+    ``messages`` (a text, or turns of role and content) or ``prompt``, ``json_schema``, ``adapter``, ``stop``,
+    ``priority``, ``deadline`` (s), ``request_id``, ``allow_special``, and the options of msg/SamplingOptions that have
+    one value.
     Close it, or use it in a ``with`` or ``async with``.
     """
 
@@ -502,6 +503,7 @@ def make_goal(
     *,
     prompt: str = "",
     json_schema: str = "",
+    adapter: str = "",
     stop: Sequence[str] = (),
     priority: int = 0,
     deadline: float = 0.0,
@@ -515,8 +517,8 @@ def make_goal(
     turns: Sequence[Any] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     request = GenerationRequest(
         messages=[turn if isinstance(turn, ChatMessage) else ChatMessage(**turn) for turn in turns],
-        prompt=prompt, json_schema=json_schema, stop=list(stop), priority=priority, deadline=float(deadline),
-        request_id=request_id, allow_special=allow_special,
+        prompt=prompt, json_schema=json_schema, adapter=adapter, stop=list(stop), priority=priority,
+        deadline=float(deadline), request_id=request_id, allow_special=allow_special,
     )  # fmt: skip
     for name, value in sampling.items():
         setattr(request.sampling, name, [OPTION_TYPES[name](value)])

@@ -97,6 +97,7 @@ def to_request(message: msg.GenerationRequest, settings: Settings) -> Generation
         sampling=_to_sampling(message.sampling, settings.sampling),
         stop=tuple(message.stop) or (() if message.json_schema else settings.stop),
         json_schema=message.json_schema,
+        adapter=message.adapter,
         priority=message.priority,
         timeout=message.deadline if message.deadline != 0 else settings.request_timeout,
         stream_interval=settings.stream_interval,

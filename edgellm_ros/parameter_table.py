@@ -153,6 +153,12 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
             "needs its place.",
             1 << 20,
         ),
+        ParameterSpec(
+            # An empty list has no type in a parameter file, so "no adapters" is a list of one empty string.
+            "lora_adapters", Kind.FIXED, [""],
+            "LoRA adapters that requests may name, each 'name:directory' as peft saves it; empty ones are ignored.",
+        ),
+        _engine("lora_max_rank", "Adapters of a higher rank are refused."),
         _engine("num_threads", "CPU threads; 0 = the backend's choice.", 1024),
         _engine(
             "reproducible",

@@ -24,6 +24,16 @@ def test_service_answers_with_text_ids_and_figures(llm):
     assert llm.generate("hi", sampling={"max_new_tokens": 12}).text == answer.text
 
 
+def test_a_request_names_one_of_the_nodes_adapters(nodes, engine_dir):
+    llm = nodes.start(engine_dir, lora_adapters=["sea:/somewhere", "hill:/elsewhere"]).bring_up()
+    assert list(llm.info().adapters) == ["sea", "hill"]
+    texts = [llm.generate("hi", adapter=name, sampling={"max_new_tokens": 12}).text for name in ("", "sea", "hill", "")]
+    assert len(set(texts[:3])) == 3 and texts[3] == texts[0]
+    answer = llm.generate("hi", adapter="lake", sampling={"max_new_tokens": 12})
+    assert answer.error_code == ErrorCode.INVALID_REQUEST
+    assert answer.error_message == "The adapter 'lake' is not loaded in this engine; it has sea, hill."
+
+
 def test_action_streams_what_it_answers(llm):
     goal = llm.goal("hi", sampling={"max_new_tokens": 12})
     status, result = goal.result()
