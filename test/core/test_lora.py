@@ -347,7 +347,7 @@ def test_a_step_names_no_adapter(load, write):
     sampling = SamplingParams(seed=0)
     backend.begin(2, sampling, PROMPTS[3], "a")
     whole = backend.step([SequenceStep(2, PROMPTS[3], 0)])[0].result()
-    backend.save_prefix(2, 0, 16)
+    backend.save_kv(2, 0, 0, 16)
     backend.begin(1, sampling, PROMPTS[3], "a")
-    backend.load_prefix(1, 0, 16)
+    backend.load_kv(1, 0, 0, 16)
     assert backend.step([SequenceStep(1, PROMPTS[3][16:], 16)])[0].result() == whole
