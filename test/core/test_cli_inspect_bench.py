@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,8 +51,8 @@ def test_inspect_shows_every_variant_and_file(engine, capsys):
     assert len(json.loads(capsys.readouterr().out)["variants"]) == 1
 
 
-def test_inspect_finds_a_damaged_file_unless_told_not_to(tmp_path, capsys):
-    build_engine(DEMO, tmp_path / "engine", quantization="int4", max_context=64)
+def test_inspect_finds_a_damaged_file_unless_told_not_to(engine, tmp_path, capsys):
+    shutil.copytree(engine / "int8", tmp_path / "engine")
     data = tmp_path / "engine" / "model.onnx.data"
     content = bytearray(data.read_bytes())
     content[1000] ^= 1

@@ -52,10 +52,10 @@ before = resident()
 backend = OnnxRuntimeBackend.load(directory, manifest, config)
 grown = resident() - before
 import numpy as np
-for length in (1, 17, 64, 65, 127, 128, 300):  # what comes after takes nothing more
-    for adapter in ("", *(entry.partition(":")[0] for entry in config.lora_adapters)):
-        extend(backend, np.arange(length) % 16000, 0, adapter)
-        extend(backend, np.arange(length) % 16000, config.max_context - length, adapter)
+for adapter in ("", *(entry.partition(":")[0] for entry in config.lora_adapters)):
+    for length in (1, 17, 64, 65, 127):  # what comes after takes nothing more
+        extend(backend, np.arange(length), 0, adapter)
+    extend(backend, np.arange(300), config.max_context - 300, adapter)
 later = resident() - before
 session = backend._session
 actual = {"kv_cache": session.kv_cache.nbytes, "prefix_cache": backend._pool.nbytes}
@@ -95,30 +95,26 @@ def engine(request, checkpoint, tmp_path_factory):
     return directory
 
 
-def measure(
-    engine: Path, max_context: int, kind: str, vocab_map="auto", session_memory=0, adapters: tuple[str, ...] = ()
-):
-    command = [sys.executable, "-c", PROGRAM, str(engine), str(max_context), kind, str(vocab_map), str(session_memory)]
-    command += adapters
-    runs = []
-    for _ in range(3):  # now and then one has 2 MiB more or less of the libraries' code in memory
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert result.returncode == 0, result.stderr
-        runs.append(json.loads(result.stdout.splitlines()[-1]))
-    plan, actual = runs[0][:2]
-    return plan, actual, statistics.median(run[2] for run in runs), statistics.median(run[3] for run in runs)
+def measure(engine: Path, *arguments: object) -> tuple[dict, dict, int, int]:
+    """Return the planned bytes and the actual bytes by name, and the growth after loading and after work."""
+    command = [sys.executable, "-c", PROGRAM, str(engine), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    plan, actual, grown, later = json.loads(result.stdout.splitlines()[-1])
+    assert plan["kv_cache"] == actual["kv_cache"] and plan["prefix_cache"] == actual["prefix_cache"]
+    return plan, actual, grown, later
 
 
 @pytest.mark.parametrize("max_context, kind, session_memory", [(512, "fp32", 100), (2048, "fp16", 0)])
 def test_planned_and_actual_bytes_agree_within_one_percent(engine, max_context, kind, session_memory):
-    check(*measure(engine, max_context, kind, session_memory=session_memory))
+    check(engine, max_context, kind, "auto", session_memory)
 
 
 def test_they_agree_where_the_head_is_cut_at_load(engine, tmp_path):
     kept = np.arange(0, VOCAB, 4, dtype=np.int32)  # the first is no end of sequence
     kept[0] = 2
     write_vocab_map(tmp_path / "map", kept, {})
-    check(*measure(engine, 512, "fp32", tmp_path / "map"), tolerance=0.02)
+    check(engine, 512, "fp32", tmp_path / "map", 0, tolerance=0.02)
 
 
 @pytest.mark.parametrize("engine", ["int4"], indirect=True)
@@ -132,14 +128,25 @@ def test_they_agree_with_adapters(engine, tmp_path):
     write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
     config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    plan, *rest = measure(engine, 512, "fp32", adapters=(f"one:{tmp_path}", f"two:{tmp_path}"))
+    plan = check(engine, 512, "fp32", "auto", 0, f"one:{tmp_path}", f"two:{tmp_path}")
     assert plan["adapters"] > 2 * sum(tensor.nbytes for tensor in tensors.values())
-    check(plan, *rest)
 
 
-def check(plan, actual, grown, later, tolerance=0.01):
-    assert plan["kv_cache"] == actual["kv_cache"] and plan["prefix_cache"] == actual["prefix_cache"]
+def check(engine: Path, *arguments: object, tolerance: float = 0.01) -> dict:
+    """Compare the plan, which is returned, with one load or, where that differs by more, with the median of three.
+
+    Now and then a load has 2 MiB more or less of the libraries' code in memory.
+    """
+    runs = [measure(engine, *arguments)]
+    plan = runs[0][0]
     total = sum(plan.values())
-    allowed = max(tolerance * total, NOISE)
-    assert abs(grown - total) < allowed, f"{grown / 2**20:.1f} MiB taken, {total / 2**20:.1f} MiB planned: {plan}"
-    assert abs(later - total) < allowed, f"{later / 2**20:.1f} MiB after work, {total / 2**20:.1f} MiB planned"
+
+    def largest_error() -> float:
+        return max(abs(statistics.median(run[i] for run in runs) - total) for i in (2, 3))
+
+    if largest_error() > (allowed := max(tolerance * total, NOISE)):
+        runs += [measure(engine, *arguments) for _ in range(2)]
+    found = [tuple(f"{run[i] / 2**20:.1f}" for i in (2, 3)) for run in runs]
+    message = f"{found} MiB after loading and after work, {total / 2**20:.1f} MiB planned: {plan}"
+    assert largest_error() < allowed, message
+    return plan

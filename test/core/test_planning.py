@@ -23,7 +23,7 @@ from engine_core.planning import devices
 from engine_core.planning.estimates import CheckpointEstimate, Size
 from engine_core.planning.plan import Asked, advice, is_possible, longest_context, plan_checkpoint, plan_engine
 
-ROOT = Path(__file__).resolve().parents[2]
+DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 GIB = 2**30
 LLAMA2_7B = dict(
     architectures=["LlamaForCausalLM"],
@@ -57,6 +57,15 @@ def config_only(tmp_path):
         return directory
 
     return write
+
+
+@pytest.fixture(scope="module")
+def demo_engines(tmp_path_factory):
+    """A directory with the fp32, int8 and int4 variants of the demo model for 512 tokens, named like their weights."""
+    directory = tmp_path_factory.mktemp("demo")
+    for quantization in ("fp32", "int8", "int4"):
+        build_engine(DEMO, directory / quantization, quantization=quantization, max_context=512)
+    return directory
 
 
 def rows_of(directory, device, **asked):
@@ -126,15 +135,13 @@ def assert_agrees(estimate, planned, quantization, backend, size, device):
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "int8", "int4"])
-def test_the_demo_models_plan_is_that_of_the_engine_built_from_it(tmp_path, quantization):
-    checkpoint = ROOT / "models" / "demo"
-    manifest = build_engine(checkpoint, tmp_path / "engine", quantization=quantization, max_context=1024)
-    config = EngineConfig(tmp_path / "engine", max_context=1024)
-    planned = backend_class("onnxruntime").plan(tmp_path / "engine", manifest, config)
+def test_the_demo_models_plan_is_that_of_the_engine_built_from_it(demo_engines, quantization):
+    engine = demo_engines / quantization
+    planned = backend_class("onnxruntime").plan(engine, read_manifest(engine), EngineConfig(engine, max_context=512))
     device = devices.this_cpu()
-    estimate = CheckpointEstimate(checkpoint)
-    assert_agrees(estimate, planned, quantization, "onnxruntime", Size(1024, 1, "fp32"), device)
-    other = estimate.plan(quantization, "onnxruntime", Size(512, 1, "fp32"), device)
+    estimate = CheckpointEstimate(DEMO)
+    assert_agrees(estimate, planned, quantization, "onnxruntime", Size(512, 1, "fp32"), device)
+    other = estimate.plan(quantization, "onnxruntime", Size(256, 1, "fp32"), device)
     assert other.item("kv_cache") == planned.item("kv_cache") // 2
 
 
@@ -153,30 +160,27 @@ def test_plans_of_every_family_are_those_of_their_engines(tmp_path, name, quanti
 
 
 def test_a_reduced_vocabulary_is_planned_as_it_is_built(tmp_path):
-    checkpoint = ROOT / "models" / "demo"
-    eos = json.loads((checkpoint / "generation_config.json").read_text())["eos_token_id"]
+    eos = json.loads((DEMO / "generation_config.json").read_text())["eos_token_id"]
     kept = sorted({*range(500), *(eos if isinstance(eos, list) else [eos])})
     import numpy as np
 
     write_safetensors(tmp_path / "map.safetensors", {TENSOR_NAME: np.array(kept, dtype=np.int32)})
     manifest = build_engine(
-        checkpoint, tmp_path / "engine", quantization="int8", max_context=512, vocab_map=tmp_path / "map.safetensors"
+        DEMO, tmp_path / "engine", quantization="int8", max_context=512, vocab_map=tmp_path / "map.safetensors"
     )
     planned = backend_class("onnxruntime").plan(tmp_path / "engine", manifest, EngineConfig(tmp_path / "engine"))
     size = Size(512, 1, "fp32", head_rows=len(kept))
-    assert_agrees(CheckpointEstimate(checkpoint), planned, "int8", "onnxruntime", size, devices.this_cpu())
+    assert_agrees(CheckpointEstimate(DEMO), planned, "int8", "onnxruntime", size, devices.this_cpu())
 
 
 def test_the_plan_of_awq_is_that_of_the_engine_built_from_an_awq_checkpoint(tmp_path):
     pytest.importorskip("torch")
     from engine_core.quantize import quantize_checkpoint
 
-    quantize_checkpoint(
-        ROOT / "models" / "demo", tmp_path / "checkpoint", method="int4_awq", num_samples=2, sequence_length=64
-    )
+    quantize_checkpoint(DEMO, tmp_path / "checkpoint", method="int4_awq", num_samples=2, sequence_length=64)
     manifest = build_engine(tmp_path / "checkpoint", tmp_path / "engine", quantization="int4_awq", max_context=512)
     planned = backend_class("onnxruntime").plan(tmp_path / "engine", manifest, EngineConfig(tmp_path / "engine"))
-    for directory in (ROOT / "models" / "demo", tmp_path / "checkpoint"):
+    for directory in (DEMO, tmp_path / "checkpoint"):
         size = Size(512, 1, "fp32")
         assert_agrees(CheckpointEstimate(directory), planned, "int4_awq", "onnxruntime", size, devices.this_cpu())
 
@@ -184,13 +188,12 @@ def test_the_plan_of_awq_is_that_of_the_engine_built_from_an_awq_checkpoint(tmp_
 @pytest.mark.parametrize("quantization", ["fp16", "int4"])
 def test_the_cuda_plan_is_that_of_the_engine_built(tmp_path, quantization):
     """Without a GPU: the bytes of the weights file, and the same arrays for the rest."""
-    checkpoint = ROOT / "models" / "demo"
-    build_cuda(checkpoint, tmp_path / "engine", quantization=quantization, max_context=1024)
+    build_cuda(DEMO, tmp_path / "engine", quantization=quantization, max_context=1024)
     manifest = read_manifest(tmp_path / "engine")
     device = devices.named("orin-nano-8gb")
     (row,) = plan_engine(tmp_path / "engine", EngineConfig(tmp_path / "engine"), device)
     assert row.usable and row.plan.available == device.free
-    assert_agrees(CheckpointEstimate(checkpoint), row.plan, quantization, "cuda", Size(1024, 1, "fp16"), device)
+    assert_agrees(CheckpointEstimate(DEMO), row.plan, quantization, "cuda", Size(1024, 1, "fp16"), device)
     rope = row.plan.item("rope")
     assert manifest.files["weights.safetensors"].size == pytest.approx(row.plan.item("weights") + rope, rel=0.01)
 
@@ -276,16 +279,14 @@ def test_the_command_says_what_fits_in_its_exit_status(config_only, capsys):
     assert "agx-orin-64gb" in capsys.readouterr().err
 
 
-def test_the_command_on_engines_of_several_variants(tmp_path, capsys):
-    for quantization in ("int8", "int4"):
-        build_engine(ROOT / "models" / "demo", tmp_path / quantization, quantization=quantization, max_context=512)
-    assert cli.main(["plan", str(tmp_path), "--json"]) == 0
+def test_the_command_on_engines_of_several_variants(demo_engines, capsys):
+    directory = str(demo_engines)
+    assert cli.main(["plan", directory, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert [row["quantization"] for row in document["variants"]] == ["int4", "int8"]
-    assert (
-        cli.main(["plan", str(tmp_path), "--memory", "20MB", "--quantization", "int8", "--backend", "onnxruntime"]) == 1
-    )
+    assert [row["quantization"] for row in document["variants"]] == ["fp32", "int4", "int8"]
+    limits = ["--memory", "20MB", "--quantization", "int8", "--backend", "onnxruntime"]
+    assert cli.main(["plan", directory, *limits]) == 1
     assert "too large" in capsys.readouterr().out
-    assert cli.main(["plan", str(tmp_path), "--max-context", "1024"]) == 1
+    assert cli.main(["plan", directory, "--max-context", "1024"]) == 1
     assert "the engine was built for 512" in capsys.readouterr().out
-    assert cli.main(["plan", str(tmp_path), "--quantization", "fp16"]) == 1
+    assert cli.main(["plan", directory, "--quantization", "fp16"]) == 1

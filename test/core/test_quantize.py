@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import resource
 import signal
@@ -47,6 +48,23 @@ def original(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def quantized(original, tmp_path_factory):
+    """Makes the checkpoint of a method and its options once, for tests that only read it."""
+
+    @functools.cache
+    def make(method, **options):
+        out = tmp_path_factory.mktemp("quantized") / method
+        if method.startswith("int4"):
+            options["group_size"] = 32
+        progress = []
+        quantize_checkpoint(original, out, method=method, **options, progress=lambda *step: progress.append(step))
+        assert progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
+        return out
+
+    return make
+
+
 def logits_of(engine_dir, manifest) -> np.ndarray:
     session = OrtSession(engine_dir, manifest.model, manifest.model.vocab_size, 64, 64, 1)
     session.prefill(PROMPT, 0)
@@ -74,24 +92,24 @@ def transformers_logits(directory) -> np.ndarray:
     return checkpoints.reference_logits(model.eval(), PROMPT)[-1]
 
 
+# Method → (quantization of the engine built from it, largest mean error of the logits).
 METHODS = {
-    "fp16": ({}, "", 1e-2),
-    "int8": ({}, "int8", 0.05),
-    "int8_smoothquant": ({}, "int8", 0.05),
-    "int4": ({"group_size": 32}, "int4", 0.5),
-    "int4_awq": ({"group_size": 32}, "int4_awq", 0.5),
-    "fp8": ({}, "fp8", 0.15),
-    "nvfp4": ({}, "nvfp4", 0.6),
+    "fp16": ("", 1e-2),
+    "int8": ("int8", 0.05),
+    "int8_smoothquant": ("int8", 0.05),
+    "int4": ("int4", 0.5),
+    "int4_awq": ("int4_awq", 0.5),
+    "fp8": ("fp8", 0.15),
+    "nvfp4": ("nvfp4", 0.6),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_makes_a_checkpoint_near_the_original_that_is_built_as_itself(original, tmp_path, method):
-    options, quantization, tolerance = METHODS[method]
-    progress = []
-    out = tmp_path / "out"
-    quantize_checkpoint(original, out, method=method, **options, progress=lambda *step: progress.append(step))
-    assert progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
+def test_every_method_makes_a_checkpoint_near_the_original_that_is_built_as_itself(
+    original, quantized, tmp_path, method
+):
+    quantization, tolerance = METHODS[method]
+    out = quantized(method)
     assert (out / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
     assert (out / "calibration.jsonl").is_file() and not (out / "model.safetensors.index.json").exists()
     exact = transformers_logits(original)
@@ -106,34 +124,32 @@ def test_every_method_makes_a_checkpoint_near_the_original_that_is_built_as_itse
 
 
 @pytest.mark.parametrize("method", ["int8", "int8_smoothquant", "int4", "int4_awq", "fp8", "nvfp4"])
-def test_transformers_reads_it_with_the_library_of_the_layout(original, tmp_path, method):
+def test_transformers_reads_it_with_the_library_of_the_layout(quantized, method):
     pytest.importorskip("compressed_tensors")
     import torch
     import transformers
 
-    options = {"group_size": 32} if method.startswith("int4") else {}
-    quantize_checkpoint(original, tmp_path / "out", method=method, **options)
+    out = quantized(method)
     config = transformers.CompressedTensorsConfig(run_compressed=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(tmp_path / "out"), dtype=torch.float32, quantization_config=config, attn_implementation="eager"
+        str(out), dtype=torch.float32, quantization_config=config, attn_implementation="eager"
     )
-    checkpoint = Checkpoint(tmp_path / "out")
+    checkpoint = Checkpoint(out)
     name = "model.layers.1.mlp.down_proj"
     found = model.get_submodule(name).weight.detach().float().numpy()
     # The library multiplies in the type of the scales, bf16 here.
     np.testing.assert_allclose(found, checkpoint.read(f"{name}.weight"), rtol=2.0**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("method", ["int8", "int8_smoothquant", "int4", "int4_awq"])
-def test_the_engine_has_the_levels_of_the_checkpoint(original, tmp_path, monkeypatch, method, symmetric):
+@pytest.mark.parametrize(
+    "method, symmetric",
+    [("int8", True), ("int8_smoothquant", True), ("int4", True), ("int4", False), ("int4_awq", True)],
+)
+def test_the_engine_has_the_quantized_values_of_the_checkpoint(quantized, tmp_path, monkeypatch, method, symmetric):
     bits = 4 if method.startswith("int4") else 8
-    if not symmetric and bits == 8:
-        pytest.skip("int8 has no zero points")
-    options = {"group_size": 32, "symmetric": symmetric} if bits == 4 else {}
-    quantize_checkpoint(original, tmp_path / "out", method=method, **options)
-    build_engine(tmp_path / "out", tmp_path / "engine", max_context=64)
-    tensors, checkpoint = initializers(tmp_path / "engine"), Checkpoint(tmp_path / "out")
+    out = quantized(method) if symmetric else quantized(method, symmetric=False)
+    build_engine(out, tmp_path / "engine", max_context=64)
+    tensors, checkpoint = initializers(tmp_path / "engine"), Checkpoint(out)
     for i, layer in enumerate(read_spec(checkpoint).layers):
         for name, linear in (("qkv", layer.qkv), ("output", layer.output), ("down", layer.down)):
             parts = [checkpoint.quantized(part) for part in linear.parts]
@@ -149,8 +165,8 @@ def test_the_engine_has_the_levels_of_the_checkpoint(original, tmp_path, monkeyp
                 np.testing.assert_array_equal(found, zeros)
     # And with float activations the engine computes with just these weights.
     monkeypatch.setattr(build, "Precision", _float_activations)
-    manifest = build_engine(tmp_path / "out", tmp_path / "float", max_context=64)
-    expected = transformers_logits(tmp_path / "out")
+    manifest = build_engine(out, tmp_path / "float", max_context=64)
+    expected = transformers_logits(out)
     assert np.abs(logits_of(tmp_path / "float", manifest) - expected).mean() / expected.std() < 0.02  # int8 head
 
 
