@@ -1,13 +1,20 @@
-"""What holds for all tests: a ROS domain of their own, the installed package, and GPU tests that say why they rest."""
+"""Set up every test run: threads, a ROS domain of its own, the installed package, and turns among its workers.
+
+A test marked ``alone`` measures time or memory: it runs while no other worker runs a test.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,7 +28,10 @@ sys.path.append(str(ROOT))
 
 import isolation  # noqa: E402
 
-isolation.isolate()  # before any test initialises rclpy; child processes inherit it
+# Before numpy and torch are imported: their matrices are so small here that a second thread costs more than it does.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Taken out of the environment: a test that runs pytest itself must not wait for its own turn.
+TURNS = os.environ.pop("EDGELLM_TEST_TURNS", None)
 
 
 @lru_cache(maxsize=1)
@@ -54,8 +64,26 @@ collect_ignore = ["ros"] if why_no_ros() else []
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):  # only hands tests to workers, which inherit its environment
+        os.environ["EDGELLM_TEST_TURNS"] = turns = tempfile.mkdtemp(prefix="edgellm-test-turns-")
+        config.add_cleanup(lambda: shutil.rmtree(turns, ignore_errors=True))
+    else:
+        isolation.isolate()  # before any test initialises rclpy; child processes inherit it
     if os.environ.get("EDGELLM_REQUIRE_ROS") == "1" and why_no_ros():
         raise pytest.UsageError(why_no_ros())
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hold the run's lock while a test runs: exclusively if it is marked ``alone``, else shared."""
+    if TURNS is None:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    with open(Path(TURNS, "next"), "w") as turn, open(Path(TURNS, "running"), "w") as running:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # so that a test that waits to be alone is the next to start
+        fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -41,6 +41,9 @@ FAST = tuple(
         "package/test_private_members", "package/test_walls",
     )
 )  # fmt: skip
+# Two workers, whatever the machine: each holds torch and a ROS node. A worker that has nothing left to do takes tests
+# of the other, so that most fixtures of a module are made once.
+WORKERS = ("-p", "xdist.plugin", "-n", "2", "--dist", "worksteal")
 LINTED = ("benchmarks", "edgellm_ros", "engine_core", "examples", "launch", "setup.py", "test", "tools")
 # Of a ROS that was sourced in this shell or of an outer virtual environment: neither may leak into the wheels.
 FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "_ROS_WHEELS_BOOTSTRAP_COMPLETE", "AMENT_PREFIX_PATH")
@@ -277,10 +280,26 @@ def run_environment(workspace: Workspace) -> dict[str, str]:
 
 
 def pytest_arguments(arguments: list[str]) -> list[str]:
-    """All tests, unless some are named; paths are meant from the root."""
+    """Return pytest's arguments: all tests on two workers, or those whose paths are named in one process.
+
+    Paths are meant from the root.
+    """
     paths = [argument for argument in arguments if (ROOT / argument.partition("::")[0]).exists()]
     absolute = [str(ROOT / argument) if argument in paths else argument for argument in arguments]
-    return absolute if paths else [str(ROOT / "test"), *arguments]
+    return absolute if paths else [*WORKERS, str(ROOT / "test"), *arguments]
+
+
+def task_environment(workspace: Workspace, builds: bool) -> dict[str, str]:
+    """Return the environment of a task; ``builds``: with the package that colcon has installed."""
+    env = run_environment(workspace) if builds else base_environment(workspace)
+    if env.pop("PYTHONDONTWRITEBYTECODE", ""):
+        # The tests start hundreds of processes, each of which would compile all that it imports. Beside the sources
+        # there is still no bytecode.
+        env.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / "build" / "bytecode"))
+    if builds:
+        env["EDGELLM_REQUIRE_ROS"] = "1"  # tests that find no ROS fail here instead of being skipped
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a sourced ROS brings plugins made for its own, older pytest
+    return env
 
 
 @contextlib.contextmanager
@@ -330,13 +349,10 @@ def main() -> int:
             make_environment(workspace, testing, steps)
             if builds:
                 build_package(workspace, steps)
-        env = run_environment(workspace) if builds else base_environment(workspace)
+        env = task_environment(workspace, builds)
     except (SetupError, debian_parts.PartsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if builds:
-        env["EDGELLM_REQUIRE_ROS"] = "1"  # tests that find no ROS fail here instead of being skipped
-    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a sourced ROS brings plugins made for its own, older pytest
     status = 0
     for command in commands:  # all of them: a finding of the linter does not hide the tests' results
         steps.start(" ".join(Path(part).name for part in command[:2] if part != "-m"))

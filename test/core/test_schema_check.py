@@ -63,6 +63,7 @@ class Asked:
         return self
 
 
+@pytest.mark.alone
 def test_quick_schemas_do_not_wait_for_slow_ones(checker):
     warm = [Asked(checker, 0.3) for _ in range(4)]  # starts the processes
     assert all(each.wait().outcome == "" for each in warm)

@@ -93,6 +93,7 @@ def test_the_highest_priority_goes_first_and_equal_ones_in_order(start):
     assert order == ["d", "b", "e", "a", "c"]
 
 
+@pytest.mark.alone
 def test_a_full_queue_refuses_at_once(start):
     worker = start(backend=SLOW, queue_depth=1)
     first = submit(worker, **LONG)

@@ -106,6 +106,7 @@ def test_without_the_package_a_manager_is_told_once_how_to_get_it(monkeypatch, m
     assert all("-bond" in text for text in node.warnings)
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(status_type() is None, reason="the ROS package 'bond' is not installed")
 def test_a_manager_forms_its_bond_within_two_seconds(nodes, engine_dir):
     """nav2_lifecycle_manager waits for half of bond_timeout, 4 s by default, and sends a heartbeat every 0.1 s."""

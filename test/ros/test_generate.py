@@ -85,6 +85,7 @@ def test_a_prompt_right_after_a_parameter_is_set_is_answered_with_it(llm):
         assert heard[-1].data == expected[count]
 
 
+@pytest.mark.alone
 def test_cancel_returns_the_partial_text_and_keeps_the_kv(llm):
     goal = llm.goal("tell me", **LONG)
     llm.until(lambda: len(goal.feedback) >= 20)
@@ -153,6 +154,7 @@ def test_the_highest_priority_goes_first(llm):
     assert done() == ["p9", "p5", "p0"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("waiting", [False, True])
 def test_deadline_counts_from_arrival(llm, waiting):
     goal = llm.goal("a", **LONG) if waiting else None

@@ -45,14 +45,17 @@ def take(monkeypatch):
     node.destroy_node()
 
 
+@pytest.mark.alone
 def test_it_ends_with_the_first_piece(take):
     assert 0.04 < take(lambda on_piece, on_done: on_piece(Piece(0, "go", (5,)))) < HEAD_START
 
 
+@pytest.mark.alone
 def test_it_ends_with_an_answer_without_pieces(take):
     assert 0.04 < take(lambda on_piece, on_done: on_done(GenerationResult("id"))) < HEAD_START
 
 
+@pytest.mark.alone
 def test_it_is_limited_and_not_for_a_second_request(take):
     assert HEAD_START <= take() < HEAD_START + 0.5
     assert take() < HEAD_START

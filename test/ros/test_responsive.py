@@ -35,6 +35,7 @@ llm.spin(60.0)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("num_waiting", [0, 16])
 def test_everything_else_is_answered_within_50_ms(llm, num_waiting):
     goal = llm.goal("a", **LONG)
@@ -63,6 +64,7 @@ def test_everything_else_is_answered_within_50_ms(llm, num_waiting):
     assert all(llm.wait(answer).error_code == 0 for answer in waiting)
 
 
+@pytest.mark.alone
 def test_a_waiting_client_costs_no_cpu(nodes, tmp_path):
     from fake_backend import write_engine
 
