@@ -2,7 +2,7 @@
 #   PYTHON=python3.12   the interpreter, from 3.10 to 3.13 (default: the first that will do)
 #   PYTEST_ARGS="-k x"  handed to pytest
 #   REFERENCE=0         without torch, and without the tests that compare with it
-.PHONY: help demo test test-fast test-oldest lint setup gpu-test clean
+.PHONY: help demo test test-long test-fast test-oldest lint setup gpu-test clean
 
 export PYTHON
 NO_REFERENCE = $(if $(filter 0,$(REFERENCE)),--no-reference)
@@ -10,6 +10,7 @@ NO_REFERENCE = $(if $(filter 0,$(REFERENCE)),--no-reference)
 help:
 	@echo "make demo   a lifecycle node answers robot commands, token by token"
 	@echo "make test   all tests that need no GPU, on two cores"
+	@echo "make test-long  the same with thousands of fuzz cases and every configuration field; an hour or more"
 	@echo "make test-fast  the style check and the quick tests of the core, in less than a minute"
 	@echo "make test-oldest  the core's tests with the oldest versions that the requirements allow"
 	@echo "make lint   the checks of style and types alone"
@@ -19,7 +20,7 @@ help:
 demo:
 	@tools/start demo
 
-test test-fast:
+test test-long test-fast:
 	@tools/start $(NO_REFERENCE) $@ $(PYTEST_ARGS)
 
 test-oldest:

@@ -41,6 +41,8 @@ FAST = tuple(
         "package/test_private_members", "package/test_walls",
     )
 )  # fmt: skip
+# A long run tries this many cases in each fuzz test, and every value of every field of a configuration.
+LONG = {"EDGELLM_FUZZ_EXAMPLES": "2000", "EDGELLM_ALL_CONFIG_FIELDS": "1"}
 # Two workers, whatever the machine: each holds torch and a ROS node. A worker that has nothing left to do takes tests
 # of the other, so that most fixtures of a module are made once.
 WORKERS = ("-p", "xdist.plugin", "-n", "2", "--dist", "worksteal")
@@ -326,12 +328,12 @@ def wait_for(process: subprocess.Popen) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=("setup", "demo", "test", "test-fast", "lint", "run"))
+    parser.add_argument("task", choices=("setup", "demo", "test", "test-long", "test-fast", "lint", "run"))
     parser.add_argument("--no-reference", action="store_true", help="without torch and the tests that need it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed on to the task")
     options = parser.parse_args()
     workspace = open_workspace(reference=not options.no_reference)
-    testing = options.task in ("test", "test-fast", "lint")
+    testing = options.task in ("test", "test-long", "test-fast", "lint")
     builds = options.task != "test-fast"  # what it runs needs no ROS, and colcon takes longer than the tests
     lint = ["-m", "ruff", "check", *(str(ROOT / name) for name in LINTED if (ROOT / name).exists())]
     types = ["-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *(str(ROOT / name) for name in TYPED)]
@@ -340,6 +342,7 @@ def main() -> int:
         "demo": [[str(TOOLS / "demo.py"), *options.arguments]],
         "lint": [lint, types],
         "test": [lint, types, ["-m", "pytest", *pytest_arguments(options.arguments)]],
+        "test-long": [["-m", "pytest", "-o", "faulthandler_timeout=0", *pytest_arguments(options.arguments)]],
         "test-fast": [lint, ["-m", "pytest", "-q", *(str(ROOT / name) for name in FAST), *options.arguments]],
         "run": [options.arguments],
     }[options.task]
@@ -353,6 +356,8 @@ def main() -> int:
     except (SetupError, debian_parts.PartsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if options.task == "test-long":
+        env = LONG | env
     status = 0
     for command in commands:  # all of them: a finding of the linter does not hide the tests' results
         steps.start(" ".join(Path(part).name for part in command[:2] if part != "-m"))
