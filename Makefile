@@ -10,7 +10,7 @@ NO_REFERENCE = $(if $(filter 0,$(REFERENCE)),--no-reference)
 help:
 	@echo "make demo   a lifecycle node answers robot commands, token by token"
 	@echo "make test   all tests that need no GPU, on two cores"
-	@echo "make test-long  the same with thousands of fuzz cases and every configuration field; an hour or more"
+	@echo "make test-long  the same with thousands of fuzz cases, all fields and architectures; an hour or more"
 	@echo "make test-fast  the style check and the quick tests of the core, in less than a minute"
 	@echo "make test-oldest  the core's tests with the oldest versions that the requirements allow"
 	@echo "make lint   the checks of style and types alone"

@@ -41,8 +41,9 @@ FAST = tuple(
         "package/test_private_members", "package/test_walls",
     )
 )  # fmt: skip
-# A long run tries this many cases in each fuzz test, and every value of every field of a configuration.
-LONG = {"EDGELLM_FUZZ_EXAMPLES": "2000", "EDGELLM_ALL_CONFIG_FIELDS": "1"}
+# A long run tries this many cases in each fuzz test, every value of every field of a model's configuration, and every
+# variant of a kernel for every architecture.
+LONG = {"EDGELLM_FUZZ_EXAMPLES": "2000", "EDGELLM_ALL_CONFIG_FIELDS": "1", "EDGELLM_ALL_ARCHITECTURES": "1"}
 # Two workers, whatever the machine: each holds torch and a ROS node. A worker that has nothing left to do takes tests
 # of the other, so that most fixtures of a module are made once.
 WORKERS = ("-p", "xdist.plugin", "-n", "2", "--dist", "worksteal")

@@ -1,12 +1,19 @@
-"""Every kernel compiles for every architecture the package names. Needs NVRTC, but no GPU."""
+"""Every kernel compiles for every architecture the package names. Needs NVRTC, but no GPU.
+
+Variants of kernels are compiled for one architecture on each side of the borders at which the sources differ, and for
+all with EDGELLM_ALL_ARCHITECTURES=1.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from engine_core.cuda import kernels
 from engine_core.cuda.driver import KernelCompileError
 from engine_core.cuda.kernels import kernel_source
 from engine_core.cuda.kernels.nvrtc import compile_kernel
@@ -24,6 +31,19 @@ def _architectures() -> list[str]:
         return []
     wanted = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
     return [f"sm_{arch}" for arch in wanted if int(code) == 0 and arch in known]
+
+
+ARCHITECTURES = _architectures()
+BORDERS = {890, 900}  # of __CUDA_ARCH__
+BESIDE_BORDERS = [arch for arch in ARCHITECTURES if arch in ("sm_87", "sm_89", "sm_90")]
+if os.environ.get("EDGELLM_ALL_ARCHITECTURES"):
+    BESIDE_BORDERS = ARCHITECTURES
+
+
+def for_each(architectures: list[str]) -> pytest.MarkDecorator:
+    """Parametrize a test by ``arch``; skip it without NVRTC."""
+    none = [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))]
+    return pytest.mark.parametrize("arch", architectures or none)
 
 
 ATTENTION = dict(HEADS=8, KV_HEADS=2, HEAD_DIM=64, HEAD_SIZE=60, CONTEXT=512, QK_NORM=1, NORM_EPS="1e-5f")
@@ -63,25 +83,31 @@ def _compile_all(arch: str, names, **defines) -> None:
             assert binary[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+def test_the_sources_differ_at_these_borders_only():
+    sources = [*Path(kernels.__file__).parent.glob("*.cu"), *Path(kernels.__file__).parent.glob("*.cuh")]
+    found = [set(map(int, re.findall(r"__CUDA_ARCH__\D+(\d+)", path.read_text()))) for path in sources]
+    assert set().union(*found) == BORDERS
+
+
+@for_each(ARCHITECTURES)
 def test_every_kernel_compiles(arch):
     _compile_all(arch, KERNELS, BF16=int(arch != "sm_80"))
 
 
-@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+@for_each(BESIDE_BORDERS)
 def test_the_kernels_of_an_int8_cache_compile(arch):
-    head_dim = (16, 96, 256)[_architectures().index(arch) % 3]  # what they have in common decides what compiles
+    head_dim = (16, 96, 256)[ARCHITECTURES.index(arch) % 3]  # what they have in common decides what compiles
     names = ("attention_decode", "attention_prefill", "rope_append")
-    _compile_all(arch, names, BF16=int(arch == "sm_80"), KV_INT8=1, HEAD_DIM=head_dim, CONTEXT=1003, BLOCKS=1)
+    _compile_all(arch, names, BF16=int(arch == "sm_87"), KV_INT8=1, HEAD_DIM=head_dim, CONTEXT=1003, BLOCKS=1)
 
 
-@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+@for_each(BESIDE_BORDERS)
 @pytest.mark.parametrize("bf16", [0, 1])
 def test_8_bit_gemms_compile(arch, bf16):
     _compile_all(arch, ("gemv_packed", "gemm_packed"), BITS=8, BF16=bf16)
 
 
-@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+@for_each(BESIDE_BORDERS)
 @pytest.mark.parametrize("bf16", [0, 1])
 @pytest.mark.parametrize("bits, group_scales", [(8, 0), (8, 1), (4, 0)])
 def test_the_products_of_small_floats_compile(arch, bf16, bits, group_scales):
@@ -91,16 +117,16 @@ def test_the_products_of_small_floats_compile(arch, bf16, bits, group_scales):
     )
 
 
-@pytest.mark.parametrize("arch", _architectures() or [pytest.param("", marks=pytest.mark.skip(reason="needs NVRTC"))])
+@for_each(BESIDE_BORDERS)
 def test_the_kernels_of_several_sequences_compile(arch):
-    tokens = 8 * (1 + _architectures().index(arch) % 2)
+    tokens = 8 * (1 + ARCHITECTURES.index(arch) % 2)
     _compile_all(arch, ["gemm_packed"], BITS=16, TOKENS=tokens, EPILOGUE=3, BUFFERS=2, STAGE=2)
     strides = {"SLOT_STRIDE": 1 << 33, "SCALE_SLOT_STRIDE": 4096}
     _compile_all(arch, ["attention_decode"], BATCHED=1, KV_INT8=int(tokens == 8), **strides)
     _compile_all(arch, ["rope_append"], KV_INT8=1, **strides)
 
 
-@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+@pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("floats", [0, 1])
 @pytest.mark.parametrize("rows, cols, epilogue", [(50257, 576, 3), (1000, 72, 2), (24, 2560, 1)])
@@ -111,7 +137,7 @@ def test_gemms_with_tiles_that_are_not_full_compile(bits, floats, rows, cols, ep
         _compile_all("sm_87", ("gemm_packed",), **{**sizes, "SPLITS": 1, "STAGE": 1, "BUFFERS": 2})
 
 
-@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+@pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")
 @pytest.mark.parametrize("rows, cols, epilogue", [(50257, 576, 3), (1000, 72, 2), (24, 2560, 1)])
 def test_gemm_of_16_bit_tiles_that_are_not_full_compiles(rows, cols, epilogue):
     sizes = dict(
@@ -120,12 +146,12 @@ def test_gemm_of_16_bit_tiles_that_are_not_full_compiles(rows, cols, epilogue):
     _compile_all("sm_87", ("gemm_packed",), **sizes)
 
 
-@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+@pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")
 def test_kv_append_compiles_without_layers():
-    assert _compile("kv_append", _architectures()[0], LAYERS=0)[:4] == b"\x7fELF"
+    assert _compile("kv_append", ARCHITECTURES[0], LAYERS=0)[:4] == b"\x7fELF"
 
 
-@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+@pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")
 def test_the_cache_is_keyed_by_all_that_matters(tmp_path):
     first = _compile("rms_norm", "sm_80")
     (cached,) = tmp_path.iterdir()
@@ -137,14 +163,14 @@ def test_the_cache_is_keyed_by_all_that_matters(tmp_path):
     assert first[:4] == b"\x7fELF"
 
 
-@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+@pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")
 def test_an_unwritable_cache_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EDGELLM_KERNEL_CACHE", str(tmp_path / "file" / "below"))
     assert _compile("rms_norm", "sm_80")[:4] == b"\x7fELF"
 
 
-@pytest.mark.skipif(not _architectures(), reason="needs NVRTC")
+@pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")
 def test_a_compile_error_carries_the_log():
     with pytest.raises(KernelCompileError, match="unknown_type"):
         compile_kernel("unknown_type x;", name="broken", arch="sm_80", headers={}, defines={})
