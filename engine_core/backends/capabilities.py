@@ -225,8 +225,9 @@ class Capabilities:
         """Say what the GPU of that compute capability lacks; 0 = unknown."""
         if not self.on_gpu or not capability:
             return None
-        own = {*self.weight_formats, *self.kv_cache_types}
-        for kind in (kind for kind in (weight_format, kv_cache_type) if kind in NAMES and kind not in own):
+        planned = [weight_format] if weight_format not in self.weight_formats else []
+        planned += [kv_cache_type] if kv_cache_type not in self.kv_cache_types else []
+        for kind in (kind for kind in planned if kind in NAMES):
             least = formats.weight_format(kind).least_capability
             if capability < least:
                 return f"{kind} needs {_ARCHITECTURES.get(least, f'sm_{least} or newer')}; this GPU is sm_{capability}."

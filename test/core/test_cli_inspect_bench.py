@@ -69,7 +69,8 @@ def test_inspect_says_what_a_checkpoint_is(capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["kind"], found["supported"], found["parameters"]) == ("checkpoint", True, PARAMETERS)
     assert (found["dtype"], found["tied_head"], found["vocab_size"]) == ("BF16", True, 2048)
-    assert "int8" in found["backends"]["onnxruntime"] and found["backends"]["cuda"] == ["fp16", "int8", "int4"]
+    assert found["backends"]["onnxruntime"] == ["fp32", "int8", "int4"]
+    assert found["backends"]["cuda"] == ["fp16", "fp8", "int8", "int4", "nvfp4"]
     assert cli.main(["inspect", str(DEMO)]) == 0
     assert "6,820,096" in capsys.readouterr().out
 

@@ -201,15 +201,25 @@ def test_the_cuda_plan_is_that_of_the_engine_built(tmp_path, quantization):
 # --- verdicts ---------------------------------------------------------------------------------------------
 
 
-def test_what_a_gpu_cannot_compute_is_shown_and_said(config_only):
+def test_small_floats_run_on_every_gpu(config_only):
     directory = config_only(**MISTRAL_7B)
-    orin = rows_of(directory, devices.named("agx-orin-64gb"))
-    assert "sm_87" in orin["fp8"].why_not and "Blackwell" in orin["nvfp4"].why_not
-    assert orin["fp8"].fits and not orin["fp8"].usable
-    assert {kv for _, kv in orin["fp16"].longest} == {"fp16", "int8"}
-    thor = rows_of(directory, devices.named("thor-128gb"))
-    assert "sm_" not in thor["fp8"].why_not + thor["nvfp4"].why_not
-    assert {kv for _, kv in thor["fp16"].longest} == {"fp16", "int8", "fp8"}
+    for name in ("agx-orin-64gb", "thor-128gb"):
+        rows = rows_of(directory, devices.named(name))
+        assert rows["fp8"].usable and rows["nvfp4"].usable
+
+
+def test_a_cache_that_a_gpu_cannot_compute_is_shown_and_said(config_only):
+    """Whatever the weights: fp8 weights run on an Orin, an fp8 KV cache would not."""
+    directory = config_only(**MISTRAL_7B)
+    orin, thor = devices.named("agx-orin-64gb"), devices.named("thor-128gb")
+    for kind in ("fp16", "fp8"):
+        assert {kv for _, kv in rows_of(directory, orin)[kind].longest} == {"fp16", "int8"}
+        assert {kv for _, kv in rows_of(directory, thor)[kind].longest} == {"fp16", "int8", "fp8"}
+        asked = rows_of(directory, orin, contexts=(4096,), kv_cache_type="fp8", backend="cuda")[kind]
+        assert asked.why_not == "fp8 needs Ada, Hopper or Blackwell; this GPU is sm_87."
+        assert asked.fits and not asked.usable
+        asked = rows_of(directory, thor, contexts=(4096,), kv_cache_type="fp8", backend="cuda")[kind]
+        assert "no 'fp8' KV cache" in asked.why_not
 
 
 def test_advice_names_what_fits_with_numbers(config_only):
@@ -267,11 +277,11 @@ def test_the_command_says_what_fits_in_its_exit_status(config_only, capsys):
     assert cli.main(["plan", directory, "--device", "agx-orin-32gb"]) == 0
     assert cli.main(["plan", directory, "--device", "orin-nx-16gb"]) == 0
     text = capsys.readouterr().out
-    assert "12.55" in text and "nvfp4 needs Blackwell" in text and "2.00 GiB assumed" in text
+    assert "12.55" in text and "too large" in text and "2.00 GiB assumed" in text
     assert cli.main(["plan", directory, "--device", "orin-nx-16gb", "--quantization", "fp16", "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["possible"] is False and "--quantization int8 fits" in document["advice"][0]
-    assert cli.main(["plan", directory, "--device", "orin-nx-16gb", "--quantization", "fp8"]) == 1
+    assert cli.main(["plan", directory, "--device", "orin-nx-16gb", "--quantization", "nvfp4"]) == 0
     assert cli.main(["plan", directory, "--memory", "40GB", "--quantization", "fp16", "--reserve", "30GB"]) == 1
     assert cli.main(["plan", directory, "--memory", "40GB", "--quantization", "fp16"]) == 0
     capsys.readouterr()

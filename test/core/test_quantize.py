@@ -215,12 +215,11 @@ def test_awq_is_nearer_to_the_original_than_rounding_to_nearest(tmp_path):
     "backend, choices",
     [
         ("onnxruntime", "fp32, int8, int4 and int4_awq"),
-        ("cuda", "fp16, int8, int4 and int4_awq"),
         ("tensorrt", "fp32 and fp16"),
     ],
 )
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
-def test_a_format_that_no_backend_runs_is_refused_with_those_to_choose(
+def test_a_format_that_a_backend_lacks_is_refused_with_those_to_choose(
     original, tmp_path, kind, backend, choices, capsys
 ):
     """Both as what the checkpoint is and when asked for; what is there stays."""
