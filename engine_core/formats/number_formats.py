@@ -6,6 +6,7 @@ Which formats there are, and how weights are rounded to them, is in ``weight_for
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,12 +121,36 @@ def from_16_bit(values: np.ndarray) -> np.ndarray:
 
 
 def to_minifloat(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Return codes (uint8) of the nearest values of ``table`` (E4M3 or E2M1), ties to even; saturating."""
-    half = len(table) // 2
+    """Return codes (uint8) of the nearest values of ``table`` (E4M3 or E2M1), ties to even; saturating.
+
+    ``values``: float32, of any shape. A NaN becomes the largest value.
+    """
+    codes_of = _minifloat_codes(len(table))
+    halves = np.ascontiguousarray(values, dtype="<f4").reshape(-1, 1).view("<u2")
+    codes = np.empty(len(halves), dtype=np.uint8)
+    for start in range(0, len(codes), _BLOCK):
+        low, high = halves[start : start + _BLOCK].T
+        codes[start : start + _BLOCK] = codes_of[high | (low != 0)]
+    return codes.reshape(np.shape(values))
+
+
+_BLOCK = 1 << 16  # values at a time, so that what lies between stays in the cache
+
+
+@functools.cache
+def _minifloat_codes(size: int) -> np.ndarray:
+    """uint8 [65536]: codes in the table of ``size`` values, by the upper 16 bits of a float32, whose last one is set if
+    any bit below is.
+
+    That one is far below those that a code keeps, so it says all that rounding asks: whether something is left over.
+    """
+    table = {len(each): each for each in (E4M3, E2M1)}[size]
+    half = size // 2
     positive = table[:half]
     positive = positive[~np.isnan(positive)].astype(np.float64)  # in which the middles are exact
     middles = (positive[1:] + positive[:-1]) / 2
-    magnitude = np.abs(values)
+    values = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)).view(np.float32)
+    magnitude = np.where(np.isnan(values), np.inf, np.abs(values))
     codes = np.searchsorted(middles, magnitude)
     is_tie = np.append(middles, np.nan)[codes] == magnitude
     codes += is_tie & (codes & 1 == 1)

@@ -45,6 +45,34 @@ def test_rounding_is_to_nearest_even_and_saturates(table, name, largest):
     np.testing.assert_array_equal(table[beyond], [largest, -largest, largest])
 
 
+@pytest.mark.parametrize("table", [formats.E4M3, formats.E2M1], ids=["E4M3", "E2M1"])
+def test_every_float_becomes_the_nearest_code(table):
+    """All float32 values that share their upper half but the first become one code, as rounding is monotonic, if the
+    second and the last of them do."""
+    half = len(table) // 2
+    largest = np.nanmax(table)
+    by_preference = np.r_[0:half:2, 1:half:2]  # argmin takes the first of two that are as near: the even one
+    by_preference = by_preference[~np.isnan(table[by_preference])]
+    upper = np.arange(0x7F81, dtype=np.uint32) << 16  # zero to infinity
+    for lower in (0, 1, 0x8000, 0xFFFF):
+        values = (upper | np.uint32(lower)).view(np.float32)
+        values = values[~np.isnan(values)]
+        within = np.minimum(values, largest).astype(np.float64)
+        nearest = by_preference[np.abs(table[by_preference].astype(np.float64) - within[:, None]).argmin(axis=1)]
+        np.testing.assert_array_equal(formats.to_minifloat(values, table), nearest)
+        np.testing.assert_array_equal(formats.to_minifloat(-values, table), nearest | half)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (), (70_001,), (5, 7, 3)])
+def test_codes_have_the_shape_of_the_values(shape):
+    values = RANDOM.normal(0, 100, shape).astype(np.float32) if shape else np.float32(-3)
+    codes = formats.to_minifloat(values, formats.E4M3)
+    assert codes.shape == shape and codes.dtype == np.uint8
+    if values.ndim > 1:
+        np.testing.assert_array_equal(formats.to_minifloat(values.T, formats.E4M3), codes.T)
+    np.testing.assert_allclose(formats.E4M3[codes], values, rtol=2.0**-4, atol=2.0**-10)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [1, 7, 8, 31, 64])
 def test_words_hold_the_first_level_in_their_lowest_bits(bits, columns):
