@@ -87,9 +87,18 @@ class Capabilities:
     def format_for(self, found: str) -> str:
         """Return the format to build, unless told otherwise, of a checkpoint that is ``found``; "" = not quantized.
 
-        A quantized checkpoint in a format that the backend lacks is refused, so that nothing is dequantized unasked.
+        A quantized checkpoint in a format that the backend lacks is rounded anew to the default format, if that is
+        quantized, too. Else it is refused, so that nothing is dequantized unasked.
         """
-        return found or self.default_format
+        is_rounded = found not in self.weight_formats and formats.weight_format(self.default_format).bits < 16
+        return self.default_format if is_rounded or not found else found
+
+    def rounding_notice(self, found: str) -> str | None:
+        """Say that ``format_for`` has another format than the one that the checkpoint is quantized as."""
+        chosen = self.format_for(found)
+        if chosen == (found or chosen):
+            return None
+        return f"{self.format_refusal(found)} The weights are rounded anew to {chosen}; --quantization chooses another."
 
     def default_context(self, spec: ModelSpec) -> int:
         """Return the tokens an engine is built for unless told otherwise."""

@@ -28,6 +28,7 @@ from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, BuildError, CheckpointError
 from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.manifest import read_manifest
 from engine_core.formats.number_formats import unpack_nibbles
 from engine_core.models.reader import read_spec
 from engine_core.quantize import quantize_checkpoint
@@ -99,8 +100,8 @@ METHODS = {
     "int8_smoothquant": ("int8", 0.05),
     "int4": ("int4", 0.5),
     "int4_awq": ("int4_awq", 0.5),
-    "fp8": ("fp8", 0.15),
-    "nvfp4": ("nvfp4", 0.6),
+    "fp8": ("int8", 0.15),  # the CPU's operators have no small floats
+    "nvfp4": ("int8", 0.6),
 }
 
 
@@ -115,9 +116,9 @@ def test_every_method_makes_a_checkpoint_near_the_original_that_is_built_as_itse
     exact = transformers_logits(original)
     error = np.abs(transformers_logits(out) - exact).mean() / exact.std()
     assert 0 < error < tolerance
-    if quantization not in ("fp8", "nvfp4"):  # which no backend runs
-        manifest = build_engine(out, tmp_path / "engine", max_context=64)
-        assert manifest.quantization == (quantization or "fp32") and not manifest.options["requantized"]
+    manifest = build_engine(out, tmp_path / "engine", max_context=64)
+    assert manifest.quantization == (quantization or "fp32")
+    assert bool(manifest.options["requantized"]) == (method in ("fp8", "nvfp4"))
     # Dequantized, whatever it is: how the quality of a type is measured that this machine does not run.
     manifest = build_engine(out, tmp_path / "fp32", quantization="fp32", max_context=64)
     np.testing.assert_allclose(logits_of(tmp_path / "fp32", manifest), transformers_logits(out), atol=2e-4)
@@ -212,38 +213,55 @@ def test_awq_is_nearer_to_the_original_than_rounding_to_nearest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "backend, choices",
-    [
-        ("onnxruntime", "fp32, int8, int4 and int4_awq"),
-        ("tensorrt", "fp32 and fp16"),
-    ],
+    "backend, choices", [("onnxruntime", "fp32, int8, int4 and int4_awq"), ("tensorrt", "fp32 and fp16")]
 )
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
 def test_a_format_that_a_backend_lacks_is_refused_with_those_to_choose(
-    original, tmp_path, kind, backend, choices, capsys
+    original, quantized, tmp_path, kind, backend, choices, capsys
 ):
-    """Both as what the checkpoint is and when asked for; what is there stays."""
-    quantize_checkpoint(original, tmp_path / "out", method=kind)
-    command = ["build", str(tmp_path / "out"), str(tmp_path / "engine"), "--backend", backend, "--max-context", "64"]
-    for asked in ([], ["--quantization", kind]):
-        assert cli.main([*command, *asked]) == 1
+    """When asked for; and as what the checkpoint is, where the backend's own format would dequantize it."""
+    command = ["--backend", backend, "--max-context", "64"]
+    asked = [[original, "--quantization", kind], [quantized(kind), "--quantization", kind]]
+    asked += [[quantized(kind)]] if backend == "tensorrt" else []
+    for checkpoint, *options in asked:
+        assert cli.main(["build", str(checkpoint), str(tmp_path / "engine"), *command, *options]) == 1
         assert f"The {backend} backend has no '{kind}' weights; it has {choices}." in capsys.readouterr().err
-    assert cli.main(["build", str(original), *command[2:], "--quantization", kind]) == 1
-    assert f"The {backend} backend has no '{kind}' weights; it has {choices}." in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
-def test_weights_rounded_anew_to_what_was_asked_for_are_told_and_recorded(original, tmp_path, kind):
-    quantize_checkpoint(original, tmp_path / "out", method=kind)
-    lines: list[str] = []
-    manifest = build_engine(
-        tmp_path / "out", tmp_path / "engine", quantization="int8", max_context=64, report=lines.append
+def test_what_the_cpu_lacks_is_rounded_anew_to_int8(quantized, tmp_path, kind, capsys):
+    """Unless another format is asked for. Both ways to build say so, and the manifest has what it costs."""
+    notice = (
+        f"The onnxruntime backend has no '{kind}' weights; it has fp32, int8, int4 and int4_awq. "
+        "The weights are rounded anew to int8; --quantization chooses another."
     )
-    assert manifest.options["requantized"] == 4 * manifest.model.num_layers
-    assert any("rounded anew to int8" in line for line in lines)
-    expected = transformers_logits(tmp_path / "out")
+    lines: list[str] = []
+    manifest = build_engine(quantized(kind), tmp_path / "engine", max_context=64, report=lines.append)
+    assert manifest.quantization == "int8" and lines.count(notice) == 1
+    check_rounded(manifest, lines)
+    expected = transformers_logits(quantized(kind))
     assert np.abs(logits_of(tmp_path / "engine", manifest) - expected).mean() / expected.std() < 0.05
+    assert cli.main(["build", str(quantized(kind)), str(tmp_path / "by_command"), "--max-context", "64"]) == 0
+    assert capsys.readouterr().out.splitlines().count(notice) == 1
+    assert read_manifest(tmp_path / "by_command").options == manifest.options
+
+
+@pytest.mark.parametrize("asked, worst", [("int8", 0.02), ("int4", 0.2)])
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_weights_rounded_anew_to_what_was_asked_for_are_told_and_recorded(quantized, tmp_path, kind, asked, worst):
+    lines: list[str] = []
+    options = dict(quantization=asked, max_context=64, report=lines.append)
+    manifest = build_engine(quantized(kind), tmp_path / "engine", **options)
+    assert manifest.quantization == asked and not any("--quantization" in line for line in lines)
+    check_rounded(manifest, lines)
+    assert max(manifest.options["rounding_errors"].values()) < worst
+
+
+def check_rounded(manifest, lines) -> None:
+    assert manifest.options["requantized"] == len(manifest.options["rounding_errors"]) == 4 * manifest.model.num_layers
+    (note,) = [line for line in lines if f"dequantized and rounded anew to {manifest.quantization}" in line]
+    assert note in manifest.notes
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])

@@ -47,9 +47,10 @@ def build_engine(
 ) -> Manifest:
     """Writes the variant directory ``out_dir`` and returns its manifest.
 
-    ``quantization``: one of CAPABILITIES.weight_formats, or auto: what the checkpoint is quantized as, else fp32. A
-    quantized checkpoint's int4 or int8 weights keep their values, scales and zeros; built as anything else they are
-    dequantized first, and the manifest's option ``rounding_errors`` has the loss of those that are rounded anew.
+    ``quantization``: one of CAPABILITIES.weight_formats, or auto: what the checkpoint is quantized as (int8 for fp8 and
+    nvfp4, which no operator multiplies by), else fp32. A quantized checkpoint's int4 or int8 weights keep their values,
+    scales and zeros; built as anything else they are dequantized first, and the manifest's option ``rounding_errors``
+    has the loss of those that are rounded anew.
     int4_awq needs a checkpoint in int4. ``max_context``: tokens the RoPE table covers, 0 = the model's own, at most
     4096. ``group_size``: weights per scale, 0 = 32.
     ``head_bits``: 4 or 8 for the LM head and the embedding of a quantized variant, 0 = 8. ``vocab_map``: a safetensors
@@ -64,7 +65,9 @@ def build_engine(
     spec = read_spec(checkpoint)
     found = quantization_of(checkpoint, spec)
     if quantization == "auto":
-        quantization = found or "fp32"
+        quantization = CAPABILITIES.format_for(found) if found else "fp32"
+        if (notice := CAPABILITIES.rounding_notice(found)) is not None:
+            report(notice)
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     if (reason := conversion_refusal(quantization, found)) is not None:
         raise BuildError(reason)
