@@ -5,7 +5,7 @@
 
 Left, the roofline: bytes of a step against the bandwidth it achieved, under the line of what the GPU reads at most.
 Right, the share of the floor's speed by the length of the prompt. Of several measurements of one case the last counts,
-and of a series of prompts only what was measured on its last day.
+and of a series of prompts only what was measured on the last day that has several of them, or any if none has.
 Drawn are those of one GPU (default: the one measured last) and one type of KV cache.
 Needs nothing but the standard library.
 """
@@ -23,6 +23,7 @@ WIDTH, LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT, GAP = 1120, 70, 50, 420, 300, 100
 _SERIES = ("gpu", "shape", "engine", "weights", "kv_cache_type")
 _CASE = (*_SERIES, "prompt_tokens")
 COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#8a4fff", "#e08e2b", "#3d5a6c", "#b23a86", "#6b7a1e")
+COLORS += ("#0f8b8d", "#7f5539", "#c9a227", "#5f0f40")  # no two series of a card alike
 
 
 class Axis:
@@ -39,15 +40,19 @@ class Axis:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The last line of each case that was measured on its series' last day, in the order of the cases' first lines."""
-    found: dict[tuple, dict] = {}
-    last_day: dict[tuple, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        found[tuple(row[key] for key in _CASE)] = row
-        series = tuple(row[key] for key in _SERIES)
-        last_day[series] = max(row["date"], last_day.get(series, ""))
-    return [row for row in found.values() if row["date"] == last_day[tuple(row[key] for key in _SERIES)]]
+    """The last line of each case that was measured on its series' day, in the order of the cases' first lines."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts: dict[tuple, dict[str, set[int]]] = {}  # series → day → lengths
+    for row in rows:
+        days = prompts.setdefault(tuple(row[key] for key in _SERIES), {})
+        days.setdefault(row["date"], set()).add(row["prompt_tokens"])
+    day_of = {series: max(days, key=lambda day: (len(days[day]) > 1, day)) for series, days in prompts.items()}
+    found: dict[tuple, dict | None] = {}
+    for row in rows:
+        case = tuple(row[key] for key in _CASE)
+        is_shown = row["date"] == day_of[tuple(row[key] for key in _SERIES)]
+        found[case] = row if is_shown else found.get(case)
+    return [row for row in found.values() if row is not None]
 
 
 def shown(rows: list[dict], gpu: str = "", kv_cache_type: str = "fp16") -> list[dict]:
@@ -116,10 +121,12 @@ def draw(rows: list[dict]) -> str:
         *(bytes_axis, {v: f"{v:g}" for v in ticks if min(sizes) / 1.3 < v < max(sizes) * 1.3}),
         *(speed_axis, {v: str(v) for v in range(math.floor(peak) + 1)}, "GB a step reads: weights and KV cache"),
     )
-    for gpu, limit in sorted({(row["gpu"], row["read_tb_s"]) for row in rows}):
-        height = speed_axis.at(limit)
-        parts.append(line(LEFT, height, LEFT + PLOT_WIDTH, height, 'stroke="#222" stroke-dasharray="6 4"'))
-        parts.append(text(LEFT + PLOT_WIDTH, height - 6, f"{gpu} reads {limit} TB/s", "end"))
+    for gpu in sorted({row["gpu"] for row in rows}):
+        limits = sorted({row["read_tb_s"] for row in rows if row["gpu"] == gpu})
+        for height in map(speed_axis.at, limits):
+            parts.append(line(LEFT, height, LEFT + PLOT_WIDTH, height, 'stroke="#222" stroke-dasharray="6 4"'))
+        words = " or ".join(map(str, limits))
+        parts.append(text(LEFT + PLOT_WIDTH, speed_axis.at(limits[-1]) - 6, f"{gpu} reads {words} TB/s", "end"))
     parts += frame(
         *(second, "Share of the floor's speed"),
         *(prompt_axis, {v: f"{v:,}" for v in prompts}),

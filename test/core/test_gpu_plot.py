@@ -54,9 +54,18 @@ def test_points_lie_where_their_share_of_the_limit_is(tmp_path):
 def test_a_series_is_that_of_its_last_day(tmp_path):
     path = tmp_path / "rows.jsonl"
     before = [row(32, 0.2, date="2026-02-02"), row(64, 0.3, date="2026-02-02")]
-    rows = [*before, row(32, 0.4), row(64, 0.5, weights="fp16")]
+    before.append(row(128, 0.35, date="2026-02-02"))
+    rows = [*before, row(32, 0.4), row(64, 0.45), row(64, 0.5, weights="fp16")]
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    assert [each["fraction"] for each in read_rows(path)] == [0.4, 0.5]
+    assert [each["fraction"] for each in read_rows(path)] == [0.4, 0.45, 0.5]
+
+
+def test_a_single_measurement_does_not_replace_a_series(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    series = [row(32, 0.2), row(64, 0.3)]
+    alone = [row(32, 0.4, date="2026-02-04"), row(32, 0.5, date="2026-02-04", weights="fp8")]
+    path.write_text("".join(json.dumps(each) + "\n" for each in series + alone))
+    assert [each["fraction"] for each in read_rows(path)] == [0.2, 0.3, 0.5]
 
 
 def test_one_gpu_and_one_type_of_kv_cache_are_shown():
