@@ -241,8 +241,9 @@ class Engine:
         """
         pieces: deque[Piece] = deque()
         results: list[GenerationResult] = []
-        client = {"on_piece": pieces.append, "on_done": results.append}
-        sequence = Sequence(prepared, self.tokenizer, arrival=arrival, cancel=cancel, **client)
+        sequence = Sequence(
+            prepared, self.tokenizer, on_piece=pieces.append, on_done=results.append, arrival=arrival, cancel=cancel
+        )
         self.scheduler.add(sequence)
         try:
             while not results:
@@ -289,12 +290,13 @@ class Engine:
             return
         backend, prepared, free = self._backend_or_raise(), sequence.prepared, self.scheduler.free_slots
         if self.config.reproducible and prepared.request.sampling.seed is not None:
-            sequence.place(self.pool.place_fresh(free, prepared.token_ids, sequence.adapter), 0)
+            slot, cached = self.pool.place_fresh(free, prepared.token_ids, sequence.adapter), 0
         else:
-            sequence.place(*self.pool.place(prepared.token_ids, free, sequence.adapter))
-        backend.begin(sequence.slot, prepared.sampling, prepared.token_ids, sequence.adapter)
+            slot, cached = self.pool.place(prepared.token_ids, free, sequence.adapter)
+        sequence.place(slot, cached)
+        backend.begin(slot, prepared.sampling, prepared.token_ids, sequence.adapter)
         self.speculation.begin(sequence)
-        sequence.cancel.attach(partial(backend.interrupt, sequence.slot))
+        sequence.cancel.attach(partial(backend.interrupt, slot))
 
     def _queue(self, sequences: list[Sequence]) -> None:
         """Queue the next step of those that have not ended: all that decode, and one with a part of its prompt."""
@@ -335,7 +337,7 @@ class Engine:
                     break
         except BaseException as error:
             _blame(sequence, error)
-        if is_first and sequence.num_sampled:
+        if is_first and sequence.num_sampled and sequence.slot is not None:
             self.pool.keep_prompt(sequence.slot, sequence.prepared.prefix_ids)
 
     def _finish(self, sequence: Sequence) -> None:

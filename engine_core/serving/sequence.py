@@ -139,6 +139,7 @@ class Sequence:
         """
         if self._num_queued == self.prepared.max_new_tokens:
             return None
+        assert self.slot is not None, "it has no slot yet"
         constraint, start = self.prepared.constraint, self._num_fed
         end = min(start + max_tokens, self._num_prompt)
         samples = end == self._num_prompt

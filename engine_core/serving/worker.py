@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 class Ticket:
     """An accepted request, as its owner holds it."""
 
-    def __init__(self, worker: Worker, request_id: str) -> None:
+    def __init__(self, worker: Worker, sequence: Sequence) -> None:
         self._worker = worker
-        self.request_id = request_id
-        self.sequence: Sequence | None = None  # set before anybody else has the ticket
+        self.request_id = sequence.request_id
+        self.sequence = sequence
         self.timer: threading.Timer | None = None
 
     def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
@@ -100,7 +100,6 @@ class Worker:
             prepared = self._engine.prepare(request)
         except DeadlinePassedError:
             prepared = PreparedRequest.unread(request)
-        ticket = Ticket(self, request.request_id)
 
         def done(result: GenerationResult) -> None:
             if ticket.timer is not None:
@@ -108,7 +107,8 @@ class Worker:
             on_done(result)
 
         tokenizer = self._engine.tokenizer
-        ticket.sequence = sequence = Sequence(prepared, tokenizer, on_piece=on_piece, on_done=done, arrival=arrival)
+        sequence = Sequence(prepared, tokenizer, on_piece=on_piece, on_done=done, arrival=arrival)
+        ticket = Ticket(self, sequence)
         if sequence.deadline is not None and sequence.deadline <= time.monotonic():
             sequence.drop(FinishReason.TIMEOUT)
             return ticket

@@ -192,7 +192,7 @@ class Tokenizer:
         """The text of ``ids`` without special tokens."""
         return self.fast.decode(list(ids), skip_special_tokens=True)
 
-    def token_texts(self, ids: Sequence[int]) -> list[str]:
+    def token_texts(self, ids: Iterable[int]) -> list[str]:
         """The text of each id on its own, special tokens by name; U+FFFD where it is a part of a character."""
         return [self.fast.decode([int(token_id)], skip_special_tokens=False) for token_id in ids]
 
