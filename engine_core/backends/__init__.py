@@ -53,7 +53,7 @@ class SequenceStep(NamedTuple):
     @property
     def most_tokens(self) -> int:
         """The tokens that it samples at most."""
-        return int(self.samples) + (0 if self.draft is None else len(self.draft.token_ids))
+        return self.samples if self.draft is None else 1 + len(self.draft.token_ids)
 
 
 class PendingToken(Protocol):

@@ -269,7 +269,7 @@ class Engine:
             self._start(newcomer)
         running = self.scheduler.running
         unread = [sequence for sequence in running if sequence.unread]
-        runs_ahead = all(sequence.runs_ahead and not self.speculation.waits(sequence) for sequence in running)
+        runs_ahead = all([sequence.runs_ahead for sequence in running]) and not self.speculation.waits(running)
         if runs_ahead:
             self._queue(running)
         for sequence in unread:

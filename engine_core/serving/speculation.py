@@ -71,24 +71,9 @@ class Speculation:
             slot.counts = SpeculationCounts()
             slot.lookup.begin(sequence.prepared.token_ids, None if self._shares else Trust())
 
-    def waits(self, sequence: Sequence) -> bool:
-        """Return True if the tokens on their way are better waited for: a draft after them is worth it."""
-        if not self._slots or not sequence.unread:
-            return False
-        if sequence.unread[0][0].draft is not None:
-            return True
-        if sequence.prepared.constraint is not None or sequence.num_sampled == 0:
-            return False
-        slot = self._of(sequence)
-        guess = slot.lookup.guess()
-        if guess is None:
-            return False
-        token, chance = guess
-        mark = slot.lookup.mark()
-        slot.lookup.follow(token)
-        size, gain = self._fill(slot, None, frozenset(), self._room(sequence, 1), [1])
-        slot.lookup.reset(mark)
-        return bool(size) and chance * gain + (1.0 - chance) > _LEAST_GAIN
+    def waits(self, sequences: Seq[Sequence]) -> bool:
+        """Return True if the tokens on their way are better waited for: a draft after one of them is worth it."""
+        return bool(self._slots) and any(self._gains_by_waiting(sequence) for sequence in sequences)
 
     def add_drafts(self, sequences: Seq[Sequence], steps: list[SequenceStep]) -> None:
         """Give those of ``steps`` a draft that gain by one. ``sequences`` are their owners."""
@@ -135,6 +120,25 @@ class Speculation:
     def _of(self, sequence: Sequence) -> _Slot:
         assert sequence.slot is not None, "it has no slot yet"
         return self._slots[sequence.slot]
+
+    def _gains_by_waiting(self, sequence: Sequence) -> bool:
+        """Return True if a draft after the token on its way is worth waiting for that token."""
+        if not sequence.unread:
+            return False
+        if sequence.unread[0][0].draft is not None:
+            return True
+        if sequence.prepared.constraint is not None or sequence.num_sampled == 0:
+            return False
+        slot = self._of(sequence)
+        guess = slot.lookup.guess()
+        if guess is None or guess[1] < _LEAST_CHANCE:
+            return False
+        token, chance = guess
+        mark = slot.lookup.mark()
+        slot.lookup.follow(token)
+        size, gain = self._fill(slot, None, frozenset(), self._room(sequence, 1), [1])
+        slot.lookup.reset(mark)
+        return bool(size) and chance * gain + (1.0 - chance) > _LEAST_GAIN
 
     def _room(self, sequence: Sequence, unread: int) -> int:
         """Return how many tokens can be drafted for the answer to stay within its length; none with a LoRA adapter.
