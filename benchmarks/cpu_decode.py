@@ -1,4 +1,4 @@
-"""How fast is one answer on the CPU, against the peers? Prefill and decode of the same shape on the same threads.
+"""Measure one answer on the CPU against the peers: prefill and decode of the same shape on the same threads.
 
     python benchmarks/cpu_decode.py --shape qwen2.5-0.5b --threads 2
     python benchmarks/cpu_decode.py --shape llama-3.2-1b --engines ours-int4-head4,llama.cpp-q4_0

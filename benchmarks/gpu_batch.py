@@ -1,4 +1,4 @@
-"""How fast does the CUDA backend decode several sequences at a time?
+"""Measure how fast the CUDA backend decodes several sequences at a time.
 
     python3 benchmarks/gpu_batch.py [--shapes NAME ...] [--weights int4 fp16 int8] [--kv-cache-type fp16] [--context N]
         [--batches 1 2 4 8 16] [--rounds N] [--output benchmarks/results/gpu_batch.jsonl]

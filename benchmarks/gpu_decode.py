@@ -1,4 +1,4 @@
-"""How fast does the CUDA backend decode, and how far is that from the memory limit?
+"""Measure how fast the CUDA backend decodes, and how far that is from the memory limit.
 
     python3 benchmarks/gpu_decode.py [--shapes NAME ...] [--weights fp16 int8 int4 fp8 nvfp4]
         [--kv-cache-type fp16 int8] [--contexts N ...] [--transformers] [--output benchmarks/results/gpu_decode.jsonl]

@@ -1,4 +1,4 @@
-"""How fast is the TensorRT backend, with and without CUDA graphs, and where does a decode step's time go?
+"""Measure the TensorRT backend with and without CUDA graphs, and where the time of a decode step goes.
 
     python3 benchmarks/gpu_trt.py [--shapes NAME ...] [--prompts N ...] [--max-context N] [--layers N]
         [--exporter NAME] [--level N] [--work DIR] [--profile] [--transformers] [--transformers-python PATH]

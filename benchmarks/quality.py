@@ -217,8 +217,8 @@ def measure(grid: Grid, name: str, reduced: bool, kv_cache_type: str) -> dict:
 
 
 def differences(grid: Grid, names: Many[str]) -> list[dict]:
-    """Of each variant to fp16, full vocabulary, fp32 KV cache; of each AWQ variant also what it takes off that of the
-    same without (a negative ``awq_change``), with a 95 % bootstrap interval over the answers."""
+    """Return the differences of each variant to fp16, full vocabulary, fp32 KV cache; of each AWQ variant also what it
+    takes off that of the same without (a negative ``awq_change``), with a 95 % bootstrap interval over the answers."""
     logs = {}
     for name in dict.fromkeys(("fp16", *names)):
         engine = Engine.open(EngineConfig(grid.engine(name, False), kv_cache_type="fp32", num_threads=1), _quiet)

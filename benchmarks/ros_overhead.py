@@ -264,7 +264,7 @@ class OverRos:
 
 @dataclass
 class Found:
-    """What was measured, by path."""
+    """The measured values, by path."""
 
     rows: dict[str, list[Row]] = field(default_factory=lambda: {path: [] for path in PATHS})
     latencies: list[float] = field(default_factory=list)  # s

@@ -1,4 +1,4 @@
-"""How a node bears many clients that do all sorts of things: nothing lost, doubled, wrong or hung, and nothing grows.
+"""Test a node with many clients that do all sorts of things: nothing lost, doubled, wrong or hung, and nothing grows.
 
     tools/start run "$PWD/benchmarks/soak.py" ENGINE_DIR [--requests 10000] [--clients 16] [--kills 20]
 

@@ -1,4 +1,4 @@
-"""How much faster are answers with speculation? The same requests with it and without, in turns, in one process.
+"""Measure what speculation brings. The same requests with it and without, in turns, in one process.
 
     python benchmarks/speculation.py --engine DIR [--demo] [--backend onnxruntime|cuda] [--kv-cache-type int8]
         [--threads N] [--max-batch N] [--rounds N] [--tokens N] [--workloads plan chat …]
@@ -131,7 +131,8 @@ def workloads(tokens: int) -> dict[str, tuple[str, list[GenerationRequest]]]:
 
 @dataclass
 class Times:
-    """Of one workload: decode seconds of each round without speculation and with it, tokens and counts with it."""
+    """The figures of one workload: decode seconds of each round without speculation and with it, tokens and counts of
+    the latter."""
 
     plain: list[float]
     fast: list[float]

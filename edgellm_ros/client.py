@@ -57,7 +57,7 @@ Messages = str | Sequence[dict[str, str] | ChatMessage]
 
 
 class LLMError(Exception):
-    """Why there is no answer, in one sentence. ``code``: a constant of ``ErrorCode``; 0 where no node gave one."""
+    """The reason for no answer, in one sentence. ``code``: a constant of ``ErrorCode``; 0 where no node gave one."""
 
     def __init__(self, message: str, code: int = ErrorCode.NONE) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Where the engine of the demo model is cached, and the command that builds it.
+"""The directory in which the engine of the demo model is cached, and the command that builds it.
 
 Used where nobody has named an engine: by the launch file and by ``make demo``. The directory's name has a hash of the
 checkpoint and of the builder, so that neither a new model nor a new version of this package meets an old engine.

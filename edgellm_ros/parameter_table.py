@@ -27,7 +27,7 @@ _MAX_BATCH = {each.backend: each.max_batch for each in all_capabilities()}
 
 
 class Kind(enum.Enum):
-    """When a parameter may change."""
+    """The time at which a parameter may change."""
 
     FIXED = "fixed"  # read when the node is configured; a change while it is configured is refused
     DYNAMIC = "dynamic"  # holds from the next request on

@@ -1,4 +1,4 @@
-"""How an engine is opened: frozen, resolved once; unknown keys raise."""
+"""The configuration that an engine is opened with: frozen, resolved once; unknown keys raise."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Range:
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """How large the parts of one request may be. They are checked before any work is done with the parts."""
+    """The sizes that the parts of one request may have. They are checked before any work is done with the parts."""
 
     text_bytes: int = 1 << 20  # UTF-8, of the prompt or of all messages together
     schema_bytes: int = 1 << 18  # UTF-8
@@ -79,7 +79,7 @@ LIMITS = RequestLimits()
 
 
 class FinishReason(enum.Enum):
-    """Why generation ended. The wire constants are in ``edgellm_ros/msg/FinishReason``."""
+    """The reason why generation ended. The wire constants are in ``edgellm_ros/msg/FinishReason``."""
 
     STOP = "stop"  # an end-of-sequence token, a stop string, or the JSON value is complete
     LENGTH = "length"  # max_new_tokens or max_context reached
@@ -116,7 +116,7 @@ def _option(kind: type[int] | type[float], default: float | None, range: Range, 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen.
+    """The options by which the next token is chosen.
 
     Applied in this order, the one of ``transformers``: repetition penalty, logit bias, JSON constraint,
     temperature, top-k, top-p, min-p. ``validate`` checks all values; ``resolve`` gives what a backend's sampler gets.
@@ -294,7 +294,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SpeculationCounts:
-    """What steps that fed more than one token brought: see ``serving/speculation.py``."""
+    """Counts of the steps that fed more than one token: see ``serving/speculation.py``."""
 
     steps: int = 0  # that had a draft
     drafted: int = 0  # tokens guessed by lookup

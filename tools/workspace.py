@@ -59,7 +59,7 @@ class SetupError(Exception):
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where things are, and whether ROS comes from wheels or from the shell."""
+    """The places of things, and the source of ROS: wheels or the shell."""
 
     sourced: bool
     venv: Path

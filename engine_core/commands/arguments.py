@@ -14,7 +14,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """How the engine is opened; see ``engine_config``."""
+    """Add the arguments that say how the engine is opened; see ``engine_config``."""
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--max-context", type=int, default=0, help="tokens (0: what the engine was built for)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: the backend's choice)")

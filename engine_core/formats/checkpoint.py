@@ -27,7 +27,7 @@ _MODELOPT = "hf_quant_config.json"
 
 
 class TensorFile(Protocol):
-    """What holds tensors; see ``SafetensorsFile``."""
+    """A file that holds tensors; see ``SafetensorsFile``."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -82,7 +82,7 @@ class Checkpoint:
 
     @property
     def config_name(self) -> str:
-        """How messages name what the configuration is read from."""
+        """The name, in messages, of what the configuration is read from."""
         return self.path.name if self.is_gguf else "config.json"
 
     @cached_property
@@ -150,7 +150,7 @@ class Checkpoint:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any weight is; in a GGUF file, any whose values are those of a weight format."""
+        """True if any weight is; in a GGUF file, any whose values are those of a weight format."""
         return bool(self._stored)
 
     def is_rounded(self, name: str) -> bool:

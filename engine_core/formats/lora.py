@@ -47,7 +47,7 @@ _PLAIN: dict[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to some rows of a matrix: b (a x). float32; ``a`` [rank, columns], ``b`` [rows, rank]."""
+    """The product b (a x) that an adapter adds to rows. float32; ``a`` [rank, columns], ``b`` [rows, rank]."""
 
     a: np.ndarray
     b: np.ndarray

@@ -1,4 +1,4 @@
-"""What is lost where a weight that was quantized already is dequantized and rounded anew."""
+"""The errors of weights that were quantized already, and are dequantized and rounded anew."""
 
 from __future__ import annotations
 

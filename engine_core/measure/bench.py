@@ -1,4 +1,4 @@
-"""How fast an engine is here: time to first token and time per token, through the backend as the engine drives it."""
+"""Measure an engine here: time to first token and time per token, through the backend as the engine drives it."""
 
 from __future__ import annotations
 

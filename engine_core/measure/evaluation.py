@@ -1,4 +1,4 @@
-"""How well an engine's variant models text: perplexity, its logits held against the text as it stands.
+"""Measure how well a variant models text: its perplexity, from the probability of each token of the text.
 
 Perplexity is exp of the mean negative log-likelihood of the scored tokens, each given all those before it (Jelinek et
 al. 1977). A reduced vocabulary cannot produce the tokens it has lost: they are counted apart, not scored, and the rest

@@ -62,14 +62,14 @@ _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 
 
 class GgufSource(Protocol):
-    """What is read of a GGUF file, or several that are one model."""
+    """The contents of a GGUF file, or of several that are one model."""
 
     @property
     def metadata(self) -> Mapping[str, Any]: ...
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """Its name in messages."""
 
     def __contains__(self, name: str) -> bool: ...
 

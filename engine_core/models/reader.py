@@ -34,7 +34,7 @@ class ConfigSource(Protocol):
 
     @property
     def config_name(self) -> str:
-        """How messages name what the configuration is read from."""
+        """The name, in messages, of what the configuration is read from."""
 
     def __contains__(self, name: str) -> bool: ...
 

@@ -1,4 +1,4 @@
-"""Which variant of an engine directory is opened, and why: the fastest of what is there, runs here and fits.
+"""The choice of the variant of an engine directory to open: the fastest of those that run here and fit.
 
 ``auto`` asks the variants' backends in the order of ``backend_names``; within a backend the smallest weights come
 first, as decoding is bound by memory. Every variant that is passed over is named with its reason.

@@ -1,4 +1,4 @@
-"""Which texts a build or a quantization runs the model on, to see how its activations spread."""
+"""The texts that a build or a quantization runs the model on, to measure the range of its activations."""
 
 from __future__ import annotations
 

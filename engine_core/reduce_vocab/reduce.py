@@ -168,7 +168,7 @@ def _asked_for(keep: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> se
 
 
 def _size(chooser: Chooser, size: int, fraction: float, coverage: float) -> int:
-    """How many tokens to keep. Raises BuildError if there are not so many, or more have to be."""
+    """Return how many tokens to keep. Raises BuildError if there are not so many, or more have to be."""
     if coverage:
         size = chooser.smallest_size(coverage / 100)
     elif fraction:

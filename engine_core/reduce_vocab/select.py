@@ -1,4 +1,4 @@
-"""Which tokens a reduced vocabulary of a given size keeps: the methods ``frequency`` and ``input_aware``.
+"""The choice of the tokens that a reduced vocabulary keeps: the methods ``frequency`` and ``input_aware``.
 
 ``frequency`` keeps what is required, then what the texts have most. ``input_aware`` follows "vocabulary tailoring" of
 arXiv 2508.15229: most of the room goes to tokens of the answers, those that also occur in the input first, and the rest

@@ -26,7 +26,7 @@ class Sample:
 
 @dataclass
 class Counts:
-    """How often each id occurs, int64 [vocab_size]."""
+    """The number of times that each id occurs, int64 [vocab_size]."""
 
     outputs: np.ndarray
     inputs: np.ndarray

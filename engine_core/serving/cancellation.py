@@ -18,7 +18,7 @@ class CancelToken:
 
     @property
     def reason(self) -> FinishReason | None:
-        """Why, or None while nobody has cancelled."""
+        """The reason of the cancellation; None while nobody has cancelled."""
         return self._reason
 
     def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:

@@ -1,4 +1,4 @@
-"""Which sequences run: a bounded queue by priority in front of the slots of the KV cache."""
+"""The choice of the sequences that run: a bounded queue by priority in front of the slots of the KV cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which KV can be reused: the policy over live slots and the KV pool. Storage is the backend's.
+"""The choice of the KV to keep and to reuse: the policy over live slots and the KV pool. Storage is the backend's.
 
 A prompt reuses the longest run of leading token ids that either a free slot still holds (the conversation goes on) or
 an entry of the pool holds (a conversation comes back, or a system prompt). Matching is on the ids and the adapter, so a
@@ -34,7 +34,7 @@ _NOTHING = np.empty(0, dtype=np.int32)
 
 
 class Rank(enum.IntEnum):
-    """What an entry is worth. The lowest is dropped first."""
+    """The worth of an entry. The lowest is dropped first."""
 
     ONCE = 0  # nothing has gone on from it yet
     CONVERSATION = 1  # it goes on from an earlier one
@@ -64,7 +64,7 @@ class _Entry:
 
 @dataclass
 class _Live:
-    """What a slot holds from position 0 on. The KV of the first ``num_stored`` is, bit for bit, that of ``entry``."""
+    """The contents of a slot from its start. The KV of the first ``num_stored`` is, bit for bit, that of ``entry``."""
 
     ids: np.ndarray
     adapter: str

@@ -12,7 +12,7 @@ _MAX_PENDING_TOKENS = 12
 
 
 class Decoder(Protocol):
-    """What makes text of token ids, as ``Tokenizer`` does."""
+    """The part that makes text of token ids, as ``Tokenizer`` does."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
 

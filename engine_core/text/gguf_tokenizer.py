@@ -29,7 +29,7 @@ _ENDS = frozenset({
 
 @dataclass(frozen=True)
 class _PreTokenizer:
-    """How a byte-level BPE cuts texts before its merges."""
+    """The rule by which a byte-level BPE cuts texts before its merges."""
 
     pattern: str = ""  # "": GPT-2's
     digits: bool = False  # each digit by itself, before that

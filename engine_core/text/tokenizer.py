@@ -198,7 +198,7 @@ class Tokenizer:
 
 
 def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
-    """How many leading elements two int arrays share."""
+    """Return the number of leading elements that two int arrays share."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if len(different) else length

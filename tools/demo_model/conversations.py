@@ -1,4 +1,4 @@
-"""What the demo asks: a few conversations that show what the model can do."""
+"""The questions of the demo: a few conversations that show what the model can do."""
 
 CONVERSATIONS: tuple[tuple[str, ...], ...] = (
     ("Hello! What can you do?",),

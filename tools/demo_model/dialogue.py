@@ -144,7 +144,7 @@ class Dialogue(Commands):
         return "tool", to_json({"failed": step}), answer, "failed step"
 
     def _ask_state(self) -> Turn | None:
-        """Where are you, what are you holding, where is the cup."""
+        """Return a turn that asks for the state: where are you, what are you holding, where is the cup."""
         state, choose = self.state, self.wording.choose
         kind = self.rng.choice(("where", "hold", "thing", "thing"))
         self.single = None

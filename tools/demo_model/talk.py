@@ -1,4 +1,4 @@
-"""What is said to the robot besides commands: questions about itself, what it refuses, what it does not understand.
+"""The things said to the robot besides commands: questions about itself, what it refuses, what it does not understand.
 
 Each entry: sentences (a leading ``~`` keeps one from training) and the answer. ``{x}`` in a refusal is a word of the
 list that stands beside it.

@@ -1,4 +1,4 @@
-"""How commands are worded. A template that starts with ``~`` is kept from training, one with ``>`` is a whole
+"""The wordings of commands. A template that starts with ``~`` is kept from training, one with ``>`` is a whole
 sentence that cannot be joined to others. Each word of a held-out template also occurs in training.
 
 Slots: {o} object, {s} where it is ("on the table"), {f} where from ("from the kitchen"), {d} where to ("in the

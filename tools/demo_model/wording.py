@@ -302,7 +302,7 @@ class Wording:
         return person
 
     def message(self) -> str:
-        """What somebody should be told; copied into the plan as it is typed."""
+        """Return what somebody should be told; it is copied into the plan as it is typed."""
         rng = self.rng
         if rng.random() < 0.25:
             source = [*words.OBJECTS, *words.ROOMS, *words.ADJECTIVES, *_NUMBERS, *_REQUESTS[:16:3]]

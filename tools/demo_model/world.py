@@ -1,4 +1,4 @@
-"""What a command means: intents, the state a conversation leaves behind, and the plan that follows from both.
+"""The meaning of a command: intents, the state a conversation leaves behind, and the plan that follows from both.
 
 The answer is one line of compact JSON (models/demo/plan.schema.json): a plan of steps, a refusal or a question.
 The rules are few and hold everywhere, so that a plan can be derived from a conversation by reading it:
@@ -33,7 +33,7 @@ class Place:
 
     @property
     def target(self) -> str:
-        """Where the robot drives to reach it."""
+        """The place that the robot drives to, to reach it."""
         return self.room or self.name
 
 
@@ -67,7 +67,7 @@ class Intent:
 
 @dataclass
 class State:
-    """What the conversation has told so far."""
+    """The facts that the conversation has told so far."""
 
     at: str = ""  # where the robot is; "" = not known
     near: str = ""  # the object it has just found

@@ -23,7 +23,7 @@ Matrices = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Site:
-    """Where adapters add to the graph: the product of a layer's matrix, or one of its halves once it is split."""
+    """A place that adapters add to: the product of a layer's matrix, or one of its halves once it is split."""
 
     layer: int
     matrix: str  # of ModelSpec.layer_matrices

@@ -1,4 +1,4 @@
-"""What the layouts of matrices in small floats have in common: strips of packed tiles, and scales in float32.
+"""The common part of the layouts of matrices in small floats: strips of packed tiles, and scales in float32.
 
 A strip is a row of tiles and, where whole rows have scales, 16 of them after the tiles. See packed.cuh.
 """

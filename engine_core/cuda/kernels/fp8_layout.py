@@ -1,4 +1,4 @@
-"""How gemv_packed.cu stores a matrix in fp8 (E4M3): packing and unpacking with numpy, for the builder and the tests.
+"""The fp8 (E4M3) matrices of gemv_packed.cu: packing and unpacking with numpy, for the builder and the tests.
 
 The codes lie as in ``int8_layout``. ``ROWS`` has a float32 scale for each row of the matrix, ``GROUPS`` one for each
 row of a tile: 128 columns.

@@ -1,4 +1,4 @@
-"""How gemv_packed.cu stores a matrix in nvfp4: packing and unpacking with numpy, for the builder and the tests.
+"""The nvfp4 matrices of gemv_packed.cu: packing and unpacking with numpy, for the builder and the tests.
 
 E2M1 codes, an E4M3 scale for every 16 columns of a row, a float32 scale for each row: parts of different tensors, which
 have one scale each, are rows of one matrix.
