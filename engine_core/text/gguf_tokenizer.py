@@ -230,10 +230,11 @@ class GgufTokenizer:
                 continue
             if len(token) > _MAX_PIECE:
                 raise CheckpointError(f"{self._label} has a token of {len(token)} characters: {token[:20]!r}….")
-            cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
-            pairs = [pair for pair in cuts if pair[0] in plain and pair[1] in plain]
-            pairs.sort(key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True)
-            found += pairs
+            found += [
+                (head, tail)
+                for at in range(len(token) - 1, 0, -1)  # the longest head first
+                if (head := token[:at]) in plain and (tail := token[at:]) in plain
+            ]
         return found
 
     def _add_tokens(self, tokenizer) -> None:
