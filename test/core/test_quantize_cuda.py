@@ -65,10 +65,13 @@ def test_other_groups_and_zero_points_are_dequantized_first_and_told(original, t
     assert manifest.quantization == "int4_awq"
     assert manifest.options["requantized"] == 4 * manifest.model.num_layers
     assert "rounded anew" in caplog.text and "onnxruntime" in caplog.text
+    assert any("rounded anew" in note for note in manifest.notes)
     expected = Checkpoint(tmp_path / "out").read("model.layers.1.mlp.down_proj.weight")
     values, scales = stored(tmp_path / "engine", "layers.1.down")
     restored = dequantize(values, scales.astype(np.float64), int4_layout.GROUP, weight_format("int4").zero)
-    assert 0 < np.linalg.norm(restored - expected) / np.linalg.norm(expected) < 0.12
+    error = np.linalg.norm(restored - expected) / np.linalg.norm(expected)
+    assert 0 < error < 0.12
+    assert manifest.options["rounding_errors"]["layers.1.down"] == pytest.approx(error, rel=1e-3)
 
 
 def test_int4_awq_needs_a_checkpoint_in_int4(original, tmp_path):

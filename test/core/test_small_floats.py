@@ -143,6 +143,11 @@ def test_what_the_kernels_have_no_scales_for_is_rounded_anew_and_told(tmp_path, 
             new.write(name, values)
     manifest = build_cuda(directory, tmp_path / "rounded", quantization="fp8")
     assert manifest.options["requantized"] == 8 and manifest.group_size == 0
+    found = manifest.options["rounding_errors"]
+    assert set(found) == {f"layers.{i}.{name}" for i in range(2) for name in ("qkv", "o", "gate_up", "down")}
+    expected = Checkpoint(directory).read("model.layers.1.mlp.down_proj.weight")
+    error = np.linalg.norm(stored(tmp_path / "rounded", "layers.1.down") - expected) / np.linalg.norm(expected)
+    assert 0 < error < 0.04 and found["layers.1.down"] == pytest.approx(error, rel=1e-3)
 
 
 def test_values_that_are_no_numbers_are_refused(tmp_path):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from engine_core.formats import companions
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import conversion_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
-from engine_core.formats.number_formats import ScaledFloat, from_16_bit, to_16_bit
+from engine_core.formats.number_formats import QuantizedTensor, ScaledFloat, from_16_bit, to_16_bit
+from engine_core.formats.rounding_errors import RoundingErrors
 from engine_core.formats.safetensors_file import SafetensorsWriter
 from engine_core.formats.weight_formats import weight_format
 from engine_core.formats.weight_formats.base import QuantizedFormat, Rounding, WeightFormat
@@ -55,7 +57,7 @@ def build_cuda(
     too), int4_awq, which is int4 from a checkpoint in int4, fp8 (a scale for each row) or nvfp4. A checkpoint's own
     symmetric quantized values of as many bits are kept with their scales, in groups of 128 or a multiple of that, such
     as a row; so are its own fp8 values with scales of tensors, rows or blocks of 128 columns, and its own nvfp4 values.
-    Others are dequantized first.
+    Others are dequantized first, and the manifest's option ``rounding_errors`` has the loss of each.
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
     ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps; a file of that name in the
     checkpoint is used by itself.
@@ -97,14 +99,14 @@ def build_cuda(
     with write_variant(Path(engine_dir)) as directory:
         companions.copy_companions(checkpoint, directory)
         companions.copy_vocab_map(vocab_map, kept, directory)
-        rounded = write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
-        if rounded:
-            _log.warning(
-                "%d quantized matrices of %s are dequantized and rounded anew to %s, since the cuda backend holds %s "
-                "only, such as %s; %s.",
-                len(rounded), checkpoint.path, quantization, _held(stored_as), rounded[0], _otherwise(stored_as),
-            )  # fmt: skip
-            manifest = dataclasses.replace(manifest, options=dataclasses.asdict(CudaOptions(dtype, len(rounded))))
+        errors = write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
+        if errors:
+            sentence = errors.sentence(checkpoint.path.name, quantization)
+            _log.warning("%s The cuda backend holds %s only; %s.", sentence, _held(stored_as), _otherwise(stored_as))
+            options = CudaOptions(dtype, len(errors), errors.relative())
+            manifest = dataclasses.replace(
+                manifest, notes=(*manifest.notes, sentence), options=dataclasses.asdict(options)
+            )
         manifest = seal(directory, manifest)
     return manifest
 
@@ -253,16 +255,23 @@ def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
     return np.pad(table, ((0, 0), (0, padded_head(spec.head_dim) // 2 - table.shape[1]), (0, 0)))
 
 
-def to_tiles(values: np.ndarray, wanted: WeightFormat, dtype: str) -> np.ndarray:
+def to_tiles(
+    values: np.ndarray,
+    wanted: WeightFormat,
+    dtype: str,
+    on_rounded: Callable[[np.ndarray, np.ndarray], None] | None = None,
+) -> np.ndarray:
     """Return float32 [rows, cols] rounded to nearest, symmetric: packed tiles of ``wanted``.
 
     What a row becomes does not depend on the others. Integers have scales of ``dtype``; raises BuildError for a scale
-    that fp16 cannot hold.
+    that fp16 cannot hold. ``on_rounded`` gets blocks of rows before and after it, float32.
     """
     layout = LAYOUTS[wanted.kind]
     if isinstance(wanted, IntegerFormat):
         group_size = wanted.group_size if wanted.has_fixed_group else GROUP
         quantized = wanted.quantize(values, Rounding(group_size, dtype)).regrouped(GROUP)
+        if on_rounded is not None:
+            _compare(values, quantized, on_rounded)
         return layout.pack(quantized.values, to_16_bit(quantized.scales, dtype))
     assert isinstance(wanted, QuantizedFormat)
     step = max(1, _ROUNDED // (TILE * values.shape[1])) * TILE
@@ -270,8 +279,23 @@ def to_tiles(values: np.ndarray, wanted: WeightFormat, dtype: str) -> np.ndarray
     for start in range(0, len(values), step):
         rows = values[start : start + step]
         rounding = Rounding(peak=np.abs(rows).max(axis=1, keepdims=True))
-        packed.append(layout.pack(*layout.parts(wanted.quantize(rows, rounding))))
+        weight = wanted.quantize(rows, rounding)
+        if on_rounded is not None:
+            on_rounded(rows, weight.dequantize())
+        packed.append(layout.pack(*layout.parts(weight)))
     return np.concatenate(packed)
+
+
+def _compare(
+    values: np.ndarray, quantized: QuantizedTensor, on_rounded: Callable[[np.ndarray, np.ndarray], None]
+) -> None:
+    """Hand on blocks of rows: float32 of a whole LM head would take gigabytes."""
+    step = max(1, _ROUNDED // values.shape[1])
+    for start in range(0, len(values), step):
+        rows = slice(start, start + step)
+        zeros = None if quantized.zeros is None else quantized.zeros[rows]
+        part = dataclasses.replace(quantized, values=quantized.values[rows], scales=quantized.scales[rows], zeros=zeros)
+        on_rounded(values[rows], part.dequantize())
 
 
 def write_weights(
@@ -282,8 +306,8 @@ def write_weights(
     kept: np.ndarray | None,
     *,
     paired: bool = True,
-) -> list[str]:
-    """Write the weights file of a variant; return the packed matrices whose own quantized values were not kept.
+) -> RoundingErrors:
+    """Write the weights file of a variant; return the loss of the packed matrices whose own values were not kept.
 
     ``kept``: the LM head's rows, None = all; ``paired``: see ``fused_tensors``. Raises CheckpointError or BuildError.
     """
@@ -295,13 +319,14 @@ def write_weights(
     wanted = cuda_spec.weight_format
 
     padding = Padding(spec, paired=paired)
-    rounded: list[str] = []
+    errors = RoundingErrors()
 
     def tiles(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
         own = own_values(checkpoint, spec, name, wanted, dtype, padding)
-        if own is None and _is_quantized(checkpoint, spec, name):
-            rounded.append(name)
-        return to_tiles(np.concatenate(list(blocks)), wanted, dtype) if own is None else own
+        if own is not None:
+            return own
+        listener = partial(errors.add, name) if _is_quantized(checkpoint, spec, name) else None
+        return to_tiles(np.concatenate(list(blocks)), wanted, dtype, listener)
 
     with SafetensorsWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)}) as writer:
         for name, blocks in fused_tensors(Weights(checkpoint, spec, kept), cuda_spec.has_head, paired=paired):
@@ -311,10 +336,10 @@ def write_weights(
             else:
                 writer.write_blocks(name, (to_16_bit(block, dtype) for block in blocks))
         writer.write(ROPE_NAME, table)
-    return rounded
+    return errors
 
 
 def _is_quantized(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> bool:
     """Return True if any part of the fused tensor ``name`` is stored quantized."""
-    parts = _linear_of(spec, name).parts if name.startswith("layers.") else ()
+    parts = _linear_of(spec, name).parts if name.startswith("layers.") else (spec.head,)
     return any(checkpoint.is_rounded(part) for part in parts)

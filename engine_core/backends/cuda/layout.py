@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from engine_core.backends.capabilities import capabilities_of
@@ -56,6 +56,7 @@ class CudaOptions:
 
     dtype: str  # fp16 or bf16: of the weights that are not quantized, and of scales
     requantized: int = 0  # quantized matrices that were dequantized and rounded anew
+    rounding_errors: dict[str, float] = field(default_factory=dict)  # of each of them, relative
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp16", "bf16"):
