@@ -1,0 +1,235 @@
+"""Hold what is built from a GGUF file against transformers, which reads the same file, and against llama.cpp.
+
+    python benchmarks/gguf_quality.py MODEL.gguf --work /tmp/gguf
+    python benchmarks/gguf_quality.py MODEL.gguf --work /tmp/gguf --variants int8 --prompts 16
+
+Perplexity is over the first chunks of public texts that Debian and Python bring: licences, documentation, source code.
+The CPU backend's variants are built from the file, each once; transformers computes in fp32 what the file stands for.
+Greedy answers are the first 32 tokens after pieces of the same texts. llama.cpp runs where its Python binding is
+installed; it computes with the file's own blocks and int8 activations.
+
+Each row is appended to benchmarks/results/quality.jsonl, those of transformers and llama.cpp too. Of ``examples``
+prompts, ``exact_match`` is the percentage of which the greedy answer is what transformers finds likeliest token by
+token, and ``same_as_llama_cpp`` of which it is llama.cpp's. ``rounding_error`` is the mean relative error of the
+matrices that were rounded anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import importlib.metadata
+import json
+import math
+import pydoc_data.topics
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: E402
+from engine_core.backends.onnxruntime.build import build_engine  # noqa: E402
+from engine_core.config import EngineConfig  # noqa: E402
+from engine_core.formats.manifest import read_manifest  # noqa: E402
+from engine_core.measure.steps import begin, decode, prefill  # noqa: E402
+from engine_core.request import SamplingParams  # noqa: E402
+from engine_core.text.tokenizer import Tokenizer  # noqa: E402
+
+_TARGET = ROOT / "benchmarks" / "results" / "quality.jsonl"
+_PROMPT, _ANSWER = 24, 32  # tokens
+
+
+def texts() -> list[str]:
+    """Return licences, topics of Python's documentation and modules of its library, in turns."""
+    licences = [Path("/usr/share/common-licenses", name) for name in ("Apache-2.0", "GPL-3", "MPL-2.0", "Artistic")]
+    modules = [Path(json.__file__).with_name("decoder.py"), Path(argparse.__file__), Path(subprocess.__file__)]
+    read = [path.read_text("utf-8") for path in (*licences, *modules)]
+    topics = [text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 4000]
+    return [text for pair in zip(topics, read) for text in pair]
+
+
+def chunks(tokenizer: Tokenizer, size: int, count: int) -> list[np.ndarray]:
+    """Return int32 [size] of the start of each text, with what the tokenizer puts before a text."""
+    found = [tokenizer.encode(text)[:size] for text in texts()]
+    return [np.asarray(ids, dtype=np.int32) for ids in found if len(ids) == size][:count]
+
+
+def prompts(tokenizer: Tokenizer, count: int) -> list[np.ndarray]:
+    """Return int32 [_PROMPT] of places in the texts that lie evenly."""
+    sources = texts()
+    each = -(-count // len(sources))
+    starts = [text[at * len(text) // each :][:1000] for text in sources for at in range(each)]
+    return [np.asarray(tokenizer.encode(text)[:_PROMPT], dtype=np.int32) for text in starts][:count]
+
+
+class Reference:
+    """transformers on the same file, in fp32."""
+
+    def __init__(self, path: Path) -> None:
+        import torch
+        import transformers
+
+        self._torch = torch
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        ).eval()
+        self.vocab_size: int = self._model.config.vocab_size
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Return float32 [n, vocabulary]."""
+        with self._torch.inference_mode():
+            return self._model(self._torch.from_numpy(ids[None].astype(np.int64))).logits[0].numpy()
+
+    def log_probabilities(self, ids: np.ndarray) -> np.ndarray:
+        """Return float64 [n - 1] of every token but the first."""
+        logits = self.logits(ids)[:-1].astype(np.float64)
+        top = logits.max(axis=1)
+        return logits[np.arange(len(logits)), ids[1:]] - top - np.log(np.exp(logits - top[:, None]).sum(axis=1))
+
+    def agrees(self, prompt: np.ndarray, answer: list[int]) -> bool:
+        """Return True if each token of the answer is the likeliest after those before it."""
+        best = self.logits(np.concatenate([prompt, np.asarray(answer, dtype=np.int32)])).argmax(axis=1)
+        return best[len(prompt) - 1 : -1].tolist() == answer
+
+
+def greedy(backend: OnnxRuntimeBackend, prompt: np.ndarray, ends: Collection[int]) -> list[int]:
+    """Return _ANSWER tokens, or fewer if one of ``ends`` comes first."""
+    begin(backend, SamplingParams(seed=0), prompt)
+    found = [prefill(backend, prompt).result()]
+    while len(found) < _ANSWER and found[-1] not in ends:
+        found.append(decode(backend).result())
+    return found
+
+
+class LlamaCpp:
+    """llama.cpp on the same file. Raises ImportError where it is not installed, RuntimeError where it fails."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        import llama_cpp
+
+        self._library, self.version = llama_cpp, llama_cpp.__version__
+        llama_cpp.llama_backend_init()
+        self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)  # has to live as long
+        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = 512
+        params.n_threads = params.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(model, params)
+        self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+    def greedy(self, prompt: np.ndarray, ends: Collection[int]) -> list[int]:
+        """As ``greedy`` does."""
+        library = self._library
+        library.llama_memory_clear(library.llama_get_memory(self._context), True)
+        found = [self._feed(prompt.tolist())]
+        while len(found) < _ANSWER and found[-1] not in ends:
+            found.append(self._feed(found[-1:]))
+        return found
+
+    def _feed(self, ids: list[int]) -> int:
+        library = self._library
+        tokens = (library.llama_token * len(ids))(*ids)
+        if library.llama_decode(self._context, library.llama_batch_get_one(tokens, len(ids))) != 0:
+            raise RuntimeError("llama_decode failed")
+        logits = library.llama_get_logits_ith(self._context, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(self._vocab,)).argmax())
+
+
+def share(count: int, total: int) -> float | None:
+    return round(100 * count / total, 2) if total else None
+
+
+def perplexity(logs: list[np.ndarray]) -> dict:
+    found = np.concatenate(logs)
+    return {"perplexity": round(math.exp(-found.mean()), 5), "scored_tokens": len(found), "lost_tokens": 0}
+
+
+def variant(path: Path, options: argparse.Namespace, name: str) -> tuple[dict, list[list[int]]]:
+    """Return the row of one of our variants, and its answers; the row has no comparison yet."""
+    directory = options.work / name
+    needed = max(options.chunk, _PROMPT + _ANSWER)
+    if not (directory / "engine.json").is_file() or read_manifest(directory, verify_hashes=False).max_context < needed:
+        build_engine(path, directory, quantization=name, max_context=needed, report=print)
+    manifest = read_manifest(directory, verify_hashes=False)
+    config = EngineConfig(directory, kv_cache_type="fp32", num_threads=options.threads)
+    tokenizer = Tokenizer(directory)
+    backend = OnnxRuntimeBackend.load(directory, manifest, config)
+    try:
+        logs = [backend.log_probabilities(ids, 1) for ids in chunks(tokenizer, options.chunk, options.chunks)]
+        ends = manifest.eos_token_ids
+        answers = [greedy(backend, ids, ends) for ids in prompts(tokenizer, options.prompts)]
+    finally:
+        backend.close()
+    errors = manifest.options["rounding_errors"].values()
+    loss = {"rounding_error": round(sum(errors) / len(errors), 5)} if errors else {}
+    return {
+        "variant": name,
+        "vocab_size": manifest.model.vocab_size,
+        "kv_cache_type": "fp32",
+        **perplexity(logs),
+        **loss,
+    }, answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="a GGUF file")
+    parser.add_argument("--work", type=Path, required=True, help="where the engines are built, and kept")
+    parser.add_argument("--variants", nargs="*", default=["fp32", "int8", "int4"])
+    parser.add_argument("--chunk", type=int, default=512, help="tokens of a text")
+    parser.add_argument("--chunks", type=int, default=10, help="texts")
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=1, help="llama.cpp's wait busily: no more than idle cores")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    found = []
+    for name in options.variants:
+        found.append(variant(options.model, options, name))
+        print(json.dumps(found[-1][0]), flush=True)  # before the slow part
+    tokenizer = Tokenizer(options.work / options.variants[0])
+    ends = read_manifest(options.work / options.variants[0], verify_hashes=False).eos_token_ids
+    starts = prompts(tokenizer, options.prompts)
+    reference = Reference(options.model)
+    logs = [reference.log_probabilities(ids) for ids in chunks(tokenizer, options.chunk, options.chunks)]
+    whole = {"vocab_size": reference.vocab_size, "kv_cache_type": "fp32"}
+    found.append(({"variant": "transformers, fp32", **whole, **perplexity(logs)}, []))
+    peer: list[list[int]] = []
+    version: dict[str, str] = {}
+    try:
+        llama = LlamaCpp(options.model, options.threads)
+        version = {"llama_cpp_python": llama.version}
+        peer = [llama.greedy(ids, ends) for ids in starts]
+        found.append(
+            ({"variant": "llama.cpp", **whole, "perplexity": None, "scored_tokens": 0, "lost_tokens": 0}, peer)
+        )
+    except ImportError:
+        print("llama.cpp is not installed; nothing is compared with it.")
+    head = {
+        "date": datetime.date.today().isoformat(),
+        "versions": {p: importlib.metadata.version(p) for p in ("onnxruntime", "numpy", "transformers", "gguf")}
+        | version,
+        "model": options.model.stem,
+    }
+    for row, answers in found:
+        right = sum(reference.agrees(prompt, answer) for prompt, answer in zip(starts, answers))
+        compared = {"exact_match": share(right, len(answers)), "examples": len(answers)}
+        if peer and answers:
+            same = sum(answer == other for answer, other in zip(answers, peer))
+            compared["same_as_llama_cpp"] = share(same, len(answers))
+        line = json.dumps({**head, **row, **compared, "bytes_per_step": None, "tok_s": None})
+        print(line, flush=True)
+        with open(_TARGET, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
