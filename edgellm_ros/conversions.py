@@ -14,7 +14,15 @@ from edgellm_ros.sampling_options import OPTION_TYPES
 from engine_core import errors
 from engine_core.errors import InvalidSamplingError
 from engine_core.memory import MemoryPlan
-from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, GenerationResult, SamplingParams
+from engine_core.request import (
+    LIMITS,
+    ChatMessage,
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    SamplingParams,
+    SpeculationCounts,
+)
 
 # Class → code. The nearest base class counts; what is not in the table is a defect of ours.
 _ERROR_CODES: dict[type[Exception], int] = {
@@ -147,7 +155,13 @@ def to_stats(result: GenerationResult) -> msg.GenerationStats:
 
 
 def _to_metrics(result: GenerationResult) -> msg.GenerationMetrics:
-    return msg.GenerationMetrics(**{name: getattr(result, name) for name in _METRICS})
+    values = {name: getattr(result, name) for name in _METRICS}
+    values["speculation"] = to_speculation(result.speculation)
+    return msg.GenerationMetrics(**values)
+
+
+def to_speculation(counts: SpeculationCounts) -> msg.SpeculationCounts:
+    return msg.SpeculationCounts(**dataclasses.asdict(counts))
 
 
 def refused(request_id: str, error: Exception) -> GenerationResult:

@@ -140,6 +140,11 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
             "no figures for.",
         ),
         _engine(
+            "speculation",
+            "Steps that also check guessed tokens and keep those that the model would have given: auto (where that "
+            "changes no answer; on the CPU this takes kv_cache_type int8), on (with a float KV cache, too), off.",
+        ),
+        _engine(
             "prefill_chunk",
             "Tokens per prefill step, 0 = the backend's choice; with max_batch above 1, the next token of the other "
             "requests waits for one such step at most.",

@@ -75,34 +75,37 @@ def describe(spec: ParameterSpec) -> ParameterDescriptor:
 def declare_parameters(node: Node) -> None:
     """Declare all of them. Raises rclpy's InvalidParameterTypeException or InvalidParameterValueException.
 
-    A whole number is taken for a double: ``-p temperature:=1``, ``temperature: 1`` in a parameter file, and where rclpy
-    has the callback for it (not on Humble) ``ros2 param set``.
+    YAML's types are taken for the declared ones as ``_converted`` says: on the command line, in a parameter file, and
+    where rclpy has the callback for it (not on Humble) by ``ros2 param set``.
     """
     for spec in SPECS:
         try:
             node.declare_parameter(spec.name, spec.default, describe(spec))
         except InvalidParameterTypeException:
-            if not isinstance(spec.default, float):
-                raise
             given = node.declare_parameter(spec.name, spec.default, ParameterDescriptor(dynamic_typing=True))
             node.undeclare_parameter(spec.name)
-            if given.type_ != Parameter.Type.INTEGER:
+            converted = _converted(given)
+            if converted is given:
                 raise
-            node.declare_parameter(spec.name, float(given.value), describe(spec), ignore_override=True)
+            node.declare_parameter(spec.name, converted.value, describe(spec), ignore_override=True)
     if hasattr(node, "add_pre_set_parameters_callback"):
-        node.add_pre_set_parameters_callback(make_doubles)
+        node.add_pre_set_parameters_callback(convert_types)
 
 
-def make_doubles(parameters: Sequence[Parameter]) -> list[Parameter]:
-    """Return the parameters, whole numbers being floats where a double is declared."""
+def convert_types(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Return the parameters with the types that are declared, where ``_converted`` knows how."""
+    return [_converted(parameter) for parameter in parameters]
 
-    def convert(parameter: Parameter) -> Parameter:
-        spec = _BY_NAME.get(parameter.name)
-        if spec is None or parameter.type_ != Parameter.Type.INTEGER or not isinstance(spec.default, float):
-            return parameter
+
+def _converted(parameter: Parameter) -> Parameter:
+    """Return a whole number as a float where a double is declared, and a truth value as "on" or "off" where these are
+    choices, since YAML reads the words so; every other parameter as it is."""
+    spec = _BY_NAME.get(parameter.name)
+    if spec is not None and parameter.type_ == Parameter.Type.INTEGER and isinstance(spec.default, float):
         return Parameter(parameter.name, Parameter.Type.DOUBLE, float(parameter.value))
-
-    return [convert(parameter) for parameter in parameters]
+    if spec is not None and parameter.type_ == Parameter.Type.BOOL and {"on", "off"} <= set(spec.choices):
+        return Parameter(parameter.name, Parameter.Type.STRING, "on" if parameter.value else "off")
+    return parameter
 
 
 def check_parameters(

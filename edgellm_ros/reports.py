@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from functools import lru_cache
@@ -61,6 +62,7 @@ def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response
     info.device = engine.device
     info.cuda_graph = config.use_cuda_graph and manifest.use_cuda_graph
     info.max_context, info.max_batch = engine.max_context, engine.config.max_batch
+    info.max_draft = engine.speculation.max_draft
     info.vocab_size, info.reduced_vocab_size = engine.vocab_size, engine.reduced_vocab_size
     info.parameters = manifest.model.num_parameters
     info.load_time = engine.load_time
@@ -83,6 +85,9 @@ def make_health(state: NodeState, topics: Topics, num_refused: int) -> Health:
         values["backend"] = engine.backend_name
         values["quantization"] = engine.manifest.quantization
         values["memory"] = format_bytes(engine.plan.total)
+        if engine.speculation.enabled:
+            for key, count in dataclasses.asdict(topics.speculation_total).items():
+                values[f"speculation, {key}"] = str(count)
     if worker is not None:
         values["busy"], values["queued"] = str(worker.busy), str(worker.queued)
     wait = worker.longest_wait if worker is not None else 0.0

@@ -11,9 +11,9 @@ from functools import partial
 from rclpy.node import Node
 
 from edgellm_ros import qos
-from edgellm_ros.conversions import error_code, finish_reason, to_stats, wire_text
+from edgellm_ros.conversions import error_code, finish_reason, to_speculation, to_stats, wire_text
 from edgellm_ros.msg import GenerationStats, Sentence, TokenPiece
-from engine_core.request import FinishReason, GenerationResult, Piece
+from engine_core.request import FinishReason, GenerationResult, Piece, SpeculationCounts
 from engine_core.text.sentences import SentenceSplitter
 
 _KEPT_TIMES = 100
@@ -38,6 +38,7 @@ class Topics:
     def reset_totals(self) -> None:
         with self._lock:
             self.requests_total = self.tokens_total = 0
+            self.speculation_total = SpeculationCounts()
             self.last: GenerationResult | None = None
             self._first_tokens: deque[float] = deque(maxlen=_KEPT_TIMES)  # s
 
@@ -53,13 +54,15 @@ class Topics:
         with self._lock:
             self.requests_total += 1
             self.tokens_total += result.generated_tokens
+            self.speculation_total += result.speculation
             self.last = result
             if result.generated_tokens:
                 self._first_tokens.append(result.time_to_first_token)
-            totals = self.requests_total, self.tokens_total
+            totals = self.requests_total, self.tokens_total, self.speculation_total
         if self._stats.get_subscription_count():
             stats = to_stats(result)
-            stats.requests_total, stats.tokens_total = totals
+            stats.requests_total, stats.tokens_total = totals[:2]
+            stats.speculation_total = to_speculation(totals[2])
             stats.header.stamp = self.clock.now().to_msg()
             self._stats.publish(stats)
 

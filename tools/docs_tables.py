@@ -93,6 +93,7 @@ def limits(backends: Sequence[Capabilities]) -> str:
         "`max_context` is a multiple of": lambda each: str(each.context_step),
         "`--group-size` of int8 and int4": lambda each: ", ".join(map(str, each.group_sizes)) or "–",
         "LoRA adapters at run time": lambda each: "yes" if each.lora else "no",
+        "speculation": lambda each: "yes" if each.drafts else "not yet",
         "CUDA graphs": lambda each: "yes" if each.cuda_graphs else "no",
         "models it does not run have": traits,
     }

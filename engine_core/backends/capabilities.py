@@ -61,6 +61,7 @@ class Capabilities:
     least_capability: int = 0  # of the GPU; 80 = sm_80
     cuda_graphs: bool = False
     lora: bool = False  # LoRA adapters at run time
+    drafts: bool = False  # steps that check guessed tokens: speculation
     declined_options: Mapping[str, str] = field(default_factory=dict)  # option of ``build`` it does not take → why not
     packages: tuple[str, ...] = ()  # distributions whose versions say what ran
     missing: Callable[[Machine], Missing | None] = field(default=lambda machine: None)  # what a machine lacks to run it
@@ -205,6 +206,14 @@ class Capabilities:
             return None
         return f"max_context is {max_context}, but the {self.backend} backend takes multiples of {self.context_step}."
 
+    def options_refusal(self, max_batch: int, lora_adapters: Collection[str], speculation: str) -> str | None:
+        """Say which of these options of EngineConfig the backend does not do for any model."""
+        return (
+            self.batch_refusal(max_batch)
+            or self.adapter_refusal(lora_adapters)
+            or self.speculation_refusal(speculation)
+        )
+
     def batch_refusal(self, max_batch: int) -> str | None:
         """Say that the backend does not decode so many sequences at a time."""
         if max_batch <= self.max_batch:
@@ -221,6 +230,16 @@ class Capabilities:
         return (
             f"lora_adapters names {len(entries)}, but the {self.backend} backend runs no adapters; leave it empty or "
             f"use the backend {' or '.join(able)}."
+        )
+
+    def speculation_refusal(self, speculation: str) -> str | None:
+        """Say that the backend takes no drafts, where ``speculation`` is "on"."""
+        if self.drafts or speculation != "on":
+            return None
+        able = [each.backend for each in all_capabilities() if each.drafts]
+        return (
+            f"speculation is 'on', but the {self.backend} backend takes no drafts; set it to auto or use the backend "
+            f"{' or '.join(able)}."
         )
 
     def group_refusal(self, group_size: int) -> str | None:

@@ -47,7 +47,7 @@ class Speculation:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._max_draft = backend.max_draft
+        self.max_draft = backend.max_draft  # tokens of a step's draft, at most; 0: there are none
         self.counts = SpeculationCounts()  # of all sequences
         capacity = 1 << max(0, backend.max_context - 1).bit_length()
         # Where a draft can change a text by its rounding, drafts depend on the request alone.
@@ -56,8 +56,8 @@ class Speculation:
         self._trust = Trust()
         words = (backend.vocab_size + 31) // 32
         self._slots = [
-            _Slot(Lookup(capacity, self._history, self._trust), self._max_draft, words)
-            for _ in range(backend.num_slots if self._max_draft else 0)
+            _Slot(Lookup(capacity, self._history, self._trust), self.max_draft, words)
+            for _ in range(backend.num_slots if self.max_draft else 0)
         ]
 
     @property
@@ -148,7 +148,7 @@ class Speculation:
         if sequence.adapter:
             return 0
         left = sequence.prepared.max_new_tokens - sequence.num_sampled - unread - 1
-        return min(self._max_draft, left)
+        return min(self.max_draft, left)
 
     def _with_draft(
         self, sequence: Sequence, step: SequenceStep, rows: list[int], index: int

@@ -75,6 +75,19 @@ def machine_of(device) -> Machine:
     return Machine({name: "13.0" for name in doctor.PACKAGES}, GpuReport((gpu,), "13.0"))
 
 
+@pytest.mark.parametrize("backend", backend_names())
+def test_backends_without_drafts_refuse_speculation_only_where_it_is_asked_for(backend):
+    able = capabilities_of(backend)
+    refusals = {each: able.options_refusal(1, (), each) for each in ("auto", "off", "on")}
+    assert refusals["auto"] is None and refusals["off"] is None
+    assert (refusals["on"] is None) == able.drafts == (backend == "onnxruntime")
+    if refusals["on"]:
+        assert refusals["on"] == (
+            f"speculation is 'on', but the {backend} backend takes no drafts; set it to auto or use the backend "
+            "onnxruntime."
+        )
+
+
 @pytest.mark.parametrize("architecture", sample_checkpoints.ARCHITECTURES)
 @pytest.mark.parametrize("backend", backend_names())
 def test_what_one_refuses_all_refuse_in_the_same_words(backend, architecture, checkpoints, build):

@@ -1,7 +1,7 @@
 """A backend for tests of the node: the core's ScriptedBackend as an engine directory makes it.
 
 ``Manifest.options``: ``script`` (text it says; else text that depends on the whole KV cache and never ends),
-``step_time`` (s), ``fault_file`` (while this file exists, every step fails), ``fail_load``.
+``step_time`` (s), ``fault_file`` (while this file exists, every step fails), ``fail_load``, ``max_draft`` (tokens).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class FakeBackend(ScriptedBackend):
             None if script is None else [*script.encode("utf-8"), EOS],
             max_context=config.max_context, step_time=options.get("step_time", 0.0),
             pool_tokens=pool_tokens(config, config.max_context, TOKEN_BYTES),
+            max_draft=0 if config.speculation == "off" else options.get("max_draft", 0),
         )  # fmt: skip
         backend.fault_file = Path(options["fault_file"]) if "fault_file" in options else None
         return backend

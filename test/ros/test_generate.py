@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from diagnostic_msgs.msg import DiagnosticArray
 from std_msgs.msg import String
 
-from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason, GenerationStats, Sentence
+from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason, GenerationStats, Sentence, SpeculationCounts
 from llm_client import ABORTED, CANCELED, GREEDY_LONG, STREAM, SUCCEEDED, LlmClient
 
 LONG = {"sampling": {"max_new_tokens": GREEDY_LONG}}
@@ -228,6 +229,40 @@ def test_sentences_and_stats(nodes, tmp_path):
     assert [s.sequence for s in sentences] == [0, 1, 2]
     assert stats[0].metrics.generated_tokens == answer.metrics.generated_tokens == stats[0].tokens_total
     assert stats[0].requests_total == 1
+
+
+@pytest.mark.parametrize(("speculation", "max_draft"), [("auto", 7), ("off", 0)])
+def test_speculation_is_counted_and_can_be_switched_off(nodes, tmp_path, speculation, max_draft):
+    from fake_backend import write_engine
+
+    text = "the red cup and the blue cup, the red cup and the blue cup, the red cup and the blue cup"
+    engine = write_engine(tmp_path / "e", script=text, max_draft=7, step_time=0.004)
+    llm = nodes.start(engine, speculation=speculation).bring_up()
+    assert llm.info().max_draft == max_draft
+    stats, health = [], []
+    llm.node.create_subscription(GenerationStats, f"/{llm.name}/stats", stats.append, 10)
+    llm.node.create_subscription(DiagnosticArray, "/diagnostics", health.append, 10)
+    llm.until(lambda: llm.node.count_publishers(f"/{llm.name}/stats"))
+    llm.spin(0.5)
+    answers = [llm.generate("hi", sampling={"max_new_tokens": 200}) for _ in range(2)]
+    assert [answer.text for answer in answers] == [text] * 2
+    llm.until(lambda: len(stats) == 2)
+    counts, total = [answer.metrics.speculation for answer in answers], stats[1].speculation_total
+    assert [each.metrics.speculation for each in stats] == counts and stats[0].speculation_total == counts[0]
+    for name in ("steps", "drafted", "accepted", "forced"):
+        assert getattr(total, name) == sum(getattr(each, name) for each in counts)
+    if max_draft:
+        assert counts[0].drafted >= counts[0].accepted > 10 and 0 < counts[0].steps < counts[0].accepted
+    else:
+        assert total == SpeculationCounts()
+
+    def reported():
+        statuses = [status for message in health for status in message.status if f"/{llm.name}" in status.name]
+        return {value.key: value.value for value in statuses[-1].values} if statuses else {}
+
+    llm.until(lambda: reported().get("requests") == "2")
+    expected = {"speculation, accepted": str(total.accepted), "speculation, steps": str(total.steps)}
+    assert {key: reported().get(key) for key in expected} == (expected if max_draft else dict.fromkeys(expected))
 
 
 def test_no_split_characters_and_no_leaked_stop_strings(nodes, tmp_path):

@@ -149,9 +149,8 @@ class CudaSpec:
         Raises ConfigurationError or EngineDirectoryError.
         """
         able = capabilities_of(manifest.backend)
-        for reason in (able.batch_refusal(config.max_batch), able.adapter_refusal(config.lora_adapters)):
-            if reason is not None:
-                raise ConfigurationError(reason)
+        if (reason := able.options_refusal(config.max_batch, config.lora_adapters, config.speculation)) is not None:
+            raise ConfigurationError(reason)
         max_context = config.max_context or manifest.max_context
         chunk = min(config.prefill_chunk or PREFILL_CHUNK, max_context)
         spec = cls(

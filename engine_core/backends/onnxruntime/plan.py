@@ -82,7 +82,7 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
     lacks, EngineDirectoryError for a damaged vocab map, AdapterError."""
     if (reason := CAPABILITIES.refusal(None, manifest.quantization)) is not None:
         raise BackendUnavailableError(reason)
-    if (reason := CAPABILITIES.batch_refusal(config.max_batch)) is not None:
+    if (reason := CAPABILITIES.options_refusal(config.max_batch, config.lora_adapters, config.speculation)) is not None:
         raise ConfigurationError(reason)
     adapters = read_adapters(config.lora_adapters, manifest.model, config.lora_max_rank)
     max_context = config.max_context or manifest.max_context

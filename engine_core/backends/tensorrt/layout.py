@@ -119,9 +119,10 @@ def check_chunk(config: EngineConfig, max_prefill: int) -> None:
 
 def _check_config(manifest: Manifest, config: EngineConfig, options: TrtOptions) -> None:
     """Raises ConfigurationError on what this backend does not do."""
-    for refused in (CAPABILITIES.batch_refusal(config.max_batch), CAPABILITIES.adapter_refusal(config.lora_adapters)):
-        if refused is not None:
-            raise ConfigurationError(refused)
+    if (
+        refused := CAPABILITIES.options_refusal(config.max_batch, config.lora_adapters, config.speculation)
+    ) is not None:
+        raise ConfigurationError(refused)
     if config.kv_cache_type not in ("auto", options.dtype):
         built = (
             f"kv_cache_type is {config.kv_cache_type!r}, but this engine was built for {options.dtype!r}; set it to "
