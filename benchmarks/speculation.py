@@ -4,21 +4,26 @@
         [--threads N] [--max-batch N] [--rounds N] [--tokens N] [--workloads plan chat …]
         [--output benchmarks/results/speculation.jsonl]
 
-``--demo`` asks what the demo model knows: commands with its schema and without. Other engines get JSON plans, long JSON
-with repeated names, code that repeats its prompt, summaries and chat. Times are of decoding alone, after the first
-token. Answers have to be the same ids where the backend says that drafts are exact. Prints a table; with ``--output``
-each workload's line is appended.
+``--demo`` asks what the demo model knows: held-out commands with its schema and without. Other engines get JSON plans,
+long JSON with repeated names, code that repeats its prompt, summaries and chat. No request comes twice, so that no
+answer stands in what is remembered of earlier ones; the first round warms. Times are of decoding alone, after the first
+token; a round's speed-up is the quotient of its two times. Answers have to be the same ids where the backend says that
+drafts are exact. Prints a table; with ``--output`` each workload's line is appended.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import datetime
 import json
+import random
 import statistics
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,14 +39,24 @@ from engine_core.request import (  # noqa: E402
 )
 from engine_core.serving.cancellation import CancelToken  # noqa: E402
 from engine_core.serving.engine import Engine  # noqa: E402
+from tools.demo_model.evaluate import held_out_examples  # noqa: E402
 
 DEMO = ROOT / "models" / "demo"
+DEMO_A_ROUND = 12  # requests
 COMMANDS = (
-    "bring me the red cup from the kitchen", "go to the kitchen and turn off the lamp", "find my keys",
-    "clean the table, then wait 20 seconds", "take the book and put it on the shelf in the bedroom",
-    "turn on the light in the hall and open the door", "follow Anna", "give the blue bottle to Tom",
-    "check whether the window is closed, then come back", "close the door and say good night",
-    "put the red cup on the table and the blue cup on the shelf", "go to the garage and bring me the hammer",
+    "bring me the red cup from the kitchen", "take the book and put it on the shelf in the bedroom",
+    "give the blue bottle to Tom", "check whether the window is closed, then come back",
+    "clean the table, then wait 20 seconds", "go to the garage and look for the hammer",
+    "water the plants on the balcony", "carry the laundry basket to the bathroom",
+    "find my keys and bring them to the door", "follow Anna to the meeting room and wait there",
+)  # fmt: skip
+PLACES = ("a kitchen", "a garage", "a school bag", "a hospital room", "a camping van")
+QUESTIONS = (
+    "What is the capital of France, and why is it famous?", "Tell me a short story about a lighthouse.",
+    "Explain how a heat pump works.", "Which exercises help against back pain?", "Why is the sky blue?",
+    "How do I bake bread without yeast?", "What should I see in Lisbon in two days?",
+    "Write a letter of thanks to my neighbour, who fed my cat.", "How do bees find their way home?",
+    "Is it better to rent or to buy a flat?",
 )  # fmt: skip
 
 
@@ -69,64 +84,80 @@ INVENTORY = {
         requires_refrigeration={"type": "boolean"},
     ),
 }  # fmt: skip
-CODE = """\
-class BatteryMonitor:
-    def __init__(self, capacity_mah, warning_level, critical_level):
-        self.capacity_mah = capacity_mah
-        self.warning_level = warning_level
-        self.critical_level = critical_level
-        self.remaining_mah = capacity_mah
-
-    def consume(self, current_ma, seconds):
-        used_mah = current_ma * seconds / 3600.0
-        self.remaining_mah = max(0.0, self.remaining_mah - used_mah)
-        return self.remaining_mah
-
-    def state(self):
-        share = self.remaining_mah / self.capacity_mah
-        if share < self.critical_level:
-            return "critical"
-        if share < self.warning_level:
-            return "warning"
-        return "good"
-"""
-REPORT = (
-    "The delivery robot left the loading dock at nine in the morning with twelve parcels for the third floor. The "
-    "elevator near the east entrance was out of order, so the robot waited four minutes and took the elevator near "
-    "the west entrance. On the third floor it delivered ten parcels. Two parcels for the meeting room could not be "
-    "delivered because the door of the meeting room was locked. The robot brought these two parcels back to the "
-    "loading dock and reported that the elevator near the east entrance needs to be repaired."
-)
+CODE = ("serving/drafts.py", "memory.py", "sampling.py", "request.py", "serving/scheduler.py", "text/sentences.py")
+PAGES = ("ros.md", "memory.md", "vocabulary.md", "cpu_backend.md", "quantization.md", "cuda.md")
 
 
-def _ask(text: str, schema: object = None, *, tokens: int) -> GenerationRequest:
+def code_pieces(count: int) -> list[str]:
+    """Return ``count`` functions of this package's own source, of 12 to 25 lines, none twice."""
+    found = []
+    for name in CODE:
+        source = (ROOT / "engine_core" / name).read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and 12 <= node.end_lineno - node.lineno < 25:
+                found.append(textwrap.dedent(ast.get_source_segment(source, node, padded=True)))
+    return found[:count]
+
+
+def prose(count: int) -> list[str]:
+    """Return ``count`` sections of the documentation, of 500 to 1,500 characters without tables, none twice."""
+    found = []
+    for name in PAGES:
+        for section in (ROOT / "docs" / name).read_text(encoding="utf-8").split("\n## ")[1:]:
+            text = " ".join(line.strip() for line in section.splitlines()[1:] if not line.startswith(("|", "```")))
+            if len(text) >= 500:
+                found.append(text[:1500])
+    return found[:count]
+
+
+def _ask(messages: str | Iterable[tuple[str, str]], schema: object = None, *, tokens: int) -> GenerationRequest:
+    messages = (("user", messages),) if isinstance(messages, str) else messages
     json_schema = "" if schema is None else schema if isinstance(schema, str) else json.dumps(schema)
     sampling = SamplingParams(max_new_tokens=tokens)
-    return GenerationRequest("bench", (ChatMessage("user", text),), sampling=sampling, json_schema=json_schema)
+    return GenerationRequest(
+        "bench", tuple(ChatMessage(*each) for each in messages), sampling=sampling, json_schema=json_schema
+    )
 
 
-def demo_workloads(tokens: int) -> dict[str, tuple[str, list[GenerationRequest]]]:
+def demo_workloads(rounds: int, tokens: int) -> dict[str, Workload]:
+    examples = [each for kind in held_out_examples(rounds * DEMO_A_ROUND).values() for each in kind]
+    random.Random(1).shuffle(examples)
+    asked = [example.messages[:-1] for example in examples[: rounds * DEMO_A_ROUND]]
     schema = (DEMO / "plan.schema.json").read_text(encoding="utf-8")
     return {
-        "demo plans": ("lookup", [_ask(text, tokens=tokens) for text in COMMANDS]),
-        "planner schema": ("schema + lookup", [_ask(text, schema, tokens=tokens) for text in COMMANDS]),
+        "demo plans": Workload("lookup", [_ask(each, tokens=tokens) for each in asked]),
+        "planner schema": Workload("schema + lookup", [_ask(each, schema, tokens=tokens) for each in asked]),
     }
 
 
-def workloads(tokens: int) -> dict[str, tuple[str, list[GenerationRequest]]]:
-    chat = ("What is the capital of France, and why is it famous?", "Tell me a short story about a lighthouse.",
-            "Explain how a heat pump works.", "Which exercises help against back pain?")  # fmt: skip
-    ask = lambda text, schema=None: _ask(text, schema, tokens=tokens)  # noqa: E731
+def workloads(rounds: int, tokens: int) -> dict[str, Workload]:
+    ask = partial(_ask, tokens=tokens)
     return {
-        "plan": ("schema + lookup", [ask(f"Plan as JSON: {text}.", PLAN) for text in COMMANDS[:4]]),
-        "long json": ("schema + lookup", [ask(f"List as JSON what is in {place}.", INVENTORY)
-                                          for place in ("a kitchen", "a garage")]),
-        "code": ("lookup", [ask(f"Add type annotations to this code and print all of it:\n{CODE}"),
-                            ask(f"Add a method named recharge to this class and print all of it:\n{CODE}")]),
-        "summary": ("lookup", [ask(f"Summarize this report:\n{REPORT}"),
-                               ask(f"List the events of this report, one a line, in its own words:\n{REPORT}")]),
-        "chat": ("lookup", [ask(text) for text in chat]),
-    }  # fmt: skip
+        "plan": Workload("schema + lookup", [ask(f"Plan as JSON: {text}.", PLAN) for text in COMMANDS]),
+        "long json": Workload(
+            "schema + lookup", [ask(f"List as JSON what is in {place}.", INVENTORY) for place in PLACES]
+        ),
+        "code": Workload(
+            "lookup",
+            [ask(f"Comment this code and print all of it:\n{code}") for code in code_pieces(2 * rounds)],
+        ),
+        "summary": Workload("lookup", [ask(f"Summarize this text:\n{text}") for text in prose(2 * rounds)]),
+        "chat": Workload("lookup", [ask(text) for text in QUESTIONS]),
+    }
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``kind``: where its drafts come from. ``requests``: of all rounds; no two are the same."""
+
+    kind: str
+    requests: list[GenerationRequest]
+
+    def of_round(self, number: int, rounds: int) -> list[GenerationRequest]:
+        size = len(self.requests) // rounds
+        if not size:
+            raise SystemExit(f"There are {len(self.requests)} requests, too few for {rounds} rounds; lower --rounds.")
+        return self.requests[number * size : (number + 1) * size]
 
 
 @dataclass
@@ -152,7 +183,9 @@ def answer(engine: Engine, request: GenerationRequest) -> tuple[GenerationResult
             return result, (result.generated_tokens - 1) / rate if rate else 0.0
 
 
-def measure(open_engine: Callable[[str], Engine], asked: dict, options: argparse.Namespace) -> list[dict]:
+def measure(
+    open_engine: Callable[[str], Engine], asked: dict[str, Workload], options: argparse.Namespace
+) -> list[dict]:
     plain, fast = open_engine("off"), open_engine(options.speculation)
     rows = []
     try:
@@ -160,11 +193,11 @@ def measure(open_engine: Callable[[str], Engine], asked: dict, options: argparse
             raise SystemExit("This engine takes no drafts as it is configured: a float KV cache on the CPU, or one "
                              "sequence on cuda, needs --speculation on.")  # fmt: skip
         exact = fast._backend.exact_drafts
-        for name, (kind, requests) in asked.items():
+        for name, workload in asked.items():
             times = Times([], [])
             for number in range(options.rounds + 1):  # the first round warms
                 seconds = [0.0, 0.0]
-                for request in requests:
+                for request in workload.of_round(number, options.rounds + 1):
                     results = []
                     order = (0, 1) if number % 2 else (1, 0)
                     for which in order:
@@ -180,7 +213,7 @@ def measure(open_engine: Callable[[str], Engine], asked: dict, options: argparse
                 if number:
                     times.plain.append(seconds[0])
                     times.fast.append(seconds[1])
-            rows.append(row(name, kind, times, exact))
+            rows.append(row(name, workload.kind, times, exact))
     finally:
         plain.close()
         fast.close()
@@ -236,7 +269,7 @@ def main() -> None:
             lambda line: None,
         )
 
-    asked = demo_workloads(options.tokens) if options.demo else workloads(options.tokens)
+    asked = (demo_workloads if options.demo else workloads)(options.rounds + 1, options.tokens)
     if options.workloads:
         asked = {name: asked[name] for name in options.workloads}
     rows = measure(open_engine, asked, options)
