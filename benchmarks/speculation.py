@@ -21,7 +21,7 @@ import random
 import statistics
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -185,9 +185,9 @@ def answer(engine: Engine, request: GenerationRequest) -> tuple[GenerationResult
 
 def measure(
     open_engine: Callable[[str], Engine], asked: dict[str, Workload], options: argparse.Namespace
-) -> list[dict]:
+) -> Iterator[dict]:
+    """Yield a row for each workload, as soon as it is measured."""
     plain, fast = open_engine("off"), open_engine(options.speculation)
-    rows = []
     try:
         if not fast.speculation.enabled:
             raise SystemExit("This engine takes no drafts as it is configured: a float KV cache on the CPU, or one "
@@ -213,11 +213,10 @@ def measure(
                 if number:
                     times.plain.append(seconds[0])
                     times.fast.append(seconds[1])
-            rows.append(row(name, workload.kind, times, exact))
+            yield row(name, workload.kind, times, exact)
     finally:
         plain.close()
         fast.close()
-    return rows
 
 
 def row(name: str, kind: str, times: Times, exact: bool) -> dict:
@@ -272,23 +271,22 @@ def main() -> None:
     asked = (demo_workloads if options.demo else workloads)(options.rounds + 1, options.tokens)
     if options.workloads:
         asked = {name: asked[name] for name in options.workloads}
-    rows = measure(open_engine, asked, options)
-    print(f"{'workload':16} {'tokens/step':>11} {'speed-up':>8}  drafted accepted forced  of {'tokens'}")
-    for each in rows:
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "model": options.model or options.engine.name,
+        "backend": options.backend,
+        "kv_cache_type": options.kv_cache_type,
+        "max_batch": options.max_batch,
+    }
+    print(f"{'workload':16} {'tokens/step':>11} {'speed-up':>8}  drafted accepted forced  of tokens")
+    for each in measure(open_engine, asked, options):
         print(
             f"{each['workload']:16} {each['tokens_per_step']:11.2f} {each['speed_up']:8.2f}  {each['drafted']:7} "
-            f"{each['accepted']:8} {each['forced']:6}  of {each['tokens']}  {each['speed_ups']}"
+            f"{each['accepted']:8} {each['forced']:6}  of {each['tokens']}  {each['speed_ups']}",
+            flush=True,
         )
-    if options.output:
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "model": options.model or options.engine.name,
-            "backend": options.backend,
-            "kv_cache_type": options.kv_cache_type,
-            "max_batch": options.max_batch,
-        }
-        with options.output.open("a", encoding="utf-8") as file:
-            for each in rows:
+        if options.output:
+            with options.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**about, **each}) + "\n")
 
 
