@@ -36,9 +36,8 @@ def test_a_sequence_has_the_tokens_it_has_alone(weights, kv_cache_type, use_cuda
     backend = make_backend(weights, kv_cache_type, use_cuda_graph, max_batch=16)
     alone = [_ALL.alone(backend, index) for index in range(6)]
     assert all(None not in tokens for tokens in alone), alone
-    assert sum(len(set(tokens)) > 1 for tokens in alone) >= 5, (
-        alone
-    )  # a greedy answer of random weights may repeat itself
+    # A greedy answer of random weights may repeat itself.
+    assert sum(len(set(tokens)) > 1 for tokens in alone) >= 5, alone
     assert all(token % 2 == 0 for index in (2, 4) for token in alone[index]), alone
     allocations = backend._device.allocations
     for slots in ((0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0), (15, 3, 8, 0, 7, 1)):

@@ -47,7 +47,12 @@ def test_fixed_parameters_are_refused_while_configured(llm, spec):
     current = parameter_value_to_python(llm.get(spec.name)[0])
     [(taken, reason)] = llm.set(**{spec.name: current})
     assert taken, reason  # the value it has: as in a file that 'ros2 param dump' wrote
-    other = not current if isinstance(current, bool) else current + 1 if isinstance(current, int) else f"{current}x"
+    if isinstance(current, bool):
+        other = not current
+    elif isinstance(current, int):
+        other = current + 1
+    else:
+        other = f"{current}x" if isinstance(current, str) else [*current, "x"]
     [(taken, reason)] = llm.set(**{spec.name: other})
     assert not taken and reason == f"{spec.name} is fixed while the node is configured; clean up, set it and " \
         "configure again."  # fmt: skip
