@@ -132,17 +132,7 @@ class Commands:
         obj, also = (*state.it, "")[:2]
         held = [thing for thing in state.it if thing in state.held]
         intent = Intent("", obj=obj, also=also)
-        kind = rng.choice(
-            (
-                "fetch",
-                "fetch",
-                "put",
-                "put",
-                "put",
-                "pick" if not held else "put",
-                "drop" if held and held == [obj] else "put",
-            )
-        )
+        kind = rng.choice(("fetch", "fetch", "put", "put", "put", "pick" if not held else "put", "drop" if held and held == [obj] else "put"))
         refs = {"it"}
         if kind == "fetch":
             person = USER if rng.random() < 0.5 else self.new.person()

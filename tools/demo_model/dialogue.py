@@ -32,14 +32,7 @@ class Dialogue(Commands):
         self.pending = None
         if self.turns == 1:
             return self._weighted(
-                {
-                    self._command: 50,
-                    self._several: 28,
-                    self._delayed: 4,
-                    self._talk: 8,
-                    self._refusal: 12,
-                    self._open_question: 9,
-                }
+                {self._command: 50, self._several: 28, self._delayed: 4, self._talk: 8, self._refusal: 12, self._open_question: 9}
             )
         options: dict[Callable[[], Turn | None], int] = {
             self._command: 14, self._reference: 40, self._several: 12, self._talk: 6, self._refusal: 5, self._ask_state: 9,
@@ -89,11 +82,7 @@ class Dialogue(Commands):
 
     def _correct(self) -> Turn | None:
         last = self.single
-        if (
-            last is None
-            or last.also
-            or last.kind not in ("fetch", "pick", "put", "find", "go", "open", "close", "turn_on", "turn_off")
-        ):
+        if last is None or last.also or last.kind not in ("fetch", "pick", "put", "find", "go", "open", "close", "turn_on", "turn_off"):
             return None
         if last.kind == "go":
             if last.person:
@@ -128,14 +117,7 @@ class Dialogue(Commands):
 
     def _failure(self) -> Turn | None:
         """A tool message: a step of the last plan failed; the robot says so."""
-        said = {
-            "find": "find",
-            "pick": "pick up",
-            "open": "open",
-            "close": "close",
-            "turn_on": "turn on",
-            "turn_off": "turn off",
-        }
+        said = {"find": "find", "pick": "pick up", "open": "open", "close": "close", "turn_on": "turn on", "turn_off": "turn off"}
         steps = [step for step in self.last_steps if step["do"] in said]
         if not steps or self.single is None:
             return None
@@ -158,9 +140,7 @@ class Dialogue(Commands):
                 return None
             text = choose(talk.WHERE_QUESTIONS)
         elif kind == "hold":
-            answer = (
-                f"I am holding {' and '.join(map(named, state.held))}." if state.held else "I am not holding anything."
-            )
+            answer = f"I am holding {' and '.join(map(named, state.held))}." if state.held else "I am not holding anything."
             text = choose(talk.HOLD_QUESTIONS)
         else:
             things = [*state.held, *(thing for thing, (rel, _) in state.location.items() if rel)]
@@ -256,9 +236,7 @@ class Dialogue(Commands):
             place, rel = self.new.destination() if intent.kind == "put" else (self.new.any_place(), "")
             intent = replace(intent, dest=place, rel=rel)
             said = wording.toward(rel, place) if rel else f"to {wording.where(place)}"
-            text = wording.choose(templates.ANSWER_PLACE if rel else ("{d}", "{d}, please", "~{d} please")).format(
-                d=said
-            )
+            text = wording.choose(templates.ANSWER_PLACE if rel else ("{d}", "{d}, please", "~{d} please")).format(d=said)
         elif missing == "seconds":
             said, seconds = duration(self.rng)
             intent = replace(intent, text=said, seconds=seconds)

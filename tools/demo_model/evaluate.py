@@ -52,10 +52,7 @@ def transformers_answers(directory: Path, batch: int = 128) -> Answer:
         found = [""] * len(examples)
         for start in range(0, len(order), batch):
             chunk = order[start : start + batch]
-            texts = [
-                tokenizer.apply_chat_template(chat(examples[i]), tokenize=False, add_generation_prompt=True)
-                for i in chunk
-            ]
+            texts = [tokenizer.apply_chat_template(chat(examples[i]), tokenize=False, add_generation_prompt=True) for i in chunk]
             inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
             inputs.pop("token_type_ids", None)
             out = model.generate(**inputs, max_new_tokens=512, do_sample=False)[:, inputs["input_ids"].shape[1] :]
@@ -77,9 +74,7 @@ def engine_answers(directory: Path, schema: str = "") -> Answer:
 
     def one(example: Example) -> str:
         messages = tuple(ChatMessage(role, content) for role, content in example.messages[:-1])
-        request = GenerationRequest(
-            "evaluate", messages, sampling=SamplingParams(max_new_tokens=512), json_schema=schema
-        )
+        request = GenerationRequest("evaluate", messages, sampling=SamplingParams(max_new_tokens=512), json_schema=schema)
         pieces = engine.generate(engine.prepare(request), CancelToken())
         return "".join(piece.text for piece in pieces)
 
@@ -105,18 +100,11 @@ def table(scores: dict[str, dict[str, tuple[int, int]]]) -> str:
             totals[row][0] += right
             totals[row][1] += count
     last = ("mistyped", "all")
-    names = sorted((row for row in totals if row not in last), key=lambda row: -totals[row][1]) + [
-        r for r in last if r in totals
-    ]
-    lines = [
-        "| last command | " + " | ".join(f"new {kind}" for kind in scores) + " | together |",
-        "|---" * (len(scores) + 2) + "|",
-    ]
+    names = sorted((row for row in totals if row not in last), key=lambda row: -totals[row][1]) + [r for r in last if r in totals]
+    lines = ["| last command | " + " | ".join(f"new {kind}" for kind in scores) + " | together |", "|---" * (len(scores) + 2) + "|"]
     for name in names:
         cells = [rows.get(name) for rows in scores.values()] + [tuple(totals[name])]
-        lines.append(
-            f"| {name} | " + " | ".join(f"{100 * c[0] / c[1]:.1f} % of {c[1]}" if c else "–" for c in cells) + " |"
-        )
+        lines.append(f"| {name} | " + " | ".join(f"{100 * c[0] / c[1]:.1f} % of {c[1]}" if c else "–" for c in cells) + " |")
     return "\n".join(lines)
 
 

@@ -94,15 +94,12 @@ class Generator:
             return rng.choice(SYSTEM_PROMPTS), "", ()
         parts = [rng.choice(SYSTEM_PROMPTS)] if rng.random() < 0.4 else []
         if rng.random() < 0.55:
-            name = (
-                rng.choice(words.ROBOT_NAMES) if rng.random() < 0.4 else words.made_up(rng, held_out=False).capitalize()
-            )
+            name = rng.choice(words.ROBOT_NAMES) if rng.random() < 0.4 else words.made_up(rng, held_out=False).capitalize()
             parts.append(rng.choice((f"You are {name}, a household robot.", f"Your name is {name}.", f"You are {name}.",
                                      f"You are a robot called {name}.")))  # fmt: skip
         if rng.random() < 0.55 or not name:
             rooms = tuple(rng.sample(words.ROOMS, rng.randint(3, 7)))
             listed = ", ".join(rooms)
-            parts.append(
-                rng.choice((f"Rooms: {listed}.", f"The house has these rooms: {listed}.", f"The rooms are: {listed}."))
-            )
+            parts.append(rng.choice((f"Rooms: {listed}.", f"The house has these rooms: {listed}.", f"The rooms are: {listed}.")))
         return " ".join(parts), name, rooms
+

@@ -15,13 +15,7 @@ KINDS = {
     "check": 3, "check_do": 4, "check_tell": 2, "tell": 8, "wait": 6, "follow": 3,
 }  # fmt: skip
 CHECKS = ("check", "check_do", "check_tell")
-FIXTURES = {
-    "open": words.OPENABLE,
-    "close": words.OPENABLE,
-    "turn_on": words.DEVICES,
-    "turn_off": words.DEVICES,
-    "clean": words.CLEANABLE,
-}
+FIXTURES = {"open": words.OPENABLE, "close": words.OPENABLE, "turn_on": words.DEVICES, "turn_off": words.DEVICES, "clean": words.CLEANABLE}
 
 
 class IntentSampler:
@@ -40,9 +34,7 @@ class IntentSampler:
         return self.wording.invented() if not self.rooms and self.rng.random() < 0.06 else self.rng.choice(words.ROOMS)
 
     def any_place(self) -> Place:
-        return self.wording.place(
-            ("room", "room", "room", "surface", "surface", "container", "closed", "new"), self.room()
-        )
+        return self.wording.place(("room", "room", "room", "surface", "surface", "container", "closed", "new"), self.room())
 
     def source(self) -> tuple[Place, str]:
         place = self.wording.place(("room", "room", "surface", "surface", "closed", "container", "new"), self.room())
@@ -52,9 +44,7 @@ class IntentSampler:
         return self.rng.choice(("on", "in")) if place.kind == "new" else DEFAULT_REL[place.kind]
 
     def destination(self) -> tuple[Place, str]:
-        place = self.wording.place(
-            ("surface", "surface", "surface", "closed", "closed", "container", "room", "new"), self.room()
-        )
+        place = self.wording.place(("surface", "surface", "surface", "closed", "closed", "container", "room", "new"), self.room())
         rel = self.relation(place)
         if place.kind != "room" and self.rng.random() < 0.15:
             rel = self.rng.choice(("near", "under"))

@@ -88,9 +88,7 @@ def mask_of(documents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     length = documents.shape[1]
     same = documents[:, None, :, None] == documents[:, None, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    return torch.zeros(same.shape, dtype=dtype, device=documents.device).masked_fill_(
-        ~(same & causal), torch.finfo(dtype).min
-    )
+    return torch.zeros(same.shape, dtype=dtype, device=documents.device).masked_fill_(~(same & causal), torch.finfo(dtype).min)
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -100,9 +98,7 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.03) / 0.97))))
 
 
-def train(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, forbidden: frozenset[str], args: argparse.Namespace
-) -> dict[str, float]:
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer, forbidden: frozenset[str], args: argparse.Namespace) -> dict[str, float]:
     """Trains ``model`` in place until ``args.steps`` or ``args.minutes`` are over; returns the figures of the run."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
@@ -110,34 +106,23 @@ def train(
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.lr,
-        betas=(0.9, 0.98),
-        fused=True,
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98), fused=True
     )
     rows = Rows(tokenizer, args.rows, args.length, forbidden, args.seed)
-    loader = iter(
-        DataLoader(rows, batch_size=None, num_workers=args.workers, prefetch_factor=4 if args.workers else None)
-    )
+    loader = iter(DataLoader(rows, batch_size=None, num_workers=args.workers, prefetch_factor=4 if args.workers else None))
     forward = torch.compile(model) if args.compile else model
     start, step, figures = time.monotonic(), 0, {}
     while True:
         if step == 3:  # compiled and warm: the clock starts here
             start = time.monotonic()
-        progress = (
-            0.0
-            if step < 3
-            else max(step / args.steps if args.steps else 0.0, (time.monotonic() - start) / (60 * args.minutes))
-        )
+        progress = 0.0 if step < 3 else max(step / args.steps if args.steps else 0.0, (time.monotonic() - start) / (60 * args.minutes))
         if progress >= 1:
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, args.lr)
         ids, labels, documents, positions = next(loader).to(device, non_blocking=True).long()
         with torch.autocast(device.type, dtype=dtype):
-            logits = forward(
-                input_ids=ids, attention_mask=mask_of(documents, dtype), position_ids=positions, use_cache=False
-            ).logits
+            logits = forward(input_ids=ids, attention_mask=mask_of(documents, dtype), position_ids=positions, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
             )
@@ -169,10 +154,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path) -> No
     directory.mkdir(parents=True, exist_ok=True)
     model = model.to("cpu", torch.bfloat16).eval()
     model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=512,
-        eos_token_id=tokenizer.token_to_id(END),
-        pad_token_id=tokenizer.token_to_id(PAD),
+        do_sample=False, max_new_tokens=512, eos_token_id=tokenizer.token_to_id(END), pad_token_id=tokenizer.token_to_id(PAD)
     )
     model.save_pretrained(directory)
     save_tokenizer(tokenizer, directory)
@@ -201,15 +183,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a few steps of a tiny model, to see that all of it runs")
     args = parser.parse_args()
     if args.tiny:
-        args.steps, args.rows, args.length, args.workers, args.hidden, args.intermediate, args.layers = (
-            20,
-            4,
-            256,
-            1,
-            64,
-            128,
-            2,
-        )
+        args.steps, args.rows, args.length, args.workers, args.hidden, args.intermediate, args.layers = 20, 4, 256, 1, 64, 128, 2
         args.tokenizer_texts, args.held_out, args.log_every = 2000, 100, 5
     return args
 
@@ -230,10 +204,7 @@ def main() -> None:
           f"tokenizer ready after {time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
     figures = train(model, tokenizer, forbidden, args)
     export(model, tokenizer, args.out)
-    figures |= {
-        "parameters": model.num_parameters(),
-        "arguments": {k: str(v) for k, v in vars(args).items() if k != "out"},
-    }
+    figures |= {"parameters": model.num_parameters(), "arguments": {k: str(v) for k, v in vars(args).items() if k != "out"}}
     (args.out / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -16,111 +16,27 @@ _PREPOSITIONS = {
     "under": ("under", "under", "below", "underneath", "beneath"),
 }
 _WAYS_IN = ("{0} in the {1}", "{0} of the {1}")
-_NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
+_NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+            "seventeen eighteen nineteen").split()
 _TENS = "0 10 twenty thirty forty fifty sixty".split()
 _FEMALE = frozenset(name.lower() for name in words.FEMALE + words.FEMALE_KIN)
 _MALE = frozenset(name.lower() for name in words.MALE + words.MALE_KIN)
-_FACTS = (
-    "{o} is ready",
-    "{o} is broken",
-    "dinner is ready",
-    "lunch is ready",
-    "breakfast is on the table",
-    "the taxi is here",
-    "the doctor is here",
-    "it is time to go",
-    "it is late",
-    "the meeting starts at {h}",
-    "dinner is at {h}",
-    "we leave at {h}",
-    "the guests are coming",
-    "someone is at the door",
-    "{o} is empty",
-    "{o} is on the {l}",
-    "the {l} is clean",
-    "the bath is ready",
-    "the movie starts in {k} minutes",
-    "the package has arrived",
-    "there are {k} guests in the {l}",
-    "the water is boiling",
-    "everything is fine",
-    "I will be late",
-    "I am in the {l}",
-    "I need help",
-    "I love you",
-    "it is {p}'s birthday",
-    "{p} is waiting in the {l}",
-    "{p} called",
-    "{p} has {o}",
-    "the {l} is too cold",
-    "happy birthday",
-    "welcome home",
-    "good morning",
-    "good night",
-    "hello",
-    "hello {p}",
-    "see you tomorrow",
-    "{o} was found",
-    "no one is home",
-    "the shop closes at {h}",
-    "we are out of milk",
-    "the dog needs a walk",
-    "the cake is in the {l}",
-    "{p} is here",
-    "where are you",
-    "how are you",
-    "what do you want for dinner?",
-    "do you need {o}?",
-    "watch out!",
-    "come quickly!",
-    "the train leaves at {h}",
-    "I forgot {o}",
-)
-_REQUESTS = (
-    "come here",
-    "come to the {l}",
-    "bring {o}",
-    "clean the {l}",
-    "wait",
-    "hurry up",
-    "wake up",
-    "go to bed",
-    "call {p}",
-    "be quiet",
-    "open the door",
-    "wash your hands",
-    "help me",
-    "come down",
-    "set the table",
-    "take {o}",
-    "feed the cat",
-    "walk the dog",
-    "turn the music down",
-    "get ready",
-    "look for {o}",
-    "meet me in the {l}",
-    "wait in the {l}",
-    "give me {o}",
-    "call me",
-)
-_QUESTIONS = (
-    ("wants {o}", "do you want {o}"),
-    ("needs {o}", "do you need {o}"),
-    ("is hungry", "are you hungry"),
-    ("is ready", "are you ready"),
-    ("likes {o}", "do you like {o}"),
-    ("is coming", "are you coming"),
-    ("has {o}", "do you have {o}"),
-    ("is ok", "are you ok"),
-    ("needs help", "do you need help"),
-    ("wants to eat", "do you want to eat"),
-    ("is in the {l}", "are you in the {l}"),
-    ("is thirsty", "are you thirsty"),
-    ("wants to go for a walk", "do you want to go for a walk"),
-)
+_FACTS = ("{o} is ready", "{o} is broken", "dinner is ready", "lunch is ready", "breakfast is on the table", "the taxi is here",
+          "the doctor is here", "it is time to go", "it is late", "the meeting starts at {h}", "dinner is at {h}", "we leave at {h}",
+          "the guests are coming", "someone is at the door", "{o} is empty", "{o} is on the {l}", "the {l} is clean", "the bath is ready",
+          "the movie starts in {k} minutes", "the package has arrived", "there are {k} guests in the {l}", "the water is boiling",
+          "everything is fine", "I will be late", "I am in the {l}", "I need help", "I love you", "it is {p}'s birthday",
+          "{p} is waiting in the {l}", "{p} called", "{p} has {o}", "the {l} is too cold", "happy birthday", "welcome home",
+          "good morning", "good night", "hello", "hello {p}", "see you tomorrow", "{o} was found", "no one is home", "the shop closes at {h}",
+          "we are out of milk", "the dog needs a walk", "the cake is in the {l}", "{p} is here", "where are you", "how are you",
+          "what do you want for dinner?", "do you need {o}?", "watch out!", "come quickly!", "the train leaves at {h}", "I forgot {o}")
+_REQUESTS = ("come here", "come to the {l}", "bring {o}", "clean the {l}", "wait", "hurry up", "wake up", "go to bed", "call {p}", "be quiet",
+             "open the door", "wash your hands", "help me", "come down", "set the table", "take {o}", "feed the cat", "walk the dog",
+             "turn the music down", "get ready", "look for {o}", "meet me in the {l}", "wait in the {l}", "give me {o}", "call me")
+_QUESTIONS = (("wants {o}", "do you want {o}"), ("needs {o}", "do you need {o}"), ("is hungry", "are you hungry"), ("is ready", "are you ready"),
+              ("likes {o}", "do you like {o}"), ("is coming", "are you coming"), ("has {o}", "do you have {o}"), ("is ok", "are you ok"),
+              ("needs help", "do you need help"), ("wants to eat", "do you want to eat"), ("is in the {l}", "are you in the {l}"),
+              ("is thirsty", "are you thirsty"), ("wants to go for a walk", "do you want to go for a walk"))
 
 
 _AGREEMENT = (("{o} is", "{o} are"), ("{o} belongs", "{o} belong"), ("{o} goes", "{o} go"), ("so it is", "so they are"),
@@ -167,9 +83,7 @@ def duration(rng: Random) -> tuple[str, int]:
         joint = rng.choice((" and ", " "))
         minute = "minute" if minutes == 1 else "minutes"
         return f"{number(minutes, rng)} {minute}{joint}{number(seconds, rng)} seconds", 60 * minutes + seconds
-    unit, scale, most = rng.choice(
-        (("second", 1, 60), ("second", 1, 60), ("minute", 60, 60), ("minute", 60, 60), ("hour", 3600, 12))
-    )
+    unit, scale, most = rng.choice((("second", 1, 60), ("second", 1, 60), ("minute", 60, 60), ("minute", 60, 60), ("hour", 3600, 12)))
     count = rng.randint(1, most) if rng.random() < 0.6 else rng.choice((1, 2, 3, 5, 10))
     if rng.random() < 0.12 and scale < 3600:
         return f"{count} {unit[:3]}", count * scale
@@ -295,9 +209,7 @@ class Wording:
             return "me"
         if person in words.ROLES:
             return f"the {person}"
-        if person in words.FEMALE_KIN + words.MALE_KIN and (
-            person not in ("mom", "dad", "grandma", "grandpa") or self.rng.random() < 0.3
-        ):
+        if person in words.FEMALE_KIN + words.MALE_KIN and (person not in ("mom", "dad", "grandma", "grandpa") or self.rng.random() < 0.3):
             return f"{self.rng.choice(('my', 'my', 'our'))} {person}"
         return person
 
@@ -322,13 +234,7 @@ class Wording:
     def _values(self) -> dict[str, str]:
         hour = f"{self.rng.randint(1, 12)}" + self.rng.choice((" o'clock", ":30", " pm", ":15", ""))
         place = self.rng.choice(words.ROOMS)
-        return {
-            "o": f"the {self.word(words.OBJECTS)}",
-            "l": place,
-            "h": hour,
-            "p": self.name(),
-            "k": number(self.rng.randint(2, 40), self.rng),
-        }
+        return {"o": f"the {self.word(words.OBJECTS)}", "l": place, "h": hour, "p": self.name(), "k": number(self.rng.randint(2, 40), self.rng)}
 
     def _fill(self, text: str) -> str:
         return text.format(**self._values()) if "{" in text else text
@@ -361,9 +267,7 @@ class Wording:
             return text.lower() + ("" if rng.random() < 0.85 else rng.choice((".", "?" if question else "!")))
         if rng.random() < 0.9:
             text = text[0].upper() + text[1:]
-            text = re.sub(
-                r"([.?] )(then|after|next|when|afterwards|bring|come|i\b)", lambda m: m[1] + m[2].capitalize(), text
-            )
+            text = re.sub(r"([.?] )(then|after|next|when|afterwards|bring|come|i\b)", lambda m: m[1] + m[2].capitalize(), text)
         if text[-1] in "?!.\"'":
             return text
         roll = rng.random()
@@ -389,12 +293,7 @@ def clause(wording: Wording, intent: Intent, refs: frozenset[str], *, joinable: 
     A result that starts with ``>`` is a whole sentence.
     """
     name = _template_name(intent, refs)
-    if (
-        name == "put"
-        and "there" not in refs
-        and intent.rel == DEFAULT_REL[intent.dest.kind]
-        and wording.rng.random() < 0.2
-    ):
+    if name == "put" and "there" not in refs and intent.rel == DEFAULT_REL[intent.dest.kind] and wording.rng.random() < 0.2:
         name = "put.to"
     plural = bool(intent.also) or bool(intent.obj) and is_plural(intent.obj)
     options = templates.CLAUSES[name]
@@ -448,15 +347,7 @@ def _template_name(intent: Intent, refs: frozenset[str]) -> str:
         name = "fetch" if intent.person == USER else "fetch.p"
         return name + (("s" if "." in name else ".s") if intent.source else "")
     if kind == "tell":
-        return (
-            "say"
-            if not intent.person
-            else "tell"
-            if not intent.value
-            else "tell.to"
-            if intent.value == "to"
-            else "tell.if"
-        )
+        return "say" if not intent.person else "tell" if not intent.value else "tell.to" if intent.value == "to" else "tell.if"
     if kind in ("find", "pick", "put") and intent.source:
         return f"{kind}.s"
     return kind

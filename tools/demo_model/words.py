@@ -39,11 +39,9 @@ OBJECTS = _split("""cup, mug, glass, plate, bowl, fork, spoon, knife, pan, pot, 
     box of chocolates, bag of chips, bag of apples, pack of gum, stack of plates, pair of socks, bottle of wine,
     bottle of water, can of soda, jar of pickles, box of tissues, carton of milk, loaf of bread, piece of cake,
     bunch of grapes, bar of soap, roll of tape, pile of books, basket of laundry""")
-PLURALS = frozenset(
-    _split("""scissors, headphones, gloves, jeans, socks, shoes, slippers, boots, pajamas, matches,
+PLURALS = frozenset(_split("""scissors, headphones, gloves, jeans, socks, shoes, slippers, boots, pajamas, matches,
     screws, nails, pliers, building blocks, pills, glasses, sunglasses, keys, car keys, crayons, chopsticks,
-    paper towels, clothespins""")
-)
+    paper towels, clothespins"""))
 ADJECTIVES = _split("""red, blue, green, yellow, black, white, brown, pink, purple, orange, grey, silver, golden,
     small, big, large, little, old, new, clean, dirty, empty, full, wooden, plastic, metal, glass, striped, round, broken,
     heavy, light, soft, warm, cold, favorite, other, spare""")
@@ -61,11 +59,8 @@ CONTAINERS = _split("""sink, basket, laundry basket, bin, trash can, recycling b
 CLOSED = _split("""fridge, refrigerator, freezer, cupboard, cabinet, kitchen cabinet, medicine cabinet, drawer,
     top drawer, bottom drawer, kitchen drawer, desk drawer, wardrobe, closet, dishwasher, washing machine, dryer,
     microwave, oven, safe, chest, dresser""")
-OPENABLE = (
-    _split("""door, front door, back door, window, kitchen window, bedroom window, gate, curtains, blinds, garage door,
-    bathroom door, balcony door, shutters, skylight, cat flap, pantry door""")
-    + CLOSED
-)
+OPENABLE = _split("""door, front door, back door, window, kitchen window, bedroom window, gate, curtains, blinds, garage door,
+    bathroom door, balcony door, shutters, skylight, cat flap, pantry door""") + CLOSED
 DEVICES = _split("""lamp, light, ceiling light, desk lamp, floor lamp, night light, tv, television, radio, stereo, fan,
     heater, air conditioner, coffee machine, coffee maker, toaster, dishwasher, washing machine, dryer, oven, stove,
     microwave, vacuum cleaner, computer, printer, speaker, humidifier, air purifier, kettle, christmas lights,
@@ -92,39 +87,11 @@ MALE = _split("""Tom, Max, Paul, Peter, David, Daniel, Lukas, Jonas, Felix, Osca
 FEMALE_KIN = _split("mom, mother, grandma, grandmother, sister, aunt, daughter, wife")
 MALE_KIN = _split("dad, father, grandpa, grandfather, brother, uncle, son, husband")
 ROLES = _split("nurse, guest, visitor, doctor, neighbor, cleaner, gardener, babysitter, boss, plumber")
-ROBOT_NAMES = _split(
-    "Robbie, Rosie, Tiago, Pepper, Nano, Bolt, Jarvis, Ada, Marvin, Gizmo, Spot, Fetchy, Otto, Chip, Luna"
-)
+ROBOT_NAMES = _split("Robbie, Rosie, Tiago, Pepper, Nano, Bolt, Jarvis, Ada, Marvin, Gizmo, Spot, Fetchy, Otto, Chip, Luna")
 
-_ONSETS = _split(
-    "b, bl, br, ch, d, dr, f, fl, g, gl, gr, h, j, k, kr, l, m, n, p, pl, qu, r, s, sk, sl, sn, st, t, th, tr, v, w, z"
-)
+_ONSETS = _split("b, bl, br, ch, d, dr, f, fl, g, gl, gr, h, j, k, kr, l, m, n, p, pl, qu, r, s, sk, sl, sn, st, t, th, tr, v, w, z")
 _VOWELS = _split("a, e, i, o, u, ai, ee, oo, ou, y")
-_CODAS = (
-    "",
-    "",
-    "",
-    "b",
-    "ck",
-    "d",
-    "ft",
-    "g",
-    "l",
-    "ll",
-    "m",
-    "mp",
-    "n",
-    "nd",
-    "ng",
-    "p",
-    "r",
-    "rk",
-    "s",
-    "sh",
-    "t",
-    "x",
-    "zz",
-)
+_CODAS = ("", "", "", "b", "ck", "d", "ft", "g", "l", "ll", "m", "mp", "n", "nd", "ng", "p", "r", "rk", "s", "sh", "t", "x", "zz")
 _FOREIGN = _split("é, ü, ö, ä, ñ, ç, ø, å, š, ł, î, ő, ğ, я, д, ж, λ, ω, あ, 日, 木, 한, ش")
 
 
