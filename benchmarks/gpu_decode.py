@@ -76,6 +76,8 @@ SHAPES = {
     "llama-3.1-8b": Shape(32, 4096, 14336, 32, 8, 128, 128256, False),
     "qwen3-0.6b": Shape(28, 1024, 3072, 16, 8, 128, 151936, True, qk_norm=True),
     "qwen3-1.7b": Shape(28, 2048, 6144, 16, 8, 128, 151936, True, qk_norm=True),
+    "qwen3-4b": Shape(36, 2560, 9728, 32, 8, 128, 151936, True, qk_norm=True),
+    "qwen3-8b": Shape(36, 4096, 12288, 32, 8, 128, 151936, False, qk_norm=True),
 }
 
 
