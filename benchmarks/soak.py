@@ -293,7 +293,10 @@ def requests(
 
 
 def transitions(count: int) -> int:
-    """Lead the node ``count`` times through deactivate, cleanup, configure or activate; return how many failed."""
+    """Lead the node ``count`` times through deactivate, cleanup, configure or activate; return how many failed.
+
+    Tells stderr of each of the first ten that failed, and after every 1,000.
+    """
     node = rclpy.create_node("soak_manager")
     change = node.create_client(ChangeState, f"{NAME}/change_state")
     assert change.wait_for_service(10.0)
@@ -303,7 +306,13 @@ def transitions(count: int) -> int:
     for index in range(count // 4 * 4):  # whole rounds: it ends active
         future = change.call_async(ChangeState.Request(transition=Transition(id=ids[index % 4])))
         rclpy.spin_until_future_complete(node, future, timeout_sec=LIMIT)
-        failed += not (future.done() and future.result().success)
+        if not (future.done() and future.result().success):
+            failed += 1
+            if failed <= 10:
+                how = "was refused" if future.done() else f"gave no answer within {LIMIT:.0f} s"
+                print(f"transition {index} (id {ids[index % 4]}) {how}", file=sys.stderr)
+        if (index + 1) % 1000 == 0:
+            print(f"{index + 1} transitions, {failed} failed", file=sys.stderr)
     node.destroy_node()
     return failed
 
@@ -353,6 +362,8 @@ def main() -> int:
                 learn_answers(log, options.max_new_tokens)
             failed = transitions(options.transitions) if options.transitions else 0
             status = node.stop()
+            if failed or status:
+                print(log.read_text()[-4000:], file=sys.stderr)
         finally:
             node.process.kill()
     rclpy.try_shutdown()
