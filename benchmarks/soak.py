@@ -297,22 +297,30 @@ def transitions(count: int) -> int:
 
     Tells stderr of each of the first ten that failed, and after every 1,000.
     """
-    node = rclpy.create_node("soak_manager")
+    node = rclpy.create_node("soak_manager", start_parameter_services=False)
     change = node.create_client(ChangeState, f"{NAME}/change_state")
     assert change.wait_for_service(10.0)
+    # Not rclpy.spin_until_future_complete: what it leaves in its executor grows with every call.
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    spinner = threading.Thread(target=executor.spin, daemon=True)
+    spinner.start()
     ids = (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_CLEANUP)
     ids += (Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE)
     failed = 0
     for index in range(count // 4 * 4):  # whole rounds: it ends active
+        answered = threading.Event()
         future = change.call_async(ChangeState.Request(transition=Transition(id=ids[index % 4])))
-        rclpy.spin_until_future_complete(node, future, timeout_sec=LIMIT)
-        if not (future.done() and future.result().success):
+        future.add_done_callback(lambda _future, answered=answered: answered.set())
+        if not (answered.wait(LIMIT) and future.result().success):
             failed += 1
             if failed <= 10:
                 how = "was refused" if future.done() else f"gave no answer within {LIMIT:.0f} s"
                 print(f"transition {index} (id {ids[index % 4]}) {how}", file=sys.stderr)
         if (index + 1) % 1000 == 0:
             print(f"{index + 1} transitions, {failed} failed", file=sys.stderr)
+    executor.shutdown()
+    spinner.join(5.0)
     node.destroy_node()
     return failed
 
