@@ -25,7 +25,7 @@ CHOICES = {
 }  # fmt: skip
 MINIMUMS = {
     "max_context": 0, "max_batch": 1, "prefill_chunk": 0, "prompt_cache_entries": 0, "prompt_cache_tokens": 1,
-    "session_memory": 0, "num_threads": 0, "lora_max_rank": 1,
+    "session_memory": 0, "max_sessions": 1, "num_threads": 0, "lora_max_rank": 1,
 }  # fmt: skip
 
 
@@ -51,6 +51,7 @@ class EngineConfig:
     # MiB of the memory plan in which the KV of conversations is kept: the host's, or the GPU's where they are one.
     # 0: a conversation goes on only from the slot it was in.
     session_memory: int = 0
+    max_sessions: int = 64  # conversations whose text is kept
     # LoRA adapters that requests may name, each "name:directory"; see formats/lora.py. Empty entries are ignored.
     lora_adapters: tuple[str, ...] = ()
     lora_max_rank: int = 64  # an adapter of a higher rank is refused

@@ -81,6 +81,10 @@ class InvalidSamplingError(InvalidRequestError):
     """A sampling option is NaN, infinite or outside its range."""
 
 
+class InvalidSessionError(InvalidRequestError):
+    """A session's name is not allowed, unknown or taken, there are too many, or the file of one is at fault."""
+
+
 class InvalidSchemaError(InvalidRequestError):
     """The JSON schema does not parse or uses what the constraint engine does not support."""
 
@@ -98,6 +102,10 @@ class DeadlinePassedError(RequestError):
 
 class QueueFullError(RequestError):
     """The node is busy and its policy or its queue admits no further request."""
+
+
+class SessionBusyError(RequestError):
+    """Another request of the session waits or runs."""
 
 
 class NotActiveError(RequestError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -18,11 +19,15 @@ from engine_core.errors import (
     InvalidRequestError,
     InvalidSamplingError,
     InvalidSchemaError,
+    InvalidSessionError,
     InvalidTextError,
     PromptTooLongError,
 )
 
 ROLES = ("system", "user", "assistant", "tool")
+# A conversation that does not fit is refused, or its oldest turns are left out.
+CONTEXT_POLICIES = ("refuse", "drop_oldest")
+_SESSION_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # it is the name of a file, too
 MAX_SEED = 2**64 - 1
 _MAX_INT32 = 2**31 - 1
 GREEDY_BELOW = 1e-4  # a temperature below this is greedy: float32 could not tell it from 0
@@ -203,6 +208,10 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()  # generation ends before the first of these; never part of the text
     json_schema: str = ""  # "" = free text; otherwise the answer is one JSON value of this schema
+    # The conversation whose history comes before ``messages``, and to which they and the answer are added; "" = none.
+    session: str = ""
+    default_system: str = ""  # the system message of a session that begins without one; "" = none
+    context_policy: str = "refuse"  # one of CONTEXT_POLICIES, for messages that do not fit into the context
     adapter: str = ""  # name of a LoRA adapter of the engine's; "" = the model itself
     priority: int = 0  # the highest waiting goes first; equal ones in order of arrival
     timeout: float = 0.0  # seconds from arrival, preparation and waiting included; 0 or above 1e8 = none
@@ -219,6 +228,14 @@ class GenerationRequest:
         self._check_sizes(limits)
         if self.prompt and self.messages:
             raise InvalidRequestError("The request has both a prompt and messages; give one of them.")
+        if self.session:
+            check_session_name(self.session)
+        if self.context_policy not in CONTEXT_POLICIES:
+            raise InvalidRequestError(
+                f"The context policy is {self.context_policy[:64]!r}, expected one of {', '.join(CONTEXT_POLICIES)}."
+            )
+        if self.prompt and (self.session or self.context_policy != "refuse"):
+            raise InvalidRequestError("A session and drop_oldest are for messages, but the request has a raw prompt.")
         if not self.messages and not self.prompt.strip():
             raise EmptyPromptError("The request has neither a prompt nor messages; there is nothing to answer.")
         for message in self.messages:
@@ -277,6 +294,14 @@ class GenerationRequest:
         return dataclasses.replace(self, **changes)
 
 
+def check_session_name(name: str) -> None:
+    """Raises InvalidSessionError."""
+    if _SESSION_NAME.fullmatch(name) is None:
+        raise InvalidSessionError(
+            f"The session's name is {name[:64]!r}, expected 1 to 64 letters, digits, '.', '_' and '-'."
+        )
+
+
 def _num_bytes(texts: tuple[str, ...], limit: int) -> int:
     """Return the UTF-8 bytes of ``texts``, or their characters if these alone are more than ``limit``."""
     num_chars = sum(map(len, texts))
@@ -318,6 +343,8 @@ class GenerationResult:
     error: Exception | None = None  # with FinishReason.ERROR
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens whose KV was reused
+    dropped_turns: int = 0  # oldest turns that were left out of the prompt (drop_oldest)
+    session_turns: int = 0  # turns of the session with this answer; 0 if it was added to none
     generated_tokens: int = 0  # sampled tokens, the end-of-sequence token included
     speculation: SpeculationCounts = SpeculationCounts()
     queue_time: float = 0.0  # s, from arrival to the start of the work

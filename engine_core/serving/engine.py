@@ -12,12 +12,14 @@ request in that thread; ``worker`` has a thread that serves many clients, throug
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -39,6 +41,7 @@ from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.planning.selection import advice, choose
 from engine_core.request import (
+    LIMITS,
     SAMPLING_OPTIONS,
     ChatMessage,
     FinishReason,
@@ -49,6 +52,7 @@ from engine_core.request import (
 )
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.constraint import ConstraintFactory
+from engine_core.serving.conversation import Messages, SessionInfo, Sessions, fit_turns
 from engine_core.serving.scheduler import Scheduler
 from engine_core.serving.sequence import PreparedRequest, Sequence
 from engine_core.serving.session_pool import SessionPool
@@ -95,6 +99,7 @@ class Engine:
             prompt_tokens=config.prompt_cache_tokens,
             keeps_conversations=config.session_memory > 0,
         )
+        self.sessions = Sessions(config.max_sessions)
         self.scheduler = Scheduler(backend.num_slots)
         self.speculation = Speculation(backend)
         # Of one prompt in a step: other answers wait no longer for their next token.
@@ -135,16 +140,34 @@ class Engine:
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Checks and tokenizes. Raises RequestError: what the request is refused with.
 
-        DeadlinePassedError among them, if the request's deadline ends the compiling of its schema.
+        DeadlinePassedError among them, if the request's deadline ends the compiling of its schema. The turn of a
+        request that names a session has to be ended, with the ``Sequence`` that is made of it or by ``turn.leave``.
         """
-        with refusing_panics("preparing"):
-            return self._prepare(request)
+        with refusing_panics("preparing"), contextlib.ExitStack() as undo:
+            end = time.monotonic() + request.timeout
+            request.validate()
+            turn = None
+            if request.session:
+                turn = self.sessions.begin(request.session, request.messages, request.default_system)
+                undo.callback(turn.leave)
+                request = request.replace(messages=turn.messages)
+            prepared = self._prepare(request, end)
+            if turn is not None:
+                turn.messages = prepared.request.messages
+                prepared = dataclasses.replace(prepared, turn=turn)
+            undo.pop_all()
+            return prepared
 
-    def _prepare(self, request: GenerationRequest) -> PreparedRequest:
-        end = time.monotonic() + request.timeout
-        request.validate()
+    def _prepare(self, request: GenerationRequest, end: float) -> PreparedRequest:
+        """``end``: time.monotonic() of its deadline, if it has one."""
         self._check_sampling(request.sampling)
         self._check_adapter(request.adapter)
+        num_dropped = 0
+        if request.context_policy == "drop_oldest":
+            messages, num_dropped = self._fitted(request)
+            request = request.replace(messages=messages)
+        if request.session or num_dropped:
+            request.validate()  # with the history
         num_chars = len(request.prompt) + sum(len(message.content) for message in request.messages)
         at_least = num_chars // self.tokenizer.max_token_chars
         if at_least >= self.max_context:  # too long to be worth the memory of tokenizing it
@@ -172,7 +195,33 @@ class Engine:
             sampling=sampling.resolve(self._eos_ids),
             max_new_tokens=min(sampling.max_new_tokens, self.max_context - len(token_ids)),
             constraint=constraint,
+            num_dropped=num_dropped,
         )
+
+    def _fitted(self, request: GenerationRequest) -> tuple[Messages, int]:
+        """Return the messages without the oldest turns, if they leave the answer too little of the context, and the
+        number of turns that are left out."""
+
+        def num_tokens(messages: Messages) -> int | None:
+            num_chars = sum(len(message.content) for message in messages)
+            is_large = num_chars > LIMITS.text_bytes or len(messages) > LIMITS.messages
+            if is_large or num_chars // self.tokenizer.max_token_chars >= self.max_context:
+                return None
+            return len(self.tokenizer.encode_messages(messages, allow_special=request.allow_special))
+
+        limit = self.max_context - min(request.sampling.max_new_tokens, self.max_context // 4)
+        return fit_turns(request.messages, num_tokens, limit, limit * 3 // 4)
+
+    def reset_session(self, name: str) -> SessionInfo:
+        """Forget a session and its KV; return what it was. Raises InvalidSessionError if there is none of this name."""
+        info = self.sessions.reset(name)
+        self.pool.forget(name)
+        return info
+
+    @cached_property
+    def hash(self) -> str:
+        """The SHA-256, in hexadecimal, of the manifest: of the model, its variant and its files."""
+        return hashlib.sha256(self.manifest.to_json().encode()).hexdigest()
 
     def tokenize(self, text: str = "", messages: Iterable[ChatMessage] = ()) -> list[int]:
         """Return the ids the model would read. Raises RequestError, within the limits of a request."""
@@ -254,6 +303,8 @@ class Engine:
             if not results and not self.scheduler.withdraw(sequence):  # left early, or the engine has failed
                 sequence.ending = FinishReason.CANCELLED
                 self._finish(sequence)
+            elif not results and prepared.turn is not None:
+                prepared.turn.leave()
         (result,) = results
         if result.error is not None:
             raise result.error
@@ -354,7 +405,9 @@ class Engine:
         self.scheduler.remove(sequence)
         sequence.finish()
         if sequence.slot is not None:  # nobody waits for this copy
-            self.pool.keep_conversation(sequence.slot, len(sequence.prepared.token_ids))
+            turn = sequence.prepared.turn
+            session = turn.name if turn is not None and turn.is_kept else ""
+            self.pool.keep_conversation(sequence.slot, len(sequence.prepared.token_ids), session)
 
     # --- helpers --------------------------------------------------------------------------------------
 

@@ -71,6 +71,12 @@ class Scheduler:
         return [slot for slot in range(self.num_slots) if slot not in taken]
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """Those that hold a slot, then those that wait, the next one first."""
+        with self.changed:
+            return [*self._running, *(entry[2] for entry in sorted(self._waiting, key=lambda entry: entry[:2]))]
+
+    @property
     def longest_wait(self) -> float:
         """Seconds that the oldest waiting request has waited; 0 if none waits."""
         with self.changed:

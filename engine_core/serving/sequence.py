@@ -25,6 +25,7 @@ from engine_core.request import (
 )
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.constraint import JsonConstraint
+from engine_core.serving.conversation import Turn
 from engine_core.text.detokenizer import Decoder, Detokenizer, StopStrings
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class PreparedRequest:
     sampling: SamplingParams  # resolved
     max_new_tokens: int
     constraint: JsonConstraint | None
+    num_dropped: int = 0  # oldest turns that are not in the prompt
+    turn: Turn | None = None  # of its session; whoever does not run the request has to end it
 
     @classmethod
     def unread(cls, request: GenerationRequest) -> PreparedRequest:
@@ -114,6 +117,16 @@ class Sequence:
         """time.monotonic() when it has to end; None = never."""
         timeout = self.prepared.request.timeout
         return self.arrival + timeout if timeout > 0 else None
+
+    @property
+    def wait(self) -> float:
+        """Seconds from its arrival to the start of the work, or until now."""
+        return (self.start or time.monotonic()) - self.arrival
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens whose KV is in its slot, or on its way there."""
+        return self._num_fed + max(0, self.num_sampled - 1)
 
     # --- steps ----------------------------------------------------------------------------------------
 
@@ -264,6 +277,9 @@ class Sequence:
             _guarded(self._on_piece, piece)
 
     def _done(self, result: GenerationResult) -> None:
+        result = dataclasses.replace(result, dropped_turns=self.prepared.num_dropped)
+        if self.prepared.turn is not None:
+            result = self.prepared.turn.end(result)
         _guarded(self._on_done, result)
 
 

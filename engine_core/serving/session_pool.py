@@ -53,6 +53,10 @@ class _Entry:
     session: str = ""
     blocks: list[int] = field(default_factory=list)
 
+    def may_be_of(self, session: str) -> bool:
+        """Tell whether the entry can become, or is, the KV of ``session``; "" takes what any session has."""
+        return session == "" or self.session in ("", session)
+
     def agrees(self, ids: np.ndarray, length: int) -> bool:
         """Tell quickly whether ``ids`` can have the first ``length`` tokens of the entry."""
         return length <= min(len(self.ids), len(ids)) and self.ids[length - 1] == ids[length - 1]
@@ -200,10 +204,11 @@ class SessionPool:
             return
         rank = Rank.SESSION if session else Rank.CONVERSATION if live.continues else Rank.ONCE
         for entry in self._entries:
-            if entry.blocks and entry.rank != Rank.PROMPT and entry.common(live.ids, live.adapter) == len(live.ids):
+            has_all = entry.blocks and entry.common(live.ids, live.adapter) == len(live.ids)
+            if has_all and entry.rank != Rank.PROMPT and entry.may_be_of(session):
                 self._note(entry, rank, session)
                 return
-        kept = self._extended(slot, rank)
+        kept = self._extended(slot, rank, session)
         if kept is None:
             kept = _Entry(live.ids.copy(), live.adapter, rank, num_prompt, session)
             self._store(slot, kept)
@@ -213,6 +218,9 @@ class SessionPool:
         if kept.blocks:
             live.entry, live.num_stored = kept, len(kept.ids)
             self._supersede(kept)
+            for entry in self._entries:  # what it had before turns were left out of it
+                if session and entry.session == session and entry.adapter == kept.adapter and entry is not kept:
+                    entry.rank, entry.session = Rank.ONCE, ""
 
     def _note(self, entry: _Entry, rank: Rank, session: str) -> None:
         """Have ``entry`` be worth ``rank`` at least, and the most recently used."""
@@ -221,7 +229,8 @@ class SessionPool:
 
     def _supersede(self, newer: _Entry) -> None:
         """Rank what ``newer`` goes on from lowest; a template may have changed the text of its answer."""
-        for entry in [e for e in self._entries if e is not newer and e.rank != Rank.PROMPT]:
+        older = [e for e in self._entries if e is not newer and e.rank != Rank.PROMPT]
+        for entry in [e for e in older if e.session in ("", newer.session)]:
             if entry.num_prompt <= entry.common(newer.ids[: newer.num_prompt], newer.adapter):
                 if len(entry.ids) <= entry.common(newer.ids, newer.adapter):
                     self._remove(entry)
@@ -249,11 +258,13 @@ class SessionPool:
             self._remove(min(self._entries, key=lambda e: (bool(e.blocks), e.rank)))
         return blocks is not None
 
-    def _extended(self, slot: int, rank: Rank) -> _Entry | None:
+    def _extended(self, slot: int, rank: Rank, session: str) -> _Entry | None:
         """Return the entry that the KV of ``slot`` goes on from, with what is new; None: there is none, or no room."""
         live = self._live[slot]
         ids, entry = live.ids, live.entry
         if entry is None or not entry.blocks or entry.rank == Rank.PROMPT or len(entry.ids) != live.num_stored:
+            return None
+        if not entry.may_be_of(session):  # a fork: the other session may go on from there too
             return None
         start, rank = len(entry.ids), max(rank, entry.rank)
         kept = entry.blocks[: start // BLOCK_TOKENS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -12,6 +13,7 @@ from engine_core.request import FinishReason, GenerationRequest, GenerationResul
 from engine_core.serving.engine import Engine
 from engine_core.serving.sequence import PreparedRequest, Sequence
 
+_CHANGE_INTERVAL = 1.0  # s between two calls of on_change while requests run
 _NO_DEADLINE = 1e8  # s; three years, and less than any platform's threading.TIMEOUT_MAX
 
 _log = logging.getLogger(__name__)
@@ -35,9 +37,9 @@ class Worker:
     """Serves requests in a thread of its own: as many at a time as the engine has slots, the highest priority first.
 
     ``queue_depth``, ``busy_policy``: see ``Scheduler``. ``on_change()`` is called when ``busy`` or ``queued`` may have
-    changed, ``on_fault(error)`` once when the engine has failed: every request has been answered by then and none is
-    accepted any more. Callbacks come from the worker thread, or from the thread that cancels or submits; they must not
-    block.
+    changed and once a second while requests run, ``on_fault(error)`` once when the engine has failed: every request has
+    been answered by then and none is accepted any more. Callbacks come from the worker thread, or from the thread that
+    cancels or submits; they must not block.
     """
 
     def __init__(
@@ -112,12 +114,15 @@ class Worker:
         if sequence.deadline is not None and sequence.deadline <= time.monotonic():
             sequence.drop(FinishReason.TIMEOUT)
             return ticket
-        with self._scheduler.changed:
+        with contextlib.ExitStack() as undo, self._scheduler.changed:
+            if prepared.turn is not None:
+                undo.callback(prepared.turn.leave)
             if self._closed is not None:
                 raise NotActiveError(self._closed)
             preempted = self._scheduler.admit(request.priority)
             self._start_timer(ticket)
             self._scheduler.add(sequence)
+            undo.pop_all()
         for other in preempted:
             self._cancel(other, FinishReason.PREEMPTED)
         self._on_change()
@@ -156,10 +161,11 @@ class Worker:
 
     def _serve(self) -> None:
         try:
+            reported = 0.0
             while self._serve_once():
                 counts = (self._scheduler.num_running, self._scheduler.num_waiting)
-                if counts != self._counts:
-                    self._counts = counts
+                if counts != self._counts or time.monotonic() - reported > _CHANGE_INTERVAL:
+                    self._counts, reported = counts, time.monotonic()
                     self._on_change()
         except BaseException as error:  # a Rust panic is no Exception; a thread that ends in silence answers nobody
             self._fail(as_exception(error))

@@ -154,6 +154,20 @@ def test_the_least_recently_used_conversation_is_dropped_first_and_a_session_aft
     assert pool.kept_tokens("anna") == 0 and pool._find(go_on(ends["pinned"], 9), "")[1] == 0
 
 
+def test_a_fork_goes_on_without_taking_the_kv_of_its_origin():
+    pool, store = make(1024)
+    _, first, _ = answer(pool, store, ids_of(1, 100), session="anna")
+    store.copied.clear()
+    cached, second, _ = answer(pool, store, go_on(first, 2), session="fork")
+    assert cached == len(first) and sum(store.copied) < len(second) - len(first) + BLOCK_TOKENS  # the rest is shared
+    assert (pool.kept_tokens("anna"), pool.kept_tokens("fork")) == (len(first), len(second))
+    cached, third, _ = answer(pool, store, go_on(first, 3), session="anna")
+    assert cached == len(first)
+    pool.forget("fork")
+    assert answer(pool, store, go_on(third, 4), session="anna")[0] == len(third)
+    assert pool.kept_tokens("fork") == 0
+
+
 def test_an_adapter_has_entries_and_slots_of_its_own():
     pool, store = make(512)
     _, first, _ = answer(pool, store, ids_of(1, 100), adapter="house")
