@@ -84,6 +84,10 @@ class QueueFullError(LLMError):
     """The node has no place for another request; the same request may succeed later."""
 
 
+class SessionBusyError(LLMError):
+    """The session is answering another request; this one may be sent after it."""
+
+
 class EngineError(LLMError):
     """The engine failed, or its configuration is at fault."""
 
@@ -94,6 +98,7 @@ def error_of(code: int, message: str) -> LLMError:
         ErrorCode.PROMPT_TOO_LONG: PromptTooLongError,
         ErrorCode.NOT_ACTIVE: NotActiveError,
         ErrorCode.QUEUE_FULL: QueueFullError,
+        ErrorCode.SESSION_BUSY: SessionBusyError,
     }
     if code in exact:
         return exact[code](message, code)
@@ -384,9 +389,9 @@ class LLM:
     """A client of the node ``name``. Without ``node`` it has a node and an executor thread of its own.
 
     With ``node``, an executor has to spin that node in another thread than the one that waits here. A request takes:
-    ``messages`` (a text, or turns of role and content) or ``prompt``, ``json_schema``, ``adapter``, ``stop``,
-    ``priority``, ``deadline`` (s), ``request_id``, ``allow_special``, and the options of msg/SamplingOptions that have
-    one value.
+    ``messages`` (a text, or turns of role and content) or ``prompt``, ``json_schema``, ``adapter``, ``session``
+    (``messages`` are then the new ones, the node has the others), ``context_policy``, ``stop``, ``priority``,
+    ``deadline`` (s), ``request_id``, ``allow_special``, and the options of msg/SamplingOptions that have one value.
     Close it, or use it in a ``with`` or ``async with``.
     """
 
@@ -504,6 +509,8 @@ def make_goal(
     prompt: str = "",
     json_schema: str = "",
     adapter: str = "",
+    session: str = "",
+    context_policy: str = "",
     stop: Sequence[str] = (),
     priority: int = 0,
     deadline: float = 0.0,
@@ -517,8 +524,9 @@ def make_goal(
     turns: Sequence[Any] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     request = GenerationRequest(
         messages=[turn if isinstance(turn, ChatMessage) else ChatMessage(**turn) for turn in turns],
-        prompt=prompt, json_schema=json_schema, adapter=adapter, stop=list(stop), priority=priority,
-        deadline=float(deadline), request_id=request_id, allow_special=allow_special,
+        prompt=prompt, json_schema=json_schema, adapter=adapter, session=session, context_policy=context_policy,
+        stop=list(stop), priority=priority, deadline=float(deadline), request_id=request_id,
+        allow_special=allow_special,
     )  # fmt: skip
     for name, value in sampling.items():
         setattr(request.sampling, name, [OPTION_TYPES[name](value)])

@@ -31,9 +31,11 @@ _ERROR_CODES: dict[type[Exception], int] = {
     errors.InvalidTextError: ErrorCode.INVALID_TEXT,
     errors.InvalidSamplingError: ErrorCode.INVALID_SAMPLING,
     errors.InvalidSchemaError: ErrorCode.INVALID_SCHEMA,
+    errors.InvalidSessionError: ErrorCode.INVALID_SESSION,
     errors.PromptTooLongError: ErrorCode.PROMPT_TOO_LONG,
     errors.NotActiveError: ErrorCode.NOT_ACTIVE,
     errors.QueueFullError: ErrorCode.QUEUE_FULL,
+    errors.SessionBusyError: ErrorCode.SESSION_BUSY,
     errors.ConfigurationError: ErrorCode.CONFIGURATION,
     errors.CheckpointError: ErrorCode.CONFIGURATION,  # at run time, of a vocab map named by a parameter
     errors.EngineDirectoryError: ErrorCode.ENGINE_DIRECTORY,
@@ -96,7 +98,7 @@ def to_request(message: msg.GenerationRequest, settings: Settings) -> Generation
     Raises InvalidRequestError for too many parts, InvalidSamplingError if the logit bias has no value for each id.
     """
     messages = to_messages(message.messages)
-    if messages and settings.system_prompt and all(m.role != "system" for m in messages):
+    if messages and settings.system_prompt and not message.session and all(m.role != "system" for m in messages):
         messages = (ChatMessage("system", settings.system_prompt), *messages)
     return GenerationRequest(
         request_id=message.request_id or uuid.uuid4().hex,
@@ -105,6 +107,9 @@ def to_request(message: msg.GenerationRequest, settings: Settings) -> Generation
         sampling=_to_sampling(message.sampling, settings.sampling),
         stop=tuple(message.stop) or (() if message.json_schema else settings.stop),
         json_schema=message.json_schema,
+        session=message.session,
+        default_system=settings.system_prompt,
+        context_policy=message.context_policy or "refuse",
         adapter=message.adapter,
         priority=message.priority,
         timeout=message.deadline if message.deadline != 0 else settings.request_timeout,
@@ -140,6 +145,8 @@ def to_result(result: GenerationResult) -> msg.GenerationResult:
         finish_reason=finish_reason(result.finish_reason),
         error_code=error_code(result.error),
         error_message=error_message(result.error),
+        dropped_turns=result.dropped_turns,
+        session_turns=result.session_turns,
         metrics=_to_metrics(result),
     )
 

@@ -26,7 +26,7 @@ _QUICK_MESSAGES = 64
 
 
 def _is_quick(request: GenerationRequest) -> bool:
-    if len(request.messages) > _QUICK_MESSAGES or request.json_schema:
+    if len(request.messages) > _QUICK_MESSAGES or request.json_schema or request.session:
         return False
     return len(request.prompt) + sum(len(message.content) for message in request.messages) <= _QUICK_CHARS
 

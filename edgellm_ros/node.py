@@ -29,6 +29,7 @@ from edgellm_ros.parameters import (
 )
 from edgellm_ros.process import run_node
 from edgellm_ros.reports import fill_info, make_health, make_status
+from edgellm_ros.session_service import SessionService
 from edgellm_ros.srv import GetInfo
 from edgellm_ros.state import NodeState
 from edgellm_ros.streams import Topics
@@ -83,6 +84,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._service = GenerateService(self, self._intake)
         self._action = GenerateActionServer(self, self._intake)
         self._prompt = PromptTopic(self, self._intake)
+        self._sessions = SessionService(self, self._state, self.get_parameter("sessions_dir").value)
         self._diagnostics = Diagnostics(self, self._health)
         self.add_on_set_parameters_callback(self._on_set_parameters)
         self._publish_status()
@@ -279,6 +281,7 @@ class LlmNode(LifecycleNodeMixin, Node):
 
     def destroy_node(self) -> None:
         self._intake.close()
+        self._sessions.close()
         self._status_report.close()
         self._action.destroy()
         super().destroy_node()

@@ -158,6 +158,7 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
             "needs its place.",
             1 << 20,
         ),
+        _engine("max_sessions", "Sessions, conversations whose text is kept; a further one is refused.", 4096),
         ParameterSpec(
             # An empty list has no type in a parameter file, so "no adapters" is a list of one empty string.
             "lora_adapters", Kind.FIXED, [""],
@@ -199,6 +200,9 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
             "Heartbeats for nav2_lifecycle_manager, with the ROS package bond: auto (once it sends its own), always, "
             "never.",
             choices=BOND_MODES,
+        ),
+        _at_start(
+            "sessions_dir", "", "Directory where ~/sessions saves and loads conversations; empty = it does neither.",
         ),
         _at_start("autostart", False, "Configure and activate without a lifecycle manager.", launch_default="true"),
     ),

@@ -12,7 +12,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 
 from edgellm_ros.conversions import error_code, error_message, to_memory_plan
 from edgellm_ros.diagnostics import Health
-from edgellm_ros.msg import EngineStatus
+from edgellm_ros.msg import EngineStatus, RequestStatus
 from edgellm_ros.srv import GetInfo
 from edgellm_ros.state import NodeState
 from edgellm_ros.streams import Topics
@@ -20,6 +20,7 @@ from engine_core import __version__
 from engine_core.errors import NotActiveError
 from engine_core.memory import format_bytes
 from engine_core.serving.engine import Engine
+from engine_core.serving.sequence import Sequence
 
 _PACKAGES = ("rclpy", "numpy", "onnxruntime", "tensorrt", "tokenizers", "transformers", "llguidance")
 _STATE_NAMES = {
@@ -42,7 +43,25 @@ def make_status(state: NodeState) -> EngineStatus:
         status.quantization = engine.manifest.quantization
         status.max_context = engine.max_context
         status.memory_total = engine.plan.total
+        sequences = engine.scheduler.sequences
+        status.requests = [_to_status(sequence) for sequence in sequences]
+        status.kv_tokens = sum(sequence.num_kv_tokens for sequence in sequences)
+        status.pool_tokens, status.pool_tokens_used = engine.pool.num_tokens, engine.pool.num_used
     return status
+
+
+def _to_status(sequence: Sequence) -> RequestStatus:
+    request = sequence.prepared.request
+    return RequestStatus(
+        request_id=request.request_id,
+        priority=request.priority,
+        session=request.session,
+        adapter=request.adapter,
+        running=sequence.slot is not None,
+        prompt_tokens=len(sequence.prepared.token_ids),
+        generated_tokens=sequence.num_sampled,
+        wait=sequence.wait,
+    )
 
 
 def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response:
