@@ -150,17 +150,24 @@ class DeviceModel(Generic[Layer]):
             )
         ]
 
-    def decode_launches(self, host_tokens: int, num_layers: int | None = None) -> list[Work]:
-        """One whole step, or its first ``num_layers``: reads the token and position of ``state``, writes both."""
+    def decode_launches(self, host_tokens: int, num_layers: int | None = None, *, adapted: bool = False) -> list[Work]:
+        """One whole step, or its first ``num_layers``: reads the token and position of ``state``, writes both.
+
+        ``adapted``: for sequences that may have LoRA adapters.
+        """
         w = self.work
         token = DeviceArray(w["state"].address + sampling.STATE.fields["token"][1], (1,), "int32")
         hidden = DeviceArray(w["hidden"].address, (1, self.spec.hidden), "fp32")
         launches: list[Work] = [linear.embed(self._kernels, self.weights["embed"], token, hidden)]
         for i in range(self.spec.num_layers if num_layers is None else num_layers):
-            launches += self._decode_layer(i)
+            launches += self._adapted_decode_layer(i) if adapted else self._decode_layer(i)
         return launches + self.sampling_launches(host_tokens)
 
     def _decode_layer(self, i: int) -> list[Work]:
+        raise NotImplementedError
+
+    def _adapted_decode_layer(self, i: int) -> list[Work]:
+        """Return ``_decode_layer`` for sequences with LoRA adapters; only a model with adapters needs it."""
         raise NotImplementedError
 
     def matrix(self, name: str) -> Matrix:
@@ -215,21 +222,28 @@ class DeviceModel(Generic[Layer]):
         self._embed = linear.embed(self._kernels, self.weights["embed"], self._tokens, self.work["hidden"])
         self._keep = [linear.keep_last_row(self._kernels, self.work[name], self._chunk) for name in self._kept]
         self._layers = [self._prefill_layer(i) for i in range(self.spec.num_layers)]
+        has_adapters = bool(self.spec.adapters)
+        self._adapted_layers = [self._adapt_layer(i, each) for i, each in enumerate(self._layers) if has_adapters]
 
     def _prefill_layer(self, i: int) -> Layer:
         raise NotImplementedError
 
-    def prefill_chunk(self, rows: int) -> None:
+    def _adapt_layer(self, i: int, layer: Layer) -> Layer:
+        """Return ``layer`` for a sequence with a LoRA adapter; only a model with adapters needs it."""
+        raise NotImplementedError
+
+    def prefill_chunk(self, rows: int, *, adapted: bool = False) -> None:
         """Queues the forward pass of the chunk in ``prompt``, which has at most ``rows`` tokens.
 
         Nothing else of the chunk is in the launches, so that a graph can hold them. Leaves the last token's state in
         the first row of ``hidden``, where the head reads it. Rows that are no tokens are computed, too, and never read.
+        ``adapted``: for a sequence with a LoRA adapter.
         """
         assert 1 <= rows <= self.spec.chunk
         self._begin_chunk(rows)
         self._embed.set_grid(rows)
         self._embed(self._stream)
-        for layer in self._layers:
+        for layer in self._adapted_layers if adapted else self._layers:
             self._run_layer(layer, rows)
         for launch in self._keep:
             launch(self._stream)

@@ -19,7 +19,7 @@ class GraphKey:
     batch: int
     input_address: int  # of what is fed: a token, or a prompt's chunk
     output_address: int  # of the logits, or of what a chunk leaves for the head
-    adapter: str = ""  # LoRA adapter; "" = none
+    adapted: bool = False  # whether it has the kernels of LoRA adapters, which read on the device whose
     kv_bucket: int = 0  # tokens the grid was chosen for; 0 = any
     rows: int = 1  # tokens of a step; of a chunk, at most
 

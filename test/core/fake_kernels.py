@@ -77,7 +77,7 @@ def gemv(defines: dict, args) -> None:
     if defines["NORM"]:
         scale = array_at(norm, (cols,), F16).astype(F64)
         values = reference.rms_norm(values, scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
-    result = _matrix(defines, weight) @ values
+    result = _matrix(defines, weight) @ values + _lora_term(defines, args, 5, 1)[0]
     if defines["BIAS"]:
         result += array_at(bias, (rows,), F16)
     if epilogue == linear.RESIDUAL:
@@ -95,6 +95,7 @@ def gemm_packed(defines: dict, args) -> None:
     count = int(array_at(chunk, (CHUNK_WORDS,), np.int32)[1])
     matrix = _matrix(defines, weight)
     result = np.stack([matrix @ row for row in array_at(vectors, (count, cols), F16).astype(F64)])
+    result += _lora_term(defines, args, 7, count)
     if defines.get("BIAS"):
         result += array_at(bias, (rows,), F16)
     if epilogue == linear.RESIDUAL:
@@ -103,6 +104,74 @@ def gemm_packed(defines: dict, args) -> None:
         array_at(output, (count, rows // 2), F16)[:] = reference.silu_multiply(result)
     else:
         array_at(output, (count, rows), F32 if epilogue == linear.LOGITS else F16)[:] = result
+
+
+def _lora_b(defines: dict, b: int, adapter: int) -> tuple[np.ndarray, np.ndarray]:
+    """(B of an adapter, the part of each of its rows)."""
+    rows, rank = defines["ROWS"], defines["LORA_RANK"]
+    every = np.arange(rows)
+    parts = (every >= defines["LORA_SPLIT_1"]).astype(int) + (every >= defines["LORA_SPLIT_2"])
+    parts = every % 2 if defines["LORA_PAIRS"] else parts
+    return array_at(b + 2 * adapter * rows * rank, (rows, rank), F16).astype(F64), parts
+
+
+def _lora_term(defines: dict, args, index: int, count: int) -> np.ndarray:
+    """What LORA_PARAMETERS, from ``index`` on, add: [count, rows], or [count, 1] of none."""
+    if not defines.get("LORA_RANK"):
+        return np.zeros((count, 1))
+    b, sums, adapters = (address_of(args, index + i) for i in range(3))
+    added = np.zeros((count, defines["ROWS"]))
+    for token, adapter in enumerate(array_at(adapters, (count,), np.int32)):
+        if adapter >= 0:
+            own = _lora_sums(defines, sums, count)[token : token + 1]
+            added[token] = reference.lora_expand(own, *_lora_b(defines, b, int(adapter)))[0]
+    return added
+
+
+def _lora_sums(defines: dict, sums: int, count: int) -> np.ndarray:
+    return array_at(sums, (count, defines["LORA_PARTS"], defines["LORA_RANK"]), F32)
+
+
+def _lora_a(defines: dict, a: int, adapter: int) -> np.ndarray:
+    rows, cols = defines["LORA_PARTS"] * defines["LORA_RANK"], defines["COLS"]
+    return array_at(a + 2 * adapter * rows * cols, (rows, cols), F16).astype(F64)
+
+
+def lora_shrink(defines: dict, args) -> None:
+    a, vectors, norm, adapters, sums = (address_of(args, i) for i in range(5))
+    count, cols = defines["GRID_Y"], defines["COLS"]
+    values = array_at(vectors, (count, cols), F32 if defines["NORM"] else F16).astype(F64)
+    if defines["NORM"]:
+        scale = array_at(norm, (cols,), F16).astype(F64)
+        values = reference.rms_norm(values, scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
+    for token, adapter in enumerate(array_at(adapters, (count,), np.int32)):
+        if adapter >= 0:
+            own = _lora_sums(defines, sums, count)[token]
+            own[:] = (_lora_a(defines, a, int(adapter)) @ values[token]).reshape(own.shape)
+
+
+def _adapter_of_chunk(args, index: int) -> tuple[int, int]:
+    """(tokens, number of the adapter)."""
+    _, count, _, adapter = array_at(address_of(args, index), (4,), np.int32)
+    return int(count), int(adapter)
+
+
+def lora_shrink_chunk(defines: dict, args) -> None:
+    a, vectors, sums = (address_of(args, i) for i in (0, 1, 3))
+    count, adapter = _adapter_of_chunk(args, 2)
+    if adapter >= 0:
+        values = array_at(vectors, (count, defines["COLS"]), F16).astype(F64)
+        own = _lora_sums(defines, sums, count)
+        own[:] = (values @ _lora_a(defines, a, adapter).T).reshape(own.shape)
+
+
+def lora_expand_chunk(defines: dict, args) -> None:
+    b, sums, output = (address_of(args, i) for i in (0, 1, 3))
+    count, adapter = _adapter_of_chunk(args, 2)
+    if adapter >= 0:
+        target = array_at(output, (count, defines["ROWS"]), F32 if defines["FLOAT_OUTPUT"] else F16)
+        own = _lora_sums(defines, sums, count).astype(F64)
+        target[:] = target + reference.lora_expand(own, *_lora_b(defines, b, adapter))
 
 
 def silu_multiply(defines: dict, args) -> None:
@@ -216,6 +285,6 @@ def attention_decode(defines: dict, args) -> None:
 
 _ALL = (
     *(embed, rms_norm, gemv, gemv_packed, dequantize_packed, gemm_packed, silu_multiply, add_bias, keep_last_row),
-    *(rope_append, attention_prefill, attention_decode),
+    *(rope_append, attention_prefill, attention_decode, lora_shrink, lora_shrink_chunk, lora_expand_chunk),
 )
 KERNELS = {kernel.__name__: kernel for kernel in _ALL}

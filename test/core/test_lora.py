@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 
 import checkpoints
 from batch_steps import Requests
-from benchmarks.random_checkpoint import write_random_checkpoint
+from benchmarks.random_checkpoint import write_random_adapter, write_random_checkpoint
 from engine_core.backends import SequenceStep
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.backends.onnxruntime.build import build_engine
@@ -22,7 +22,7 @@ from engine_core.errors import AdapterError, ConfigurationError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.lora import LoraAdapter, adapter_paths
 from engine_core.formats.manifest import read_manifest
-from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
+from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.models.reader import read_spec
 from engine_core.request import SamplingParams
 
@@ -49,24 +49,9 @@ def spec(checkpoint):
 
 @pytest.fixture(scope="module")
 def write(spec, tmp_path_factory):
-    """Write an adapter with numpy alone; ``tensors``: further ones, or None for those to leave out."""
-
-    def make(*modules, rank=3, seed=0, tensors=None, scale=0.2, **config):
-        directory = tmp_path_factory.mktemp("adapter")
-        random, arrays = np.random.default_rng(seed), {}
-        for name, shape in spec.shapes().items():
-            if len(shape) == 2 and name.split(".")[-2] in modules:
-                stem = f"base_model.model.{name.removesuffix('.weight')}"
-                for half, size in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
-                    arrays[f"{stem}.lora_{half}.weight"] = random.normal(0, scale, size).astype(np.float32)
-        arrays = {name: value for name, value in {**arrays, **(tensors or {})}.items() if value is not None}
-        write_safetensors(directory / "adapter_model.safetensors", arrays)
-        values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank}
-        values |= {"target_modules": list(modules), "bias": "none", "base_model_name_or_path": "someone/base", **config}
-        (directory / "adapter_config.json").write_text(json.dumps(values))
-        return directory
-
-    return make
+    """Write an adapter of the checkpoint; see ``write_random_adapter``."""
+    directory = lambda: tmp_path_factory.mktemp("adapter")  # noqa: E731
+    return lambda *modules, **options: write_random_adapter(directory(), spec, *modules, **options)
 
 
 # --- reading ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Arguments: the weights (fp16, int8, int4) and the KV cache (fp16, int8).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import numpy as np  # noqa: E402
 
 from device_steps import generate  # noqa: E402
 from engine_core.backends import SequenceStep  # noqa: E402
+from engine_core.backends.cuda.adapters import adapter_matrices  # noqa: E402
 from engine_core.backends.cuda.backend import CudaBackend  # noqa: E402
 from engine_core.backends.cuda.layout import CudaSpec, packed_shapes, weight_arrays  # noqa: E402
 from engine_core.cuda.driver import Device  # noqa: E402
+from engine_core.formats.lora import LoraAdapter  # noqa: E402
 from engine_core.models.shapes import spec_of  # noqa: E402
 from engine_core.request import SamplingParams  # noqa: E402
 from packed_weights import format_of, random_tiles  # noqa: E402
@@ -42,7 +45,10 @@ def make_backend(
     tune_kernels: bool = False,
     max_batch: int = 1,
     hidden_size: int = 256,
+    adapters: tuple[LoraAdapter, ...] = (),
+    merged: LoraAdapter | None = None,
 ) -> CudaBackend:
+    """``adapters``: LoRA adapters that sequences may have; ``merged``: one that is added to the 16-bit weights."""
     model = spec_of(MODEL | {"hidden_size": hidden_size})
     spec = CudaSpec(
         model=dataclasses.replace(model, layers=tuple(dataclasses.replace(x, qkv_bias=True) for x in model.layers)),
@@ -54,6 +60,7 @@ def make_backend(
         chunk=64,
         pool_tokens=208,
         max_batch=max_batch,
+        adapters=adapters,
     )
     random = np.random.default_rng(9)
     arrays, packed = {}, packed_shapes(spec)
@@ -62,11 +69,26 @@ def make_backend(
             arrays[name] = (random.standard_normal(array.shape) * 0.05).astype(np.float16)
         else:
             arrays[name] = random_tiles(random, weights, *packed[name.split(".")[-1]], "fp16")
+    if merged is not None:
+        own = dataclasses.replace(spec, adapters=(merged,))
+        for layer, matrix in itertools.product(range(spec.num_layers), spec.model.layer_matrices):
+            if own.has_lora(layer, matrix):
+                weight = arrays[f"layers.{layer}.{matrix}"]
+                weight[:] = weight + added_by(own, layer, matrix)
     device = Device()
     angles = np.arange(CONTEXT)[:, None] * 100.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
     rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
     source = lambda name, array: device.upload(array, arrays[name])  # noqa: E731
     return CudaBackend(device, spec, source, rope, use_cuda_graph=use_cuda_graph, tune_kernels=tune_kernels)
+
+
+def added_by(spec: CudaSpec, layer: int, matrix: str) -> np.ndarray:
+    """Return float32 [rows, columns]: B A of the only adapter of ``spec``, as the kernels have it."""
+    (a,), (b,) = (half.astype(np.float32) for half in adapter_matrices(spec, layer, matrix))
+    a, every = a.reshape(-1, spec.lora_rank, a.shape[1]), np.arange(len(b))
+    ends = [spec.attention.num_heads * HEAD_DIM, (spec.attention.num_heads + spec.attention.num_kv_heads) * HEAD_DIM]
+    parts = {"qkv": np.searchsorted(ends, every, side="right"), "gate_up": every % 2}.get(matrix, 0 * every)
+    return np.stack([b[row] @ a[part] for row, part in enumerate(parts)])
 
 
 def main() -> None:

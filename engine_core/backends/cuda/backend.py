@@ -9,6 +9,7 @@ length are in device memory.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from engine_core.backends.cuda.layout import (
 from engine_core.backends.cuda.model import CudaModel
 from engine_core.backends.cuda.weights import CudaWeights, Resolved, resolve
 from engine_core.backends.gpu_backend import DeviceBackend, SequenceLimits, plan_here, rows_by_id
-from engine_core.backends.gpu_model import DeviceModel, WeightSource
+from engine_core.backends.gpu_model import DeviceModel, WeightSource, Work
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, Arena, Device, DeviceArray, PinnedArray, Stream
 from engine_core.cuda.graphs import GraphKey, GraphRunner
@@ -148,6 +149,9 @@ class CudaBackend(DeviceBackend):
             pool_arrays(spec) if spec.pool_on_host else None,
         )
         self._prompt = [own(PinnedArray(device, (PROMPT_HEADER + spec.chunk,), "int32")) for _ in range(2)]
+        self._slot_adapters = own(PinnedArray(device, (spec.max_batch,), "int32"))  # their numbers, -1 = none
+        self._slot_adapters.host[:] = -1
+        self._adapter_numbers = {"": -1, **{adapter.name: i for i, adapter in enumerate(spec.adapters)}}
         self._rows = own(PinnedArray(device, (RING, spec.max_batch), "int32"))  # the slots of a step, -1 = none
         self._row_marks = [0] * RING  # of the end of the step before which they were copied
         self._num_rows = 0
@@ -161,7 +165,7 @@ class CudaBackend(DeviceBackend):
         return kind(self._device, self._stream, arena, kernels, self._spec)
 
     def _capture(self, undo: contextlib.ExitStack, enabled: bool) -> None:
-        model, work = self._model, self._model.work
+        model = self._model
         address = self._tokens.device_address
         self._graphs = GraphRunner(self._stream, enabled)
         undo.callback(self._graphs.close)
@@ -169,35 +173,56 @@ class CudaBackend(DeviceBackend):
             self._set_params(slot, SamplingParams(seed=0))
         model.compile_ahead(address)
         if isinstance(model, BatchModel):
-            steps = {size: model.batch_launches(size, address) for size in self._spec.batch_sizes}
             self._sample_last = [model.prompt_launches(slot, address) for slot in range(self.num_slots)]
         else:
-            steps, self._sample_last = {1: model.decode_launches(address)}, [model.sampling_launches(address)]
-        self._decode_keys = {size: GraphKey(size, work["state"].address, work["logits"].address) for size in steps}
-        for size, launches in steps.items():
-            self._graphs.add(self._decode_keys[size], launches)
+            self._sample_last = [model.sampling_launches(address)]
+
+        def step(size: int, adapted: bool) -> list[Work]:
+            if isinstance(model, BatchModel):
+                return model.batch_launches(size, address, adapted=adapted)
+            return model.decode_launches(address, adapted=adapted)
+
+        kinds = (False, True) if self._spec.adapters else (False,)
+        for adapted, size in itertools.product(kinds, self._spec.batch_sizes):
+            self._graphs.add(self._decode_key(size, adapted), step(size, adapted))
         self._model.prepare_prefill()
-        self._prefill_keys = {}
 
-        def prefill(_stream: Stream, rows: int) -> None:
-            model.prefill_chunk(rows)
+        def prefill(_stream: Stream, rows: int, adapted: bool) -> None:
+            model.prefill_chunk(rows, adapted=adapted)
 
-        for rows in prefill_rows(self._spec.chunk):
-            self._prefill_keys[rows] = key = GraphKey(1, work["prompt"].address, work["hidden"].address, rows=rows)
+        for adapted, rows in itertools.product(kinds, prefill_rows(self._spec.chunk)):
             self._upload_chunk(0, 0, np.zeros(min(rows, self.max_context), dtype=np.int32), 0)
             capture = self._model.captures_prefill and rows <= MAX_GRAPH_ROWS
-            self._graphs.add(key, [partial(prefill, rows=rows)], capture)
+            launches = [partial(prefill, rows=rows, adapted=adapted)]
+            self._graphs.add(self._prefill_key(rows, adapted), launches, capture)
+
+    def _decode_key(self, size: int, adapted: bool) -> GraphKey:
+        return GraphKey(size, self._work["state"].address, self._work["logits"].address, adapted)
+
+    def _prefill_key(self, rows: int, adapted: bool) -> GraphKey:
+        return GraphKey(1, self._work["prompt"].address, self._work["hidden"].address, adapted, rows=rows)
+
+    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray, adapter: str = "") -> None:
+        super().begin(slot, sampling, history, adapter)
+        number = self._adapter_numbers[adapter]
+        if number == self._slot_adapters.host[slot]:
+            return
+        self._slot_adapters.host[slot] = number  # its last copy has been read: see DeviceBackend.begin
+        address = self._work["slot_adapters"].address + 4 * slot
+        self._stream.upload(DeviceArray(address, (1,), "int32"), self._slot_adapters, 4 * slot)
+        self._begun[slot].record(self._stream)
 
     # --- hooks of DeviceBackend -------------------------------------------------------------------------
 
     def _queue_chunk(self, buffer: int, slot: int, token_ids: np.ndarray, position: int) -> None:
         self._upload_chunk(buffer, slot, token_ids, position)
-        self._graphs.run(self._prefill_keys[rows_of_chunk(len(token_ids), self._spec.chunk)])
+        adapted = self._slot_adapters.host[slot] >= 0
+        self._graphs.run(self._prefill_key(rows_of_chunk(len(token_ids), self._spec.chunk), bool(adapted)))
 
     def _upload_chunk(self, buffer: int, slot: int, token_ids: np.ndarray, position: int) -> None:
         host, length = self._prompt[buffer].host, PROMPT_HEADER + len(token_ids)
         assert 1 <= len(token_ids) <= self._spec.chunk and position + len(token_ids) <= self.max_context
-        host[:3] = position, len(token_ids), slot
+        host[:PROMPT_HEADER] = position, len(token_ids), slot, self._slot_adapters.host[slot]
         host[PROMPT_HEADER:length] = token_ids
         self._stream.upload(DeviceArray(self._work["prompt"].address, (length,), "int32"), self._prompt[buffer])
 
@@ -208,7 +233,8 @@ class CudaBackend(DeviceBackend):
     def _run_decode(self, slots: list[int]) -> None:
         if self.num_slots > 1 and slots != self._rows_there:
             self._upload_rows(slots)
-        self._graphs.run(self._decode_keys[next(size for size in self._spec.batch_sizes if max(slots) < size)])
+        adapted = bool((self._slot_adapters.host[slots] >= 0).any())
+        self._graphs.run(self._decode_key(next(size for size in self._spec.batch_sizes if max(slots) < size), adapted))
 
     def _upload_rows(self, slots: list[int]) -> None:
         """Queues what says which rows of a step have a sequence."""

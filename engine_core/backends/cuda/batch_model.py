@@ -14,7 +14,7 @@ import numpy as np
 from engine_core.backends.cuda.model import MATRICES, CudaModel
 from engine_core.backends.gpu_model import WeightSource, Work
 from engine_core.cuda.driver import DeviceArray, Launch
-from engine_core.cuda.kernels import CHUNK_WORDS, attention, linear, linear_batch, sampling
+from engine_core.cuda.kernels import CHUNK_WORDS, attention, linear, linear_batch, lora, sampling
 from engine_core.cuda.kernels.launch_configs import Problem
 
 _TOKEN = sampling.STATE.fields["token"][1]
@@ -45,26 +45,30 @@ class BatchModel(CudaModel):
     def _prepare(self, host_tokens: int) -> None:
         for size in self.spec.batch_sizes:
             self.batch_launches(size, host_tokens)
+            if self.spec.adapters:
+                self.batch_launches(size, host_tokens, adapted=True)
         self.prepare_prefill()
 
-    def decode_launches(self, host_tokens: int, num_layers: int | None = None) -> list[Work]:
-        return self.batch_launches(self.spec.max_batch, host_tokens, num_layers)
+    def decode_launches(self, host_tokens: int, num_layers: int | None = None, *, adapted: bool = False) -> list[Work]:
+        return self.batch_launches(self.spec.max_batch, host_tokens, num_layers, adapted=adapted)
 
     def size_for(self, slot: int) -> int:
         """Return the size of the smallest step that has a row for ``slot``."""
         return next(size for size in self.spec.batch_sizes if slot < size)
 
-    def batch_launches(self, size: int, host_tokens: int, num_layers: int | None = None) -> list[Work]:
+    def batch_launches(
+        self, size: int, host_tokens: int, num_layers: int | None = None, *, adapted: bool = False
+    ) -> list[Work]:
         """Return one step of the slots below ``size`` that ``slots`` names, or its first ``num_layers``.
 
         It reads the token and position of each one's state and writes both; the token also goes to ``host_tokens``,
-        the device address of int32 [max_batch, RING].
+        the device address of int32 [max_batch, RING]. ``adapted``: some may have LoRA adapters.
         """
         tokens = DeviceArray(self.work["state"].address + _TOKEN, (size,), "int32")
         embedded = linear.embed(self._kernels, self.weights["embed"], tokens, self._rows("hidden", size), _STATE_INTS)
         launches: list[Work] = [embedded]
         for i in range(self.spec.num_layers if num_layers is None else num_layers):
-            launches += self._batch_layer(i, size)
+            launches += self._batch_layer(i, size, self._lora_terms(i, size) if adapted else {})
         slots = DeviceArray(self.work["slots"].address, (size,), "int32")
         return launches + self._sample_rows(size, slots, host_tokens)
 
@@ -77,7 +81,7 @@ class BatchModel(CudaModel):
         slots = DeviceArray(w["prompt_slots"].at(slot).address, (size,), "int32")
         return [*([move] if slot else []), *self._sample_rows(size, slots, host_tokens)]
 
-    def _batch_layer(self, i: int, size: int) -> list[Work]:
+    def _batch_layer(self, i: int, size: int, terms: dict[str, lora.LoraTerm]) -> list[Work]:
         kernels, w = self._kernels, self.work
         slots = DeviceArray(w["slots"].address, (size,), "int32")
         arrays = (self._rows("state", size), self._partial(size), self._rows("counters", size))
@@ -91,12 +95,12 @@ class BatchModel(CudaModel):
         )
         return [
             self._norm(self.weights[f"layers.{i}.input_norm"], size),
-            self._gemm_rows(i, "qkv", size, bias=self.weights.get(f"layers.{i}.qkv_bias")),
+            *self._gemm_rows(i, "qkv", size, terms, bias=self.weights.get(f"layers.{i}.qkv_bias")),
             attend,
-            self._gemm_rows(i, "o", size),
+            *self._gemm_rows(i, "o", size, terms),
             self._norm(self.weights[f"layers.{i}.post_norm"], size),
-            self._gemm_rows(i, "gate_up", size),
-            self._gemm_rows(i, "down", size),
+            *self._gemm_rows(i, "gate_up", size, terms),
+            *self._gemm_rows(i, "down", size, terms),
         ]
 
     def _sample_rows(self, size: int, slots: DeviceArray, host_tokens: int) -> list[Work]:
@@ -113,20 +117,21 @@ class BatchModel(CudaModel):
         rows = self._rows("hidden", size), weight, self._rows("normed", size)
         return linear.rms_norm(self._kernels, *rows, self.spec.norm_eps, norm_size=self.spec.model.hidden_size)
 
-    def _gemm_rows(self, i: int, name: str, size: int, bias: DeviceArray | None = None) -> Launch:
+    def _gemm_rows(
+        self, i: int, name: str, size: int, terms: dict[str, lora.LoraTerm], bias: DeviceArray | None = None
+    ) -> list[Work]:
         source, target, epilogue = MATRICES[name]
-        target = "activated" if epilogue == linear.SILU else target
-        return self._gemm(self.matrix(f"layers.{i}.{name}"), source, target, epilogue, size, bias)
+        target, term = "activated" if epilogue == linear.SILU else target, terms.get(name)
+        gemm = self._gemm(self.matrix(f"layers.{i}.{name}"), source, target, epilogue, size, bias=bias, lora=term)
+        return [gemm] if term is None else [lora.lora_shrink(self._kernels, term, self._rows(source, size)), gemm]
 
-    def _gemm(
-        self, weight: Any, source: str, target: str, epilogue: int, size: int, bias: DeviceArray | None = None
-    ) -> Launch:
+    def _gemm(self, weight: Any, source: str, target: str, epilogue: int, size: int, **more: Any) -> Launch:
         w = self.work
         place = w["batch_chunks"].at(self.spec.batch_sizes.index(size)).address
         return linear_batch.gemm_batch(
             *(self._kernels, weight, self._rows(source, size), self._rows(target, size), epilogue),
             *(DeviceArray(place, (CHUNK_WORDS,), "int32"), w["batch_sums"], w["batch_counters"]),
-            bias=bias,
+            **more,
         )
 
     def _partial(self, size: int) -> DeviceArray:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends.cuda.capabilities import CAPABILITIES
-from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, weight_arrays
+from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, pair_rows, weight_arrays
 from engine_core.backends.cuda.padding import Padding, padded_head
 from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.config import EngineConfig
@@ -175,7 +175,7 @@ def own_values(
     if own is None:
         return None
     if name.endswith(".gate_up"):
-        own = [_paired(array) for array in own]
+        own = [pair_rows(array) for array in own]
     values, *scales = own
     values = columns.spread(rows.spread(values, 0, zero), 1, zero)
     return LAYOUTS[wanted.kind].pack(values, *(rows.spread(array, 0) for array in scales))
@@ -242,11 +242,6 @@ def _linear_of(spec: ModelSpec, name: str) -> LinearSpec:
     _, index, which = name.split(".")
     layer = spec.layers[int(index)]
     return {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}[which]
-
-
-def _paired(gate_up: np.ndarray) -> np.ndarray:
-    """Rows of gate and up in turn: one CTA computes both rows of a pair, and so the activation."""
-    return gate_up.reshape(2, -1, gate_up.shape[1]).swapaxes(0, 1).reshape(gate_up.shape)
 
 
 def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from engine_core.backends.capabilities import capabilities_of
 from engine_core.backends.cuda.padding import padded_head, padded_size
 from engine_core.backends.kv_pool import pool_tokens
@@ -19,11 +21,14 @@ from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.cuda.kernels.launch_configs import PACKED_ROWS, PackedRowsProblem
 from engine_core.cuda.kernels.linear_batch import batch_scratch
 from engine_core.cuda.kernels.linear_packed import LAYOUTS, packed_scratch, stored_group
+from engine_core.cuda.kernels.lora import MAX_RANK, RANK_GRAIN
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.errors import ConfigurationError, EngineDirectoryError
+from engine_core.formats.lora import LoraAdapter, read_adapters
 from engine_core.formats.manifest import Manifest, read_options
 from engine_core.formats.weight_formats import weight_format
 from engine_core.formats.weight_formats.base import WeightFormat
+from engine_core.models.padding import round_up
 from engine_core.models.spec import ModelSpec
 
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
@@ -32,7 +37,7 @@ PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt t
 # the plan is made.
 RUNTIME_BYTES = 76 << 20
 ROW_GRAIN = 64  # see round_rows
-PROMPT_HEADER = 4  # int32 before the tokens of a chunk: position, tokens and KV slot, rounded up to 16 bytes
+PROMPT_HEADER = 4  # int32 before the tokens of a chunk: position, tokens, KV slot, and the adapter's number or -1
 BATCH_SIZES = (1, 2, 4, 8, 16)  # sequences of a decode step for which there is a CUDA graph
 _ROW = 16  # int32 of a row of ``batch_chunks`` and ``prompt_slots``
 
@@ -77,11 +82,22 @@ class CudaSpec:
     pool_tokens: int  # places of the KV pool
     max_batch: int = 1  # sequences decoded at the same time, a KV slot for each
     pool_on_host: bool = False  # the KV pool is in pinned memory, unless the GPU's memory is the host's: see ``on``
+    adapters: tuple[LoraAdapter, ...] = ()  # by their numbers on the device
 
     @property
     def batch_sizes(self) -> list[int]:
         """Sequences of a decode step, of which there are a few sizes up to ``max_batch``."""
         return [*(size for size in BATCH_SIZES if size < self.max_batch), self.max_batch]
+
+    @cached_property
+    def lora_rank(self) -> int:
+        """The rank that the kernels compute with for every adapter; 0 = there are none."""
+        return round_up(max((adapter.rank for adapter in self.adapters), default=0), RANK_GRAIN)
+
+    def has_lora(self, layer: int, matrix: str) -> bool:
+        """Return whether some adapter changes the matrix."""
+        rows = range(self.model.layer_matrices[matrix][0])
+        return any(adapter.rank_of(layer, matrix, rows) for adapter in self.adapters)
 
     # --- of the model -------------------------------------------------------------------------------
 
@@ -146,11 +162,18 @@ class CudaSpec:
     def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
         """As it was built; a vocab map given at load is resolved by ``weights.resolve``.
 
-        Raises ConfigurationError or EngineDirectoryError.
+        Raises ConfigurationError, AdapterError or EngineDirectoryError.
         """
         able = capabilities_of(manifest.backend)
         if (reason := able.options_refusal(config.max_batch, config.lora_adapters, config.speculation)) is not None:
             raise ConfigurationError(reason)
+        adapters = read_adapters(config.lora_adapters, manifest.model, config.lora_max_rank)
+        for adapter in adapters:
+            if adapter.rank > MAX_RANK:
+                raise ConfigurationError(
+                    f"The adapter {adapter.name!r} has rank {adapter.rank}; the {manifest.backend} backend runs up to "
+                    f"{MAX_RANK}."
+                )
         max_context = config.max_context or manifest.max_context
         chunk = min(config.prefill_chunk or PREFILL_CHUNK, max_context)
         spec = cls(
@@ -164,6 +187,7 @@ class CudaSpec:
             pool_tokens=0,
             max_batch=config.max_batch,
             pool_on_host=config.session_memory > 0,
+            adapters=adapters,
         )
         token_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in _pool_shapes(spec, 1).values())
         return dataclasses.replace(spec, pool_tokens=pool_tokens(config, max_context, token_bytes))
@@ -240,6 +264,42 @@ def matrix_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
     }
 
 
+def stacked_rows(model: ModelSpec) -> dict[str, tuple[range, ...]]:
+    """Return the rows of q, k and v, of o, of gate and up, and of down in the matrices of ``model.layer_matrices``."""
+    sizes = {
+        "qkv": [count * model.head_dim for count in (model.num_heads, model.num_kv_heads, model.num_kv_heads)],
+        "gate_up": 2 * [model.intermediate_size],
+    }
+    found = {}
+    for matrix, (rows, _) in model.layer_matrices.items():
+        ends = np.cumsum(sizes.get(matrix, [rows])).tolist()
+        found[matrix] = tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))
+    return found
+
+
+def pair_rows(gate_up: np.ndarray) -> np.ndarray:
+    """Return rows of gate and up in turn: one CTA computes both rows of a pair, and so the activation."""
+    return gate_up.reshape(2, -1, gate_up.shape[1]).swapaxes(0, 1).reshape(gate_up.shape)
+
+
+def lora_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
+    """Return what LoRA adapters take: layers.N.MATRIX.lora_a and lora_b of those they change; see ``LoraMatrix``."""
+    if not spec.adapters:
+        return {}
+    shapes, parts = matrix_shapes(spec), {name: len(rows) for name, rows in stacked_rows(spec.model).items()}
+    count, rank = len(spec.adapters), spec.lora_rank
+    arrays = {}
+    for layer in range(spec.num_layers):
+        for matrix, (rows, columns) in shapes.items():
+            if spec.has_lora(layer, matrix):
+                stem, sums = f"layers.{layer}.{matrix}", parts[matrix] * rank
+                arrays[f"{stem}.lora_a"] = ArraySpec("adapters", (count, sums, columns), spec.dtype)
+                arrays[f"{stem}.lora_b"] = ArraySpec("adapters", (count, rows, rank), spec.dtype)
+    arrays["lora_sums"] = ArraySpec("adapters", (spec.chunk, max(parts.values()) * rank), "fp32")
+    arrays["slot_adapters"] = ArraySpec("adapters", (spec.max_batch,), "int32")  # the number of each slot's, -1 = none
+    return arrays
+
+
 def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     """Everything that is not a weight. Decode uses the first rows of what prefill uses."""
     attention, dtype, chunk, rows = spec.attention, spec.dtype, spec.chunk, spec.head_rows
@@ -286,7 +346,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["dequantized"] = ("scratch", (max(2 * sums, *map(math.prod, shapes)),), dtype)
         arrays["packed_counters"] = ("scratch", (counters,), "uint32")
     pool = {} if spec.pool_on_host else pool_arrays(spec)
-    return {name: ArraySpec(*values) for name, values in arrays.items()} | pool
+    return {name: ArraySpec(*values) for name, values in arrays.items()} | pool | lora_arrays(spec)
 
 
 def pool_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:

@@ -3,23 +3,37 @@
 Decode takes five kernels a layer, each of which may start while the one before it ends: norm + QKV GEMV, attention
 (with RoPE and the append to the KV cache), output GEMV + residual, norm + gate-up GEMV + SiLU, down GEMV + residual.
 Prefill calls cuBLAS, for which 4- and 8-bit weights are dequantized; a GEMM of a few tokens reads them as they are.
+
+Sequences with LoRA adapters have launches of their own: one kernel more before each matrix that some adapter changes,
+and two after it in prefill.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from engine_core.backends.cuda.layout import CudaSpec, matrix_shapes, packed_rows_problem, work_arrays
-from engine_core.backends.gpu_model import DeviceModel, Matrix, Work
+import numpy as np
+
+from engine_core.backends.cuda.adapters import adapter_matrices
+from engine_core.backends.cuda.layout import (
+    CudaSpec,
+    matrix_shapes,
+    packed_rows_problem,
+    stacked_rows,
+    work_arrays,
+)
+from engine_core.backends.cuda.padding import padded_head
+from engine_core.backends.gpu_model import DeviceModel, Matrix, WeightSource, Work
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
-from engine_core.cuda.kernels import Kernels, linear, linear_packed
+from engine_core.cuda.kernels import Kernels, linear, linear_packed, lora
 from engine_core.cuda.kernels.attention import AttentionPrefill
 from engine_core.cuda.kernels.blas import Blas
 from engine_core.cuda.kernels.launch_configs import (
     GEMM_TOKENS,
     PACKED_ROWS,
+    PackedGemmConfig,
     PackedGemmProblem,
     PackedRowsProblem,
     Problem,
@@ -33,6 +47,7 @@ class _Gemm:
     weight: DeviceArray
     dequantize: Launch | None = None
     packed: linear_packed.PackedGemm | None = None
+    lora: lora.LoraChunk | None = None  # what an adapter adds afterwards
 
 
 @dataclass
@@ -54,29 +69,95 @@ class CudaModel(DeviceModel[_Layer]):
         super().__init__(device, stream, arena, kernels, spec, work_arrays(spec, device.num_sms))
         self.blas = Blas(stream, self.work["blas"])
 
+    def fill(self, source: WeightSource, rope: np.ndarray) -> None:
+        super().fill(source, rope)
+        for layer in range(self.spec.num_layers):
+            for name in MATRICES:
+                if self.spec.has_lora(layer, name):
+                    for half, values in zip("ab", adapter_matrices(self.spec, layer, name), strict=True):
+                        self._device.upload(self.work[f"layers.{layer}.{name}.lora_{half}"], values)
+        if self.spec.adapters:
+            self._device.upload(self.work["slot_adapters"], np.full(self.spec.max_batch, -1, dtype=np.int32))
+
+    def _prepare(self, host_tokens: int) -> None:
+        super()._prepare(host_tokens)
+        if self.spec.adapters:
+            self.decode_launches(host_tokens, adapted=True)
+
     def _decode_layer(self, i: int) -> list[Work]:
+        return self._decode_of(i, {})
+
+    def _adapted_decode_layer(self, i: int) -> list[Work]:
+        return self._decode_of(i, self._lora_terms(i, 1))
+
+    def _decode_of(self, i: int, terms: dict[str, lora.LoraTerm]) -> list[Work]:
+        """Return one layer's launches; ``terms``: what adapters add, by matrix."""
         spec, w = self.spec, self.work
         matrices = {name: self.matrix(f"layers.{i}.{name}") for name in MATRICES}
         hidden, qkv, attended, activated = (w[name].at(0) for name in ("hidden", "qkv", "attended", "activated"))
         eps = spec.norm_eps
+
+        def multiply(name: str, source: DeviceArray, target: DeviceArray, norm: str = "", **more: Any) -> list[Work]:
+            options: dict[str, Any] = {}
+            if norm:
+                options = {"norm_weight": self.weights[f"layers.{i}.{norm}"], "norm_eps": eps}
+                options["norm_size"] = spec.model.hidden_size
+            term, vector = terms.get(name), source.reshape(1, *source.shape)
+            shrink = [] if term is None else [lora.lora_shrink(self._kernels, term, vector, **options)]
+            return [
+                *shrink,
+                self._gemv(matrices[name], source, target, MATRICES[name][2], lora=term, **options, **more),
+            ]
+
         return [
-            self._gemv(
-                *(matrices["qkv"], hidden, qkv, linear.STORE),
-                norm_weight=self.weights[f"layers.{i}.input_norm"],
-                bias=self.weights.get(f"layers.{i}.qkv_bias"),
-                norm_eps=eps,
-                norm_size=spec.model.hidden_size,
-            ),
+            *multiply("qkv", hidden, qkv, "input_norm", bias=self.weights.get(f"layers.{i}.qkv_bias")),
             self._attend_one(i),
-            self._gemv(matrices["o"], attended, hidden, linear.RESIDUAL),
-            self._gemv(
-                *(matrices["gate_up"], hidden, activated, linear.SILU),
-                norm_weight=self.weights[f"layers.{i}.post_norm"],
-                norm_eps=eps,
-                norm_size=spec.model.hidden_size,
-            ),
-            self._gemv(matrices["down"], activated, hidden, linear.RESIDUAL),
+            *multiply("o", attended, hidden),
+            *multiply("gate_up", hidden, activated, "post_norm"),
+            *multiply("down", activated, hidden),
         ]
+
+    # --- LoRA adapters --------------------------------------------------------------------------------
+
+    def _lora_matrix(self, i: int, name: str) -> lora.LoraMatrix | None:
+        """Return what adapters have for a layer's matrix, or None where none changes it."""
+        if not self.spec.has_lora(i, name):
+            return None
+        model = self.spec.model
+        starts = [rows.start // model.head_dim * padded_head(model.head_dim) for rows in stacked_rows(model)["qkv"]]
+        a, b = (self.work[f"layers.{i}.{name}.lora_{half}"] for half in "ab")
+        return lora.LoraMatrix(a, b, tuple(starts[1:]) if name == "qkv" else (), pairs=name == "gate_up")
+
+    def _lora_terms(self, i: int, sequences: int) -> dict[str, lora.LoraTerm]:
+        """Return what adapters add in a decode step, by the matrices of a layer that some adapter changes."""
+        adapters = DeviceArray(self.work["slot_adapters"].address, (sequences,), "int32")
+        matrices = {name: self._lora_matrix(i, name) for name in MATRICES}
+        return {
+            name: lora.LoraTerm(matrix, self._lora_sums(matrix, sequences), adapters)
+            for name, matrix in matrices.items()
+            if matrix is not None
+        }
+
+    def _lora_sums(self, matrix: lora.LoraMatrix, tokens: int) -> DeviceArray:
+        return DeviceArray(self.work["lora_sums"].address, (tokens, matrix.num_sums), "fp32")
+
+    def _adapt_layer(self, i: int, layer: _Layer) -> _Layer:
+        return replace(layer, gemms={name: self._adapt_gemm(i, name, gemm) for name, gemm in layer.gemms.items()})
+
+    def _adapt_gemm(self, i: int, name: str, gemm: _Gemm) -> _Gemm:
+        matrix, w, (source, target, epilogue) = self._lora_matrix(i, name), self.work, MATRICES[name]
+        if matrix is None:
+            return gemm
+        chunk = DeviceArray(w["prompt"].address, (lora.ADAPTED_CHUNK_WORDS,), "int32")
+        sums = self._lora_sums(matrix, self.spec.chunk)
+        added = lora.lora_chunk(self._kernels, matrix, w[source], w[target], chunk, sums)
+        packed = gemm.packed
+        if packed is not None and epilogue == linear.SILU:  # the activation has to wait for what is added
+            config = self._kernels.config(packed.problem)
+            packed = self._packed_gemm(self.matrix(f"layers.{i}.{name}"), source, target, linear.STORE, config)
+        return replace(gemm, packed=packed, lora=added)
+
+    # --- prefill --------------------------------------------------------------------------------------
 
     def prepare_prefill(self) -> None:
         self._silu = self._silu_multiply()
@@ -125,28 +206,36 @@ class CudaModel(DeviceModel[_Layer]):
             return _Gemm(weight)
         kernels, w = self._kernels, self.work
         source, target, epilogue = MATRICES[name]
-        either = w["dequantized"]  # the dequantized matrix or, with few tokens, the partial sums
-        whole = DeviceArray(either.address, matrix_shapes(self.spec)[name], self.spec.dtype)
-        sums = DeviceArray(either.address, (either.nbytes // 4,), "fp32")
+        whole = DeviceArray(w["dequantized"].address, matrix_shapes(self.spec)[name], self.spec.dtype)
         return _Gemm(
             whole,
             linear_packed.dequantize_packed(kernels, weight, whole),
-            linear_packed.PackedGemm(
-                *(kernels, weight, w[source], w["activated" if epilogue == linear.SILU else target], epilogue),
-                *(self._chunk, sums, w["packed_counters"]),
-            ),
+            self._packed_gemm(weight, source, "activated" if epilogue == linear.SILU else target, epilogue),
         )
+
+    def _packed_gemm(
+        self, weight: Matrix, source: str, target: str, epilogue: int, config: PackedGemmConfig | None = None
+    ) -> linear_packed.PackedGemm:
+        assert isinstance(weight, linear_packed.PackedWeight)
+        w = self.work
+        either = w["dequantized"]  # the dequantized matrix or, with few tokens, the partial sums
+        sums = DeviceArray(either.address, (either.nbytes // 4,), "fp32")
+        arrays = (w[source], w[target], epilogue, self._chunk, sums, w["packed_counters"])
+        return linear_packed.PackedGemm(self._kernels, weight, *arrays, config)
 
     def _multiply(self, gemms: dict[str, _Gemm], name: str, rows: int, max_packed: int, stream: Stream) -> None:
         """Queues the GEMM ``name`` of ``rows`` rows; up to ``max_packed`` a packed matrix is multiplied as it is."""
-        w, gemm = self.work, gemms[name]
+        w, gemm, (source, target, epilogue) = self.work, gemms[name], MATRICES[name]
         if gemm.packed is not None and rows <= max_packed:
             gemm.packed(stream, rows)
-            return
-        if gemm.dequantize is not None:
-            gemm.dequantize(stream)
-        source, target, epilogue = MATRICES[name]
-        self.blas.matmul(w[source], gemm.weight, w[target], rows, epilogue == linear.RESIDUAL)
+            if gemm.lora is None:
+                return
+        else:
+            if gemm.dequantize is not None:
+                gemm.dequantize(stream)
+            self.blas.matmul(w[source], gemm.weight, w[target], rows, epilogue == linear.RESIDUAL)
+        if gemm.lora is not None:
+            gemm.lora(stream, rows)
         if epilogue == linear.SILU:
             self._silu.set_grid(rows)
             self._silu(stream)

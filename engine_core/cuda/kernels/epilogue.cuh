@@ -1,9 +1,9 @@
 // What a GEMV kernel does with the sum of a row.
 //
 // EPILOGUE 0: y 16-bit, plus bias with BIAS; 1: y float32, added to (the residual stream); 2: rows are (gate, up) pairs and y[i] =
-// silu(gate) * up, 16-bit; 3: y float32, the logits.
+// silu(gate) * up, 16-bit; 3: y float32, the logits. With LORA_RANK an adapter's term is added to the sum first; see lora.cuh.
 #pragma once
-#include "common.cuh"
+#include "lora.cuh"
 
 constexpr int GRAIN = EPILOGUE == 2 ? 2 : 1;  // rows that stay together
 
@@ -36,13 +36,20 @@ template <int SEGMENT, int THREADS>
 struct Segment {
     static constexpr int STEP = THREADS * GRAIN, STARTS = (SEGMENT + STEP - 1) / STEP;
     float starts[STARTS];
+#if LORA_RANK > 0
+    float terms[STARTS][GRAIN];  // of a LoRA adapter
+#endif
 
     // first: the segment's first row; count: how many rows it has.
-    __device__ __forceinline__ void begin(int first, int count, const half_t* bias, const void* output) {
+    __device__ __forceinline__ void begin(int first, int count, const half_t* bias, const void* output, const Lora& lora) {
 #pragma unroll
         for (int i = 0; i < STARTS; ++i) {
             const int local = i * STEP + threadIdx.x * GRAIN;
             starts[i] = local < min(count, SEGMENT) ? read_start(first + local, bias, output) : 0.f;
+#if LORA_RANK > 0
+#pragma unroll
+            for (int j = 0; j < GRAIN; ++j) terms[i][j] = local < min(count, SEGMENT) ? lora.term(first + local + j, 0) : 0.f;
+#endif
         }
     }
 
@@ -58,7 +65,11 @@ struct Segment {
                 sum += sums[k][local];
                 if (GRAIN == 2) next += sums[k][local + 1];
             }
+#if LORA_RANK > 0
+            finish(sum * scale + terms[i][0], next * scale + terms[i][GRAIN - 1], starts[i], first + local, output);
+#else
             finish(sum * scale, next * scale, starts[i], first + local, output);
+#endif
         }
     }
 };

@@ -13,6 +13,7 @@
 //
 // Within a group the kernel first multiplies X by the quantized values as ``widen`` gives them, starting from minus what
 // OFFSETS add; then it multiplies the sum by the scale of the row.
+#include "lora.cuh"
 #include "packed.cuh"
 
 constexpr int WARPS = ROW_WARPS * K_WARPS, THREADS = 32 * WARPS;
@@ -75,7 +76,7 @@ __device__ __forceinline__ void add(float (&sums)[4], const float4& v) { sums[0]
 // What becomes of the sums of COUNT tiles from ``first`` on, which one warp holds as tensor cores leave them.
 template <int COUNT>
 __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_TOKENS][4], void* output, int count, float* partial,
-                                       u32* counters, const half_t* bias) {
+                                       u32* counters, const half_t* bias, const Lora& lora) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const auto exists = [&](int b) { return TILES % BAND == 0 || first + b < TILES; };
     if (SPLITS > 1) {
@@ -115,6 +116,10 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
                 float low = sums[b][n][i], high = sums[b][n][2 + i];  // rows g and g + 8
                 if (BIAS && has_low) low += to_float(bias[row]);
                 if (BIAS && has_high) high += to_float(bias[row + 8]);
+#if LORA_RANK > 0
+                if (token < count && has_low) low += lora.term(row, token);
+                if (token < count && has_high) high += lora.term(row + 8, token);
+#endif
 #if EPILOGUE == 2
                 // The lane of an even row takes that and the next one, its neighbour the two that are 8 further.
                 const bool is_gate = g % 2 == 0;
@@ -141,7 +146,7 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     gemm_packed(const unsigned char* weights, const half_t* input, void* output, const Chunk* chunk, float* partial, u32* counters,
-                const half_t* bias) {
+                const half_t* bias LORA_PARAMETERS) {
     extern __shared__ uint4 shared[];  // stages of X, minus the offsets [BUFFERS][STAGE][TOKENS], the rings; afterwards the sums
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
@@ -286,6 +291,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
     wait_copies<0>();
+    const Lora lora{LORA_ARGUMENTS};
 #pragma unroll
     for (int b = 0; b < BAND; ++b)
 #pragma unroll
@@ -293,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[b][n][j] *= j < 2 ? whole[b].x : whole[b].y;
     if (K_WARPS == 1) {
-        if (works) finish<BAND>(first_tile, sums, output, count, partial, counters, bias);
+        if (works) finish<BAND>(first_tile, sums, output, count, partial, counters, bias, lora);
         return;
     }
     __syncthreads();  // the shared memory is free
@@ -316,6 +322,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int k = 0; k < K_WARPS; ++k)
                 add(sums[0][n], parts[((k * ROW_WARPS * BAND + place) * EIGHTS_OF_TOKENS + n) * 32]);
         }
-        finish<1>(tile, sums, output, count, partial, counters, bias);
+        finish<1>(tile, sums, output, count, partial, counters, bias, lora);
     }
 }

@@ -96,7 +96,7 @@ __device__ __forceinline__ float batch_sum(const float* acc, int lane) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gemv(const half_t* weight, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
+    gemv(const half_t* weight, const void* input, const half_t* norm_weight, const half_t* bias, void* output LORA_PARAMETERS) {
     extern __shared__ uint4 ring[];  // [DEPTH][BATCH][PARTS][THREADS]
     __shared__ float partial[2][K_WARPS][SEGMENT];
     __shared__ float squares[K_WARPS];
@@ -117,7 +117,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     norm.load(norm_weight, share.column);
     wait_for_previous();
     Segment<SEGMENT, THREADS> rows;
-    rows.begin(share.begin, share.count, bias, output);
+    const Lora lora{LORA_ARGUMENTS};
+    rows.begin(share.begin, share.count, bias, output, lora);
     float x[PARTS][8];
     const float own_squares = load_input(x, input, norm, share.column);
     if (NORM && share.row_warp == 0) {
@@ -130,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int segment = 0; segment * SEGMENT < share.count; ++segment) {
         float(*sums)[SEGMENT] = partial[segment % 2];
         const int first = segment * SEGMENT;
-        if (segment > 0) rows.begin(share.begin + first, share.count - first, bias, output);
+        if (segment > 0) rows.begin(share.begin + first, share.count - first, bias, output, lora);
         for (int i = 0; i < SEGMENT_BATCHES; ++i, ++batch) {
             wait_copies<DEPTH - 1>();
             const uint4* w = slots + stage * STAGE;

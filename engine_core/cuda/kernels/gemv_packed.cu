@@ -89,7 +89,8 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
 
 // At most half of the registers of each of the four schedulers, or the next kernel would not fit beside it.
 extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
-    gemv_packed(const unsigned char* tiles, const void* input, const half_t* norm_weight, const half_t* bias, void* output) {
+    gemv_packed(const unsigned char* tiles, const void* input, const half_t* norm_weight, const half_t* bias, void* output
+                    LORA_PARAMETERS) {
     extern __shared__ uint4 shared[];  // x [PLACES], then the rings [WARPS][DEPTH][TILE_BYTES / 16]
     __shared__ float partial[2][K_WARPS][SEGMENT], offsets[GROUPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS, row_warp = warp / K_WARPS;
@@ -122,14 +123,15 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     wait_for_previous();
     const int num_rows = ROWS % TILE == 0 ? num_tiles * TILE : min(num_tiles * TILE, ROWS - first_tile * TILE);
     Segment<SEGMENT, THREADS> rows;
-    rows.begin(first_tile * TILE, num_rows, bias, output);
+    const Lora lora{LORA_ARGUMENTS};
+    rows.begin(first_tile * TILE, num_rows, bias, output, lora);
     load_input(x, offsets, input, norm);
 
     uint4* slot = ring;
     for (int segment = 0; segment * SEGMENT_TILES < num_tiles; ++segment) {
         float(*sums)[SEGMENT] = partial[segment % 2];
         const int first = segment * SEGMENT;
-        if (segment > 0) rows.begin(first_tile * TILE + first, num_rows - first, bias, output);
+        if (segment > 0) rows.begin(first_tile * TILE + first, num_rows - first, bias, output, lora);
         for (int tile = row_warp; tile < SEGMENT_TILES; tile += ROW_WARPS) {
             if (segment * SEGMENT_TILES + tile >= num_tiles) break;
             float low = 0.f, high = 0.f;  // of rows lane / 4 and lane / 4 + 8

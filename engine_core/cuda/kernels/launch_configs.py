@@ -26,6 +26,8 @@ ROPE_THREADS = 128
 KV_APPEND_THREADS = 128
 SAMPLE_SCAN_THREADS, SAMPLE_PICK_THREADS = 256, 1024
 DEQUANTIZE_WARPS = 8
+LORA_THREADS = 256
+LORA_TOKENS = 8  # of a prompt's chunk that a CTA of lora.cu takes at a time
 
 GEMM_TOKENS = 32  # tokens of a CTA of gemm_packed.cu in prefill: more would take longer than reading its weights
 BATCH_TOKENS = (8, 16)  # the same in a decode step of several sequences: the first that holds them

@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine_core.cuda.driver import ITEM_BYTES, DeviceArray, Launch
 from engine_core.cuda.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check, float_define
 from engine_core.cuda.kernels.launch_configs import ELEMENTWISE_THREADS, RMS_NORM_THREADS, GemvConfig, GemvProblem
+from engine_core.cuda.kernels.lora import LoraTerm
 
 # EPILOGUE of gemv.cu.
 STORE, RESIDUAL, SILU, LOGITS = range(4)
@@ -23,6 +24,7 @@ def gemv(
     bias: DeviceArray | None = None,
     norm_eps: float = 0.0,
     norm_size: int = 0,
+    lora: LoraTerm | None = None,
     config: GemvConfig | None = None,
 ) -> Launch:
     """output ← weight [rows, cols] · vector [cols], with what follows fused (``epilogue``).
@@ -30,7 +32,8 @@ def gemv(
     STORE: 16-bit [rows], plus ``bias`` [rows]; RESIDUAL: float32 [rows], added to; SILU: 16-bit [rows / 2] of rows that
     are (gate, up) in turn; LOGITS: float32 [rows]. With ``norm_weight`` [cols] the vector is float32 and RMS-normalised
     first, else 16-bit. ``norm_size``: how many values the norm's mean is over, those after them being zeros; 0 = all.
-    ``config``: another launch configuration than the chosen one. Raises KernelArgumentError.
+    ``lora``: what a LoRA adapter adds to the rows first, not to LOGITS. ``config``: another launch configuration than
+    the chosen one. Raises KernelArgumentError.
     """
     rows, cols = weight.shape
     if cols % 8 or (epilogue == SILU and rows % 2):
@@ -50,6 +53,9 @@ def gemv(
     if bias is not None:
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
+    if lora is not None:
+        assert epilogue != LOGITS
+        lora.check(kernels, rows, cols, 1)
     problem = GemvProblem(rows, cols, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
     shared = config.shared(cols)
@@ -65,10 +71,11 @@ def gemv(
         "BIAS": int(bias is not None),
         "NORM_EPS": float_define(norm_eps),
         "NORM_SIZE": norm_size or cols,
+        **(lora.matrix.defines if lora is not None else {}),
     }
     function = kernels.function("gemv", "gemv", defines, shared)
     grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
-    args = [weight, vector, norm_weight or 0, bias or 0, output]
+    args = [weight, vector, norm_weight or 0, bias or 0, output, *(lora.args if lora is not None else [])]
     return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
 
 

@@ -14,6 +14,7 @@ from engine_core.cuda.kernels.int4_layout import GROUP, TILE
 from engine_core.cuda.kernels.launch_configs import BATCH_TOKENS, MAX_SEQUENCES, PackedGemmConfig, PackedGemmProblem
 from engine_core.cuda.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
 from engine_core.cuda.kernels.linear_packed import PackedWeight, packed_scratch
+from engine_core.cuda.kernels.lora import LoraTerm
 
 _TILE_BYTES = TILE * GROUP * 2  # of a tile in 16 bits
 _VECTOR = 8  # 16-bit values that a kernel reads at once
@@ -54,6 +55,7 @@ def gemm_batch(
     counters: DeviceArray,
     *,
     bias: DeviceArray | None = None,
+    lora: LoraTerm | None = None,
     config: PackedGemmConfig | None = None,
 ) -> Launch:
     """output ← vectors [n, cols] · weightᵀ for n of 2 to 16 sequences, with what follows fused (``epilogue``).
@@ -62,7 +64,8 @@ def gemm_batch(
     STORE: output 16-bit [n, rows], plus ``bias`` [rows]; RESIDUAL: float32 [n, rows], added to; SILU: 16-bit
     [n, rows / 2] of rows that are (gate, up) in turn; LOGITS: float32 [n, rows]. ``chunk``: int32 [CHUNK_WORDS], whose
     second number is how many of the n rows are computed. ``partial``, float32, and ``counters``, uint32 and zeros: see
-    ``batch_scratch``. Raises KernelArgumentError, KernelCompileError or DeviceError.
+    ``batch_scratch``. ``lora``: what LoRA adapters add to the rows first, not to LOGITS. Raises KernelArgumentError,
+    KernelCompileError or DeviceError.
     """
     sequences = vectors.shape[0]
     if not 1 <= sequences <= MAX_SEQUENCES:
@@ -85,6 +88,9 @@ def gemm_batch(
     if bias is not None:
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
+    if lora is not None:
+        assert epilogue != LOGITS
+        lora.check(kernels, rows, cols, sequences)
     config = config or kernels.config(problem)
     shared = config.shared(problem.tile_bytes, tokens)
     if config.splits > 1 and partial.shape[0] < config.splits * problem.tiles * TILE * tokens:
@@ -102,8 +108,9 @@ def gemm_batch(
         "TOKENS": tokens,
         "EPILOGUE": epilogue,
         "BIAS": int(bias is not None),
+        **(lora.matrix.defines if lora is not None else {}),
     }
     function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
     grid = (1, config.splits, config.ctas(problem.tiles))
-    args = [array, vectors, output, chunk, partial, counters, bias or 0]
+    args = [array, vectors, output, chunk, partial, counters, bias or 0, *(lora.args if lora is not None else [])]
     return Launch(kernels.device, function, grid, config.threads, args, shared, problem=problem)

@@ -32,6 +32,7 @@ from engine_core.cuda.kernels.launch_configs import (
     gemm_splits,
 )
 from engine_core.cuda.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
+from engine_core.cuda.kernels.lora import LoraTerm
 from engine_core.formats.weight_formats.base import WeightFormat
 
 # Kind of a weight format → how the kernels store a matrix of it. The kernels read no others.
@@ -85,6 +86,7 @@ def gemv_packed(
     bias: DeviceArray | None = None,
     norm_eps: float = 0.0,
     norm_size: int = 0,
+    lora: LoraTerm | None = None,
     config: PackedGemvConfig | None = None,
 ) -> Launch:
     """Return the launch of ``linear.gemv`` with a packed weight."""
@@ -97,6 +99,9 @@ def gemv_packed(
     if bias is not None:
         assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
+    if lora is not None:
+        assert epilogue != LOGITS
+        lora.check(kernels, rows, cols, 1)
     tiles, groups, tile_bytes = weight.sizes
     problem = PackedGemvProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
@@ -110,11 +115,12 @@ def gemv_packed(
         "BIAS": int(bias is not None),
         "NORM_EPS": float_define(norm_eps),
         "NORM_SIZE": norm_size or cols,
+        **(lora.matrix.defines if lora is not None else {}),
         "DEQUANTIZE_WARPS": DEQUANTIZE_WARPS,
     }
     function = kernels.function("gemv_packed", "gemv_packed", defines, shared)
     grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
-    args = [weight.tiles, vector, norm_weight or 0, bias or 0, output]
+    args = [weight.tiles, vector, norm_weight or 0, bias or 0, output, *(lora.args if lora is not None else [])]
     return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
 
 

@@ -29,6 +29,14 @@ def silu_multiply(gate_up: np.ndarray) -> np.ndarray:
     return gate / (1 + np.exp(-gate)) * up
 
 
+def lora_expand(sums: np.ndarray, b: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Return what a LoRA adapter adds to a matrix's output [n, rows].
+
+    ``sums``: A x of n tokens, [n, parts, rank]; ``b``: [rows, rank]; ``parts``: the part of each row, int [rows].
+    """
+    return np.einsum("nrk,rk->nr", sums[:, parts], b)
+
+
 def rotate(vectors: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Return vectors [n, heads, head_dim] after RoPE by table [n, head_dim / 2, 2] (cos, sin), halves rotated."""
     half = vectors.shape[-1] // 2
