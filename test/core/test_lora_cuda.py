@@ -189,7 +189,7 @@ FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
     "name, config",
     [
         *(("qwen2", {"target_modules": [target], "r": 3}) for target in MODULES),
-        *(("phi3", {"target_modules": [target], "r": 3}) for target in FUSED),
+        *(("phi3", {"target_modules": [target], "r": 3, "scale": 0.06}) for target in FUSED),
         ("qwen3", {"use_rslora": True, "r": 8, "rank_pattern": {"q_proj": 2, r".*\.1\.mlp\.up_proj": 5}}),
         ("llama3", {"alpha_pattern": {"down_proj": 31}, "exclude_modules": ["o_proj"]}),
         ("llama-odd", {"r": 20}),
