@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
 
 from engine_core.cuda.driver import Device, DeviceArray, DeviceUnavailableError
-from engine_core.cuda.kernels import Kernels, attention, kernel_source, linear, linear_packed
+from engine_core.cuda.kernels import Kernels, attention, kernel_source, linear, linear_packed, lora
 from engine_core.cuda.kernels.attention import AttentionShape
 from engine_core.cuda.kernels.nvrtc import compile_kernel
 from engine_core.cuda.kernels.sampling import STATE
@@ -50,28 +50,40 @@ def _array(shape: tuple[int, ...], dtype: str) -> DeviceArray:
     return DeviceArray(1 << 20, shape, dtype)
 
 
-def _gemms(kernels: Kernels, model: str, kind: str) -> list:
+def _term(matrix: str, rows: int, cols: int, rank: int) -> lora.LoraTerm:
+    parts = {"qkv": 3, "gate_up": 2}.get(matrix, 1)
+    a, b = _array((1, parts * rank, cols), "fp16"), _array((1, rows, rank), "fp16")
+    pair = lora.LoraMatrix(a, b, (rows // 2, rows // 4 * 3) if parts == 3 else (), pairs=parts == 2)
+    return lora.LoraTerm(pair, _array((1, pair.num_sums), "fp32"), _array((1,), "int32"))
+
+
+def _gemms(kernels: Kernels, model: str, kind: str, rank: int = 0) -> list:
+    """Return the launches of a layer's matrices, with adapters of ``rank`` unless it is 0, and of the head."""
     hidden, intermediate, heads, kv_heads, head_dim, vocab = MODELS[model]
     launches = []
-    for rows, cols, epilogue, normed in (
-        ((heads + 2 * kv_heads) * head_dim, hidden, linear.STORE, True),
-        (hidden, heads * head_dim, linear.RESIDUAL, False),
-        (2 * intermediate, hidden, linear.SILU, True),
-        (hidden, intermediate, linear.RESIDUAL, False),
-        (vocab, hidden, linear.LOGITS, True),
+    for name, rows, cols, epilogue, normed in (
+        ("qkv", (heads + 2 * kv_heads) * head_dim, hidden, linear.STORE, True),
+        ("o", hidden, heads * head_dim, linear.RESIDUAL, False),
+        ("gate_up", 2 * intermediate, hidden, linear.SILU, True),
+        ("down", hidden, intermediate, linear.RESIDUAL, False),
+        ("head", vocab, hidden, linear.LOGITS, True),
     ):
         output = _array(
             (rows // 2 if epilogue == linear.SILU else rows,),
             "fp32" if epilogue in (linear.RESIDUAL, linear.LOGITS) else "fp16",
         )
         vector = _array((cols,), "fp32" if normed else "fp16")
-        norm = {"norm_weight": _array((cols,), "fp16"), "norm_eps": 1e-5} if normed else {}
+        options = {"norm_weight": _array((cols,), "fp16"), "norm_eps": 1e-5} if normed else {}
+        if rank and name != "head":
+            term = _term(name, rows, cols, rank)
+            launches.append(lora.lora_shrink(kernels, term, vector.reshape(1, cols), **options))
+            options["lora"] = term
         if kind == "fp16":
-            launches.append(linear.gemv(kernels, _array((rows, cols), "fp16"), vector, output, epilogue, **norm))
+            launches.append(linear.gemv(kernels, _array((rows, cols), "fp16"), vector, output, epilogue, **options))
         else:
             tiles = _array(linear_packed.LAYOUTS[kind].tiles_shape(rows, cols), "uint8")
             weight = linear_packed.PackedWeight(tiles, format_of(kind), rows, cols)
-            launches.append(linear_packed.gemv_packed(kernels, weight, vector, output, epilogue, **norm))
+            launches.append(linear_packed.gemv_packed(kernels, weight, vector, output, epilogue, **options))
     return launches
 
 
@@ -145,6 +157,12 @@ def noted(monkeypatch, tmp_path):
 @pytest.mark.parametrize("model", MODELS)
 def test_gemms(noted, model, kind):
     _check(noted, _gemms(noted.kernels, model, kind))
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("kind", ["fp16", *KINDS])
+def test_gemms_with_adapters(noted, kind, rank):
+    _check(noted, _gemms(noted.kernels, "llama-3.2-1b", kind, rank))
 
 
 def test_attention(noted):

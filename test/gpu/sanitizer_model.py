@@ -1,4 +1,4 @@
-"""A small model on the cuda backend, for compute-sanitizer: prefill in chunks, decode, sampling, saved prefixes.
+"""A small model on the cuda backend, for compute-sanitizer: prefill in chunks, decode, sampling, saved prefixes, LoRA.
 
 Arguments: the weights (fp16, int8, int4) and the KV cache (fp16, int8).
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "core")]
 
 import numpy as np  # noqa: E402
 
+from benchmarks.random_checkpoint import write_random_adapter  # noqa: E402
 from device_steps import generate  # noqa: E402
 from engine_core.backends import SequenceStep  # noqa: E402
 from engine_core.backends.cuda.adapters import adapter_matrices  # noqa: E402
@@ -36,6 +38,7 @@ MODEL = dict(
     vocab_size=VOCAB,
     rms_norm_eps=1e-5,
 )
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def make_backend(
@@ -82,6 +85,14 @@ def make_backend(
     return CudaBackend(device, spec, source, rope, use_cuda_graph=use_cuda_graph, tune_kernels=tune_kernels)
 
 
+def make_adapters(directory: Path) -> tuple[LoraAdapter, ...]:
+    """Write two adapters: "first" of all linears, "second" of some of them with another rank."""
+    model = spec_of(MODEL | {"hidden_size": 256})
+    write_random_adapter(directory / "first", model, *MODULES, rank=16, scale=0.05)
+    write_random_adapter(directory / "second", model, "v_proj", "gate_proj", "o_proj", rank=5, scale=0.1, seed=1)
+    return tuple(LoraAdapter(name, directory / name, model, 64) for name in ("first", "second"))
+
+
 def added_by(spec: CudaSpec, layer: int, matrix: str) -> np.ndarray:
     """Return float32 [rows, columns]: B A of the only adapter of ``spec``, as the kernels have it."""
     (a,), (b,) = (half.astype(np.float32) for half in adapter_matrices(spec, layer, matrix))
@@ -115,6 +126,18 @@ def main() -> None:
     backend.close()
     assert None not in tokens, tokens
     print(weights, kv_cache_type, "two of three slots", tokens)
+    with tempfile.TemporaryDirectory() as directory:
+        adapters = make_adapters(Path(directory))
+        for max_batch in (1, 3):
+            backend = make_backend(weights, kv_cache_type, True, max_batch=max_batch, adapters=adapters)
+            slots = range(max_batch)
+            for slot in slots:  # each with another adapter, slot 2 with none
+                backend.begin(slot, sampled, prompt[:77], ("first", "second", "")[slot])
+                backend.step([SequenceStep(slot, prompt[:77])])[0].result()
+            tokens = [each.result() for _ in range(6) for each in backend.step([SequenceStep(slot) for slot in slots])]
+            backend.close()
+            assert None not in tokens, tokens
+            print(weights, kv_cache_type, "adapters", tokens)
 
 
 if __name__ == "__main__":
