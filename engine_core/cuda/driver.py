@@ -270,7 +270,11 @@ class Stream:
 
     def zero(self, array: DeviceArray) -> None:
         """Queues filling ``array`` with zero bytes."""
-        self.device.call("cuMemsetD8Async", array.address, 0, array.nbytes, self.handle)
+        self.fill(array, 0)
+
+    def fill(self, array: DeviceArray, byte: int) -> None:
+        """Queues filling ``array`` with copies of a byte."""
+        self.device.call("cuMemsetD8Async", array.address, byte, array.nbytes, self.handle)
 
     def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
         """Queues a copy of ``rows`` rows of ``width`` bytes that lie ``pitch`` bytes apart.

@@ -10,7 +10,7 @@ import ctypes
 
 import numpy as np
 
-from engine_core.cuda.kernels import CHUNK_WORDS, linear, reference
+from engine_core.cuda.kernels import CHUNK_WORDS, linear, lora, reference
 from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.cuda.kernels.sampling import STATE
 
@@ -77,7 +77,9 @@ def gemv(defines: dict, args) -> None:
     if defines["NORM"]:
         scale = array_at(norm, (cols,), F16).astype(F64)
         values = reference.rms_norm(values, scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
-    result = _matrix(defines, weight) @ values + _lora_term(defines, args, 5, 1)[0]
+    if defines.get("LORA_RANK"):
+        _make_lora_sums(defines, args, values)
+    result = _matrix(defines, weight) @ values + _lora_term(defines, args, 6, 1)[0]
     if defines["BIAS"]:
         result += array_at(bias, (rows,), F16)
     if epilogue == linear.RESIDUAL:
@@ -128,6 +130,15 @@ def _lora_term(defines: dict, args, index: int, count: int) -> np.ndarray:
     return added
 
 
+def _make_lora_sums(defines: dict, args, values: np.ndarray) -> None:
+    """What GEMV_LORA_PARAMETERS make of ``values``, where a step has left NOT_YET."""
+    a, sums, adapters = (address_of(args, i) for i in (5, 7, 8))
+    adapter, own = int(array_at(adapters, (1,), np.int32)[0]), _lora_sums(defines, sums, 1)
+    if adapter >= 0:
+        assert (own.view(np.uint8) == lora.NOT_YET).all()
+        own[:] = (_lora_a(defines, a, adapter) @ values).reshape(own.shape)
+
+
 def _lora_sums(defines: dict, sums: int, count: int) -> np.ndarray:
     return array_at(sums, (count, defines["LORA_PARTS"], defines["LORA_RANK"]), F32)
 
@@ -138,12 +149,9 @@ def _lora_a(defines: dict, a: int, adapter: int) -> np.ndarray:
 
 
 def lora_shrink(defines: dict, args) -> None:
-    a, vectors, norm, adapters, sums = (address_of(args, i) for i in range(5))
+    a, vectors, adapters, sums = (address_of(args, i) for i in range(4))
     count, cols = defines["GRID_Y"], defines["COLS"]
-    values = array_at(vectors, (count, cols), F32 if defines["NORM"] else F16).astype(F64)
-    if defines["NORM"]:
-        scale = array_at(norm, (cols,), F16).astype(F64)
-        values = reference.rms_norm(values, scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
+    values = array_at(vectors, (count, cols), F16).astype(F64)
     for token, adapter in enumerate(array_at(adapters, (count,), np.int32)):
         if adapter >= 0:
             own = _lora_sums(defines, sums, count)[token]

@@ -75,9 +75,7 @@ def _gemms(kernels: Kernels, model: str, kind: str, rank: int = 0) -> list:
         vector = _array((cols,), "fp32" if normed else "fp16")
         options = {"norm_weight": _array((cols,), "fp16"), "norm_eps": 1e-5} if normed else {}
         if rank and name != "head":
-            term = _term(name, rows, cols, rank)
-            launches.append(lora.lora_shrink(kernels, term, vector.reshape(1, cols), **options))
-            options["lora"] = term
+            options["lora"] = _term(name, rows, cols, rank)
         if kind == "fp16":
             launches.append(linear.gemv(kernels, _array((rows, cols), "fp16"), vector, output, epilogue, **options))
         else:

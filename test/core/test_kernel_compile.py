@@ -49,7 +49,7 @@ def for_each(architectures: list[str]) -> pytest.MarkDecorator:
 ATTENTION = dict(HEADS=8, KV_HEADS=2, HEAD_DIM=64, HEAD_SIZE=60, CONTEXT=512, QK_NORM=1, NORM_EPS="1e-5f")
 ATTENTION["SCALE_LOG2E"] = "0.18f"
 GEMV = dict(ROWS=512, COLS=1024, K_WARPS=4, ROW_WARPS=4, BATCH=4, DEPTH=3, EPILOGUE=2, NORM=1, BIAS=0, NORM_EPS="1e-5f")
-LORA = dict(LORA_RANK=16, LORA_PARTS=3, LORA_PAIRS=0, LORA_SPLIT_1=256, LORA_SPLIT_2=384)
+LORA = dict(LORA_RANK=16, LORA_PARTS=3, LORA_PAIRS=0, LORA_SPLIT_1=256, LORA_SPLIT_2=384, LORA_CTAS=132)
 KERNELS = {
     "gemv": GEMV,
     "gemv_packed": {**GEMV, "BITS": 4, "DEQUANTIZE_WARPS": 8},
@@ -63,7 +63,7 @@ KERNELS = {
     "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f", ADD=1, THREADS=512),
     "elementwise": dict(COLS=1024, THREADS=256, TOKEN_STRIDE=8),
     "sample": dict(ROWS=1000, RING=8, SCAN_THREADS=256, THREADS=1024),
-    "lora": dict(ROWS=512, COLS=1024, THREADS=256, TOKENS=8, NORM=1, NORM_EPS="1e-5f", FLOAT_OUTPUT=0, **LORA),
+    "lora": dict(ROWS=512, COLS=1024, THREADS=256, TOKENS=8, FLOAT_OUTPUT=0, **LORA),
     "kv_append": dict(LAYERS=3, KV_HEADS=2, VECTORS=8, CONTEXT=512, FRESH=1024, THREADS=128),
 }
 
@@ -133,7 +133,7 @@ def test_gemms_with_adapters_compile(arch):
     names = ("gemv", "gemv_packed", "gemm_packed")
     _compile_all(arch, names, BF16=0, **{**LORA, "LORA_PARTS": 2, "LORA_PAIRS": 1})
     _compile_all(arch, names, BF16=1, **{**LORA, "EPILOGUE": 0, "BIAS": 1, "BITS": 8})
-    _compile_all(arch, ["lora"], BF16=1, NORM=0, FLOAT_OUTPUT=1, COLS=1000, LORA_PARTS=1)
+    _compile_all(arch, ["lora"], BF16=1, FLOAT_OUTPUT=1, COLS=1000, LORA_PARTS=1)
 
 
 @pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")

@@ -25,6 +25,7 @@ MATRICES = [
     (kind, rows, cols, 16, "fp16") for kind in ("fp16", *KINDS) for rows, cols in ((48, 384), (50, 72), (1008, 2048))
 ]
 MATRICES += [(kind, *shape, rank, "bf16") for kind in ("fp16", "int4") for shape in SHAPES for rank in (8, 64)]
+MATRICES += [(kind, 1008, 2048, 256, "fp16") for kind in ("fp16", "int4")]  # more sums than CTAs that make them
 
 
 class Adapters:
@@ -82,11 +83,38 @@ def test_gemv_with_an_adapter(bench, weights, rows, cols, rank, dtype):
                 expected = sums + b
             else:
                 expected = reference.silu_multiply(sums) if epilogue == linear.SILU else before + sums
-            lora.lora_shrink(kernels, term, source.reshape(1, cols), **options)(bench.stream)
             gemv(kernels, weight, source, output, epilogue, lora=term, **options, **more)(bench.stream)
             # As test_gemv_packed_with_every_epilogue_and_dequantize says of a packed GEMV.
             allowed = max(TOLERANCE[out], TOLERANCE[dtype] * with_norm, 0.0 if weights == "fp16" else 5e-5)
             assert error(bench.get(output), expected) < allowed, (kind, number)
+
+
+@pytest.mark.parametrize("rank", [16, 256])
+@pytest.mark.parametrize("weights", ["fp16", *KINDS])
+def test_gemvs_that_overlap_wait_for_their_own_sums(bench, weights, rank):
+    """Some hundred times the same, each time one after the other without a pause: the bits stay the same."""
+    rows, cols, count = 2048, 2048, 8
+    weight, _ = make_weight(bench, rows, cols, weights, "fp16")
+    gemv = linear.gemv if weights == "fp16" else linear_packed.gemv_packed
+    adapters, (vector, _) = Adapters(bench, rows, cols, rank, "one", "fp16"), bench.normal((cols,), "fp16")
+    sums = bench.poisoned((count, rank), "fp32")
+    number = bench.put(np.array([1], dtype=np.int32), "int32")
+    outputs = bench.poisoned((count, rows), "fp16")
+    launches = [
+        gemv(
+            *(bench.kernels("fp16"), weight, vector, outputs.at(i), linear.STORE),
+            lora=lora.LoraTerm(adapters.matrix, sums.at(i).reshape(1, rank), number),
+        )
+        for i in range(count)
+    ]
+    first = None
+    for _ in range(30):
+        bench.stream.fill(sums, lora.NOT_YET)
+        for launch in launches:
+            launch(bench.stream)
+        found = bench.get(outputs)
+        first = found[0] if first is None else first
+        assert np.isfinite(found).all() and (found == first).all()
 
 
 @pytest.mark.parametrize("weights, rows, cols, rank, dtype", MATRICES)

@@ -68,7 +68,8 @@ class BatchModel(CudaModel):
         embedded = linear.embed(self._kernels, self.weights["embed"], tokens, self._rows("hidden", size), _STATE_INTS)
         launches: list[Work] = [embedded]
         for i in range(self.spec.num_layers if num_layers is None else num_layers):
-            launches += self._batch_layer(i, size, self._lora_terms(i, size) if adapted else {})
+            terms = self._lora_terms(i, size, len(MATRICES) * [self.work["lora_sums"].address]) if adapted else {}
+            launches += self._batch_layer(i, size, terms)
         slots = DeviceArray(self.work["slots"].address, (size,), "int32")
         return launches + self._sample_rows(size, slots, host_tokens)
 

@@ -295,7 +295,10 @@ def lora_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
                 stem, sums = f"layers.{layer}.{matrix}", parts[matrix] * rank
                 arrays[f"{stem}.lora_a"] = ArraySpec("adapters", (count, sums, columns), spec.dtype)
                 arrays[f"{stem}.lora_b"] = ArraySpec("adapters", (count, rows, rank), spec.dtype)
-    arrays["lora_sums"] = ArraySpec("adapters", (spec.chunk, max(parts.values()) * rank), "fp32")
+    sums = max(parts.values()) * rank
+    arrays["lora_sums"] = ArraySpec("adapters", (spec.chunk, sums), "fp32")
+    if spec.max_batch == 1:  # those of a decode step, by layer and matrix
+        arrays["lora_step_sums"] = ArraySpec("adapters", (spec.num_layers, len(shapes), sums), "fp32")
     arrays["slot_adapters"] = ArraySpec("adapters", (spec.max_batch,), "int32")  # the number of each slot's, -1 = none
     return arrays
 

@@ -4,8 +4,8 @@ Decode takes five kernels a layer, each of which may start while the one before 
 (with RoPE and the append to the KV cache), output GEMV + residual, norm + gate-up GEMV + SiLU, down GEMV + residual.
 Prefill calls cuBLAS, for which 4- and 8-bit weights are dequantized; a GEMM of a few tokens reads them as they are.
 
-Sequences with LoRA adapters have launches of their own: one kernel more before each matrix that some adapter changes,
-and two after it in prefill.
+Sequences with LoRA adapters have launches of their own: the GEMVs of matrices that some adapter changes compute both
+halves of what it adds; in prefill two kernels follow the GEMM.
 """
 
 from __future__ import annotations
@@ -84,11 +84,19 @@ class CudaModel(DeviceModel[_Layer]):
         if self.spec.adapters:
             self.decode_launches(host_tokens, adapted=True)
 
+    def decode_launches(self, host_tokens: int, num_layers: int | None = None, *, adapted: bool = False) -> list[Work]:
+        launches = super().decode_launches(host_tokens, num_layers, adapted=adapted)
+        if not adapted:
+            return launches
+        sums = self.work["lora_step_sums"]
+        return [lambda stream: stream.fill(sums, lora.NOT_YET), *launches]
+
     def _decode_layer(self, i: int) -> list[Work]:
         return self._decode_of(i, {})
 
     def _adapted_decode_layer(self, i: int) -> list[Work]:
-        return self._decode_of(i, self._lora_terms(i, 1))
+        sums = self.work["lora_step_sums"].at(i)
+        return self._decode_of(i, self._lora_terms(i, 1, [sums.at(j).address for j in range(len(MATRICES))]))
 
     def _decode_of(self, i: int, terms: dict[str, lora.LoraTerm]) -> list[Work]:
         """Return one layer's launches; ``terms``: what adapters add, by matrix."""
@@ -97,24 +105,18 @@ class CudaModel(DeviceModel[_Layer]):
         hidden, qkv, attended, activated = (w[name].at(0) for name in ("hidden", "qkv", "attended", "activated"))
         eps = spec.norm_eps
 
-        def multiply(name: str, source: DeviceArray, target: DeviceArray, norm: str = "", **more: Any) -> list[Work]:
-            options: dict[str, Any] = {}
+        def multiply(name: str, source: DeviceArray, target: DeviceArray, norm: str = "", **more: Any) -> Launch:
             if norm:
-                options = {"norm_weight": self.weights[f"layers.{i}.{norm}"], "norm_eps": eps}
-                options["norm_size"] = spec.model.hidden_size
-            term, vector = terms.get(name), source.reshape(1, *source.shape)
-            shrink = [] if term is None else [lora.lora_shrink(self._kernels, term, vector, **options)]
-            return [
-                *shrink,
-                self._gemv(matrices[name], source, target, MATRICES[name][2], lora=term, **options, **more),
-            ]
+                more |= {"norm_weight": self.weights[f"layers.{i}.{norm}"], "norm_eps": eps}
+                more["norm_size"] = spec.model.hidden_size
+            return self._gemv(matrices[name], source, target, MATRICES[name][2], lora=terms.get(name), **more)
 
         return [
-            *multiply("qkv", hidden, qkv, "input_norm", bias=self.weights.get(f"layers.{i}.qkv_bias")),
+            multiply("qkv", hidden, qkv, "input_norm", bias=self.weights.get(f"layers.{i}.qkv_bias")),
             self._attend_one(i),
-            *multiply("o", attended, hidden),
-            *multiply("gate_up", hidden, activated, "post_norm"),
-            *multiply("down", activated, hidden),
+            multiply("o", attended, hidden),
+            multiply("gate_up", hidden, activated, "post_norm"),
+            multiply("down", activated, hidden),
         ]
 
     # --- LoRA adapters --------------------------------------------------------------------------------
@@ -128,18 +130,17 @@ class CudaModel(DeviceModel[_Layer]):
         a, b = (self.work[f"layers.{i}.{name}.lora_{half}"] for half in "ab")
         return lora.LoraMatrix(a, b, tuple(starts[1:]) if name == "qkv" else (), pairs=name == "gate_up")
 
-    def _lora_terms(self, i: int, sequences: int) -> dict[str, lora.LoraTerm]:
-        """Return what adapters add in a decode step, by the matrices of a layer that some adapter changes."""
-        adapters = DeviceArray(self.work["slot_adapters"].address, (sequences,), "int32")
-        matrices = {name: self._lora_matrix(i, name) for name in MATRICES}
-        return {
-            name: lora.LoraTerm(matrix, self._lora_sums(matrix, sequences), adapters)
-            for name, matrix in matrices.items()
-            if matrix is not None
-        }
+    def _lora_terms(self, i: int, sequences: int, places: list[int]) -> dict[str, lora.LoraTerm]:
+        """Return what adapters add in a decode step, by the matrices of a layer that some adapter changes.
 
-    def _lora_sums(self, matrix: lora.LoraMatrix, tokens: int) -> DeviceArray:
-        return DeviceArray(self.work["lora_sums"].address, (tokens, matrix.num_sums), "fp32")
+        ``places``: the addresses of A x of each of MATRICES.
+        """
+        adapters, terms = DeviceArray(self.work["slot_adapters"].address, (sequences,), "int32"), {}
+        for name, place in zip(MATRICES, places, strict=True):
+            if (matrix := self._lora_matrix(i, name)) is not None:
+                sums = DeviceArray(place, (sequences, matrix.num_sums), "fp32")
+                terms[name] = lora.LoraTerm(matrix, sums, adapters)
+        return terms
 
     def _adapt_layer(self, i: int, layer: _Layer) -> _Layer:
         return replace(layer, gemms={name: self._adapt_gemm(i, name, gemm) for name, gemm in layer.gemms.items()})
@@ -149,7 +150,7 @@ class CudaModel(DeviceModel[_Layer]):
         if matrix is None:
             return gemm
         chunk = DeviceArray(w["prompt"].address, (lora.ADAPTED_CHUNK_WORDS,), "int32")
-        sums = self._lora_sums(matrix, self.spec.chunk)
+        sums = DeviceArray(w["lora_sums"].address, (self.spec.chunk, matrix.num_sums), "fp32")
         added = lora.lora_chunk(self._kernels, matrix, w[source], w[target], chunk, sums)
         packed = gemm.packed
         if packed is not None and epilogue == linear.SILU:  # the activation has to wait for what is added

@@ -1,9 +1,9 @@
 // What a GEMV kernel does with the sum of a row.
 //
 // EPILOGUE 0: y 16-bit, plus bias with BIAS; 1: y float32, added to (the residual stream); 2: rows are (gate, up) pairs and y[i] =
-// silu(gate) * up, 16-bit; 3: y float32, the logits. With LORA_RANK an adapter's term is added to the sum first; see lora.cuh.
+// silu(gate) * up, 16-bit; 3: y float32, the logits. With LORA_RANK an adapter's term is added to the sum first; see lora_gemv.cuh.
 #pragma once
-#include "lora.cuh"
+#include "lora_gemv.cuh"
 
 constexpr int GRAIN = EPILOGUE == 2 ? 2 : 1;  // rows that stay together
 
@@ -37,24 +37,34 @@ struct Segment {
     static constexpr int STEP = THREADS * GRAIN, STARTS = (SEGMENT + STEP - 1) / STEP;
     float starts[STARTS];
 #if LORA_RANK > 0
-    float terms[STARTS][GRAIN];  // of a LoRA adapter
+    LoraRow<GRAIN> lora_rows[STARTS][GRAIN];
 #endif
 
     // first: the segment's first row; count: how many rows it has.
-    __device__ __forceinline__ void begin(int first, int count, const half_t* bias, const void* output, const Lora& lora) {
+    __device__ __forceinline__ void begin(int first, int count, const half_t* bias, const void* output) {
 #pragma unroll
         for (int i = 0; i < STARTS; ++i) {
             const int local = i * STEP + threadIdx.x * GRAIN;
             starts[i] = local < min(count, SEGMENT) ? read_start(first + local, bias, output) : 0.f;
-#if LORA_RANK > 0
-#pragma unroll
-            for (int j = 0; j < GRAIN; ++j) terms[i][j] = local < min(count, SEGMENT) ? lora.term(first + local + j, 0) : 0.f;
-#endif
         }
     }
 
-    // sums: [K_WARPS][SEGMENT].
-    __device__ __forceinline__ void end(int first, int count, const float (*sums)[SEGMENT], float scale, void* output) const {
+    __device__ __forceinline__ void begin_lora(int first, int count, const GemvLora& lora) {
+#if LORA_RANK > 0
+        if (lora.adapter < 0) return;
+#pragma unroll
+        for (int i = 0; i < STARTS; ++i) {
+            const int local = i * STEP + threadIdx.x * GRAIN;
+#pragma unroll
+            for (int j = 0; j < GRAIN; ++j)
+                if (local < min(count, SEGMENT)) lora_rows[i][j].read(lora, first + local + j);
+        }
+#endif
+    }
+
+    // sums: [K_WARPS][SEGMENT]; lora_sums: in shared memory.
+    __device__ __forceinline__ void end(int first, int count, const float (*sums)[SEGMENT], float scale, void* output,
+                                        const GemvLora& lora, const float4* lora_sums) const {
 #pragma unroll
         for (int i = 0; i < STARTS; ++i) {
             const int local = i * STEP + threadIdx.x * GRAIN;
@@ -65,11 +75,14 @@ struct Segment {
                 sum += sums[k][local];
                 if (GRAIN == 2) next += sums[k][local + 1];
             }
+            sum *= scale, next *= scale;
 #if LORA_RANK > 0
-            finish(sum * scale + terms[i][0], next * scale + terms[i][GRAIN - 1], starts[i], first + local, output);
-#else
-            finish(sum * scale, next * scale, starts[i], first + local, output);
+            if (lora.adapter >= 0) {
+                sum += lora_rows[i][0].term(lora, first + local, lora_sums);
+                if (GRAIN == 2) next += lora_rows[i][GRAIN - 1].term(lora, first + local + 1, lora_sums);
+            }
 #endif
+            finish(sum, next, starts[i], first + local, output);
         }
     }
 };

@@ -78,6 +78,58 @@ __device__ __forceinline__ float load_input(float x[PARTS][8], const void* input
     return squares;
 }
 
+__device__ __forceinline__ float norm_scale(const float* squares) {
+    float total = 0.f;
+    for (int k = 0; k < K_WARPS; ++k) total += squares[k];
+    return rsqrtf(total / NORM_SIZE + NORM_EPS);
+}
+
+// This lane's part of the rows of A whose sums its CTA makes: the row-warps take them in turn.
+struct LoraColumns {
+#if LORA_RANK > 0
+    uint4 parts[PARTS];  // of the first one
+
+    __device__ __forceinline__ void load(const GemvLora& lora, const Share& share) {
+        if (!lora.makes(share.row_warp)) return;
+        const half_t* row = lora.a + (u64)lora.sum_of(share.row_warp) * COLS;
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p)
+            if (share.column + p * CHUNK < COLS) parts[p] = *(const uint4*)(row + share.column + p * CHUNK);
+    }
+
+    // squares: of x, [K_WARPS], behind the barrier in here.
+    __device__ __forceinline__ void make_sums(const GemvLora& lora, const Share& share, const float (*x)[8], const float* squares) const {
+        __shared__ float dots[GemvLora::ROUNDS][K_WARPS];
+        if (!lora.makes(0)) return;
+        for (int round = share.row_warp; lora.makes(round); round += ROW_WARPS) {
+            const half_t* row = lora.a + (u64)lora.sum_of(round) * COLS;
+            float dot = 0.f;
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p) {
+                const int c = share.column + p * CHUNK;
+                if (c >= COLS) continue;
+                float w[8];
+                unpack8(round < ROW_WARPS ? parts[p] : *(const uint4*)(row + c), w);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) dot += w[j] * x[p][j];
+            }
+            dot = group_sum<32>(dot);
+            if (threadIdx.x % 32 == 0) dots[round][threadIdx.x / 32 % K_WARPS] = dot;
+        }
+        __syncthreads();
+        for (int round = threadIdx.x; lora.makes(round); round += THREADS) {
+            float total = 0.f;
+#pragma unroll
+            for (int k = 0; k < K_WARPS; ++k) total += dots[round][k];
+            lora.store(lora.sum_of(round), NORM ? total * norm_scale(squares) : total);
+        }
+    }
+#else
+    __device__ __forceinline__ void load(const GemvLora&, const Share&) {}
+    __device__ __forceinline__ void make_sums(const GemvLora&, const Share&, const float (*)[8], const float*) const {}
+#endif
+};
+
 constexpr int SUM_LANES = 32 / BATCH;  // lanes that hold one of BATCH sums
 
 // Sums BATCH values over the warp, halving the lanes a value is on at each step; lane i SUM_LANES gets the sum of acc[i].
@@ -95,11 +147,19 @@ __device__ __forceinline__ float batch_sum(const float* acc, int lane) {
     return group_sum<SUM_LANES>(v);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    gemv(const half_t* weight, const void* input, const half_t* norm_weight, const half_t* bias, void* output LORA_PARAMETERS) {
+#if LORA_RANK > 0  // as in gemv_packed.cu: at most half of the registers, or the next kernel would not fit beside it
+#define BOUNDS THREADS, 2
+#else
+#define BOUNDS THREADS
+#endif
+
+extern "C" __global__ void __launch_bounds__(BOUNDS)
+    gemv(const half_t* weight, const void* input, const half_t* norm_weight, const half_t* bias, void* output
+             GEMV_LORA_PARAMETERS) {
     extern __shared__ uint4 ring[];  // [DEPTH][BATCH][PARTS][THREADS]
     __shared__ float partial[2][K_WARPS][SEGMENT];
     __shared__ float squares[K_WARPS];
+    __shared__ float4 lora_sums_here[LORA_PLACES];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS;
     Share share;
     share.weight = weight;
@@ -115,23 +175,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int stage = 0; stage < DEPTH; ++stage) share.load(slots + stage * STAGE, stage);
     NormWeights norm;
     norm.load(norm_weight, share.column);
+    const GemvLora lora{GEMV_LORA_ARGUMENTS};
+    LoraColumns columns;
+    columns.load(lora, share);
     wait_for_previous();
     Segment<SEGMENT, THREADS> rows;
-    const Lora lora{LORA_ARGUMENTS};
-    rows.begin(share.begin, share.count, bias, output, lora);
+    rows.begin(share.begin, share.count, bias, output);
     float x[PARTS][8];
     const float own_squares = load_input(x, input, norm, share.column);
     if (NORM && share.row_warp == 0) {
         const float sum = group_sum<32>(own_squares);
         if (lane == 0) squares[k_warp] = sum;
     }
+    columns.make_sums(lora, share, x, squares);
+    rows.begin_lora(share.begin, share.count, lora);
 
     int batch = 0, stage = 0;
     float scale = 1.f;
     for (int segment = 0; segment * SEGMENT < share.count; ++segment) {
         float(*sums)[SEGMENT] = partial[segment % 2];
         const int first = segment * SEGMENT;
-        if (segment > 0) rows.begin(share.begin + first, share.count - first, bias, output, lora);
+        if (segment > 0) {
+            rows.begin(share.begin + first, share.count - first, bias, output);
+            rows.begin_lora(share.begin + first, share.count - first, lora);
+        }
         for (int i = 0; i < SEGMENT_BATCHES; ++i, ++batch) {
             wait_copies<DEPTH - 1>();
             const uint4* w = slots + stage * STAGE;
@@ -154,13 +221,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 break;
             }
         }
+#if LORA_RANK > 0
+        if (segment == 0) lora.load(lora_sums_here, THREADS);
+#endif
         __syncthreads();
-        if (NORM && segment == 0) {
-            float total = 0.f;
-            for (int k = 0; k < K_WARPS; ++k) total += squares[k];
-            scale = rsqrtf(total / NORM_SIZE + NORM_EPS);
-        }
-        rows.end(share.begin + first, share.count - first, sums, scale, output);
+        if (NORM && segment == 0) scale = norm_scale(squares);
+        rows.end(share.begin + first, share.count - first, sums, scale, output, lora, lora_sums_here);
     }
     wait_copies<0>();
 }

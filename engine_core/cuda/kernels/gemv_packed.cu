@@ -34,6 +34,55 @@ struct NormWeights {  // this thread's; nothing without NORM
     }
 };
 
+// Where eight columns of x lie in shared memory.
+__device__ __forceinline__ int input_place(int piece) { return piece / 16 * 16 + piece % 4 * 4 + piece % 16 / 4; }
+
+// This thread's part of the rows of A whose sums its CTA makes.
+struct LoraColumns {
+#if LORA_RANK > 0
+    uint4 eights[OWN];  // of the first one
+
+    __device__ __forceinline__ void load(const GemvLora& lora) {
+        if (!lora.makes(0)) return;
+        const uint4* row = (const uint4*)(lora.a + (u64)lora.sum_of(0) * COLS);
+#pragma unroll
+        for (int i = 0; i < OWN; ++i)
+            if (threadIdx.x + i * THREADS < EIGHTS) eights[i] = row[threadIdx.x + i * THREADS];
+    }
+
+    __device__ __forceinline__ void make_sums(const GemvLora& lora, const uint4* x) const {
+        __shared__ float dots[GemvLora::ROUNDS][WARPS];
+        if (!lora.makes(0)) return;
+        for (int round = 0; lora.makes(round); ++round) {
+            const uint4* row = (const uint4*)(lora.a + (u64)lora.sum_of(round) * COLS);
+            float dot = 0.f;
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+                const int piece = threadIdx.x + i * THREADS;
+                if (piece >= EIGHTS) continue;
+                float w[8], v[8];
+                unpack8(round == 0 ? eights[i] : row[piece], w);
+                unpack8(x[input_place(piece)], v);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) dot += w[j] * v[j];
+            }
+            dot = group_sum<32>(dot);
+            if (threadIdx.x % 32 == 0) dots[round][threadIdx.x / 32] = dot;
+        }
+        __syncthreads();
+        for (int round = threadIdx.x; lora.makes(round); round += THREADS) {
+            float total = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) total += dots[round][w];
+            lora.store(lora.sum_of(round), total);
+        }
+    }
+#else
+    __device__ __forceinline__ void load(const GemvLora&) {}
+    __device__ __forceinline__ void make_sums(const GemvLora&, const uint4*) const {}
+#endif
+};
+
 // x to shared memory in the order the multiplications read it, [GROUPS][4 eights][4 lanes t][8], zeros beyond COLS, and what OFFSETS
 // add to each group's sum.
 __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void* input, const NormWeights& norm) {
@@ -73,9 +122,9 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
 #else
             packed = load16((const half_t*)input + 8 * piece);
 #endif
-            x[piece / 16 * 16 + piece % 4 * 4 + piece % 16 / 4] = packed;
+            x[input_place(piece)] = packed;
         } else if (PLACES != EIGHTS && has_place) {
-            x[piece / 16 * 16 + piece % 4 * 4 + piece % 16 / 4] = packed;
+            x[input_place(piece)] = packed;
         }
         float rounded[8], offset = 0.f;
         unpack8(packed, rounded);
@@ -90,9 +139,10 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
 // At most half of the registers of each of the four schedulers, or the next kernel would not fit beside it.
 extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     gemv_packed(const unsigned char* tiles, const void* input, const half_t* norm_weight, const half_t* bias, void* output
-                    LORA_PARAMETERS) {
+                    GEMV_LORA_PARAMETERS) {
     extern __shared__ uint4 shared[];  // x [PLACES], then the rings [WARPS][DEPTH][TILE_BYTES / 16]
     __shared__ float partial[2][K_WARPS][SEGMENT], offsets[GROUPS];
+    __shared__ float4 lora_sums_here[LORA_PLACES];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS, row_warp = warp / K_WARPS;
     const int first_tile = (int)((u64)TILES * blockIdx.x / gridDim.x);
     const int num_tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first_tile;
@@ -120,18 +170,25 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     for (int stage = 0; stage < DEPTH; ++stage) load(ring + stage * (TILE_BYTES / 16));
     NormWeights norm;
     norm.load(norm_weight);
+    const GemvLora lora{GEMV_LORA_ARGUMENTS};
+    LoraColumns columns;
+    columns.load(lora);
     wait_for_previous();
     const int num_rows = ROWS % TILE == 0 ? num_tiles * TILE : min(num_tiles * TILE, ROWS - first_tile * TILE);
     Segment<SEGMENT, THREADS> rows;
-    const Lora lora{LORA_ARGUMENTS};
-    rows.begin(first_tile * TILE, num_rows, bias, output, lora);
+    rows.begin(first_tile * TILE, num_rows, bias, output);
     load_input(x, offsets, input, norm);
+    columns.make_sums(lora, x);
+    rows.begin_lora(first_tile * TILE, num_rows, lora);
 
     uint4* slot = ring;
     for (int segment = 0; segment * SEGMENT_TILES < num_tiles; ++segment) {
         float(*sums)[SEGMENT] = partial[segment % 2];
         const int first = segment * SEGMENT;
-        if (segment > 0) rows.begin(first_tile * TILE + first, num_rows - first, bias, output, lora);
+        if (segment > 0) {
+            rows.begin(first_tile * TILE + first, num_rows - first, bias, output);
+            rows.begin_lora(first_tile * TILE + first, num_rows - first, lora);
+        }
         for (int tile = row_warp; tile < SEGMENT_TILES; tile += ROW_WARPS) {
             if (segment * SEGMENT_TILES + tile >= num_tiles) break;
             float low = 0.f, high = 0.f;  // of rows lane / 4 and lane / 4 + 8
@@ -173,8 +230,11 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
                 sums[k_warp][tile * TILE + lane / 4 + 8] = high * whole.y;
             }
         }
+#if LORA_RANK > 0
+        if (segment == 0) lora.load(lora_sums_here, THREADS);
+#endif
         __syncthreads();
-        rows.end(first_tile * TILE + first, num_rows - first, sums, 1.f, output);
+        rows.end(first_tile * TILE + first, num_rows - first, sums, 1.f, output, lora, lora_sums_here);
     }
     wait_copies<0>();
 }

@@ -71,11 +71,11 @@ def gemv(
         "BIAS": int(bias is not None),
         "NORM_EPS": float_define(norm_eps),
         "NORM_SIZE": norm_size or cols,
-        **(lora.matrix.defines if lora is not None else {}),
+        **(lora.gemv_defines(kernels) if lora is not None else {}),
     }
     function = kernels.function("gemv", "gemv", defines, shared)
     grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
-    args = [weight, vector, norm_weight or 0, bias or 0, output, *(lora.args if lora is not None else [])]
+    args = [weight, vector, norm_weight or 0, bias or 0, output, *(lora.gemv_args if lora is not None else [])]
     return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
 
 

@@ -115,12 +115,12 @@ def gemv_packed(
         "BIAS": int(bias is not None),
         "NORM_EPS": float_define(norm_eps),
         "NORM_SIZE": norm_size or cols,
-        **(lora.matrix.defines if lora is not None else {}),
+        **(lora.gemv_defines(kernels) if lora is not None else {}),
         "DEQUANTIZE_WARPS": DEQUANTIZE_WARPS,
     }
     function = kernels.function("gemv_packed", "gemv_packed", defines, shared)
     grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
-    args = [weight.tiles, vector, norm_weight or 0, bias or 0, output, *(lora.args if lora is not None else [])]
+    args = [weight.tiles, vector, norm_weight or 0, bias or 0, output, *(lora.gemv_args if lora is not None else [])]
     return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
 
 

@@ -1,74 +1,53 @@
-// LoRA adapters (Hu et al. 2021, arXiv 2106.09685): y += B (A x), in two halves.
+// LoRA adapters (Hu et al. 2021, arXiv 2106.09685): y += B (A x), in two halves. A GEMV makes both itself (lora_gemv.cuh).
 //
-// lora_shrink: sums = A x of one token each of several sequences; the GEMV or GEMM of the matrix itself multiplies them by B
-// (lora.cuh). lora_shrink_chunk and lora_expand_chunk: both halves for the tokens of a prompt's chunk, after its GEMM.
+// lora_shrink: sums = A x of one token each of several sequences; the GEMM of the matrix itself multiplies them by B (lora.cuh).
+// lora_shrink_chunk and lora_expand_chunk: both halves for the tokens of a prompt's chunk, after its GEMM.
 //
 // a: 16-bit [adapters][LORA_PARTS * LORA_RANK][COLS]; b and sums: see lora.cuh. A row without an adapter is left alone.
 #include "lora.cuh"
 
-constexpr int SUMS = LORA_PARTS * LORA_RANK, WARPS = THREADS / 32;
+constexpr int WARPS = THREADS / 32;
 constexpr int STEP = 8 * THREADS, PIECES = (COLS + STEP - 1) / STEP;  // of 8 columns, that a thread has
 static_assert(COLS % 8 == 0, "unsupported shape");
 
 // The fourth number of a chunk is its sequence's adapter.
 __device__ __forceinline__ int load_adapter(const Chunk* chunk) { return (int)load4((const int*)chunk + 3); }
 
-// Grid: (SUMS, tokens); a CTA makes one sum. NORM: input is float32 [COLS] and RMS-normalised first; else 16-bit
-// [tokens][COLS].
+// Grid: (LORA_SUMS, tokens); a CTA makes one sum. input: 16-bit [tokens][COLS].
 extern "C" __global__ void __launch_bounds__(THREADS)
-    lora_shrink(const half_t* a, const void* input, const half_t* norm_weight, const int* adapters, float* sums) {
-    __shared__ float dots[WARPS], squares[WARPS];
+    lora_shrink(const half_t* a, const half_t* input, const int* adapters, float* sums) {
+    __shared__ float dots[WARPS];
     const int row = blockIdx.x, token = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     let_next_start();
     const int adapter = (int)load4(adapters + token);  // uploaded before the step
     const bool works = adapter >= 0;
     uint4 weights[PIECES];
-#if NORM
-    uint4 scales[PIECES];
-#endif
 #pragma unroll
     for (int p = 0; p < PIECES; ++p) {
         const int c = p * STEP + 8 * threadIdx.x;
-        if (!works || c >= COLS) continue;
-        weights[p] = *(const uint4*)(a + ((u64)adapter * SUMS + row) * COLS + c);
-#if NORM
-        scales[p] = *(const uint4*)(norm_weight + c);
-#endif
+        if (works && c < COLS) weights[p] = *(const uint4*)(a + ((u64)adapter * LORA_SUMS + row) * COLS + c);
     }
     wait_for_previous();
     if (!works) return;
-    float dot = 0.f, square = 0.f;
+    float dot = 0.f;
 #pragma unroll
     for (int p = 0; p < PIECES; ++p) {
         const int c = p * STEP + 8 * threadIdx.x;
         if (c >= COLS) continue;
         float w[8], x[8];
         unpack8(weights[p], w);
-#if NORM
-        float g[8];
-        unpack8(scales[p], g);
-        const float4 low = load16f((const float*)input + c), high = load16f((const float*)input + c + 4);
-        const float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-        for (int j = 0; j < 8; ++j) square += v[j] * v[j], x[j] = v[j] * g[j];
-#else
-        unpack8(load16((const half_t*)input + (u64)token * COLS + c), x);
-#endif
+        unpack8(load16(input + (u64)token * COLS + c), x);
 #pragma unroll
         for (int j = 0; j < 8; ++j) dot += w[j] * x[j];
     }
     dot = group_sum<32>(dot);
-    if (NORM) square = group_sum<32>(square);
-    if (lane == 0) dots[warp] = dot, squares[warp] = square;
+    if (lane == 0) dots[warp] = dot;
     __syncthreads();
     if (threadIdx.x == 0) {
-        float total = 0.f, norm = 0.f;
+        float total = 0.f;
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) total += dots[w], norm += squares[w];
-#if NORM
-        total *= rsqrtf(norm / NORM_SIZE + NORM_EPS);
-#endif
-        sums[(u64)token * SUMS + row] = total;
+        for (int w = 0; w < WARPS; ++w) total += dots[w];
+        sums[(u64)token * LORA_SUMS + row] = total;
     }
 }
 
@@ -82,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     let_next_start();
     wait_for_previous();
     if (adapter < 0 || first >= count) return;
-    const half_t* weights = a + ((u64)adapter * SUMS + min(row, SUMS - 1)) * COLS;
+    const half_t* weights = a + ((u64)adapter * LORA_SUMS + min(row, LORA_SUMS - 1)) * COLS;
     float dots[TOKENS] = {};
     for (int start = 0; start < COLS; start += SPAN) {
         __syncthreads();
@@ -109,23 +88,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
         const float dot = group_sum<32>(dots[t]);
-        if (lane == 0 && row < SUMS && first + t < count) sums[(u64)(first + t) * SUMS + row] = dot;
+        if (lane == 0 && row < LORA_SUMS && first + t < count) sums[(u64)(first + t) * LORA_SUMS + row] = dot;
     }
 }
 
 // Grid: (tiles of TOKENS, THREADS rows each). output [tokens][ROWS], added to: float32 with FLOAT_OUTPUT, else 16-bit.
 extern "C" __global__ void __launch_bounds__(THREADS)
     lora_expand_chunk(const half_t* b, const float* sums, const Chunk* chunk, void* output) {
-    __shared__ float4 own[TOKENS][SUMS / 4];
+    __shared__ float4 own[TOKENS][LORA_SUMS / 4];
     const int row = blockIdx.y * THREADS + threadIdx.x, first = blockIdx.x * TOKENS;
     const int adapter = load_adapter(chunk), count = load_chunk(chunk).count;
     let_next_start();
     wait_for_previous();
     if (adapter < 0 || first >= count) return;
-    for (int i = threadIdx.x; i < TOKENS * (SUMS / 4); i += THREADS) {
-        const int token = first + i / (SUMS / 4);
+    for (int i = threadIdx.x; i < TOKENS * (LORA_SUMS / 4); i += THREADS) {
+        const int token = first + i / (LORA_SUMS / 4);
         const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
-        own[i / (SUMS / 4)][i % (SUMS / 4)] = token < count ? load16f(sums + (u64)token * SUMS + i % (SUMS / 4) * 4) : zero;
+        own[i / (LORA_SUMS / 4)][i % (LORA_SUMS / 4)] = token < count ? load16f(sums + (u64)token * LORA_SUMS + i % (LORA_SUMS / 4) * 4) : zero;
     }
     __syncthreads();
     if (row >= ROWS) return;
@@ -133,13 +112,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int part = lora_part(row) * (LORA_RANK / 4);
     float added[TOKENS] = {};
     for (int r = 0; r < LORA_RANK; r += 8) {
-        float w[8];
-        unpack8(*(const uint4*)(weights + r), w);
+        const uint4 w = *(const uint4*)(weights + r);
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-            const float4 s = own[t][part + r / 4], u = own[t][part + r / 4 + 1];
-            added[t] += w[0] * s.x + w[1] * s.y + w[2] * s.z + w[3] * s.w + w[4] * u.x + w[5] * u.y + w[6] * u.z + w[7] * u.w;
-        }
+        for (int t = 0; t < TOKENS; ++t) added[t] += lora_dot(w, own[t][part + r / 4], own[t][part + r / 4 + 1]);
     }
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {

@@ -1,4 +1,4 @@
-// What LoRA adapters add to a row of a GEMV or GEMM: B times the sums of A x that lora.cu has made.
+// What LoRA adapters add to a row of a GEMM: B times the sums of A x that lora.cu has made. lora_gemv.cuh: the same of a GEMV.
 //
 // b: 16-bit [adapters][ROWS][LORA_RANK]; sums: float32 [tokens][LORA_PARTS * LORA_RANK]; adapters: int32 [tokens], -1 = none. Stacked
 // linears have sums of their own: those of rows from LORA_SPLIT_1 and LORA_SPLIT_2 on are the second and third part; with
@@ -20,6 +20,15 @@ static_assert(LORA_RANK % 8 == 0, "b is read in 16 bytes");
 #endif
 
 #if LORA_RANK > 0
+constexpr int LORA_SUMS = LORA_PARTS * LORA_RANK;
+
+// The product of eight 16-bit values of B and as many sums.
+__device__ __forceinline__ float lora_dot(uint4 values, float4 s, float4 t) {
+    float v[8];
+    unpack8(values, v);
+    return v[0] * s.x + v[1] * s.y + v[2] * s.z + v[3] * s.w + v[4] * t.x + v[5] * t.y + v[6] * t.z + v[7] * t.w;
+}
+
 // The part whose sums a row takes.
 __device__ __forceinline__ int lora_part(int row) {
     return LORA_PAIRS ? row % 2 : (int)(row >= LORA_SPLIT_1) + (int)(row >= LORA_SPLIT_2);
@@ -40,12 +49,7 @@ struct Lora {
         const half_t* weights = b + ((u64)adapter * ROWS + row) * LORA_RANK;
         float sum = 0.f;
 #pragma unroll 2
-        for (int r = 0; r < LORA_RANK; r += 8) {
-            float v[8];
-            unpack8(*(const uint4*)(weights + r), v);
-            const float4 s = load16f(own + r), t = load16f(own + r + 4);
-            sum += v[0] * s.x + v[1] * s.y + v[2] * s.z + v[3] * s.w + v[4] * t.x + v[5] * t.y + v[6] * t.z + v[7] * t.w;
-        }
+        for (int r = 0; r < LORA_RANK; r += 8) sum += lora_dot(*(const uint4*)(weights + r), load16f(own + r), load16f(own + r + 4));
         return sum;
     }
 #endif

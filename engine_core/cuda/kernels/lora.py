@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine_core.cuda.driver import DeviceArray, Launch, Stream
-from engine_core.cuda.kernels import KernelArgumentError, Kernels, check, float_define
+from engine_core.cuda.kernels import KernelArgumentError, Kernels, check
 from engine_core.cuda.kernels.launch_configs import LORA_THREADS, LORA_TOKENS
 
 RANK_GRAIN = 8  # 16-bit values that the kernels read at once
 MAX_RANK = 256  # the sums of a tile of tokens fit the shared memory that a kernel has without asking
+NOT_YET = 0xFF  # bytes of a sum that a GEMV has not made yet: lora_gemv.cuh
 ADAPTED_CHUNK_WORDS = 4  # int32 of a chunk with an adapter: position, tokens, KV slot, the adapter's number
 
 
@@ -65,8 +66,9 @@ class LoraMatrix:
 
 @dataclass(frozen=True)
 class LoraTerm:
-    """What a GEMV or GEMM adds to its rows: B times ``sums``, float32 [tokens, parts · rank].
+    """What a GEMV or GEMM adds to its rows: B times ``sums``, A x as float32 [tokens, parts · rank].
 
+    A GEMV makes the sums itself and needs them filled with ``NOT_YET`` before; for a GEMM ``lora_shrink`` makes them.
     ``adapters``: int32 [tokens], the number of each token's adapter, -1 = none.
     """
 
@@ -85,6 +87,15 @@ class LoraTerm:
         """The last arguments of a kernel with ``LORA_PARAMETERS``."""
         return [self.matrix.b, self.sums, self.adapters]
 
+    @property
+    def gemv_args(self) -> list[DeviceArray]:
+        """The last arguments of a kernel with ``GEMV_LORA_PARAMETERS``."""
+        return [self.matrix.a, *self.args]
+
+    def gemv_defines(self, kernels: Kernels) -> dict[str, int | str]:
+        """The macros of lora_gemv.cuh."""
+        return {**self.matrix.defines, "LORA_CTAS": kernels.gpu.num_sms}
+
 
 class LoraChunk:
     """The two halves of what an adapter adds in a prefill step, after the GEMM of the matrix."""
@@ -99,40 +110,19 @@ class LoraChunk:
             half(stream)
 
 
-def lora_shrink(
-    kernels: Kernels,
-    term: LoraTerm,
-    vectors: DeviceArray,
-    *,
-    norm_weight: DeviceArray | None = None,
-    norm_eps: float = 0.0,
-    norm_size: int = 0,
-) -> Launch:
+def lora_shrink(kernels: Kernels, term: LoraTerm, vectors: DeviceArray) -> Launch:
     """term.sums ← A · vectors of one token each of several sequences, by the adapter of each; without one they stay.
 
-    ``vectors``: 16-bit [tokens, cols], or with ``norm_weight`` [cols] float32 [1, cols], RMS-normalised first;
-    ``norm_size``: see ``linear.gemv``. Raises KernelArgumentError.
+    ``vectors``: 16-bit [tokens, cols]. Raises KernelArgumentError.
     """
     tokens, cols = vectors.shape
-    if cols % RANK_GRAIN or (norm_weight is not None and tokens != 1):
-        raise KernelArgumentError(
-            f"The vectors are {[tokens, cols]}; columns are a multiple of 8, with a norm one row."
-        )
+    if cols % RANK_GRAIN:
+        raise KernelArgumentError(f"The vectors have {cols} columns; the kernel reads a multiple of {RANK_GRAIN}.")
     term.check(kernels, term.matrix.b.shape[1], cols, tokens)
-    check("vectors", vectors, (tokens, cols), kernels.dtype if norm_weight is None else "fp32")
-    if norm_weight is not None:
-        check("norm_weight", norm_weight, (cols,), kernels.dtype)
-    defines = {
-        **_defines(term.matrix, cols),
-        "NORM": int(norm_weight is not None),
-        "NORM_EPS": float_define(norm_eps),
-        "NORM_SIZE": norm_size or cols,
-    }
-    shared = kernels.gpu.shared_budget if tokens == 1 else 0  # as the kernels beside it
-    function = kernels.function("lora", "lora_shrink", defines, shared)
+    check("vectors", vectors, (tokens, cols), kernels.dtype)
+    function = kernels.function("lora", "lora_shrink", _defines(term.matrix, cols))
     grid = (term.matrix.num_sums, tokens)
-    args = [term.matrix.a, vectors, norm_weight or 0, term.adapters, term.sums]
-    return Launch(kernels.device, function, grid, LORA_THREADS, args, shared)
+    return Launch(kernels.device, function, grid, LORA_THREADS, [term.matrix.a, vectors, term.adapters, term.sums])
 
 
 def lora_chunk(
@@ -154,7 +144,7 @@ def lora_chunk(
     check("output", output, (tokens, rows), "fp32" if output.dtype == "fp32" else kernels.dtype)
     check("sums", sums, (tokens, matrix.num_sums), "fp32")
     check("chunk", chunk, (ADAPTED_CHUNK_WORDS,), "int32")
-    defines = {**_defines(matrix, cols, output.dtype == "fp32"), "NORM": 0, "NORM_EPS": float_define(0.0)}
+    defines = _defines(matrix, cols, output.dtype == "fp32")
     warps = LORA_THREADS // 32
 
     def launch(entry: str, height: int, args: list[DeviceArray]) -> Launch:
