@@ -89,6 +89,7 @@ class Backend(Protocol):
     sampler_options: frozenset[str]  # the names of ``SAMPLING_OPTIONS`` that its sampler applies
     max_draft: int  # tokens of a step's draft, at most; 0: it takes no drafts
     exact_drafts: bool  # a step with a draft gives, bit for bit, what steps of one token give
+    undrafted_options: frozenset[str]  # sampling options that a step with a draft would not apply
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:

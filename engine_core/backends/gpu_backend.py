@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine_core.backends import PendingToken, SequenceStep
+from engine_core.backends import Draft, PendingToken, SequenceStep
 from engine_core.cuda.driver import Device, DeviceArray, Event, PinnedArray, Stream
 from engine_core.cuda.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
 from engine_core.errors import EngineFaultError, InvalidSamplingError
@@ -40,6 +40,8 @@ class _Slot:
         self.ended = False
         self.interrupted = False
         self.num_uploads = 0
+        self.token = 0  # the last that was read
+        self.is_ahead = False  # of the device, whose token, position and step are those before a draft
         self.has_mask = False
         self.values = np.zeros((), dtype=PARAMS)
         self.marks = [0] * RING  # of the end of each step
@@ -60,6 +62,24 @@ class _Pending:
             self._done = True
             self._token = self._backend._read(self._slot, self._step)
         return self._token
+
+
+class _PendingDraft:
+    """The tokens of a step that checks ``draft`` for the sequence in ``slot``; ``mark`` is its end."""
+
+    def __init__(self, backend: DeviceBackend, slot: int, draft: Draft, mark: int) -> None:
+        self._backend = backend
+        self._slot = slot
+        self._draft = draft
+        self._mark = mark
+        self._done = False
+        self._tokens: tuple[int, ...] | None = None
+
+    def result(self) -> tuple[int, ...] | None:
+        if not self._done:
+            self._done = True
+            self._tokens = self._backend._read_draft(self._slot, self._draft, self._mark)
+        return self._tokens
 
 
 class _Fed:
@@ -112,7 +132,7 @@ class SequenceLimits:
 class DeviceBackend:
     """The part of ``engine_core.backends.Backend`` that GPU backends share.
 
-    A subclass calls ``_allocate_host``, sets ``_row_of`` and ``_resources``, and has the three hooks. ``_work`` holds
+    A subclass calls ``_allocate_host``, sets ``_row_of`` and ``_resources``, and has the hooks. ``_work`` holds
     the device arrays: kv_cache, pool, state, params, seen, bias, mask; kv_scales and pool_scales (last dimension:
     positions of a row) where the cache has scales. With several slots all of them but the pool's have a slot's in each
     item of their first dimension. The pool's arrays may be in pinned memory instead: ``_host_pool``.
@@ -121,6 +141,7 @@ class DeviceBackend:
     num_slots = 1
     max_draft = 0
     exact_drafts = False
+    undrafted_options = frozenset({"repetition_penalty", "logit_bias"})
     sampler_options = frozenset(SAMPLING_OPTIONS) & frozenset(PARAMS.names)
 
     _device: Device
@@ -144,6 +165,14 @@ class DeviceBackend:
 
     def _run_decode(self, slots: list[int]) -> None:
         """Queues one step of these sequences, from the last sampled tokens to the next ones."""
+        raise NotImplementedError
+
+    def _queue_draft(self, buffer: int, number: int, step: SequenceStep) -> None:
+        """Queues the forward pass of the last token and a draft, and sampling after each. Only with ``max_draft``."""
+        raise NotImplementedError
+
+    def _draft_tokens(self, number: int) -> list[int]:
+        """Returns what the last such step of a slot has sampled after each token."""
         raise NotImplementedError
 
     # --- memory ---------------------------------------------------------------------------------------
@@ -172,6 +201,7 @@ class DeviceBackend:
         self._masks = own(PinnedArray(device, (n, RING, words), "uint32"))
         self._params = own(PinnedArray(device, (n, RING, PARAMS.itemsize), "uint8"))
         self._positions = own(PinnedArray(device, (n, RING), "int32"))
+        self._states = own(PinnedArray(device, (n, RING, STATE.itemsize), "uint8"))
         self._seen = own(PinnedArray(device, (n, -(-limits.head_rows // 32) * 4), "uint8"))
         self._bias = own(PinnedArray(device, (n, limits.head_rows), "float32"))
         self._begun = [own(Event(device)) for _ in range(n)]
@@ -231,11 +261,13 @@ class DeviceBackend:
         self._begun[slot].record(self._stream)
 
     def step(self, steps: Sequence[SequenceStep]) -> list[PendingToken]:
-        decoding = [step for step in steps if step.token_ids is None]
+        decoding = [step for step in steps if step.token_ids is None and step.draft is None]
         found = self._decode(decoding)
         for step in steps:
             if step.token_ids is not None:
                 found[step.slot] = self._prefill(step)
+            elif step.draft is not None:
+                found[step.slot] = self._check_draft(step, step.draft)
         return [found[step.slot] for step in steps]
 
     def interrupt(self, slot: int) -> None:
@@ -282,6 +314,8 @@ class DeviceBackend:
         for step in steps:
             slot = self._slots[step.slot]
             if not slot.ended and not slot.interrupted and slot.position < self._limits.max_context:
+                if slot.is_ahead:
+                    self._upload_state(step.slot)
                 self._use_mask(step.slot, step.mask)
                 slot.position += 1
                 going.append(step.slot)
@@ -289,6 +323,38 @@ class DeviceBackend:
             self._run_decode(going)
             found |= self._sampled(going)
         return found
+
+    def _check_draft(self, step: SequenceStep, draft: Draft) -> PendingToken:
+        """Queues a step with a draft, whose tokens have to be read before the sequence's next step."""
+        slot = self._slots[step.slot]
+        if slot.ended or slot.interrupted:
+            return _NoToken()
+        assert slot.position + len(draft.token_ids) < self._limits.max_context
+        buffer = self._num_chunks % 2
+        self._chunk_done[buffer].wait()
+        self._queue_draft(buffer, step.slot, step)
+        self._chunk_done[buffer].record(self._stream)
+        self._num_chunks += 1
+        mark = slot.marks[slot.step % RING] = self._mark()
+        return _PendingDraft(self, step.slot, draft, mark)
+
+    def _read_draft(self, number: int, draft: Draft, mark: int) -> tuple[int, ...] | None:
+        """Returns what was sampled, up to the first token that is not the draft's next one."""
+        slot = self._slots[number]
+        self._wait(mark)
+        if slot.interrupted:
+            return None
+        tokens: list[int] = []
+        for index, sampled in enumerate(self._draft_tokens(number)):
+            is_forced = index < len(draft.forced) and bool(draft.forced[index])
+            tokens.append(int(draft.token_ids[index]) if is_forced else sampled)
+            self._end_at(slot, tokens[-1])
+            if slot.ended or index == len(draft.token_ids) or tokens[-1] != draft.token_ids[index]:
+                break
+        slot.position += len(tokens)
+        slot.step += len(tokens)
+        slot.is_ahead = True
+        return tuple(tokens)
 
     def _forward(self, slot: int, token_ids: np.ndarray, position: int) -> bool:
         """Queues the prompt in chunks, at most two ahead of the device; False if it was interrupted."""
@@ -324,6 +390,12 @@ class DeviceBackend:
         if slot.ended or slot.interrupted:
             return None
         token = int(self._tokens.host[number, step % RING])
+        self._end_at(slot, token)
+        return token
+
+    def _end_at(self, slot: _Slot, token: int) -> None:
+        """Takes note of a token that was read. Raises EngineFaultError or InvalidSamplingError if it is none."""
+        slot.token = token
         slot.ended = token < 0 or token in slot.stop_ids
         if token == FAULT_NAN:
             raise EngineFaultError("The model's logits are NaN; the weights or the engine are damaged.")
@@ -331,7 +403,6 @@ class DeviceBackend:
             raise InvalidSamplingError(
                 "No token is left to sample: the logit bias, the JSON schema and the vocabulary exclude each other."
             )
-        return token
 
     def _set_params(self, slot: int, sampling: SamplingParams) -> None:
         values = self._slots[slot].values
@@ -347,6 +418,17 @@ class DeviceBackend:
         slot.num_uploads += 1
         self._params.host[number, place] = np.frombuffer(slot.values.tobytes(), dtype=np.uint8)
         self._upload(self._of("params", number), self._params, number, place)
+
+    def _upload_state(self, number: int) -> None:
+        """Queues what a draft's step has changed of a sequence: its last token, position and step."""
+        slot = self._slots[number]
+        state = np.zeros((), dtype=STATE)
+        state["token"], state["position"], state["step"] = slot.token, slot.position, slot.step
+        place = slot.num_uploads % RING
+        slot.num_uploads += 1
+        self._states.host[number, place] = np.frombuffer(state.tobytes(), dtype=np.uint8)
+        self._upload(self._of("state", number), self._states, number, place)
+        slot.is_ahead = False
 
     def _use_mask(self, number: int, mask: np.ndarray | None) -> None:
         slot = self._slots[number]

@@ -73,7 +73,8 @@ class DeviceModel(Generic[Layer]):
             source(name, array)
         assert rope.dtype == np.float32 and rope.shape == self.work["rope"].shape
         self._device.upload(self.work["rope"], rope)
-        for name in ("counters", "packed_counters", "batch_counters", "prompt", "seen", "bias", "state"):
+        counters = ("counters", "packed_counters", "batch_counters", "draft_counters")
+        for name in (*counters, "prompt", "seen", "bias", "state"):
             if name in self.work:
                 self._stream.zero(self.work[name])
         self._device.synchronize()

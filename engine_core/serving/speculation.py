@@ -19,7 +19,7 @@ import numpy as np
 
 from engine_core.backends import Backend, Draft, SequenceStep
 from engine_core.errors import EdgeLLMError, refusing_panics
-from engine_core.request import SpeculationCounts
+from engine_core.request import SamplingParams, SpeculationCounts
 from engine_core.serving.constraint import JsonConstraint
 from engine_core.serving.drafts import Lookup, TokenIndex, Trust
 from engine_core.serving.sequence import Sequence
@@ -39,6 +39,7 @@ class _Slot:
         self.forced = np.zeros(max_draft, dtype=bool)
         self.masks = np.zeros((max_draft, words), dtype=np.uint32)
         self.mask = np.zeros(words, dtype=np.uint32)  # of the first token of a step
+        self.takes_drafts = True
         self.counts = SpeculationCounts()  # of this sequence
 
 
@@ -69,6 +70,7 @@ class Speculation:
         if self._slots:
             slot = self._of(sequence)
             slot.counts = SpeculationCounts()
+            slot.takes_drafts = self._takes_drafts(sequence)
             slot.lookup.begin(sequence.prepared.token_ids, None if self._shares else Trust())
 
     def waits(self, sequences: Seq[Sequence]) -> bool:
@@ -140,12 +142,16 @@ class Speculation:
         slot.lookup.reset(mark)
         return bool(size) and chance * gain + (1.0 - chance) > _LEAST_GAIN
 
-    def _room(self, sequence: Sequence, unread: int) -> int:
-        """Return how many tokens can be drafted for the answer to stay within its length; none with a LoRA adapter.
+    def _takes_drafts(self, sequence: Sequence) -> bool:
+        """Return False with a LoRA adapter, whose branches may round several tokens otherwise than one, and with a
+        sampling option that the backend's steps with a draft do not apply."""
+        sampling, default = sequence.prepared.sampling, SamplingParams()
+        undrafted = self._backend.undrafted_options
+        return not sequence.adapter and all(getattr(sampling, x) == getattr(default, x) for x in undrafted)
 
-        An adapter's branches may round several tokens otherwise than one.
-        """
-        if sequence.adapter:
+    def _room(self, sequence: Sequence, unread: int) -> int:
+        """Return how many tokens can be drafted for the answer to stay within its length."""
+        if not self._of(sequence).takes_drafts:
             return 0
         left = sequence.prepared.max_new_tokens - sequence.num_sampled - unread - 1
         return min(self.max_draft, left)

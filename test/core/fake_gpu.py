@@ -234,7 +234,8 @@ def _rows_of(defines: dict, args, slots: int, count: int, strides: dict[int, int
     if not defines["BATCHED"]:
         yield addresses
         return
-    named = array_at(address_of(args, slots), (count,), np.int32)
+    given = address_of(args, slots)
+    named = array_at(given, (count,), np.int32) if given else np.zeros(count, dtype=np.int32)
     for row in np.flatnonzero(named >= 0):
         yield [address + int(row) * strides.get(i, 0) for i, address in enumerate(addresses)]
 

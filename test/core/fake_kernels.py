@@ -267,7 +267,9 @@ def rope_append(defines: dict, args) -> None:
     qkv, cache, rope, *norms = (address_of(args, i) for i in range(5))
     position, count = _chunk(args, 5)
     layer = _Attention(defines, qkv, cache, count, _slot(defines, args, 5))
-    layer.queries[:] = layer.rotate(defines, rope, tuple(norms), position)
+    rotated = layer.rotate(defines, rope, tuple(norms), position)
+    if not defines["KV_ONLY"]:
+        layer.queries[:] = rotated
 
 
 def attention_prefill(defines: dict, args) -> None:

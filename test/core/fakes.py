@@ -76,6 +76,7 @@ class ScriptedBackend:
 
     name = "fake"
     sampler_options = frozenset(SAMPLING_OPTIONS)
+    undrafted_options: frozenset[str] = frozenset()
 
     def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, pool_tokens=1024, num_slots=1,
                  prefill_chunk=512, max_draft=0, exact_drafts=True, memory=0, row_cost=0.01):  # fmt: skip

@@ -54,7 +54,9 @@ _ALL = Requests(PROMPTS, REQUESTS, COUNT)
 alone, together = _ALL.alone, _ALL.together
 
 
-def make_spec(max_batch: int, vocab_size: int = VOCAB, pool_on_host: bool = False, **sizes: int) -> CudaSpec:
+def make_spec(
+    max_batch: int, vocab_size: int = VOCAB, pool_on_host: bool = False, drafts: bool = False, **sizes: int
+) -> CudaSpec:
     model = spec_of(MODEL | {"vocab_size": vocab_size} | sizes)
     return CudaSpec(
         model=dataclasses.replace(model, layers=tuple(dataclasses.replace(x, qkv_bias=True) for x in model.layers)),
@@ -67,6 +69,7 @@ def make_spec(max_batch: int, vocab_size: int = VOCAB, pool_on_host: bool = Fals
         pool_tokens=288 if pool_on_host else 96,
         max_batch=max_batch,
         pool_on_host=pool_on_host,
+        drafts=drafts,
     )
 
 

@@ -80,11 +80,11 @@ def test_backends_without_drafts_refuse_speculation_only_where_it_is_asked_for(b
     able = capabilities_of(backend)
     refusals = {each: able.options_refusal(1, (), each) for each in ("auto", "off", "on")}
     assert refusals["auto"] is None and refusals["off"] is None
-    assert (refusals["on"] is None) == able.drafts == (backend == "onnxruntime")
+    assert (refusals["on"] is None) == able.drafts == (backend != "tensorrt")
     if refusals["on"]:
         assert refusals["on"] == (
             f"speculation is 'on', but the {backend} backend takes no drafts; set it to auto or use the backend "
-            "onnxruntime."
+            "cuda or onnxruntime."
         )
 
 

@@ -125,7 +125,8 @@ def test_the_kernels_of_several_sequences_compile(arch):
     _compile_all(arch, ["gemm_packed"], BITS=16, TOKENS=tokens, EPILOGUE=3, BUFFERS=2, STAGE=2)
     strides = {"SLOT_STRIDE": 1 << 33, "SCALE_SLOT_STRIDE": 4096}
     _compile_all(arch, ["attention_decode"], BATCHED=1, KV_INT8=int(tokens == 8), **strides)
-    _compile_all(arch, ["rope_append"], KV_INT8=1, **strides)
+    _compile_all(arch, ["attention_decode"], BATCHED=1, APPENDED=1, KV_INT8=int(tokens == 8), **strides)
+    _compile_all(arch, ["rope_append"], KV_INT8=1, KV_ONLY=int(tokens == 8), **strides)
 
 
 @for_each(BESIDE_BORDERS)

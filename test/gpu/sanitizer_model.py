@@ -17,7 +17,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks.random_checkpoint import write_random_adapter  # noqa: E402
 from device_steps import generate  # noqa: E402
-from engine_core.backends import SequenceStep  # noqa: E402
+from engine_core.backends import Draft, SequenceStep  # noqa: E402
 from engine_core.backends.cuda.adapters import adapter_matrices  # noqa: E402
 from engine_core.backends.cuda.backend import CudaBackend  # noqa: E402
 from engine_core.backends.cuda.layout import CudaSpec, packed_shapes, weight_arrays  # noqa: E402
@@ -50,6 +50,7 @@ def make_backend(
     hidden_size: int = 256,
     adapters: tuple[LoraAdapter, ...] = (),
     merged: LoraAdapter | None = None,
+    drafts: bool = False,
 ) -> CudaBackend:
     """``adapters``: LoRA adapters that sequences may have; ``merged``: one that is added to the 16-bit weights."""
     model = spec_of(MODEL | {"hidden_size": hidden_size})
@@ -64,6 +65,7 @@ def make_backend(
         pool_tokens=208,
         max_batch=max_batch,
         adapters=adapters,
+        drafts=drafts,
     )
     random = np.random.default_rng(9)
     arrays, packed = {}, packed_shapes(spec)
@@ -138,6 +140,15 @@ def main() -> None:
             backend.close()
             assert None not in tokens, tokens
             print(weights, kv_cache_type, "adapters", tokens)
+    backend = make_backend(weights, kv_cache_type, False, max_batch=2, drafts=True)
+    for size in (3, 8, 15):
+        backend.begin(1, sampled, prompt[:77])
+        backend.step([SequenceStep(1, prompt[:77])])[0].result()
+        draft = Draft(prompt[:size], np.arange(size) % 2 == 0)
+        checked = backend.step([SequenceStep(1, draft=draft)])[0].result()
+        assert checked[0] == prompt[0] and backend.step([SequenceStep(1)])[0].result() is not None
+    backend.close()
+    print(weights, kv_cache_type, "drafts", checked)
 
 
 if __name__ == "__main__":

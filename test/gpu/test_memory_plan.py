@@ -37,7 +37,7 @@ def test_the_plan_is_what_is_taken(checkpoint, tmp_path, quantization):
         build_tensorrt(checkpoint, engine_dir, max_context=CONTEXT, level=1)
     else:
         build_cuda(checkpoint, engine_dir, quantization=quantization, max_context=CONTEXT)
-    for parameters in ([], ["kv_cache_type=int8"]):
+    for parameters in ([], ["kv_cache_type=int8"], *([["speculation=on"]] if quantization == "int8" else [])):
         command = [sys.executable, str(PROBE), str(engine_dir), *parameters]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         print(f"{quantization} {parameters}: {found}, {100 * (found['taken'] / found['planned'] - 1):+.2f} %")

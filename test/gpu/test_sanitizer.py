@@ -16,7 +16,7 @@ import pytest
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 MODEL = Path(__file__).with_name("sanitizer_model.py")
-NUM_PARTS = 5  # lines of the model: with a graph, without, several sequences, one and several with LoRA adapters
+NUM_PARTS = 6  # lines of the model: graph, no graph, several sequences, one and several with adapters, drafts
 LIMIT = 540  # s
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from engine_core.backends.cuda.batch_model import BatchModel
+from engine_core.backends import SequenceStep
+from engine_core.backends.cuda.batch_model import BatchModel, RowsModel
+from engine_core.backends.cuda.drafts import MAX_DRAFT, DraftSteps
 from engine_core.backends.cuda.layout import (
     PROMPT_HEADER,
     ArraySpec,
@@ -39,6 +41,7 @@ from engine_core.cuda.driver import ITEM_BYTES, Arena, Device, DeviceArray, Pinn
 from engine_core.cuda.graphs import GraphKey, GraphRunner
 from engine_core.cuda.kernels import Kernels
 from engine_core.cuda.kernels.sampling import RING
+from engine_core.cuda.kernels.tuning import EventTimer
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.request import SamplingParams
@@ -149,6 +152,11 @@ class CudaBackend(DeviceBackend):
             pool_arrays(spec) if spec.pool_on_host else None,
         )
         self._prompt = [own(PinnedArray(device, (PROMPT_HEADER + spec.chunk,), "int32")) for _ in range(2)]
+        self._drafts = None
+        if spec.drafts:
+            self._drafts = DraftSteps(own, device, self._stream, self._work, spec.max_batch)
+            self.max_draft = MAX_DRAFT
+            self.exact_drafts = spec.max_batch > 1  # whose steps have the kernels of a draft's
         self._slot_adapters = own(PinnedArray(device, (spec.max_batch,), "int32"))  # their numbers, -1 = none
         self._slot_adapters.host[:] = -1
         self._adapter_numbers = {"": -1, **{adapter.name: i for i, adapter in enumerate(spec.adapters)}}
@@ -161,7 +169,7 @@ class CudaBackend(DeviceBackend):
         return work_arrays(self._spec, self._device.num_sms)
 
     def _make_model(self, arena: Arena, kernels: Kernels) -> DeviceModel:
-        kind = BatchModel if self._spec.max_batch > 1 else CudaModel
+        kind = BatchModel if self._spec.max_batch > 1 else RowsModel if self._spec.drafts else CudaModel
         return kind(self._device, self._stream, arena, kernels, self._spec)
 
     def _capture(self, undo: contextlib.ExitStack, enabled: bool) -> None:
@@ -196,6 +204,14 @@ class CudaBackend(DeviceBackend):
             launches = [partial(prefill, rows=rows, adapted=adapted)]
             self._graphs.add(self._prefill_key(rows, adapted), launches, capture)
 
+        if self._drafts is not None and isinstance(model, RowsModel):
+            place = lambda size, position: self._upload_chunk(0, 0, np.zeros(size, dtype=np.int32), position)  # noqa: E731
+            self._drafts.capture(self._graphs, model, place)
+            timed = EventTimer(self._stream)
+            self._decode_seconds = {size: timed(step(size, False)) for size in self._spec.batch_sizes}
+            self._stream.zero(self._work["state"])
+            self._stream.wait()
+
     def _decode_key(self, size: int, adapted: bool) -> GraphKey:
         return GraphKey(size, self._work["state"].address, self._work["logits"].address, adapted)
 
@@ -211,6 +227,15 @@ class CudaBackend(DeviceBackend):
         address = self._work["slot_adapters"].address + 4 * slot
         self._stream.upload(DeviceArray(address, (1,), "int32"), self._slot_adapters, 4 * slot)
         self._begun[slot].record(self._stream)
+
+    def step_cost(self, rows: Sequence[int]) -> float:
+        """Sequences without a draft share a step; each draft has one of its own, which is waited for."""
+        assert self._drafts is not None
+        single = rows.count(1)
+        seconds = self._drafts.seconds([count for count in rows if count > 1])
+        if single:
+            seconds += self._decode_seconds[next(size for size in self._spec.batch_sizes if single <= size)]
+        return seconds / self._decode_seconds[self._spec.batch_sizes[0]]
 
     # --- hooks of DeviceBackend -------------------------------------------------------------------------
 
@@ -235,6 +260,17 @@ class CudaBackend(DeviceBackend):
             self._upload_rows(slots)
         adapted = bool((self._slot_adapters.host[slots] >= 0).any())
         self._graphs.run(self._decode_key(next(size for size in self._spec.batch_sizes if max(slots) < size), adapted))
+
+    def _queue_draft(self, buffer: int, number: int, step: SequenceStep) -> None:
+        assert self._drafts is not None and step.draft is not None
+        slot = self._slots[number]
+        fed = np.concatenate([[slot.token], step.draft.token_ids])
+        self._upload_chunk(buffer, number, fed, slot.position)
+        self._drafts.queue(number, step, slot.step, slot.position, slot.values)
+
+    def _draft_tokens(self, number: int) -> list[int]:
+        assert self._drafts is not None
+        return self._drafts.tokens(number)
 
     def _upload_rows(self, slots: list[int]) -> None:
         """Queues what says which rows of a step have a sequence."""

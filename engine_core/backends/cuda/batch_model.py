@@ -1,7 +1,6 @@
-"""The transformer on our own kernels for several sequences, each in its slot of the KV cache.
+"""The transformer on our own kernels for steps of several rows: tokens of a draft, or several sequences.
 
-Row i of a decode step is the sequence in slot i. A step has one of a few sizes; a row without a sequence changes
-nothing. A layer takes seven kernels, because a GEMM of several rows does not norm for itself. The kernels add up a
+A layer takes seven kernels or eight, because a GEMM of several rows does not norm for itself. The kernels add up a
 row's sums in the same order in every size, so that no text depends on the other rows.
 """
 
@@ -21,15 +20,139 @@ _TOKEN = sampling.STATE.fields["token"][1]
 _STATE_INTS = sampling.STATE.itemsize // 4
 
 
-class BatchModel(CudaModel):
-    """See the module. ``spec.max_batch`` is above 1."""
+class RowsModel(CudaModel):
+    """A model with steps of several rows. One with ``spec.drafts`` checks drafts.
+
+    Such a step is a short prompt whose every token samples the next one, with the parameters, state and mask of its
+    row in ``draft_params``, ``draft_state`` and ``draft_mask``. It reads neither bias nor penalties.
+    """
+
+    def fill(self, source: WeightSource, rope: np.ndarray) -> None:
+        super().fill(source, rope)
+        chunks = np.zeros(self.work["batch_chunks"].shape, dtype=np.int32)
+        chunks[:, 1] = self.spec.row_sizes
+        self._device.upload(self.work["batch_chunks"], chunks)
+
+    def _prepare(self, host_tokens: int) -> None:
+        super()._prepare(host_tokens)
+        for size in self.spec.draft_sizes:
+            self.draft_launches(size, host_tokens)
+
+    def draft_launches(self, size: int, host_tokens: int, num_layers: int | None = None) -> list[Work]:
+        """Return the step of the chunk in ``prompt``, which has at most ``size`` tokens, or its first ``num_layers``.
+
+        The tokens go to ``draft_state`` and to ``host_tokens``, the device address of int32 [DRAFT_SIZES[-1], RING].
+        """
+        w = self.work
+        tokens = DeviceArray(self._tokens.address, (size,), "int32")
+        launches: list[Work] = [
+            linear.embed(self._kernels, self.weights["embed"], tokens, self._rows("hidden", size))
+        ]
+        for i in range(self.spec.num_layers if num_layers is None else num_layers):
+            launches += self._layer_of_rows(i, size, self._attend_drafted(i, size), {})
+        arrays = {name: self._rows(f"draft_{name}", size) for name in ("logits", "scores", "params", "state", "mask")}
+        for name in ("seen", "bias"):  # which are not read
+            arrays[name] = DeviceArray(w[name].address, (size, w[name].shape[-1]), w[name].dtype)
+        return [*launches, *self._sample_of_rows(size, arrays, host_tokens, self._rows("draft_slots", size))]
+
+    def _attend_drafted(self, i: int, size: int) -> list[Work]:
+        """Return layer ``i``'s attention of rows that see the K and V of those before them, as in steps of one."""
+        qkv, cache, norms, scales = self._rows("qkv", size), self._cache(i), self._head_norms(i), self._scales(i)
+        shape, rope = self.spec.attention, self.work["rope"]
+        rows = [self._rows(f"draft_{name}", size) for name in ("state", "counters", "slots")]
+        append = attention.rope_append(
+            self._kernels, shape, qkv, cache, rope, self._slot_chunk, norms=norms, scales=scales, kv_only=True
+        )
+        attend = attention.attention_decode(
+            *(self._kernels, shape, qkv, cache, rope, rows[0], self._partial(size, "draft_partial"), rows[1]),
+            self._rows("attended", size),
+            norms=norms,
+            scales=scales,
+            slots=rows[2],
+            appended=True,
+        )
+        return [append, attend]
+
+    def _layer_of_rows(self, i: int, size: int, attend: list[Work], terms: dict[str, lora.LoraTerm]) -> list[Work]:
+        """Return layer ``i`` around its attention, from ``qkv`` to ``attended``."""
+        return [
+            self._norm(self.weights[f"layers.{i}.input_norm"], size),
+            *self._gemm_rows(i, "qkv", size, terms, bias=self.weights.get(f"layers.{i}.qkv_bias")),
+            *attend,
+            *self._gemm_rows(i, "o", size, terms),
+            self._norm(self.weights[f"layers.{i}.post_norm"], size),
+            *self._gemm_rows(i, "gate_up", size, terms),
+            *self._gemm_rows(i, "down", size, terms),
+        ]
+
+    def _sample_of_rows(
+        self, size: int, arrays: dict[str, DeviceArray], host_tokens: int, slots: DeviceArray | None = None
+    ) -> list[Work]:
+        """Return the LM head of all rows, then the sampler, of those that ``slots`` names."""
+        head, vocab_map = self.matrix("head" if self.spec.has_head else "embed"), self.work.get("vocab_map")
+        return [
+            self._norm(self.weights["norm"], size),
+            self._gemm(head, self._rows("normed", size), arrays["logits"], linear.LOGITS),
+            *sampling.sample(self._kernels, **arrays, vocab_map=vocab_map, host_tokens=host_tokens, slots=slots),
+        ]
+
+    def _norm(self, weight: DeviceArray, size: int) -> Launch:
+        rows = self._rows("hidden", size), weight, self._rows("normed", size)
+        return linear.rms_norm(self._kernels, *rows, self.spec.norm_eps, norm_size=self.spec.model.hidden_size)
+
+    def _gemm_rows(
+        self, i: int, name: str, size: int, terms: dict[str, lora.LoraTerm], bias: DeviceArray | None = None
+    ) -> list[Work]:
+        source, target, epilogue = MATRICES[name]
+        target, term = "activated" if epilogue == linear.SILU else target, terms.get(name)
+        vectors, output = self._rows(source, size), self._rows(target, size)
+        gemm = self._gemm(self.matrix(f"layers.{i}.{name}"), vectors, output, epilogue, bias=bias, lora=term)
+        return [gemm] if term is None else [lora.lora_shrink(self._kernels, term, vectors), gemm]
+
+    def _gemm(self, weight: Any, vectors: DeviceArray, output: DeviceArray, epilogue: int, **more: Any) -> Launch:
+        w, size = self.work, vectors.shape[0]
+        place = w["batch_chunks"].at(self.spec.row_sizes.index(size)).address
+        return linear_batch.gemm_batch(
+            *(self._kernels, weight, vectors, output, epilogue),
+            *(DeviceArray(place, (CHUNK_WORDS,), "int32"), w["batch_sums"], w["batch_counters"]),
+            **more,
+        )
+
+    def _partial(self, size: int, name: str = "partial") -> DeviceArray:
+        count = self.spec.attention.partial_floats(self._kernels.gpu.num_sms, size)
+        return DeviceArray(self.work[name].address, (count,), "fp32")
+
+    def _rows(self, name: str, size: int) -> DeviceArray:
+        """The first ``size`` rows of an array."""
+        array = self.work[name]
+        return DeviceArray(array.address, (size, *array.shape[1:]), array.dtype)
+
+    def _rows_launches(self, host_tokens: int, num_layers: int) -> list[Work]:
+        """Return a step of as many rows as there can be, of ``num_layers`` layers."""
+        self._place_chunk(self.spec.draft_sizes[-1])
+        state = np.zeros(self.spec.draft_sizes[-1], dtype=sampling.STATE)
+        state["position"] = self._device.download(self._chunk)[0] + np.arange(len(state))
+        self._device.upload(self.work["draft_state"], state.view(np.uint8).reshape(len(state), -1))
+        self._device.upload(self.work["draft_slots"], np.zeros(len(state), dtype=np.int32))
+        return self.draft_launches(self.spec.draft_sizes[-1], host_tokens, num_layers)
+
+    def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
+        if getattr(problem, "tokens", None) == linear_batch.MAX_SEQUENCES or getattr(problem, "sequences", 1) > 1:
+            launches = self._rows_launches(host_tokens, len(self._tuned_layers()))
+            return [launch for launch in launches if isinstance(launch, Launch) and launch.problem == problem]
+        return super()._work_of(problem, host_tokens)
+
+
+class BatchModel(RowsModel):
+    """A model of several sequences, each in its slot of the KV cache: ``spec.max_batch`` is above 1.
+
+    Row i of a decode step is the sequence in slot i. A step has one of a few sizes; a row without a sequence changes
+    nothing.
+    """
 
     def fill(self, source: WeightSource, rope: np.ndarray) -> None:
         super().fill(source, rope)
         w, device = self.work, self._device
-        chunks = np.zeros(w["batch_chunks"].shape, dtype=np.int32)
-        chunks[:, 1] = self.spec.batch_sizes
-        device.upload(w["batch_chunks"], chunks)
         alone = np.full(w["prompt_slots"].shape, -1, dtype=np.int32)
         for slot in range(self.spec.max_batch):
             alone[slot, slot] = slot
@@ -43,14 +166,17 @@ class BatchModel(CudaModel):
         self._device.upload(slots, np.full(self.spec.max_batch, -1, dtype=np.int32))
 
     def _prepare(self, host_tokens: int) -> None:
+        super()._prepare(host_tokens)
         for size in self.spec.batch_sizes:
             self.batch_launches(size, host_tokens)
             if self.spec.adapters:
                 self.batch_launches(size, host_tokens, adapted=True)
-        self.prepare_prefill()
 
     def decode_launches(self, host_tokens: int, num_layers: int | None = None, *, adapted: bool = False) -> list[Work]:
         return self.batch_launches(self.spec.max_batch, host_tokens, num_layers, adapted=adapted)
+
+    def _rows_launches(self, host_tokens: int, num_layers: int) -> list[Work]:
+        return self.decode_launches(host_tokens, num_layers)
 
     def size_for(self, slot: int) -> int:
         """Return the size of the smallest step that has a row for ``slot``."""
@@ -94,58 +220,9 @@ class BatchModel(CudaModel):
             scales=self._scales(i),
             slots=slots,
         )
-        return [
-            self._norm(self.weights[f"layers.{i}.input_norm"], size),
-            *self._gemm_rows(i, "qkv", size, terms, bias=self.weights.get(f"layers.{i}.qkv_bias")),
-            attend,
-            *self._gemm_rows(i, "o", size, terms),
-            self._norm(self.weights[f"layers.{i}.post_norm"], size),
-            *self._gemm_rows(i, "gate_up", size, terms),
-            *self._gemm_rows(i, "down", size, terms),
-        ]
+        return self._layer_of_rows(i, size, [attend], terms)
 
     def _sample_rows(self, size: int, slots: DeviceArray, host_tokens: int) -> list[Work]:
         """Return the LM head of all rows, then the sampler of those that ``slots`` names."""
         arrays = {name: self._rows(name, size) for name in sampling.ARRAYS}
-        head, vocab_map = self.matrix("head" if self.spec.has_head else "embed"), self.work.get("vocab_map")
-        return [
-            self._norm(self.weights["norm"], size),
-            self._gemm(head, "normed", "logits", linear.LOGITS, size),
-            *sampling.sample(self._kernels, **arrays, vocab_map=vocab_map, host_tokens=host_tokens, slots=slots),
-        ]
-
-    def _norm(self, weight: DeviceArray, size: int) -> Launch:
-        rows = self._rows("hidden", size), weight, self._rows("normed", size)
-        return linear.rms_norm(self._kernels, *rows, self.spec.norm_eps, norm_size=self.spec.model.hidden_size)
-
-    def _gemm_rows(
-        self, i: int, name: str, size: int, terms: dict[str, lora.LoraTerm], bias: DeviceArray | None = None
-    ) -> list[Work]:
-        source, target, epilogue = MATRICES[name]
-        target, term = "activated" if epilogue == linear.SILU else target, terms.get(name)
-        gemm = self._gemm(self.matrix(f"layers.{i}.{name}"), source, target, epilogue, size, bias=bias, lora=term)
-        return [gemm] if term is None else [lora.lora_shrink(self._kernels, term, self._rows(source, size)), gemm]
-
-    def _gemm(self, weight: Any, source: str, target: str, epilogue: int, size: int, **more: Any) -> Launch:
-        w = self.work
-        place = w["batch_chunks"].at(self.spec.batch_sizes.index(size)).address
-        return linear_batch.gemm_batch(
-            *(self._kernels, weight, self._rows(source, size), self._rows(target, size), epilogue),
-            *(DeviceArray(place, (CHUNK_WORDS,), "int32"), w["batch_sums"], w["batch_counters"]),
-            **more,
-        )
-
-    def _partial(self, size: int) -> DeviceArray:
-        count = self.spec.attention.partial_floats(self._kernels.gpu.num_sms, size)
-        return DeviceArray(self.work["partial"].address, (count,), "fp32")
-
-    def _rows(self, name: str, size: int) -> DeviceArray:
-        """The first ``size`` rows of an array."""
-        array = self.work[name]
-        return DeviceArray(array.address, (size, *array.shape[1:]), array.dtype)
-
-    def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
-        if getattr(problem, "tokens", None) == linear_batch.MAX_SEQUENCES:
-            launches = self.decode_launches(host_tokens, len(self._tuned_layers()))
-            return [launch for launch in launches if isinstance(launch, Launch) and launch.problem == problem]
-        return super()._work_of(problem, host_tokens)
+        return self._sample_of_rows(size, arrays, host_tokens, slots)

@@ -89,6 +89,7 @@ CAPABILITIES = Capabilities(
     kv_cache_types=("fp16", "int8"),  # fp16 stands for the 16-bit type of the weights
     longest_default=8192,
     lora=True,
+    drafts=True,
     max_batch=16,  # MAX_SEQUENCES of cuda/kernels/launch_configs.py
     plans_others=True,
     planned_kv_cache_types=("fp8",),

@@ -39,6 +39,7 @@ RUNTIME_BYTES = 76 << 20
 ROW_GRAIN = 64  # see round_rows
 PROMPT_HEADER = 4  # int32 before the tokens of a chunk: position, tokens, KV slot, and the adapter's number or -1
 BATCH_SIZES = (1, 2, 4, 8, 16)  # sequences of a decode step for which there is a CUDA graph
+DRAFT_SIZES = (4, 8, 16)  # tokens of a step that checks a draft, for which there is one
 _ROW = 16  # int32 of a row of ``batch_chunks`` and ``prompt_slots``
 
 
@@ -83,11 +84,22 @@ class CudaSpec:
     max_batch: int = 1  # sequences decoded at the same time, a KV slot for each
     pool_on_host: bool = False  # the KV pool is in pinned memory, unless the GPU's memory is the host's: see ``on``
     adapters: tuple[LoraAdapter, ...] = ()  # by their numbers on the device
+    drafts: bool = False  # whether there are steps that check drafts
 
     @property
     def batch_sizes(self) -> list[int]:
         """Sequences of a decode step, of which there are a few sizes up to ``max_batch``."""
         return [*(size for size in BATCH_SIZES if size < self.max_batch), self.max_batch]
+
+    @property
+    def draft_sizes(self) -> list[int]:
+        """Tokens of a step that checks a draft, of which there are a few sizes."""
+        return list(DRAFT_SIZES) if self.drafts else []
+
+    @property
+    def row_sizes(self) -> list[int]:
+        """Rows that the GEMMs of several rows are made for."""
+        return sorted({*(self.batch_sizes if self.max_batch > 1 else []), *self.draft_sizes})
 
     @cached_property
     def lora_rank(self) -> int:
@@ -188,6 +200,7 @@ class CudaSpec:
             max_batch=config.max_batch,
             pool_on_host=config.session_memory > 0,
             adapters=adapters,
+            drafts=able.drafts and config.speculation == "on",
         )
         token_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in _pool_shapes(spec, 1).values())
         return dataclasses.replace(spec, pool_tokens=pool_tokens(config, max_context, token_bytes))
@@ -333,14 +346,25 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     }
     if attention.kv_int8:
         arrays["kv_scales"] = ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
-    if slots:
+    if sizes := spec.row_sizes:
         matrices = [*matrix_shapes(spec).values(), (rows, spec.hidden)]
-        sums, counters = batch_scratch(matrices, spec.max_batch, num_sms)
+        sums, counters = batch_scratch(matrices, sizes[-1], num_sms)
         arrays["batch_sums"] = ("scratch", (sums,), "fp32")
         arrays["batch_counters"] = ("scratch", (counters,), "uint32")
+        arrays["batch_chunks"] = ("io", (len(sizes), _ROW), "int32")  # 0 and the rows of each size
+    if slots:
         arrays["slots"] = ("io", slots, "int32")  # of the rows of a decode step; -1 = the row does nothing
         arrays["prompt_slots"] = ("io", (*slots, _ROW), "int32")  # the same for a prompt's first token, by its slot
-        arrays["batch_chunks"] = ("io", (len(spec.batch_sizes), _ROW), "int32")  # 0 and the rows of each size
+    if spec.drafts:
+        count = DRAFT_SIZES[-1]
+        arrays["draft_logits"] = ("io", (count, rows), "fp32")
+        arrays["draft_scores"] = ("scratch", (count, *scores_shape(rows)), "fp32")
+        arrays["draft_partial"] = ("scratch", (attention.partial_floats(num_sms, count),), "fp32")
+        arrays["draft_counters"] = ("scratch", (count, kv_heads), "uint32")
+        arrays["draft_slots"] = ("io", (count,), "int32")  # of the rows of a step; -1 = the row does nothing
+        arrays["draft_state"] = ("io", (count, STATE.itemsize), "uint8")
+        arrays["draft_params"] = ("io", (count, PARAMS.itemsize), "uint8")
+        arrays["draft_mask"] = ("io", (count, words), "uint32")
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
     if spec.is_packed:  # for prefill: one matrix at a time in 16 bits, or partial sums of a GEMM of few tokens

@@ -94,6 +94,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     sampler_options = frozenset(SAMPLING_OPTIONS)
+    undrafted_options: frozenset[str] = frozenset()
 
     def __init__(self, session: OrtSession, layout: Layout) -> None:
         self.num_slots = layout.num_slots

@@ -147,6 +147,7 @@ def attention_decode(
     scales: DeviceArray | None = None,
     config: DecodeAttentionConfig | None = None,
     slots: DeviceArray | None = None,
+    appended: bool = False,
 ) -> Launch:
     """Attention of one token of each sequence: rotates q and k, appends K and V to the cache and attends.
 
@@ -157,7 +158,9 @@ def attention_decode(
 
     ``cache`` and ``scales`` are one layer's of the first slot: [2, kv_heads, max_context, head_dim] and, of an int8
     cache, fp16 [2, kv_heads, scale_pitch]. ``rope``: float32 [max_context, head_dim / 2, 2]. ``norms``: weights of the
-    query and key norms. ``config``: another launch configuration than the chosen one. Raises KernelArgumentError.
+    query and key norms. ``appended``: ``rope_append`` has put K and V of all rows into the cache, where each row then
+    sees the earlier ones of its slot, too. ``config``: another launch configuration than the chosen one. Raises
+    KernelArgumentError.
     """
     num_sms, rows = kernels.gpu.num_sms, slots.shape if slots is not None else ()
     sequences = rows[0] if rows else 1
@@ -180,6 +183,7 @@ def attention_decode(
         "WARPS": config.warps,
         "DEPTH": config.depth,
         "BATCHED": int(slots is not None),
+        "APPENDED": int(appended),
     }
     function = kernels.function("attention_decode", "attention_decode", defines, shared)
     args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output, scales or 0, slots or 0]
@@ -198,25 +202,27 @@ def rope_append(
     chunk: DeviceArray,
     norms: tuple[DeviceArray, DeviceArray] | None = None,
     scales: DeviceArray | None = None,
+    kv_only: bool = False,
 ) -> Launch:
     """RoPE of a chunk: rotates q of qkv [n, width] in place and writes the rotated K and the V into the cache.
 
-    ``chunk``: int32 [CHUNK_WORDS], the position of the first row and how many rows are tokens. Raises
-    KernelArgumentError.
+    ``chunk``: int32 [CHUNK_WORDS], the position of the first row and how many rows are tokens. ``kv_only``: q stays
+    as it is. Raises KernelArgumentError.
     """
     _check(kernels, shape, cache, scales, rope, norms or ())
     check("chunk", chunk, (shape.chunk_words,), "int32")
     check("qkv", qkv, (qkv.shape[0], shape.qkv_width), kernels.dtype)
-    function = kernels.function("rope_append", "rope_append", {**shape.defines(), "THREADS": ROPE_THREADS})
+    defines = {**shape.defines(), "THREADS": ROPE_THREADS, "KV_ONLY": int(kv_only)}
+    function = kernels.function("rope_append", "rope_append", defines)
     q_norm, k_norm = norms or (0, 0)
     args = [qkv, cache, rope, q_norm, k_norm, chunk, scales or 0]
-    grid = (rope_append_blocks(shape, qkv.shape[0]),)
+    grid = (rope_append_blocks(shape, qkv.shape[0], kv_only=kv_only),)
     return Launch(kernels.device, function, grid, ROPE_THREADS, args)
 
 
-def rope_append_blocks(shape: AttentionShape, count: int) -> int:
+def rope_append_blocks(shape: AttentionShape, count: int, *, kv_only: bool = False) -> int:
     """Return the CTAs of rope_append for ``count`` tokens."""
-    vectors = count * (shape.num_heads + 2 * shape.num_kv_heads)
+    vectors = count * (2 * shape.num_kv_heads + (0 if kv_only else shape.num_heads))
     return -(-vectors * shape.lanes // ROPE_THREADS)
 
 

@@ -12,6 +12,9 @@
 // front: qkv, output, partial, counters and state by sequence, cache and scales by KV slot (SLOT_STRIDE). slots: int32 [sequences],
 // the slot of each one, negative = nothing to do. Each sequence has its own position.
 //
+// APPENDED: the rows are tokens that follow each other in one slot, and rope_append has put all their K and V into the cache: the
+// kernel waits for it before it reads the cache, and writes nothing there.
+//
 // The ring (kv_ring.cuh) is filled before the kernel waits for the kernel that computes qkv: the position and the cache before it
 // changed a step ago, and the first kernel of a step starts after the last one of the step before has ended. The new token's K and
 // V are put among the copied ones as the cache will give them back.
@@ -23,6 +26,9 @@
 
 #ifndef BATCHED
 #define BATCHED 0
+#endif
+#ifndef APPENDED
+#define APPENDED 0
 #endif
 constexpr int GROUP = HEADS / KV_HEADS;  // query heads of a KV head
 #include "kv_ring.cuh"
@@ -183,20 +189,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
     if (KV_INT8) scales += slot * (u64)SCALE_SLOT_STRIDE;
 #endif
     const int begin = split * share, end = min(length, begin + share);
-    const bool has_new = split == active - 1;  // this share ends with the new token
+    const bool has_new = !APPENDED && split == active - 1;  // this share ends with the new token
     Ring ring;
     ring.pieces = (char*)shared + warp * DEPTH * PIECE_BYTES;
     ring.cached[0] = cache + (u64)kv_head * CONTEXT * HEAD_DIM, ring.cached[1] = ring.cached[0] + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
 #if KV_INT8
     ring.scales[0] = scales + kv_head * SCALE_PITCH, ring.scales[1] = ring.scales[0] + KV_HEADS * SCALE_PITCH;
 #endif
-    ring.first = begin + warp * TILE, ring.end = min(position, end);
+    ring.first = begin + warp * TILE, ring.end = APPENDED ? end : min(position, end);
+    if (APPENDED) wait_for_previous();
 #pragma unroll
     for (int number = 0; number < DEPTH; ++number) ring.load(number, number);
     Angles angles;
     angles.load(rope + (u64)position * (HEAD_DIM / 2), lane % LANES_PER_HEAD);
 
-    wait_for_previous();
+    if (!APPENDED) wait_for_previous();
     prepare(queries, fresh, qkv, q_norm, k_norm, angles, kv_head, has_new, ring, position);
     __syncthreads();
     uint4 q[QUARTETS];

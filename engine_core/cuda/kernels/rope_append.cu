@@ -1,4 +1,4 @@
-// Prefill: rotates q in place and writes the rotated K and the V of the chunk's tokens into the linear KV cache.
+// Prefill: rotates q in place, but with KV_ONLY, and writes the rotated K and the V of the chunk's tokens into the linear KV cache.
 // qkv: [tokens][(HEADS + 2 KV_HEADS) HEAD_DIM]; cache, rope and scales are as in attention_decode.cu. LANES_PER_HEAD lanes hold one
 // head vector.
 #include "rope.cuh"
@@ -6,7 +6,10 @@
 #include "kv_int8.cuh"
 #endif
 
-constexpr int ALL_HEADS = HEADS + 2 * KV_HEADS;
+#ifndef KV_ONLY
+#define KV_ONLY 0
+#endif
+constexpr int ALL_HEADS = HEADS + 2 * KV_HEADS, FIRST_HEAD = KV_ONLY ? HEADS : 0, OWN_HEADS = ALL_HEADS - FIRST_HEAD;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     rope_append(half_t* qkv, item_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm, const Chunk* chunk,
@@ -16,8 +19,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const auto [position, count] = load_chunk(chunk);
     cache += load_slot(chunk) * (u64)SLOT_STRIDE;
     if (KV_INT8) scales += load_slot(chunk) * (u64)SCALE_SLOT_STRIDE;
-    const bool inside = index < count * ALL_HEADS;
-    const int token = inside ? index / ALL_HEADS : 0, head = inside ? index % ALL_HEADS : 0;
+    const bool inside = index < count * OWN_HEADS;
+    const int token = inside ? index / OWN_HEADS : 0, head = FIRST_HEAD + (inside ? index % OWN_HEADS : 0);
     half_t* vector = qkv + ((u64)token * ALL_HEADS + head) * HEAD_DIM;
     const float2* angles = rope + (u64)(position + token) * (HEAD_DIM / 2);
     HeadVector raw;

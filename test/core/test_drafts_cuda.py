@@ -1,0 +1,101 @@
+"""Steps of the CUDA backend that check a draft, on a driver in host memory with the kernels' references."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from draft_steps import alternating, answer, with_drafts
+from engine_core.backends import Draft, SequenceStep
+from engine_core.backends.capabilities import capabilities_of
+from engine_core.backends.cuda.drafts import MAX_DRAFT
+from engine_core.backends.cuda.layout import planned_bytes
+from engine_core.request import SamplingParams
+from test_batch_cuda import COUNT, MASK, PROMPTS, REQUESTS, VOCAB, load, make_spec  # noqa: F401
+
+GREEDY = SamplingParams(seed=1)
+
+
+@pytest.mark.parametrize("max_batch", [1, 3])
+@pytest.mark.parametrize("use_cuda_graph", [True, False])
+def test_a_draft_changes_no_answer(load, max_batch, use_cuda_graph):  # noqa: F811
+    plain = load(max_batch)
+    backend = load(max_batch, use_cuda_graph, drafts=True)
+    slot = max_batch - 1
+    for prompt in PROMPTS:
+        expected = answer(plain, prompt, 20, slot)
+        assert None not in expected
+        assert with_drafts(backend, prompt, expected, slot) == expected
+        assert answer(backend, prompt, 20, slot) == expected  # no draft: the state of the one before is gone
+
+
+def test_a_draft_may_be_as_long_as_it_says_and_end_anywhere(load):  # noqa: F811
+    backend = load(1, drafts=True)
+    expected = answer(backend, PROMPTS[1], 40)
+    for right in range(MAX_DRAFT + 1):
+        first = answer(backend, PROMPTS[1], 1)[0]
+        guess = np.array(expected[1 : 1 + MAX_DRAFT], dtype=np.int32)
+        guess[right:] = (guess[right:] + 1) % VOCAB
+        step = SequenceStep(0, draft=Draft(guess, np.zeros(MAX_DRAFT, dtype=bool)))
+        found = backend.step([step])[0].result()
+        assert [first, *found] == expected[: right + 2]
+        assert backend.step([SequenceStep(0)])[0].result() == expected[right + 2]
+
+
+def test_each_row_has_its_own_mask_and_forced_text_is_taken_as_it_is(load):  # noqa: F811
+    backend = load(1, drafts=True)
+    backend.begin(0, GREEDY, PROMPTS[2])
+    first = backend.step([SequenceStep(0, PROMPTS[2], 0, MASK)])[0].result()
+    only = np.zeros((3, VOCAB // 32), dtype=np.uint32)
+    only[np.arange(3), [0, 1, 2]] = 1 << 7  # ids 7, 39, 71
+    draft = Draft(np.array([11, 7, 39], dtype=np.int32), np.array([True, False, True]), only)
+    tokens = backend.step([SequenceStep(0, mask=MASK, draft=draft)])[0].result()
+    assert first % 2 == 0 and tokens == (11, 7, 39, 71)
+    # The same tokens one by one, which the model would not all have chosen.
+    backend.begin(0, GREEDY, PROMPTS[2])
+    fed = np.concatenate([PROMPTS[2], [first, 11, 7, 39, 71]]).astype(np.int32)
+    expected = backend.step([SequenceStep(0, fed, 0)])[0].result()
+    backend.begin(0, GREEDY, PROMPTS[2])
+    backend.step([SequenceStep(0, PROMPTS[2], 0, MASK)])[0].result()
+    backend.step([SequenceStep(0, mask=MASK, draft=draft)])[0].result()
+    assert backend.step([SequenceStep(0)])[0].result() == expected
+
+
+def test_sequences_with_and_without_a_draft_share_a_step(load):  # noqa: F811
+    plain, backend = load(3), load(3, drafts=True)
+    expected = [answer(plain, prompt, COUNT) for prompt in PROMPTS[:3]]
+    assert alternating(backend, PROMPTS[:3], expected) == expected
+
+
+def test_a_stop_token_and_an_interrupt_end_a_draft(load):  # noqa: F811
+    backend = load(1, drafts=True)
+    expected = answer(backend, PROMPTS[3], 12)
+    stop = next(token for token in expected[2:] if token not in expected[:2])
+    index = expected.index(stop)
+    guess = np.array(expected[1:10], dtype=np.int32)
+    draft = Draft(guess, np.zeros(9, dtype=bool))
+    for forced in (False, True):
+        backend.begin(0, dataclasses.replace(GREEDY, stop_token_ids=frozenset([stop])), PROMPTS[3])
+        backend.step([SequenceStep(0, PROMPTS[3], 0)])[0].result()
+        step = SequenceStep(0, draft=draft._replace(forced=np.full(9, forced)))
+        assert list(backend.step([step])[0].result()) == expected[1 : index + 1]
+        assert backend.step([SequenceStep(0)])[0].result() is None
+        assert backend.step([step])[0].result() is None
+    backend.begin(0, GREEDY, PROMPTS[3])
+    backend.step([SequenceStep(0, PROMPTS[3], 0)])[0].result()
+    pending = backend.step([SequenceStep(0, draft=draft)])[0]
+    backend.interrupt(0)
+    assert pending.result() is None
+
+
+def test_what_drafts_take_is_planned_and_their_cost_known(load):  # noqa: F811
+    with_, without = (planned_bytes(make_spec(1, drafts=drafts), 8) for drafts in (True, False))
+    assert with_["io"] > without["io"] and with_["scratch"] > without["scratch"]
+    assert with_["weights"] == without["weights"]
+    backend = load(3, drafts=True)
+    assert backend.max_draft == MAX_DRAFT and load(1).max_draft == 0 and capabilities_of("cuda").drafts
+    assert backend.undrafted_options == {"repetition_penalty", "logit_bias"}
+    assert backend.step_cost([1]) == 1.0
+    assert 0.0 < backend.step_cost([2]) == backend.step_cost([4]) < backend.step_cost([2, 2, 1])
