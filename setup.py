@@ -32,7 +32,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=("engine_core", "engine_core.*")),
-    package_data={"engine_core": ["cuda/kernels/*.cu", "cuda/kernels/*.cuh"]},
+    package_data={"engine_core": ["cuda/kernels/*.cu", "cuda/kernels/*.cuh", "hub/*.json"]},
     install_requires=[line for line in every if line not in cpu],
     extras_require={
         "cpu": cpu,

@@ -1,10 +1,14 @@
-"""The main memory a process can take now, within the cgroups (version 1 and 2) that limit it."""
+"""The main memory a process can take now, within the cgroups (version 1 and 2) that limit it; and its bandwidth."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+_COPIED = 32 << 20  # bytes a thread copies at a time: more than caches hold
 _NO_LIMIT = 1 << 60  # version 1 writes "no limit" as the largest multiple of a page
 
 
@@ -27,6 +31,34 @@ def available_memory(proc: Path = Path("/proc"), root: Path = Path("/")) -> int:
         for depth in range(len(parts), -1, -1):
             left.extend(_left_in(top.joinpath(*parts[:depth]), version))
     return max(0, min(left))
+
+
+def memory_bandwidth(num_threads: int = 0, seconds: float = 0.1, repeats: int = 3) -> float:
+    """Measure the bytes per second that so many threads read and write together by copying; 0 = one a core.
+
+    The best of ``repeats`` measurements of ``seconds`` each, as other programs take their share.
+    """
+    import numpy as np
+
+    from engine_core.host_cpu import count_cores
+
+    num_threads = num_threads or min(16, count_cores())
+    together = threading.Barrier(num_threads)
+
+    def copy(_: int) -> list[float]:
+        source, target = np.ones(_COPIED, np.uint8), np.ones(_COPIED, np.uint8)
+        rates = []
+        for _ in range(repeats):
+            together.wait()
+            start, num_bytes = time.perf_counter(), 0
+            while num_bytes == 0 or time.perf_counter() < start + seconds:
+                np.copyto(target, source)
+                num_bytes += 2 * _COPIED
+            rates.append(num_bytes / (time.perf_counter() - start))
+        return rates
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        return max(map(sum, zip(*pool.map(copy, range(num_threads)))))
 
 
 def _meminfo(proc: Path) -> int:

@@ -55,6 +55,9 @@ class Toolkit(Protocol):
     def build(self, request: BuildRequest, report: Callable[[str], None]) -> Manifest:
         """Write the engine directory. Raises CheckpointError, UnsupportedModelError or BuildError."""
 
+    def manifest_for(self, spec: ModelSpec, weight_format: str, size: Size) -> Manifest:
+        """Return the manifest that ``build`` would write, as far as ``step_bytes`` and a plan read it."""
+
     def plan_for(self, spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> dict[str, int]:
         """Return the bytes an engine would take, by purpose, before there is one.
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from engine_core.backends.capabilities import all_capabilities, capabilities_of
+from engine_core.commands.arguments import add_device, device_of
 from engine_core.commands.tables import print_notes, print_table
 from engine_core.config import BACKENDS, KV_CACHE_TYPES, QUANTIZATIONS
 
@@ -23,10 +24,7 @@ def add(commands) -> None:
     parser.add_argument(
         "target", type=Path, help="a checkpoint directory (config.json is enough), a GGUF file or an engine"
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--device", default="this", help="a Jetson by name, such as orin-nano-8gb, or this (default)")
-    where.add_argument("--memory", help="what the engine may take, such as 16GB (10⁹ bytes each) or 14GiB")
-    parser.add_argument("--reserve", help="what to hold back for all else on the device, such as 1.5GiB")
+    add_device(parser)
     parser.add_argument("--max-context", type=_count, nargs="+", default=[], help="tokens (default: 4096 or built)")
     parser.add_argument("--max-batch", type=_count, nargs="+", default=[1], help="sequences at a time (default: 1)")
     parser.add_argument("--kv-cache-type", choices=KV_CACHE_TYPES[1:], default="")
@@ -48,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     from engine_core.models.shapes import is_checkpoint
     from engine_core.planning.plan import advice, is_possible
 
-    device = _device(options)
+    device = device_of(options, on_gpu=options.backend == "auto" or capabilities_of(options.backend).on_gpu)
     quantization = "" if options.quantization == "auto" else options.quantization
     if is_checkpoint(options.target):
         name, rows, saved = _of_checkpoint(options, device, quantization)
@@ -68,19 +66,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(name, rows, device, sentences)
     return 0 if possible else 1
-
-
-def _device(options: argparse.Namespace):
-    from engine_core.planning import devices
-
-    on_gpu = options.backend == "auto" or capabilities_of(options.backend).on_gpu
-    if options.memory:
-        device = devices.of_memory(devices.parse_bytes(options.memory), gpu=on_gpu)
-    elif options.device != "this":
-        device = devices.named(options.device)
-    else:
-        device = devices.this_machine() if on_gpu else devices.this_cpu()
-    return devices.with_reserve(device, devices.parse_bytes(options.reserve)) if options.reserve else device
 
 
 def _of_checkpoint(options: argparse.Namespace, device, quantization: str):

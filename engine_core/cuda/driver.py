@@ -112,6 +112,13 @@ class Device:
         # Its memory is the host's, as on a Jetson.
         self.is_integrated = bool(self._attribute(attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED))
 
+    def memory_bandwidth(self) -> float:
+        """Return the bytes per second of its memory by clock and bus width; 0 where the driver does not tell."""
+        attribute = self._driver.CUdevice_attribute
+        clock = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)  # kHz, two transfers each
+        width = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)  # bits
+        return 2e3 * clock * width / 8
+
     def _attribute(self, which: Any) -> int:
         return int(self.call("cuDeviceGetAttribute", which, self._handle))
 

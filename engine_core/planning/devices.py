@@ -1,8 +1,9 @@
 """The devices a plan can be made for: the Jetson modules by name, a memory size, or the machine this runs on.
 
 ``total`` of a Jetson is what its Linux sees (MemTotal, as tegrastats prints it): the module's memory less what the
-firmware keeps. ``RESERVE`` is what we assume the rest of the robot takes of it, see there. Compute capabilities and
-multiprocessors: NVIDIA's data sheets of the modules (128 CUDA cores are one multiprocessor).
+firmware keeps. ``RESERVE`` is what we assume the rest of the robot takes of it, see there. Compute capabilities,
+multiprocessors and bandwidths: NVIDIA's data sheets of the modules (128 CUDA cores are one multiprocessor; the
+bandwidth of the Orin Nano is that of 15 W, to which the "super" mode of JetPack 6.2 adds half).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class DeviceProfile:
     capability: int = 0  # of its NVIDIA GPU, 87 = sm_87; 0 = unknown, or none with num_sms 0
     num_sms: int = 0  # 0 = no GPU
     shared_memory: bool = True  # CPU and GPU use the same memory
+    bandwidth: float = 0.0  # bytes per second that its memory delivers; 0 = unknown
+    bandwidth_note: str = ""  # where that is from
 
     @property
     def free(self) -> int:
@@ -45,19 +48,31 @@ class DeviceProfile:
         return self.num_sms > 0
 
 
-def _jetson(name: str, title: str, total_mib: int, capability: int, num_sms: int) -> DeviceProfile:
-    return DeviceProfile(name, title, total_mib * _MIB, RESERVE, RESERVE_NOTE, capability, num_sms)
+def _jetson(
+    name: str, title: str, total_mib: int, capability: int, num_sms: int, gb_per_second: float
+) -> DeviceProfile:
+    return DeviceProfile(
+        name,
+        title,
+        total_mib * _MIB,
+        RESERVE,
+        RESERVE_NOTE,
+        capability,
+        num_sms,
+        bandwidth=gb_per_second * 1e9,
+        bandwidth_note="its data sheet",
+    )
 
 
 DEVICES = {
     profile.name: profile
     for profile in (
-        _jetson("orin-nano-8gb", "Jetson Orin Nano 8 GB", 7620, 87, 8),
-        _jetson("orin-nx-8gb", "Jetson Orin NX 8 GB", 7620, 87, 8),
-        _jetson("orin-nx-16gb", "Jetson Orin NX 16 GB", 15656, 87, 8),
-        _jetson("agx-orin-32gb", "Jetson AGX Orin 32 GB", 30536, 87, 14),
-        _jetson("agx-orin-64gb", "Jetson AGX Orin 64 GB", 62841, 87, 16),
-        _jetson("thor-128gb", "Jetson AGX Thor 128 GB", 125772, 110, 20),
+        _jetson("orin-nano-8gb", "Jetson Orin Nano 8 GB", 7620, 87, 8, 68.3),
+        _jetson("orin-nx-8gb", "Jetson Orin NX 8 GB", 7620, 87, 8, 102.4),
+        _jetson("orin-nx-16gb", "Jetson Orin NX 16 GB", 15656, 87, 8, 102.4),
+        _jetson("agx-orin-32gb", "Jetson AGX Orin 32 GB", 30536, 87, 14, 204.8),
+        _jetson("agx-orin-64gb", "Jetson AGX Orin 64 GB", 62841, 87, 16, 204.8),
+        _jetson("thor-128gb", "Jetson AGX Thor 128 GB", 125772, 110, 20, 273.0),
     )
 }
 _GENERIC_SMS = 16  # of a GPU given by its memory alone: attention's scratch grows with it, by less than 1 MiB
@@ -92,21 +107,39 @@ def with_reserve(profile: DeviceProfile, reserve: int) -> DeviceProfile:
     return replace(profile, reserve=reserve, note="as given with --reserve")
 
 
-def this_cpu() -> DeviceProfile:
-    """Return the main memory of this machine: what is free now (within its cgroup), so nothing is held back."""
-    from engine_core.host_memory import available_memory
-
-    return DeviceProfile("this", "this machine's CPU", available_memory(), 0, "free now")
+def with_bandwidth(profile: DeviceProfile, gb_per_second: float) -> DeviceProfile:
+    return replace(profile, bandwidth=gb_per_second * 1e9, bandwidth_note="as given with --bandwidth")
 
 
-def this_machine() -> DeviceProfile:
-    """The NVIDIA GPU of this machine with what is free on it now, or the CPU where there is none that can be used."""
+def this_cpu(*, measure: bool = False) -> DeviceProfile:
+    """Return the main memory of this machine: what is free now (within its cgroup), so nothing is held back.
+
+    ``measure``: measure its bandwidth, too, which takes a third of a second.
+    """
+    from engine_core.host_memory import available_memory, memory_bandwidth
+
+    return DeviceProfile(
+        "this",
+        "this machine's CPU",
+        available_memory(),
+        0,
+        "free now",
+        bandwidth=memory_bandwidth() if measure else 0.0,
+        bandwidth_note="measured now" if measure else "",
+    )
+
+
+def this_machine(*, measure: bool = False) -> DeviceProfile:
+    """The NVIDIA GPU of this machine with what is free on it now, or the CPU where there is none that can be used.
+
+    ``measure``: measure a CPU's bandwidth, see ``this_cpu``; a GPU's driver knows it.
+    """
     from engine_core.cuda.driver import Device
 
     try:
         device = Device()
     except BackendUnavailableError:
-        return this_cpu()
+        return this_cpu(measure=measure)
     try:
         free, _ = device.memory_info()
         return DeviceProfile(
@@ -117,6 +150,8 @@ def this_machine() -> DeviceProfile:
             capability=device.capability,
             num_sms=device.num_sms,
             shared_memory=False,
+            bandwidth=device.memory_bandwidth(),
+            bandwidth_note="by its driver",
         )
     finally:
         device.close()

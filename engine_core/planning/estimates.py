@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from engine_core.backends.capabilities import Capabilities, all_capabilities, capabilities_of
 from engine_core.backends.toolkit import Size, toolkit_of
+from engine_core.config import EngineConfig
 from engine_core.formats.gguf_file import is_gguf
 from engine_core.formats.weight_formats import NAMES, weight_format
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.memory import MemoryPlan, kv_cache_bytes
-from engine_core.models.shapes import read_shapes
+from engine_core.models.shapes import read_shapes, spec_of
 from engine_core.models.spec import ModelSpec
 from engine_core.planning.devices import DeviceProfile
 
@@ -26,11 +29,18 @@ class CheckpointEstimate:
     """The plans of one checkpoint. Raises CheckpointError or UnsupportedModelError where it cannot be read."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
-        checkpoint, self.spec = read_shapes(self.directory)
+        directory = Path(directory)
+        checkpoint, self.spec = read_shapes(directory)
         name = str(checkpoint.config.get("_name_or_path") or "")
-        own = self.directory.resolve()
+        own = directory.resolve()
         self.name = Path(name).name or (own.stem if is_gguf(own) else own.name)
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], name: str) -> CheckpointEstimate:
+        """Return the plans of a model of which only config.json is known. Raises as the constructor does."""
+        estimate = cls.__new__(cls)
+        estimate.spec, estimate.name = spec_of(config), name
+        return estimate
 
     def variants(self, backend: str = "", *, on_gpu: bool = True) -> tuple[tuple[str, str], ...]:
         """Return (quantization, backend) of every column: all of ``backend``, or without one of the GPU or the CPU.
@@ -69,6 +79,19 @@ class CheckpointEstimate:
         if stands_in:
             items["weights"] = format_bytes_of(spec, weight_format(quantization), size.head_rows or spec.vocab_size)
         return self._adjusted(items, size, own_size, wanted)
+
+    def step_bytes(
+        self, quantization: str, backend: str, size: Size, device: DeviceProfile, *, kv_tokens: int = 0
+    ) -> int:
+        """Return the bytes that a decode step reads: weights, and the KV of ``kv_tokens``.
+
+        ``quantization`` and ``size`` are something the backend runs.
+        """
+        toolkit, plan = toolkit_of(backend), self.plan(quantization, backend, size, device)
+        manifest = toolkit.manifest_for(self.spec, quantization, size)
+        config = EngineConfig(Path(), max_context=size.max_context)
+        weights = toolkit.step_bytes(manifest, plan, config, size.head_rows or self.spec.vocab_size)
+        return weights + plan.item("kv_cache") * kv_tokens // size.max_context
 
     def why_not(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> str:
         """Empty if a backend of this version runs it on ``device``, else the first reason against it."""

@@ -145,7 +145,7 @@ class FakeDriver:
 
     def _cuDeviceGetAttribute(self, which, _device):
         values = {"MAJOR": self.capability // 10, "MINOR": self.capability % 10, "COUNT": 8, "OPTIN": 100 << 10}
-        values["INTEGRATED"] = self.is_integrated
+        values |= {"INTEGRATED": self.is_integrated, "RATE": 1_000_000, "WIDTH": 256}
         return values[which.rsplit("_", 1)[1]]
 
     def _cuStreamBeginCapture(self, _stream, _mode):

@@ -39,13 +39,16 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
 
 def spec_for(spec: ModelSpec, weight_format: str, size: Size) -> CudaSpec:
     """Return the model as the engine that ``build`` would make runs it."""
-    manifest = manifest_before_build(
+    return CudaSpec.create(manifest_for(spec, weight_format, size), EngineConfig(Path(), max_batch=size.max_batch))
+
+
+def manifest_for(spec: ModelSpec, weight_format: str, size: Size) -> Manifest:
+    return manifest_before_build(
         *(CAPABILITIES, spec, weight_format, size),
         reduced_vocab_size=size.head_rows,
         group_size=stored_group(formats.weight_format(weight_format)),
         options=dataclasses.asdict(CudaOptions("fp16")),
     )
-    return CudaSpec.create(manifest, EngineConfig(Path(), max_batch=size.max_batch))
 
 
 def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, num_sms: int) -> dict[str, int]:

@@ -40,19 +40,23 @@ def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
 
 def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> dict[str, int]:
     """The manifest that ``build`` would write is handed to the plan of an engine."""
+    manifest = manifest_for(spec, weight_format, size)
+    layout = resolve(Path(), manifest, EngineConfig(Path(), max_batch=size.max_batch))
+    return _items(plan_memory(dataclasses.replace(layout, head_rows=size.head_rows or spec.vocab_size), manifest))
+
+
+def manifest_for(spec: ModelSpec, weight_format: str, size: Size) -> Manifest:
     precision = builder.precision_of(weight_format)
     rows = size.head_rows or spec.vocab_size
     data, packing = _count_data(spec, weight_format, size.max_context, rows)
     shares_head = spec.tied and rows == spec.vocab_size
     graphs = {graph_name(kind): FileRecord(0, "") for kind in CAPABILITIES.kv_cache_types}
-    manifest = manifest_before_build(
+    return manifest_before_build(
         *(CAPABILITIES, spec, weight_format, size),
         group_size=precision.group_size,
         options=dataclasses.asdict(builder.engine_options(precision, packing, shares_head=shares_head)),
         files={DATA_NAME: FileRecord(data, "")} | graphs,
     )
-    layout = resolve(Path(), manifest, EngineConfig(Path(), max_batch=size.max_batch))
-    return _items(plan_memory(dataclasses.replace(layout, head_rows=rows), manifest))
 
 
 @lru_cache(maxsize=64)

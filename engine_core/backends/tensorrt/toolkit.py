@@ -38,13 +38,17 @@ def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> d
     """An estimate: the scratch of a plan is known when it is built."""
     if gemm_refusal(spec, weight_format, size.max_context) is None:
         return plan.estimated_gemm_bytes(cuda.spec_for(spec, weight_format, size), num_sms or 1)
-    manifest = manifest_before_build(
+    manifest = manifest_for(spec, weight_format, size)
+    return plan.estimated_plan_bytes(spec, TrtSpec.create(manifest, EngineConfig(Path())))
+
+
+def manifest_for(spec: ModelSpec, weight_format: str, size: Size) -> Manifest:
+    return manifest_before_build(
         *(CAPABILITIES, spec, weight_format, size),
         kv_cache_type=weight_format,
         reduced_vocab_size=size.head_rows,
         options=asdict(TrtOptions(weight_format, "plain", DEFAULT_MAX_PREFILL)),
     )
-    return plan.estimated_plan_bytes(spec, TrtSpec.create(manifest, EngineConfig(Path())))
 
 
 def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, num_sms: int) -> dict[str, int]:
