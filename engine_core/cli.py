@@ -17,6 +17,7 @@ from engine_core.errors import EdgeLLMError
 # In the order of a model's way, as --help shows them; modules of engine_core.commands.
 COMMANDS = (
     "recommend",
+    "get",
     "quantize",
     "reduce_vocab",
     "build",

@@ -50,6 +50,10 @@ class BuildError(EdgeLLMError):
     """A build or a measurement cannot use its texts or write its files; nothing half-written is left behind."""
 
 
+class DownloadError(BuildError):
+    """A model is not in the hub that was asked, or cannot be fetched from there whole."""
+
+
 class BackendUnavailableError(EdgeLLMError):
     """The backend asked for is unknown, not installed, or cannot run this engine on this machine."""
 
