@@ -89,6 +89,8 @@ class Backend(Protocol):
     sampler_options: frozenset[str]  # the names of ``SAMPLING_OPTIONS`` that its sampler applies
     max_draft: int  # tokens of a step's draft, at most; 0: it takes no drafts
     exact_drafts: bool  # a step with a draft gives, bit for bit, what steps of one token give
+    # Of one token, as ``load`` measured it, s; 0.0: unknown, or drafts must not depend on what was measured.
+    step_seconds: float
     undrafted_options: frozenset[str]  # sampling options that a step with a draft would not apply
 
     @classmethod

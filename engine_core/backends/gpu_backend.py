@@ -141,6 +141,7 @@ class DeviceBackend:
     num_slots = 1
     max_draft = 0
     exact_drafts = False
+    step_seconds = 0.0
     undrafted_options = frozenset({"repetition_penalty", "logit_bias"})
     sampler_options = frozenset(SAMPLING_OPTIONS) & frozenset(PARAMS.names)
 

@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 
 MAX_SCHEMA_CHARS = 256 * 1024
 _CACHED_SCHEMAS = 64
+_TIMED_MASKS = 5
 # One optional space or line break where JSON allows any amount: small models otherwise fill the context with it.
 _WHITE_SPACE = r"[ \n]?"
 
@@ -95,6 +96,20 @@ class ConstraintFactory:
         if isinstance(found, InvalidSchemaError):
             raise InvalidSchemaError(str(found))
         return JsonConstraint(found.deep_copy(), self._vocab_size, self._tokens)
+
+    def mask_seconds(self) -> float:
+        """Return how long a mask takes inside a string, s, the shortest of a few; 0.0 where there are no schemas."""
+        if self._ll_tokenizer is None:
+            return 0.0
+        constraint = self.compile('{"type":"string"}')
+        opening = np.flatnonzero(np.unpackbits(constraint.mask().view(np.uint8), bitorder="little"))
+        constraint.accept(int(opening[0]))
+        times = []
+        for _ in range(_TIMED_MASKS):
+            start = time.perf_counter()
+            constraint.fork().mask()
+            times.append(time.perf_counter() - start)
+        return min(times)
 
     def knows(self, schema: str) -> bool:
         """Return whether ``compile`` would answer at once, having seen ``schema`` before."""

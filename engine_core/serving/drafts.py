@@ -19,7 +19,7 @@ _FACTORS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 _LEARNED = 0.98  # what an outcome weighs when the next one comes
 _PRIOR_WEIGHT = 4.0  # outcomes that the first guess of a probability counts for
 # Tokens that match before a guess → the probability that it is right, before anything is known.
-_PRIORS = (0.0, 0.0, 0.35, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
+_PRIORS = (0.0, 0.0, 0.25, 0.35, 0.45, 0.5, 0.55, 0.6, 0.65)
 
 
 class Match(NamedTuple):

@@ -101,7 +101,7 @@ class Engine:
         )
         self.sessions = Sessions(config.max_sessions)
         self.scheduler = Scheduler(backend.num_slots)
-        self.speculation = Speculation(backend)
+        self.speculation = Speculation(backend, self._constraints.mask_seconds if backend.step_seconds else None)
         # Of one prompt in a step: other answers wait no longer for their next token.
         self._max_prefill = backend.prefill_chunk if backend.num_slots > 1 else backend.max_context
 

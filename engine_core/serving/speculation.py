@@ -12,7 +12,7 @@ is chosen by what they promise and by what such a step costs on this machine.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -46,8 +46,11 @@ class _Slot:
 class Speculation:
     """The drafts of all running sequences of an engine. For the engine's thread."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, mask_seconds: Callable[[], float] | None = None) -> None:
+        """``mask_seconds`` measures how long the mask of a schema takes; None: it counts as nothing."""
         self._backend = backend
+        measured = backend.max_draft and mask_seconds is not None
+        self._mask_cost = mask_seconds() / backend.step_seconds if measured and mask_seconds else 0.0  # in plain steps
         self.max_draft = backend.max_draft  # tokens of a step's draft, at most; 0: there are none
         self.counts = SpeculationCounts()  # of all sequences
         capacity = 1 << max(0, backend.max_context - 1).bit_length()
@@ -194,7 +197,8 @@ class Speculation:
         ``rows``: the tokens of every sequence of the step, this one's last. The gain is in tokens for the time of one.
         """
         cost = self._backend.step_cost
-        others, base = rows[:-1], len(rows) / cost(rows)
+        masks = 0.0 if constraint is None else self._mask_cost  # what those of the step cost; it waits for them
+        others, base = rows[:-1], len(rows) / (cost(rows) + masks)
         best, best_gain, expected, chance = 0, _LEAST_GAIN, float(len(rows)), 1.0
         for i in range(room):
             token = None if constraint is None else constraint.forced
@@ -215,10 +219,11 @@ class Speculation:
                 if constraint.complete:
                     break
                 slot.masks[i] = constraint.mask()
+                masks += self._mask_cost * (constraint.forced is None)
             slot.ids[i], slot.forced[i] = token, forced
             slot.lookup.follow(token)
             expected += chance
-            gain = expected / cost([*others, i + 2]) / base
+            gain = expected / (cost([*others, i + 2]) + masks) / base
             if gain > best_gain:
                 best, best_gain = i + 1, gain
         return best, best_gain

@@ -80,7 +80,7 @@ class ScriptedBackend:
 
     def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, pool_tokens=1024, num_slots=1,
                  prefill_chunk=512, max_draft=0, exact_drafts=True, memory=0, row_cost=0.01):  # fmt: skip
-        self.max_draft, self.exact_drafts = max_draft, exact_drafts
+        self.max_draft, self.exact_drafts, self.step_seconds = max_draft, exact_drafts, 0.0
         self.memory, self.row_cost = memory, row_cost
         self.script, self.step_time, self.fail_at = script, step_time, fail_at
         self.max_context, self.vocab_size = max_context, VOCAB_SIZE

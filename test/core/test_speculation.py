@@ -228,3 +228,21 @@ def test_an_interrupt_ends_a_sequence_whose_draft_is_on_its_way(pair):
     _, result = run(fast, ask(sampling=SamplingParams(max_new_tokens=400)), cancel)
     assert result.finish_reason is FinishReason.TIMEOUT
     assert run(fast, ask())[1].finish_reason is FinishReason.LENGTH
+
+
+def test_the_masks_of_a_draft_count_where_their_time_is_known(pair, monkeypatch):
+    """Masks that take longer than steps leave few drafts."""
+    names = json.dumps({"type": "array", "minItems": 3, "items": {"type": "string", "minLength": 9}})
+    counts = []
+    for seconds in (0.0, 1.0):
+        _, fast = pair(step_time=0.0)
+        monkeypatch.setattr(fast.speculation, "_mask_cost", seconds / 0.01)
+        for _ in range(3):
+            run(fast, ask("hello", json_schema=names, sampling=SamplingParams(max_new_tokens=60, seed=4)))
+        counts.append(fast.speculation.counts)
+    assert counts[0].drafted > 2 * counts[1].drafted
+
+
+def test_a_factory_times_a_mask_inside_a_string(open_engine):
+    engine = open_engine(max_draft=7)
+    assert 0.0 < engine._constraints.mask_seconds() < 1.0

@@ -209,6 +209,7 @@ class CudaBackend(DeviceBackend):
             self._drafts.capture(self._graphs, model, place)
             timed = EventTimer(self._stream)
             self._decode_seconds = {size: timed(step(size, False)) for size in self._spec.batch_sizes}
+            self.step_seconds = self._decode_seconds[self._spec.batch_sizes[0]]
             self._stream.zero(self._work["state"])
             self._stream.wait()
 
@@ -235,7 +236,7 @@ class CudaBackend(DeviceBackend):
         seconds = self._drafts.seconds([count for count in rows if count > 1])
         if single:
             seconds += self._decode_seconds[next(size for size in self._spec.batch_sizes if single <= size)]
-        return seconds / self._decode_seconds[self._spec.batch_sizes[0]]
+        return seconds / self.step_seconds
 
     # --- hooks of DeviceBackend -------------------------------------------------------------------------
 

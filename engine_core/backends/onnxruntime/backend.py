@@ -109,6 +109,7 @@ class OnnxRuntimeBackend:
         self._slots = [_Slot(layout) for _ in range(layout.num_slots)]
         self.max_draft = 0
         self.exact_drafts = False
+        self.step_seconds = 0.0
         self._costs = [1.0]  # of a step of 0, 1, … drafted tokens
         layers, kinds, _, heads, _, head_dim = session.kv_cache.shape
         self.pool_tokens = layout.pool_tokens
@@ -446,6 +447,7 @@ class OnnxRuntimeBackend:
                 times[i] = min(times[i], time.perf_counter() - start)
         times = np.minimum.accumulate(times[::-1])[::-1]  # what takes longer than a larger step was held up
         self._costs = np.interp(range(1, MAX_DRAFT_ROWS + 1), sizes, times / times[0]).tolist()
+        self.step_seconds = float(times[0])
 
     def _rows_are_independent(self) -> bool:
         """Tell whether each slot gets the same logits, bit for bit, in a run of several as in a run of its own."""
