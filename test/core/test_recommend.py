@@ -32,7 +32,6 @@ PARAMETERS = {
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
-    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
     "google/gemma-3-1b-it": 999_885_952,
