@@ -1,16 +1,20 @@
 """The ``edgellm`` command; ``engine_core/commands`` has a module for each of its commands.
 
-Exit codes: 0 done, 1 refused or failed (one sentence on stderr), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 refused or failed (one sentence on stderr), 2 wrong usage, 128 plus the number of the
+signal that ended it (130: Ctrl-C).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from engine_core.errors import EdgeLLMError
 
@@ -40,9 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"argument {odd[:-3]}: '--' is no value")  # argparse before 3.13 makes an empty list of it
     options = parser.parse_args(arguments)
     try:
-        return options.run(options)
+        with _ended_by(signal.SIGTERM), _ended_by(signal.SIGHUP):
+            return options.run(options)
     except EdgeLLMError as error:
         return _failed(str(error))
+    except MemoryError:
+        return _failed("There is not enough memory for this command.")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -52,6 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a name that is too long, a directory without permission, a full disk
         where = "" if error.filename is None else f"{error.filename}: "
         return _failed(f"{where}{error.strerror or error}.")
+
+
+@contextlib.contextmanager
+def _ended_by(number: int) -> Iterator[None]:
+    """Let the signal ``number`` end the command as Ctrl-C does, which removes what is half written."""
+
+    def end(*_) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(number, end)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _failed(reason: str) -> int:

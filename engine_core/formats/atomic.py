@@ -1,8 +1,15 @@
-"""Replace a directory or a file whole: written beside its place, flushed to disk, and renamed when it is finished."""
+"""Replace a directory or a file whole: written beside its place, flushed to disk, and renamed when it is finished.
+
+What is being written is locked (flock) for as long as its process lives, on whatever host or in whatever container: a
+new directory or file that nobody locks is what a killed process left, and the next one that writes to the same place
+removes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -15,55 +22,84 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     """Give a new directory beside ``target`` to fill; it takes the place of ``target`` when the body ends.
 
     Its files are flushed to disk before. If the body or a rename fails, what was at ``target`` stays or comes back, and
-    the new directory is removed. Leftovers of processes that were killed meanwhile are removed first, and an old
-    directory that such a process had moved away comes back. Raises OSError.
+    the new directory and new parents of it are removed. Leftovers of processes that were killed meanwhile are removed
+    first, and an old directory that such a process had moved away comes back. A symbolic link is followed. Raises
+    OSError, at once where ``target`` is a mount point, which cannot be renamed.
     """
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(target)
-    new = _beside(target, "new")
-    new.chmod(0o755)
-    try:
+    target = Path(os.path.realpath(target))
+    if os.path.ismount(target):
+        reason = "it is a mount point, which cannot be replaced; name a directory in it"
+        raise OSError(errno.EBUSY, reason, str(target))
+    with _parents(target), contextlib.ExitStack() as undo:
+        _clear_leftovers(target)
+        new = _locked_directory(target.parent, _prefix(target, "new"), undo)
+        new.chmod(0o755)
         yield new
         for path in new.rglob("*"):
             if path.is_file():
                 _flush(path)
         _put_in_place(new, target)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
     """Give the path of an empty file beside ``target`` to write; it takes the place of ``target`` when the body ends.
 
-    It is flushed to disk before, and readable for everyone. If the body fails, what was at ``target`` stays. Raises
-    OSError.
+    It is flushed to disk before, and readable for everyone. If the body fails, what was at ``target`` stays, and new
+    parents of it are removed. Leftovers of killed processes are removed. A symbolic link is followed. Raises OSError.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    new = Path(name)
-    try:
+    target = Path(os.path.realpath(target))
+    with _parents(target), contextlib.ExitStack() as undo:
+        _clear_leftovers(target)
+        new = _locked_directory(target.parent, _prefix(target, "new"), undo) / target.name
+        new.touch()
         yield new
         new.chmod(0o644)
         _flush(new)
         os.replace(new, target)
-    finally:
-        new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
+    """Give a new directory in ``parent``, which is removed after the body; so are those that killed processes left."""
+    place = parent / name
+    with contextlib.ExitStack() as undo:
+        _clear_leftovers(place)
+        yield _locked_directory(parent, _prefix(place, "new"), undo)
 
 
 def _put_in_place(new: Path, target: Path) -> None:
     if not target.exists():
         os.replace(new, target)
         return
-    old = _beside(target, "old")
-    os.replace(target, old)  # onto an empty directory
+    with contextlib.ExitStack() as locks:
+        with contextlib.suppress(OSError):  # a file system without locks
+            locks.enter_context(_locked(target))  # the lock goes where the directory is moved to
+        old = Path(tempfile.mkdtemp(prefix=_prefix(target, "old"), dir=target.parent))
+        try:
+            os.replace(target, old)  # onto an empty directory
+            os.replace(new, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                old.rmdir()  # empty if the first rename failed
+            if not target.exists():
+                os.replace(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Make the directory that ``target`` is to lie in; remove again what was made if the body fails."""
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
-        os.replace(new, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except BaseException:
-        os.replace(old, target)
+        for parent in missing:
+            with contextlib.suppress(OSError):  # something else is in it by now
+                parent.rmdir()
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -71,32 +107,45 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _beside(target: Path, kind: str) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}.{kind}.{os.getpid()}.", dir=target.parent))
+def _prefix(target: Path, kind: str) -> str:
+    return f".{target.name}.{kind}."
+
+
+def _locked_directory(parent: Path, prefix: str, undo: contextlib.ExitStack) -> Path:
+    """Make a directory that is locked, and removed with its files, until ``undo`` ends."""
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        undo.callback(shutil.rmtree, made, ignore_errors=True)
+        try:
+            undo.enter_context(_locked(made))
+        except (BlockingIOError, FileNotFoundError):  # taken for a leftover before it was locked
+            continue
+        except OSError:  # a file system without locks: nobody clears it up either
+            return made
+        if made.exists():
+            return made
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Raises BlockingIOError if another process, or another part of this one, holds the lock."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _clear_leftovers(target: Path) -> None:
     for kind in ("old", "new"):
-        prefix = f".{target.name}.{kind}."
-        for path in sorted(target.parent.glob(f"{_escaped(prefix)}*")):
-            pid = path.name[len(prefix) :].partition(".")[0]
-            if not pid.isdigit() or _is_running(int(pid)):
-                continue
-            if kind == "old" and not target.exists() and any(path.iterdir()):
-                os.replace(path, target)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in sorted(target.parent.glob(f"{_escaped(_prefix(target, kind))}*")):
+            with contextlib.suppress(OSError), _locked(path):  # OSError: it is being written, or another user's
+                if kind == "old" and not target.exists() and any(path.iterdir()):
+                    os.replace(path, target)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _escaped(text: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in text)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

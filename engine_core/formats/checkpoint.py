@@ -6,8 +6,10 @@ stand for, like others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine_core.errors import BuildError, CheckpointError
+from engine_core.formats.atomic import scratch_directory
 from engine_core.formats.gguf_file import SUFFIX, is_gguf
 from engine_core.formats.number_formats import QuantizedTensor
 from engine_core.formats.quantized_layouts import Stored, find_stored
@@ -89,13 +92,22 @@ class Checkpoint:
     def directory(self) -> Path:
         """The directory with the tokenizer's files and config.json; of a GGUF file, one made for this object's life.
 
-        Raises CheckpointError or UnsupportedModelError for a tokenizer that is not read.
+        Raises CheckpointError or UnsupportedModelError for a tokenizer that is not read, BuildError if it cannot be
+        written.
         """
         if not self.is_gguf:
             return self.path
-        self._made = tempfile.TemporaryDirectory(prefix="edgellm-gguf-")
-        self._gguf.write_companions(Path(self._made.name))
-        return Path(self._made.name)
+        life = contextlib.ExitStack()
+        weakref.finalize(self, life.close)
+        try:
+            made = life.enter_context(scratch_directory(Path(tempfile.gettempdir()), "edgellm-gguf"))
+            self._gguf.write_companions(made)
+        except OSError as error:
+            raise BuildError(
+                f"The tokenizer's files of {self.path} could not be written to the directory for temporary files "
+                f"({error.strerror or error}); name another one with TMPDIR."
+            ) from error
+        return made
 
     @property
     def num_bytes(self) -> int:

@@ -68,7 +68,7 @@ def reduce_vocab(
     keep: Sequence[str] = (),
     report: Callable[[str], None] = _log.info,
 ) -> ReducedVocab:
-    """Writes vocab_map.safetensors and reduced_vocab.json to ``out_dir``, each as a whole or not at all.
+    """Writes vocab_map.safetensors and reduced_vocab.json to ``out_dir``, both as a whole or neither.
 
     ``method``: frequency or input_aware. ``texts``: examples of what the model writes, plain text or JSONL chats (whose
     other messages are examples of what it reads); ``inputs``: further examples of what it reads. One of ``size``
@@ -231,12 +231,12 @@ def _write(out_dir: Path, ids: np.ndarray, values: dict) -> ReducedVocab:
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     result = ReducedVocab(ids, out_dir / VOCAB_MAP_NAME, out_dir / REPORT_NAME, values)
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        # The map last: where it is, its report is too.
-        with replaced_file(result.report_path) as path:
-            path.write_text(text, encoding="utf-8")
-        with replaced_file(result.map_path) as path:
-            write_vocab_map(path, ids, metadata)
+        # Both are written before the first takes its place: a map and its report belong together.
+        with replaced_file(result.map_path) as map_path, replaced_file(result.report_path) as report_path:
+            write_vocab_map(map_path, ids, metadata)
+            report_path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise BuildError(f"The map could not be written to {out_dir} ({error.strerror or error}).") from error
+        raise BuildError(
+            f"The map could not be written to {out_dir} ({error.strerror or error}); nothing was left behind."
+        ) from error
     return result

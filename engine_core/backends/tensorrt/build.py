@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from engine_core.config import EngineConfig
 from engine_core.cuda.driver import Device
 from engine_core.errors import BuildError, InsufficientMemoryError, UnsupportedModelError
 from engine_core.formats import companions
-from engine_core.formats.atomic import replaced_file
+from engine_core.formats.atomic import replaced_file, scratch_directory
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.manifest import Manifest, read_options, seal, write_variant
 from engine_core.formats.onnx_writer import DATA_NAME
@@ -185,13 +184,13 @@ def _write_plan(tools: _Tools, manifest: Manifest, weights: Weights, directory: 
     """Writes the one plan of a whole decoder into ``directory``; the bytes of scratch its contexts need."""
     options, device = read_options(manifest, TrtOptions), tools.device
     spec = TrtSpec.create(manifest, EngineConfig(directory))
-    # On the same disk: the ONNX model is as large as the plan.
-    with tempfile.TemporaryDirectory(prefix=".onnx.", dir=directory.parent) as temporary:
+    # On the disk of the output: the ONNX model is as large as the plan.
+    with scratch_directory(directory, "onnx") as temporary:
         tools.report(f"Exporting {weights.spec.architecture} as ONNX ({options.exporter}, {options.dtype})")
         model = export_onnx(
-            Path(temporary), weights, manifest.max_context, exporter=options.exporter, dtype=options.dtype
+            temporary, weights, manifest.max_context, exporter=options.exporter, dtype=options.dtype
         )
-        weight_bytes = (Path(temporary) / DATA_NAME).stat().st_size
+        weight_bytes = (temporary / DATA_NAME).stat().st_size
         kv_bytes = work_arrays(spec, 0)["kv_cache"].nbytes
         workspace = workspace_limit(device.memory_info()[0], weight_bytes, kv_bytes)
         profiles = [profile_shapes(spec, profile) for profile in (PREFILL, DECODE)]
@@ -208,8 +207,8 @@ def _write_gemm_plans(tools: _Tools, manifest: Manifest, directory: Path) -> int
     workspace = workspace_limit(tools.device.memory_info()[0], weight_bytes, 0)
     scratch = []
     for name in GEMM_PLANS:
-        with tempfile.TemporaryDirectory(prefix=".onnx.", dir=directory.parent) as temporary:
-            model = export_plan(Path(temporary), name, spec)
+        with scratch_directory(directory, "onnx") as temporary:
+            model = export_plan(temporary, name, spec)
             width = next(iter(weight_shapes(spec)[name].values()))[1]
             sizes = ((1, spec.chunk, spec.chunk), (1, 1, 1))
             profiles: list[Profile] = [{"input": tuple((rows, width) for rows in three)} for three in sizes]

@@ -41,7 +41,6 @@ def compile_kernel(
         return path.read_bytes()
     binary = _run_nvrtc(nvrtc, source, name, headers, options)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path) as file:
             file.write_bytes(binary)
     except OSError:

@@ -13,8 +13,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 from engine_core.cuda.driver import DeviceError, Event, Graph, KernelCompileError, Stream
 from engine_core.cuda.kernels.launch_configs import Gpu, LaunchConfigs, Problem
+from engine_core.formats.atomic import replaced_file
 
 TIME_LIMIT = 10.0  # seconds a configure may measure, compiling included; the candidates of one problem may exceed it
 _MARGIN = 0.97  # a candidate replaces the rule's configuration if it takes less than this part of its time
@@ -95,10 +94,9 @@ class ConfigFile:
             entries = dict(json.loads(self.path.read_text(encoding="utf-8"))["configs"])
         entries.update({problem.key: dataclasses.asdict(config) for problem, config in configs.items()})
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
-                json.dump({**self._head, "configs": entries}, file, indent=1, sort_keys=True)
-            os.replace(file.name, self.path)
+            with replaced_file(self.path) as file:
+                text = json.dumps({**self._head, "configs": entries}, indent=1, sort_keys=True)
+                file.write_text(text, encoding="utf-8")
         except OSError:
             return False
         return True
