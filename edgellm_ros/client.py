@@ -127,6 +127,32 @@ class PieceText:
         return whole[len("".join(self._parts)) :]
 
 
+# One context, which is one participant of DDS, for all clients of the process that have no node of their own: with
+# ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST only the first 32 participants of a machine find each other.
+_own_context: list[Context] = []  # once for each client that uses it
+_own_context_lock = threading.Lock()
+
+
+def _take_context() -> Context:
+    with _own_context_lock:
+        if _own_context and _own_context[0].ok():
+            context = _own_context[0]
+        else:
+            _own_context.clear()
+            context = Context()
+            rclpy.init(context=context)
+        _own_context.append(context)
+        return context
+
+
+def _give_back(context: Context) -> None:
+    with _own_context_lock:
+        if context in _own_context:
+            _own_context.remove(context)
+        if context not in _own_context:
+            context.try_shutdown()
+
+
 class _Action:
     """The action's client, whose calls may be made from any thread.
 
@@ -386,7 +412,8 @@ class Pieces:
 
 
 class LLM:
-    """A client of the node ``name``. Without ``node`` it has a node and an executor thread of its own.
+    """A client of the node ``name``. Without ``node`` it has a node and an executor thread of its own;
+    such clients of one process share a context of rclpy.
 
     With ``node``, an executor has to spin that node in another thread than the one that waits here. A request takes:
     ``messages`` (a text, or turns of role and content) or ``prompt``, ``json_schema``, ``adapter``, ``session``
@@ -403,8 +430,7 @@ class LLM:
         self._executor: SingleThreadedExecutor | None = None
         self._closing = False
         if node is None:
-            self._context = Context()
-            rclpy.init(context=self._context)
+            self._context = _take_context()
             node = Node("llm_client", context=self._context, start_parameter_services=False)
             self._executor = SingleThreadedExecutor(context=self._context)
             self._executor.add_node(node)
@@ -439,7 +465,7 @@ class LLM:
         action.destroy(spins=self._executor is None)
         if self._context is not None:
             self._node.destroy_node()
-            self._context.try_shutdown()
+            _give_back(self._context)
 
     def __enter__(self) -> LLM:
         return self

@@ -89,6 +89,20 @@ def test_with_a_node_of_the_application(llm, make):
     assert len(texts) == 1
 
 
+def test_clients_of_one_process_share_a_participant(client, llm):
+    def ask(each):
+        return each.ask("hello", max_new_tokens=3, temperature=0).text
+
+    with LLM(llm.name) as other:
+        assert other._node.context is client._node.context is not rclpy.get_default_context()
+        assert ask(other) == ask(client)
+    assert ask(client)
+    client.close()
+    assert not client._node.context.ok()
+    with LLM(llm.name) as later:
+        assert ask(later)
+
+
 @pytest.mark.parametrize("make", [SingleThreadedExecutor, MultiThreadedExecutor])
 def test_closing_it_does_not_disturb_the_application(llm, make):
     with rclpy_node("application") as node:
