@@ -73,6 +73,7 @@ class Bond:
             self._node.get_logger().info("Bond to the lifecycle manager formed.")
             self._beat()
         elif not message.active and self.is_formed:
+            self._publish(active=False)  # which the other side waits for
             self.is_formed, self._beating = False, self._mode == "always"
             self._node.get_logger().info("The lifecycle manager has ended its bond.")
 

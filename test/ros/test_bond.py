@@ -6,10 +6,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from lifecycle_msgs.msg import State, Transition
 
 from edgellm_ros import bond as module
 from edgellm_ros.bond import Bond, make_bond, status_type
-from llm_client import ACTIVATE, ACTIVE, CONFIGURE, DEACTIVATE, INACTIVE, STREAM
+from llm_client import ACTIVATE, ACTIVE, CLEANUP, CONFIGURE, DEACTIVATE, INACTIVE, STREAM, UNCONFIGURED
 
 
 def test_a_manager_takes_over_a_node_that_started_by_itself(nodes, engine_dir):
@@ -28,6 +29,33 @@ def test_a_manager_that_comes_while_the_node_starts(nodes, engine_dir):
     time.sleep(0.5)
     assert llm.state() == INACTIVE  # autostart holds back
     assert llm.change(ACTIVATE) and llm.state() == ACTIVE
+
+
+# The methods of LifecycleManager, each a list of transitions. Every one of them has to succeed, and get_state is asked
+# right after it and has to name its state within 2 s (Humble, Jazzy: LifecycleServiceClient::get_state; Kilted: 5 s).
+STARTUP = ((CONFIGURE, INACTIVE), (ACTIVATE, ACTIVE))
+PAUSE, RESUME = ((DEACTIVATE, INACTIVE),), ((ACTIVATE, ACTIVE),)
+RESET = ((DEACTIVATE, INACTIVE), (CLEANUP, UNCONFIGURED))
+SHUTDOWN = (*RESET, (Transition.TRANSITION_UNCONFIGURED_SHUTDOWN, State.PRIMARY_STATE_FINALIZED))
+
+
+def test_the_commands_of_a_manager(nodes, engine_dir):
+    llm = nodes.start(engine_dir)
+    for command in (STARTUP, PAUSE, RESUME, RESET, STARTUP, SHUTDOWN):
+        for transition, state in command:
+            assert llm.change(transition), (command, transition)
+            start = time.monotonic()
+            assert llm.state() == state
+            assert time.monotonic() - start < 2.0
+
+
+def test_a_manager_resets_a_node_after_another_one_has_failed(nodes, engine_dir):
+    """A hard reset goes on after transitions that the node refuses, as it does with one that is down already."""
+    llm = nodes.start(engine_dir)
+    for transition, _ in RESET:
+        assert not llm.change(transition) and llm.state() == UNCONFIGURED
+    for transition, state in STARTUP:
+        assert llm.change(transition) and llm.state() == state
 
 
 class FakeNode:
@@ -89,7 +117,7 @@ def test_always_beats_at_once_and_an_ended_bond_can_be_formed_again():
         bond._on_status(status(id="llm", instance_id=instance, active=True))
         assert bond.is_formed
         bond._on_status(status(id="llm", instance_id=instance, active=False))
-        assert not bond.is_formed
+        assert not bond.is_formed and not node.sent[-1].active  # answered
 
 
 @pytest.mark.parametrize(("mode", "at_start", "managed"), [("auto", 0, 1), ("always", 1, 1), ("never", 0, 0)])
