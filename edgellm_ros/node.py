@@ -267,7 +267,7 @@ class LlmNode(LifecycleNodeMixin, Node):
 
         The executor has to go on spinning for the answers to leave. From another thread. False: something hangs.
         """
-        self._transitions.run("Shutdown", self.trigger_shutdown)
+        self._transitions.run("Shutdown", lambda: None if self._state.is_finalized else self.trigger_shutdown())
         return self._transitions.close(timeout)
 
     @property

@@ -31,7 +31,7 @@ class Kind(enum.Enum):
 
     FIXED = "fixed"  # read when the node is configured; a change while it is configured is refused
     DYNAMIC = "dynamic"  # holds from the next request on
-    AT_START = "at start"  # read when the process starts; read-only
+    AT_START = "at start"  # read when the process starts; a change is refused
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The node's parameters in ROS: declared, checked and read as ``parameter_table`` says.
 
 *Fixed* parameters are read when the node is configured; a change while it is configured is refused with the reason.
+Those *at start* are read once.
 *Dynamic* ones hold from the next request on.
 """
 
@@ -34,7 +35,7 @@ _TYPES = {
     str: ParameterType.PARAMETER_STRING,
     list: ParameterType.PARAMETER_STRING_ARRAY,
 }
-_NOTES = {Kind.FIXED: " Taken at the next configure.", Kind.DYNAMIC: "", Kind.AT_START: ""}
+_NOTES = {Kind.FIXED: " Taken at the next configure.", Kind.DYNAMIC: "", Kind.AT_START: " Taken when the node starts."}
 _BY_NAME = {spec.name: spec for spec in SPECS}
 
 
@@ -58,7 +59,6 @@ def describe(spec: ParameterSpec) -> ParameterDescriptor:
     """Return the descriptor; rqt draws sliders from its range, whose ends it takes as inclusive."""
     descriptor = ParameterDescriptor(
         name=spec.name, type=_TYPES[type(spec.default)], description=spec.description + _NOTES[spec.kind],
-        read_only=spec.kind is Kind.AT_START,
     )  # fmt: skip
     if spec.choices:
         descriptor.additional_constraints = f"One of: {', '.join(spec.choices)}."
@@ -113,17 +113,21 @@ def check_parameters(
 ) -> SetParametersResult:
     """Check whether the node takes these values, without side effects and always with a reason.
 
-    Others' parameters pass, and so does a fixed parameter that gets the value it has, by ``current`` (name → value).
+    Others' parameters pass, and so does a fixed parameter that gets the value it has, by ``current`` (name → value;
+    None: the node is starting). None is declared read-only, since rclpy refuses those even the value they have, as
+    ``ros2 param load`` of a dump sets it.
     """
     for parameter in parameters:
         spec = _BY_NAME.get(parameter.name)
         if spec is None:
             continue
-        is_fixed = spec.kind is Kind.FIXED and configured
+        is_changed = current is None or current(spec.name) != parameter.value
         if parameter.type_ == Parameter.Type.NOT_SET:
             reason = f"{spec.name} cannot be removed."
-        elif is_fixed and (current is None or current(spec.name) != parameter.value):
+        elif spec.kind is Kind.FIXED and configured and is_changed:
             reason = f"{spec.name} is fixed while the node is configured; clean up, set it and configure again."
+        elif spec.kind is Kind.AT_START and current is not None and is_changed:
+            reason = f"{spec.name} is read when the node starts; start it with another value."
         else:
             reason = spec.problem(parameter.value)
         if reason:

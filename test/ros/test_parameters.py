@@ -58,6 +58,14 @@ def test_fixed_parameters_are_refused_while_configured(llm, spec):
         "configure again."  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "other"), [("autostart", True), ("bond", "always")])
+def test_what_is_read_at_the_start_takes_its_value_and_no_other(llm, name, other):
+    current = parameter_value_to_python(llm.get(name)[0])
+    assert llm.set(**{name: current}) == [(True, "")]
+    [(taken, reason)] = llm.set(**{name: other})
+    assert not taken and reason == f"{name} is read when the node starts; start it with another value."
+
+
 @pytest.mark.parametrize(
     "name, value",
     [("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_k", -1), ("seed", -2),
