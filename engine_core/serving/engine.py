@@ -107,7 +107,8 @@ class Engine:
 
     @classmethod
     def open(cls, config: EngineConfig, report: Callable[[str], None] = _log.info) -> Engine:
-        """Choose, plan, check, allocate, load, capture, warm up; ``report`` is told why and the plan, before all else.
+        """Choose, plan, check, allocate, load, capture, warm up; ``report`` is told why and the plan, before all else, and the
+        notes of the manifest.
 
         Raises ConfigurationError, EngineDirectoryError, BackendUnavailableError, InsufficientMemoryError or
         EngineFaultError; nothing stays allocated then.
@@ -118,6 +119,8 @@ class Engine:
         variant_dir, manifest, config, plan = choice.directory, choice.manifest, choice.config, choice.plan
         report(f"Memory plan of {manifest.model_name} ({manifest.quantization}, {manifest.backend}):\n{plan.table()}")
         plan.check(advice(config, plan))
+        for note in manifest.notes:
+            report(note)
         tokenizer = Tokenizer(variant_dir)
         if tokenizer.folds_system:
             report("The chat template has no system messages; they are put before the first user message.")

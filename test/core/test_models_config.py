@@ -12,14 +12,17 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 
 import checkpoints
+import fakes
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.backends.onnxruntime.session import OrtSession
+from engine_core.config import EngineConfig
 from engine_core.errors import CheckpointError, EdgeLLMError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.companions import eos_token_ids
 from engine_core.formats.manifest import read_manifest
 from engine_core.models.families import FAMILIES, family_of
 from engine_core.models.reader import check_tensors, read_spec
+from engine_core.serving.engine import Engine
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=45)
 
@@ -67,11 +70,15 @@ def test_longrope_takes_the_factors_of_transformers(tmp_path, length, max_contex
 
 def test_an_engine_with_long_factors_for_short_prompts_says_so(tmp_path, caplog):
     checkpoints.write(tmp_path, "phi3-longrope")
+    fakes.write_tokenizer(tmp_path)
     short = build_engine(tmp_path, tmp_path / "short")
     assert short.max_context == 64 and not short.notes and not caplog.records
     (note,) = build_engine(tmp_path, tmp_path / "long", max_context=96).notes
     assert "96" in note and "64" in note and caplog.messages == [note]
     assert read_manifest(tmp_path / "long").notes == (note,)
+    told: list[str] = []
+    Engine.open(EngineConfig(tmp_path / "long"), report=told.append).close()
+    assert note in told
     checkpoints.write(tmp_path / "other", "llama3")
     assert read_spec(Checkpoint(tmp_path / "other")).notes(256) == ()
 
