@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
 import re
 import secrets
@@ -28,6 +29,9 @@ ROLES = ("system", "user", "assistant", "tool")
 # A conversation that does not fit is refused, or its oldest turns are left out.
 CONTEXT_POLICIES = ("refuse", "drop_oldest")
 _SESSION_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # it is the name of a file, too
+THINKING_MODES = ("model", "off", "on")
+TOOL_CHOICES = ("auto", "none", "required")  # or the name of a tool
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_SEED = 2**64 - 1
 _MAX_INT32 = 2**31 - 1
 GREEDY_BELOW = 1e-4  # a temperature below this is greedy: float32 could not tell it from 0
@@ -70,6 +74,11 @@ class RequestLimits:
     request_id_chars: int = 256
     adapter_chars: int = 64
     priority: int = 255  # from 0
+    tools: int = 128
+    tool_bytes: int = 1 << 18  # UTF-8, of all tools together
+    tool_calls: int = 128  # of a message
+    tool_call_id_chars: int = 256
+    template_variable_bytes: int = 1 << 14  # UTF-8
 
     def check_count(self, name: str, count: int, limit: int) -> None:
         """Raises InvalidRequestError if ``count`` is above ``limit``."""
@@ -87,6 +96,7 @@ class FinishReason(enum.Enum):
     """The reason why generation ended. The wire constants are in ``edgellm_ros/msg/FinishReason``."""
 
     STOP = "stop"  # an end-of-sequence token, a stop string, or the JSON value is complete
+    TOOL_CALLS = "tool_calls"  # as STOP, and the answer has calls of tools
     LENGTH = "length"  # max_new_tokens or max_context reached
     CANCELLED = "cancelled"  # cancelled by the client, by deactivate or by shutdown
     TIMEOUT = "timeout"  # the deadline passed
@@ -95,11 +105,47 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Tool:
+    """A function that the model may ask its client to call."""
+
+    name: str  # 1 to 64 letters, digits, '_', '.' and '-'
+    description: str = ""
+    parameters: str = ""  # the JSON schema of the object of its arguments; "" = it has none
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.name, self.description, self.parameters
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model asks for. ``arguments`` is the text of one JSON object."""
+
+    id: str  # nine letters and digits where the engine has chosen it, as every chat template takes them
+    name: str
+    arguments: str
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.id, self.name, self.arguments
+
+
+@dataclass(frozen=True)
 class ChatMessage:
     """One turn of a conversation; ``role`` is one of ``ROLES``."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_call_id: str = ""  # of a tool: the call that it answers, of an assistant's message before it
+    name: str = ""  # of a tool; "" = that of the call
+    reasoning: str = ""  # of an assistant: what it thought before it answered
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text of the message."""
+        calls = (text for call in self.tool_calls for text in call.texts)
+        return (self.content, self.reasoning, self.tool_call_id, self.name, *calls)
 
 
 @dataclass(frozen=True)
@@ -212,6 +258,12 @@ class GenerationRequest:
     session: str = ""
     default_system: str = ""  # the system message of a session that begins without one; "" = none
     context_policy: str = "refuse"  # one of CONTEXT_POLICIES, for messages that do not fit into the context
+    tools: tuple[Tool, ...] = ()  # what the model may call, with messages alone
+    tool_choice: str = "auto"  # one of TOOL_CHOICES, or the name of the tool that is to be called
+    parallel_tool_calls: bool = True  # an answer may have several calls
+    template_variables: str = ""  # a JSON object of further variables for the chat template; "" = none
+    thinking: str = "model"  # "model": as its template does, "off", "on"
+    thinking_budget: int = 0  # tokens that a model may think before it answers; 0 = no limit
     adapter: str = ""  # name of a LoRA adapter of the engine's; "" = the model itself
     priority: int = 0  # the highest waiting goes first; equal ones in order of arrival
     timeout: float = 0.0  # seconds from arrival, preparation and waiting included; 0 or above 1e8 = none
@@ -238,15 +290,11 @@ class GenerationRequest:
             raise InvalidRequestError("A session and drop_oldest are for messages, but the request has a raw prompt.")
         if not self.messages and not self.prompt.strip():
             raise EmptyPromptError("The request has neither a prompt nor messages; there is nothing to answer.")
-        for message in self.messages:
-            if message.role not in ROLES:
-                raise InvalidRequestError(
-                    f"The role {message.role!r} is unknown; a message is from one of {', '.join(ROLES)}."
-                )
-        if self.messages and not any(m.content.strip() for m in self.messages if m.role != "system"):
-            raise EmptyPromptError("All messages are empty; there is nothing to answer.")
-        texts = (self.request_id, self.adapter, self.prompt, self.json_schema, *self.stop)
-        for text in (*texts, *(m.content for m in self.messages)):
+        self._check_messages()
+        self._check_tools()
+        texts = (self.request_id, self.adapter, self.prompt, self.json_schema, self.template_variables, *self.stop)
+        tool_texts = (text for tool in self.tools for text in tool.texts)
+        for text in (*texts, *(text for message in self.messages for text in message.texts), *tool_texts):
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
@@ -268,8 +316,86 @@ class GenerationRequest:
             raise InvalidRequestError(f"The deadline is {self.timeout} s, but it must be 0 (none) or more seconds.")
         self.sampling.validate()
 
+    def _check_messages(self) -> None:
+        for message in self.messages:
+            if message.role not in ROLES:
+                raise InvalidRequestError(
+                    f"The role {message.role!r} is unknown; a message is from one of {', '.join(ROLES)}."
+                )
+        if self.messages and not any(m.content.strip() or m.tool_calls for m in self.messages if m.role != "system"):
+            raise EmptyPromptError("All messages are empty; there is nothing to answer.")
+        known: set[str] = set()
+        for message in self.messages:
+            if (message.tool_calls or message.reasoning) and message.role != "assistant":
+                raise InvalidRequestError(
+                    f"A message of the role {message.role} has tool calls or reasoning, which only an assistant has."
+                )
+            for call in message.tool_calls:
+                check_tool_name(call.name)
+                parse_arguments(call)
+                if call.id and call.id in known:
+                    raise InvalidRequestError(f"Two tool calls in the messages have the id {call.id[:64]!r}.")
+                known.add(call.id)
+            if message.tool_call_id and message.role != "tool":
+                raise InvalidRequestError(
+                    f"A message of the role {message.role} has a tool_call_id, which only a tool's message has."
+                )
+            if message.tool_call_id and message.tool_call_id not in known:
+                raise InvalidRequestError(
+                    f"The tool_call_id {message.tool_call_id[:64]!r} is that of no tool call in the messages before it."
+                )
+
+    def _check_tools(self) -> None:
+        for tool in self.tools:
+            check_tool_name(tool.name)
+        names = [tool.name for tool in self.tools]
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise InvalidRequestError(f"Two tools have the name {twice!r}.")
+        if self.tool_choice not in (*TOOL_CHOICES, *names):
+            raise InvalidRequestError(
+                f"The tool choice is {self.tool_choice[:64]!r}, but it must be one of {', '.join(TOOL_CHOICES)} or the "
+                "name of a tool of the request."
+            )
+        if not self.tools and self.tool_choice not in ("auto", "none"):
+            raise InvalidRequestError(f"The tool choice is {self.tool_choice!r}, but the request has no tools.")
+        if self.thinking not in THINKING_MODES:
+            raise InvalidRequestError(
+                f"thinking is {self.thinking[:64]!r}, but it must be one of {', '.join(THINKING_MODES)}."
+            )
+        if not 0 <= self.thinking_budget <= _MAX_INT32:
+            raise InvalidRequestError(
+                f"The thinking budget is {self.thinking_budget} tokens, but it must be from 0 to {_MAX_INT32}."
+            )
+        needs_template = self.tools or self.template_variables or self.thinking != "model" or self.thinking_budget
+        if self.prompt and needs_template:
+            raise InvalidRequestError(
+                "The request has a raw prompt, but tools, thinking and template variables need messages, to which the "
+                "chat template is applied."
+            )
+        self.parse_template_variables()
+
+    def parse_template_variables(self) -> dict[str, Any]:
+        """Return the variables for the chat template by name. Raises InvalidRequestError."""
+        try:
+            values = json.loads(self.template_variables or "{}")
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict) or nesting(values) > MAX_NESTING:
+            raise InvalidRequestError(
+                f"The template variables are no JSON object of at most {MAX_NESTING} levels of objects and arrays."
+            )
+        return values
+
     def _check_sizes(self, limits: RequestLimits) -> None:
         limits.check_messages(len(self.messages))
+        limits.check_count("tools", len(self.tools), limits.tools)
+        limits.check_count(
+            "tool calls in a message", max((len(m.tool_calls) for m in self.messages), default=0), limits.tool_calls
+        )
+        ids = [m.tool_call_id for m in self.messages] + [call.id for m in self.messages for call in m.tool_calls]
+        limits.check_count(
+            "characters in the id of a tool call", max(map(len, ids), default=0), limits.tool_call_id_chars
+        )
         limits.check_count("stop strings", len(self.stop), limits.stop_strings)
         limits.check_count("logit biases", len(self.sampling.logit_bias), limits.logit_biases)
         limits.check_count("stop token ids", len(self.sampling.stop_token_ids), limits.stop_token_ids)
@@ -278,17 +404,32 @@ class GenerationRequest:
         limits.check_count("characters in a stop string", max(map(len, self.stop), default=0), limits.stop_chars)
         if not 0 <= self.priority <= limits.priority:
             raise InvalidRequestError(f"The priority is {self.priority}, but it must be from 0 to {limits.priority}.")
-        size = _num_bytes((self.prompt, *(message.content for message in self.messages)), limits.text_bytes)
+        texts = tuple(text for message in self.messages for text in message.texts)
+        size = _num_bytes((self.prompt, *texts), limits.text_bytes)
         if size > limits.text_bytes:
             raise PromptTooLongError(
                 f"The request has at least {size} bytes of text, but at most {limits.text_bytes} are accepted; "
                 "send a shorter prompt."
             )
+        for what, found, limit in (
+            ("text in its tools", tuple(text for tool in self.tools for text in tool.texts), limits.tool_bytes),
+            ("template variables", (self.template_variables,), limits.template_variable_bytes),
+        ):
+            if (size := _num_bytes(found, limit)) > limit:
+                raise InvalidRequestError(
+                    f"The request has at least {size} bytes of {what}, but at most {limit} are accepted."
+                )
         schema_size = _num_bytes((self.json_schema,), limits.schema_bytes)
         if schema_size > limits.schema_bytes:
             raise InvalidSchemaError(
                 f"The JSON schema has at least {schema_size} bytes, but at most {limits.schema_bytes} are accepted."
             )
+
+    @property
+    def num_template_chars(self) -> int:
+        """The characters of all texts to which the chat template is applied."""
+        messages = sum(len(text) for message in self.messages for text in message.texts)
+        return messages + sum(len(text) for tool in self.tools for text in tool.texts)
 
     def replace(self, **changes) -> GenerationRequest:
         return dataclasses.replace(self, **changes)
@@ -302,6 +443,43 @@ def check_session_name(name: str) -> None:
         )
 
 
+MAX_NESTING = 64  # objects and arrays inside each other, of JSON that a client sends
+
+
+def nesting(value: object) -> int:
+    """Return how many objects and arrays lie inside each other, without recursion."""
+    deepest, level = 0, [value] if isinstance(value, (dict, list)) else []
+    while level:
+        deepest += 1
+        inner: list[object] = []
+        for item in level:
+            inner.extend(item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+        level = [item for item in inner if isinstance(item, (dict, list))]
+    return deepest
+
+
+def check_tool_name(name: str) -> None:
+    """Raises InvalidRequestError."""
+    if _TOOL_NAME.fullmatch(name) is None:
+        raise InvalidRequestError(
+            f"A tool has the name {name[:64]!r}, but it must have 1 to 64 letters, digits, '_', '.' and '-'."
+        )
+
+
+def parse_arguments(call: ToolCall) -> dict[str, Any]:
+    """Return the arguments of a call; an empty text is that of none. Raises InvalidRequestError."""
+    try:
+        found = json.loads(call.arguments or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or nesting(found) > MAX_NESTING:
+        raise InvalidRequestError(
+            f"The arguments of a call of {call.name!r} in the messages are no JSON object of at most {MAX_NESTING} "
+            "levels of objects and arrays."
+        )
+    return found
+
+
 def _num_bytes(texts: tuple[str, ...], limit: int) -> int:
     """Return the UTF-8 bytes of ``texts``, or their characters if these alone are more than ``limit``."""
     num_chars = sum(map(len, texts))
@@ -310,11 +488,16 @@ def _num_bytes(texts: tuple[str, ...], limit: int) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer as it is streamed. The texts of all pieces, joined, are the result's text."""
+    """A part of an answer as it is streamed. The texts of all pieces, joined, are the result's text.
+
+    So are the reasoning and the tool calls. In every answer reasoning comes first, then text, then calls.
+    """
 
     sequence: int  # 0, 1, 2, … within the request
     text: str  # whole characters only; may be empty when only ids arrived
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # of all that the model wrote, markers included
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()  # each call once, when it is whole
 
 
 @dataclass(frozen=True)
@@ -337,7 +520,9 @@ class GenerationResult:
     """The whole answer with its figures; also what a cancelled or failed request ends with."""
 
     request_id: str
-    text: str = ""
+    text: str = ""  # without reasoning and tool calls
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()  # whole ones only
     token_ids: tuple[int, ...] = ()  # full-vocabulary ids, without the end-of-sequence token
     finish_reason: FinishReason = FinishReason.STOP
     error: Exception | None = None  # with FinishReason.ERROR
@@ -346,6 +531,7 @@ class GenerationResult:
     dropped_turns: int = 0  # oldest turns that were left out of the prompt (drop_oldest)
     session_turns: int = 0  # turns of the session with this answer; 0 if it was added to none
     generated_tokens: int = 0  # sampled tokens, the end-of-sequence token included
+    reasoning_tokens: int = 0  # of them, those before the answer
     speculation: SpeculationCounts = SpeculationCounts()
     queue_time: float = 0.0  # s, from arrival to the start of the work
     time_to_first_token: float = 0.0  # s, from arrival to the first token on the host; 0 if there was none

@@ -1,6 +1,6 @@
-"""Hold an answer to a JSON schema: token masks from the ``llguidance`` library.
+"""Hold an answer to a JSON schema, and its calls to those of their tools: token masks from the ``llguidance`` library.
 
-At each step the mask holds the tokens that keep the text a prefix of some valid value; the model chooses among
+At each step the mask holds the tokens that keep the text a prefix of some valid answer; the model chooses among
 them. The library does the grammar; this module bounds what a schema can cost, gives the library only the tokens that
 can be sampled, and turns its errors into ``InvalidSchemaError``, which ends one request and nothing else.
 """
@@ -15,15 +15,22 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine_core.errors import DeadlinePassedError, EngineFaultError, InvalidSchemaError
+from engine_core.request import TOOL_CHOICES, GenerationRequest, Tool
+from engine_core.serving.answer_grammar import AnswerGrammar, Calls
 from engine_core.serving.json_schema import MAX_DIGITS, first_line, parse_schema
 from engine_core.serving.json_text import JsonText
 from engine_core.serving.schema_check import SchemaChecker
 from engine_core.serving.token_table import TokenTable
+from engine_core.serving.tools import CheckedTool
+from engine_core.text.answer import AnswerScanner, ExpectedAnswer, Phase
+from engine_core.text.call_formats import AnswerFormat
+from engine_core.text.tokenizer import Reasoning
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -37,6 +44,29 @@ _CACHED_SCHEMAS = 64
 _TIMED_MASKS = 5
 # One optional space or line break where JSON allows any amount: small models otherwise fill the context with it.
 _WHITE_SPACE = r"[ \n]?"
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a request demands of its answer, apart from what it costs."""
+
+    json_schema: str | None = None  # of the answer where it has no calls; None: it is text
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    reasoning: Reasoning = Reasoning.NEVER
+
+    @classmethod
+    def of(cls, request: GenerationRequest, reasoning: Reasoning = Reasoning.NEVER) -> Demand:
+        """Return that of ``request``, whose prompt goes on with ``reasoning``."""
+        return cls(
+            request.json_schema or None, request.tools, request.tool_choice, request.parallel_tool_calls, reasoning
+        )
+
+    @property
+    def subject(self) -> str:
+        """The part of the request that is at fault where the grammar is."""
+        return "The parameters of the tools" if self.tools and not self.json_schema else "The JSON schema"
 
 
 class ConstraintFactory:
@@ -53,6 +83,7 @@ class ConstraintFactory:
         kept_ids: np.ndarray | None = None,
     ) -> None:
         self._vocab_size = vocab_size
+        self._format = AnswerFormat()
         self._ll_tokenizer: LLTokenizer | None = None
         self._why_not = ""
         self._checker = SchemaChecker()
@@ -68,6 +99,7 @@ class ConstraintFactory:
             return
         eos = list(eos_token_ids) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
         try:
+            self._format = tokenizer.answer_format
             self._tokens = TokenTable(tokenizer, vocab_size, eos, kept_ids)
             self._ll_tokenizer = self._tokens.ll_tokenizer()
         except BaseException as error:  # a Rust panic among them; no reason to refuse the whole engine
@@ -79,23 +111,45 @@ class ConstraintFactory:
         """End the processes that check schemas; may be called twice."""
         self._checker.close()
 
-    def compile(self, schema: str, timeout: float | None = None) -> JsonConstraint:
-        """Return the constraint of a schema, at its start. A schema is compiled once and kept.
+    def compile(
+        self,
+        demand: Demand | str,
+        timeout: float | None = None,
+        expected: ExpectedAnswer | None = None,
+        budget: int = 0,
+    ) -> AnswerConstraint:
+        """Return the constraint of an answer, at its start. What is demanded is compiled once and kept.
 
-        ``timeout``: seconds that the request has left; None: no deadline. Raises InvalidSchemaError if ``schema`` is
-        not JSON, not a supported schema, or costs too much; DeadlinePassedError if ``timeout`` passes first, and
-        QueueFullError if others' schemas take all there is for them.
+        ``demand``: a text is a JSON schema of the whole answer. ``timeout``: seconds that the request has left; None:
+        no deadline. ``expected``: how the answer is read, where it is not all a JSON value. ``budget``: tokens of
+        reasoning that it may have; 0: any number. Raises InvalidSchemaError if a schema is not JSON, not supported, or
+        costs too much; DeadlinePassedError if ``timeout`` passes first, and QueueFullError if others' schemas take all
+        there is for them.
         """
         if self._ll_tokenizer is None:
             raise InvalidSchemaError(self._why_not)
-        if len(schema) > MAX_SCHEMA_CHARS:
+        demand = Demand(demand) if isinstance(demand, str) else demand
+        if (size := len(demand.json_schema or "")) > MAX_SCHEMA_CHARS:
             raise InvalidSchemaError(
-                f"The JSON schema has {len(schema)} characters, but at most {MAX_SCHEMA_CHARS} are accepted."
+                f"The JSON schema has {size} characters, but at most {MAX_SCHEMA_CHARS} are accepted."
             )
-        found = self._find(schema, timeout)
+        found = self._find(demand, timeout)
         if isinstance(found, InvalidSchemaError):
             raise InvalidSchemaError(str(found))
-        return JsonConstraint(found.deep_copy(), self._vocab_size, self._tokens)
+        closing: list[int] = []
+        if budget and self._format.reasoning is not None:
+            end = self._format.id_of(self._format.reasoning.end)
+            text = "\n" if end is not None else f"\n{self._format.reasoning.end.text}"
+            closing = self._tokens(text) + ([] if end is None else [end])
+        return AnswerConstraint(
+            found.deep_copy(),
+            self._vocab_size,
+            self._tokens,
+            expected=expected,
+            subject=demand.subject,
+            closing=closing,
+            budget=budget,
+        )
 
     def mask_seconds(self) -> float:
         """Return how long a mask takes inside a string, s, the shortest of a few; 0.0 where there are no schemas."""
@@ -111,14 +165,17 @@ class ConstraintFactory:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    def knows(self, schema: str) -> bool:
-        """Return whether ``compile`` would answer at once, having seen ``schema`` before."""
+    def knows(self, request: GenerationRequest) -> bool:
+        """Return whether what ``request`` demands has been compiled, so that preparing it takes no time."""
+        if not (request.json_schema or request.tools):
+            return True
+        keys = [_digest(Demand.of(request, reasoning)) for reasoning in Reasoning]
         with self._lock:
-            return _digest(schema) in self._cache
+            return any(key in self._cache for key in keys)
 
-    def _find(self, schema: str, timeout: float | None) -> LLMatcher | InvalidSchemaError:
-        """Return the LLMatcher or the InvalidSchemaError of ``schema``; who asks meanwhile waits for the first."""
-        key = _digest(schema)
+    def _find(self, demand: Demand, timeout: float | None) -> LLMatcher | InvalidSchemaError:
+        """Return the LLMatcher or the InvalidSchemaError of ``demand``; who asks meanwhile waits for the first."""
+        key = _digest(demand)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
@@ -132,7 +189,7 @@ class ConstraintFactory:
             if not running.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
                 raise DeadlinePassedError
         try:
-            found = self._compile(schema, deadline)
+            found = self._compile(demand, deadline)
             with self._lock:
                 self._cache[key] = found
                 while len(self._cache) > _CACHED_SCHEMAS:
@@ -143,41 +200,102 @@ class ConstraintFactory:
                 del self._running[key]
             finished.set()
 
-    def _compile(self, schema: str, deadline: float | None) -> LLMatcher | InvalidSchemaError:
-        """Return what is to be kept. Raises DeadlinePassedError or QueueFullError, which say nothing about the schema.
+    def _compile(self, demand: Demand, deadline: float | None) -> LLMatcher | InvalidSchemaError:
+        """Return what is to be kept. Raises DeadlinePassedError or QueueFullError, which say nothing about the demand.
 
         ``deadline``: of the request, s, time.monotonic.
         """
         from llguidance import LLMatcher
 
+        unusable = f"{demand.subject} cannot be used"
         try:
-            parsed = parse_schema(schema)
-            overrides = {"whitespace_pattern": _WHITE_SPACE}
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(parsed), overrides=overrides)
+            grammar, tried = self._grammars(demand)
         except InvalidSchemaError as error:
             return error
         except ValueError as error:
-            return InvalidSchemaError(f"The JSON schema cannot be used: {first_line(error)}.")
-        if reason := self._checker.check(grammar, deadline):
-            return InvalidSchemaError(f"The JSON schema cannot be used: {first_line(reason)}.")
+            return InvalidSchemaError(f"{unusable}: {first_line(error)}.")
+        if reason := self._checker.check(tried, deadline):
+            return self._blamed(demand, deadline) or InvalidSchemaError(f"{unusable}: {first_line(reason)}.")
         try:
             matcher = LLMatcher(self._ll_tokenizer, grammar, log_level=0)
         except ValueError as error:
-            return InvalidSchemaError(f"The JSON schema cannot be used: {first_line(error)}.")
+            return InvalidSchemaError(f"{unusable}: {first_line(error)}.")
         if matcher.is_error():
-            return InvalidSchemaError(f"The JSON schema cannot be used: {first_line(matcher.get_error())}.")
+            return InvalidSchemaError(f"{unusable}: {first_line(matcher.get_error())}.")
         return matcher
 
+    def _grammars(self, demand: Demand) -> tuple[str, str]:
+        """Return the grammar of an answer, and one that costs as much and needs no tokens of the model.
 
-class JsonConstraint:
+        Raises InvalidSchemaError or ValueError.
+        """
+        from llguidance import LLMatcher
+
+        parsed = None if demand.json_schema is None else parse_schema(demand.json_schema)
+        if parsed is not None and not demand.tools and demand.reasoning is Reasoning.NEVER:
+            overrides = {"whitespace_pattern": _WHITE_SPACE}
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(parsed), overrides=overrides)
+            return grammar, grammar
+        value = None if parsed is None else {**parsed, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+        calls = None
+        if demand.tools:
+            is_named = demand.tool_choice not in TOOL_CHOICES
+            chosen = [
+                CheckedTool.of(tool)
+                for tool in demand.tools
+                if demand.tool_choice != "none" and (not is_named or tool.name == demand.tool_choice)
+            ]
+            several = demand.parallel_tool_calls and not is_named
+            calls = Calls(chosen, required=demand.tool_choice not in ("auto", "none"), several=several)
+        written = (
+            AnswerGrammar(self._format, demand.reasoning, value, calls, token_markers).lark()
+            for token_markers in (True, False)
+        )
+        own, tried = map(LLMatcher.grammar_from_lark, written)
+        return own, tried
+
+    def _blamed(self, demand: Demand, deadline: float | None) -> InvalidSchemaError | None:
+        """Return the error that names the tool whose parameters cannot be compiled; None if each of them can."""
+        from llguidance import LLMatcher
+
+        for tool in demand.tools if not demand.json_schema else ():
+            schema = {**CheckedTool.of(tool).schema}
+            reason = self._checker.check(LLMatcher.grammar_from_json_schema(json.dumps(schema)), deadline)
+            if reason:
+                return InvalidSchemaError(
+                    f"The parameters of the tool {tool.name!r} cannot be used: {first_line(reason)}."
+                )
+        return None
+
+
+class AnswerConstraint:
     """The state of one answer. Not thread-safe; used by one request and dropped.
 
     Text that the schema forces is spelled in one way, as the tokenizer spells it, whether it is sampled token by token
     or fed at once: ``forced`` names such a token, and the mask has no other.
     """
 
-    def __init__(self, matcher, vocab_size: int, tokens: TokenTable) -> None:
+    def __init__(
+        self,
+        matcher,
+        vocab_size: int,
+        tokens: TokenTable,
+        *,
+        expected: ExpectedAnswer | None = None,
+        subject: str = "The JSON schema",
+        closing: Sequence[int] = (),
+        budget: int = 0,
+    ) -> None:
+        """``expected``: None for an answer that is all a JSON value. ``closing``: the ids that end the reasoning after
+        ``budget`` tokens of it; 0: it ends by itself."""
         self._matcher = matcher
+        self._subject = subject
+        self._scanner = None if expected is None else AnswerScanner(expected)
+        self._markers = {} if expected is None else expected.token_markers
+        self._expected_value = expected is not None and expected.is_value
+        self._num_values = 0
+        self._closing, self._budget = tuple(closing), budget
+        self._num_reasoning = 0
         self._tokens = tokens
         self._mask = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
         self._text = JsonText()
@@ -189,18 +307,21 @@ class JsonConstraint:
         """State which ids the request's logit bias forbids: no text is forced to be spelled with them."""
         self._excluded = frozenset(token_ids)
 
-    def fork(self) -> JsonConstraint:
+    def fork(self) -> AnswerConstraint:
         """Return the state of the same answer, to try out how it may go on. Its mask is valid until the next fork's."""
         other = copy.copy(self)
         if self._fork_mask is None:
             self._fork_mask = np.zeros_like(self._mask)
         other._mask = self._fork_mask
         other._matcher, other._text, other._forced = self._matcher.deep_copy(), self._text.fork(), self._forced.copy()
+        other._scanner = None if self._scanner is None else self._scanner.fork()
         return other
 
     @property
     def forced(self) -> int | None:
         """The id of the only token that may come next, where the schema forces text; else None."""
+        if not self._forced:
+            self._end_reasoning()
         if not self._forced:
             self._forced.extend(self._matcher.compute_ff_tokens())
             if not self._excluded.isdisjoint(self._forced):
@@ -219,12 +340,13 @@ class JsonConstraint:
             return self._mask
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if self._matcher.is_error():
-            raise InvalidSchemaError(f"The JSON schema cannot be used: {first_line(self._matcher.get_error())}.")
+            raise InvalidSchemaError(f"{self._subject} cannot be used: {first_line(self._matcher.get_error())}.")
         if not self._mask.any():
-            raise InvalidSchemaError("The JSON schema cannot be met: no token of this model goes on with the value.")
-        if not self._text.in_string:
-            self._bound_number()
-        self._keep_keys_apart()
+            raise InvalidSchemaError(f"{self._subject} cannot be met: no token of this model goes on with the value.")
+        if self._scanner is None or self._scanner.in_value:
+            if not self._text.in_string:
+                self._bound_number()
+            self._keep_keys_apart()
         return self._mask
 
     def accept(self, token_id: int) -> None:
@@ -236,8 +358,8 @@ class JsonConstraint:
         if not self._matcher.consume_token(token_id):
             if not (self._mask[token_id // 32] >> np.uint32(token_id % 32)) & 1:
                 raise EngineFaultError(f"The backend sampled token {token_id}, which the JSON schema did not allow.")
-            raise InvalidSchemaError(f"The JSON schema cannot be used: {first_line(self._matcher.get_error())}.")
-        self._text.feed(self._tokens.bytes_of(token_id))
+            raise InvalidSchemaError(f"{self._subject} cannot be used: {first_line(self._matcher.get_error())}.")
+        self._follow(token_id)
         if self._forced and self._forced.popleft() != token_id:
             self._forced.clear()
 
@@ -245,6 +367,33 @@ class JsonConstraint:
     def complete(self) -> bool:
         """The value is whole and nothing can follow it."""
         return self._matcher.is_stopped()
+
+    def _follow(self, token_id: int) -> None:
+        """Note what a token adds to the JSON value that the answer is in."""
+        scanner = self._scanner
+        if scanner is None:
+            self._text.feed(self._tokens.bytes_of(token_id))
+            return
+        if scanner.phase is Phase.REASONING:
+            self._num_reasoning += 1
+        marker = self._markers.get(token_id)
+        parts = scanner.feed(self._tokens.bytes_of(token_id)) if marker is None else scanner.marker(marker)
+        if scanner.num_values != self._num_values:
+            self._num_values = scanner.num_values
+            self._text = JsonText()
+        is_value = self._expected_value
+        for phase, data in parts:
+            if phase is Phase.CALLS or (phase is Phase.TEXT and is_value):
+                self._text.feed(data)
+
+    def _end_reasoning(self) -> None:
+        """Force the end of reasoning that has had its budget, as soon as it can stand there."""
+        if not self._closing or self._scanner is None or self._scanner.phase is not Phase.REASONING:
+            return
+        if self._num_reasoning >= self._budget and self._matcher.validate_tokens(list(self._closing)) == len(
+            self._closing
+        ):
+            self._forced.extend(self._closing)
 
     def _bound_number(self) -> None:
         """Take away what makes the number at the end, or a new one, too long or infinite, if anything else is left."""
@@ -277,5 +426,5 @@ class JsonConstraint:
             self._mask[:] = left
 
 
-def _digest(schema: str) -> bytes:
-    return hashlib.sha256(schema.encode("utf-8", "surrogatepass")).digest()
+def _digest(demand: Demand) -> bytes:
+    return hashlib.sha256(repr(demand).encode("utf-8", "surrogatepass")).digest()

@@ -51,13 +51,16 @@ from engine_core.request import (
     SamplingParams,
 )
 from engine_core.serving.cancellation import CancelToken
-from engine_core.serving.constraint import ConstraintFactory
+from engine_core.serving.constraint import ConstraintFactory, Demand
 from engine_core.serving.conversation import Messages, SessionInfo, Sessions, fit_turns
 from engine_core.serving.scheduler import Scheduler
 from engine_core.serving.sequence import PreparedRequest, Sequence
 from engine_core.serving.session_pool import SessionPool
 from engine_core.serving.speculation import Speculation
-from engine_core.text.tokenizer import Tokenizer, common_prefix_length
+from engine_core.serving.tools import CheckedTool
+from engine_core.text.answer import ExpectedAnswer
+from engine_core.text.call_formats import AnswerFormat, Arguments
+from engine_core.text.tokenizer import Reasoning, Tokenizer, common_prefix_length
 
 __all__ = ["CancelToken", "Engine", "PreparedRequest"]
 
@@ -92,6 +95,7 @@ class Engine:
         self._eos_ids = frozenset(manifest.eos_token_ids)
         self._backend: Backend | None = backend
         kept = getattr(backend, "kept_ids", None)
+        self._kept_ids = None if kept is None else frozenset(kept.tolist())
         self._constraints = ConstraintFactory(tokenizer, self.vocab_size, manifest.eos_token_ids, kept)
         self.pool = SessionPool(
             backend,
@@ -171,23 +175,37 @@ class Engine:
             request = request.replace(messages=messages)
         if request.session or num_dropped:
             request.validate()  # with the history
-        num_chars = len(request.prompt) + sum(len(message.content) for message in request.messages)
+        num_chars = len(request.prompt) + request.num_template_chars
         at_least = num_chars // self.tokenizer.max_token_chars
         if at_least >= self.max_context:  # too long to be worth the memory of tokenizing it
             raise self._too_long(f"at least {at_least}")
-        prefix_ids = np.empty(0, dtype=np.int32)
+        self._check_answer(request)
+        prefix_ids, expected = np.empty(0, dtype=np.int32), ExpectedAnswer()
+        reasoning = Reasoning.NEVER
         if request.messages:
-            token_ids = self.tokenizer.encode_messages(request.messages, allow_special=request.allow_special)
-            if request.messages[0].role == "system":
-                prefix_ids = self.tokenizer.system_prefix(request.messages[0].content)
-                prefix_ids = prefix_ids[: common_prefix_length(prefix_ids, token_ids)]
+            prompt = self.tokenizer.prompt(
+                request.messages,
+                tools=request.tools,
+                variables=request.parse_template_variables(),
+                thinking=request.thinking,
+                allow_special=request.allow_special,
+            )
+            token_ids, reasoning = prompt.token_ids, prompt.reasoning
+            prefix_ids = self._prefix_of(request, token_ids)
+            expected = self._expected(request, reasoning)
         else:
             token_ids = self.tokenizer.encode(request.prompt)
         if len(token_ids) >= self.max_context:
             raise self._too_long(str(len(token_ids)))
         self._check_prompt(token_ids)
         left = max(0.05, end - time.monotonic()) if request.timeout else None
-        constraint = self._constraints.compile(request.json_schema, left) if request.json_schema else None
+        constraint = None
+        budget = request.thinking_budget if reasoning is not Reasoning.NEVER else 0
+        if request.json_schema or request.tools or budget:
+            is_plain = not request.tools and reasoning is Reasoning.NEVER
+            constraint = self._constraints.compile(
+                Demand.of(request, reasoning), left, None if is_plain else expected, budget
+            )
         sampling = request.sampling
         if constraint is not None:
             constraint.exclude(token_id for token_id, bias in sampling.biases() if bias == -math.inf)
@@ -199,7 +217,58 @@ class Engine:
             max_new_tokens=min(sampling.max_new_tokens, self.max_context - len(token_ids)),
             constraint=constraint,
             num_dropped=num_dropped,
+            expected=expected,
         )
+
+    @property
+    def answer_format(self) -> AnswerFormat:
+        """What answers of this model may have beside text: calls of tools, reasoning."""
+        return self.tokenizer.answer_format
+
+    def _check_answer(self, request: GenerationRequest) -> None:
+        """Raises InvalidRequestError if the model cannot answer as ``request`` demands, InvalidSchemaError for a
+        tool."""
+        form = self.answer_format
+        if request.tools and form.calls is None:
+            reason = "writes calls in a way that is not known here" if form.has_tools else "has no tools"
+            raise InvalidRequestError(f"The chat template of this model {reason}; send the request without tools.")
+        if request.tools and self._kept_ids is not None:
+            missing = [text for text, index in form.token_ids.items() if index not in self._kept_ids]
+            if missing:
+                raise InvalidRequestError(
+                    f"The reduced vocabulary of this engine lacks the token {missing[0]!r}, which calls of tools need; "
+                    "edgellm reduce-vocab keeps it."
+                )
+        for tool in request.tools:
+            CheckedTool.of(tool)
+        if request.tools and request.json_schema and form.calls is not None and form.calls.may_be_bare:
+            raise InvalidRequestError(
+                "Calls of this model are JSON without a marker, which a JSON schema's value cannot be told from; send "
+                "the request without one of them."
+            )
+        if request.thinking_budget and not form.thinks:
+            raise InvalidRequestError("This model does not reason before it answers; leave the thinking budget out.")
+
+    def _expected(self, request: GenerationRequest, reasoning: Reasoning) -> ExpectedAnswer:
+        strings = {}
+        if self.answer_format.calls is not None and self.answer_format.calls.arguments is Arguments.XML:
+            strings = {tool.name: CheckedTool.of(tool).strings for tool in request.tools}
+        return ExpectedAnswer(
+            self.answer_format,
+            begins_reasoning=reasoning is Reasoning.BEGUN,
+            may_call=bool(request.tools) and request.tool_choice != "none",
+            is_value=bool(request.json_schema),
+            strings=strings,
+        )
+
+    def _prefix_of(self, request: GenerationRequest, token_ids: np.ndarray) -> np.ndarray:
+        """Return the part of a prompt, int32 [m], that other conversations with its system message and tools share."""
+        first = request.messages[0]
+        system = first.content if first.role == "system" else ""
+        if not system and not request.tools:
+            return np.empty(0, dtype=np.int32)
+        prefix = self.tokenizer.system_prefix(system, request.tools, request.template_variables, request.thinking)
+        return prefix[: common_prefix_length(prefix, token_ids)]
 
     def _fitted(self, request: GenerationRequest) -> tuple[Messages, int]:
         """Return the messages without the oldest turns, if they leave the answer too little of the context, and the
@@ -235,9 +304,10 @@ class Engine:
             ids = by_template(request.messages) if request.messages else self.tokenizer.encode(text)
         return ids.tolist()
 
-    def knows_schema(self, schema: str) -> bool:
-        """Return whether ``schema`` has been compiled before, so that preparing a request with it takes no time."""
-        return self._constraints.knows(schema)
+    def knows(self, request: GenerationRequest) -> bool:
+        """Return whether the schema and the tools of ``request`` have been compiled, so that preparing it takes no
+        time."""
+        return self._constraints.knows(request)
 
     def token_texts(self, ids: Iterable[int]) -> list[str]:
         return self.tokenizer.token_texts(ids)

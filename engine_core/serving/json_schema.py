@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 
 from engine_core.errors import InvalidSchemaError
+from engine_core.request import MAX_NESTING, nesting
 
-MAX_SCHEMA_DEPTH = 64  # objects and arrays inside each other
 MAX_DIGITS = 17  # of a number: what a double can hold
 # Keywords that describe a schema and do not constrain a value.
 _ANNOTATIONS = frozenset(
@@ -65,9 +65,9 @@ def parse_schema(schema: str) -> dict:
         return {}
     if not isinstance(parsed, dict):
         raise InvalidSchemaError(f"The JSON schema is a {type(parsed).__name__}, but it must be an object.")
-    if (depth := _depth(parsed)) > MAX_SCHEMA_DEPTH:
+    if (depth := nesting(parsed)) > MAX_NESTING:
         raise InvalidSchemaError(
-            f"The JSON schema has {depth} levels of objects and arrays, but at most {MAX_SCHEMA_DEPTH} are accepted."
+            f"The JSON schema has {depth} levels of objects and arrays, but at most {MAX_NESTING} are accepted."
         )
     if "x-guidance" in parsed:  # llguidance's own options: separators that are no JSON, unknown keywords ignored
         raise InvalidSchemaError("The JSON schema has the key 'x-guidance', which is not accepted; leave it out.")
@@ -150,18 +150,6 @@ def _schemas(schema: dict) -> Iterator[dict]:
                 waiting.extend(value if isinstance(value, list) else [value])
             elif key in _INNER_BY_NAME and isinstance(value, dict):
                 waiting.extend(value.values())
-
-
-def _depth(value: object) -> int:
-    """Return how many objects and arrays lie inside each other, without recursion."""
-    deepest, level = 0, [value]
-    while level:
-        deepest += 1
-        inner: list[object] = []
-        for item in level:
-            inner.extend(item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
-        level = [item for item in inner if isinstance(item, (dict, list))]
-    return deepest
 
 
 def first_line(error: object) -> str:

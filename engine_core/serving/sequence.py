@@ -10,7 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,11 +22,13 @@ from engine_core.request import (
     Piece,
     SamplingParams,
     SpeculationCounts,
+    ToolCall,
 )
 from engine_core.serving.cancellation import CancelToken
-from engine_core.serving.constraint import JsonConstraint
+from engine_core.serving.constraint import AnswerConstraint
 from engine_core.serving.conversation import Turn
-from engine_core.text.detokenizer import Decoder, Detokenizer, StopStrings
+from engine_core.text.answer import AnswerReader, ExpectedAnswer
+from engine_core.text.detokenizer import Decoder
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ class PreparedRequest:
     prefix_ids: np.ndarray  # int32 [m], its system prompt's part, worth keeping; often empty
     sampling: SamplingParams  # resolved
     max_new_tokens: int
-    constraint: JsonConstraint | None
+    constraint: AnswerConstraint | None
+    expected: ExpectedAnswer = field(default_factory=ExpectedAnswer)
     num_dropped: int = 0  # oldest turns that are not in the prompt
     turn: Turn | None = None  # of its session; whoever does not run the request has to end it
 
@@ -86,10 +89,10 @@ class Sequence:
         self.token_ids: list[int] = []  # without the end-of-sequence token
         self.num_sampled = 0
         self.speculation = SpeculationCounts()
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop = StopStrings(prepared.request.stop)
+        self._reader = AnswerReader(tokenizer, prepared.expected, prepared.request.stop)
+        self._reasoning: list[str] = []
         self._text: list[str] = []
-        self._pending_text = ""
+        self._tool_calls: list[ToolCall] = []
         self._pending_ids: list[int] = []
         self._num_pieces = 0
         # s, time.monotonic
@@ -194,12 +197,12 @@ class Sequence:
                 return FinishReason.STOP
             self.token_ids.append(token)
             self._pending_ids.append(token)
-            self._pending_text += self._stop.feed(self._detokenizer.feed(token))
+            self._reader.feed(token)
             if (constraint := self.prepared.constraint) is not None:
                 constraint.accept(token)
                 if constraint.complete:
                     return FinishReason.STOP
-            if self._stop.found:
+            if self._reader.stopped:
                 return FinishReason.STOP
         if self.cancel.reason is not None:
             return self.cancel.reason
@@ -224,7 +227,7 @@ class Sequence:
 
     def emit(self) -> None:
         """Hands out what is to be shown now: nothing without text or before the streaming interval is over."""
-        if self._pending_text and self._last_token >= self._next_piece:
+        if self._reader.has_parts and self._last_token >= self._next_piece:
             self._next_piece = self._last_token + self.prepared.request.stream_interval
             self._emit_piece()
 
@@ -234,17 +237,22 @@ class Sequence:
         if isinstance(self.ending, Exception):
             self.fail(self.ending)
             return
-        self._pending_text += self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
-        if self._pending_text or self._pending_ids:
+        self._reader.finish(cut=self.ending is not FinishReason.STOP)
+        if self._reader.has_parts or self._pending_ids:
             self._emit_piece()
+        if self.ending is FinishReason.STOP and self._tool_calls:
+            self.ending = FinishReason.TOOL_CALLS
         decode_time = self._last_token - self._first_token
         self._done(
             dataclasses.replace(
                 self._unstarted(self.ending),
                 text="".join(self._text),
+                reasoning="".join(self._reasoning),
+                tool_calls=tuple(self._tool_calls),
                 token_ids=tuple(self.token_ids),
                 cached_tokens=self.cached_tokens,
                 generated_tokens=self.num_sampled,
+                reasoning_tokens=self._reader.num_reasoning_tokens,
                 speculation=self.speculation,
                 queue_time=self.start - self.arrival,
                 time_to_first_token=self._first_token - self.arrival if self.num_sampled else 0.0,
@@ -268,10 +276,12 @@ class Sequence:
         )
 
     def _emit_piece(self) -> None:
-        piece = Piece(self._num_pieces, self._pending_text, tuple(self._pending_ids))
-        self._text.append(self._pending_text)
+        parts = self._reader.take()
+        piece = Piece(self._num_pieces, parts.text, tuple(self._pending_ids), parts.reasoning, parts.calls)
+        self._text.append(parts.text)
+        self._reasoning.append(parts.reasoning)
+        self._tool_calls += parts.calls
         self._num_pieces += 1
-        self._pending_text = ""
         self._pending_ids.clear()
         if self._on_piece is not None:
             _guarded(self._on_piece, piece)

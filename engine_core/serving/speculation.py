@@ -20,7 +20,7 @@ import numpy as np
 from engine_core.backends import Backend, Draft, SequenceStep
 from engine_core.errors import EdgeLLMError, refusing_panics
 from engine_core.request import SamplingParams, SpeculationCounts
-from engine_core.serving.constraint import JsonConstraint
+from engine_core.serving.constraint import AnswerConstraint
 from engine_core.serving.drafts import Lookup, TokenIndex, Trust
 from engine_core.serving.sequence import Sequence
 
@@ -187,7 +187,7 @@ class Speculation:
     def _fill(
         self,
         slot: _Slot,
-        constraint: JsonConstraint | None,
+        constraint: AnswerConstraint | None,
         stop_ids: Collection[int],
         room: int,
         rows: list[int],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import AnyStr, Protocol
 
 _REPLACEMENT = "\ufffd"
 # A character has at most four bytes. When this many tokens have come without completing one, the bytes are
@@ -80,7 +80,7 @@ class StopStrings:
         if starts:
             self.found, self._held = True, ""
             return text[: min(starts)]
-        keep = max(_overlap(text, stop) for stop in self._stop)
+        keep = max(overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -90,8 +90,8 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` that is a proper beginning of ``stop``."""
+def overlap(text: AnyStr, stop: AnyStr) -> int:
+    """Return the length of the longest end of ``text`` that is a proper beginning of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -42,6 +42,8 @@ class ChatTemplate:
             raise TemplateLimitError(f"the template has {len(source)} characters, more than {_MAX_SOURCE}")
         self._environment = _Environment()
         self._template = self._environment.from_string(source)
+        # What it reads of the variables that it is rendered with, whether it can do without or not.
+        self.variables = frozenset(meta.find_undeclared_variables(self._environment.parse(source)))
 
     def render(self, **variables: Any) -> str:
         """Return the text. Raises TemplateLimitError, and whatever else a template can end with."""

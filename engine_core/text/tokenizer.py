@@ -2,33 +2,55 @@
 
 Thread-safe: encoding and templating are pure. ``transformers`` reads the files and ``template`` renders; ids come
 from the ``tokenizers`` library underneath, without the state that ``transformers`` keeps for padding.
-
-Special tokens that a message's content spells are plain text: nobody can forge a turn. They are split by a mark that
-is in no text before the template is rendered, and what is between the marks is tokenized piece by piece.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from engine_core.errors import EngineDirectoryError, InvalidRequestError, first_line
-from engine_core.request import ChatMessage
+from engine_core.request import ChatMessage, Tool
+from engine_core.text.call_formats import TOOL_VARIABLES, AnswerFormat
+from engine_core.text.conversation import Conversation, marked, to_conversation, to_tools
 from engine_core.text.template import ChatTemplate
 
 _CACHED_SYSTEM_PROMPTS = 32
 _MAX_TOKEN_ID = (1 << 24) - 1  # ``tokenizers`` makes tables of the largest id, and aborts above 2**31
 _LONG_NUMBER = re.compile(rb":\s*-?\d{8,}")
-_MARKS = range(0xE000, 0xF900)  # private use
 _SYSTEM_PROBE = "edgellm system probe"
+# What a template is given by this module and by what renders it, and so nobody else.
+_OWN_VARIABLES = frozenset(
+    {"messages", "documents", "add_generation_prompt", "raise_exception", "strftime_now", *TOOL_VARIABLES}
+)
 
 _compiled_template = lru_cache(maxsize=8)(ChatTemplate)
+
+
+class Reasoning(enum.Enum):
+    """What an answer to a prompt may have before its text."""
+
+    NEVER = "never"  # the model does not reason, or the prompt has passed it over
+    MAYBE = "maybe"  # reasoning, if the model begins it
+    BEGUN = "begun"  # reasoning: the prompt has begun it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads, and how it goes on."""
+
+    token_ids: np.ndarray  # int32 [n]
+    reasoning: Reasoning = Reasoning.NEVER
 
 
 class Tokenizer:
@@ -73,17 +95,37 @@ class Tokenizer:
         """``text`` as int32 [n]; with ``add_special_tokens`` the model's BOS and the like are put around it."""
         return np.array(self.fast.encode(text, add_special_tokens=add_special_tokens).ids, dtype=np.int32)
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The conversation in the model's chat template, ready for the answer.
+    @cached_property
+    def answer_format(self) -> AnswerFormat:
+        """What answers of this model may have beside text."""
+        return AnswerFormat.of(self)
+
+    def added_tokens(self) -> dict[str, int]:
+        """Return the tokens that are found in a text as they are, before it is tokenized, and their ids."""
+        return {token.content: index for index, token in self.fast.get_added_tokens_decoder().items()}
+
+    def template_source(self, *, with_tools: bool) -> str:
+        """Return the text of the chat template; some models have one of its own for tools."""
+        return self._hf.get_chat_template(None, [{}] if with_tools else None)
+
+    def template_variables(self, *, with_tools: bool) -> frozenset[str]:
+        """Return the names of the variables that the chat template reads."""
+        try:
+            return _compiled_template(self.template_source(with_tools=with_tools)).variables
+        except Exception:  # no template; every request will be refused with the reason
+            return frozenset()
+
+    def render(self, messages: Sequence[ChatMessage], *, tools: Sequence[Tool] = (), **variables: Any) -> str:
+        """The conversation in the model's chat template, ready for the answer; ``variables``: what else it reads.
 
         A template without system messages gets their text before the next user message.
         Raises InvalidRequestError if there is no template or it refuses the conversation.
         """
-        if self.folds_system:
-            messages = _fold_system(messages)
-        return self.apply_template([{"role": message.role, "content": message.content} for message in messages])
+        source = self.template_source(with_tools=bool(tools)) if self.has_chat_template else ""
+        conversation = to_conversation(self._folded(messages), source)
+        return self.apply_template(conversation, **self._tool_variables(to_tools(tools)), **variables)
 
-    def apply_template(self, conversation: list[dict], *, add_generation_prompt: bool = True, **variables) -> str:
+    def apply_template(self, conversation: Conversation, *, add_generation_prompt: bool = True, **variables) -> str:
         """Do so with messages as the template knows them, tool calls included; ``variables``: what else it reads."""
         if not self.has_chat_template:
             raise InvalidRequestError("This model has no chat template; send a raw prompt instead of messages.")
@@ -98,18 +140,83 @@ class Tokenizer:
             raise InvalidRequestError(f"The model's chat template refuses this conversation: {reason}.") from error
 
     def encode_messages(self, messages: Sequence[ChatMessage], *, allow_special: bool = False) -> np.ndarray:
-        """The templated conversation as int32 [n]. Raises InvalidRequestError as ``render`` does.
+        """The templated conversation as int32 [n]. Raises InvalidRequestError as ``render`` does."""
+        return self.prompt(messages, allow_special=allow_special).token_ids
 
-        Special tokens spelled in contents are plain text, or with ``allow_special`` control tokens.
+    def prompt(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: Sequence[Tool] = (),
+        variables: dict[str, Any] | None = None,
+        thinking: str = "model",
+        allow_special: bool = False,
+    ) -> Prompt:
+        """Return the templated conversation. Raises InvalidRequestError as ``render`` does.
+
+        Special tokens spelled in the texts of messages, tools and ``variables`` are plain text, or with
+        ``allow_special`` control tokens. ``thinking``: one of THINKING_MODES.
         """
-        mark = ""
+        variables = self._checked_variables(variables or {}, thinking, bool(tools))
+        messages = self._folded(messages)
+        source = self.template_source(with_tools=bool(tools)) if self.has_chat_template else ""
+        conversation, definitions, mark = to_conversation(messages, source), to_tools(tools), ""
         if not allow_special:
-            messages, mark = self._marked(messages)
-        text = self.render(messages)
+            parts = [(turn, turn["role"] == "assistant") for turn in conversation]
+            parts += [(definition, False) for definition in definitions]
+            (*values, variables), mark = marked([*parts, (variables, False)], self._cuts)
+            conversation, definitions = values[: len(conversation)], values[len(conversation) :]
+        text = self.apply_template(conversation, **self._tool_variables(definitions), **variables)
+        text, reasoning = self._with_thinking(text, thinking)
         if not mark:
-            return self.encode(text, add_special_tokens=False)
-        parts = [self.encode(part, add_special_tokens=False) for part in text.split(mark) if part]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+            return Prompt(self.encode(text, add_special_tokens=False), reasoning)
+        escaped = json.dumps(mark)[1:-1]  # where a template writes JSON in ASCII
+        pieces = text.replace(escaped, mark).split(mark)
+        ids = [self.encode(piece, add_special_tokens=False) for piece in pieces if piece]
+        return Prompt(np.concatenate(ids) if ids else np.empty(0, dtype=np.int32), reasoning)
+
+    def _folded(self, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
+        return _fold_system(messages) if self.folds_system else messages
+
+    def _tool_variables(self, definitions: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the variables under which the template reads the tools."""
+        if not definitions:
+            return {}
+        read = self.template_variables(with_tools=True)
+        return {name: definitions for name in TOOL_VARIABLES if name in read or name == "tools"}
+
+    def _checked_variables(self, variables: dict[str, Any], thinking: str, with_tools: bool) -> dict[str, Any]:
+        """Return all variables of a request. Raises InvalidRequestError for one that the template does not read."""
+        found = self.answer_format
+        known = self.template_variables(with_tools=with_tools) - _OWN_VARIABLES - self._hf.special_tokens_map.keys()
+        if unknown := sorted(variables.keys() - known):
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            raise InvalidRequestError(f"The chat template has no variable {unknown[0][:64]!r}; {has}.")
+        if thinking == "on" and not found.thinks:
+            raise InvalidRequestError("This model does not reason before it answers; leave thinking out.")
+        if thinking != "model" and found.thinking_variable in known:
+            return {**variables, found.thinking_variable: thinking == "on"}
+        return variables
+
+    def _with_thinking(self, text: str, thinking: str) -> tuple[str, Reasoning]:
+        """Return a rendered prompt with the reasoning begun or passed over, as asked, and how it goes on.
+
+        What the template has done by itself is left as it is.
+        """
+        form = self.answer_format.reasoning
+        if form is None:
+            return text, Reasoning.NEVER
+        end = text.rstrip()
+        is_open = end.endswith((form.begin.text + form.label).rstrip())
+        is_passed = end.endswith(form.end.text)
+        if thinking == "on" and not is_open and not is_passed:
+            return f"{text}{form.begin.text}{form.label or chr(10)}", Reasoning.BEGUN
+        if thinking == "off" and not is_passed and (is_open or not self.answer_format.thinking_variable):
+            begin = "" if is_open else form.begin.text + form.label
+            return f"{text}{begin}\n\n{form.end.text}\n\n", Reasoning.NEVER
+        if is_passed or thinking == "off":
+            return text, Reasoning.NEVER
+        return text, Reasoning.BEGUN if is_open else Reasoning.MAYBE
 
     def _find_controls(self) -> None:
         """Notes the control tokens: the special ones, and added ones that the chat template writes (its role tags).
@@ -128,29 +235,15 @@ class Tokenizer:
             index for index, t in added.items() if t.normalized and (t.special or t.content in written)
         )
 
-    def _marked(self, messages: Sequence[ChatMessage]) -> tuple[Sequence[ChatMessage], str]:
-        """Return the messages with a mark inside each control token they spell, and the mark; "" if they spell none."""
-        cuts = [self._cuts(message) for message in messages]
-        if not any(cuts):
-            return messages, ""
-        contents = "".join(message.content for message in messages)
-        used = set(contents)
-        mark = next((chr(code) for code in _MARKS if chr(code) not in used), "")
-        if not mark:
-            raise InvalidRequestError("The messages use every private-use character; leave some of them out.")
-        marked = []
-        for message, places in zip(messages, cuts):
-            ends = [*sorted(places), len(message.content)]
-            parts = [message.content[start:end] for start, end in zip([0, *ends], ends)]
-            marked.append(ChatMessage(message.role, mark.join(parts)))
-        return marked, mark
+    def _cuts(self, text: str, own: bool) -> set[int]:
+        """Return where ``text`` is cut: behind the first character of each control token, overlapping ones too.
 
-    def _cuts(self, message: ChatMessage) -> set[int]:
-        """Return where ``message`` is cut: behind the first character of each control token, overlapping ones too."""
-        pattern = self._special if message.role == "assistant" else self._control
-        cuts = {match.start() + 1 for match in pattern.finditer(message.content)} if pattern is not None else set()
+        ``own``: the model wrote it.
+        """
+        pattern = self._special if own else self._control
+        cuts = {match.start() + 1 for match in pattern.finditer(text)} if pattern is not None else set()
         if self._normalized_ids:
-            found = self.fast.encode(message.content, add_special_tokens=False)
+            found = self.fast.encode(text, add_special_tokens=False)
             for token_id, (start, end) in zip(found.ids, found.offsets):
                 if token_id in self._normalized_ids and end - start > 1:
                     cuts.add(start + 1)
@@ -168,23 +261,29 @@ class Tokenizer:
         except InvalidRequestError:
             return True
 
-    def system_prefix(self, system_prompt: str) -> np.ndarray:
-        """The ids, int32 [n], that every conversation with this system prompt starts with.
+    def system_prefix(
+        self, system_prompt: str, tools: tuple[Tool, ...] = (), variables: str = "", thinking: str = "model"
+    ) -> np.ndarray:
+        """The ids, int32 [n], that every conversation with this system prompt and these tools starts with.
 
-        Found by comparing conversations on token ids, so that no token across the boundary is cut. Empty when the
-        template takes no system prompt.
+        ``variables``: JSON, of the chat template. Found by comparing conversations on token ids, so that no token
+        across the boundary is cut. Empty when the template takes no system prompt.
         """
-        return self._system_prefix(system_prompt)
+        return self._system_prefix(system_prompt, tools, variables, thinking)
 
-    def _find_system_prefix(self, system_prompt: str) -> np.ndarray:
+    def _find_system_prefix(
+        self, system_prompt: str, tools: tuple[Tool, ...], variables: str, thinking: str
+    ) -> np.ndarray:
+        system = (ChatMessage("system", system_prompt),) if system_prompt else ()
+        values = json.loads(variables or "{}")
         try:
             first, second = (
-                self.encode_messages((ChatMessage("system", system_prompt), ChatMessage("user", user)))
+                self.prompt((*system, ChatMessage("user", user)), tools=tools, variables=values, thinking=thinking)
                 for user in ("a", "0 b")
             )
         except InvalidRequestError:
             return np.empty(0, dtype=np.int32)
-        prefix = first[: common_prefix_length(first, second)].copy()
+        prefix = first.token_ids[: common_prefix_length(first.token_ids, second.token_ids)].copy()
         prefix.flags.writeable = False
         return prefix
 
@@ -212,7 +311,7 @@ def _fold_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         if message.role == "system":
             waiting.append(message.content)
         elif message.role == "user" and waiting:
-            folded.append(ChatMessage("user", "\n\n".join([*waiting, message.content])))
+            folded.append(dataclasses.replace(message, content="\n\n".join([*waiting, message.content])))
             waiting = []
         else:
             folded.append(message)

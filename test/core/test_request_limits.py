@@ -24,6 +24,7 @@ from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationReq
 from engine_core.sampling import Sampler
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.worker import Worker
+from engine_core.text.tokenizer import Prompt
 from fakes import text_ids
 
 WAIT = 10.0
@@ -154,8 +155,8 @@ def test_the_deadline_counts_from_arrival_through_preparation(worker, monkeypatc
 
 def test_an_id_beyond_the_vocabulary_is_refused(open_engine, monkeypatch):
     engine = open_engine()
-    encode = engine.tokenizer.encode_messages
-    monkeypatch.setattr(engine.tokenizer, "encode_messages", lambda *a, **k: np.append(encode(*a, **k), 260))
+    prompt = Prompt(np.array([65, 260], dtype=np.int32))
+    monkeypatch.setattr(engine.tokenizer, "prompt", lambda *a, **k: prompt)
     with pytest.raises(InvalidTextError, match="id 260, but the model has ids from 0 to 259"):
         engine.prepare(ask())
 

@@ -122,7 +122,7 @@ def test_what_one_request_is_at_fault_for_ends_its_sequence_alone(open_engine):
     def panic(token):
         raise Panic("unwrap on None")
 
-    panicking.sequence._detokenizer.feed = panic
+    panicking.sequence._reader.feed = panic
     run(engine)
     assert isinstance(bad.results[0].error, InvalidSamplingError)
     assert "unwrap on None" in str(panicking.results[0].error)

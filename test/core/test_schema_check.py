@@ -119,7 +119,7 @@ def test_a_request_whose_deadline_ends_its_schema_ends_by_its_deadline(open_engi
         worker.submit(request, on_done=lambda result: (results.append(result), done.set()))
         assert done.wait(30.0) and len(results) == 1
         assert results[0].finish_reason is FinishReason.TIMEOUT and results[0].error is None
-        assert not engine.knows_schema(SLOW_SCHEMA)  # nothing is known of it
+        assert not engine.knows(GenerationRequest("", json_schema=SLOW_SCHEMA))  # nothing is known of it
     finally:
         assert worker.close()
 
@@ -129,7 +129,7 @@ def test_a_known_schema_waits_for_nobody(tokenizer_dir, monkeypatch):
     try:
         factory.compile('{"type":"boolean"}')
         monkeypatch.setattr(factory._checker, "check", lambda *_: pytest.fail("checked again"))
-        assert factory.knows('{"type":"boolean"}')
+        assert factory.knows(GenerationRequest("", json_schema='{"type":"boolean"}'))
         factory.compile('{"type":"boolean"}')
     finally:
         factory.close()

@@ -219,7 +219,7 @@ def test_a_schema_asked_for_by_many_at_once_is_compiled_once(factory, monkeypatc
     for thread in threads:
         thread.join(20.0)
     assert [write(constraint, min) for constraint in made] == ["7"] * 6 and len(calls) == 1
-    assert factory.knows('{"const":7}') and not factory.knows('{"const":8}')
+    assert factory.knows(ask(json_schema='{"const":7}')) and not factory.knows(ask(json_schema='{"const":8}'))
 
 
 def tokenizer_with(tokenizer_dir, directory, token: str, token_id: int) -> Tokenizer:

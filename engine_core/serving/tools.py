@@ -1,0 +1,219 @@
+"""The tools of a request, checked and ready for the grammar that holds calls to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from engine_core.errors import InvalidSchemaError
+from engine_core.request import Tool
+from engine_core.serving.json_schema import parse_schema
+from engine_core.text.call_formats import Arguments, CallFormat, bare_order
+
+Schema = dict[str, Any]
+
+# Where one of these says which keys an object has, no others are shut out: they would have to be known.
+_OTHER_KEYS = frozenset(
+    "additionalProperties patternProperties unevaluatedProperties propertyNames allOf anyOf oneOf $ref "
+    "$dynamicRef dependentSchemas if".split()
+)
+_DESCRIPTIONS = frozenset("type title description default examples $schema $id $comment nullable deprecated".split())
+_STRING_KEYWORDS = _DESCRIPTIONS | {"enum", "const", "minLength", "maxLength"}
+_ARRAY_KEYWORDS = _DESCRIPTIONS | {"items", "minItems", "maxItems"}
+_OBJECT_KEYWORDS = _DESCRIPTIONS | {"properties", "required", "additionalProperties"}
+_MAX_REFERENCES = 16
+# As json.dumps writes it, which is how templates write calls.
+_SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+@dataclass(frozen=True)
+class CheckedTool:
+    """A tool whose parameters are the schema of an object. Raises InvalidSchemaError through ``of``."""
+
+    name: str
+    schema: Schema  # mended for the grammar library, without keys that are not named
+
+    @classmethod
+    def of(cls, tool: Tool) -> CheckedTool:
+        try:
+            schema = parse_schema(tool.parameters) if tool.parameters.strip() else {}
+        except InvalidSchemaError as error:
+            reason = str(error).replace("The JSON schema", "it", 1)
+            raise InvalidSchemaError(f"The parameters of the tool {tool.name!r} cannot be used: {reason}") from None
+        if schema.get("type", "object") != "object":
+            raise InvalidSchemaError(
+                f"The parameters of the tool {tool.name!r} are a schema of {json.dumps(schema['type'])[:64]}, but they "
+                "must be that of an object."
+            )
+        schema = {"type": "object", **schema}
+        if not schema.keys() & _OTHER_KEYS:
+            schema.setdefault("properties", {})
+        _shut(schema)
+        return cls(tool.name, schema)
+
+    @property
+    def json_grammar(self) -> str:
+        """The arguments as JSON, as a part of a Lark grammar."""
+        return "%json " + json.dumps({**self.schema, "x-guidance": _SPELLING})
+
+    @cached_property
+    def strings(self) -> frozenset[str]:
+        """The parameters that are written without quotes where the format has Arguments.XML."""
+        return frozenset(name for name, schema in self._properties.items() if _is_string(self._resolved(schema)))
+
+    @property
+    def _properties(self) -> dict[str, Schema]:
+        return self.schema.get("properties", {})
+
+    @property
+    def _required(self) -> frozenset[str]:
+        return frozenset(self.schema.get("required", ()))
+
+    def rules(self, form: CallFormat, prefix: str, quote: str = "") -> Iterator[str]:
+        """Yield the rules of a Lark grammar for the arguments; the first one is ``prefix``.
+
+        ``quote``: the quote marker in the grammar, for Arguments.BARE. Raises InvalidSchemaError.
+        """
+        if form.arguments is Arguments.JSON:
+            yield f"{prefix}: {self.json_grammar}"
+            return
+        if unknown := sorted(self.schema.keys() - _OBJECT_KEYWORDS - {"$defs", "definitions"}):
+            raise self._unsupported(unknown[0])
+        if form.arguments is Arguments.XML:
+            yield from self._xml_rules(prefix)
+        else:
+            yield from self._bare_object(self.schema, prefix, quote)
+
+    # --- Arguments.XML ------------------------------------------------------------------------------------
+
+    def _xml_rules(self, prefix: str) -> Iterator[str]:
+        parts = []
+        for index, (name, schema) in enumerate(self._properties.items()):
+            rule, resolved = f"{prefix}_{index}", self._resolved(schema)
+            parts.append(rule if name in self._required else f"{rule}?")
+            begin, end = quoted(f"<parameter={name}>\n"), quoted("\n</parameter>\n")
+            if not _is_string(resolved):
+                inner = {**self._definitions, **schema, "x-guidance": _SPELLING}
+                yield f"{rule}: {begin} {rule}_v {end}"
+                yield f"{rule}_v: %json {json.dumps(inner)}"
+            elif (values := _values(resolved)) is not None:
+                yield f"{rule}: {begin} ({' | '.join(map(quoted, values))}) {end}"
+            else:
+                yield f"{rule}: {begin} {rule}_v"
+                yield f"{rule}_v[lazy]: /{self._string_pattern(resolved)}\\n<\\/parameter>\\n/"
+        yield f"{prefix}: {' '.join(parts)}" if parts else f'{prefix}: ""'
+
+    @property
+    def _definitions(self) -> Schema:
+        return {key: self.schema[key] for key in ("$defs", "definitions") if key in self.schema}
+
+    def _resolved(self, schema: Schema) -> Schema:
+        """Follow references into the schema's definitions."""
+        for _ in range(_MAX_REFERENCES):
+            reference = schema.get("$ref") if isinstance(schema, dict) else None
+            if not isinstance(reference, str) or not reference.startswith("#/"):
+                break
+            found: Any = self.schema
+            for part in reference[2:].split("/"):
+                found = found.get(part) if isinstance(found, dict) else None
+            if not isinstance(found, dict):
+                break
+            schema = found
+        return schema
+
+    # --- Arguments.BARE -----------------------------------------------------------------------------------
+
+    def _bare_object(self, schema: Schema, rule: str, quote: str) -> Iterator[str]:
+        """Yield the rules of name:value,name:value, with what is optional left out anywhere."""
+        required = schema.get("required", ())
+        names = bare_order(schema.get("properties", {}))
+        yield f"{rule}: {rule}_first_0"
+        for index, name in enumerate(names):
+            member, following = f"{rule}_{index}", f"{rule}_rest_{index + 1}"
+            is_optional = name not in required
+            yield f"{member}: {quoted(name + ':')} {member}_v"
+            yield from self._bare_value(self._resolved(schema["properties"][name]), f"{member}_v", quote)
+            first = f"{member} {following}"
+            yield f"{rule}_first_{index}: {first}" + (f" | {rule}_first_{index + 1}" if is_optional else "")
+            rest = f'"," {member} {following}'
+            yield f"{rule}_rest_{index}: {rest}" + (f" | {following}" if is_optional else "")
+        yield f'{rule}_first_{len(names)}: ""'
+        yield f'{rule}_rest_{len(names)}: ""'
+
+    def _bare_value(self, schema: Schema, rule: str, quote: str) -> Iterator[str]:
+        kind = schema.get("type")
+        if _is_string(schema):
+            if (values := _values(schema)) is not None:
+                yield f"{rule}: {quote} ({' | '.join(map(quoted, values))}) {quote}"
+            else:
+                yield f"{rule}: {quote} {rule.upper()}? {quote}"
+                yield f"{rule.upper()}: /{self._string_pattern(schema)}/"
+        elif kind == "array" and not schema.keys() - _ARRAY_KEYWORDS and isinstance(schema.get("items"), dict):
+            low, high = schema.get("minItems", 0), schema.get("maxItems")
+            more = f"{{{max(0, low - 1)},{'' if high is None else max(0, high - 1)}}}"
+            items = f'{rule}_item ("," {rule}_item){more}'
+            yield f'{rule}: "[" {items if low else f"({items})?"} "]"' if high != 0 else f'{rule}: "[]"'
+            yield from self._bare_value(self._resolved(schema["items"]), f"{rule}_item", quote)
+        elif kind == "object" and not schema.keys() - _OBJECT_KEYWORDS and schema.get("properties"):
+            yield f'{rule}: "{{" {rule}_o "}}"'
+            yield from self._bare_object(schema, f"{rule}_o", quote)
+        elif kind in ("number", "integer", "boolean", "null"):
+            yield f"{rule}: %json {json.dumps({**schema, 'x-guidance': _SPELLING})}"
+        else:
+            raise self._unsupported(next(iter(sorted(schema.keys() - _DESCRIPTIONS)), f"type {kind}"))
+
+    # --- helpers ------------------------------------------------------------------------------------------
+
+    def _string_pattern(self, schema: Schema) -> str:
+        # "allOf" may be what a format was mended with.
+        if unknown := sorted(schema.keys() - _STRING_KEYWORDS, key=lambda key: (key == "allOf", key)):
+            raise self._unsupported(unknown[0])
+        low, high = schema.get("minLength", 0), schema.get("maxLength")
+        return "(?s:.*)" if high is None and not low else f"(?s:.{{{low},{'' if high is None else high}}})"
+
+    def _unsupported(self, keyword: str) -> InvalidSchemaError:
+        return InvalidSchemaError(
+            f"The parameters of the tool {self.name!r} use {keyword[:64]!r}, to which calls cannot be held as this "
+            "model writes them; leave it out."
+        )
+
+
+def quoted(text: str) -> str:
+    """Return ``text`` as a string of a Lark grammar."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _is_string(schema: Schema) -> bool:
+    """Return True if every value of the schema is a string."""
+    if not isinstance(schema, dict):
+        return False
+    values = _values(schema)
+    return all(isinstance(value, str) for value in values) if values is not None else schema.get("type") == "string"
+
+
+def _values(schema: Schema) -> list[Any] | None:
+    """Return the constants that a schema allows; None if it names none."""
+    if "const" in schema:
+        return [schema["const"]]
+    values = schema.get("enum")
+    return values if isinstance(values, list) and values else None
+
+
+def _shut(schema: object) -> None:
+    """Let objects have no keys but those that are named, where nothing is said about others."""
+    waiting = [schema]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting.extend(item)
+        elif isinstance(item, dict):
+            if isinstance(item.get("properties"), dict) and not item.keys() & _OTHER_KEYS:
+                item["additionalProperties"] = False
+            for key, value in item.items():
+                if key in ("properties", "$defs", "definitions") and isinstance(value, dict):
+                    waiting.extend(value.values())
+                elif key in ("items", "prefixItems", "anyOf", "oneOf", "allOf", "not", "then", "else"):
+                    waiting.append(value)
