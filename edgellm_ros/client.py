@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import json
 import queue
 import threading
 import time
@@ -42,7 +43,7 @@ from rclpy.task import Future
 
 from edgellm_ros import qos
 from edgellm_ros.action import Generate
-from edgellm_ros.msg import ChatMessage, ErrorCode, GenerationRequest, GenerationResult
+from edgellm_ros.msg import ChatMessage, ErrorCode, GenerationRequest, GenerationResult, Tool, ToolCall
 from edgellm_ros.sampling_options import OPTION_TYPES
 
 _CHECK_INTERVAL = 0.5  # s between two looks whether the node is still there
@@ -53,7 +54,7 @@ _LOOK = object()  # an event that asks for a look whether the node is still ther
 _CANCEL = object()  # an event that asks for the end of the request
 _TERMINAL = (GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_CANCELED, GoalStatus.STATUS_ABORTED)
 
-Messages = str | Sequence[dict[str, str] | ChatMessage]
+Messages = str | Sequence[dict[str, Any] | ChatMessage]
 
 
 class LLMError(Exception):
@@ -416,9 +417,11 @@ class LLM:
     such clients of one process share a context of rclpy.
 
     With ``node``, an executor has to spin that node in another thread than the one that waits here. A request takes:
-    ``messages`` (a text, or turns of role and content) or ``prompt``, ``json_schema``, ``adapter``, ``session``
+    ``messages`` (a text, or turns of role and content) or ``prompt``, ``json_schema``, ``tools``, ``tool_choice``,
+    ``parallel_tool_calls``, ``template_variables``, ``thinking``, ``thinking_budget``, ``adapter``, ``session``
     (``messages`` are then the new ones, the node has the others), ``context_policy``, ``stop``, ``priority``,
     ``deadline`` (s), ``request_id``, ``allow_special``, and the options of msg/SamplingOptions that have one value.
+    Pieces are those of the text; a result has the reasoning and the tool calls, too.
     Close it, or use it in a ``with`` or ``async with``.
     """
 
@@ -534,6 +537,12 @@ def make_goal(
     *,
     prompt: str = "",
     json_schema: str = "",
+    tools: Sequence[dict[str, Any] | Tool] = (),
+    tool_choice: str = "",
+    parallel_tool_calls: bool = True,
+    template_variables: dict[str, Any] | None = None,
+    thinking: str = "",
+    thinking_budget: int = 0,
     adapter: str = "",
     session: str = "",
     context_policy: str = "",
@@ -544,16 +553,35 @@ def make_goal(
     allow_special: bool = False,
     **sampling: float | int,
 ) -> Generate.Goal:
-    """Return the action's goal. Raises TypeError for an option that is not known."""
+    """Return the action's goal. Raises TypeError for an option that is not known.
+
+    ``messages`` may be dicts, with ``tool_calls`` as dicts of msg/ToolCall's fields; ``tools`` dicts of msg/Tool's
+    fields, where ``parameters`` may be a dict, too.
+    """
     if unknown := sorted(sampling.keys() - OPTION_TYPES.keys()):
         raise TypeError(f"{unknown[0]!r} is no option of a request; sampling options are {', '.join(OPTION_TYPES)}.")
     turns: Sequence[Any] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     request = GenerationRequest(
-        messages=[turn if isinstance(turn, ChatMessage) else ChatMessage(**turn) for turn in turns],
-        prompt=prompt, json_schema=json_schema, adapter=adapter, session=session, context_policy=context_policy,
+        messages=[turn if isinstance(turn, ChatMessage) else _to_message(turn) for turn in turns],
+        prompt=prompt, json_schema=json_schema, tools=[_to_tool(tool) for tool in tools], tool_choice=tool_choice,
+        parallel_tool_calls=[] if parallel_tool_calls else [False],
+        template_variables=json.dumps(template_variables) if template_variables else "", thinking=thinking,
+        thinking_budget=thinking_budget, adapter=adapter, session=session, context_policy=context_policy,
         stop=list(stop), priority=priority, deadline=float(deadline), request_id=request_id,
         allow_special=allow_special,
     )  # fmt: skip
     for name, value in sampling.items():
         setattr(request.sampling, name, [OPTION_TYPES[name](value)])
     return Generate.Goal(request=request)
+
+
+def _to_message(turn: dict[str, Any]) -> ChatMessage:
+    calls = [call if isinstance(call, ToolCall) else ToolCall(**call) for call in turn.get("tool_calls", ())]
+    return ChatMessage(**{**turn, "tool_calls": calls})
+
+
+def _to_tool(tool: dict[str, Any] | Tool) -> Tool:
+    if isinstance(tool, Tool):
+        return tool
+    parameters = tool.get("parameters", "")
+    return Tool(**{**tool, "parameters": json.dumps(parameters) if isinstance(parameters, dict) else parameters})

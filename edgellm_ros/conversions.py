@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from array import array
+from collections.abc import Iterable
 from typing import Any
 
 from edgellm_ros import msg
@@ -22,6 +23,8 @@ from engine_core.request import (
     GenerationResult,
     SamplingParams,
     SpeculationCounts,
+    Tool,
+    ToolCall,
 )
 
 # Class → code. The nearest base class counts; what is not in the table is a defect of ours.
@@ -53,6 +56,7 @@ _FINISH_REASONS = {
     FinishReason.CANCELLED: msg.FinishReason.CANCELLED,
     FinishReason.TIMEOUT: msg.FinishReason.TIMEOUT,
     FinishReason.PREEMPTED: msg.FinishReason.PREEMPTED,
+    FinishReason.TOOL_CALLS: msg.FinishReason.TOOL_CALLS,
     FinishReason.ERROR: msg.FinishReason.ERROR,
 }
 
@@ -89,7 +93,21 @@ def finish_reason(reason: FinishReason) -> int:
 
 def to_messages(messages: Any) -> tuple[ChatMessage, ...]:
     LIMITS.check_messages(len(messages))
-    return tuple(ChatMessage(message.role, message.content) for message in messages)
+    return tuple(
+        ChatMessage(
+            message.role,
+            message.content,
+            tool_calls=tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls),
+            tool_call_id=message.tool_call_id,
+            name=message.name,
+            reasoning=message.reasoning,
+        )
+        for message in messages
+    )
+
+
+def to_tool_calls(calls: Iterable[ToolCall]) -> list[msg.ToolCall]:
+    return [msg.ToolCall(id=call.id, name=call.name, arguments=wire_text(call.arguments)) for call in calls]
 
 
 def to_request(message: msg.GenerationRequest, settings: Settings) -> GenerationRequest:
@@ -110,12 +128,23 @@ def to_request(message: msg.GenerationRequest, settings: Settings) -> Generation
         session=message.session,
         default_system=settings.system_prompt,
         context_policy=message.context_policy or "refuse",
+        tools=_to_tools(message.tools),
+        tool_choice=message.tool_choice or "auto",
+        parallel_tool_calls=message.parallel_tool_calls[0] if len(message.parallel_tool_calls) else True,
+        template_variables=message.template_variables,
+        thinking=message.thinking or "model",
+        thinking_budget=message.thinking_budget,
         adapter=message.adapter,
         priority=message.priority,
         timeout=message.deadline if message.deadline != 0 else settings.request_timeout,
         stream_interval=settings.stream_interval,
         allow_special=message.allow_special,
     )
+
+
+def _to_tools(tools: Any) -> tuple[Tool, ...]:
+    LIMITS.check_count("tools", len(tools), LIMITS.tools)
+    return tuple(Tool(tool.name, tool.description, tool.parameters) for tool in tools)
 
 
 def _to_sampling(options: msg.SamplingOptions, defaults: SamplingParams) -> SamplingParams:
@@ -141,6 +170,8 @@ def to_result(result: GenerationResult) -> msg.GenerationResult:
     return msg.GenerationResult(
         request_id=result.request_id,
         text=wire_text(result.text),
+        reasoning=wire_text(result.reasoning),
+        tool_calls=to_tool_calls(result.tool_calls),
         token_ids=array("i", result.token_ids),
         finish_reason=finish_reason(result.finish_reason),
         error_code=error_code(result.error),

@@ -13,12 +13,13 @@ from std_msgs.msg import String
 
 from edgellm_ros import qos
 from edgellm_ros.action import Generate as GenerateAction
-from edgellm_ros.conversions import error_code, error_message, to_result, wire_text
+from edgellm_ros.conversions import error_code, error_message, to_result, to_tool_calls, wire_text
 from edgellm_ros.intake import Intake
 from edgellm_ros.msg import ChatMessage, GenerationRequest
 from edgellm_ros.srv import Cancel, Generate, Tokenize
+from edgellm_ros.streams import ENDED_BY_ITSELF
 from edgellm_ros.threads import Started
-from engine_core.request import FinishReason, GenerationResult, Piece
+from engine_core.request import GenerationResult, Piece
 from engine_core.serving.worker import Ticket
 
 # Seconds a finished goal's result is kept for a client that has not asked for it yet. rclpy's default of 15 minutes
@@ -98,7 +99,7 @@ class GenerateActionServer:
             result = await self._answers.pop(goal_id)
         finally:
             self._tickets.pop(goal_id, None)
-        if result.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if result.finish_reason in ENDED_BY_ITSELF:
             goal.succeed()
         elif goal.is_cancel_requested:
             goal.canceled()
@@ -113,6 +114,8 @@ class GenerateActionServer:
             feedback.sequence = piece.sequence
             feedback.text = wire_text(piece.text)
             feedback.token_ids = array("i", piece.token_ids)
+            feedback.reasoning = wire_text(piece.reasoning)
+            feedback.tool_calls = to_tool_calls(piece.tool_calls)
             goal.publish_feedback(feedback)
 
         return await self._intake.answer(

@@ -28,7 +28,9 @@ _QUICK_MESSAGES = 64
 def _is_quick(request: GenerationRequest) -> bool:
     if len(request.messages) > _QUICK_MESSAGES or request.json_schema or request.session:
         return False
-    return len(request.prompt) + sum(len(message.content) for message in request.messages) <= _QUICK_CHARS
+    if request.tools or request.thinking_budget:
+        return False
+    return len(request.prompt) + request.num_template_chars <= _QUICK_CHARS
 
 
 _WARNING_INTERVAL = 1.0  # s
@@ -178,8 +180,8 @@ class Intake:
         self._schemas.close()
 
     def _pool_for(self, request: GenerationRequest) -> WorkPool:
-        engine, schema = self._state.engine, request.json_schema
-        return self._schemas if schema and engine is not None and not engine.knows_schema(schema) else self._pool
+        engine = self._state.engine
+        return self._schemas if engine is not None and not engine.knows(request) else self._pool
 
     def _worker_or_raise(self) -> Worker:
         worker, engine = self._state.worker, self._state.engine

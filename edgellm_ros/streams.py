@@ -11,11 +11,13 @@ from functools import partial
 from rclpy.node import Node
 
 from edgellm_ros import qos
-from edgellm_ros.conversions import error_code, finish_reason, to_speculation, to_stats, wire_text
+from edgellm_ros.conversions import error_code, finish_reason, to_speculation, to_stats, to_tool_calls, wire_text
 from edgellm_ros.msg import GenerationStats, Sentence, TokenPiece
 from engine_core.request import FinishReason, GenerationResult, Piece, SpeculationCounts
 from engine_core.text.sentences import SentenceSplitter
 
+# The reasons of an answer that nobody has ended from outside.
+ENDED_BY_ITSELF = (FinishReason.STOP, FinishReason.TOOL_CALLS, FinishReason.LENGTH)
 _KEPT_TIMES = 100
 
 
@@ -95,6 +97,8 @@ class RequestStream:
             message.sequence = piece.sequence
             message.text = wire_text(piece.text)
             message.token_ids = array("i", piece.token_ids)
+            message.reasoning = wire_text(piece.reasoning)
+            message.tool_calls = to_tool_calls(piece.tool_calls)
             self._stamp(message)
             self._topics.tokens.publish(message)
         if piece.sequence == 0:
@@ -109,7 +113,8 @@ class RequestStream:
         if self._topics.tokens.get_subscription_count():
             last = self._token_piece
             last.sequence = self._num_pieces
-            last.text = ""
+            last.text = last.reasoning = ""
+            last.tool_calls = []
             last.token_ids = array("i")
             last.done = True
             last.finish_reason = finish_reason(result.finish_reason)
@@ -117,7 +122,7 @@ class RequestStream:
             self._stamp(last)
             self._topics.tokens.publish(last)
         rest = []  # never half a sentence, and nothing after an interruption
-        if result.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if result.finish_reason in ENDED_BY_ITSELF:
             rest = self._splitter.flush(cut=result.finish_reason is FinishReason.LENGTH)
         self._sentence.done = True
         self._sentence.finish_reason = finish_reason(result.finish_reason)

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine_core.serving.tools import CheckedTool, quoted
-from engine_core.text.call_formats import AnswerFormat, CallFormat, Marker, Parts, Slot
+from engine_core.text.call_formats import (
+    UNMARKED_REST,
+    AnswerFormat,
+    CallFormat,
+    Marker,
+    Parts,
+    Slot,
+    UnmarkedCalls,
+)
 from engine_core.text.tokenizer import Reasoning
 
 
@@ -117,15 +125,29 @@ class AnswerGrammar:
             if self._is_token(opening):
                 found.append(f"{'TEXT? ' if has_text else self._gap}{self._marker(opening)} call{rest}")
             return found
+        unmarked = [] if calls.required or self._value is not None else self._unmarked_calls(calls)
         if has_text and not self._is_token(opening):
             # The text before the first marker ends with it: the lexeme is as short as it can be.
             self._rules.append(f"opened[lazy]: /(?s:.*){_escaped(opening.text)}/")
             first = f"{self._join(form.before[1:])} call" if form.before else "first_call"
             if not form.before:
                 self._rules.append(f"first_call: {self._any_call(form, form.call[1:], calls)}")
-            return [f"opened {first}{rest}"]
+            return [f"opened {first}{rest}", *unmarked]
         before = "TEXT? " if has_text else self._gap
-        return [f"{before}{self._join(form.before)} call{rest}"]
+        return [f"{before}{self._join(form.before)} call{rest}", *unmarked]
+
+    def _unmarked_calls(self, calls: Calls) -> list[str]:
+        """Return the calls without markers that an answer may end with, and add their rules."""
+        form = self._form.calls
+        if form is None or not form.may_be_unmarked:
+            return []
+        self._rules.append(r"fence: /\s*```\s*/")
+        for index, tool in enumerate(calls.tools):
+            self._rules.append(f"unmarked_{index}[lazy]: /{_slashed(UnmarkedCalls.pattern(tool.name))}/")
+        return [
+            f"unmarked_{index} {self._join(UNMARKED_REST, arguments=f'args_{index}')} fence?"
+            for index in range(len(calls.tools))
+        ]
 
     def _any_call(self, form: CallFormat, parts: Parts, calls: Calls) -> str:
         return " | ".join(
@@ -164,6 +186,11 @@ class AnswerGrammar:
         if index is None or not self._token_markers:
             return quoted(marker.text)
         return f"<[{index}]>"
+
+
+def _slashed(pattern: str) -> str:
+    """Return a regular expression as it stands between two slashes; "-" needs no escape in the library's syntax."""
+    return pattern.replace("/", "\\/").replace("\\-", "-")
 
 
 def _escaped(text: str) -> str:

@@ -250,14 +250,18 @@ class Engine:
             raise InvalidRequestError("This model does not reason before it answers; leave the thinking budget out.")
 
     def _expected(self, request: GenerationRequest, reasoning: Reasoning) -> ExpectedAnswer:
-        strings = {}
-        if self.answer_format.calls is not None and self.answer_format.calls.arguments is Arguments.XML:
+        calls, strings = self.answer_format.calls, {}
+        may_call = bool(request.tools) and request.tool_choice != "none"
+        is_free = may_call and request.tool_choice == "auto" and not request.json_schema
+        unmarked = tuple(tool.name for tool in request.tools) if is_free and calls and calls.may_be_unmarked else ()
+        if calls is not None and calls.arguments is Arguments.XML:
             strings = {tool.name: CheckedTool.of(tool).strings for tool in request.tools}
         return ExpectedAnswer(
             self.answer_format,
             begins_reasoning=reasoning is Reasoning.BEGUN,
-            may_call=bool(request.tools) and request.tool_choice != "none",
+            may_call=may_call,
             is_value=bool(request.json_schema),
+            unmarked=unmarked,
             strings=strings,
         )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine_core.request import ToolCall
-from engine_core.text.call_formats import AnswerFormat, Marker
+from engine_core.text.call_formats import AnswerFormat, Marker, UnmarkedCalls
 from engine_core.text.call_reader import CallReader, StringParameters
 from engine_core.text.detokenizer import Decoder, Detokenizer, StopStrings, overlap
 
@@ -41,6 +41,7 @@ class ExpectedAnswer:
     begins_reasoning: bool = False  # the prompt has begun the reasoning
     may_call: bool = False
     is_value: bool = False  # the text is a JSON value
+    unmarked: tuple[str, ...] = ()  # tools that may be called without the markers of calls
     strings: StringParameters = field(default_factory=dict)
 
     @property
@@ -65,6 +66,8 @@ class AnswerScanner:
         self._held = b""  # the beginning of a marker, maybe
         self._has_text = False
         self._calls: CallReader | None = None
+        self._unmarked = UnmarkedCalls(expected.unmarked) if expected.unmarked else None
+        self._at_line_start = True
 
     def fork(self) -> AnswerScanner:
         """Return a scanner of the same answer so far."""
@@ -105,6 +108,12 @@ class AnswerScanner:
                 self._begin_calls().skip_before()
                 continue
             part, data = self._up_to_marker(data)
+            if self._unmarked is not None and self.phase is Phase.TEXT:
+                part, rest = self._up_to_unmarked(part, data)
+                if rest is not None:
+                    found.append((self.phase, part))
+                    data = rest
+                    continue
             if part:
                 self._has_text = self._has_text or bool(part.strip(_WHITE_SPACE))
                 found.append((self.phase, part))
@@ -186,6 +195,27 @@ class AnswerScanner:
         keep = max((overlap(data, marker) for marker in awaited), default=0)
         self._held = data[len(data) - keep :]
         return data[: len(data) - keep], b""
+
+    def _up_to_unmarked(self, part: bytes, after: bytes) -> tuple[bytes, bytes | None]:
+        """Return what of a text comes before an unmarked call, and what follows the call's beginning; None without one.
+
+        ``after``: what follows the text, a marker. Holds what may become such a beginning.
+        """
+        assert self._unmarked is not None
+        text = part if after else part + self._held
+        start, end, name = self._unmarked.find(text, self._at_line_start)
+        if name:
+            rest, self._held = text[end:] + after, b""
+            self._begin_calls().begin_unmarked(name)
+            return part[:start], rest
+        if end == 0 and start < len(text) and not after:
+            start = min(start, len(part))
+            part, self._held = part[:start], text[start:]
+        if part:
+            self._at_line_start = part.rstrip(b" \t\r").endswith(b"\n") or (
+                self._at_line_start and not part.strip(_WHITE_SPACE)
+            )
+        return part, None
 
     def _pass_marker(self, data: bytes) -> bytes:
         """Take the marker that ``data`` begins with; return the rest."""

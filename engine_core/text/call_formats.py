@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,6 +71,15 @@ class CallFormat:
         return list(dict.fromkeys(part for part in parts if isinstance(part, Marker)))
 
     @property
+    def may_be_unmarked(self) -> bool:
+        """Return whether a call without its markers is one, too.
+
+        Small models forget them, and write a JSON object at the beginning of a line, maybe in a code block. It is told
+        from other JSON by the name of a tool (``UnmarkedCalls``).
+        """
+        return self.arguments is Arguments.JSON and not self.may_be_bare
+
+    @property
     def opening(self) -> Part:
         """The first part of the calls."""
         return (self.before or self.call)[0]
@@ -116,6 +125,52 @@ class CallFormat:
         return json.dumps(value)
 
 
+class UnmarkedCalls:
+    """Finds the beginning of a JSON object that calls one of these tools, at the beginning of a line of a text."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        # Without white space, which may stand anywhere between.
+        self._heads = {f'{fence}{{"name":"{name}"'.encode(): name for fence in ("", "```", "```json") for name in names}
+
+    @staticmethod
+    def pattern(name: str) -> str:
+        """Return the regular expression of a text up to the end of such a beginning."""
+        space = r"[ \t\r\n]*"
+        head = space.join(("", r"\{", '"name"', ":", f'"{re.escape(name)}"'))
+        return rf"((?s:.*)\n)?{space}(```(json)?)?{head}"
+
+    def find(self, text: bytes, is_start: bool) -> tuple[int, int, str]:
+        """Return where the first beginning begins and ends, and the tool's name.
+
+        One that may yet become one ends at 0; where there is none, it begins at the end of ``text``. ``is_start``: of a
+        line.
+        """
+        for match in _LINE_STARTS.finditer(text):
+            if match.start() == 0 and not is_start and text[:1] != b"\n":
+                continue
+            start = match.end()
+            rest = b"".join(text[start:].split())
+            if any(head.startswith(rest) for head in self._heads):
+                return start, 0, ""
+            for head, name in self._heads.items():
+                if rest.startswith(head):
+                    return start, _end_of(text, start, len(head)), name
+        return len(text), len(text), ""
+
+
+# With the white space behind it, if nothing or what an unmarked call begins with follows.
+_LINE_STARTS = re.compile(rb"(?:\A|\n)\s*(?=[`{]|\Z)")
+
+
+def _end_of(text: bytes, start: int, length: int) -> int:
+    """Return where ``length`` characters that are no white space end."""
+    for index in range(start, len(text)):
+        length -= not text[index : index + 1].isspace()
+        if not length:
+            return index + 1
+    return len(text)
+
+
 def bare_order(names: Mapping[str, Any]) -> list[str]:
     """Return names in the order in which templates with bare arguments write them, which is that of ``dictsort``."""
     return sorted(names, key=str.lower)
@@ -124,6 +179,8 @@ def bare_order(names: Mapping[str, Any]) -> list[str]:
 def _json_call(key: str = "arguments") -> Parts:
     return ('{"name": "', Slot.NAME, f'", "{key}": ', Slot.ARGUMENTS, "}")
 
+
+UNMARKED_REST: Parts = (', "arguments": ', Slot.ARGUMENTS, "}")  # of an unmarked call, behind the tool's name
 
 _TOOL_CALL, _TOOL_CALL_END = Marker("<tool_call>"), Marker("</tool_call>")
 _TOOL_CALLS, _ARGS, _CALL_ID = Marker("[TOOL_CALLS]"), Marker("[ARGS]"), Marker("[CALL_ID]")

@@ -145,6 +145,38 @@ def test_llama_calls_begin_with_a_brace_or_with_the_tag():
     assert read(ids, expected, ids.of("A {set}.")) == ("", "A {set}.", [])
 
 
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "text"])
+@pytest.mark.parametrize("fence", ["", "```json\n", "```"])
+@pytest.mark.parametrize("before", ["", "Sure, ```this``` {is}:\n\n", "\n"])
+def test_a_call_without_its_markers_is_one_at_the_beginning_of_a_line(tokens, fence, before):
+    form = BY_NAME["hermes"]
+    ids = Ids(form, REASONING_FORMATS[0], tokens)
+    expected = ExpectedAnswer(AnswerFormat(form, None, ids.ids), may_call=True, unmarked=("drive_to", "say"))
+    for head in ('{"name": "say"', '{\n  "name" : "say"'):
+        call = f'{head}, "arguments": {json.dumps({"text": NOTE})}}}'
+        answer = ids.of(before, fence, call, "\n```" if fence else "")
+        whole = read(ids, expected, answer)
+        assert whole == ("", before.strip(), [("say", {"text": NOTE})])
+        for cut in range(0, len(answer), 3):
+            _, text, calls = read(ids, expected, answer, cut)
+            assert whole[1].startswith(text.strip()) and calls in ([], whole[2])
+
+
+def test_other_json_than_a_call_stays_text():
+    form = BY_NAME["hermes"]
+    ids = Ids(form, REASONING_FORMATS[0], True)
+    expected = ExpectedAnswer(AnswerFormat(form, None, ids.ids), may_call=True, unmarked=("say",))
+    for text in (
+        'It is {"name": "say", "arguments": {}}',
+        '```json\n{"name": "sayer"}\n```',
+        '{"name": "bob"}\n{"nam',
+        "``` {",
+        'a\n\n  \n{"name": "sa',
+        "\u00a0{\u0085",
+    ):
+        assert read(ids, expected, ids.of(text)) == ("", text, [])
+
+
 def test_stop_strings_look_at_the_text_alone():
     form, reasoning = BY_NAME["hermes"], REASONING_FORMATS[0]
     ids = Ids(form, reasoning, True)

@@ -147,6 +147,19 @@ def test_text_may_come_first_or_alone_but_not_where_a_call_is_required(setting):
         assert tagged
 
 
+def test_a_call_without_its_markers_is_held_to_its_schema_too(setting):
+    if not setting.form.calls.may_be_unmarked:
+        pytest.skip("its calls have no markers, or are no JSON")
+    call = '{"name": "wait", "arguments": {"seconds": 7}}'
+    for text in (call, f"```json\n{call}\n```", f"I wait.\n{call}", call.replace("{", "{\n  ", 1)):
+        assert setting.accepts(setting.constraint(), setting.ids(text)), text
+        assert not setting.accepts(setting.constraint(choice="required"), setting.ids(text))
+        assert not setting.accepts(setting.constraint(), setting.ids(text.replace("7", "70")))
+        assert not setting.accepts(setting.constraint(), setting.ids(text.replace("7}}", "7}")))
+    for text in (call.replace("wait", "weight"), f"I say {call.replace('7', '70')}"):
+        assert setting.accepts(setting.constraint(), setting.ids(text))
+
+
 def test_the_number_and_the_name_of_calls_are_held(setting):
     two = setting.call_ids([VALID[1], VALID[2]])
     one = setting.call_ids([VALID[1]])

@@ -50,12 +50,15 @@ class FakeBackend(ScriptedBackend):
         return logits
 
 
-def write_engine(directory: Path, *, backend: str = "fake", **options) -> Path:
-    """A whole engine directory for FakeBackend; of another ``backend``, one that it refuses."""
+def write_engine(directory: Path, *, backend: str = "fake", template: str = "", **options) -> Path:
+    """A whole engine directory for FakeBackend; of another ``backend``, one that it refuses. ``template``: of chats,
+    "" = that of the fakes."""
     manifest = Manifest(
         "fake", fake_model(MAX_CONTEXT), backend, "fp32", "fp32", MAX_CONTEXT, 1, (EOS, END), options=options
     )
     with write_variant(directory) as temporary:
         write_tokenizer(temporary)
+        if template:
+            (temporary / "chat_template.jinja").write_text(template)
         seal(temporary, manifest)
     return directory
