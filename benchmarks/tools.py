@@ -155,7 +155,7 @@ def main() -> int:
     if arguments.server:
         ask, name = Server(arguments.server), "server"
     else:
-        config = EngineConfig(arguments.engine, num_threads=arguments.threads, kv_cache_type=arguments.kv_cache_type)
+        config = EngineConfig(arguments.engine, num_threads=arguments.threads, speculation=arguments.speculation)
         engine = Engine.open(config, report=lambda _: None)
         ask, name = Local(engine), f"{engine.manifest.model_name} {engine.manifest.quantization}"
     is_wrong = False
@@ -223,7 +223,14 @@ class Local:
         """Return the calls, the text, the number of tokens and whether a cut was wrong."""
         messages = (ChatMessage("system", SYSTEM), ChatMessage("user", text))
         sampling = SamplingParams(max_new_tokens=MAX_TOKENS)
-        request = GenerationRequest("0", messages=messages, tools=TOOLS, tool_choice=choice, sampling=sampling)
+        request = GenerationRequest(
+            "0",
+            messages=messages,
+            tools=TOOLS,
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            sampling=sampling,
+        )
         prepared, pieces = self._engine.prepare(request), []
         generator = self._engine.generate(prepared, CancelToken())
         while True:
@@ -261,6 +268,7 @@ class Server:
             "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}],
             "tools": [{"type": "function", "function": function} for function in functions],
             "tool_choice": choice,
+            "parallel_tool_calls": False,
             "temperature": 0,
             "max_tokens": MAX_TOKENS,
         }
@@ -286,7 +294,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--choice", nargs="+", choices=("auto", "required"), default=["auto", "required"])
     parser.add_argument("--commands", type=int, default=len(COMMANDS), help="how many of the commands")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = the backend's choice")
-    parser.add_argument("--kv-cache-type", default="auto", help="of the engine; int8 lets the CPU speculate")
+    parser.add_argument("--speculation", default="auto", help="of the engine: auto, on, off")
     parser.add_argument("--no-record", action="store_true", help="write nothing to the results")
     arguments = parser.parse_args()
     if bool(arguments.engine) == bool(arguments.server):
