@@ -106,6 +106,17 @@ def to_messages(messages: Any) -> tuple[ChatMessage, ...]:
     )
 
 
+def to_message(message: ChatMessage) -> msg.ChatMessage:
+    return msg.ChatMessage(
+        role=message.role,
+        content=wire_text(message.content),
+        tool_calls=to_tool_calls(message.tool_calls),
+        tool_call_id=message.tool_call_id,
+        name=message.name,
+        reasoning=wire_text(message.reasoning),
+    )
+
+
 def to_tool_calls(calls: Iterable[ToolCall]) -> list[msg.ToolCall]:
     return [msg.ToolCall(id=call.id, name=call.name, arguments=wire_text(call.arguments)) for call in calls]
 

@@ -77,7 +77,7 @@ def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response
     info.backend, info.backend_reason = engine.backend_name, engine.backend_reason
     info.quantization = manifest.quantization
     info.kv_cache_type = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
-    info.tool_format, info.thinks = engine.answer_format.tools, engine.answer_format.thinks
+    info.tool_format, info.thinks = engine.answers.format.tools, engine.answers.format.thinks
     info.adapters = list(engine.adapters)
     info.device = engine.device
     info.cuda_graph = config.use_cuda_graph and manifest.use_cuda_graph

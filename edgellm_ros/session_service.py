@@ -10,8 +10,7 @@ from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.node import Node
 
 from edgellm_ros import qos
-from edgellm_ros.conversions import error_code, error_message, wire_text
-from edgellm_ros.msg import ChatMessage
+from edgellm_ros.conversions import error_code, error_message, to_message
 from edgellm_ros.msg import SessionInfo as SessionInfoMessage
 from edgellm_ros.srv import Sessions as SessionsService
 from edgellm_ros.state import NodeState
@@ -106,5 +105,5 @@ def _to_message(engine: Engine, info: SessionInfo, *, with_history: bool) -> Ses
         num_tokens=info.num_tokens,
         kept_tokens=min(engine.pool.kept_tokens(info.name), info.num_tokens),
         idle=info.idle,
-        messages=[ChatMessage(role=message.role, content=wire_text(message.content)) for message in messages],
+        messages=[to_message(message) for message in messages],
     )

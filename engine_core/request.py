@@ -340,6 +340,15 @@ class GenerationRequest:
                 raise InvalidRequestError(
                     f"A message of the role {message.role} has a tool_call_id, which only a tool's message has."
                 )
+
+    def check_answered_calls(self) -> None:
+        """Raises InvalidRequestError for a tool's message that answers no call.
+
+        ``messages`` have to be the whole conversation.
+        """
+        known: set[str] = set()
+        for message in self.messages:
+            known.update(call.id for call in message.tool_calls)
             if message.tool_call_id and message.tool_call_id not in known:
                 raise InvalidRequestError(
                     f"The tool_call_id {message.tool_call_id[:64]!r} is that of no tool call in the messages before it."

@@ -27,7 +27,7 @@ from engine_core.serving.json_schema import MAX_DIGITS, first_line, parse_schema
 from engine_core.serving.json_text import JsonText
 from engine_core.serving.schema_check import SchemaChecker
 from engine_core.serving.token_table import TokenTable
-from engine_core.serving.tools import CheckedTool
+from engine_core.serving.tools import checked_tool
 from engine_core.text.answer import AnswerScanner, ExpectedAnswer, Phase
 from engine_core.text.call_formats import AnswerFormat
 from engine_core.text.tokenizer import Reasoning
@@ -241,7 +241,7 @@ class ConstraintFactory:
         if demand.tools:
             is_named = demand.tool_choice not in TOOL_CHOICES
             chosen = [
-                CheckedTool.of(tool)
+                checked_tool(tool)
                 for tool in demand.tools
                 if demand.tool_choice != "none" and (not is_named or tool.name == demand.tool_choice)
             ]
@@ -259,7 +259,7 @@ class ConstraintFactory:
         from llguidance import LLMatcher
 
         for tool in demand.tools if not demand.json_schema else ():
-            schema = {**CheckedTool.of(tool).schema}
+            schema = {**checked_tool(tool).schema}
             reason = self._checker.check(LLMatcher.grammar_from_json_schema(json.dumps(schema)), deadline)
             if reason:
                 return InvalidSchemaError(

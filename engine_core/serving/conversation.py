@@ -52,10 +52,10 @@ class Turn:
         """Add question and answer to the history, and return the result with the session's turns.
 
         An answer that was cancelled or is late counts as far as it was spoken. A request that failed, or ended before
-        its first text, leaves the history as it was; so does one whose session was reset meanwhile. To be called once,
-        or ``leave``.
+        its first text or call, leaves the history as it was; so does one whose session was reset meanwhile. To be
+        called once, or ``leave``.
         """
-        has_answer = result.error is None and bool(result.text)
+        has_answer = result.error is None and bool(result.text or result.tool_calls)
         num_turns = self._sessions._end(self, result) if has_answer else 0
         self.is_kept = num_turns > 0
         if not has_answer:
@@ -146,7 +146,8 @@ class Sessions:
                 return 0
             del self._open[turn.name]
             session = self._sessions.setdefault(turn.name, _Session())
-            session.messages = (*turn.messages, ChatMessage("assistant", result.text))
+            answer = ChatMessage("assistant", result.text, tool_calls=result.tool_calls, reasoning=result.reasoning)
+            session.messages = (*turn.messages, answer)
             session.num_tokens = result.prompt_tokens + len(result.token_ids)
             session.num_turns += 1
             session.used = time.monotonic()
@@ -236,10 +237,16 @@ def _parted(messages: Messages) -> tuple[Messages, Messages]:
 def _end_of(past: Messages, messages: Messages) -> int:
     """Return the index in ``messages`` behind their last part that is ``past``; 0 if they have none.
 
-    A client that sends whole conversations also sends the turns that were left out of the history.
+    A client that sends whole conversations also sends the turns that were left out of the history, and need not send
+    what the model thought.
     """
+    past, messages = _without_reasoning(past), _without_reasoning(messages)
     starts = range(len(messages) - len(past), -1, -1) if past else ()
     return next((start + len(past) for start in starts if messages[start : start + len(past)] == past), 0)
+
+
+def _without_reasoning(messages: Messages) -> Messages:
+    return tuple(dataclasses.replace(each, reasoning="") if each.reasoning else each for each in messages)
 
 
 def _turn_starts(messages: Sequence[ChatMessage]) -> list[int]:

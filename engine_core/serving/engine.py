@@ -50,17 +50,15 @@ from engine_core.request import (
     Piece,
     SamplingParams,
 )
+from engine_core.serving.answers import Answers
 from engine_core.serving.cancellation import CancelToken
-from engine_core.serving.constraint import ConstraintFactory, Demand
+from engine_core.serving.constraint import ConstraintFactory
 from engine_core.serving.conversation import Messages, SessionInfo, Sessions, fit_turns
 from engine_core.serving.scheduler import Scheduler
 from engine_core.serving.sequence import PreparedRequest, Sequence
 from engine_core.serving.session_pool import SessionPool
 from engine_core.serving.speculation import Speculation
-from engine_core.serving.tools import CheckedTool
-from engine_core.text.answer import ExpectedAnswer
-from engine_core.text.call_formats import AnswerFormat, Arguments
-from engine_core.text.tokenizer import Reasoning, Tokenizer, common_prefix_length
+from engine_core.text.tokenizer import Tokenizer
 
 __all__ = ["CancelToken", "Engine", "PreparedRequest"]
 
@@ -95,8 +93,8 @@ class Engine:
         self._eos_ids = frozenset(manifest.eos_token_ids)
         self._backend: Backend | None = backend
         kept = getattr(backend, "kept_ids", None)
-        self._kept_ids = None if kept is None else frozenset(kept.tolist())
         self._constraints = ConstraintFactory(tokenizer, self.vocab_size, manifest.eos_token_ids, kept)
+        self.answers = Answers(tokenizer, self._constraints, kept)
         self.pool = SessionPool(
             backend,
             num_prompts=config.prompt_cache_entries,
@@ -169,50 +167,33 @@ class Engine:
         """``end``: time.monotonic() of its deadline, if it has one."""
         self._check_sampling(request.sampling)
         self._check_adapter(request.adapter)
+        self.answers.check(request)
         num_dropped = 0
         if request.context_policy == "drop_oldest":
             messages, num_dropped = self._fitted(request)
             request = request.replace(messages=messages)
         if request.session or num_dropped:
             request.validate()  # with the history
+        request.check_answered_calls()
         num_chars = len(request.prompt) + request.num_template_chars
         at_least = num_chars // self.tokenizer.max_token_chars
         if at_least >= self.max_context:  # too long to be worth the memory of tokenizing it
             raise self._too_long(f"at least {at_least}")
-        self._check_answer(request)
-        prefix_ids, expected = np.empty(0, dtype=np.int32), ExpectedAnswer()
-        reasoning = Reasoning.NEVER
-        if request.messages:
-            prompt = self.tokenizer.prompt(
-                request.messages,
-                tools=request.tools,
-                variables=request.parse_template_variables(),
-                thinking=request.thinking,
-                allow_special=request.allow_special,
-            )
-            token_ids, reasoning = prompt.token_ids, prompt.reasoning
-            prefix_ids = self._prefix_of(request, token_ids)
-            expected = self._expected(request, reasoning)
-        else:
-            token_ids = self.tokenizer.encode(request.prompt)
+        prompt = self.answers.prompt(request)
+        token_ids = prompt.token_ids
         if len(token_ids) >= self.max_context:
             raise self._too_long(str(len(token_ids)))
         self._check_prompt(token_ids)
         left = max(0.05, end - time.monotonic()) if request.timeout else None
-        constraint = None
-        budget = request.thinking_budget if reasoning is not Reasoning.NEVER else 0
-        if request.json_schema or request.tools or budget:
-            is_plain = not request.tools and reasoning is Reasoning.NEVER
-            constraint = self._constraints.compile(
-                Demand.of(request, reasoning), left, None if is_plain else expected, budget
-            )
+        expected = self.answers.expected(request, prompt)
+        constraint = self.answers.constraint(request, prompt, expected, left)
         sampling = request.sampling
         if constraint is not None:
             constraint.exclude(token_id for token_id, bias in sampling.biases() if bias == -math.inf)
         return PreparedRequest(
             request=request,
             token_ids=token_ids,
-            prefix_ids=prefix_ids,
+            prefix_ids=self.answers.shared_prefix(request, prompt),
             sampling=sampling.resolve(self._eos_ids),
             max_new_tokens=min(sampling.max_new_tokens, self.max_context - len(token_ids)),
             constraint=constraint,
@@ -220,70 +201,17 @@ class Engine:
             expected=expected,
         )
 
-    @property
-    def answer_format(self) -> AnswerFormat:
-        """What answers of this model may have beside text: calls of tools, reasoning."""
-        return self.tokenizer.answer_format
-
-    def _check_answer(self, request: GenerationRequest) -> None:
-        """Raises InvalidRequestError if the model cannot answer as ``request`` demands, InvalidSchemaError for a
-        tool."""
-        form = self.answer_format
-        if request.tools and form.calls is None:
-            reason = "writes calls in a way that is not known here" if form.has_tools else "has no tools"
-            raise InvalidRequestError(f"The chat template of this model {reason}; send the request without tools.")
-        if request.tools and self._kept_ids is not None:
-            missing = [text for text, index in form.token_ids.items() if index not in self._kept_ids]
-            if missing:
-                raise InvalidRequestError(
-                    f"The reduced vocabulary of this engine lacks the token {missing[0]!r}, which calls of tools need; "
-                    "edgellm reduce-vocab keeps it."
-                )
-        for tool in request.tools:
-            CheckedTool.of(tool)
-        if request.tools and request.json_schema and form.calls is not None and form.calls.may_be_bare:
-            raise InvalidRequestError(
-                "Calls of this model are JSON without a marker, which a JSON schema's value cannot be told from; send "
-                "the request without one of them."
-            )
-        if request.thinking_budget and not form.thinks:
-            raise InvalidRequestError("This model does not reason before it answers; leave the thinking budget out.")
-
-    def _expected(self, request: GenerationRequest, reasoning: Reasoning) -> ExpectedAnswer:
-        calls, strings = self.answer_format.calls, {}
-        may_call = bool(request.tools) and request.tool_choice != "none"
-        is_free = may_call and request.tool_choice == "auto" and not request.json_schema
-        unmarked = tuple(tool.name for tool in request.tools) if is_free and calls and calls.may_be_unmarked else ()
-        if calls is not None and calls.arguments is Arguments.XML:
-            strings = {tool.name: CheckedTool.of(tool).strings for tool in request.tools}
-        return ExpectedAnswer(
-            self.answer_format,
-            begins_reasoning=reasoning is Reasoning.BEGUN,
-            may_call=may_call,
-            is_value=bool(request.json_schema),
-            unmarked=unmarked,
-            strings=strings,
-        )
-
-    def _prefix_of(self, request: GenerationRequest, token_ids: np.ndarray) -> np.ndarray:
-        """Return the part of a prompt, int32 [m], that other conversations with its system message and tools share."""
-        first = request.messages[0]
-        system = first.content if first.role == "system" else ""
-        if not system and not request.tools:
-            return np.empty(0, dtype=np.int32)
-        prefix = self.tokenizer.system_prefix(system, request.tools, request.template_variables, request.thinking)
-        return prefix[: common_prefix_length(prefix, token_ids)]
-
     def _fitted(self, request: GenerationRequest) -> tuple[Messages, int]:
         """Return the messages without the oldest turns, if they leave the answer too little of the context, and the
         number of turns that are left out."""
 
         def num_tokens(messages: Messages) -> int | None:
-            num_chars = sum(len(message.content) for message in messages)
+            part = request.replace(messages=messages)
+            num_chars = part.num_template_chars
             is_large = num_chars > LIMITS.text_bytes or len(messages) > LIMITS.messages
             if is_large or num_chars // self.tokenizer.max_token_chars >= self.max_context:
                 return None
-            return len(self.tokenizer.encode_messages(messages, allow_special=request.allow_special))
+            return len(self.answers.prompt(part).token_ids)
 
         limit = self.max_context - min(request.sampling.max_new_tokens, self.max_context // 4)
         return fit_turns(request.messages, num_tokens, limit, limit * 3 // 4)

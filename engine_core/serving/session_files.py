@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine_core.errors import InvalidSessionError
 from engine_core.formats.atomic import replaced_file
-from engine_core.request import LIMITS, ROLES, ChatMessage, check_session_name
+from engine_core.request import LIMITS, ROLES, ChatMessage, ToolCall, check_session_name
 
 _VERSION = 1
 # Most bytes of a file: every byte of the text escaped, and what JSON needs around each message.
@@ -32,7 +34,7 @@ def save_session(directory: Path, name: str, session: SavedSession, engine_hash:
         "engine": engine_hash,
         "num_turns": session.num_turns,
         "num_tokens": session.num_tokens,
-        "messages": [{"role": message.role, "content": message.content} for message in session.messages],
+        "messages": [_to_json(message) for message in session.messages],
     }
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
     try:
@@ -75,12 +77,23 @@ def _path(directory: Path, name: str) -> Path:
     return directory / f"{name}.json"
 
 
+def _to_json(message: ChatMessage) -> dict[str, Any]:
+    """Return the fields that are not empty."""
+    values = dataclasses.asdict(message)
+    return {name: value for name, value in values.items() if value or name in ("role", "content")}
+
+
 def _messages(values: list) -> tuple[ChatMessage, ...]:
-    messages = tuple(ChatMessage(value["role"], value["content"]) for value in values)
-    if not messages or not all(each.role in ROLES and isinstance(each.content, str) for each in messages):
-        raise ValueError("its messages have no known role or no text")
-    for each in messages:
-        each.content.encode("utf-8")  # JSON can spell half a surrogate pair
+    messages = tuple(
+        ChatMessage(**{**value, "tool_calls": tuple(ToolCall(**call) for call in value.get("tool_calls", ()))})
+        for value in values
+    )
+    if not messages or not all(each.role in ROLES for each in messages):
+        raise ValueError("its messages have no known role")
+    for text in (text for each in messages for text in each.texts):
+        if not isinstance(text, str):
+            raise ValueError("its messages have no text")
+        text.encode("utf-8")  # JSON can spell half a surrogate pair
     return messages
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from engine_core.errors import InvalidSchemaError
@@ -27,6 +27,12 @@ _OBJECT_KEYWORDS = _DESCRIPTIONS | {"properties", "required", "additionalPropert
 _MAX_REFERENCES = 16
 # As json.dumps writes it, which is how templates write calls.
 _SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+@lru_cache(maxsize=512)
+def checked_tool(tool: Tool) -> CheckedTool:
+    """Return ``tool`` with its parameters parsed; once for the same tool. Raises InvalidSchemaError."""
+    return CheckedTool.of(tool)
 
 
 @dataclass(frozen=True)

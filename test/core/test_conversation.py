@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from engine_core.errors import InvalidRequestError, InvalidSessionError, PromptTooLongError, SessionBusyError
-from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
+from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams, ToolCall
 from engine_core.serving.conversation import fit_turns, without_oldest
 from engine_core.serving.engine import CancelToken
 from engine_core.serving.session_files import SavedSession, load_session, save_session
@@ -272,7 +272,9 @@ def test_a_request_with_a_raw_prompt_or_an_unknown_policy_is_refused():
 
 
 def test_a_saved_session_comes_back_and_that_of_another_engine_does_not(tmp_path):
-    saved = SavedSession((SYSTEM, *turns("Grüße\n", '"yes"')), 1, 30)
+    calling = ChatMessage("assistant", "", tool_calls=(ToolCall("1", "go", '{"n": 3}'),), reasoning="Hm.")
+    called = (calling, ChatMessage("tool", "done", tool_call_id="1", name="go"))
+    saved = SavedSession((SYSTEM, *turns("Grüße\n", '"yes"'), *called), 1, 30)
     save_session(tmp_path / "new", "..", saved, "a" * 64)
     assert load_session(tmp_path / "new", "..", "a" * 64) == saved
     with pytest.raises(InvalidSessionError, match="another engine"):

@@ -74,7 +74,7 @@ def calls_of(result):
 
 def test_an_answer_of_reasoning_text_and_calls(open_engine):
     engine = open_engine([*text_ids(f"{THOUGHT}I go.\n{GO}\n{HALT}"), EOS])
-    assert (engine.answer_format.tools, engine.answer_format.thinks) == ("hermes", True)
+    assert (engine.answers.format.tools, engine.answers.format.thinks) == ("hermes", True)
     _, result = run(engine, ask(tools=TOOLS))
     assert (result.reasoning, result.text, result.finish_reason) == ("Hm.", "I go.", FinishReason.TOOL_CALLS)
     assert calls_of(result) == [("go", {"place": "dock", "n": 3}), ("halt", {})]
@@ -152,6 +152,35 @@ def test_a_conversation_with_calls_goes_on(open_engine):
     ]
     _, result = run(open_engine([*text_ids("There."), EOS]), ask(chat, tools=TOOLS))
     assert (result.text, result.finish_reason) == ("There.", FinishReason.STOP)
+
+
+def test_a_session_keeps_calls_and_takes_their_answers(open_engine):
+    engine = open_engine([*text_ids(f"{THOUGHT}{GO}"), EOS])
+    _, result = run(engine, ask(tools=TOOLS, session="s"))
+    (call,) = result.tool_calls
+    kept = engine.sessions.info("s").messages[-1]
+    assert (kept.tool_calls, kept.reasoning, kept.content) == ((call,), "Hm.", "") and result.session_turns == 1
+    answer = ChatMessage("tool", "done", tool_call_id=call.id)
+    whole = [*QUESTION, ChatMessage("assistant", "", tool_calls=(call,)), answer]
+    prepared = engine.prepare(ask(whole, tools=TOOLS, session="s"))  # a client may send all of it, and no reasoning
+    assert prepared.request.messages == (*QUESTION, kept, answer)
+    prepared.turn.leave()
+    _, result = run(engine, ask([answer], tools=TOOLS, session="s"))
+    assert result.session_turns == 2 and len(engine.sessions.info("s").messages) == 4
+    with pytest.raises(InvalidRequestError, match="'x' is that of no tool call"):
+        engine.prepare(ask([ChatMessage("tool", "done", tool_call_id="x")], tools=TOOLS, session="s"))
+
+
+def test_the_oldest_turns_leave_with_their_calls(open_engine):
+    engine = open_engine([*text_ids("Yes."), EOS], max_context=1024)
+    turns = []
+    for number in range(6):
+        call = ToolCall(str(number), "go", '{"n": 3}')
+        turns += [ChatMessage("user", "x" * 40), ChatMessage("assistant", "", tool_calls=(call,))]
+        turns.append(ChatMessage("tool", "done", tool_call_id=str(number)))
+    turns.append(ChatMessage("user", "y"))
+    _, result = run(engine, ask(turns, tools=TOOLS, context_policy="drop_oldest", max_new_tokens=50))
+    assert 0 < result.dropped_turns < 6 and result.text == "Yes."
 
 
 def test_the_same_tools_are_compiled_once_and_their_prompt_is_kept(open_engine, monkeypatch):
