@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from engine_core.commands.arguments import add_engine, add_opening, engine_config
-from engine_core.errors import InvalidTextError
-from engine_core.request import SAMPLING_OPTIONS, SamplingParams
+from engine_core.errors import InvalidRequestError, InvalidTextError
+from engine_core.request import SAMPLING_OPTIONS, THINKING_MODES, SamplingParams, Tool
 
 
 def add(commands) -> None:
@@ -17,6 +19,8 @@ def add(commands) -> None:
     parser.add_argument("prompt", help="the user's message; - reads it from stdin")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--system", default="", help="system prompt")
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of tools, as OpenAI's API takes them")
+    parser.add_argument("--thinking", choices=THINKING_MODES, default="model", help="reasoning before the answer")
     parser.add_argument("--adapter", default="", metavar="NAME", help="answer with this adapter of --lora")
     for option in SAMPLING_OPTIONS.values():
         flag = f"--{option.name.replace('_', '-')}"
@@ -34,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
     content = {"prompt": text} if options.raw else {"messages": (*system, ChatMessage("user", text))}
     request = GenerationRequest(
         "cli",
+        tools=_read_tools(options.tools) if options.tools else (),
+        thinking=options.thinking,
         adapter=options.adapter,
         sampling=SamplingParams(**{name: getattr(options, name) for name in SAMPLING_OPTIONS}),
         **content,
@@ -45,11 +51,14 @@ def run(options: argparse.Namespace) -> int:
         pieces = engine.generate(engine.prepare(request), CancelToken())
         while True:
             try:
-                print(next(pieces).text, end="", flush=True)
+                piece = next(pieces)
+                print(piece.reasoning, end="", file=sys.stderr, flush=True)
+                print(piece.text, end="", flush=True)
             except StopIteration as end:
                 result = end.value
                 break
-        print(flush=True)
+        calls = [f"{call.name} {call.arguments}" for call in result.tool_calls]
+        print("\n".join([*([""] if result.text and calls else []), *calls]), flush=True)
     finally:
         engine.close()
     if options.stats:
@@ -60,6 +69,24 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _read_tools(path: Path) -> tuple[Tool, ...]:
+    """Raises InvalidRequestError if the file has no list of tools."""
+    try:
+        functions = [item.get("function", item) for item in json.loads(path.read_text(encoding="utf-8"))]
+        return tuple(
+            Tool(
+                function["name"],
+                function.get("description", ""),
+                json.dumps(function["parameters"]) if "parameters" in function else "",
+            )
+            for function in functions
+        )
+    except OSError as error:
+        raise InvalidRequestError(f"The tools in {path} cannot be read ({error.strerror}).") from None
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        raise InvalidRequestError(f"{path} has no JSON list of tools with names, as OpenAI's API takes them.") from None
 
 
 def _read_stdin() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,7 +25,10 @@ _DESCRIPTIONS = frozenset("type title description default examples $schema $id $
 _STRING_KEYWORDS = _DESCRIPTIONS | {"enum", "const", "minLength", "maxLength"}
 _ARRAY_KEYWORDS = _DESCRIPTIONS | {"items", "minItems", "maxItems"}
 _OBJECT_KEYWORDS = _DESCRIPTIONS | {"properties", "required", "additionalProperties"}
-_MAX_REFERENCES = 16
+_DEFINITIONS = ("$defs", "definitions")
+_MAX_REFERENCES = 16  # one behind the other, and of objects and arrays inside each other
+_XML_NAME = re.compile(r"[^<>\n]+")
+_BARE_NAME = re.compile(r"[^:,{}\[\]\s]+")
 # As json.dumps writes it, which is how templates write calls.
 _SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
@@ -55,6 +59,12 @@ class CheckedTool:
                 "must be that of an object."
             )
         schema = {"type": "object", **schema}
+        names, required = schema.get("properties", {}), schema.get("required", [])
+        if not isinstance(names, dict) or not (isinstance(required, list) and all(type(n) is str for n in required)):
+            raise InvalidSchemaError(
+                f"The parameters of the tool {tool.name!r} cannot be used: their properties must be an object, and "
+                "what is required a list of names."
+            )
         if not schema.keys() & _OTHER_KEYS:
             schema.setdefault("properties", {})
         _shut(schema)
@@ -68,7 +78,7 @@ class CheckedTool:
     @cached_property
     def strings(self) -> frozenset[str]:
         """The parameters that are written without quotes where the format has Arguments.XML."""
-        return frozenset(name for name, schema in self._properties.items() if _is_string(self._resolved(schema)))
+        return frozenset(name for name, schema in self._properties.items() if _is_string(self._resolved(schema, name)))
 
     @property
     def _properties(self) -> dict[str, Schema]:
@@ -86,8 +96,10 @@ class CheckedTool:
         if form.arguments is Arguments.JSON:
             yield f"{prefix}: {self.json_grammar}"
             return
-        if unknown := sorted(self.schema.keys() - _OBJECT_KEYWORDS - {"$defs", "definitions"}):
+        if unknown := sorted(self.schema.keys() - _OBJECT_KEYWORDS - {*_DEFINITIONS}):
             raise self._unsupported(unknown[0])
+        if self._required - self._properties.keys():
+            raise self._unsupported("required")
         if form.arguments is Arguments.XML:
             yield from self._xml_rules(prefix)
         else:
@@ -98,11 +110,13 @@ class CheckedTool:
     def _xml_rules(self, prefix: str) -> Iterator[str]:
         parts = []
         for index, (name, schema) in enumerate(self._properties.items()):
-            rule, resolved = f"{prefix}_{index}", self._resolved(schema)
+            rule, resolved = f"{prefix}_{index}", self._resolved(schema, name)
+            if not _XML_NAME.fullmatch(name):
+                raise self._unsupported(name)
             parts.append(rule if name in self._required else f"{rule}?")
             begin, end = quoted(f"<parameter={name}>\n"), quoted("\n</parameter>\n")
             if not _is_string(resolved):
-                inner = {**self._definitions, **schema, "x-guidance": _SPELLING}
+                inner = {**self._definitions, **resolved, "x-guidance": _SPELLING}
                 yield f"{rule}: {begin} {rule}_v {end}"
                 yield f"{rule}_v: %json {json.dumps(inner)}"
             elif (values := _values(resolved)) is not None:
@@ -114,34 +128,43 @@ class CheckedTool:
 
     @property
     def _definitions(self) -> Schema:
-        return {key: self.schema[key] for key in ("$defs", "definitions") if key in self.schema}
+        return {key: self.schema[key] for key in _DEFINITIONS if key in self.schema}
 
-    def _resolved(self, schema: Schema) -> Schema:
-        """Follow references into the schema's definitions."""
+    def _resolved(self, schema: object, name: str) -> Schema:
+        """Return the schema of ``name``, behind its references into the definitions. Raises InvalidSchemaError."""
         for _ in range(_MAX_REFERENCES):
-            reference = schema.get("$ref") if isinstance(schema, dict) else None
-            if not isinstance(reference, str) or not reference.startswith("#/"):
+            if not isinstance(schema, dict):
                 break
-            found: Any = self.schema
-            for part in reference[2:].split("/"):
-                found = found.get(part) if isinstance(found, dict) else None
-            if not isinstance(found, dict):
-                break
-            schema = found
-        return schema
+            reference = schema.get("$ref")
+            if reference is None:
+                return schema
+            parts = str(reference).split("/")
+            if len(parts) != 3 or parts[0] != "#" or parts[1] not in _DEFINITIONS:
+                raise self._unsupported("$ref")
+            found = self.schema.get(parts[1])
+            schema = found.get(parts[2]) if isinstance(found, dict) else None
+        if schema is True:
+            return {}
+        raise self._unsupported("$ref" if isinstance(schema, dict) else name)
 
     # --- Arguments.BARE -----------------------------------------------------------------------------------
 
-    def _bare_object(self, schema: Schema, rule: str, quote: str) -> Iterator[str]:
+    def _bare_object(self, schema: Schema, rule: str, quote: str, depth: int = 0) -> Iterator[str]:
         """Yield the rules of name:value,name:value, with what is optional left out anywhere."""
-        required = schema.get("required", ())
-        names = bare_order(schema.get("properties", {}))
+        required, properties = schema.get("required", ()), schema.get("properties", {})
+        if not isinstance(required, (list, tuple)) or not isinstance(properties, dict):
+            raise self._unsupported("properties")
+        if any(name not in properties for name in required):
+            raise self._unsupported("required")
+        names = bare_order(properties)
         yield f"{rule}: {rule}_first_0"
         for index, name in enumerate(names):
+            if not _BARE_NAME.fullmatch(name):
+                raise self._unsupported(name)
             member, following = f"{rule}_{index}", f"{rule}_rest_{index + 1}"
             is_optional = name not in required
             yield f"{member}: {quoted(name + ':')} {member}_v"
-            yield from self._bare_value(self._resolved(schema["properties"][name]), f"{member}_v", quote)
+            yield from self._bare_value(self._resolved(properties[name], name), f"{member}_v", quote, depth + 1)
             first = f"{member} {following}"
             yield f"{rule}_first_{index}: {first}" + (f" | {rule}_first_{index + 1}" if is_optional else "")
             rest = f'"," {member} {following}'
@@ -149,8 +172,10 @@ class CheckedTool:
         yield f'{rule}_first_{len(names)}: ""'
         yield f'{rule}_rest_{len(names)}: ""'
 
-    def _bare_value(self, schema: Schema, rule: str, quote: str) -> Iterator[str]:
+    def _bare_value(self, schema: Schema, rule: str, quote: str, depth: int) -> Iterator[str]:
         kind = schema.get("type")
+        if depth > _MAX_REFERENCES:
+            raise self._unsupported("$ref")
         if _is_string(schema):
             if (values := _values(schema)) is not None:
                 yield f"{rule}: {quote} ({' | '.join(map(quoted, values))}) {quote}"
@@ -158,14 +183,14 @@ class CheckedTool:
                 yield f"{rule}: {quote} {rule.upper()}? {quote}"
                 yield f"{rule.upper()}: /{self._string_pattern(schema)}/"
         elif kind == "array" and not schema.keys() - _ARRAY_KEYWORDS and isinstance(schema.get("items"), dict):
-            low, high = schema.get("minItems", 0), schema.get("maxItems")
+            low, high = self._sizes(schema, "minItems", "maxItems")
             more = f"{{{max(0, low - 1)},{'' if high is None else max(0, high - 1)}}}"
             items = f'{rule}_item ("," {rule}_item){more}'
             yield f'{rule}: "[" {items if low else f"({items})?"} "]"' if high != 0 else f'{rule}: "[]"'
-            yield from self._bare_value(self._resolved(schema["items"]), f"{rule}_item", quote)
+            yield from self._bare_value(self._resolved(schema["items"], "items"), f"{rule}_item", quote, depth + 1)
         elif kind == "object" and not schema.keys() - _OBJECT_KEYWORDS and schema.get("properties"):
             yield f'{rule}: "{{" {rule}_o "}}"'
-            yield from self._bare_object(schema, f"{rule}_o", quote)
+            yield from self._bare_object(schema, f"{rule}_o", quote, depth)
         elif kind in ("number", "integer", "boolean", "null"):
             yield f"{rule}: %json {json.dumps({**schema, 'x-guidance': _SPELLING})}"
         else:
@@ -177,8 +202,17 @@ class CheckedTool:
         # "allOf" may be what a format was mended with.
         if unknown := sorted(schema.keys() - _STRING_KEYWORDS, key=lambda key: (key == "allOf", key)):
             raise self._unsupported(unknown[0])
-        low, high = schema.get("minLength", 0), schema.get("maxLength")
+        low, high = self._sizes(schema, "minLength", "maxLength")
         return "(?s:.*)" if high is None and not low else f"(?s:.{{{low},{'' if high is None else high}}})"
+
+    def _sizes(self, schema: Schema, low: str, high: str) -> tuple[int, int | None]:
+        """Return the values of two keywords that are sizes. Raises InvalidSchemaError."""
+        found = schema.get(low, 0), schema.get(high)
+        if type(found[0]) is not int or found[0] < 0:
+            raise self._unsupported(low)
+        if found[1] is not None and (type(found[1]) is not int or found[1] < found[0]):
+            raise self._unsupported(high)
+        return found
 
     def _unsupported(self, keyword: str) -> InvalidSchemaError:
         return InvalidSchemaError(
@@ -208,6 +242,13 @@ def _values(schema: Schema) -> list[Any] | None:
     return values if isinstance(values, list) and values else None
 
 
+def _names_all(properties: object, required: object) -> bool:
+    """Return whether there are properties, and all that are required are among them."""
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return False
+    return all(isinstance(name, str) and name in properties for name in required)
+
+
 def _shut(schema: object) -> None:
     """Let objects have no keys but those that are named, where nothing is said about others."""
     waiting = [schema]
@@ -216,7 +257,7 @@ def _shut(schema: object) -> None:
         if isinstance(item, list):
             waiting.extend(item)
         elif isinstance(item, dict):
-            if isinstance(item.get("properties"), dict) and not item.keys() & _OTHER_KEYS:
+            if not item.keys() & _OTHER_KEYS and _names_all(item.get("properties"), item.get("required", [])):
                 item["additionalProperties"] = False
             for key, value in item.items():
                 if key in ("properties", "$defs", "definitions") and isinstance(value, dict):

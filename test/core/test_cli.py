@@ -34,3 +34,18 @@ def test_help_loads_nothing_heavy():
         "print({'numpy', 'onnx', 'onnxruntime', 'rich', 'torch', 'transformers', 'tokenizers'} & sys.modules.keys())"
     )
     assert run(sys.executable, "-c", program).stdout.strip() == "set()"
+
+
+def test_generate_takes_tools_as_the_api_of_openai(tmp_path, capsys):
+    path = tmp_path / "tools.json"
+    for text, reason in (
+        ("{", "no JSON list of tools"),
+        ('[{"type": "function"}]', "no JSON list of tools"),
+        ('[{"type": "function", "function": {"name": "a b"}}]', "name 'a b'"),
+    ):
+        path.write_text(text)
+        assert cli.main(["generate", str(tmp_path / "none"), "hello", "--tools", str(path)]) == 1
+        assert reason in capsys.readouterr().err
+    path.write_text('[{"type": "function", "function": {"name": "go", "parameters": {"type": "object"}}}]')
+    assert cli.main(["generate", str(tmp_path / "none"), "hello", "--tools", str(path), "--thinking", "off"]) == 1
+    assert "does not exist" in capsys.readouterr().err

@@ -12,11 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_core.errors import InvalidSchemaError
-from engine_core.request import GenerationRequest
-from engine_core.serving.constraint import ConstraintFactory
+from engine_core.request import ChatMessage, GenerationRequest, Tool
+from engine_core.serving.constraint import ConstraintFactory, Demand
+from engine_core.serving.tools import checked_tool
+from engine_core.text.answer import AnswerReader, ExpectedAnswer
+from engine_core.text.call_formats import Arguments
 from engine_core.text.tokenizer import Tokenizer
 from fakes import END, EOS, VOCAB_SIZE
-from fuzzing import any_text, fuzz, refusal
+from fuzzing import any_text, fuzz, fuzz_slow, refusal
+from tool_templates import TEMPLATES, write
 
 MAX_TOKENS = 300
 CLOSING = {*b'"}]', EOS, END}
@@ -192,6 +196,67 @@ def check(factory, text: str, schema: object, seed: int) -> None:
         value = parse(answers[0])
         if means_the_same_elsewhere(schema):
             jsonschema.Draft202012Validator(schema).validate(value)
+
+
+@pytest.fixture(scope="module", params=["hermes", "qwen3_coder", "functiongemma"])
+def family(request, tmp_path_factory):
+    """A factory for tokens that are bytes and markers, and how answers with a call are read."""
+    tokenizer = write(tmp_path_factory.mktemp("model"), *TEMPLATES[request.param])
+    made = ConstraintFactory(tokenizer, tokenizer.vocab_size, (EOS,))
+    yield made, tokenizer
+    made.close()
+
+
+@fuzz_slow
+@given(
+    schema=st.fixed_dictionaries(
+        {"type": st.just("object"), "properties": st.dictionaries(names, schemas, max_size=2)},
+        optional={"required": st.lists(names, max_size=2), "$defs": st.dictionaries(names, schemas, max_size=1)},
+    )
+    | schemas
+    | broken,
+    seed=st.integers(0, 3),
+)
+def test_a_call_fits_the_parameters_of_its_tool(family, schema, seed):
+    factory, tokenizer = family
+    form, tool = tokenizer.answer_format, Tool("x", "", json.dumps(schema))
+    if refusal(GenerationRequest("r", (ChatMessage("user", "a"),), tools=(tool,)).validate) is not None:
+        return
+    answers = []
+
+    def answer():
+        strings = {"x": checked_tool(tool).strings} if form.calls.arguments is Arguments.XML else {}
+        expected = ExpectedAnswer(form, may_call=True, strings=strings)
+        demand = Demand(tools=(tool,), tool_choice="required", parallel_tool_calls=False)
+        answers.append((expected, walk_ids(factory.compile(demand, expected=expected), seed, tokenizer.vocab_size)))
+
+    error = refusal(answer)
+    assert error is None or isinstance(error, InvalidSchemaError)
+    if error is None and answers[0][1] is not None:
+        reader = AnswerReader(tokenizer, answers[0][0])
+        for token in answers[0][1]:
+            reader.feed(token)
+        (call,) = reader.take().calls
+        arguments = parse(call.arguments)
+        if means_the_same_elsewhere(schema):
+            jsonschema.Draft202012Validator(schema).validate(arguments)
+
+
+def walk_ids(constraint, seed: int, size: int) -> list[int] | None:
+    """Return the ids of a random answer without its end; None if it was not complete after MAX_TOKENS."""
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(MAX_TOKENS):
+        bits = np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")
+        allowed = np.flatnonzero(bits[:size])
+        closing = [i for i in allowed if i in CLOSING or i > END or i in b"<>/\n"]
+        token = int(rng.choice(closing if closing and rng.random() < 0.5 else allowed))
+        if token == EOS:
+            return found
+        constraint.accept(token)
+        found.append(token)
+        if constraint.complete:
+            return found
+    return None
 
 
 @fuzz
