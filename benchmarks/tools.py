@@ -5,7 +5,7 @@
 Asks an engine through ``Engine.generate``, without ROS, greedily, one command at a time, and judges each answer:
 
 - tool: the first call is of the tool that was meant. arguments: its arguments are the ones meant, too; texts are
-  compared without case, articles and plural.
+  compared without case, articles, colours and plural.
 - malformed: a call of no tool, or whose arguments do not fit the tool's schema by the library ``jsonschema``.
 - cuts: after each token of the answer, what was handed out by then is a beginning of the whole, and no call is half.
 
@@ -42,6 +42,7 @@ from engine_core.text.answer import AnswerReader  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "tools.jsonl"
 MAX_TOKENS = 96
 SYSTEM = "You control a robot at home. Call the function that does what the user asks for."
+COLORS = ("red", "green", "blue", "yellow", "black", "white")
 PLACES = ("kitchen", "bedroom", "office", "hall", "garage", "garden", "dock")
 
 
@@ -55,7 +56,7 @@ PARAMETERS = {
     ),
     "pick_up": _schema(
         ["object"], object={"type": "string", "description": "The object that the gripper takes, without its colour."},
-        color={"type": "string", "enum": ["red", "green", "blue", "yellow", "black", "white"]},
+        color={"type": "string", "enum": list(COLORS)},
     ),
     "set_speed": _schema(
         ["speed"], speed={"type": "number", "minimum": 0, "maximum": 2, "description": "Metres per second."}
@@ -209,7 +210,7 @@ def comparable(arguments: Any) -> Any:
     if isinstance(arguments, dict):
         return {key: comparable(value) for key, value in arguments.items()}
     if isinstance(arguments, str):
-        return re.sub(r"^(the|a|an|my|that) ", "", arguments.lower().strip()).rstrip("s")
+        return re.sub(rf"\b(the|a|an|my|that|{'|'.join(COLORS)}) ", "", arguments.lower().strip()).rstrip("s")
     return arguments
 
 

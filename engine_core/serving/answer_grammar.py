@@ -10,7 +10,6 @@ from typing import Any
 
 from engine_core.serving.tools import CheckedTool, quoted
 from engine_core.text.call_formats import (
-    UNMARKED_REST,
     AnswerFormat,
     CallFormat,
     Marker,
@@ -142,11 +141,12 @@ class AnswerGrammar:
         if form is None or not form.may_be_unmarked:
             return []
         self._rules.append(r"fence: /\s*```\s*/")
+        unmarked = UnmarkedCalls(tool.name for tool in calls.tools)
         for index, tool in enumerate(calls.tools):
-            self._rules.append(f"unmarked_{index}[lazy]: /{_slashed(UnmarkedCalls.pattern(tool.name))}/")
+            self._rules.append(f"unmarked_{index}[lazy]: /{_slashed(unmarked.pattern(tool.name))}/")
         return [
-            f"unmarked_{index} {self._join(UNMARKED_REST, arguments=f'args_{index}')} fence?"
-            for index in range(len(calls.tools))
+            f"unmarked_{index} {self._join(unmarked.rest(tool.name), arguments=f'args_{index}')} fence?"
+            for index, tool in enumerate(calls.tools)
         ]
 
     def _any_call(self, form: CallFormat, parts: Parts, calls: Calls) -> str:

@@ -206,7 +206,7 @@ class AnswerScanner:
         start, end, name = self._unmarked.find(text, self._at_line_start)
         if name:
             rest, self._held = text[end:] + after, b""
-            self._begin_calls().begin_unmarked(name)
+            self._begin_calls().begin_unmarked(name, self._unmarked.rest(name))
             return part[:start], rest
         if end == 0 and start < len(text) and not after:
             start = min(start, len(part))

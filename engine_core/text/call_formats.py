@@ -126,18 +126,37 @@ class CallFormat:
 
 
 class UnmarkedCalls:
-    """Finds the beginning of a JSON object that calls one of these tools, at the beginning of a line of a text."""
+    """Finds the beginning of a JSON object that calls one of these tools, at the beginning of a line of a text.
+
+    It ends with the tool's name; where that is a single word or the beginning of another one's, with the quote behind
+    it, so that other JSON stays text. Small models go on behind a name: "drive_to" becomes "drive_to_kitchen".
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
+        self._names = tuple(names)
         # Without white space, which may stand anywhere between.
-        self._heads = {f'{fence}{{"name":"{name}"'.encode(): name for fence in ("", "```", "```json") for name in names}
+        self._heads = {
+            f'{fence}{{"name":{self._quoted(name)}'.encode(): name
+            for fence in ("", "```", "```json")
+            for name in self._names
+        }
 
-    @staticmethod
-    def pattern(name: str) -> str:
+    def pattern(self, name: str) -> str:
         """Return the regular expression of a text up to the end of such a beginning."""
         space = r"[ \t\r\n]*"
-        head = space.join(("", r"\{", '"name"', ":", f'"{re.escape(name)}"'))
+        head = space.join(("", r"\{", '"name"', ":", re.escape(self._quoted(name))))
         return rf"((?s:.*)\n)?{space}(```(json)?)?{head}"
+
+    def rest(self, name: str) -> Parts:
+        """Return what follows such a beginning."""
+        return ("" if self._ends_with_quote(name) else '"', ', "arguments": ', Slot.ARGUMENTS, "}")
+
+    def _quoted(self, name: str) -> str:
+        return f'"{name}"' if self._ends_with_quote(name) else f'"{name}'
+
+    def _ends_with_quote(self, name: str) -> bool:
+        others = (other for other in self._names if other != name)
+        return name.isalnum() or any(other.startswith(name) for other in others)
 
     def find(self, text: bytes, is_start: bool) -> tuple[int, int, str]:
         """Return where the first beginning begins and ends, and the tool's name.
@@ -179,8 +198,6 @@ def bare_order(names: Mapping[str, Any]) -> list[str]:
 def _json_call(key: str = "arguments") -> Parts:
     return ('{"name": "', Slot.NAME, f'", "{key}": ', Slot.ARGUMENTS, "}")
 
-
-UNMARKED_REST: Parts = (', "arguments": ', Slot.ARGUMENTS, "}")  # of an unmarked call, behind the tool's name
 
 _TOOL_CALL, _TOOL_CALL_END = Marker("<tool_call>"), Marker("</tool_call>")
 _TOOL_CALLS, _ARGS, _CALL_ID = Marker("[TOOL_CALLS]"), Marker("[ARGS]"), Marker("[CALL_ID]")

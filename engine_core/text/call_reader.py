@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine_core.text.call_formats import UNMARKED_REST, Arguments, CallFormat, Marker, Part, Parts, Slot
+from engine_core.text.call_formats import Arguments, CallFormat, Marker, Part, Parts, Slot
 
 _QUOTE, _BACKSLASH = b'"\\'
 _OPEN, _CLOSE = b"{[", b"}]"
@@ -58,9 +58,9 @@ class CallReader:
         """Begin with the call itself: the answer has left out what comes before the calls."""
         self._index = len(self._form.before)
 
-    def begin_unmarked(self, name: str) -> None:
-        """Begin behind the name of a call that has no markers; there is no other after it."""
-        self._parts, self._index, self._is_over = (*UNMARKED_REST,), 0, True
+    def begin_unmarked(self, name: str, rest: Parts) -> None:
+        """Begin behind the name of a call without markers, of which ``rest`` follows; no other one comes after it."""
+        self._parts, self._index, self._is_over = tuple(part for part in rest if part), 0, True
         self._name = name.encode()
 
     def feed(self, data: bytes) -> bytes:

@@ -7,7 +7,15 @@ import json
 import pytest
 
 from engine_core.text.answer import AnswerReader, ExpectedAnswer
-from engine_core.text.call_formats import FORMATS, REASONING_FORMATS, AnswerFormat, Arguments, Marker, Slot
+from engine_core.text.call_formats import (
+    FORMATS,
+    REASONING_FORMATS,
+    AnswerFormat,
+    Arguments,
+    Marker,
+    Slot,
+    UnmarkedCalls,
+)
 
 PLACE, NOTE = "kitchen", 'a "b" {c} [d] </tool_call> é🤖\n, } end'
 CALLS = [
@@ -160,6 +168,18 @@ def test_a_call_without_its_markers_is_one_at_the_beginning_of_a_line(tokens, fe
         for cut in range(0, len(answer), 3):
             _, text, calls = read(ids, expected, answer, cut)
             assert whole[1].startswith(text.strip()) and calls in ([], whole[2])
+
+
+def test_a_name_that_goes_on_is_the_tools_where_nothing_else_can_be_meant():
+    form = BY_NAME["hermes"]
+    ids = Ids(form, REASONING_FORMATS[0], True)
+    names = ("drive_to", "pick_up", "pick_up_all", "halt")
+    expected = ExpectedAnswer(AnswerFormat(form, None, ids.ids), may_call=True, unmarked=names)
+    for name, ends in (("drive_to", False), ("pick_up", True), ("pick_up_all", False), ("halt", True)):
+        assert UnmarkedCalls(names).rest(name)[0] == ("" if ends else '"')
+        answer = f'{{"name": "{name}", "arguments": {{}}}}'
+        assert read(ids, expected, ids.of(answer)) == ("", "", [(name, {})])
+    assert read(ids, expected, ids.of('{"name": "halter"}')) == ("", '{"name": "halter"}', [])
 
 
 def test_other_json_than_a_call_stays_text():

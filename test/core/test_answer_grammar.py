@@ -156,6 +156,8 @@ def test_a_call_without_its_markers_is_held_to_its_schema_too(setting):
         assert not setting.accepts(setting.constraint(choice="required"), setting.ids(text))
         assert not setting.accepts(setting.constraint(), setting.ids(text.replace("7", "70")))
         assert not setting.accepts(setting.constraint(), setting.ids(text.replace("7}}", "7}")))
+    name = call.replace("wait", "drive_to_the_dock")
+    assert not setting.accepts(setting.constraint(), setting.ids(name)), "it is drive_to"
     for text in (call.replace("wait", "weight"), f"I say {call.replace('7', '70')}"):
         assert setting.accepts(setting.constraint(), setting.ids(text))
 
