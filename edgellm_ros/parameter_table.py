@@ -142,8 +142,8 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
         _engine(
             "speculation",
             "Steps that also check guessed tokens and keep those that the model would have given: auto (where that "
-            "changes no answer: on the CPU with kv_cache_type int8), on (also where an answer may round otherwise: on the "
-            "CPU with a float KV cache, on cuda), off.",
+            "changes no answer: on the CPU with kv_cache_type int8), on (also where an answer may round otherwise: "
+            "on the CPU with a float KV cache, on cuda), off.",
         ),
         _engine(
             "prefill_chunk",

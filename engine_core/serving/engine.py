@@ -103,14 +103,15 @@ class Engine:
         )
         self.sessions = Sessions(config.max_sessions)
         self.scheduler = Scheduler(backend.num_slots)
-        self.speculation = Speculation(backend, self._constraints.mask_seconds if backend.step_seconds else None)
+        times_masks = bool(backend.step_seconds)
+        self.speculation = Speculation(backend, self._constraints.mask_seconds if times_masks else None)
         # Of one prompt in a step: other answers wait no longer for their next token.
         self._max_prefill = backend.prefill_chunk if backend.num_slots > 1 else backend.max_context
 
     @classmethod
     def open(cls, config: EngineConfig, report: Callable[[str], None] = _log.info) -> Engine:
-        """Choose, plan, check, allocate, load, capture, warm up; ``report`` is told why and the plan, before all else, and the
-        notes of the manifest.
+        """Choose, plan, check, allocate, load, capture, warm up; ``report`` is told why and the plan, before all
+        else, and the notes of the manifest.
 
         Raises ConfigurationError, EngineDirectoryError, BackendUnavailableError, InsufficientMemoryError or
         EngineFaultError; nothing stays allocated then.
