@@ -91,7 +91,7 @@ def limits(backends: Sequence[Capabilities]) -> str:
         "oldest GPU": lambda each: f"sm_{each.least_capability}" if each.least_capability else "–",
         "`max_context` unless asked for": lambda each: f"the model's, at most {each.longest_default}",
         "`max_context` is a multiple of": lambda each: str(each.context_step),
-        "`--group-size` of int8 and int4": lambda each: ", ".join(map(str, each.group_sizes)) or "–",
+        "`--group-size` of integers": lambda each: ", ".join(map(str, each.group_sizes)) or "–",
         "LoRA adapters at run time": lambda each: "yes" if each.lora else "no",
         "speculation": lambda each: "yes" if each.drafts else "not yet",
         "CUDA graphs": lambda each: "yes" if each.cuda_graphs else "no",

@@ -30,14 +30,14 @@ def add(commands) -> None:
         help=f"tokens, prompt and answer together (0: the model's, at most {_contexts()})",
     )
     parser.add_argument(
-        "--group-size", type=int, default=0, help="weights that share a scale, for int8 and int4 (default: 32)"
+        "--group-size", type=int, default=0, help=f"weights that share a scale, for integers: {_group_sizes()}"
     )
     parser.add_argument(
         "--head-bits",
         type=int,
         default=0,
         choices=(0, 4, 8),
-        help="of LM head and embedding in int8 and int4 (default: 8)",
+        help="of LM head and embedding beside weights that are integers (default: 8)",
     )
     parser.add_argument("--vocab-map", type=Path, help="safetensors file of the token ids a smaller LM head keeps")
     parser.add_argument(
@@ -73,6 +73,13 @@ def _defaults() -> str:
 
 def _contexts() -> str:
     return ", ".join(f"{each.longest_default} for {each.backend}" for each in all_capabilities())
+
+
+def _group_sizes() -> str:
+    """Return the sizes of each backend that has any."""
+    return "; ".join(
+        f"{', '.join(map(str, each.group_sizes))} for {each.backend}" for each in all_capabilities() if each.group_sizes
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -19,21 +19,21 @@ def add(commands) -> None:
         "--method",
         choices=METHODS,
         required=True,
-        help="int8: weights alone; int8_smoothquant: weights and activations; int4: rounded to nearest",
+        help="the weight format; int8_smoothquant is int8 with the outliers of the activations moved into the weights",
     )
     parser.add_argument(
         "--group-size",
         type=int,
         default=0,
         choices=(0, 32, 64, 128),
-        help="weights that share a scale, for int4 (default: 128) and int8 (default: a whole row)",
+        help="weights that share a scale, for integers (default: the method's own, else a whole row)",
     )
     parser.add_argument(
         "--calibration", type=Path, help="text file or JSONL chats (default: the checkpoint's calibration.jsonl)"
     )
     parser.add_argument("--num-samples", type=int, default=128, help="chats or pieces of text (default: 128)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of each at most (default: 256)")
-    parser.add_argument("--asymmetric", action="store_true", help="int4 with zero points")
+    parser.add_argument("--asymmetric", action="store_true", help="zero points, for 4-bit integers")
     parser.add_argument("--head", action="store_true", help="quantize an LM head of its own, too")
     parser.set_defaults(run=run)
 

@@ -66,7 +66,7 @@ def advice(config: EngineConfig, plan: MemoryPlan) -> str:
     fitting = int((plan.available - rest) / per_token) if per_token else 0
     if fitting >= 256:
         return f"max_context {fitting // 256 * 256} would fit (it is {config.max_context})"
-    return "a smaller variant (int8 or int4) or a smaller model is needed"
+    return "a variant with fewer bits per weight or a smaller model is needed"
 
 
 def _candidates(config: EngineConfig) -> list[tuple[Path, Manifest]]:

@@ -25,11 +25,12 @@ def quantize_checkpoint(
 ) -> None:
     """Writes the Hugging Face checkpoint ``out_dir`` in the layout of compressed-tensors.
 
-    ``method``: one of ``methods.METHODS``; int4 is rounded to nearest, fp16 dequantizes. ``group_size``: weights
-    that share a scale, 32, 64 or 128; 0 = 128 for int4, a row for int8. ``calibration``: a text file or JSONL chats, of
-    which up to ``num_samples`` pieces of up to ``sequence_length`` tokens are taken; needed by int8_smoothquant and
-    int4_awq, for which the checkpoint's own calibration.jsonl is the default. ``symmetric``: False gives int4 zero
-    points. ``head``: quantize an LM head of its own, too. ``progress`` is called with the layers done and all of them.
+    ``method``: one of ``methods.METHODS``; fp16 dequantizes. ``group_size``: weights that share a scale, 32, 64 or 128;
+    0 = the format's own, or a row where it has none. ``calibration``: a text file or JSONL chats, of which up to
+    ``num_samples`` pieces of up to ``sequence_length`` tokens are taken; needed by methods that are calibrated, for
+    which the checkpoint's own calibration.jsonl is the default. ``symmetric``: False gives zero points, which 4-bit
+    integers can have. ``head``: quantize an LM head of its own, too. ``progress`` is called with the layers done and
+    all of them.
 
     Raises CheckpointError, UnsupportedModelError or BuildError; then ``out_dir`` is as it was before.
     """

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine_core.errors import BuildError
 from engine_core.formats.number_formats import QuantizedTensor, to_16_bit
-from engine_core.formats.weight_formats import weight_format
+from engine_core.formats.weight_formats import NAMES, weight_format
 from engine_core.formats.weight_formats.base import (
     SCALE_TYPES,
     QuantizedFormat,
@@ -71,7 +71,7 @@ class Scheme:
         group = self.group_size
         if group and shape[1] % group:
             fitting = [size for size in GROUP_SIZES if shape[1] % size == 0]
-            advice = " or ".join(map(str, fitting)) if fitting else "int8 or fp8, which have no groups"
+            advice = " or ".join(map(str, fitting)) if fitting else f"{_either(_has_rows)}, which have no groups"
             raise BuildError(
                 f"{name} has {shape[1]} columns, which are not a multiple of the group of {group}; choose {advice}."
             )
@@ -136,6 +136,19 @@ def make_scheme(method: str, group_size: int, symmetric: bool, dtype: str) -> Sc
         raise BuildError(f"{method} has no group size of one's own choice; leave it out.")
     if group_size not in (0, *GROUP_SIZES):
         raise BuildError(f"The group size is {group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
-    if not symmetric and not (isinstance(found, IntegerFormat) and found.has_zero_points):
-        raise BuildError(f"{method} has no zero points; they belong to int4 and int4_awq.")
+    if not symmetric and not _has_zero_points(found):
+        raise BuildError(f"{method} has no zero points; {_either(_has_zero_points)} can have them.")
     return Scheme(method, group_size or found.group_size, symmetric, dtype if method != "fp16" else "fp16")
+
+
+def _has_rows(found: WeightFormat) -> bool:
+    return isinstance(found, QuantizedFormat) and not found.group_size
+
+
+def _has_zero_points(found: WeightFormat) -> bool:
+    return isinstance(found, IntegerFormat) and found.has_zero_points
+
+
+def _either(condition: Callable[[WeightFormat], bool]) -> str:
+    """Return "a or b": the formats of which ``condition`` is true."""
+    return " or ".join(name for name in NAMES if condition(weight_format(name)))

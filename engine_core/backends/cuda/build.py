@@ -227,7 +227,9 @@ def _held(wanted: WeightFormat) -> str:
     """Return which values of a checkpoint an engine keeps."""
     if isinstance(wanted, IntegerFormat):
         return f"symmetric values in groups of {GROUP}"
-    return f"values with scales of rows or of {GROUP} columns" if wanted.name == "fp8" else f"{wanted.name} values"
+    if wanted.bits == 8:
+        return f"values with scales of rows or of {GROUP} columns"
+    return f"{wanted.name} values"
 
 
 def _otherwise(wanted: WeightFormat) -> str:

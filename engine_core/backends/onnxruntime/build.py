@@ -146,7 +146,7 @@ def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> 
     linear = weight_format(quantization)
     if not isinstance(linear, IntegerFormat):
         if group_size or head_bits:
-            raise BuildError(f"group_size and head_bits belong to int8 and int4; an {linear.name} variant has neither.")
+            raise BuildError(f"group_size and head_bits belong to integer weights; {linear.name} has neither.")
         return Precision(linear, linear)
     if (reason := CAPABILITIES.group_refusal(group_size)) is not None:
         raise BuildError(reason)

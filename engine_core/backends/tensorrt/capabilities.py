@@ -63,8 +63,8 @@ CAPABILITIES = Capabilities(
     context_step=64,  # a layer's K starts at a multiple of this many positions: TensorRT takes addresses of 256 bytes
     cuda_graphs=True,
     declined_options={
-        "group_size": "--group-size is for int8 and int4, which TensorRT engines are not built with; leave it out.",
-        "head_bits": "--head-bits is for int8 and int4, which TensorRT engines are not built with; leave it out.",
+        "group_size": "--group-size is for integers, which TensorRT engines are not built with; leave it out.",
+        "head_bits": "--head-bits is for integers, which TensorRT engines are not built with; leave it out.",
         "calibration": "A TensorRT engine measures its int8 KV cache's scales as it runs; leave --calibration out.",
     },
     packages=("tensorrt",),
