@@ -1,6 +1,6 @@
 """The kernels of the GPU backends' layers as numpy, for the driver in host memory: float64 between 16-bit values.
 
-Each is made of its slow twin and reads its arguments as the real one does. Only fp16, no int8 KV cache. Weights are of
+Each is made of its reference and reads its arguments as the real one does. Only fp16, no int8 KV cache. Weights are of
 16 bits or packed.
 """
 

@@ -85,6 +85,13 @@ def _compile_all(arch: str, names, **defines) -> None:
             assert binary[:4] == b"\x7fELF"
 
 
+def test_every_source_is_compiled_and_described():
+    sources = {path.stem for path in Path(kernels.__file__).parent.glob("*.cu")}
+    assert sources == KERNELS.keys()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert {name for name in sources if f"`{name}.cu`" not in page} == set()
+
+
 def test_the_sources_differ_at_these_borders_only():
     sources = [*Path(kernels.__file__).parent.glob("*.cu"), *Path(kernels.__file__).parent.glob("*.cuh")]
     found = [set(map(int, re.findall(r"__CUDA_ARCH__\D+(\d+)", path.read_text()))) for path in sources]
