@@ -94,6 +94,7 @@ def limits(backends: Sequence[Capabilities]) -> str:
         "`--group-size` of integers": lambda each: ", ".join(map(str, each.group_sizes)) or "–",
         "LoRA adapters at run time": lambda each: "yes" if each.lora else "no",
         "speculation": lambda each: "yes" if each.drafts else "not yet",
+        "perplexity (`edgellm evaluate`)": lambda each: "yes" if each.log_probabilities else "no",
         "CUDA graphs": lambda each: "yes" if each.cuda_graphs else "no",
         "models it does not run have": traits,
     }

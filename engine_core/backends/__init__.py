@@ -73,9 +73,7 @@ class Backend(Protocol):
 
     Positions are explicit: the KV of a slot holds ``position`` valid tokens; a step that feeds a prompt states where
     it writes, so reusing a prefix is prefilling from a later position, and rolling back is free. All memory is taken by
-    ``load`` and given back by ``close``. Not thread-safe, but for ``interrupt``: one thread calls it. A backend whose
-    engines are bound to one kind of machine also has a class method ``check_here(manifest)``, which raises what
-    ``load`` would raise on another.
+    ``load`` and given back by ``close``. Not thread-safe, but for ``interrupt``: one thread calls it.
     """
 
     name: str
@@ -92,6 +90,10 @@ class Backend(Protocol):
     # Of one token, as ``load`` measured it, s; 0.0: unknown, or drafts must not depend on what was measured.
     step_seconds: float
     undrafted_options: frozenset[str]  # sampling options that a step with a draft would not apply
+
+    @classmethod
+    def check_here(cls, manifest: Manifest) -> None:
+        """Raises BackendUnavailableError or EngineDirectoryError for an engine that is bound to other machines."""
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
@@ -116,6 +118,11 @@ class Backend(Protocol):
     def step_cost(self, rows: Sequence[int]) -> float:
         """Return how long a step takes that feeds so many tokens of each sequence, as a multiple of the step of one
         token of one sequence. Measured by ``load``. Only where ``max_draft`` is not 0."""
+
+    def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
+        """Return float64 [n - first]: the natural logarithm of the probability of each token of ``token_ids``, int32
+        [n], from index ``first`` (1 or more) on, given all before it; -inf for one that the LM head lacks. Works in
+        slot 0. Only where the capabilities have ``log_probabilities``. Raises EngineFaultError."""
 
     def interrupt(self, slot: int) -> None:
         """Makes the steps of this slot's sequence that run, are queued or are still to come end early: their tokens

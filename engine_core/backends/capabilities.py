@@ -62,6 +62,7 @@ class Capabilities:
     cuda_graphs: bool = False
     lora: bool = False  # LoRA adapters at run time
     drafts: bool = False  # steps that check guessed tokens: speculation
+    log_probabilities: bool = False  # ``Backend.log_probabilities``: the logits of every step reach the host
     declined_options: Mapping[str, str] = field(default_factory=dict)  # option of ``build`` it does not take → why not
     packages: tuple[str, ...] = ()  # distributions whose versions say what ran
     missing: Callable[[Machine], Missing | None] = field(default=lambda machine: None)  # what a machine lacks to run it
@@ -240,6 +241,16 @@ class Capabilities:
         return (
             f"speculation is 'on', but the {self.backend} backend takes no drafts; set it to auto or use the backend "
             f"{' or '.join(able)}."
+        )
+
+    def perplexity_refusal(self) -> str | None:
+        """Say that the backend gives out no log probabilities."""
+        if self.log_probabilities:
+            return None
+        able = [each.backend for each in all_capabilities() if each.log_probabilities]
+        return (
+            f"Perplexity needs the logits of every step, which the {self.backend} backend keeps on its device; measure "
+            f"a variant built for {' or '.join(able)}."
         )
 
     def group_refusal(self, group_size: int) -> str | None:

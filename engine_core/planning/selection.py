@@ -106,8 +106,7 @@ def _examine(directory: Path, manifest: Manifest, config: EngineConfig, reason: 
     """Raises what tells that the variant cannot run here: its backend, this machine, or the configuration."""
     config = _resolve(config, manifest)
     backend = backend_class(manifest.backend)
-    if (check := getattr(backend, "check_here", None)) is not None:
-        check(manifest)
+    backend.check_here(manifest)
     return Choice(directory, manifest, config, backend, backend.plan(directory, manifest, config), reason)
 
 

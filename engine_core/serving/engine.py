@@ -24,6 +24,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from engine_core.backends import Backend, SequenceStep
+from engine_core.backends.capabilities import capabilities_of
 from engine_core.config import EngineConfig
 from engine_core.errors import (
     BackendUnavailableError,
@@ -92,9 +93,8 @@ class Engine:
         self.adapters = tuple(adapter_paths(config.lora_adapters))  # the names that a request may ask for
         self._eos_ids = frozenset(manifest.eos_token_ids)
         self._backend: Backend | None = backend
-        kept = getattr(backend, "kept_ids", None)
-        self._constraints = ConstraintFactory(tokenizer, self.vocab_size, manifest.eos_token_ids, kept)
-        self.answers = Answers(tokenizer, self._constraints, kept)
+        self._constraints = ConstraintFactory(tokenizer, self.vocab_size, manifest.eos_token_ids, backend.kept_ids)
+        self.answers = Answers(tokenizer, self._constraints, backend.kept_ids)
         self.pool = SessionPool(
             backend,
             num_prompts=config.prompt_cache_entries,
@@ -275,16 +275,12 @@ class Engine:
         Raises BackendUnavailableError if the backend gives none out, EngineFaultError.
         """
         backend = self._backend_or_raise()
-        score = getattr(backend, "log_probabilities", None)
-        if score is None:
-            raise BackendUnavailableError(
-                f"Perplexity needs the logits of every step, which the {self.backend_name} backend keeps on its "
-                "device; measure a variant built for onnxruntime."
-            )
+        if (reason := capabilities_of(self.backend_name).perplexity_refusal()) is not None:
+            raise BackendUnavailableError(reason)
         assert 1 <= first < len(token_ids) <= self.max_context
         assert not self.scheduler.has_work
         self.pool.place_fresh([0])
-        return score(token_ids, first)
+        return backend.log_probabilities(token_ids, first)
 
     def generate(
         self, prepared: PreparedRequest, cancel: CancelToken, arrival: float | None = None

@@ -75,6 +75,7 @@ class ScriptedBackend:
     """
 
     name = "fake"
+    kept_ids = None
     sampler_options = frozenset(SAMPLING_OPTIONS)
     undrafted_options: frozenset[str] = frozenset()
 
@@ -96,6 +97,10 @@ class ScriptedBackend:
         self.num_steps = 0
         self._stream = ThreadPoolExecutor(1)
         self.closed = 0
+
+    @classmethod
+    def check_here(cls, manifest) -> None:
+        pass
 
     def begin(self, slot, sampling, history, adapter="") -> None:
         def work():

@@ -56,6 +56,10 @@ class CudaBackend(DeviceBackend):
     name = "cuda"
 
     @classmethod
+    def check_here(cls, manifest: Manifest) -> None:
+        """Nothing binds an engine to one machine."""
+
+    @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
         spec = resolve(variant_dir, manifest, config).spec
         return plan_here(lambda device: (planned_bytes(spec.on(device), device.num_sms), host_bytes(spec.on(device))))

@@ -120,6 +120,10 @@ class OnnxRuntimeBackend:
         self._thread.start()
 
     @classmethod
+    def check_here(cls, manifest: Manifest) -> None:
+        """Nothing binds an engine to one machine."""
+
+    @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
         """Raises ConfigurationError for what this backend cannot do."""
         return plan_memory(resolve(variant_dir, manifest, config), manifest)
@@ -184,10 +188,7 @@ class OnnxRuntimeBackend:
         return cost + (self._costs[min(single, len(self._costs)) - 1] if single else 0.0)
 
     def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
-        """float64 [n - first]: of each token of ``token_ids``, int32 [n], from index ``first`` (1 or more) on, given
-        all before it; -inf for one the LM head has lost. Prefill up to ``first``, then decode steps as in an answer.
-
-        Beside the protocol, for measuring; in slot 0. Raises EngineFaultError."""
+        """Prefill up to ``first``, then decode steps as in an answer."""
         self._set_interrupted(0, False)
         return self._call(self._score, token_ids.copy(), first)
 

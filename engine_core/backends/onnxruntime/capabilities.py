@@ -44,6 +44,7 @@ CAPABILITIES = Capabilities(
     longest_default=4096,
     max_batch=4,
     lora=True,
+    log_probabilities=True,
     drafts=True,
     group_sizes=_GROUP_SIZES,
     declined_options={
