@@ -22,7 +22,6 @@ sys.path.insert(0, str(ROOT))
 
 from engine_core.config import EngineConfig  # noqa: E402
 from engine_core.request import ChatMessage, GenerationRequest, GenerationResult, SamplingParams  # noqa: E402
-from engine_core.serving.cancellation import CancelToken  # noqa: E402
 from engine_core.serving.engine import Engine  # noqa: E402
 
 SYSTEM = "You are a robot in a house with a kitchen, a hall, a garage and two bedrooms. Answer with short sentences."
@@ -40,12 +39,7 @@ def ask(engine: Engine, text: str, session: str, tokens: int) -> GenerationResul
     request = GenerationRequest(
         "bench", (ChatMessage("user", text),), sampling=sampling, session=session, default_system=SYSTEM
     )
-    generator = engine.generate(engine.prepare(request), CancelToken())
-    while True:
-        try:
-            next(generator)
-        except StopIteration as stop:
-            return stop.value
+    return engine.answer(request)
 
 
 def main() -> int:

@@ -40,7 +40,6 @@ from engine_core.request import (  # noqa: E402
     SamplingParams,
     SpeculationCounts,
 )
-from engine_core.serving.cancellation import CancelToken  # noqa: E402
 from engine_core.serving.engine import Engine  # noqa: E402
 from tools.demo_model.evaluate import held_out_examples  # noqa: E402
 
@@ -176,17 +175,11 @@ class Times:
 
 def answer(engine: Engine, request: GenerationRequest) -> tuple[GenerationResult, np.ndarray]:
     """Return the result, and the seconds from its first token to its last: of time and of the process's CPU time."""
-    generator = engine.generate(engine.prepare(request), CancelToken())
-    start = None
-    while True:
-        try:
-            next(generator)
-            start = time.process_time() if start is None else start
-        except StopIteration as stop:
-            result = stop.value
-            rate = result.tokens_per_second
-            used = 0.0 if start is None else time.process_time() - start
-            return result, np.array([(result.generated_tokens - 1) / rate if rate else 0.0, used])
+    used: list[float] = []  # CPU time at each piece, then at the end
+    result = engine.answer(request, lambda piece: used.append(time.process_time()))
+    used.append(time.process_time())
+    rate = result.tokens_per_second
+    return result, np.array([(result.generated_tokens - 1) / rate if rate else 0.0, used[-1] - used[0]])
 
 
 def measure(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine_core.commands.arguments import add_engine, add_opening, engine_config
 from engine_core.errors import InvalidRequestError, InvalidTextError
-from engine_core.request import SAMPLING_OPTIONS, THINKING_MODES, SamplingParams, Tool
+from engine_core.request import SAMPLING_OPTIONS, THINKING_MODES, Piece, SamplingParams, Tool
 
 
 def add(commands) -> None:
@@ -31,7 +31,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from engine_core.request import ChatMessage, GenerationRequest
-    from engine_core.serving.engine import CancelToken, Engine
+    from engine_core.serving.engine import Engine
 
     text = _read_stdin() if options.prompt == "-" else options.prompt
     system = (ChatMessage("system", options.system),) if options.system else ()
@@ -48,15 +48,7 @@ def run(options: argparse.Namespace) -> int:
     report = (lambda line: print(line, file=sys.stderr)) if options.stats else (lambda line: None)
     engine = Engine.open(engine_config(options), report)
     try:
-        pieces = engine.generate(engine.prepare(request), CancelToken())
-        while True:
-            try:
-                piece = next(pieces)
-                print(piece.reasoning, end="", file=sys.stderr, flush=True)
-                print(piece.text, end="", flush=True)
-            except StopIteration as end:
-                result = end.value
-                break
+        result = engine.answer(request, _show)
         calls = [f"{call.name} {call.arguments}" for call in result.tool_calls]
         print("\n".join([*([""] if result.text and calls else []), *calls]), flush=True)
     finally:
@@ -69,6 +61,11 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _show(piece: Piece) -> None:
+    print(piece.reasoning, end="", file=sys.stderr, flush=True)
+    print(piece.text, end="", flush=True)
 
 
 def _read_tools(path: Path) -> tuple[Tool, ...]:

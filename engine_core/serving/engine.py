@@ -282,6 +282,20 @@ class Engine:
         self.pool.place_fresh([0])
         return backend.log_probabilities(token_ids, first)
 
+    def answer(
+        self,
+        request: GenerationRequest,
+        on_piece: Callable[[Piece], object] = lambda piece: None,
+        cancel: CancelToken | None = None,
+    ) -> GenerationResult:
+        """Prepare and answer one request; ``on_piece`` gets each piece. Raises what ``prepare`` and ``generate`` do."""
+        pieces = self.generate(self.prepare(request), cancel or CancelToken())
+        while True:
+            try:
+                on_piece(next(pieces))
+            except StopIteration as end:
+                return end.value
+
     def generate(
         self, prepared: PreparedRequest, cancel: CancelToken, arrival: float | None = None
     ) -> Generator[Piece, None, GenerationResult]:

@@ -25,12 +25,7 @@ def ask(text, session="anna", *, system="", max_new_tokens=8, **fields) -> Gener
 
 
 def run(engine, request, cancel=None):
-    generator = engine.generate(engine.prepare(request), cancel or CancelToken())
-    while True:
-        try:
-            next(generator)
-        except StopIteration as stop:
-            return stop.value
+    return engine.answer(request, cancel=cancel)
 
 
 def turns(*texts: str) -> tuple[ChatMessage, ...]:

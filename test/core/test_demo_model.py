@@ -12,7 +12,6 @@ import pytest
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
-from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.engine import Engine
 from engine_core.text.tokenizer import Tokenizer
 from tools.demo_model import evaluate, talk, templates, words
@@ -47,13 +46,9 @@ def engine(tmp_path_factory):
 def answer(engine: Engine, messages, schema: str = "") -> str:
     chat = tuple(ChatMessage(role, content) for role, content in messages)
     request = GenerationRequest("test", chat, sampling=SamplingParams(max_new_tokens=512), json_schema=schema)
-    generation, text = engine.generate(engine.prepare(request), CancelToken()), ""
-    while True:
-        try:
-            text += next(generation).text
-        except StopIteration as end:
-            assert end.value.finish_reason is FinishReason.STOP
-            return text
+    result = engine.answer(request)
+    assert result.finish_reason is FinishReason.STOP
+    return result.text
 
 
 def conforms(value: object, schema: dict) -> bool:

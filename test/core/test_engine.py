@@ -18,7 +18,7 @@ from engine_core.errors import (
     InvalidTextError,
     PromptTooLongError,
 )
-from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
+from engine_core.request import ChatMessage, FinishReason, GenerationRequest, Piece, SamplingParams
 from engine_core.serving.engine import CancelToken
 from fakes import END, EOS, text_ids
 
@@ -34,13 +34,8 @@ def ask(text="hello", *, messages=None, stop=(), json_schema="", stream_interval
 
 
 def run(engine, request, cancel=None):
-    pieces = []
-    generator = engine.generate(engine.prepare(request), cancel or CancelToken())
-    while True:
-        try:
-            pieces.append(next(generator))
-        except StopIteration as stop:
-            return pieces, stop.value
+    pieces: list[Piece] = []
+    return pieces, engine.answer(request, pieces.append, cancel)
 
 
 def test_an_answer_ends_at_the_end_token_and_adds_up(open_engine):

@@ -20,9 +20,16 @@ from engine_core.errors import (
     PromptTooLongError,
     refusing_panics,
 )
-from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, RequestLimits, SamplingParams
+from engine_core.request import (
+    LIMITS,
+    ChatMessage,
+    FinishReason,
+    GenerationRequest,
+    Piece,
+    RequestLimits,
+    SamplingParams,
+)
 from engine_core.sampling import Sampler
-from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.worker import Worker
 from engine_core.text.tokenizer import Prompt
 from fakes import text_ids
@@ -40,12 +47,8 @@ def ask(text="hello", **changes) -> GenerationRequest:
 
 
 def run(engine, request):
-    pieces, generator = [], engine.generate(engine.prepare(request), CancelToken())
-    while True:
-        try:
-            pieces.append(next(generator))
-        except StopIteration as stop:
-            return pieces, stop.value
+    pieces: list[Piece] = []
+    return pieces, engine.answer(request, pieces.append)
 
 
 def finished(worker, request, **options):

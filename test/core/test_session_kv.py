@@ -12,7 +12,6 @@ from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError, EdgeLLMError
 from engine_core.request import ChatMessage, GenerationRequest, GenerationResult, SamplingParams
-from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.engine import Engine
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
@@ -32,14 +31,7 @@ def engine_dir(tmp_path_factory):
 
 def ask(engine: Engine, messages: list[ChatMessage], **sampling) -> GenerationResult:
     options = SamplingParams(**{"max_new_tokens": 24, **sampling})
-    generator = engine.generate(
-        engine.prepare(GenerationRequest("r", tuple(messages), sampling=options)), CancelToken()
-    )
-    while True:
-        try:
-            next(generator)
-        except StopIteration as stop:
-            return stop.value
+    return engine.answer(GenerationRequest("r", tuple(messages), sampling=options))
 
 
 def talk(engine_dir: Path, classify: bool = False, sampling: dict | None = None, **config) -> list[tuple]:

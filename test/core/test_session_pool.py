@@ -11,7 +11,6 @@ from engine_core.backends.kv_pool import BLOCK_TOKENS, pool_tokens
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
-from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.session_pool import Rank, SessionPool
 from fakes import END, text_ids
 
@@ -270,12 +269,7 @@ def ask(engine, messages, **sampling):
     request = GenerationRequest(
         "r", messages=tuple(messages), sampling=SamplingParams(**{"max_new_tokens": 12, **sampling})
     )
-    generator = engine.generate(engine.prepare(request), CancelToken())
-    while True:
-        try:
-            next(generator)
-        except StopIteration as stop:
-            return stop.value
+    return engine.answer(request)
 
 
 def test_two_conversations_of_fourteen_turns_compute_a_turn_at_a_time(open_engine):

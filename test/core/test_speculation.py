@@ -12,7 +12,7 @@ import pytest
 
 from engine_core.backends import Draft, SequenceStep
 from engine_core.errors import InvalidSamplingError
-from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
+from engine_core.request import ChatMessage, FinishReason, GenerationRequest, Piece, SamplingParams
 from engine_core.serving.drafts import Lookup
 from engine_core.serving.engine import CancelToken
 from engine_core.serving.worker import Worker
@@ -39,12 +39,8 @@ def ask(text="hello", **changes) -> GenerationRequest:
 
 
 def run(engine, request, cancel=None):
-    pieces, generator = [], engine.generate(engine.prepare(request), cancel or CancelToken())
-    while True:
-        try:
-            pieces.append(next(generator))
-        except StopIteration as stop:
-            return pieces, stop.value
+    pieces: list[Piece] = []
+    return pieces, engine.answer(request, pieces.append, cancel)
 
 
 @pytest.fixture

@@ -21,10 +21,9 @@ from engine_core.errors import (
     InvalidTextError,
     PromptTooLongError,
 )
-from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, SamplingParams
+from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, Piece, SamplingParams
 from engine_core.serving import constraint as constraint_module
 from engine_core.serving.constraint import ConstraintFactory
-from engine_core.serving.engine import CancelToken
 from engine_core.serving.worker import Worker
 from engine_core.text.detokenizer import Detokenizer
 from engine_core.text.tokenizer import Tokenizer
@@ -61,14 +60,10 @@ def write(constraint, choose, limit=400) -> str:
 
 def run(engine, request):
     """The whole text of a request; drives prepare and generate."""
-    pieces = engine.generate(engine.prepare(request), CancelToken())
-    text = ""
-    while True:
-        try:
-            text += next(pieces).text
-        except StopIteration as stop:
-            assert stop.value.text == text
-            return stop.value
+    pieces: list[Piece] = []
+    result = engine.answer(request, pieces.append)
+    assert result.text == "".join(piece.text for piece in pieces)
+    return result
 
 
 EXPENSIVE = {

@@ -27,7 +27,6 @@ from engine_core.measure.steps import begin, decode, prefill
 from engine_core.reduce_vocab.reduce import reduce_vocab
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
 from engine_core.sampling import Sampler
-from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.engine import Engine
 from test_demo_model import MODEL, SCHEMA, conforms
 from tools.demo_model.grammar import Generator
@@ -187,12 +186,7 @@ def answer(engine, text, *, schema="", prompt="", **sampling):
     request = GenerationRequest(
         "test", sampling=SamplingParams(**{"max_new_tokens": 300, **sampling}), json_schema=schema, **content
     )
-    generation = engine.generate(engine.prepare(request), CancelToken())
-    while True:
-        try:
-            next(generation)
-        except StopIteration as end:
-            return end.value
+    return engine.answer(request)
 
 
 def test_only_kept_tokens_are_sampled_and_answers_end(engine):
