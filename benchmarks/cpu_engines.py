@@ -6,7 +6,6 @@ Greedy in all of them, and timed alike: the first token is on the host, then eve
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from benchmarks.llama_cpp_model import LlamaCpp
 from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
 
 
@@ -150,23 +150,7 @@ def _llama_cpp(weights: str) -> Engine:
 
     @contextlib.contextmanager
     def open_(directory: Path, threads: int, max_context: int) -> Iterator[Runner]:
-        import llama_cpp
-
-        llama_cpp.llama_backend_init()
-        # A constant of the callback's type, kept alive by the runner: llama.cpp's log is not part of the table.
-        silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
-        model = llama_cpp.llama_model_load_from_file(
-            str(directory / f"{weights}.gguf").encode(), llama_cpp.llama_model_default_params()
-        )
-        if not model:
-            raise RuntimeError(f"llama.cpp cannot load {weights}.gguf")
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = max_context
-        params.n_batch = params.n_ubatch = 512
-        params.n_threads = params.n_threads_batch = threads
-        context = llama_cpp.llama_init_from_model(model, params)
-        yield _LlamaCppRunner(llama_cpp, model, context, silence)
+        yield _LlamaCppRunner(LlamaCpp(directory / f"{weights}.gguf", threads, max_context))
 
     return Engine(weights, ("llama_cpp_python", "gguf"), make, open_)
 
@@ -203,29 +187,17 @@ def _write_gguf(gguf, path: Path, checkpoint: Path, config: dict, kind) -> None:
 
 
 class _LlamaCppRunner:
-    """llama_decode itself: none of the Python binding's bookkeeping is measured."""
-
-    def __init__(self, library, model, context, keep) -> None:
-        self._library, self._model, self._context, self._keep = library, model, context, keep
-        self._vocab = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    def __init__(self, model: LlamaCpp) -> None:
+        self._model = model
 
     def generate(self, prompt: np.ndarray, count: int) -> tuple[float, float]:
-        library = self._library
-        library.llama_memory_clear(library.llama_get_memory(self._context), True)
+        self._model.clear()
         start = time.perf_counter()
-        token = self._feed(prompt.tolist())
+        token = self._model.feed(prompt.tolist())
         first = time.perf_counter()
         for _ in range(count - 1):
-            token = self._feed([token])
+            token = self._model.feed([token])
         return first - start, (time.perf_counter() - first) / (count - 1)
-
-    def _feed(self, ids: list[int]) -> int:
-        library = self._library
-        tokens = (library.llama_token * len(ids))(*ids)
-        if library.llama_decode(self._context, library.llama_batch_get_one(tokens, len(ids))) != 0:
-            raise RuntimeError("llama_decode failed")
-        logits = library.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(logits, shape=(self._vocab,)).argmax())
 
 
 # --- transformers ---------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ matrices that were rounded anew.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import importlib.metadata
 import json
@@ -33,6 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.llama_cpp_model import LlamaCpp  # noqa: E402
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: E402
 from engine_core.backends.onnxruntime.build import build_engine  # noqa: E402
 from engine_core.config import EngineConfig  # noqa: E402
@@ -107,41 +107,13 @@ def greedy(backend: OnnxRuntimeBackend, prompt: np.ndarray, ends: Collection[int
     return found
 
 
-class LlamaCpp:
-    """llama.cpp on the same file. Raises ImportError where it is not installed, RuntimeError where it fails."""
-
-    def __init__(self, path: Path, threads: int) -> None:
-        import llama_cpp
-
-        self._library, self.version = llama_cpp, llama_cpp.__version__
-        llama_cpp.llama_backend_init()
-        self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)  # has to live as long
-        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        if not model:
-            raise RuntimeError(f"llama.cpp cannot load {path}")
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = 512
-        params.n_threads = params.n_threads_batch = threads
-        self._context = llama_cpp.llama_init_from_model(model, params)
-        self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-
-    def greedy(self, prompt: np.ndarray, ends: Collection[int]) -> list[int]:
-        """As ``greedy`` does."""
-        library = self._library
-        library.llama_memory_clear(library.llama_get_memory(self._context), True)
-        found = [self._feed(prompt.tolist())]
-        while len(found) < _ANSWER and found[-1] not in ends:
-            found.append(self._feed(found[-1:]))
-        return found
-
-    def _feed(self, ids: list[int]) -> int:
-        library = self._library
-        tokens = (library.llama_token * len(ids))(*ids)
-        if library.llama_decode(self._context, library.llama_batch_get_one(tokens, len(ids))) != 0:
-            raise RuntimeError("llama_decode failed")
-        logits = library.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(logits, shape=(self._vocab,)).argmax())
+def greedy_of_llama_cpp(model: LlamaCpp, prompt: np.ndarray, ends: Collection[int]) -> list[int]:
+    """As ``greedy`` does."""
+    model.clear()
+    found = [model.feed(prompt.tolist())]
+    while len(found) < _ANSWER and found[-1] not in ends:
+        found.append(model.feed(found[-1:]))
+    return found
 
 
 def share(count: int, total: int) -> float | None:
@@ -205,7 +177,7 @@ def main() -> None:
     peer: list[list[int]] = []
     version: dict[str, str] = {}
     try:
-        llama = LlamaCpp(options.model, options.threads)
+        llama = LlamaCpp(options.model, options.threads, max_context=512)
         version = {"llama_cpp_python": llama.version}
         peer = [llama.greedy(ids, ends) for ids in starts]
         found.append(
