@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pytest
@@ -25,13 +26,9 @@ from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.models.reader import read_spec
 from engine_core.request import SamplingParams
+from small_llama import CONFIG, VOCAB
 
-VOCAB, CONTEXT = 320, 96
-CONFIG = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", eos_token_id=2, hidden_size=64,
-    intermediate_size=160, num_hidden_layers=2, vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=256, rope_theta=10000.0, tie_word_embeddings=False,
-)  # fmt: skip
+CONTEXT = 96
 PROMPTS = [np.random.default_rng(i).integers(3, VOCAB, 7 + 11 * i).astype(np.int32) for i in range(4)]
 REQUESTS = [(SamplingParams(seed=i, temperature=0.7 * (i % 2)), None) for i in range(4)]
 COUNT = 16
@@ -193,18 +190,16 @@ def variant(request, checkpoint):
 @pytest.fixture(params=[True, False], ids=["own graph", "one graph"])
 def load(variant, request, monkeypatch):
     """Open backends, with a graph of their own for adapters or one for all sequences."""
-    loaded = []
     if not request.param:
         monkeypatch.setattr("engine_core.backends.onnxruntime.plan._OWN_GRAPH_BYTES", 0)
 
     def make(*adapters, **config):
         config = {"max_batch": 4, "num_threads": 1, "lora_adapters": adapters, **config}
-        loaded.append(OnnxRuntimeBackend.load(*variant, EngineConfig(variant[0], **config)))
-        return loaded[-1]
+        backend = OnnxRuntimeBackend.load(*variant, EngineConfig(variant[0], **config))
+        return opened.enter_context(closing(backend))
 
-    yield make
-    for backend in loaded:
-        backend.close()
+    with ExitStack() as opened:
+        yield make
 
 
 def test_each_row_has_its_own_adapter_and_the_tokens_it_has_alone(load, write):

@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import checkpoints
+import small_llama
 from batch_steps import Requests
 from benchmarks.random_checkpoint import write_random_adapter, write_random_checkpoint
 from device_steps import GREEDY, TOLERANCE
@@ -30,11 +31,9 @@ from engine_core.models.reader import read_spec
 from engine_core.request import SamplingParams
 
 VOCAB, COUNT = 96, 10
-CONFIG = dict(
-    architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="silu", eos_token_id=2, hidden_size=64,
-    intermediate_size=96, num_hidden_layers=2, vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=256, rope_theta=10000.0, tie_word_embeddings=False,
-)  # fmt: skip
+CONFIG = small_llama.CONFIG | dict(
+    architectures=["Qwen2ForCausalLM"], model_type="qwen2", intermediate_size=96, vocab_size=VOCAB
+)
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPTS = [np.random.default_rng(i).integers(3, VOCAB, 4 + 13 * i).astype(np.int32) for i in range(4)]
 REQUESTS = [(SamplingParams(seed=i), None) for i in range(4)]

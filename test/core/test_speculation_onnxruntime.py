@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,8 @@ from engine_core.errors import ConfigurationError, InvalidSamplingError
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
 from engine_core.serving.engine import Engine
 from engine_core.serving.worker import Worker
-from test_batch_onnxruntime import CONFIG, CONTEXT, MASK, PROMPTS, REQUESTS, VOCAB, alone
+from small_llama import CONFIG, CONTEXT, COUNT, MASK, PROMPTS, REQUESTS, VOCAB, alone
 
-COUNT = 24
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 
@@ -44,16 +44,13 @@ def variant(request, checkpoint):
 
 @pytest.fixture
 def load(variant):
-    loaded = []
-
     def make(**config):
         config = {"num_threads": 1, **config}
-        loaded.append(OnnxRuntimeBackend.load(*variant, EngineConfig(variant[0], **config)))
-        return loaded[-1]
+        backend = OnnxRuntimeBackend.load(*variant, EngineConfig(variant[0], **config))
+        return opened.enter_context(closing(backend))
 
-    yield make
-    for backend in loaded:
-        backend.close()
+    with ExitStack() as opened:
+        yield make
 
 
 def with_drafts(backend, index: int, answer: list[int], seed: int, slot: int = 0) -> list[int]:

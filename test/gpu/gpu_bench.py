@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Stream
-from engine_core.cuda.kernels import Kernels
+from engine_core.cuda.kernels import Kernels, linear, reference
 
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 NUMPY |= {"int32": np.int32, "uint32": np.uint32, "int8": np.int8}
@@ -75,3 +75,19 @@ class Bench:
             kernels.close()
         self._arena.close()
         self.stream.close()
+
+
+def epilogue_cases(bench: Bench, sums: np.ndarray, dtype: str) -> dict[int, tuple[DeviceArray, dict, np.ndarray]]:
+    """Return (output, further arguments, what is expected in it) of each epilogue of a matrix multiplication.
+
+    ``sums``: float64 [..., rows], what comes before the epilogue.
+    """
+    *lead, rows = sums.shape
+    bias, b = bench.normal((rows,), dtype)
+    residual, before = bench.normal((*lead, rows), "fp32")
+    return {
+        linear.STORE: (bench.poisoned((*lead, rows), dtype), {"bias": bias}, sums + b),
+        linear.RESIDUAL: (residual, {}, before + sums),
+        linear.SILU: (bench.poisoned((*lead, rows // 2), dtype), {}, reference.silu_multiply(sums)),
+        linear.LOGITS: (bench.poisoned((*lead, rows), "fp32"), {}, sums),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_bench import error
+from gpu_bench import epilogue_cases, error
 from test_device_sampler import CASES, options
 
 from engine_core.cuda.driver import DeviceArray
@@ -46,19 +46,11 @@ def check_every_epilogue(bench, weight, w: np.ndarray, sequences: int, dtype: st
     """
     rows, cols = w.shape
     vectors, x = bench.normal((sequences, cols), dtype, 3.0)
-    bias, b = bench.normal((rows,), dtype)
-    residual, before = bench.normal((sequences, rows), "fp32")
     num_sums, num_counters = linear_batch.batch_scratch([(rows, cols)], sequences, bench.device.num_sms)
     counters = bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
     scratch = (bench.chunk(0, sequences), bench.poisoned((num_sums,), "fp32"), counters)
     sums = x @ w.T
-    cases = {
-        linear.STORE: (bench.poisoned((sequences, rows), dtype), {"bias": bias}, sums + b),
-        linear.RESIDUAL: (residual, {}, before + sums),
-        linear.SILU: (bench.poisoned((sequences, rows // 2), dtype), {}, reference.silu_multiply(sums)),
-        linear.LOGITS: (bench.poisoned((sequences, rows), "fp32"), {}, sums),
-    }
-    for epilogue, (output, more, expected) in cases.items():
+    for epilogue, (output, more, expected) in epilogue_cases(bench, sums, dtype).items():
         guard = bench.poisoned((64,), "fp32")
         linear_batch.gemm_batch(bench.kernels(dtype), weight, vectors, output, epilogue, *scratch, **more)(bench.stream)
         assert error(bench.get(output), expected) < max(TOLERANCE[output.dtype], least), epilogue

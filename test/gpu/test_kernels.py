@@ -1,10 +1,10 @@
-"""Each kernel against its float64 twin, over tables of shapes with odd sizes. Outputs are poisoned first."""
+"""Each kernel against its reference in float64, over tables of shapes with odd sizes. Outputs are poisoned first."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_bench import error, from_bits, to_bits
+from gpu_bench import epilogue_cases, error, from_bits, to_bits
 
 from engine_core.cuda.driver import DeviceArray
 from engine_core.cuda.kernels import (
@@ -40,18 +40,9 @@ def test_gemv_with_every_epilogue(bench, rows, cols, normed, dtype):
     weight, w = bench.normal((rows, cols), dtype, cols**-0.5)
     vector, x = bench.normal((cols,), "fp32" if normed else dtype, 3.0)
     norm_weight, g = bench.normal((cols,), dtype)
-    bias, b = bench.normal((rows,), dtype)
-    before, residual = bench.normal((rows,), "fp32")
     norm = {"norm_weight": norm_weight, "norm_eps": EPS} if normed else {}
     sums = w @ (reference.rms_norm(x, g, EPS) if normed else x)
-
-    cases = {
-        linear.STORE: (bench.poisoned((rows,), dtype), {"bias": bias}, sums + b),
-        linear.RESIDUAL: (before, {}, residual + sums),
-        linear.SILU: (bench.poisoned((rows // 2,), dtype), {}, reference.silu_multiply(sums)),
-        linear.LOGITS: (bench.poisoned((rows,), "fp32"), {}, sums),
-    }
-    for epilogue, (output, more, expected) in cases.items():
+    for epilogue, (output, more, expected) in epilogue_cases(bench, sums, dtype).items():
         linear.gemv(kernels, weight, vector, output, epilogue, **norm, **more)(bench.stream)
         assert error(bench.get(output), expected) < TOLERANCE[output.dtype], epilogue
 
@@ -169,19 +160,11 @@ def test_gemv_packed_with_every_epilogue_and_dequantize(bench, rows, cols, norme
     matrix, w = packed.matrix, packed.weight
     vector, x = bench.normal((cols,), "fp32" if normed else dtype, 3.0)
     norm_weight, g = bench.normal((cols,), dtype)
-    bias, b = bench.normal((rows,), dtype)
-    before, residual = bench.normal((rows,), "fp32")
     norm = {"norm_weight": norm_weight, "norm_eps": EPS} if normed else {}
     if normed:  # x is rounded to the type, as transformers does
         x = from_bits(to_bits(reference.rms_norm(x, g, EPS), dtype), dtype)
     sums = w @ x
-    cases = {
-        linear.STORE: (bench.poisoned((rows,), dtype), {"bias": bias}, sums + b),
-        linear.RESIDUAL: (before, {}, residual + sums),
-        linear.SILU: (bench.poisoned((rows // 2,), dtype), {}, reference.silu_multiply(sums)),
-        linear.LOGITS: (bench.poisoned((rows,), "fp32"), {}, sums),
-    }
-    for epilogue, (output, more, expected) in cases.items():
+    for epilogue, (output, more, expected) in epilogue_cases(bench, sums, dtype).items():
         linear_packed.gemv_packed(kernels, matrix, vector, output, epilogue, **norm, **more)(bench.stream)
         # A normalised value near the middle of two of the type may be rounded the other way.
         # What OFFSETS add in fp16 and is taken off again costs some of float32's last digits.
