@@ -126,12 +126,9 @@ def to_request(message: msg.GenerationRequest, settings: Settings) -> Generation
 
     Raises InvalidRequestError for too many parts, InvalidSamplingError if the logit bias has no value for each id.
     """
-    messages = to_messages(message.messages)
-    if messages and settings.system_prompt and not message.session and all(m.role != "system" for m in messages):
-        messages = (ChatMessage("system", settings.system_prompt), *messages)
     return GenerationRequest(
         request_id=message.request_id or uuid.uuid4().hex,
-        messages=messages,
+        messages=settings.with_system(to_messages(message.messages), message.session),
         prompt=message.prompt,
         sampling=_to_sampling(message.sampling, settings.sampling),
         stop=tuple(message.stop) or (() if message.json_schema else settings.stop),
@@ -211,11 +208,6 @@ def _to_metrics(result: GenerationResult) -> msg.GenerationMetrics:
 
 def to_speculation(counts: SpeculationCounts) -> msg.SpeculationCounts:
     return msg.SpeculationCounts(**dataclasses.asdict(counts))
-
-
-def refused(request_id: str, error: Exception) -> GenerationResult:
-    """Return the answer to a request that was never accepted."""
-    return GenerationResult(request_id, finish_reason=FinishReason.ERROR, error=error)
 
 
 def to_memory_plan(plan: MemoryPlan) -> msg.MemoryPlan:

@@ -14,13 +14,13 @@ from std_msgs.msg import String
 from edgellm_ros import qos
 from edgellm_ros.action import Generate as GenerateAction
 from edgellm_ros.conversions import error_code, error_message, to_result, to_tool_calls, wire_text
-from edgellm_ros.intake import Intake
+from edgellm_ros.intake import RosIntake
 from edgellm_ros.msg import ChatMessage, GenerationRequest
 from edgellm_ros.srv import Cancel, Generate, Tokenize
 from edgellm_ros.streams import ENDED_BY_ITSELF
 from edgellm_ros.threads import Started
 from engine_core.request import GenerationResult, Piece
-from engine_core.serving.worker import Ticket
+from engine_core.serving.intake import OpenRequest
 
 # Seconds a finished goal's result is kept for a client that has not asked for it yet. rclpy's default of 15 minutes
 # would let clients pile up memory; and each change of a goal's state publishes the states of all that are kept.
@@ -30,7 +30,7 @@ RESULT_TIMEOUT = 10
 class GenerateService:
     """~/generate: answered when the whole text is there; any number of clients may wait."""
 
-    def __init__(self, node: Node, intake: Intake) -> None:
+    def __init__(self, node: Node, intake: RosIntake) -> None:
         self._intake = intake
         group = ReentrantCallbackGroup()
         options = {"qos_profile": qos.SERVICE, "callback_group": group}
@@ -43,7 +43,7 @@ class GenerateService:
         return response
 
     def _cancel(self, request: Cancel.Request, response: Cancel.Response) -> Cancel.Response:
-        response.num_cancelled = self._intake.cancel(request.request_id)
+        response.num_cancelled = self._intake.requests.cancel(request.request_id)
         return response
 
     async def _tokenize(self, request: Tokenize.Request, response: Tokenize.Response) -> Tokenize.Response:
@@ -63,9 +63,9 @@ class GenerateActionServer:
     executor, the better part of a millisecond later.
     """
 
-    def __init__(self, node: Node, intake: Intake) -> None:
+    def __init__(self, node: Node, intake: RosIntake) -> None:
         self._intake = intake
-        self._tickets: dict[bytes, Ticket] = {}
+        self._open: dict[bytes, OpenRequest] = {}
         self._answers: dict[bytes, Started] = {}  # of goals accepted and not executed yet
         self._server = ActionServer(
             node,
@@ -98,7 +98,7 @@ class GenerateActionServer:
         try:
             result = await self._answers.pop(goal_id)
         finally:
-            self._tickets.pop(goal_id, None)
+            self._open.pop(goal_id, None)
         if result.finish_reason in ENDED_BY_ITSELF:
             goal.succeed()
         elif goal.is_cancel_requested:
@@ -118,25 +118,21 @@ class GenerateActionServer:
             feedback.tool_calls = to_tool_calls(piece.tool_calls)
             goal.publish_feedback(feedback)
 
-        return await self._intake.answer(
-            goal.request.request, on_ticket=partial(self._accepted, goal), on_piece=on_piece
-        )
+        return await self._intake.answer(goal.request.request, on_taken=partial(self._taken, goal), on_piece=on_piece)
 
-    def _accepted(self, goal: ServerGoalHandle, ticket: Ticket) -> None:
-        self._tickets[bytes(goal.goal_id.uuid)] = ticket
-        if goal.is_cancel_requested:  # while the request was being prepared
-            ticket.cancel()
+    def _taken(self, goal: ServerGoalHandle, opened: OpenRequest) -> None:
+        self._open[bytes(goal.goal_id.uuid)] = opened
 
     def _cancel(self, goal: ServerGoalHandle) -> CancelResponse:
-        if (ticket := self._tickets.get(bytes(goal.goal_id.uuid))) is not None:
-            ticket.cancel()
+        if (opened := self._open.get(bytes(goal.goal_id.uuid))) is not None:
+            opened.cancel()
         return CancelResponse.ACCEPT
 
 
 class PromptTopic:
     """~/prompt → ~/response, for the command line: a user's message in, the whole text (or the error) out."""
 
-    def __init__(self, node: Node, intake: Intake) -> None:
+    def __init__(self, node: Node, intake: RosIntake) -> None:
         self._intake = intake
         self._responses = node.create_publisher(String, "~/response", qos.COMMAND, event_callbacks=qos.NO_EVENTS)
         node.create_subscription(String, "~/prompt", self._prompt, qos.COMMAND, callback_group=ReentrantCallbackGroup())

@@ -18,7 +18,7 @@ from edgellm_ros.bond import make_bond
 from edgellm_ros.conversions import error_message
 from edgellm_ros.diagnostics import Diagnostics, Health
 from edgellm_ros.endpoints import GenerateActionServer, GenerateService, PromptTopic
-from edgellm_ros.intake import Intake
+from edgellm_ros.intake import RosIntake
 from edgellm_ros.msg import EngineStatus
 from edgellm_ros.parameters import (
     check_declared,
@@ -66,7 +66,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._state = NodeState(read_settings(self))
         self._topics = Topics(self)
         self._parameters_changed = False
-        self._intake = Intake(self, self._topics, self._state, before_request=self._take_over_parameters)
+        self._intake = RosIntake(self, self._topics, self._state, before_request=self._take_over_parameters)
         self._transitions = Transitions(self, after=self._publish_status)
         self._transitions.take_over(self._hand_over_to_manager)
         self._is_managed = False  # somebody else makes the transitions: autostart holds back
@@ -240,7 +240,7 @@ class LlmNode(LifecycleNodeMixin, Node):
                 worker.warm_system_prompt(settings.system_prompt)
 
     def _health(self) -> Health:
-        return make_health(self._state, self._topics, self._intake.num_refused)
+        return make_health(self._state, self._topics, self._intake.requests.num_refused)
 
     # --- any thread -----------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from edgellm_ros.parameter_table import RANDOM_SEED, SPECS, Kind, ParameterSpec
 from edgellm_ros.sampling_options import OPTION_TYPES
 from engine_core.config import EngineConfig
 from engine_core.errors import EngineDirectoryError
-from engine_core.request import SamplingParams
+from engine_core.request import RequestDefaults, SamplingParams
 
 _TYPES = {
     bool: ParameterType.PARAMETER_BOOL,
@@ -39,17 +39,12 @@ _NOTES = {Kind.FIXED: " Taken at the next configure.", Kind.DYNAMIC: "", Kind.AT
 _BY_NAME = {spec.name: spec for spec in SPECS}
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(RequestDefaults):
     """The dynamic parameters as one consistent snapshot; a request reads exactly one."""
 
-    sampling: SamplingParams
-    stop: tuple[str, ...]
-    stream_interval: float  # s
-    system_prompt: str
     busy_policy: str
     queue_depth: int
-    request_timeout: float  # s; 0 = none
     warn_wait: float  # s; 0 = never
     deactivate_policy: str
     deactivate_timeout: float  # s

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 
 from rclpy.node import Node
@@ -72,26 +71,20 @@ class Topics:
 class RequestStream:
     """One answer on its way: pieces, sentences and the final ``done`` of each. Messages are reused piece after piece.
 
-    ``on_piece``: a further reader, the action's feedback. ``spoken``: whether the answer is prose, of which ~/sentences
+    ``spoken``: whether the answer is prose, of which ~/sentences
     gets the sentences; of a JSON value it gets the end alone.
     """
 
-    def __init__(
-        self, topics: Topics, request_id: str, on_piece: Callable[[Piece], None] | None = None, spoken: bool = True
-    ) -> None:
+    def __init__(self, topics: Topics, request_id: str, spoken: bool = True) -> None:
         self._topics = topics
-        self._on_piece = on_piece
         self._spoken = spoken
         self._splitter = SentenceSplitter()
         self._token_piece = TokenPiece(request_id=request_id)
         self._sentence = Sentence(request_id=request_id)
         self._num_pieces = 0
-        self.begun = threading.Event()  # the first piece is out, or there will be none
 
     def piece(self, piece: Piece) -> None:
         self._num_pieces = piece.sequence + 1
-        if self._on_piece is not None:
-            self._on_piece(piece)
         if self._topics.tokens.get_subscription_count():
             message = self._token_piece
             message.sequence = piece.sequence
@@ -101,15 +94,12 @@ class RequestStream:
             message.tool_calls = to_tool_calls(piece.tool_calls)
             self._stamp(message)
             self._topics.tokens.publish(message)
-        if piece.sequence == 0:
-            self.begun.set()
         if self._spoken:
             for text in self._splitter.feed(piece.text):
                 self._publish_sentence(text)
 
     def done(self, result: GenerationResult) -> None:
         """Ends every stream of the request. To be called once."""
-        self.begun.set()
         if self._topics.tokens.get_subscription_count():
             last = self._token_piece
             last.sequence = self._num_pieces

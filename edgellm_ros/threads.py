@@ -14,10 +14,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from typing import Any
 
 from rclpy.node import Node
 from rclpy.task import Future
+
+from engine_core.serving.work_pool import WorkPool
 
 
 def new_future(node: Node) -> Future:
@@ -95,37 +98,11 @@ class SerialThread:
             del call, future, item  # keep nothing alive while waiting
 
 
-class WorkPool:
-    """Runs callables in a few threads, so that one that takes long does not hold up the others."""
-
-    def __init__(self, node: Node, name: str, num_threads: int = 8) -> None:
-        self._node = node
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True) for number in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def run(self, call: Callable[[], Any]) -> Future:
-        """Has ``call`` run; its result or exception becomes the future's. From any thread."""
-        future = new_future(self._node)
-        self._calls.put((call, future))
-        return future
-
-    def close(self, timeout: float = 2.0) -> bool:
-        """Ends the threads after what has been given to them; False if one still runs after ``timeout`` seconds."""
-        for _ in self._threads:
-            self._calls.put(None)
-        end = time.monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
-
-    def _serve(self) -> None:
-        while (item := self._calls.get()) is not None:
-            _answer(self._node, *item)
-            del item  # keep nothing alive while waiting
+def run_in(pool: WorkPool, node: Node, call: Callable[[], Any]) -> Future:
+    """Has ``call`` run in a thread of ``pool``; its result or exception becomes the future's. From any thread."""
+    future = new_future(node)
+    pool.start(partial(_answer, node, call, future))
+    return future
 
 
 def _answer(node: Node, call: Callable[[], Any], future: Future) -> None:

@@ -444,6 +444,23 @@ class GenerationRequest:
         return dataclasses.replace(self, **changes)
 
 
+@dataclass(frozen=True)
+class RequestDefaults:
+    """The values a request gets for what it leaves open."""
+
+    sampling: SamplingParams = SamplingParams()
+    stop: tuple[str, ...] = ()
+    system_prompt: str = ""  # put before messages without a system message
+    request_timeout: float = 0.0  # s; 0 = none
+    stream_interval: float = 0.0  # s
+
+    def with_system(self, messages: tuple[ChatMessage, ...], session: str = "") -> tuple[ChatMessage, ...]:
+        """Return ``messages`` with the system prompt, if they are a conversation without one; a session has its own."""
+        if not messages or not self.system_prompt or session or any(m.role == "system" for m in messages):
+            return messages
+        return (ChatMessage("system", self.system_prompt), *messages)
+
+
 def check_session_name(name: str) -> None:
     """Raises InvalidSessionError."""
     if _SESSION_NAME.fullmatch(name) is None:
