@@ -18,6 +18,7 @@ from edgellm_ros.bond import make_bond
 from edgellm_ros.conversions import error_message
 from edgellm_ros.diagnostics import Diagnostics, Health
 from edgellm_ros.endpoints import GenerateActionServer, GenerateService, PromptTopic
+from edgellm_ros.http_endpoint import HttpEndpoint
 from edgellm_ros.intake import RosIntake
 from edgellm_ros.msg import EngineStatus
 from edgellm_ros.parameters import (
@@ -67,6 +68,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._topics = Topics(self)
         self._parameters_changed = False
         self._intake = RosIntake(self, self._topics, self._state, before_request=self._take_over_parameters)
+        self._http = HttpEndpoint(self._intake.requests, self.get_logger)
         self._transitions = Transitions(self, after=self._publish_status)
         self._transitions.take_over(self._hand_over_to_manager)
         self._is_managed = False  # somebody else makes the transitions: autostart holds back
@@ -119,6 +121,7 @@ class LlmNode(LifecycleNodeMixin, Node):
         worker.warm_system_prompt(settings.system_prompt)
         result = super().on_activate(state)
         self._state.worker = worker
+        self._http.open(settings)
         self._bond.start()
         self.get_logger().info(
             f"Ready: {engine.manifest.model_name} on {engine.backend_name}, loaded in {engine.load_time:.1f} s."
@@ -159,7 +162,9 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._bond.stop()
         worker, self._state.worker = self._state.worker, None
         # One second of the worker's limit is for cancelling what has not finished by then.
-        if worker is None or worker.close(drain=drain, timeout=timeout + 1.0):
+        is_stopped = worker is None or worker.close(drain=drain, timeout=timeout + 1.0)
+        self._http.close()  # with every answer handed to it
+        if is_stopped:
             return True
         self._state.engine = None
         self._state.error = EngineFaultError("The engine hangs in a step; start the node again.")
@@ -240,7 +245,7 @@ class LlmNode(LifecycleNodeMixin, Node):
                 worker.warm_system_prompt(settings.system_prompt)
 
     def _health(self) -> Health:
-        return make_health(self._state, self._topics, self._intake.requests.num_refused)
+        return make_health(self._state, self._topics, self._intake.requests.num_refused, self._http)
 
     # --- any thread -----------------------------------------------------------------------------------
 

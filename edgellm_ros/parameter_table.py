@@ -30,6 +30,7 @@ class Kind(enum.Enum):
     """The time at which a parameter may change."""
 
     FIXED = "fixed"  # read when the node is configured; a change while it is configured is refused
+    AT_ACTIVATE = "at activate"  # read when the node is activated; may change at any time
     DYNAMIC = "dynamic"  # holds from the next request on
     AT_START = "at start"  # read when the process starts; a change is refused
 
@@ -102,6 +103,11 @@ def _sampling(option: SamplingOption) -> ParameterSpec:
 def _dynamic(name: str, default: Any, description: str, *limits: float, **options: Any) -> ParameterSpec:
     range = Range(limits[0], limits[1]) if limits else None
     return ParameterSpec(name, Kind.DYNAMIC, default, description, range=range, **options)
+
+
+def _at_activate(name: str, default: Any, description: str, *limits: float, **options: Any) -> ParameterSpec:
+    range = Range(limits[0], limits[1]) if limits else None
+    return ParameterSpec(name, Kind.AT_ACTIVATE, default, description, range=range, **options)
 
 
 def _at_start(name: str, default: Any, description: str, **options: Any) -> ParameterSpec:
@@ -194,6 +200,20 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
             "deactivate_policy", "finish", "How deactivate ends the running request.", choices=DEACTIVATE_POLICIES
         ),
         _dynamic("deactivate_timeout", 5.0, "Seconds the running request may go on in deactivate.", 0.0, 300.0),
+    ),
+    "The OpenAI-compatible endpoint": (
+        _at_activate(
+            "http_port", 0, "TCP port of the HTTP endpoint while the node is active; 0 = there is none.", 0, 65535,
+            launch_default="",
+        ),
+        _at_activate(
+            "http_host", "127.0.0.1",
+            "Address it listens on; 127.0.0.1: programs of this machine alone, 0.0.0.0: every network.",
+        ),
+        _at_activate(
+            "http_api_key_file", "",
+            "File with one API key a line, of which a client has to send one; empty = none is asked for.",
+        ),
     ),
     "The process": (
         _at_start(

@@ -2,7 +2,7 @@
 
 *Fixed* parameters are read when the node is configured; a change while it is configured is refused with the reason.
 Those *at start* are read once.
-*Dynamic* ones hold from the next request on.
+*Dynamic* ones hold from the next request on, those *at activate* from the next activate on.
 """
 
 from __future__ import annotations
@@ -35,19 +35,27 @@ _TYPES = {
     str: ParameterType.PARAMETER_STRING,
     list: ParameterType.PARAMETER_STRING_ARRAY,
 }
-_NOTES = {Kind.FIXED: " Taken at the next configure.", Kind.DYNAMIC: "", Kind.AT_START: " Taken when the node starts."}
+_NOTES = {
+    Kind.FIXED: " Taken at the next configure.",
+    Kind.AT_ACTIVATE: " Taken at the next activate.",
+    Kind.DYNAMIC: "",
+    Kind.AT_START: " Taken when the node starts.",
+}
 _BY_NAME = {spec.name: spec for spec in SPECS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(RequestDefaults):
-    """The dynamic parameters as one consistent snapshot; a request reads exactly one."""
+    """The parameters that may change at any time, as one consistent snapshot; a request reads exactly one."""
 
     busy_policy: str
     queue_depth: int
     warn_wait: float  # s; 0 = never
     deactivate_policy: str
     deactivate_timeout: float  # s
+    http_port: int  # 0 = no endpoint; these three are taken at activate
+    http_host: str
+    http_api_key_file: str  # "" = no key is asked for
 
 
 def describe(spec: ParameterSpec) -> ParameterDescriptor:
@@ -148,8 +156,9 @@ def read_engine_config(node: Node) -> EngineConfig:
 
 
 def read_settings(node: Node) -> Settings:
-    """Return the dynamic parameters; call it where parameters are set (the executor) for one snapshot."""
-    values = {spec.name: node.get_parameter(spec.name).value for spec in SPECS if spec.kind is Kind.DYNAMIC}
+    """Return the parameters that may change; call it where parameters are set (the executor) for one snapshot."""
+    kinds = (Kind.DYNAMIC, Kind.AT_ACTIVATE)
+    values = {spec.name: node.get_parameter(spec.name).value for spec in SPECS if spec.kind in kinds}
     sampling = {name: values.pop(name) for name in OPTION_TYPES}
     if sampling["seed"] == RANDOM_SEED:
         sampling["seed"] = None

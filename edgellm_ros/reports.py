@@ -12,6 +12,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 
 from edgellm_ros.conversions import error_code, error_message, to_memory_plan
 from edgellm_ros.diagnostics import Health
+from edgellm_ros.http_endpoint import HttpEndpoint
 from edgellm_ros.msg import EngineStatus, RequestStatus
 from edgellm_ros.srv import GetInfo
 from edgellm_ros.state import NodeState
@@ -90,7 +91,7 @@ def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response
     return info
 
 
-def make_health(state: NodeState, topics: Topics, num_refused: int) -> Health:
+def make_health(state: NodeState, topics: Topics, num_refused: int, http: HttpEndpoint) -> Health:
     """Return what /diagnostics says. ``num_refused``: requests since the node started."""
     name = _STATE_NAMES[state.lifecycle]
     engine, worker, error, last = state.engine, state.worker, state.error, topics.last
@@ -108,6 +109,8 @@ def make_health(state: NodeState, topics: Topics, num_refused: int) -> Health:
         if engine.speculation.enabled:
             for key, count in dataclasses.asdict(topics.speculation_total).items():
                 values[f"speculation, {key}"] = str(count)
+    if http.url or http.problem:
+        values["http"] = http.url or http.problem
     if worker is not None:
         values["busy"], values["queued"] = str(worker.busy), str(worker.queued)
     wait = worker.longest_wait if worker is not None else 0.0
@@ -124,6 +127,8 @@ def make_health(state: NodeState, topics: Topics, num_refused: int) -> Health:
         level, message = DiagnosticStatus.WARN, f"the queue is full ({worker.queued} requests wait)"
     elif 0 < state.settings.warn_wait < wait:
         level, message = DiagnosticStatus.WARN, f"a request has been waiting for {wait:.1f} s"
+    elif http.problem:
+        level, message = DiagnosticStatus.WARN, http.problem
     device = engine.device if engine is not None else "no engine"
     return Health(level, message, f"{platform.node()}: {device}", values)
 

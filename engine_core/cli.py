@@ -28,6 +28,7 @@ COMMANDS = (
     "inspect",
     "plan",
     "generate",
+    "serve",
     "evaluate",
     "bench",
     "doctor",

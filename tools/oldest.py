@@ -22,7 +22,8 @@ VENV = ROOT / ".venv-oldest"
 _HEADER = (
     "# Lower bounds of requirements.txt and setup.py, made by tools/oldest.py; make test-oldest tests with them.\n"
 )
-_TEST_TOOLS = ("pytest", "hypothesis", "jsonschema", "psutil")  # in the versions of tools/requirements-test.txt
+# In the versions of tools/requirements-test.txt.
+_TEST_TOOLS = ("pytest", "hypothesis", "jsonschema", "psutil", "openai")
 _COMPILER = "nvidia-cuda-nvrtc-cu12"  # compiles the kernels without a GPU
 _REQUIREMENT = re.compile(r"([\w.-]+)>=([\w.]+)(?:,[^;]*)?(;.*)?")
 

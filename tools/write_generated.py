@@ -21,6 +21,7 @@ _WIDTH = 118
 _KINDS = {
     Kind.FIXED: "Fixed: taken at configure; a change while the node is configured is refused.",
     Kind.DYNAMIC: "Dynamic: a change, for instance by a slider of rqt, holds from the next request on.",
+    Kind.AT_ACTIVATE: "At activate: a change is accepted at any time and taken at the next activate.",
     Kind.AT_START: "Taken when the process starts; a change is refused.",
 }
 

@@ -1,0 +1,100 @@
+"""The limits of connections, and the one adapter to uvicorn's protocol that keeps them.
+
+uvicorn (0.30 to 0.54) limits the time between requests of a connection, but neither the number of connections, nor the
+time a client takes for its headers or for reading an answer. asyncio's protocol callbacks tell all three; beside them
+this file uses ``connections``, ``cycle``, ``loop`` and ``transport`` of ``H11Protocol``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from engine_core.request import LIMITS
+
+_TOO_MANY_HEAD = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    b"content-length: %d\r\n\r\n"
+)
+_TOO_MANY_BODY = (
+    b'{"error":{"message":"Too many connections are open; close some.","type":"server_error","param":null,'
+    b'"code":"too_many_connections"}}'
+)
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """What one client, and all of them together, may take."""
+
+    connections: int = 128
+    header_bytes: int = 16 << 10
+    # Text and schema at their largest, and as much again for JSON's escapes and the other fields.
+    body_bytes: int = 2 * (LIMITS.text_bytes + LIMITS.schema_bytes)
+    header_time: float = 10.0  # s, from the first byte of a request (or the connection) to the end of its headers
+    body_time: float = 30.0  # s, for a request's body
+    write_time: float = 30.0  # s, without room for more of an answer because the client does not read
+    idle_time: int = 15  # s, between two requests
+
+
+DEFAULT_LIMITS = HttpLimits()
+
+
+class LimitedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with the limits of connections."""
+
+    limits = DEFAULT_LIMITS
+    _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            transport.write(_TOO_MANY_HEAD % len(_TOO_MANY_BODY) + _TOO_MANY_BODY)
+            transport.close()
+        else:
+            self._expect_headers()
+
+    def data_received(self, data: bytes) -> None:
+        if self._header_timer is None and not self._is_answering:
+            self._expect_headers()
+        super().data_received(data)
+        if self._is_answering:
+            self._stop_header_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.limits.write_time, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_header_timer()
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    @property
+    def _is_answering(self) -> bool:
+        """Whether the headers of a request have come that has not been answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _expect_headers(self) -> None:
+        self._header_timer = self.loop.call_later(self.limits.header_time, self.transport.abort)
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+
+def limited_protocol(limits: HttpLimits) -> type[H11Protocol]:
+    """Return the protocol class that keeps ``limits``."""
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})

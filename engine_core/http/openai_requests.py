@@ -1,0 +1,212 @@
+"""From the JSON body of OpenAI's API to a ``GenerationRequest``. Every field is read, or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import uuid
+from dataclasses import dataclass
+
+from engine_core.errors import InvalidSamplingError
+from engine_core.http.errors import ModelError
+from engine_core.http.fields import FieldError, Fields
+from engine_core.request import (
+    LIMITS,
+    SAMPLING_OPTIONS,
+    ChatMessage,
+    GenerationRequest,
+    RequestDefaults,
+    SamplingParams,
+)
+
+# Fields of OpenAI's API that say something to OpenAI's servers and nothing to a model.
+WITHOUT_EFFECT = (
+    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+)  # fmt: skip
+_MAX_TOKENS = "max_new_tokens"
+_ROLES = {"developer": "system"}
+_BY_REPETITION = "use repetition_penalty instead."
+_NO_LOGPROBS = "the backends keep the logits on their device."
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request and how its client wants the answer."""
+
+    request: GenerationRequest
+    model: str
+    stream: bool
+    include_usage: bool  # as the last event of a stream
+
+
+def chat_request(fields: Fields, defaults: RequestDefaults, adapters: dict[str, str]) -> Asked:
+    """Return the request of /v1/chat/completions.
+
+    ``adapters``: name of each served model → its LoRA adapter, "" for the model itself; the first is the default.
+    Raises RequestError.
+    """
+    LIMITS.check_messages(len(messages := fields.objects("messages")))
+    session = fields.take("session", str) or ""
+    schema = _schema(fields.object("response_format"))
+    fields.only("logprobs", False, why=_NO_LOGPROBS)
+    fields.only("top_logprobs", 0, why=_NO_LOGPROBS)
+    fields.only("store", False, why="nothing is stored here.")
+    fields.only("modalities", ["text"], why="answers are text.")
+    fields.only("audio", why="answers are text.")
+    fields.only("prediction", why="the node guesses tokens by itself (parameter speculation).")
+    fields.only("web_search_options", why="a robot's model has no web search; give it a tool.")
+    fields.only("verbosity", "medium", why="say it in the system message.")
+    fields.only("functions", why="use tools.")
+    fields.only("function_call", why="use tool_choice.")
+    content = {
+        "messages": defaults.with_system(tuple(_message(message) for message in messages), session),
+        "session": session,
+        "default_system": defaults.system_prompt,
+        "context_policy": fields.take("context_policy", str) or "refuse",
+        "json_schema": schema,
+        "allow_special": fields.take("allow_special", bool) or False,
+    }
+    return _asked("chatcmpl", fields, defaults, adapters, content)
+
+
+def completion_request(fields: Fields, defaults: RequestDefaults, adapters: dict[str, str]) -> Asked:
+    """Return the request of /v1/completions, as ``chat_request`` does."""
+    prompt = fields.take("prompt", str, list)
+    if isinstance(prompt, list):
+        if len(prompt) != 1 or not isinstance(prompt[0], str):
+            raise FieldError("prompt", "prompt is a list, but it must be a string or a list of one string.")
+        prompt = prompt[0]
+    fields.only("logprobs", why=_NO_LOGPROBS)
+    fields.only("echo", False, why="put the prompt before the answer yourself.")
+    fields.only("suffix", "", why="the models continue a text and fill no gaps.")
+    fields.only("best_of", 1, why="one answer is made of each request.")
+    return _asked("cmpl", fields, defaults, adapters, {"prompt": prompt or "", "json_schema": ""})
+
+
+def _asked(prefix: str, fields: Fields, defaults: RequestDefaults, adapters: dict[str, str], content: dict) -> Asked:
+    """Read what both kinds of request have."""
+    model = fields.take("model", str) or next(iter(adapters))
+    if model not in adapters:
+        raise ModelError(model, adapters)
+    stream = fields.take("stream", bool) or False
+    include_usage = False
+    if (options := fields.object("stream_options")) is not None:
+        if not stream:
+            raise FieldError("stream_options", "stream_options is given, but stream is not true.")
+        include_usage = options.take("include_usage", bool) or False
+        options.only("include_obfuscation", False, why="events are not padded.")
+        options.finish()
+    sampling = _sampling(fields, defaults.sampling)
+    stop = fields.take("stop", str, list)
+    if isinstance(stop, list) and not all(isinstance(text, str) for text in stop):
+        raise FieldError("stop", "stop is a list of other things than strings.")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    deadline = fields.take("deadline", float)
+    priority = fields.take("priority", int) or 0
+    fields.only("n", 1, why="one answer is made of each request; send it again for another one.")
+    fields.only("frequency_penalty", 0, 0.0, why=_BY_REPETITION)
+    fields.only("presence_penalty", 0, 0.0, why=_BY_REPETITION)
+    fields.skip(WITHOUT_EFFECT)
+    fields.finish()
+    request = GenerationRequest(
+        request_id=f"{prefix}-{uuid.uuid4().hex}",
+        sampling=sampling,
+        stop=stops or (() if content["json_schema"] else defaults.stop),
+        adapter=adapters[model],
+        priority=priority,
+        timeout=deadline or defaults.request_timeout,
+        stream_interval=defaults.stream_interval,
+        **content,
+    )
+    return Asked(request, model, stream, include_usage)
+
+
+def _message(fields: Fields) -> ChatMessage:
+    role = fields.take("role", str)
+    if role is None:
+        raise FieldError(fields.name("role"), f"{fields.path} has no role.")
+    content = _text(fields)
+    if role == "assistant":
+        fields.only("refusal", why="send it as content.")
+        fields.only("audio", why="messages are text.")
+        fields.only("function_call", why="use tool_calls.")
+    fields.take("name", str)  # of who speaks: no template shows it; documented
+    fields.finish()
+    return ChatMessage(_ROLES.get(role, role), content)
+
+
+def _text(fields: Fields) -> str:
+    """Return the content of a message: a string, or parts of text one after another."""
+    content = fields.take("content", str, list)
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for index, part in enumerate(content):
+        part = Fields(part, f"{fields.name('content')}[{index}]")
+        kind = part.take("type", str)
+        if kind != "text":
+            raise FieldError(part.path, f"{part.path} is of type {(kind or '')[:32]!r}, but only text is accepted.")
+        texts.append(part.take("text", str) or "")
+        part.finish()
+    return "".join(texts)
+
+
+def _schema(response_format: Fields | None) -> str:
+    """Return the JSON schema that a response_format asks for; "" = free text."""
+    if response_format is None:
+        return ""
+    kind = response_format.take("type", str)
+    schema = ""
+    if kind == "json_object":
+        schema = '{"type": "object"}'
+    elif kind == "json_schema":
+        wrapper = response_format.object("json_schema")
+        inner = None if wrapper is None else wrapper.take("schema", dict)
+        if wrapper is None or inner is None:
+            raise FieldError("response_format", "response_format has no json_schema with a schema.")
+        wrapper.take("name", str)  # the schema is always kept to, whatever it is called
+        wrapper.take("description", str)
+        wrapper.take("strict", bool)
+        wrapper.finish()
+        schema = json.dumps(inner)
+    elif kind != "text":
+        raise FieldError(
+            "response_format.type",
+            f"response_format.type is {(kind or '')[:32]!r}, but it must be text, json_object or json_schema.",
+        )
+    response_format.finish()
+    return schema
+
+
+def _sampling(fields: Fields, defaults: SamplingParams) -> SamplingParams:
+    given: dict = {}
+    for option in SAMPLING_OPTIONS.values():
+        if option.name != _MAX_TOKENS and (value := fields.take(option.name, option.kind)) is not None:
+            given[option.name] = value
+    limits = {
+        value for name in ("max_tokens", "max_completion_tokens") if (value := fields.take(name, int)) is not None
+    }
+    if len(limits) > 1:
+        raise FieldError("max_tokens", "max_tokens and max_completion_tokens differ; give one of them.")
+    if limits:
+        given[_MAX_TOKENS] = limits.pop()
+    if (bias := fields.take("logit_bias", dict)) is not None:
+        given["logit_bias"] = _logit_bias(bias)
+    if (ids := fields.take("stop_token_ids", list)) is not None:
+        if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+            raise FieldError("stop_token_ids", "stop_token_ids is a list of other things than token ids.")
+        given["stop_token_ids"] = tuple(ids)
+    if (ignore_eos := fields.take("ignore_eos", bool)) is not None:
+        given["ignore_eos"] = ignore_eos
+    return dataclasses.replace(defaults, **given)
+
+
+def _logit_bias(bias: dict) -> tuple[tuple[int, float], ...]:
+    LIMITS.check_count("logit biases", len(bias), LIMITS.logit_biases)
+    pairs = []
+    for name in bias:
+        value = Fields(bias, "logit_bias").take(name, float)
+        if not (name.isascii() and name.isdigit() and len(name) <= 10):
+            raise InvalidSamplingError(f"logit_bias has the key {name[:32]!r}, but its keys must be token ids.")
+        pairs.append((int(name), value or 0.0))
+    return tuple(pairs)

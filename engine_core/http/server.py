@@ -1,0 +1,117 @@
+"""The HTTP server in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from pathlib import Path
+
+import uvicorn
+
+from engine_core.errors import ConfigurationError
+from engine_core.http.app import OpenAIApp
+from engine_core.http.limits import DEFAULT_LIMITS, HttpLimits, limited_protocol
+from engine_core.http.metrics import Metrics
+from engine_core.serving.intake import Intake
+
+_BACKLOG = 64
+_GRACE = 1  # s, for answers that are still being sent when it is closed
+
+_log = logging.getLogger(__name__)
+
+
+class HttpServer:
+    """Serves OpenAI's API in front of ``intake``, from when it is made until it is closed."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        *,
+        host: str = "127.0.0.1",
+        port: int,
+        api_key_file: str = "",
+        limits: HttpLimits = DEFAULT_LIMITS,
+    ) -> None:
+        """``port``: 0 = any that is free. Raises ConfigurationError."""
+        keys = read_keys(api_key_file) if api_key_file else ()
+        sock = _listen(host, port)
+        self.host, self.port = sock.getsockname()[:2]
+        if not keys and not _is_loopback(self.host):
+            _log.warning("The HTTP endpoint answers everyone who reaches %s; set an API key file.", self.url)
+        self._intake = intake
+        metrics = Metrics(intake.state)
+        intake.watch = metrics.observe
+        config = uvicorn.Config(
+            OpenAIApp(intake, metrics, limits, keys).asgi,
+            http=limited_protocol(limits),
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # the pages log what goes wrong in them
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=limits.idle_time,
+            timeout_graceful_shutdown=_GRACE,
+            h11_max_incomplete_event_size=limits.header_bytes,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._serve, args=(sock,), name="edgellm-http", daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def close(self, timeout: float = 3.0) -> bool:
+        """Stop listening, end the connections and the thread; False if it still runs after ``timeout`` seconds.
+
+        Requests are not cancelled: close the worker first.
+        """
+        self._intake.watch = None
+        self._server.should_exit = True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            self._server.run(sockets=[sock])
+        except BaseException:
+            _log.exception("The HTTP endpoint ended")
+        finally:
+            sock.close()
+
+
+def read_keys(path: str) -> tuple[bytes, ...]:
+    """Return the API keys of a file, one a line; empty lines and those with a # are left out.
+
+    Raises ConfigurationError if it cannot be read or has none.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).expanduser().read_bytes().splitlines()]
+    except OSError as error:
+        raise ConfigurationError(f"The API key file {path} cannot be read: {error.strerror or error}.") from None
+    keys = tuple(line for line in lines if line and not line.startswith(b"#"))
+    if not keys:
+        raise ConfigurationError(f"The API key file {path} has no key; write one key a line.")
+    return keys
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises ConfigurationError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigurationError(f"The HTTP endpoint cannot listen on {host}, port {port}: {reason}.") from None
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "::1" or host.startswith("127.")
