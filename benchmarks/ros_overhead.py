@@ -1,4 +1,4 @@
-"""Measure what ROS adds: the same request in process and through service, action and topic, from another process.
+"""Measure what ROS and HTTP add: the same request in process and through each front, from another process.
 
     python3 benchmarks/ros_overhead.py ENGINE_DIR [--tokens 200] [--rounds 15] [--starts 1] [--out FILE]
 
@@ -12,7 +12,8 @@ times run from before it sends the request to when its callback has the first pi
 - service: nothing streams, so the first token is the node's figure plus what the client waited longer than the node
   worked. Nobody listens to the topics then;
 - action: feedback;
-- topic: ~/tokens, of a request made through the service.
+- topic: ~/tokens, of a request made through the service;
+- http: the server-sent events of /v1/chat/completions, over a connection that is kept open.
 
 The decode step is what the node's results say. A client in Python takes the better part of a millisecond of a core for
 each message, as much as the model for a token; with two cores it would starve the node it measures. So after the
@@ -27,11 +28,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import http.client
 import json
 import os
 import platform
 import queue
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -40,6 +43,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import rclpy
@@ -62,7 +66,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import isolation  # noqa: E402
 
 NAME = "llm_overhead"
-PATHS = ("in process", "service", "action", "topic")
+PATHS = ("in process", "service", "action", "topic", "http")
 PROMPT = "please bring me the red cup from the kitchen and put it on the table in the living room"
 LIMIT = 60.0  # s
 DISCOVERY = 0.3  # s
@@ -145,7 +149,11 @@ class OverRos:
 
     def __init__(self, engine_dir: Path, num_tokens: int, num_threads: int, script: str = __file__) -> None:
         """``script``: what serves the node when it is run with ``--serve``."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
         arguments = ["-r", f"__node:={NAME}", "-p", f"engine_dir:={engine_dir}", "-p", f"num_threads:={num_threads}"]
+        arguments += ["-p", f"http_port:={port}"]
         self.process = subprocess.Popen(
             [sys.executable, script, "--serve", str(num_tokens), "--ros-args", *arguments, "--log-level", "warn"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -158,6 +166,7 @@ class OverRos:
         self._state = self._node.create_client(GetState, f"{NAME}/get_state")
         self._service = self._node.create_client(Generate, f"{NAME}/generate")
         self._action = ActionClient(self._node, GenerateAction, f"{NAME}/generate")
+        self._num_tokens = num_tokens
         self._request = GenerationRequest(
             messages=[ChatMessage(role="user", content=PROMPT)],
             sampling=SamplingOptions(max_new_tokens=[num_tokens], ignore_eos=True),
@@ -243,6 +252,26 @@ class OverRos:
         assert len(times.tokens) == metrics.generated_tokens, "pieces were lost"
         return make_row(times.first, metrics)
 
+    def http(self) -> Row:
+        body = {
+            "messages": [{"role": "user", "content": PROMPT}], "max_tokens": self._num_tokens, "ignore_eos": True,
+            "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        start = time.perf_counter()
+        headers = {"content-type": "application/json"}
+        self._connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        response = self._connection.getresponse()
+        first = b""
+        while b'"content"' not in first:
+            first = response.readline()
+        began = time.perf_counter() - start
+        time.sleep(self.rest)
+        events = [json.loads(line[6:]) for line in response.read().splitlines() if line.startswith(b"data: {")]
+        usage, figures = events[-1]["usage"], events[-2]["edgellm"]
+        assert usage["completion_tokens"] == self._num_tokens, "tokens were lost"
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return make_row(began, SimpleNamespace(tokens_per_second=figures["tokens_per_second"], cached_tokens=cached))
+
     def _rest_after_first(self, times: Times) -> None:
         end = time.monotonic() + LIMIT
         while not times.tokens:
@@ -258,6 +287,7 @@ class OverRos:
     def close(self) -> None:
         self.process.send_signal(signal.SIGINT)
         self.process.wait(10)
+        self._connection.close()
         self._action.destroy()
         self._node.destroy_node()
 
@@ -289,7 +319,7 @@ def measure(arguments: argparse.Namespace, rounds: int, found: Found) -> None:
     options = (arguments.engine_dir, arguments.tokens, arguments.threads)
     over_ros = OverRos(*options)
     baseline = Baseline(over_ros.process)
-    paths = dict(zip(PATHS, (baseline.measure, over_ros.service, over_ros.action, over_ros.topic)))
+    paths = dict(zip(PATHS, (baseline.measure, over_ros.service, over_ros.action, over_ros.topic, over_ros.http)))
     try:
         over_ros.bring_up()
         found.model = over_ros.model()
