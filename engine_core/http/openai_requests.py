@@ -24,6 +24,7 @@ WITHOUT_EFFECT = (
     "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 )  # fmt: skip
 _MAX_TOKENS = "max_new_tokens"
+_MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens", _MAX_TOKENS)
 _ROLES = {"developer": "system"}
 _BY_REPETITION = "use repetition_penalty instead."
 _NO_LOGPROBS = "the backends keep the logits on their device."
@@ -183,11 +184,9 @@ def _sampling(fields: Fields, defaults: SamplingParams) -> SamplingParams:
     for option in SAMPLING_OPTIONS.values():
         if option.name != _MAX_TOKENS and (value := fields.take(option.name, option.kind)) is not None:
             given[option.name] = value
-    limits = {
-        value for name in ("max_tokens", "max_completion_tokens") if (value := fields.take(name, int)) is not None
-    }
+    limits = {value for name in _MAX_TOKENS_NAMES if (value := fields.take(name, int)) is not None}
     if len(limits) > 1:
-        raise FieldError("max_tokens", "max_tokens and max_completion_tokens differ; give one of them.")
+        raise FieldError("max_tokens", f"{', '.join(_MAX_TOKENS_NAMES)} are one limit and differ; give one of them.")
     if limits:
         given[_MAX_TOKENS] = limits.pop()
     if (bias := fields.take("logit_bias", dict)) is not None:
