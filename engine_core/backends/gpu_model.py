@@ -68,7 +68,7 @@ class DeviceModel(Generic[Layer]):
         self._row_counts = prefill_rows(spec.chunk)
 
     def fill(self, source: WeightSource, rope: np.ndarray) -> None:
-        """Loads every weight and the RoPE table: float32 [max_context, head_dim / 2, 2], cos and sin."""
+        """Loads every weight and the RoPE tables: float32, CudaSpec.rope_shape, cos and sin."""
         for name, array in self.weights.items():
             source(name, array)
         assert rope.dtype == np.float32 and rope.shape == self.work["rope"].shape
@@ -148,6 +148,8 @@ class DeviceModel(Generic[Layer]):
                 norm_weight=weights["norm"],
                 norm_eps=self.spec.norm_eps,
                 norm_size=self.spec.model.hidden_size,
+                norm_offset=self.spec.model.norm_offset,
+                softcap=self.spec.model.logits_softcap,
             )
         ]
 
@@ -159,10 +161,14 @@ class DeviceModel(Generic[Layer]):
         w = self.work
         token = DeviceArray(w["state"].address + sampling.STATE.fields["token"][1], (1,), "int32")
         hidden = DeviceArray(w["hidden"].address, (1, self.spec.hidden), "fp32")
-        launches: list[Work] = [linear.embed(self._kernels, self.weights["embed"], token, hidden)]
+        launches: list[Work] = [self._embedding(token, hidden)]
         for i in range(self.spec.num_layers if num_layers is None else num_layers):
             launches += self._adapted_decode_layer(i) if adapted else self._decode_layer(i)
         return launches + self.sampling_launches(host_tokens)
+
+    def _embedding(self, tokens: DeviceArray, output: DeviceArray, token_stride: int = 1) -> Launch:
+        scale = self.spec.model.embedding_scale
+        return linear.embed(self._kernels, self.weights["embed"], tokens, output, token_stride, scale)
 
     def _decode_layer(self, i: int) -> list[Work]:
         raise NotImplementedError
@@ -189,10 +195,10 @@ class DeviceModel(Generic[Layer]):
         w = self.work
         return attention.attention_decode(
             self._kernels,
-            self.spec.attention,
+            self.spec.attention_of(i),
             w["qkv"].at(0),
             self._cache(i),
-            w["rope"],
+            self._rope(i),
             w["state"],
             w["partial"],
             w["counters"],
@@ -210,6 +216,11 @@ class DeviceModel(Generic[Layer]):
         """Layer ``i``'s KV cache, of the first slot."""
         return self.work["kv_cache"].at(*self._layer(i))
 
+    def _rope(self, i: int) -> DeviceArray:
+        """Layer ``i``'s RoPE table."""
+        tables = self.work["rope"]
+        return tables if len(self.spec.model.ropes) == 1 else tables.at(self.spec.model.layers[i].rope)
+
     def _scales(self, i: int) -> DeviceArray | None:
         return self.work["kv_scales"].at(*self._layer(i)) if self.spec.attention.kv_int8 else None
 
@@ -220,7 +231,7 @@ class DeviceModel(Generic[Layer]):
 
     def prepare_prefill(self) -> None:
         """Makes the launches of a prefill chunk. Raises KernelCompileError or DeviceError."""
-        self._embed = linear.embed(self._kernels, self.weights["embed"], self._tokens, self.work["hidden"])
+        self._embed = self._embedding(self._tokens, self.work["hidden"])
         self._keep = [linear.keep_last_row(self._kernels, self.work[name], self._chunk) for name in self._kept]
         self._layers = [self._prefill_layer(i) for i in range(self.spec.num_layers)]
         has_adapters = bool(self.spec.adapters)
@@ -260,7 +271,7 @@ class DeviceModel(Generic[Layer]):
         w = self.work
         return attention.rope_append(
             self._kernels,
-            *(self.spec.attention, w["qkv"], self._cache(i), w["rope"], self._slot_chunk),
+            *(self.spec.attention_of(i), w["qkv"], self._cache(i), self._rope(i), self._slot_chunk),
             norms=self._head_norms(i),
             scales=self._scales(i),
         )
@@ -269,7 +280,7 @@ class DeviceModel(Generic[Layer]):
         w = self.work
         arrays = (w["qkv"], self._cache(i), w["attended"], self._slot_chunk)
         return attention.attention_prefill(
-            self._kernels, self.spec.attention, *arrays, self._row_counts, scales=self._scales(i)
+            self._kernels, self.spec.attention_of(i), *arrays, self._row_counts, scales=self._scales(i)
         )
 
     def _run_attention(self, rope_append: Launch, attend: attention.AttentionPrefill, rows: int) -> None:

@@ -44,9 +44,9 @@ class Weights:
         self.spec = spec
         self.vocab_map = vocab_map
 
-    def norm(self, name: str) -> np.ndarray:
-        """float32 [size], the architecture's offset added."""
-        return self._checkpoint.read(name) + np.float32(self.spec.norm_offset)
+    def norm(self, name: str, *, with_offset: bool = True) -> np.ndarray:
+        """float32 [size], the architecture's offset added unless ``with_offset`` is False."""
+        return self._checkpoint.read(name) + np.float32(self.spec.norm_offset if with_offset else 0)
 
     def linear_shape(self, linear: LinearSpec) -> tuple[int, int]:
         shapes = [self._checkpoint.shape(part) for part in linear.parts]

@@ -37,7 +37,8 @@ def embed(defines: dict, args) -> None:
     stride = defines["TOKEN_STRIDE"]
     ids = array_at(tokens, ((count - 1) * stride + 1,), np.int32)[::stride]
     ids = np.maximum(ids, 0)  # below 0: a failed step's token, which is none
-    array_at(output, (count, cols), F32)[:] = array_at(table, (int(ids.max()) + 1, cols), F16)[ids]
+    rows = array_at(table, (int(ids.max()) + 1, cols), F16)[ids].astype(F32)
+    array_at(output, (count, cols), F32)[:] = rows * F32(_float(defines["EMBEDDING_SCALE"]))
 
 
 def rms_norm(defines: dict, args) -> None:
@@ -47,8 +48,12 @@ def rms_norm(defines: dict, args) -> None:
     if defines["ADD"]:
         values += array_at(delta, shape, F16)
     scale = array_at(weight, shape[1:], F16).astype(F64)
-    eps, size = _float(defines["NORM_EPS"]), defines["NORM_SIZE"]
-    array_at(output, shape, F16)[:] = reference.rms_norm(values.astype(F64), scale, eps, size)
+    scale += _float(defines["NORM_OFFSET"])
+    normed = reference.rms_norm(values.astype(F64), scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
+    if defines["RESIDUAL"]:
+        array_at(output, shape, F32)[:] += normed
+    else:
+        array_at(output, shape, F16)[:] = normed
 
 
 def _matrix(defines: dict, address: int) -> np.ndarray:
@@ -72,40 +77,44 @@ def gemv_packed(defines: dict, args) -> None:
 
 def gemv(defines: dict, args) -> None:
     weight, vector, norm, bias, output = (address_of(args, i) for i in range(5))
-    rows, cols, epilogue = defines["ROWS"], defines["COLS"], defines["EPILOGUE"]
+    rows, cols = defines["ROWS"], defines["COLS"]
     values = array_at(vector, (cols,), F32 if defines["NORM"] else F16).astype(F64)
     if defines["NORM"]:
-        scale = array_at(norm, (cols,), F16).astype(F64)
+        scale = array_at(norm, (cols,), F16).astype(F64) + _float(defines["NORM_OFFSET"])
         values = reference.rms_norm(values, scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
     if defines.get("LORA_RANK"):
         _make_lora_sums(defines, args, values)
     result = _matrix(defines, weight) @ values + _lora_term(defines, args, 6, 1)[0]
     if defines["BIAS"]:
         result += array_at(bias, (rows,), F16)
-    if epilogue == linear.RESIDUAL:
-        array_at(output, (rows,), F32)[:] += result
-    elif epilogue == linear.SILU:
-        array_at(output, (rows // 2,), F16)[:] = reference.silu_multiply(result)
-    else:
-        array_at(output, (rows,), F32 if epilogue == linear.LOGITS else F16)[:] = result
+    _finish(defines, output, result[None])
 
 
 def gemm_packed(defines: dict, args) -> None:
     """Each row by itself, so that its sums do not depend on how many there are."""
     weight, vectors, output, chunk, _, _, bias = (address_of(args, i) for i in range(7))
-    rows, cols, epilogue = defines["ROWS"], defines["COLS"], defines["EPILOGUE"]
+    rows, cols = defines["ROWS"], defines["COLS"]
     count = int(array_at(chunk, (CHUNK_WORDS,), np.int32)[1])
     matrix = _matrix(defines, weight)
     result = np.stack([matrix @ row for row in array_at(vectors, (count, cols), F16).astype(F64)])
     result += _lora_term(defines, args, 7, count)
     if defines.get("BIAS"):
         result += array_at(bias, (rows,), F16)
+    _finish(defines, output, result)
+
+
+def _finish(defines: dict, output: int, sums: np.ndarray) -> None:
+    """What EPILOGUE makes of the sums [n, rows]."""
+    (count, rows), epilogue, cap = sums.shape, defines["EPILOGUE"], _float(defines.get("LOGITS_SOFTCAP", "0"))
     if epilogue == linear.RESIDUAL:
-        array_at(output, (count, rows), F32)[:] += result
-    elif epilogue == linear.SILU:
-        array_at(output, (count, rows // 2), F16)[:] = reference.silu_multiply(result)
+        array_at(output, (count, rows), F32)[:] += sums
+    elif epilogue in linear.GATED:
+        multiply = reference.silu_multiply if epilogue == linear.SILU else reference.gelu_multiply
+        array_at(output, (count, rows // 2), F16)[:] = multiply(sums)
+    elif epilogue == linear.LOGITS:
+        array_at(output, (count, rows), F32)[:] = cap * np.tanh(sums / cap) if cap else sums
     else:
-        array_at(output, (count, rows), F32 if epilogue == linear.LOGITS else F16)[:] = result
+        array_at(output, (count, rows), F16)[:] = sums
 
 
 def _lora_b(defines: dict, b: int, adapter: int) -> tuple[np.ndarray, np.ndarray]:
@@ -182,15 +191,16 @@ def lora_expand_chunk(defines: dict, args) -> None:
         target[:] = target + reference.lora_expand(own, *_lora_b(defines, b, adapter))
 
 
-def silu_multiply(defines: dict, args) -> None:
+def gate_multiply(defines: dict, args) -> None:
     gate_up, output, pairs = address_of(args, 0), address_of(args, 1), defines["GRID"] * defines["COLS"]
     values = array_at(gate_up, (2 * pairs,), F16).astype(F64)
-    array_at(output, (pairs,), F16)[:] = reference.silu_multiply(values)
+    multiply = reference.gelu_multiply if defines["GELU"] else reference.silu_multiply
+    array_at(output, (pairs,), F16)[:] = multiply(values)
 
 
 def add_bias(defines: dict, args) -> None:
     values, bias, rows, width = address_of(args, 0), address_of(args, 1), defines["GRID"], defines["COLS"]
-    array_at(values, (rows, width), F16)[:] += array_at(bias, (width,), F16)
+    array_at(values, (rows, width), F32 if defines["FLOAT_VALUES"] else F16)[:] += array_at(bias, (width,), F16)
 
 
 def keep_last_row(defines: dict, args) -> None:
@@ -214,7 +224,7 @@ class FakeBlas:
         def work() -> None:
             product = array_at(rows.address, (count, weight.shape[1]), F16).astype(F64)
             product = product @ array_at(weight.address, weight.shape, F16).astype(F64).T
-            target = array_at(output.address, (count, weight.shape[0]), F32 if accumulate else F16)
+            target = array_at(output.address, (count, weight.shape[0]), F32 if output.dtype == "fp32" else F16)
             target[:] = target + product if accumulate else product
 
         self._device._driver.run(work)
@@ -229,7 +239,8 @@ class _Attention:
     def __init__(self, defines: dict, qkv: int, cache: int, count: int, slot: int = 0) -> None:
         cache += 2 * slot * defines["SLOT_STRIDE"]
         self.heads, self.kv_heads, dim = (defines[key] for key in ("HEADS", "KV_HEADS", "HEAD_DIM"))
-        self.head_size = defines["HEAD_SIZE"]
+        self.scale = _float(defines["SCALE_LOG2E"]) * np.log(2)
+        self.window, self.softcap = defines["WINDOW"], _float(defines["SOFTCAP"])
         assert not defines["KV_INT8"]
         rows = array_at(qkv, (count, self.heads + 2 * self.kv_heads, dim), F16)
         self.queries, self.keys, self.values = np.split(rows, [self.heads, self.heads + self.kv_heads], axis=1)
@@ -238,12 +249,13 @@ class _Attention:
     def rotate(self, defines: dict, rope: int, norms: tuple[int, int], position: int) -> np.ndarray:
         """The rotated queries, float64; the keys and values go to the cache."""
         count, _, dim = self.queries.shape
-        table = array_at(rope, (defines["CONTEXT"], dim // 2, 2), F32)[position : position + count].astype(F64)
+        table = array_at(rope, (defines["CONTEXT"], defines["ROTATED"] // 2, 2), F32)
+        table = table[position : position + count].astype(F64)
         rotated = []
         for vectors, norm in zip((self.queries, self.keys), norms, strict=True):
             vectors = vectors.astype(F64)
             if defines["QK_NORM"]:
-                weight = array_at(norm, (dim,), F16).astype(F64)
+                weight = array_at(norm, (dim,), F16).astype(F64) + _float(defines["NORM_OFFSET"])
                 vectors = reference.rms_norm(vectors, weight, _float(defines["NORM_EPS"]), defines["HEAD_SIZE"])
             rotated.append(reference.rotate(vectors, table))
         place = slice(position, position + count)
@@ -253,7 +265,8 @@ class _Attention:
 
     def attend(self, queries: np.ndarray, start: int, output: int) -> None:
         keys, values = self.cache[:, :, : start + len(queries)].astype(F64)
-        result = reference.attention(queries.astype(F64), keys, values, start, self.head_size)
+        options = (self.scale, self.window, self.softcap)
+        result = reference.attention(queries.astype(F64), keys, values, start, *options)
         array_at(output, result.shape, F16)[:] = result
 
 
@@ -294,7 +307,7 @@ def attention_decode(defines: dict, args) -> None:
 
 
 _ALL = (
-    *(embed, rms_norm, gemv, gemv_packed, dequantize_packed, gemm_packed, silu_multiply, add_bias, keep_last_row),
+    *(embed, rms_norm, gemv, gemv_packed, dequantize_packed, gemm_packed, gate_multiply, add_bias, keep_last_row),
     *(rope_append, attention_prefill, attention_decode, lora_shrink, lora_shrink_chunk, lora_expand_chunk),
 )
 KERNELS = {kernel.__name__: kernel for kernel in _ALL}

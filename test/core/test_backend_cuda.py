@@ -15,13 +15,15 @@ pytest.importorskip("transformers")
 
 import checkpoints
 from benchmarks.gpu_decode import TURN, measure_turn
-from device_steps import GREEDY, check_tokens_after_a_prefix, compare_logits, generate
+from device_steps import GREEDY, TOLERANCE, check_tokens_after_a_prefix, compare_logits, generate
+from engine_core.backends import SequenceStep
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda
 from engine_core.config import EngineConfig
-from engine_core.cuda.driver import DeviceMemoryError
+from engine_core.cuda.driver import DeviceArray, DeviceMemoryError
+from engine_core.cuda.kernels.sampling import STATE
 from engine_core.formats.manifest import read_manifest
-from engine_core.measure.steps import begin, extend, prefill
+from engine_core.measure.steps import begin, decode, extend, prefill
 from peak_memory import growth, large_checkpoint
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=100).astype(np.int32)
@@ -39,6 +41,67 @@ def built(request, tmp_path_factory):
 def load(engine_dir, tune_kernels=False, **config) -> CudaBackend:
     config = EngineConfig(engine_dir, tune_kernels=tune_kernels, **config)
     return CudaBackend.load(engine_dir, read_manifest(engine_dir), config)
+
+
+FAMILIES = (
+    "llama-tied-bias",
+    "mistral-window",
+    "qwen2-window",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "phi3-longrope",
+    "phi3-odd",
+)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, tmp_path):
+    """A checkpoint of a family that has something the others have not; windows end inside the prompt."""
+    return checkpoints.write(tmp_path / request.param, request.param)
+
+
+def test_logits_of_other_families_are_those_of_transformers(family, driver):
+    build_cuda(family, family / "engine", max_context=128)
+    compare_logits(load(family / "engine", prefill_chunk=64), checkpoints.reference(family), PROMPT[:80], FOLLOWING)
+
+
+def test_rows_of_other_families_have_the_logits_of_transformers(family, driver):
+    build_cuda(family, family / "engine", max_context=128)
+    backend, model, fed = load(family / "engine", max_batch=2), checkpoints.reference(family), {}
+    for slot, length in enumerate((70, 81)):
+        backend.begin(slot, GREEDY, PROMPT[:length])
+        token = backend.step([SequenceStep(slot, PROMPT[:length], 0)])[0].result()
+        fed[slot] = np.append(PROMPT[:length], token)
+    for each in backend.step([SequenceStep(0), SequenceStep(1)]):
+        each.result()
+    found = backend._device.download(backend._work["logits"])
+    for slot, ids in fed.items():
+        expected = checkpoints.reference_logits(model, ids)[-1]
+        assert np.abs(found[slot] - expected).max() < TOLERANCE * expected.std()
+    backend.close()
+
+
+def test_packed_weights_of_other_families_give_the_same_logits_however_they_are_multiplied(family, driver):
+    """Dequantized, as they are for a few tokens, and by a GEMV."""
+    build_cuda(family, family / "engine", max_context=128, quantization="int8")
+    backend, logits = load(family / "engine", prefill_chunk=128), []
+    begin(backend, GREEDY, PROMPT)
+    for parts in (np.split(PROMPT[:97], [96]), np.split(PROMPT[:97], [30, 60, 80, 96])):
+        start = 0
+        for part in parts[:-1]:
+            extend(backend, part, start)
+            start += len(part)
+        prefill(backend, parts[-1], start).result()
+        logits.append(backend._device.download(backend._work["logits"]))
+    prefill(backend, PROMPT[:96], 0).result()
+    address = backend._work["state"].address + STATE.fields["token"][1]
+    backend._device.upload(DeviceArray(address, (1,), "int32"), PROMPT[96:97])
+    decode(backend).result()
+    logits.append(backend._device.download(backend._work["logits"]))
+    for other in logits[1:]:
+        assert np.abs(other - logits[0]).max() < TOLERANCE * logits[0].std()
+    backend.close()
 
 
 @pytest.mark.parametrize("chunk", [0, 64])

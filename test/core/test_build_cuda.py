@@ -187,16 +187,16 @@ def test_a_group_of_zeros_stays_zero(kind, layout, dtype):
     "changes, quantization, error, text",
     [
         (
-            dict(architectures=["Gemma2ForCausalLM"], hidden_activation="gelu_pytorch_tanh"),
+            dict(num_attention_heads=34, num_key_value_heads=2),
             "fp16",
             UnsupportedModelError,
-            "Gemma2",
+            "16 query heads",
         ),
         (
-            dict(architectures=["MistralForCausalLM"], sliding_window=100),
+            dict(head_dim=272),
             "fp16",
             UnsupportedModelError,
-            "sliding window",
+            "head size",
         ),
         ({}, "fp32", BuildError, "fp32"),
     ],

@@ -195,9 +195,9 @@ def test_what_the_backends_run_today(checkpoints):
         assert all(runs("cuda", name, kind, "int8") for kind in ("fp16", "int8", "int4", "int4_awq"))
         assert runs("tensorrt", name, "fp16", "int8") and not runs("tensorrt", name, "fp32", "int8")
     for name in ("Gemma2ForCausalLM", "Gemma3ForCausalLM"):
-        assert not runs("cuda", name, "fp16") and runs("tensorrt", name, "fp16", "fp16")
-        assert not runs("tensorrt", name, "fp16", "int8")
+        assert runs("tensorrt", name, "fp16", "fp16") and not runs("tensorrt", name, "fp16", "int8")
     for name in specs:
+        assert all(runs("cuda", name, kind, "int8") for kind in ("fp16", "int8", "int4", "fp8", "nvfp4"))
         assert all(runs("onnxruntime", name, kind, "int8") for kind in ("fp32", "int8", "int4", "int4_awq"))
         assert not runs("onnxruntime", name, "fp8") and not runs("onnxruntime", name, "fp16")
     assert ("auto", *NAMES) == QUANTIZATIONS and set(KV_CACHE_TYPES[1:]) == {

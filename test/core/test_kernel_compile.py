@@ -144,6 +144,19 @@ def test_gemms_with_adapters_compile(arch):
     _compile_all(arch, ["lora"], BF16=1, FLOAT_OUTPUT=1, COLS=1000, LORA_PARTS=1)
 
 
+@for_each(BESIDE_BORDERS[-1:])
+def test_what_single_families_need_compiles(arch):
+    """Gemma's norms, activation and caps, windows, heads that are rotated partly, biases, 16 query heads a KV head."""
+    scores = dict(WINDOW=100, SOFTCAP="50.f", NORM_OFFSET="1.f", ROTATED=32, HEADS=16, KV_HEADS=1, BUNDLES=2)
+    _compile_all(arch, ("attention_decode", "attention_prefill", "rope_append"), BF16=1, **scores)
+    _compile_all(arch, ("attention_decode", "attention_prefill"), KV_INT8=1, BLOCKS=1, BATCHED=1, **scores)
+    _compile_all(arch, ("attention_decode", "rope_append"), ROTATED=0)
+    _compile_all(arch, ("gemv", "gemv_packed", "gemm_packed"), EPILOGUE=4, BIAS=1, NORM_OFFSET="1.f", BF16=1)
+    _compile_all(arch, ("gemv", "gemv_packed", "gemm_packed"), EPILOGUE=1, BIAS=1)
+    _compile_all(arch, ("gemv", "gemm_packed"), EPILOGUE=3, BIAS=1, LOGITS_SOFTCAP="30.f", NORM=0)
+    _compile_all(arch, ("rms_norm", "elementwise"), ADD=0, RESIDUAL=1, NORM_OFFSET="1.f", GELU=1, FLOAT_VALUES=1)
+
+
 @pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("floats", [0, 1])

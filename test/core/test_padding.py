@@ -61,7 +61,7 @@ def logits(arrays: dict[str, np.ndarray], rope: np.ndarray, spec, hidden_size: i
         if "q_norm" in layer:
             q, k = (reference.rms_norm(x, layer[f"{name}_norm"], eps, head_size) for x, name in ((q, "q"), (k, "k")))
         q, k = (reference.rotate(x, rope[:n]) for x in (q, k))
-        attended = reference.attention(q, k.swapaxes(0, 1), v.swapaxes(0, 1), 0, head_size)
+        attended = reference.attention(q, k.swapaxes(0, 1), v.swapaxes(0, 1), 0, (head_size or head_dim) ** -0.5)
         hidden = hidden + attended.reshape(n, -1) @ layer["o"].T
         normed = reference.rms_norm(hidden, layer["post_norm"], eps, hidden_size)
         hidden = hidden + reference.silu_multiply(normed @ layer["gate_up"].T) @ layer["down"].T

@@ -9,6 +9,7 @@ import pytest
 from gpu_bench import error
 
 from device_steps import GREEDY, generate
+from engine_core.backends import SequenceStep
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda
 from engine_core.config import EngineConfig
@@ -45,7 +46,46 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=64,
     rope_theta=10000.0,
 )
+FACTORS = [1.0 + 0.2 * i for i in range(16)]
+LONGROPE = dict(rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=64)
+LONGROPE |= dict(short_factor=FACTORS, long_factor=[2 * x for x in FACTORS], partial_rotary_factor=0.5)
+GEMMA3_ROPES = {
+    "full_attention": dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+    "sliding_attention": dict(rope_type="default", rope_theta=10000.0),
+}
+# What a family has that Llama has not.
+FAMILIES = {
+    "gemma2": ("Gemma2", dict(
+        num_attention_heads=4, head_dim=32, sliding_window=24, query_pre_attn_scalar=40, attn_logit_softcapping=5.0,
+        final_logit_softcapping=4.0,
+    )),
+    "gemma3": ("Gemma3Text", dict(
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=20, query_pre_attn_scalar=200,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], rope_parameters=GEMMA3_ROPES,
+    )),
+    "phi3, longrope": ("Phi3", dict(
+        hidden_size=128, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, rope_parameters=LONGROPE,
+        original_max_position_embeddings=64,
+    )),
+    "phi3, heads of 96": ("Phi3", dict(
+        hidden_size=192, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, sliding_window=40,
+        original_max_position_embeddings=512,
+    )),
+    "mistral, window, heads of 80": ("Mistral", dict(num_attention_heads=4, head_dim=80, sliding_window=33)),
+    "qwen2, window": ("Qwen2", dict(
+        hidden_size=128, num_attention_heads=8, use_sliding_window=True, sliding_window=17, max_window_layers=1,
+    )),
+    "llama, biases, heads of 112": ("Llama", dict(
+        num_attention_heads=2, num_key_value_heads=1, head_dim=112, attention_bias=True, mlp_bias=True,
+    )),
+    "llama, heads of 120": ("Llama", dict(num_attention_heads=4, head_dim=120)),
+    "llama, 16 query heads a KV head": ("Llama", dict(num_attention_heads=16, num_key_value_heads=1, head_dim=64)),
+    "mistral, 12 query heads a KV head": ("Mistral", dict(
+        num_attention_heads=24, num_key_value_heads=2, head_dim=32, sliding_window=50,
+    )),
+}  # fmt: skip
 MODELS = {
+    **FAMILIES,
     "llama": ("Llama", dict(head_dim=16, tie_word_embeddings=False)),
     "llama3 tied, scaled RoPE": ("Llama", dict(head_dim=32, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
     "mistral": ("Mistral", dict(head_dim=64, sliding_window=None)),
@@ -64,13 +104,19 @@ MODELS = {
 def model(request):
     """A random model in float32 whose weights are exact in bf16, and so in both types up to fp16's range."""
     torch.manual_seed(7)
-    family, changes = MODELS[request.param]
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **changes})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    return random_model(*MODELS[request.param])
+
+
+def random_model(family: str, changes: dict, **sizes):
+    """See ``model``."""
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **changes, **sizes})
+    config._attn_implementation = "eager"  # others leave soft capping out
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # norms and biases start as ones and zeros
-                torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+            if parameter.ndim == 1:  # norms and biases start as ones and zeros, and Gemma's norms as zeros, too
+                is_zero = name.endswith("bias") or family.startswith("Gemma")
+                torch.nn.init.normal_(parameter, mean=0.0 if is_zero else 1.0, std=0.2)
             parameter.copy_(parameter.to(torch.bfloat16).float())
     return model
 
@@ -177,10 +223,11 @@ def use_weights_of(engine_dir, model, kind: str) -> None:
 
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     hidden, inner = config.hidden_size, config.intermediate_size
+    head_dim = getattr(config, "head_dim", None) or hidden // heads[0]
     shapes = {
         "head": (config.vocab_size, hidden),
-        "qkv": (sum(heads) * config.head_dim, hidden),
-        "o": (hidden, heads[0] * config.head_dim),
+        "qkv": (sum(heads) * head_dim, hidden),
+        "o": (hidden, heads[0] * head_dim),
         "gate_up": (2 * inner, hidden),
         "down": (hidden, inner),
     }
@@ -188,17 +235,17 @@ def use_weights_of(engine_dir, model, kind: str) -> None:
         model.lm_head.weight = torch.nn.Parameter(restored("head").float())  # no longer the embedding
         for i, layer in enumerate(model.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
-            q, k, v = restored(f"layers.{i}.qkv").split([count * config.head_dim for count in heads])
-            gate_up = restored(f"layers.{i}.gate_up")
-            for linear, values in (
-                (attention.q_proj, q),
-                (attention.k_proj, k),
-                (attention.v_proj, v),
-                (attention.o_proj, restored(f"layers.{i}.o")),
-                (mlp.gate_proj, gate_up[0::2]),
-                (mlp.up_proj, gate_up[1::2]),
-                (mlp.down_proj, restored(f"layers.{i}.down")),
-            ):
+            qkv, gate_up = restored(f"layers.{i}.qkv"), restored(f"layers.{i}.gate_up")
+            gate, up = gate_up[0::2], gate_up[1::2]
+            attention.o_proj.weight.copy_(restored(f"layers.{i}.o"))
+            mlp.down_proj.weight.copy_(restored(f"layers.{i}.down"))
+            if hasattr(attention, "qkv_proj"):
+                attention.qkv_proj.weight.copy_(qkv)
+                mlp.gate_up_proj.weight.copy_(torch.cat([gate, up]))
+                continue
+            stacked = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+            parts = (*qkv.split([count * head_dim for count in heads]), gate, up)
+            for linear, values in zip(stacked, parts, strict=True):
                 linear.weight.copy_(values)
 
 
@@ -272,6 +319,41 @@ def test_quantized_logits(tmp_path, quantization, dtype, tied, sizes):
     build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization=quantization, max_context=256, dtype=dtype)
     use_weights_of(tmp_path / "engine", model, quantization)
     check_greedy(tmp_path / "engine", model)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "120" not in name])  # which are filled up
+@pytest.mark.parametrize("quantization", ["int4", "int8"])
+def test_quantized_logits_of_other_families(tmp_path, quantization, name, dtype):
+    torch.manual_seed(8)
+    model = random_model(*FAMILIES[name], intermediate_size=256, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "checkpoint")
+    build_cuda(tmp_path / "checkpoint", tmp_path / "engine", quantization=quantization, max_context=256, dtype=dtype)
+    use_weights_of(tmp_path / "engine", model, quantization)
+    check_greedy(tmp_path / "engine", model)
+
+
+def test_rows_of_a_batch(model, engine_dir):
+    """Three prompts of different lengths, one with a slot of its own between empty ones."""
+    dtype, slots = read_manifest(engine_dir).options["dtype"], (0, 1, 3)
+    backend, rows = load(engine_dir, max_batch=4), {slot: [] for slot in slots}
+    ids = {slot: np.random.default_rng(slot).integers(0, 1003, 70 + 9 * slot).astype(np.int32) for slot in slots}
+    lengths = {slot: len(prompt) for slot, prompt in ids.items()}
+    try:
+        for slot, prompt in ids.items():
+            backend.begin(slot, GREEDY, prompt)
+            token = backend.step([SequenceStep(slot, prompt)])[0].result()
+            ids[slot] = np.append(prompt, token)
+        for _ in range(12):
+            tokens = [each.result() for each in backend.step([SequenceStep(slot) for slot in slots])]
+            for slot, row, token in zip(slots, logits_of(backend)[list(slots)], tokens, strict=True):
+                rows[slot].append(row)
+                ids[slot] = np.append(ids[slot], token)
+    finally:
+        backend.close()
+    for slot in slots:
+        expected, allowed = expected_logits(model, ids[slot].tolist(), dtype)
+        assert max(map(error, rows[slot], expected[lengths[slot] : -1])) < TOLERANCE * allowed
 
 
 @pytest.mark.parametrize("kv_cache_type", ["fp16", "int8"])

@@ -11,6 +11,7 @@ from engine_core.cuda.kernels import (
     KernelArgumentError,
     attention,
     linear,
+    linear_batch,
     linear_packed,
     reference,
     sampling,
@@ -219,6 +220,53 @@ def test_a_norm_of_fewer_values_than_there_are_columns(bench, cols, size, kind):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("rows, cols", [(1024, 640), (40, 72), (2000, 4096)])
+@pytest.mark.parametrize("epilogue", [linear.STORE, linear.RESIDUAL, linear.SILU, linear.LOGITS, linear.GELU])
+@pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
+def test_a_bias_in_every_epilogue(bench, kind, epilogue, rows, cols, dtype):
+    """With a norm that has an offset and, of logits, a soft cap: GEMV, GEMM of a batch and of a short prompt."""
+    kernels, count = bench.kernels(dtype), 5
+    if kind == "fp16":
+        matrix, w = bench.normal((rows, cols), dtype, cols**-0.5)
+    else:
+        packed = _Packed(bench, kind, rows, cols, dtype)
+        matrix, w = packed.matrix, packed.weight
+    weight, g = bench.normal((cols,), dtype, 0.3)
+    bias, b = bench.normal((rows,), dtype)
+    hidden, h = bench.normal((cols,), "fp32", 3.0)
+    vectors, v = bench.normal((count, cols), dtype)
+    is_gated, is_float = epilogue in linear.GATED, epilogue in (linear.RESIDUAL, linear.LOGITS)
+    width, output_dtype = rows // 2 if is_gated else rows, "fp32" if is_float else dtype
+
+    def expected(sums: np.ndarray, before: np.ndarray) -> np.ndarray:
+        sums = sums + b
+        if is_gated:
+            return (reference.silu_multiply if epilogue == linear.SILU else reference.gelu_multiply)(sums)
+        return {linear.RESIDUAL: before + sums, linear.LOGITS: 2 * np.tanh(sums / 2)}.get(epilogue, sums)
+
+    cap = {"softcap": 2.0} if epilogue == linear.LOGITS else {}
+    output, before = bench.normal((width,), output_dtype)
+    norm = {"norm_weight": weight, "norm_eps": EPS, "norm_offset": 1.0}
+    gemv = linear.gemv if kind == "fp16" else linear_packed.gemv_packed
+    gemv(kernels, matrix, hidden, output, epilogue, bias=bias, **norm, **cap)(bench.stream)
+    normed = reference.rms_norm(h, g + 1, EPS)
+    assert error(bench.get(output), expected(w @ normed, before)) < TOLERANCE[dtype]
+
+    counters = bench.put(np.zeros(1 << 12, dtype=np.uint32), "uint32")
+    scratch = (bench.chunk(0, count), bench.poisoned((1 << 22,), "fp32"), counters)
+    output, before = bench.normal((count, width), output_dtype)
+    arrays = (kernels, matrix, vectors, output, epilogue, *scratch)
+    linear_batch.gemm_batch(*arrays, bias=bias, **cap)(bench.stream)
+    assert error(bench.get(output), expected(v @ w.T, before)) < TOLERANCE[dtype]
+    if kind == "fp16" or epilogue == linear.LOGITS:
+        return
+    output, before = bench.normal((count, width), output_dtype)
+    arrays = (kernels, matrix, vectors, output, epilogue, *scratch)
+    linear_packed.PackedGemm(*arrays, bias=bias)(bench.stream, count)
+    assert error(bench.get(output), expected(v @ w.T, before)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("rows, cols", [(1, 8), (3, 264), (65, 4096)])
 def test_rms_norm_embed_silu_bias(bench, rows, cols, dtype):
     kernels, stream = bench.kernels(dtype), bench.stream
@@ -241,8 +289,19 @@ def test_rms_norm_embed_silu_bias(bench, rows, cols, dtype):
 
     pairs, p = bench.normal((rows, 2 * cols), dtype)
     output = bench.poisoned((rows, cols), dtype)
-    linear.silu_multiply(kernels, pairs, output)(stream)
+    linear.gate_multiply(kernels, pairs, output)(stream)
     assert error(bench.get(output), reference.silu_multiply(p)) < TOLERANCE[dtype]
+
+    linear.gate_multiply(kernels, pairs, output, linear.GELU)(stream)
+    assert error(bench.get(output), reference.gelu_multiply(p)) < TOLERANCE[dtype]
+    linear.embed(kernels, table, bench.put(tokens, "int32"), embedded, scale=25.25)(stream)
+    assert (bench.get(embedded) == 25.25 * t[tokens]).all()
+    total, before = bench.normal((rows, cols), "fp32")
+    linear.rms_norm(kernels, hidden, weight, total, EPS, norm_offset=1.0)(stream)
+    assert error(bench.get(total), before + reference.rms_norm(bench.get(hidden), g + 1, EPS)) < 1e-5
+    before = bench.get(total)
+    linear.add_bias(kernels, total, weight)(stream)
+    assert error(bench.get(total), before + g) < 1e-6
 
     values, v = bench.normal((rows, cols), dtype)
     linear.add_bias(kernels, values, weight)(stream)
@@ -269,7 +328,7 @@ ATTENTION = [
 
 
 def _table(shape: attention.AttentionShape) -> np.ndarray:
-    frequencies = 10000.0 ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
+    frequencies = 10000.0 ** (-np.arange(shape.rope_width) / max(1, shape.rope_width))
     angles = np.arange(shape.max_context)[:, None] * frequencies
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
 
@@ -288,10 +347,11 @@ class _Attention:
         count: int,
         context: int,
         kv_int8: bool = False,
+        **traits: float,
     ):
         self.bench, self.count = bench, count
         self.kernels = bench.kernels(dtype)
-        self.shape = attention.AttentionShape(heads, kv_heads, head_dim, context, EPS, qk_norm, kv_int8)
+        self.shape = attention.AttentionShape(heads, kv_heads, head_dim, context, EPS, qk_norm, kv_int8, **traits)
         self.table = _table(self.shape)
         self.rope = bench.put(self.table, "fp32")
         self.cache, self.cached = bench.normal((2, kv_heads, context, head_dim), dtype)
@@ -315,7 +375,8 @@ class _Attention:
         shape, n = self.shape, self.count
         q, k, v = np.split(self.heads, [shape.num_heads, shape.num_heads + shape.num_kv_heads], axis=1)
         if shape.qk_norm:
-            q, k = (reference.rms_norm(x, g, EPS) for x, g in zip((q, k), self.norm_values, strict=True))
+            weights = [g + shape.norm_offset for g in self.norm_values]
+            q, k = (reference.rms_norm(x, g, EPS) for x, g in zip((q, k), weights, strict=True))
         angles = self.table[start : start + n].astype(np.float64)
         q, k = reference.rotate(q, angles), reference.rotate(k, angles)
         cache = self.cached.copy()
@@ -324,7 +385,8 @@ class _Attention:
                 quantized, scales = reference.quantize_vectors(new)
                 new = quantized * scales[..., None]
             cache[part, :, start : start + n] = new
-        output = reference.attention(q, cache[0, :, : start + n], cache[1, :, : start + n], start)
+        options = (shape.scale, shape.window, shape.softcap)
+        output = reference.attention(q, cache[0, :, : start + n], cache[1, :, : start + n], start, *options)
         return output.reshape(n, -1), cache
 
     def check(self, start: int, tolerance: float) -> None:
@@ -346,7 +408,34 @@ class _Attention:
 @pytest.mark.parametrize("position", [0, 1, 63, 64, 200, 1498, 1499])
 @pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
 def test_attention_decode(bench, heads, kv_heads, head_dim, qk_norm, position, kv_int8, dtype):
-    case = _Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, 1, 1500, kv_int8)
+    _check_decode(_Attention(bench, heads, kv_heads, head_dim, qk_norm, dtype, 1, 1500, kv_int8), position)
+
+
+# What a family has beside the sizes: heads, KV heads, head_dim and the rest of AttentionShape.
+TRAITS = {
+    "window": (8, 2, 64, dict(window=100)),
+    "window of one": (4, 2, 32, dict(window=1)),
+    "long window": (8, 1, 128, dict(window=1027)),
+    "capped": (4, 2, 256, dict(window=90, softcap=2.5, scale=0.2)),
+    "partly rotated": (6, 2, 96, dict(rotated=64)),
+    "not rotated": (4, 4, 64, dict(rotated=0)),
+    "16 query heads": (16, 1, 64, dict(window=300)),
+    "12 query heads": (24, 2, 32, {}),
+    "15 query heads": (15, 1, 128, dict(softcap=3.0)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("heads, kv_heads, head_dim, traits", TRAITS.values(), ids=TRAITS)
+@pytest.mark.parametrize("position", [0, 99, 100, 613, 1499])
+@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
+def test_attention_decode_of_other_families(bench, heads, kv_heads, head_dim, traits, position, kv_int8, dtype):
+    case = _Attention(bench, heads, kv_heads, head_dim, True, dtype, 1, 1500, kv_int8, norm_offset=1.0, **traits)
+    _check_decode(case, position)
+
+
+def _check_decode(case: _Attention, position: int) -> None:
+    bench, heads, head_dim = case.bench, case.shape.num_heads, case.shape.head_dim
     state = np.zeros((), dtype=sampling.STATE)
     state["position"] = position
     num_sms = bench.device.num_sms
@@ -358,14 +447,14 @@ def test_attention_decode(bench, heads, kv_heads, head_dim, qk_norm, position, k
         case.rope,
         bench.put(np.frombuffer(state.tobytes(), dtype=np.uint8), "uint8"),
         bench.poisoned((case.shape.partial_floats(num_sms),), "fp32"),
-        bench.put(np.zeros(kv_heads, dtype=np.uint32), "uint32"),
+        bench.put(np.zeros(case.shape.bundles, dtype=np.uint32), "uint32"),
         case.output.reshape(heads * head_dim),
         norms=case.norms,
         scales=case.scales,
     )
     launch(bench.stream)
     launch(bench.stream)  # the counters are as before: a second launch gives the same
-    case.check(position, TOLERANCE[dtype] * (3 if kv_int8 else 1))
+    case.check(position, TOLERANCE[case.kernels.dtype] * (3 if case.shape.kv_int8 else 1))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -380,6 +469,34 @@ def test_attention_prefill(bench, heads, kv_heads, head_dim, qk_norm, start, cou
     attention.attention_prefill(*inputs, case.output, chunk, [count], case.scales)(bench.stream, count)
     # The weights of the keys are rounded to the type here, too.
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("heads, kv_heads, head_dim, traits", TRAITS.values(), ids=TRAITS)
+@pytest.mark.parametrize("start, count", [(0, 7), (0, 130), (200, 33), (700, 300)])
+@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
+def test_attention_prefill_of_other_families(bench, heads, kv_heads, head_dim, traits, start, count, kv_int8, dtype):
+    sizes = (heads, kv_heads, head_dim, True, dtype, count, 1003, kv_int8)
+    case = _Attention(bench, *sizes, norm_offset=1.0, **traits)
+    chunk = bench.chunk(start, count)
+    inputs = (case.kernels, case.shape, case.qkv, case.cache)
+    attention.rope_append(*inputs, case.rope, chunk, norms=case.norms, scales=case.scales)(bench.stream)
+    attention.attention_prefill(*inputs, case.output, chunk, [count], case.scales)(bench.stream, count)
+    case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
+
+
+@pytest.mark.parametrize("config", [(4, 2, 2, 64), (8, 1, 1, 64), (1, 1, 4, 16)], ids=str)
+@pytest.mark.parametrize("window", [1, 15, 16, 64, 129])
+@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
+def test_windows_in_every_configuration(bench, config, window, kv_int8):
+    case = _Attention(bench, 4, 2, 64, False, "fp16", 300, 603, kv_int8, window=window, softcap=4.0)
+    chunk = bench.chunk(301, 300)
+    inputs = (case.kernels, case.shape, case.qkv, case.cache)
+    attention.rope_append(*inputs, case.rope, chunk, scales=case.scales)(bench.stream)
+    config = PrefillAttentionConfig(*config)
+    launch = attention.attention_prefill(*inputs, case.output, chunk, [300], case.scales, config)
+    launch(bench.stream, 300)
+    case.check(301, TOLERANCE["fp16"] * (4 if kv_int8 else 2))
 
 
 _PREFILL_CONFIGS = [

@@ -110,7 +110,7 @@ class CudaBackend(DeviceBackend):
         """Allocate, load, tune, capture, warm up. Owns ``device`` once it returns.
 
         Leaves nothing behind when it raises. ``tune_kernels``: see ``EngineConfig``.
-        ``rope``: float32 [max_context, head_dim / 2, 2], cos and sin.
+        ``rope``: float32, CudaSpec.rope_shape, cos and sin.
         """
         self._device = device
         self._spec = spec

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine_core.backends.cuda.model import MATRICES, CudaModel
+from engine_core.backends.cuda.model import CudaModel
 from engine_core.backends.gpu_model import WeightSource, Work
 from engine_core.cuda.driver import DeviceArray, Launch
 from engine_core.cuda.kernels import CHUNK_WORDS, attention, linear, linear_batch, lora, sampling
@@ -45,9 +45,7 @@ class RowsModel(CudaModel):
         """
         w = self.work
         tokens = DeviceArray(self._tokens.address, (size,), "int32")
-        launches: list[Work] = [
-            linear.embed(self._kernels, self.weights["embed"], tokens, self._rows("hidden", size))
-        ]
+        launches: list[Work] = [self._embedding(tokens, self._rows("hidden", size))]
         for i in range(self.spec.num_layers if num_layers is None else num_layers):
             launches += self._layer_of_rows(i, size, self._attend_drafted(i, size), {})
         arrays = {name: self._rows(f"draft_{name}", size) for name in ("logits", "scores", "params", "state", "mask")}
@@ -58,7 +56,7 @@ class RowsModel(CudaModel):
     def _attend_drafted(self, i: int, size: int) -> list[Work]:
         """Return layer ``i``'s attention of rows that see the K and V of those before them, as in steps of one."""
         qkv, cache, norms, scales = self._rows("qkv", size), self._cache(i), self._head_norms(i), self._scales(i)
-        shape, rope = self.spec.attention, self.work["rope"]
+        shape, rope = self.spec.attention_of(i), self._rope(i)
         rows = [self._rows(f"draft_{name}", size) for name in ("state", "counters", "slots")]
         append = attention.rope_append(
             self._kernels, shape, qkv, cache, rope, self._slot_chunk, norms=norms, scales=scales, kv_only=True
@@ -77,7 +75,7 @@ class RowsModel(CudaModel):
         """Return layer ``i`` around its attention, from ``qkv`` to ``attended``."""
         return [
             self._norm(self.weights[f"layers.{i}.input_norm"], size),
-            *self._gemm_rows(i, "qkv", size, terms, bias=self.weights.get(f"layers.{i}.qkv_bias")),
+            *self._gemm_rows(i, "qkv", size, terms),
             *attend,
             *self._gemm_rows(i, "o", size, terms),
             self._norm(self.weights[f"layers.{i}.post_norm"], size),
@@ -92,22 +90,22 @@ class RowsModel(CudaModel):
         head, vocab_map = self.matrix("head" if self.spec.has_head else "embed"), self.work.get("vocab_map")
         return [
             self._norm(self.weights["norm"], size),
-            self._gemm(head, self._rows("normed", size), arrays["logits"], linear.LOGITS),
+            self._gemm(
+                *(head, self._rows("normed", size), arrays["logits"], linear.LOGITS),
+                softcap=self.spec.model.logits_softcap,
+            ),
             *sampling.sample(self._kernels, **arrays, vocab_map=vocab_map, host_tokens=host_tokens, slots=slots),
         ]
 
-    def _norm(self, weight: DeviceArray, size: int) -> Launch:
-        rows = self._rows("hidden", size), weight, self._rows("normed", size)
-        return linear.rms_norm(self._kernels, *rows, self.spec.norm_eps, norm_size=self.spec.model.hidden_size)
-
-    def _gemm_rows(
-        self, i: int, name: str, size: int, terms: dict[str, lora.LoraTerm], bias: DeviceArray | None = None
-    ) -> list[Work]:
-        source, target, epilogue = MATRICES[name]
-        target, term = "activated" if epilogue == linear.SILU else target, terms.get(name)
+    def _gemm_rows(self, i: int, name: str, size: int, terms: dict[str, lora.LoraTerm]) -> list[Work]:
+        """Return a layer's GEMM and what belongs to it, to the residual stream where it ends there."""
+        source, target, epilogue = self._matrices[name]
+        target, term = "activated" if epilogue in linear.GATED else target, terms.get(name)
         vectors, output = self._rows(source, size), self._rows(target, size)
-        gemm = self._gemm(self.matrix(f"layers.{i}.{name}"), vectors, output, epilogue, bias=bias, lora=term)
-        return [gemm] if term is None else [lora.lora_shrink(self._kernels, term, vectors), gemm]
+        more = {"bias": self._bias(i, name), "lora": term}
+        gemm = self._gemm(self.matrix(f"layers.{i}.{name}"), vectors, output, epilogue, **more)
+        before = [] if term is None else [lora.lora_shrink(self._kernels, term, vectors)]
+        return [*before, gemm, *self._out_norm(i, name, size)]
 
     def _gemm(self, weight: Any, vectors: DeviceArray, output: DeviceArray, epilogue: int, **more: Any) -> Launch:
         w, size = self.work, vectors.shape[0]
@@ -121,11 +119,6 @@ class RowsModel(CudaModel):
     def _partial(self, size: int, name: str = "partial") -> DeviceArray:
         count = self.spec.attention.partial_floats(self._kernels.gpu.num_sms, size)
         return DeviceArray(self.work[name].address, (count,), "fp32")
-
-    def _rows(self, name: str, size: int) -> DeviceArray:
-        """The first ``size`` rows of an array."""
-        array = self.work[name]
-        return DeviceArray(array.address, (size, *array.shape[1:]), array.dtype)
 
     def _rows_launches(self, host_tokens: int, num_layers: int) -> list[Work]:
         """Return a step of as many rows as there can be, of ``num_layers`` layers."""
@@ -191,10 +184,9 @@ class BatchModel(RowsModel):
         the device address of int32 [max_batch, RING]. ``adapted``: some may have LoRA adapters.
         """
         tokens = DeviceArray(self.work["state"].address + _TOKEN, (size,), "int32")
-        embedded = linear.embed(self._kernels, self.weights["embed"], tokens, self._rows("hidden", size), _STATE_INTS)
-        launches: list[Work] = [embedded]
+        launches: list[Work] = [self._embedding(tokens, self._rows("hidden", size), _STATE_INTS)]
         for i in range(self.spec.num_layers if num_layers is None else num_layers):
-            terms = self._lora_terms(i, size, len(MATRICES) * [self.work["lora_sums"].address]) if adapted else {}
+            terms = self._lora_terms(i, size, len(self._matrices) * [self.work["lora_sums"].address]) if adapted else {}
             launches += self._batch_layer(i, size, terms)
         slots = DeviceArray(self.work["slots"].address, (size,), "int32")
         return launches + self._sample_rows(size, slots, host_tokens)
@@ -214,7 +206,7 @@ class BatchModel(RowsModel):
         arrays = (self._rows("state", size), self._partial(size), self._rows("counters", size))
         attend = attention.attention_decode(
             kernels,
-            *(self.spec.attention, self._rows("qkv", size), self._cache(i), w["rope"], *arrays),
+            *(self.spec.attention_of(i), self._rows("qkv", size), self._cache(i), self._rope(i), *arrays),
             self._rows("attended", size),
             norms=self._head_norms(i),
             scales=self._scales(i),

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine_core.backends.cuda.capabilities import CAPABILITIES
 from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, pair_rows, weight_arrays
-from engine_core.backends.cuda.padding import Padding, padded_head
+from engine_core.backends.cuda.padding import Padding, padded_rope
 from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE
@@ -120,7 +120,7 @@ def fused_tensors(
     """
     spec = weights.spec
     yield "embed", weights.embedding()
-    yield "norm", [weights.norm(spec.final_norm)]
+    yield "norm", [weights.norm(spec.final_norm, with_offset=False)]
     if has_head:
         yield "head", weights.head()
     for i, layer in enumerate(spec.layers):
@@ -129,17 +129,25 @@ def fused_tensors(
 
 
 def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
-    yield "input_norm", [weights.norm(layer.input_norm)]
+    def norm(name: str) -> list[np.ndarray]:
+        return [weights.norm(name, with_offset=False)]  # which the kernels add in float32
+
+    yield "input_norm", norm(layer.input_norm)
     yield "qkv", weights.linear(layer.qkv)
     yield "o", weights.linear(layer.output)
-    yield "post_norm", [weights.norm(layer.mlp_norm)]
+    yield "post_norm", norm(layer.mlp_norm)
     yield "gate_up", weights.paired(layer.gate_up) if paired else weights.linear(layer.gate_up)
     yield "down", weights.linear(layer.down)
-    if layer.qkv.biases:
-        yield "qkv_bias", [weights.bias(layer.qkv)]
+    biases = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}
+    for name, linear in biases.items():
+        if (bias := weights.bias(linear)) is not None:
+            yield f"{name}_bias", [pair_rows(bias[:, None])[:, 0] if name == "gate_up" and paired else bias]
     if layer.q_norm:
-        yield "q_norm", [weights.norm(layer.q_norm)]
-        yield "k_norm", [weights.norm(layer.k_norm)]
+        yield "q_norm", norm(layer.q_norm)
+        yield "k_norm", norm(layer.k_norm)
+    if layer.post_attention_norm:
+        yield "attention_out_norm", norm(layer.post_attention_norm)
+        yield "mlp_out_norm", norm(layer.post_mlp_norm)
 
 
 def engine_format(checkpoint: Checkpoint, spec: ModelSpec, wanted: WeightFormat) -> WeightFormat:
@@ -247,9 +255,10 @@ def _linear_of(spec: ModelSpec, name: str) -> LinearSpec:
 
 
 def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
-    """float32 [max_context, padded head_dim / 2, 2]: cos and sin. What is added turns zeros."""
-    table = np.stack(spec.ropes[0].table(max_context), axis=-1)
-    return np.pad(table, ((0, 0), (0, padded_head(spec.head_dim) // 2 - table.shape[1]), (0, 0)))
+    """float32, CudaSpec.rope_shape: cos and sin. What is added turns zeros."""
+    tables = np.stack([np.stack(rope.table(max_context), axis=-1) for rope in spec.ropes])
+    tables = np.pad(tables, ((0, 0), (0, 0), (0, padded_rope(spec) // 2 - tables.shape[2]), (0, 0)))
+    return tables if len(tables) > 1 else tables[0]
 
 
 def to_tiles(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from engine_core.backends.capabilities import Capabilities, Trait
@@ -13,34 +12,17 @@ if TYPE_CHECKING:
     from engine_core.models.spec import ModelSpec
 
 
-def _has_window(spec: ModelSpec, max_context: int) -> bool:
-    return any(0 < layer.window < max_context for layer in spec.layers)
+def _padded_head(spec: ModelSpec) -> int:
+    from engine_core.backends.cuda.padding import padded_head
 
-
-def _has_other_biases(spec: ModelSpec, max_context: int) -> bool:
-    return any(linear.biases for x in spec.layers for linear in (x.output, x.gate_up, x.down))
+    return padded_head(spec)
 
 
 # What the kernels lack.
 TRAITS = (
-    Trait("norms with an offset", lambda spec, _: spec.norm_offset != 0),
-    Trait("the activation {spec.activation}", lambda spec, _: spec.activation != "silu"),
-    Trait("soft capping", lambda spec, _: spec.attention_softcap != 0 or spec.logits_softcap != 0),
-    Trait("a scaled embedding", lambda spec, _: spec.embedding_scale != 1),
-    Trait(
-        "an attention scale of its own",
-        lambda spec, _: not math.isclose(spec.attention_scale, spec.head_dim**-0.5, rel_tol=1e-5),
-    ),
-    Trait("several RoPE tables", lambda spec, _: len(spec.ropes) != 1),
-    Trait("a partly rotated head", lambda spec, _: spec.ropes[0].dim != spec.head_dim),
-    Trait("a sliding window shorter than max_context", _has_window),
-    Trait(
-        "norms after attention or MLP",
-        lambda spec, _: any(layer.post_attention_norm or layer.post_mlp_norm for layer in spec.layers),
-    ),
-    Trait("biases outside QKV", _has_other_biases),
-    Trait("a head size above 256", lambda spec, _: spec.head_dim > 256),
-    Trait("more than 8 query heads for a KV head", lambda spec, _: spec.num_heads // spec.num_kv_heads > 8),
+    Trait("RoPE tables of different sizes", lambda spec, _: len({rope.dim for rope in spec.ropes}) > 1),
+    Trait("a head size above 256", lambda spec, _: _padded_head(spec) > 256),
+    Trait("more than 16 query heads for a KV head", lambda spec, _: spec.num_heads // spec.num_kv_heads > 16),
 )
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from engine_core.backends.capabilities import capabilities_of
-from engine_core.backends.cuda.padding import padded_head, padded_size
+from engine_core.backends.cuda.padding import padded_head, padded_rope, padded_size
 from engine_core.backends.kv_pool import pool_tokens
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, Device, aligned
@@ -136,8 +136,16 @@ class CudaSpec:
         return self.model.norm_eps
 
     @property
-    def qkv_bias(self) -> bool:
-        return self.model.layers[0].qkv_bias
+    def biases(self) -> list[str]:
+        """The matrices of a layer that have a bias."""
+        layer = self.model.layers[0]
+        linears = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}
+        return [name for name, linear in linears.items() if linear.biases]
+
+    @property
+    def outer_norms(self) -> bool:
+        """True if the outputs of attention and MLP are normed before they are added; they go to ``branch`` first."""
+        return self.model.layers[0].outer_norms
 
     @property
     def tied(self) -> bool:
@@ -146,19 +154,34 @@ class CudaSpec:
 
     @cached_property
     def attention(self) -> AttentionShape:
-        """The sizes that the attention kernels are compiled for, equal in all layers of a model that they run."""
+        """The sizes that the attention kernels are compiled for, equal in all layers but for the window."""
         model = self.model
         return AttentionShape(
             num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads,
-            head_dim=padded_head(model.head_dim),
+            head_dim=padded_head(model),
             head_size=model.head_dim,
             max_context=self.max_context,
             norm_eps=model.norm_eps,
             qk_norm=model.layers[0].qk_norm,
             kv_int8=self.kv_int8,
             slot_layers=model.num_layers if self.max_batch > 1 else 0,
+            rotated=padded_rope(model),
+            scale=model.attention_scale,
+            softcap=model.attention_softcap,
+            norm_offset=model.norm_offset,
         )
+
+    def attention_of(self, layer: int) -> AttentionShape:
+        """Return ``attention`` with the window of a layer."""
+        window = self.model.layers[layer].window
+        return dataclasses.replace(self.attention, window=window if window < self.max_context else 0)
+
+    @property
+    def rope_shape(self) -> tuple[int, ...]:
+        """The shape of the RoPE tables: [max_context, rotated / 2, 2], with one more in front if there are several."""
+        count = len(self.model.ropes)
+        return (*((count,) if count > 1 else ()), self.max_context, self.attention.rope_width, 2)
 
     @property
     def is_packed(self) -> bool:
@@ -247,10 +270,11 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
             "gate_up": matrices["gate_up"],
             "down": matrices["down"],
         }
-        if spec.qkv_bias:
-            layer["qkv_bias"] = (attention.qkv_width,)
+        layer |= {f"{name}_bias": matrices[name][:1] for name in spec.biases}
         if attention.qk_norm:
             layer["q_norm"] = layer["k_norm"] = (attention.head_dim,)
+        if spec.outer_norms:
+            layer["attention_out_norm"] = layer["mlp_out_norm"] = (spec.hidden,)
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
     packed = packed_shapes(spec)
     return {
@@ -325,7 +349,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     words = -(-spec.vocab_size // 32)
     arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
         "kv_cache": ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, spec.max_context, head_dim), kv_dtype),
-        "rope": ("rope", (spec.max_context, head_dim // 2, 2), "fp32"),
+        "rope": ("rope", spec.rope_shape, "fp32"),
         "hidden": ("scratch", (chunk, spec.hidden), "fp32"),
         "normed": ("scratch", (chunk, spec.hidden), dtype),
         "qkv": ("scratch", (chunk, attention.qkv_width), dtype),
@@ -333,7 +357,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         "gate_up": ("scratch", (chunk, 2 * spec.intermediate), dtype),
         "activated": ("scratch", (chunk, spec.intermediate), dtype),
         "partial": ("scratch", (attention.partial_floats(num_sms, *slots),), "fp32"),
-        "counters": ("scratch", (*slots, kv_heads), "uint32"),
+        "counters": ("scratch", (*slots, attention.bundles), "uint32"),
         "blas": ("scratch", (BLAS_WORKSPACE,), "uint8"),
         "scores": ("scratch", (*slots, *scores_shape(rows)), "fp32"),
         "logits": ("io", (*slots, rows), "fp32"),
@@ -344,6 +368,8 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         "bias": ("io", (*slots, rows), "fp32"),
         "mask": ("io", (*slots, words), "uint32"),
     }
+    if spec.outer_norms:
+        arrays["branch"] = ("scratch", (chunk, spec.hidden), "fp32")
     if attention.kv_int8:
         arrays["kv_scales"] = ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if sizes := spec.row_sizes:
@@ -360,7 +386,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["draft_logits"] = ("io", (count, rows), "fp32")
         arrays["draft_scores"] = ("scratch", (count, *scores_shape(rows)), "fp32")
         arrays["draft_partial"] = ("scratch", (attention.partial_floats(num_sms, count),), "fp32")
-        arrays["draft_counters"] = ("scratch", (count, kv_heads), "uint32")
+        arrays["draft_counters"] = ("scratch", (count, attention.bundles), "uint32")
         arrays["draft_slots"] = ("io", (count,), "int32")  # of the rows of a step; -1 = the row does nothing
         arrays["draft_state"] = ("io", (count, STATE.itemsize), "uint8")
         arrays["draft_params"] = ("io", (count, PARAMS.itemsize), "uint8")

@@ -2,6 +2,7 @@
 
 Decode takes five kernels a layer, each of which may start while the one before it ends: norm + QKV GEMV, attention
 (with RoPE and the append to the KV cache), output GEMV + residual, norm + gate-up GEMV + SiLU, down GEMV + residual.
+Two more norm the outputs of attention and MLP in models that do so before they add them.
 Prefill calls cuBLAS, for which 4- and 8-bit weights are dequantized; a GEMM of a few tokens reads them as they are.
 
 Sequences with LoRA adapters have launches of their own: the GEMVs of matrices that some adapter changes compute both
@@ -25,7 +26,7 @@ from engine_core.backends.cuda.layout import (
     work_arrays,
 )
 from engine_core.backends.cuda.padding import padded_head
-from engine_core.backends.gpu_model import DeviceModel, Matrix, WeightSource, Work
+from engine_core.backends.gpu_model import DeviceModel, WeightSource, Work
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import Kernels, linear, linear_packed, lora
 from engine_core.cuda.kernels.attention import AttentionPrefill
@@ -47,6 +48,7 @@ class _Gemm:
     weight: DeviceArray
     dequantize: Launch | None = None
     packed: linear_packed.PackedGemm | None = None
+    bias: Launch | None = None  # for what cuBLAS leaves; ``packed`` adds it itself
     lora: lora.LoraChunk | None = None  # what an adapter adds afterwards
 
 
@@ -55,10 +57,10 @@ class _Layer:
     """The launches and the matrices of one layer's prefill."""
 
     input_norm: Launch
-    bias: Launch | None
     rope_append: Launch
     attend: AttentionPrefill
     post_norm: Launch
+    out_norms: dict[str, Launch]  # after the GEMM of that name, where there are any
     gemms: dict[str, _Gemm]
 
 
@@ -68,11 +70,12 @@ class CudaModel(DeviceModel[_Layer]):
     def __init__(self, device: Device, stream: Stream, arena: Arena, kernels: Kernels, spec: CudaSpec) -> None:
         super().__init__(device, stream, arena, kernels, spec, work_arrays(spec, device.num_sms))
         self.blas = Blas(stream, self.work["blas"])
+        self._matrices = matrices_of(spec)
 
     def fill(self, source: WeightSource, rope: np.ndarray) -> None:
         super().fill(source, rope)
         for layer in range(self.spec.num_layers):
-            for name in MATRICES:
+            for name in self._matrices:
                 if self.spec.has_lora(layer, name):
                     for half, values in zip("ab", adapter_matrices(self.spec, layer, name), strict=True):
                         self._device.upload(self.work[f"layers.{layer}.{name}.lora_{half}"], values)
@@ -96,28 +99,52 @@ class CudaModel(DeviceModel[_Layer]):
 
     def _adapted_decode_layer(self, i: int) -> list[Work]:
         sums = self.work["lora_step_sums"].at(i)
-        return self._decode_of(i, self._lora_terms(i, 1, [sums.at(j).address for j in range(len(MATRICES))]))
+        return self._decode_of(i, self._lora_terms(i, 1, [sums.at(j).address for j in range(len(self._matrices))]))
 
     def _decode_of(self, i: int, terms: dict[str, lora.LoraTerm]) -> list[Work]:
         """Return one layer's launches; ``terms``: what adapters add, by matrix."""
         spec, w = self.spec, self.work
-        matrices = {name: self.matrix(f"layers.{i}.{name}") for name in MATRICES}
-        hidden, qkv, attended, activated = (w[name].at(0) for name in ("hidden", "qkv", "attended", "activated"))
-        eps = spec.norm_eps
+        matrices = {name: self.matrix(f"layers.{i}.{name}") for name in self._matrices}
 
-        def multiply(name: str, source: DeviceArray, target: DeviceArray, norm: str = "", **more: Any) -> Launch:
+        def multiply(name: str, norm: str = "") -> Launch:
+            source, target, epilogue = self._matrices[name]
+            more: dict[str, Any] = {"lora": terms.get(name), "bias": self._bias(i, name)}
             if norm:
-                more |= {"norm_weight": self.weights[f"layers.{i}.{norm}"], "norm_eps": eps}
-                more["norm_size"] = spec.model.hidden_size
-            return self._gemv(matrices[name], source, target, MATRICES[name][2], lora=terms.get(name), **more)
+                more |= {"norm_weight": self.weights[f"layers.{i}.{norm}"], "norm_eps": spec.norm_eps}
+                more |= {"norm_size": spec.model.hidden_size, "norm_offset": spec.model.norm_offset}
+            vector = w["hidden" if norm else source].at(0)
+            output = w["activated" if epilogue in linear.GATED else target].at(0)
+            return self._gemv(matrices[name], vector, output, epilogue, **more)
 
         return [
-            multiply("qkv", hidden, qkv, "input_norm", bias=self.weights.get(f"layers.{i}.qkv_bias")),
+            multiply("qkv", "input_norm"),
             self._attend_one(i),
-            multiply("o", attended, hidden),
-            multiply("gate_up", hidden, activated, "post_norm"),
-            multiply("down", activated, hidden),
+            multiply("o"),
+            *self._out_norm(i, "o", 1),
+            multiply("gate_up", "post_norm"),
+            multiply("down"),
+            *self._out_norm(i, "down", 1),
         ]
+
+    def _bias(self, i: int, name: str) -> DeviceArray | None:
+        return self.weights.get(f"layers.{i}.{name}_bias")
+
+    def _out_norm(self, i: int, name: str, size: int) -> list[Launch]:
+        """Return what norms ``size`` rows of a GEMM's output and adds them to the residual stream, if anything."""
+        weight = self.weights.get(f"layers.{i}.{_OUT_NORMS[name]}") if name in _OUT_NORMS else None
+        return [] if weight is None else [self._norm(weight, size, "branch", "hidden")]
+
+    def _norm(self, weight: DeviceArray, size: int, source: str = "hidden", target: str = "normed") -> Launch:
+        model = self.spec.model
+        arrays = (self._rows(source, size), weight, self._rows(target, size))
+        return linear.rms_norm(
+            self._kernels, *arrays, model.norm_eps, norm_size=model.hidden_size, norm_offset=model.norm_offset
+        )
+
+    def _rows(self, name: str, size: int) -> DeviceArray:
+        """The first ``size`` rows of an array."""
+        array = self.work[name]
+        return DeviceArray(array.address, (size, *array.shape[1:]), array.dtype)
 
     # --- LoRA adapters --------------------------------------------------------------------------------
 
@@ -126,17 +153,17 @@ class CudaModel(DeviceModel[_Layer]):
         if not self.spec.has_lora(i, name):
             return None
         model = self.spec.model
-        starts = [rows.start // model.head_dim * padded_head(model.head_dim) for rows in stacked_rows(model)["qkv"]]
+        starts = [rows.start // model.head_dim * padded_head(model) for rows in stacked_rows(model)["qkv"]]
         a, b = (self.work[f"layers.{i}.{name}.lora_{half}"] for half in "ab")
         return lora.LoraMatrix(a, b, tuple(starts[1:]) if name == "qkv" else (), pairs=name == "gate_up")
 
     def _lora_terms(self, i: int, sequences: int, places: list[int]) -> dict[str, lora.LoraTerm]:
         """Return what adapters add in a decode step, by the matrices of a layer that some adapter changes.
 
-        ``places``: the addresses of A x of each of MATRICES.
+        ``places``: the addresses of A x of each of them.
         """
         adapters, terms = DeviceArray(self.work["slot_adapters"].address, (sequences,), "int32"), {}
-        for name, place in zip(MATRICES, places, strict=True):
+        for name, place in zip(self._matrices, places, strict=True):
             if (matrix := self._lora_matrix(i, name)) is not None:
                 sums = DeviceArray(place, (sequences, matrix.num_sums), "fp32")
                 terms[name] = lora.LoraTerm(matrix, sums, adapters)
@@ -146,37 +173,37 @@ class CudaModel(DeviceModel[_Layer]):
         return replace(layer, gemms={name: self._adapt_gemm(i, name, gemm) for name, gemm in layer.gemms.items()})
 
     def _adapt_gemm(self, i: int, name: str, gemm: _Gemm) -> _Gemm:
-        matrix, w, (source, target, epilogue) = self._lora_matrix(i, name), self.work, MATRICES[name]
+        matrix, w, (source, target, epilogue) = self._lora_matrix(i, name), self.work, self._matrices[name]
         if matrix is None:
             return gemm
         chunk = DeviceArray(w["prompt"].address, (lora.ADAPTED_CHUNK_WORDS,), "int32")
         sums = DeviceArray(w["lora_sums"].address, (self.spec.chunk, matrix.num_sums), "fp32")
         added = lora.lora_chunk(self._kernels, matrix, w[source], w[target], chunk, sums)
         packed = gemm.packed
-        if packed is not None and epilogue == linear.SILU:  # the activation has to wait for what is added
-            config = self._kernels.config(packed.problem)
-            packed = self._packed_gemm(self.matrix(f"layers.{i}.{name}"), source, target, linear.STORE, config)
+        if packed is not None and epilogue in linear.GATED:  # the activation has to wait for what is added
+            packed = self._packed_gemm(i, name, target, linear.STORE, self._kernels.config(packed.problem))
         return replace(gemm, packed=packed, lora=added)
 
     # --- prefill --------------------------------------------------------------------------------------
 
     def prepare_prefill(self) -> None:
-        self._silu = self._silu_multiply()
+        self._activate = self._gate_multiply()
         self._max_packed = 0
         if self.spec.is_packed:
             self._max_packed = self._kernels.config(packed_rows_problem(self.spec)).rows
         super().prepare_prefill()
 
-    def _silu_multiply(self) -> Launch:
-        return linear.silu_multiply(self._kernels, self.work["gate_up"], self.work["activated"])
+    def _gate_multiply(self) -> Launch:
+        epilogue = self._matrices["gate_up"][2]
+        return linear.gate_multiply(self._kernels, self.work["gate_up"], self.work["activated"], epilogue)
 
     def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
         if isinstance(problem, PackedRowsProblem):
             self._place_chunk(PACKED_ROWS[-1])
-            self._silu = self._silu_multiply()
+            self._activate = self._gate_multiply()
             gemms, limit = self._prefill_layer(0).gemms, self._kernels.config(problem).rows
             sizes = [rows for rows in PACKED_ROWS if rows <= self.spec.chunk]
-            return [partial(self._multiply, gemms, name, rows, limit) for rows in sizes for name in MATRICES]
+            return [partial(self._multiply, gemms, name, rows, limit) for rows in sizes for name in self._matrices]
         if isinstance(problem, PackedGemmProblem):
             self._place_chunk(GEMM_TOKENS)
             rows = min(GEMM_TOKENS, self.spec.chunk)
@@ -186,47 +213,43 @@ class CudaModel(DeviceModel[_Layer]):
         return super()._work_of(problem, host_tokens)
 
     def _prefill_layer(self, i: int) -> _Layer:
-        kernels, spec, w = self._kernels, self.spec, self.work
-
-        def norm(name: str) -> Launch:
-            arrays = (w["hidden"], self.weights[f"layers.{i}.{name}"], w["normed"])
-            return linear.rms_norm(kernels, *arrays, spec.norm_eps, norm_size=spec.model.hidden_size)
-
-        bias = self.weights.get(f"layers.{i}.qkv_bias")
+        rows = self.spec.chunk
         return _Layer(
-            input_norm=norm("input_norm"),
-            bias=None if bias is None else linear.add_bias(kernels, w["qkv"], bias),
+            input_norm=self._norm(self.weights[f"layers.{i}.input_norm"], rows),
             rope_append=self._rope_append(i),
             attend=self._attend(i),
-            post_norm=norm("post_norm"),
-            gemms={name: self._prefill_gemm(name, self.matrix(f"layers.{i}.{name}")) for name in MATRICES},
+            post_norm=self._norm(self.weights[f"layers.{i}.post_norm"], rows),
+            out_norms={name: launch for name in self._matrices for launch in self._out_norm(i, name, rows)},
+            gemms={name: self._prefill_gemm(i, name) for name in self._matrices},
         )
 
-    def _prefill_gemm(self, name: str, weight: Matrix) -> _Gemm:
+    def _prefill_gemm(self, i: int, name: str) -> _Gemm:
+        kernels, w, weight, bias = self._kernels, self.work, self.matrix(f"layers.{i}.{name}"), self._bias(i, name)
+        _, target, epilogue = self._matrices[name]
+        add_bias = None if bias is None else linear.add_bias(kernels, w[target], bias)
         if not isinstance(weight, linear_packed.PackedWeight):
-            return _Gemm(weight)
-        kernels, w = self._kernels, self.work
-        source, target, epilogue = MATRICES[name]
+            return _Gemm(weight, bias=add_bias)
         whole = DeviceArray(w["dequantized"].address, matrix_shapes(self.spec)[name], self.spec.dtype)
         return _Gemm(
             whole,
             linear_packed.dequantize_packed(kernels, weight, whole),
-            self._packed_gemm(weight, source, "activated" if epilogue == linear.SILU else target, epilogue),
+            self._packed_gemm(i, name, "activated" if epilogue in linear.GATED else target, epilogue),
+            add_bias,
         )
 
     def _packed_gemm(
-        self, weight: Matrix, source: str, target: str, epilogue: int, config: PackedGemmConfig | None = None
+        self, i: int, name: str, target: str, epilogue: int, config: PackedGemmConfig | None = None
     ) -> linear_packed.PackedGemm:
+        weight, w = self.matrix(f"layers.{i}.{name}"), self.work
         assert isinstance(weight, linear_packed.PackedWeight)
-        w = self.work
         either = w["dequantized"]  # the dequantized matrix or, with few tokens, the partial sums
         sums = DeviceArray(either.address, (either.nbytes // 4,), "fp32")
-        arrays = (w[source], w[target], epilogue, self._chunk, sums, w["packed_counters"])
-        return linear_packed.PackedGemm(self._kernels, weight, *arrays, config)
+        arrays = (w[self._matrices[name][0]], w[target], epilogue, self._chunk, sums, w["packed_counters"])
+        return linear_packed.PackedGemm(self._kernels, weight, *arrays, config, self._bias(i, name))
 
     def _multiply(self, gemms: dict[str, _Gemm], name: str, rows: int, max_packed: int, stream: Stream) -> None:
         """Queues the GEMM ``name`` of ``rows`` rows; up to ``max_packed`` a packed matrix is multiplied as it is."""
-        w, gemm, (source, target, epilogue) = self.work, gemms[name], MATRICES[name]
+        w, gemm, (source, target, epilogue) = self.work, gemms[name], self._matrices[name]
         if gemm.packed is not None and rows <= max_packed:
             gemm.packed(stream, rows)
             if gemm.lora is None:
@@ -235,28 +258,32 @@ class CudaModel(DeviceModel[_Layer]):
             if gemm.dequantize is not None:
                 gemm.dequantize(stream)
             self.blas.matmul(w[source], gemm.weight, w[target], rows, epilogue == linear.RESIDUAL)
+            if gemm.bias is not None:
+                gemm.bias.set_grid(rows)
+                gemm.bias(stream)
         if gemm.lora is not None:
             gemm.lora(stream, rows)
-        if epilogue == linear.SILU:
-            self._silu.set_grid(rows)
-            self._silu(stream)
+        if epilogue in linear.GATED:
+            self._activate.set_grid(rows)
+            self._activate(stream)
 
     def _run_layer(self, layer: _Layer, rows: int) -> None:
         stream = self._stream
 
         def multiply(name: str) -> None:
             self._multiply(layer.gemms, name, rows, self._max_packed, stream)
+            if name in layer.out_norms:
+                norm(layer.out_norms[name])
 
-        layer.input_norm.set_grid(rows)
-        layer.input_norm(stream)
+        def norm(launch: Launch) -> None:
+            launch.set_grid(rows)
+            launch(stream)
+
+        norm(layer.input_norm)
         multiply("qkv")
-        if layer.bias is not None:
-            layer.bias.set_grid(rows)
-            layer.bias(stream)
         self._run_attention(layer.rope_append, layer.attend, rows)
         multiply("o")
-        layer.post_norm.set_grid(rows)
-        layer.post_norm(stream)
+        norm(layer.post_norm)
         multiply("gate_up")
         multiply("down")
 
@@ -264,10 +291,19 @@ class CudaModel(DeviceModel[_Layer]):
         self.blas.close()
 
 
-# GEMM → what it reads and writes, and its epilogue. SiLU's result goes from "gate_up" to "activated".
-MATRICES = {
-    "qkv": ("normed", "qkv", linear.STORE),
-    "o": ("attended", "hidden", linear.RESIDUAL),
-    "gate_up": ("normed", "gate_up", linear.SILU),
-    "down": ("activated", "hidden", linear.RESIDUAL),
-}
+_OUT_NORMS = {"o": "attention_out_norm", "down": "mlp_out_norm"}
+
+
+def matrices_of(spec: CudaSpec) -> dict[str, tuple[str, str, int]]:
+    """Return GEMM → what it reads and writes, and its epilogue.
+
+    A gated activation's result goes from "gate_up" to "activated". An output that is normed before it is added goes to
+    "branch".
+    """
+    target, epilogue = ("branch", linear.LOGITS) if spec.outer_norms else ("hidden", linear.RESIDUAL)
+    return {
+        "qkv": ("normed", "qkv", linear.STORE),
+        "o": ("attended", target, epilogue),
+        "gate_up": ("normed", "gate_up", linear.SILU if spec.model.activation == "silu" else linear.GELU),
+        "down": ("activated", target, epilogue),
+    }

@@ -24,9 +24,19 @@ def padded_size(size: int) -> int:
     return round_up(size, _GRAIN)
 
 
-def padded_head(size: int) -> int:
+def head_axis(spec: ModelSpec) -> Axis:
+    """Return the elements of a head as the kernels have them, those that RoPE rotates first."""
+    return Axis.of_head(spec.head_dim, spec.ropes[0].dim, _HEAD_GRAIN)
+
+
+def padded_head(spec: ModelSpec) -> int:
     """Return the head size that the kernels compute with."""
-    return round_up(size, _HEAD_GRAIN)
+    return head_axis(spec).size
+
+
+def padded_rope(spec: ModelSpec) -> int:
+    """Return how many elements of a head the kernels rotate."""
+    return round_up(spec.ropes[0].dim, _HEAD_GRAIN)
 
 
 class Padding:
@@ -36,11 +46,13 @@ class Padding:
         """``paired``: rows of gate and up in turn, else all of gate, then all of up."""
         hidden, inner = (Axis.at_the_end(size, _GRAIN) for size in (spec.hidden_size, spec.intermediate_size))
         both = Axis.at_the_end(2 * spec.intermediate_size, 2 * _GRAIN) if paired else inner.repeated(2)
-        head = Axis.of_head(spec.head_dim, spec.head_dim, _HEAD_GRAIN)
+        head = head_axis(spec)
         qkv = head.repeated(spec.num_heads + 2 * spec.num_kv_heads)
         self._rows = {
             "norm": hidden, "input_norm": hidden, "post_norm": hidden, "q_norm": head, "k_norm": head,
-            "qkv": qkv, "qkv_bias": qkv, "o": hidden, "gate_up": both, "down": hidden,
+            "attention_out_norm": hidden, "mlp_out_norm": hidden,
+            "qkv": qkv, "o": hidden, "gate_up": both, "down": hidden,
+            "qkv_bias": qkv, "o_bias": hidden, "gate_up_bias": both, "down_bias": hidden,
         }  # fmt: skip
         self._columns = {
             "embed": hidden, "head": hidden, "qkv": hidden, "gate_up": hidden, "down": inner,

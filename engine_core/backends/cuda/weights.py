@@ -18,7 +18,7 @@ from engine_core.formats.vocab_map import configured_vocab_map
 from engine_core.formats.weight_formats.base import WeightFormat
 
 WEIGHTS_NAME = "weights.safetensors"
-ROPE_NAME = "rope"  # float32 [the manifest's max_context, padded head_dim / 2, 2]
+ROPE_NAME = "rope"  # float32, CudaSpec.rope_shape with the manifest's max_context
 STORED_TYPES = {"fp16": "F16", "bf16": "BF16", "uint8": "U8"}  # dtype of an array → as safetensors spells it
 _BLOCK = 16  # tiles along the rows that are cut at a time: 256 rows, from as many tiles at most
 
@@ -58,7 +58,7 @@ class CudaWeights:
                 raise EngineDirectoryError(
                     f"{name} of {file.path} is {found or 'missing'}, expected {expected}; build the engine again."
                 )
-        covered = file.shape(ROPE_NAME)[0] if ROPE_NAME in file.names() else 0
+        covered = file.shape(ROPE_NAME)[-3] if ROPE_NAME in file.names() else 0
         if covered < stored.max_context:
             raise EngineDirectoryError(
                 f"The RoPE table of {file.path} covers {covered} positions, but max_context is {stored.max_context}; "
@@ -74,8 +74,8 @@ class CudaWeights:
         return kept_rows(whole, self._resolved.vocab_map, spec.weight_format)
 
     def rope(self) -> np.ndarray:
-        """float32 [max_context, head_dim / 2, 2]: cos and sin."""
-        return self._file.raw(ROPE_NAME)[: self._resolved.spec.max_context]
+        """float32, CudaSpec.rope_shape: cos and sin."""
+        return self._file.raw(ROPE_NAME)[..., : self._resolved.spec.max_context, :, :]
 
 
 def kept_rows(stored: np.ndarray, kept: np.ndarray, weight_format: WeightFormat) -> np.ndarray:

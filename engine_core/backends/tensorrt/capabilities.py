@@ -6,6 +6,8 @@ every other model, and fp32, gets one plan for the whole decoder, whose cache ha
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from engine_core.backends.capabilities import Capabilities, Trait
@@ -17,11 +19,42 @@ if TYPE_CHECKING:
     from engine_core.models.spec import ModelSpec
 
 
+def _has_window(spec: ModelSpec, max_context: int) -> bool:
+    return any(0 < layer.window < max_context for layer in spec.layers)
+
+
+def _has_other_biases(spec: ModelSpec, max_context: int) -> bool:
+    return any(linear.biases for x in spec.layers for linear in (x.output, x.gate_up, x.down))
+
+
+# What the exporter gemm has no word for; such a model gets one plan for the whole decoder.
+_GEMM_TRAITS = (
+    Trait("norms with an offset", lambda spec, _: spec.norm_offset != 0),
+    Trait("the activation {spec.activation}", lambda spec, _: spec.activation != "silu"),
+    Trait("soft capping", lambda spec, _: spec.attention_softcap != 0 or spec.logits_softcap != 0),
+    Trait("a scaled embedding", lambda spec, _: spec.embedding_scale != 1),
+    Trait(
+        "an attention scale of its own",
+        lambda spec, _: not math.isclose(spec.attention_scale, spec.head_dim**-0.5, rel_tol=1e-5),
+    ),
+    Trait("several RoPE tables", lambda spec, _: len(spec.ropes) != 1),
+    Trait("a partly rotated head", lambda spec, _: spec.ropes[0].dim != spec.head_dim),
+    Trait("a sliding window shorter than max_context", _has_window),
+    Trait(
+        "norms after attention or MLP",
+        lambda spec, _: any(layer.post_attention_norm or layer.post_mlp_norm for layer in spec.layers),
+    ),
+    Trait("biases outside QKV", _has_other_biases),
+    Trait("more than 8 query heads for a KV head", lambda spec, _: spec.num_heads // spec.num_kv_heads > 8),
+)
+_GEMM = dataclasses.replace(CUDA, traits=(*CUDA.traits, *_GEMM_TRAITS))
+
+
 def gemm_refusal(spec: ModelSpec, weight_format: str, max_context: int) -> str | None:
     """Say why the CUDA backend's kernels cannot do all but the GEMMs of the layers."""
     if weight_format != "fp16":
         return f"The exporter gemm has fp16 weights, not {weight_format}; choose plain."
-    return CUDA.model_refusal(spec, max_context)
+    return _GEMM.model_refusal(spec, max_context)
 
 
 def _kv_cache_types_of(spec: ModelSpec | None, weight_format: str, max_context: int) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ from engine_core.cuda.kernels.launch_configs import (
 )
 from engine_core.cuda.kernels.sampling import STATE
 
-_MAX_GROUP = 8  # query heads of a KV head: the columns of a tensor core multiplication in attention_decode.cu
+_MAX_GROUP = 16  # query heads of a KV head
+_MAX_BUNDLE = 8  # of a CTA: the columns of a tensor core multiplication in attention_decode.cu
 _SCALE_GROUP = 8  # fp16 scales in 16 bytes
 
 
@@ -38,6 +39,11 @@ class AttentionShape:
     _: KW_ONLY
     head_size: int = 0  # elements of a head in the model, the others being zeros; 0 = head_dim
     slot_layers: int = 0  # layers of a KV slot, where the cache has several: [slots, layers, 2, ...]; 0 = one slot
+    rotated: int | None = None  # elements of a head, from its first on, that RoPE rotates; None = all
+    window: int = 0  # tokens that a query sees, itself included; 0 = all
+    scale: float = 0.0  # of scores; 0 = head_size^-1/2
+    softcap: float = 0.0  # scores are below it in magnitude; 0 = they are not capped
+    norm_offset: float = 0.0  # added to the weights of the head norms
 
     @property
     def chunk_words(self) -> int:
@@ -62,14 +68,25 @@ class AttentionShape:
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def bundles(self) -> int:
+        """Bundles of query heads that share a KV head, of one size, which attention_decode.cu takes as KV heads."""
+        parts = next(n for n in range(1, self.group + 1) if self.group % n == 0 and self.group // n <= _MAX_BUNDLE)
+        return self.num_kv_heads * parts
+
+    @property
+    def rope_width(self) -> int:
+        """(cos, sin) of a position."""
+        return (self.head_dim if self.rotated is None else self.rotated) // 2
+
     def partial_floats(self, num_sms: int, sequences: int = 0) -> int:
         """Return the float32 values that the splits leave to be merged, at most; ``sequences``: 0 = without slots."""
-        splits = max_decode_splits(self.num_kv_heads * (SPLIT_SEQUENCES if sequences else 1), num_sms)
+        splits = max_decode_splits(self.bundles * (SPLIT_SEQUENCES if sequences else 1), num_sms)
         return max(1, sequences) * splits * self.num_heads * (self.head_dim + 2)
 
     @property
     def decode_problem(self) -> DecodeAttentionProblem:
-        return DecodeAttentionProblem(self.num_heads, self.num_kv_heads, self.head_dim, self.qk_norm, self.kv_int8)
+        return DecodeAttentionProblem(self.num_heads, self.bundles, self.head_dim, self.qk_norm, self.kv_int8)
 
     @property
     def batch_problem(self) -> DecodeAttentionProblem:
@@ -83,15 +100,21 @@ class AttentionShape:
         """Raises KernelArgumentError if the kernels do not cover these sizes."""
         if self.head_dim % 16 or not 16 <= self.head_dim <= 256:
             raise KernelArgumentError(f"head_dim is {self.head_dim}; the kernels take multiples of 16 up to 256.")
+        if self.rotated is not None and (self.rotated % 16 or not 0 <= self.rotated <= self.head_dim):
+            raise KernelArgumentError(
+                f"RoPE rotates {self.rotated} elements of heads of {self.head_dim}; the kernels take multiples of 16."
+            )
         if self.num_heads % self.num_kv_heads or self.group > _MAX_GROUP:
             raise KernelArgumentError(
                 f"{self.num_heads} query heads share {self.num_kv_heads} KV heads; at most {_MAX_GROUP} may."
             )
 
     def defines(self) -> dict[str, int | str]:
+        scale = self.scale or (self.head_size or self.head_dim) ** -0.5
         return {
             "HEADS": self.num_heads,
             "KV_HEADS": self.num_kv_heads,
+            "BUNDLES": self.bundles,
             "HEAD_DIM": self.head_dim,
             "HEAD_SIZE": self.head_size or self.head_dim,
             "CONTEXT": self.max_context,
@@ -100,7 +123,11 @@ class AttentionShape:
             "SLOT_STRIDE": self.slot_layers * 2 * self.num_kv_heads * self.max_context * self.head_dim,
             "SCALE_SLOT_STRIDE": self.slot_layers * 2 * self.num_kv_heads * self.scale_pitch,
             "NORM_EPS": float_define(self.norm_eps),
-            "SCALE_LOG2E": float_define(math.log2(math.e) / math.sqrt(self.head_size or self.head_dim)),
+            "NORM_OFFSET": float_define(self.norm_offset),
+            "ROTATED": 2 * self.rope_width,
+            "WINDOW": self.window,
+            "SCALE_LOG2E": float_define(math.log2(math.e) * scale),
+            "SOFTCAP": float_define(self.softcap),
         }
 
 
@@ -128,7 +155,8 @@ def _check(
 ) -> None:
     shape.validate()
     _check_cache(kernels, shape, cache, scales)
-    check("rope", rope, (shape.max_context, shape.head_dim // 2, 2), "fp32")
+    if shape.rope_width:
+        check("rope", rope, (shape.max_context, shape.rope_width, 2), "fp32")
     for norm in norms if shape.qk_norm else ():
         check("head norm", norm, (shape.head_dim,), kernels.dtype)
 
@@ -152,12 +180,12 @@ def attention_decode(
     """Attention of one token of each sequence: rotates q and k, appends K and V to the cache and attends.
 
     One sequence: qkv 16-bit [width]; ``state``: uint8 [STATE.itemsize], whose position is the token's; ``partial``:
-    float32 [partial_floats(num_sms)]; ``counters``: uint32 [kv_heads], zeros; output: 16-bit [heads × head_dim].
+    float32 [partial_floats(num_sms)]; ``counters``: uint32 [bundles], zeros; output: 16-bit [heads × head_dim].
     Several: ``slots``, int32 [n], is the KV slot of each one (negative = it does nothing); those arrays have n in
     front, and ``partial`` is [partial_floats(num_sms, n)].
 
     ``cache`` and ``scales`` are one layer's of the first slot: [2, kv_heads, max_context, head_dim] and, of an int8
-    cache, fp16 [2, kv_heads, scale_pitch]. ``rope``: float32 [max_context, head_dim / 2, 2]. ``norms``: weights of the
+    cache, fp16 [2, kv_heads, scale_pitch]. ``rope``: float32 [max_context, rope_width, 2]. ``norms``: weights of the
     query and key norms. ``appended``: ``rope_append`` has put K and V of all rows into the cache, where each row then
     sees the earlier ones of its slot, too. ``config``: another launch configuration than the chosen one. Raises
     KernelArgumentError.
@@ -170,7 +198,7 @@ def attention_decode(
         check("state", state, (*rows, STATE.itemsize), "uint8")
     check("qkv", qkv, (*rows, shape.qkv_width), kernels.dtype)
     check("partial", partial, (shape.partial_floats(num_sms, sequences if rows else 0),), "fp32")
-    check("counters", counters, (*rows, shape.num_kv_heads), "uint32")
+    check("counters", counters, (*rows, shape.bundles), "uint32")
     check("output", output, (*rows, shape.num_heads * shape.head_dim), kernels.dtype)
     q_norm, k_norm = norms or (0, 0)
     problem = shape.batch_problem if rows else shape.decode_problem
@@ -189,7 +217,7 @@ def attention_decode(
     args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output, scales or 0, slots or 0]
     # As many CTAs as every other kernel of a step has on each SM, though some have nothing to do: with a gap somewhere
     # the next kernel, which may start early, would be placed unevenly, and the one after it, too.
-    grid = (max(-(-num_sms // sequences), shape.num_kv_heads * config.splits), sequences)
+    grid = (max(-(-num_sms // sequences), shape.bundles * config.splits), sequences)
     return Launch(kernels.device, function, grid, config.threads, args, shared, problem=problem)
 
 

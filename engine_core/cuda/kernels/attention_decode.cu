@@ -4,9 +4,10 @@
 // place. The last CTA of a KV head to finish merges the splits.
 //
 // qkv: [(HEADS + 2 KV_HEADS) HEAD_DIM]; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], quantized with KV_INT8, and then
-// scales: fp16 [2][KV_HEADS][SCALE_PITCH] (kv_int8.cuh); rope: [CONTEXT][HEAD_DIM / 2] (cos, sin); partial: float32 [SPLITS][KV_HEADS]
-// [GROUP][HEAD_DIM], then as many Merges; counters: uint32 [KV_HEADS], 0 between launches; output: [HEADS][HEAD_DIM]. Grid: KV_HEADS *
-// SPLITS or more. The position decides how many splits work; a split has at least MIN_KEYS keys.
+// scales: fp16 [2][KV_HEADS][SCALE_PITCH] (kv_int8.cuh); rope: [CONTEXT][ROTATED / 2] (cos, sin); partial: float32 [SPLITS][BUNDLES]
+// [GROUP][HEAD_DIM], then as many Merges; counters: uint32 [BUNDLES], 0 between launches; output: [HEADS][HEAD_DIM]. Grid: BUNDLES *
+// SPLITS or more. The position decides how many splits work; a split has at least MIN_KEYS keys. BUNDLES is KV_HEADS or, where more
+// than 8 query heads share one, a multiple of it: the CTAs of each bundle have GROUP query heads, and all of them write the new K and V.
 //
 // BATCHED: the grid's second dimension is the sequence, and every array but rope and the norms' weights has one more dimension in
 // front: qkv, output, partial, counters and state by sequence, cache and scales by KV slot (SLOT_STRIDE). slots: int32 [sequences],
@@ -23,6 +24,7 @@
 // dimension that is summed over is free as long as both operands have the same: lane 4 g + t takes chunks t, t + 4, … of 8 elements
 // of q and of the keys g and g + 8, chunks g, g + 8, … of the values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
 #include "mma.cuh"
+#include "scores.cuh"
 
 #ifndef BATCHED
 #define BATCHED 0
@@ -30,7 +32,10 @@
 #ifndef APPENDED
 #define APPENDED 0
 #endif
-constexpr int GROUP = HEADS / KV_HEADS;  // query heads of a KV head
+#ifndef BUNDLES
+#define BUNDLES KV_HEADS
+#endif
+constexpr int GROUP = HEADS / BUNDLES;  // query heads of a CTA
 #include "kv_ring.cuh"
 
 constexpr int SHARE_GRAIN = KV_INT8 ? 8 : 1;   // a share begins at a group of scales
@@ -40,7 +45,7 @@ constexpr int QUARTETS = (CHUNKS + 3) / 4;     // of chunks, one for each t
 constexpr int OCTETS = (CHUNKS + 7) / 8;       // of chunks, one for each g
 constexpr int VALUES = GROUP * HEAD_DIM;
 constexpr float LOWEST = -1e30f;               // stands for -infinity without its NaNs
-static_assert(GROUP <= 8, "unsupported shape");
+static_assert(GROUP <= 8 && HEADS % BUNDLES == 0 && BUNDLES % KV_HEADS == 0, "unsupported shape");
 
 struct Merge {  // running maximum (base 2) and sum of one query head
     float peak, sum;
@@ -53,14 +58,15 @@ struct NewToken {  // its K and V as the cache has them
 
 // Rotates the query heads into ``queries`` and, if this CTA ``has_new``, takes the new token's K and V into cache and ``fresh``.
 __device__ __forceinline__ void prepare(half_t (*queries)[HEAD_DIM], NewToken& fresh, const half_t* qkv, const half_t* q_norm,
-                                        const half_t* k_norm, const Angles& angles, int kv_head, bool has_new, const Ring& ring,
+                                        const half_t* k_norm, const Angles& angles, int bundle, bool has_new, const Ring& ring,
                                         int position) {
     const int lane = threadIdx.x % 32, part = lane % LANES_PER_HEAD, d = 8 * part;
+    const int kv_head = bundle / (BUNDLES / KV_HEADS);
     const bool writes = lane < LANES_PER_HEAD && d < HEAD_DIM;
     for (int v = threadIdx.x / 32; v < GROUP + has_new; v += WARPS) {
         const bool is_query = v < GROUP;
         HeadVector raw;
-        raw.load(qkv + (is_query ? kv_head * GROUP + v : HEADS + kv_head) * HEAD_DIM, part);
+        raw.load(qkv + (is_query ? bundle * GROUP + v : HEADS + kv_head) * HEAD_DIM, part);
         uint4 value = make_uint4(0, 0, 0, 0);
         if (!is_query && d < HEAD_DIM) value = load16(qkv + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + d);
         float x[8];
@@ -164,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
     __shared__ NewToken fresh;
     __shared__ Merge merges[WARPS][GROUP], all_merges[SPLITS][GROUP];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int kv_head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
+    const int bundle = blockIdx.x % BUNDLES, split = blockIdx.x / BUNDLES, kv_head = bundle / (BUNDLES / KV_HEADS);
 
     let_next_start();
 #if BATCHED
@@ -174,7 +180,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
     constexpr int slot = 0;
 #endif
     const int position = (int)load4(&state->position);
-    const int length = position + 1;
+    // The first key that the token sees, and the one that the shares begin at.
+    const int oldest = WINDOW > 0 ? max(0, position + 1 - WINDOW) : 0, base = oldest / SHARE_GRAIN * SHARE_GRAIN;
+    const int length = position + 1 - base;
     const int share = max(MIN_KEYS, (length + SPLITS * SHARE_GRAIN - 1) / (SPLITS * SHARE_GRAIN) * SHARE_GRAIN);
     const int active = (length + share - 1) / share;
     // A step queued past the end writes nothing. Leaving counts as an end: wait first, as every kernel does.
@@ -184,11 +192,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
     }
 #if BATCHED
     qkv += (u64)blockIdx.y * (HEADS + 2 * KV_HEADS) * HEAD_DIM, output += (u64)blockIdx.y * HEADS * HEAD_DIM;
-    partial += (u64)blockIdx.y * SPLITS * HEADS * (HEAD_DIM + 2), counters += blockIdx.y * KV_HEADS;
+    partial += (u64)blockIdx.y * SPLITS * HEADS * (HEAD_DIM + 2), counters += blockIdx.y * BUNDLES;
     cache += slot * (u64)SLOT_STRIDE;
     if (KV_INT8) scales += slot * (u64)SCALE_SLOT_STRIDE;
 #endif
-    const int begin = split * share, end = min(length, begin + share);
+    const int begin = base + split * share, end = min(position + 1, begin + share);
     const bool has_new = !APPENDED && split == active - 1;  // this share ends with the new token
     Ring ring;
     ring.pieces = (char*)shared + warp * DEPTH * PIECE_BYTES;
@@ -201,10 +209,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
 #pragma unroll
     for (int number = 0; number < DEPTH; ++number) ring.load(number, number);
     Angles angles;
-    angles.load(rope + (u64)position * (HEAD_DIM / 2), lane % LANES_PER_HEAD);
+    angles.load(rope + (u64)position * (ROTATED / 2), lane % LANES_PER_HEAD);
 
     if (!APPENDED) wait_for_previous();
-    prepare(queries, fresh, qkv, q_norm, k_norm, angles, kv_head, has_new, ring, position);
+    prepare(queries, fresh, qkv, q_norm, k_norm, angles, bundle, has_new, ring, position);
     __syncthreads();
     uint4 q[QUARTETS];
 #pragma unroll
@@ -240,11 +248,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
         float scores[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float score = (sums[0][i] + sums[1][i]) * SCALE_LOG2E;
+            float score = (sums[0][i] + sums[1][i]) * SCORE_SCALE;
 #if KV_INT8
             score *= read_scale(piece, g + i / 2 * 8);
 #endif
-            scores[i] = key + g + i / 2 * 8 < end ? score : LOWEST;
+            if (CAPPED) score = soft_capped(score);
+            const int its_key = key + g + i / 2 * 8;
+            scores[i] = its_key < end && (WINDOW == 0 || its_key >= oldest) ? score : LOWEST;
         }
         release();
 
@@ -281,8 +291,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
     __syncthreads();
 
     // Two elements a thread: of the warps, then, in the CTA that comes last, of the splits.
-    Merge* partial_merges = (Merge*)(partial + (u64)SPLITS * KV_HEADS * VALUES);
-    const u64 own = (u64)split * KV_HEADS + kv_head;
+    Merge* partial_merges = (Merge*)(partial + (u64)SPLITS * BUNDLES * VALUES);
+    const u64 own = (u64)split * BUNDLES + bundle;
     for (int i = 2 * threadIdx.x; i < VALUES; i += 2 * THREADS) {
         const int head = i / HEAD_DIM;
         float top = LOWEST, total = 0.f;
@@ -297,21 +307,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
             value.x += weight * v.x, value.y += weight * v.y;
         }
         if (active == 1) {
-            *(u32*)(output + kv_head * VALUES + i) = pack2(value.x / total, value.y / total);
+            *(u32*)(output + bundle * VALUES + i) = pack2(value.x / total, value.y / total);
         } else {
             *(float2*)(partial + own * VALUES + i) = value;
             if (i % HEAD_DIM == 0) partial_merges[own * GROUP + head] = {top, total};
         }
     }
-    if (active == 1 || !is_last_to_arrive(counters + kv_head, active)) return;
+    if (active == 1 || !is_last_to_arrive(counters + bundle, active)) return;
     for (int i = threadIdx.x; i < active * GROUP; i += THREADS) {
-        const uint2 merge = load8(partial_merges + ((u64)(i / GROUP) * KV_HEADS + kv_head) * GROUP + i % GROUP);
+        const uint2 merge = load8(partial_merges + ((u64)(i / GROUP) * BUNDLES + bundle) * GROUP + i % GROUP);
         all_merges[i / GROUP][i % GROUP] = {__uint_as_float(merge.x), __uint_as_float(merge.y)};
     }
     __syncthreads();
     for (int i = 2 * threadIdx.x; i < VALUES; i += 2 * THREADS) {
         const int head = i / HEAD_DIM;
-        const float* source = partial + (u64)kv_head * VALUES + i;
+        const float* source = partial + (u64)bundle * VALUES + i;
         float top = LOWEST, total = 0.f;
         float2 value = make_float2(0.f, 0.f);
         for (int s = 0; s < active; ++s) top = fmaxf(top, all_merges[s][head].peak);
@@ -319,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
         for (int first = 0; first < active; first += BATCH) {
             uint2 v[BATCH];
 #pragma unroll
-            for (int b = 0; b < BATCH; ++b) v[b] = load8(source + (u64)min(first + b, active - 1) * KV_HEADS * VALUES);
+            for (int b = 0; b < BATCH; ++b) v[b] = load8(source + (u64)min(first + b, active - 1) * BUNDLES * VALUES);
 #pragma unroll
             for (int b = 0; b < BATCH; ++b) {
                 if (first + b >= active) break;
@@ -328,6 +338,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
                 value.x += weight * __uint_as_float(v[b].x), value.y += weight * __uint_as_float(v[b].y);
             }
         }
-        *(u32*)(output + kv_head * VALUES + i) = pack2(value.x / total, value.y / total);
+        *(u32*)(output + bundle * VALUES + i) = pack2(value.x / total, value.y / total);
     }
 }

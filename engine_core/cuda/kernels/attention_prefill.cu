@@ -9,6 +9,7 @@
 // With KV_INT8 the cache holds quantized values and ``scales`` (kv_int8.cuh). A stage is copied as it is and dequantized to 16 bits
 // in shared memory before it is multiplied: as precise as a 16-bit cache would be.
 #include "mma.cuh"
+#include "scores.cuh"
 #if KV_INT8
 #include "kv_int8.cuh"
 #endif
@@ -151,15 +152,26 @@ __device__ __forceinline__ void make_scores(Scores& scores, const Queries& q, co
     }
 }
 
-// ``seen``: of the tile's keys, those that the lane's first row sees; row r below it sees r more.
+// ``seen``: of the tile's keys, those that the lane's first row sees; row r below it sees r more. With WINDOW it sees the last of them.
 __device__ __forceinline__ void mask(Scores& scores, int seen, int lane) {
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m)
 #pragma unroll
         for (int n = 0; n < KEY_TILES; ++n)
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-                if (n * 8 + lane % 4 * 2 + j % 2 >= seen + m * 16 + j / 2 * 8) scores[m][n][j] = MASKED;
+            for (int j = 0; j < 4; ++j) {
+                const int key = n * 8 + lane % 4 * 2 + j % 2, end = seen + m * 16 + j / 2 * 8;
+                if (key >= end || (WINDOW > 0 && key < end - WINDOW)) scores[m][n][j] = MASKED;
+            }
+}
+
+__device__ __forceinline__ void cap(Scores& scores) {
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; ++n)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) scores[m][n][j] = soft_capped(scores[m][n][j]);
 }
 
 // Scores become weights; sums are made smaller where a row's peak grows.
@@ -174,7 +186,7 @@ __device__ __forceinline__ void weigh(Sums& sums, Scores& scores) {
 #pragma unroll
             for (int n = 0; n < KEY_TILES; ++n)
                 top[m][h] = fmaxf(top[m][h], fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
-            top[m][h] *= SCALE_LOG2E;
+            top[m][h] *= SCORE_SCALE;
             grows |= top[m][h] > sums.peak[m][h] + SLACK;
         }
     if (__any_sync(0xffffffffu, grows)) {
@@ -201,7 +213,7 @@ __device__ __forceinline__ void weigh(Sums& sums, Scores& scores) {
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     float& score = scores[m][n][2 * h + j];
-                    score = power_of_2(fmaf(score, SCALE_LOG2E, -sums.peak[m][h]));
+                    score = power_of_2(fmaf(score, SCORE_SCALE, -sums.peak[m][h]));
                     sums.sum[m][h] += score;
                 }
 }
@@ -281,7 +293,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const item_t* keys = cache + load_slot(chunk) * (u64)SLOT_STRIDE + (u64)kv_head * CONTEXT * HEAD_DIM;
     const auto [start, count] = load_chunk(chunk);
     const int total = start + min(count, first_q + TILE_Q);
-    const int num_stages = (total + STAGE_K - 1) / STAGE_K;
+    // The first one has the first key that a query of the tile sees.
+    const int first_stage = WINDOW > 0 ? max(0, start + first_q + 1 - WINDOW) / STAGE_K : 0, num_stages = (total + STAGE_K - 1) / STAGE_K;
+    const int first_there = first_stage * STAGE_K;
     const int first_row = first_q + warp * WARP_Q, row = first_row + lane / 4, column = lane % 4 * 2;  // of the first sums
     const half_t* queries = qkv + head * HEAD_DIM;
     half_t* q_tile = tiles + (KV_INT8 ? 2 : 4) * TILE;
@@ -292,11 +306,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if KV_INT8
     Stage* stages = (Stage*)(q_tile + (Q_SHARED ? TILE_Q * PITCH : 0));
     const half_t* key_scales = scales + load_slot(chunk) * (u64)SCALE_SLOT_STRIDE + kv_head * SCALE_PITCH;
-    load_stage(stages[0], keys, key_scales, 0, total);
+    load_stage(stages[first_stage % 2], keys, key_scales, first_there, total);
 #else
     const half_t* vals = keys + (u64)KV_HEADS * CONTEXT * HEAD_DIM;
-    load_rows<STAGE_K>(tiles, keys, HEAD_DIM, total);
-    load_rows<STAGE_K>(tiles + TILE, vals, HEAD_DIM, total);
+    half_t* first_tile = tiles + first_stage % 2 * 2 * TILE;
+    load_rows<STAGE_K>(first_tile, keys + (u64)first_there * HEAD_DIM, HEAD_DIM, total - first_there);
+    load_rows<STAGE_K>(first_tile + TILE, vals + (u64)first_there * HEAD_DIM, HEAD_DIM, total - first_there);
 #endif
     Queries q;
     if (Q_SHARED) {
@@ -322,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int seen_by_all = start + first_row + 1;                              // keys, by every row of this warp
     const int seen_by_any = first_row < count ? start + first_row + WARP_Q : 0;  // and by its last row
 
-    for (int stage = 0; stage < num_stages; ++stage) {
+    for (int stage = first_stage; stage < num_stages; ++stage) {
         wait_copies<0>();
         __syncthreads();  // the stage has come, and nobody reads the other one any more
         const int next = (stage + 1) * STAGE_K;
@@ -343,10 +358,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
         k_tile += group * TILE_K * PITCH;
         const int first_key = stage * STAGE_K + group * TILE_K;
-        if (first_key >= seen_by_any) continue;
+        if (first_key >= seen_by_any || (WINDOW > 0 && first_key + TILE_K <= seen_by_all - WINDOW)) continue;
         Scores scores;
         make_scores(scores, q, k_tile, lane);
-        if (first_key + TILE_K > seen_by_all) mask(scores, start + row + 1 - first_key, lane);
+        if (CAPPED) cap(scores);
+        if (first_key + TILE_K > seen_by_all || (WINDOW > 0 && first_key < seen_by_all + WARP_Q - 1 - WINDOW))
+            mask(scores, start + row + 1 - first_key, lane);
         weigh(sums, scores);
         add_values(sums, scores, k_tile + TILE, lane);
     }

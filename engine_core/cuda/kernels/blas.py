@@ -52,12 +52,13 @@ class Blas:
     ) -> None:
         """Queues output [n, m] ← rows [n, k] · weight [m, k]ᵀ for the first ``count`` rows; ``accumulate`` adds to it.
 
-        rows and weight are fp16 or bf16, output the same or float32; sums are float32. Raises KernelArgumentError.
+        rows and weight are fp16 or bf16, output the same or float32; sums are float32. Only float32 is added to.
+        Raises KernelArgumentError.
         """
         (m, k), n = weight.shape, rows.shape[0]
         assert count <= n
         check("rows", rows, (n, k), weight.dtype)
-        check("output", output, (n, m), "fp32" if accumulate else weight.dtype)
+        check("output", output, (n, m), "fp32" if accumulate or output.dtype == "fp32" else weight.dtype)
         kind = _TYPES[weight.dtype]
         # Column-major to cuBLAS: output[m, n] = weight[k, m]ᵀ · rows[k, n].
         self._call(

@@ -16,6 +16,14 @@ typedef unsigned long long u64;
 
 typedef u16 half_t;  // the bits of an fp16 or bf16 value
 
+#ifndef NORM_OFFSET
+#define NORM_OFFSET 0.f  // added to every norm's weight (Gemma)
+#endif
+
+#ifndef LOGITS_SOFTCAP
+#define LOGITS_SOFTCAP 0.f  // that the LM head's sums stay below in magnitude; 0 = they are the logits
+#endif
+
 #ifndef KV_INT8
 #define KV_INT8 0
 #endif
@@ -85,8 +93,20 @@ __device__ __forceinline__ u32 pack2(float low, float high) {
     return v;
 }
 
-// Of a gated unit (SwiGLU: Shazeer 2020, arXiv 2002.05202): silu(gate) * up.
-__device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
+// Of a gated unit (Shazeer 2020, arXiv 2002.05202): silu(gate) * up, or gelu(gate) * up. That is the approximation by tanh
+// (Hendrycks & Gimpel 2016, arXiv 1606.08415), and (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)).
+template <bool WITH_GELU>
+__device__ __forceinline__ float gated(float gate, float up) {
+    const float exponent = WITH_GELU ? -1.5957691216f * gate * (1.f + 0.044715f * gate * gate) : -gate;
+    return gate / (1.f + __expf(exponent)) * up;
+}
+
+__device__ __forceinline__ float offset_weight(float weight) { return NORM_OFFSET != 0.f ? weight + NORM_OFFSET : weight; }
+
+__device__ __forceinline__ float to_logit(float sum) {
+    constexpr float INVERSE = LOGITS_SOFTCAP > 0.f ? 1.f / LOGITS_SOFTCAP : 0.f;
+    return LOGITS_SOFTCAP > 0.f ? LOGITS_SOFTCAP * tanhf(sum * INVERSE) : sum;
+}
 
 __device__ __forceinline__ half_t to_half(float value) { return (half_t)pack2(value, 0.f); }
 __device__ __forceinline__ float to_float(half_t value) { return unpack2(value).x; }

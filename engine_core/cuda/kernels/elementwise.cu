@@ -1,12 +1,24 @@
-// The small kernels around the matrix multiplications: embedding, SwiGLU, bias, the last row of a chunk.
+// The small kernels around the matrix multiplications: embedding, gated activation, bias, the last row of a chunk.
 #include "common.cuh"
 
 #ifndef TOKEN_STRIDE
 #define TOKEN_STRIDE 1
 #endif
 
-// float32 [gridDim.x][COLS] from the rows of table [vocab][COLS] named by tokens, TOKEN_STRIDE ints apart; a failed step's token
-// reads row 0.
+#ifndef EMBEDDING_SCALE
+#define EMBEDDING_SCALE 1.f
+#endif
+
+#ifndef GELU
+#define GELU 0
+#endif
+
+#ifndef FLOAT_VALUES
+#define FLOAT_VALUES 0
+#endif
+
+// float32 [gridDim.x][COLS], EMBEDDING_SCALE times the rows of table [vocab][COLS] named by tokens, TOKEN_STRIDE ints apart; a failed
+// step's token reads row 0.
 extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table, const int* tokens, float* output) {
     // The next kernel is not let in early: it gains nothing from a kernel so short.
     const int token = max(0, (int)load4(tokens + blockIdx.x * TOKEN_STRIDE));
@@ -14,28 +26,37 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table,
         float v[8];
         unpack8(*(const uint4*)(table + (u64)token * COLS + c), v);
         float4* y = (float4*)(output + (u64)blockIdx.x * COLS + c);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[j] *= EMBEDDING_SCALE;
         y[0] = make_float4(v[0], v[1], v[2], v[3]);
         y[1] = make_float4(v[4], v[5], v[6], v[7]);
     }
 }
 
 // 16-bit [gridDim.x][COLS] from [gridDim.x][COLS] (gate, up).
-extern "C" __global__ void __launch_bounds__(THREADS) silu_multiply(const u32* gate_up, half_t* output) {
+extern "C" __global__ void __launch_bounds__(THREADS) gate_multiply(const u32* gate_up, half_t* output) {
     const u64 row = (u64)blockIdx.x * COLS;
     let_next_start();
     wait_for_previous();
     for (int c = blockIdx.y * THREADS + threadIdx.x; c < COLS; c += gridDim.y * THREADS) {
         const float2 v = unpack2(load4(gate_up + row + c));
-        output[row + c] = to_half(swiglu(v.x, v.y));
+        output[row + c] = to_half(gated<GELU>(v.x, v.y));
     }
 }
 
-// [gridDim.x][COLS] += bias [COLS], 16-bit.
-extern "C" __global__ void __launch_bounds__(THREADS) add_bias(half_t* values, const half_t* bias) {
+// [gridDim.x][COLS], 16-bit or with FLOAT_VALUES float32, += bias [COLS], 16-bit.
+extern "C" __global__ void __launch_bounds__(THREADS) add_bias(void* values, const half_t* bias) {
     const u64 row = (u64)blockIdx.x * COLS;
     let_next_start();
     wait_for_previous();
-    for (int c = threadIdx.x; c < COLS; c += THREADS) values[row + c] = to_half(to_float(values[row + c]) + to_float(bias[c]));
+    for (int c = threadIdx.x; c < COLS; c += THREADS) {
+#if FLOAT_VALUES
+        ((float*)values)[row + c] = load4f((const float*)values + row + c) + to_float(bias[c]);
+#else
+        half_t* value = (half_t*)values + row + c;
+        *value = to_half(to_float(*value) + to_float(bias[c]));
+#endif
+    }
 }
 
 // The first of rows of COLS * 16 bytes becomes that of the chunk's last token.

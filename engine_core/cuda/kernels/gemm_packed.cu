@@ -1,9 +1,9 @@
 // GEMM for a few tokens: Y = X Wᵀ, W in packed tiles of integers or small floats, or in 16 bits (packed.cuh). Each CTA reads its tiles once
 // for TOKENS tokens, so that a short prompt, or one token each of several sequences, takes little longer than a decode step.
 //
-// X is [tokens][COLS] 16-bit, row-major. EPILOGUE 0: Y [tokens][ROWS] 16-bit, plus bias [ROWS] with BIAS; 1: Y [tokens][ROWS]
-// float32, added to; 2: rows are (gate, up) in turn and Y [tokens][ROWS / 2] = silu(gate) * up, 16-bit; 3: Y [tokens][ROWS] float32.
-// Grid: (tiles of TOKENS, SPLITS, CTAs along the rows).
+// X is [tokens][COLS] 16-bit, row-major. EPILOGUE 0: Y [tokens][ROWS] 16-bit; 1: Y [tokens][ROWS] float32, added to; 2: rows are (gate,
+// up) in turn and Y [tokens][ROWS / 2] = silu(gate) * up, 16-bit; 3: Y [tokens][ROWS] float32; 4: as 2, with gelu. With BIAS a bias
+// [ROWS] is added to the sums first. Grid: (tiles of TOKENS, SPLITS, CTAs along the rows).
 //
 // A CTA has ROW_WARPS · K_WARPS warps. Each warp has a band of two rows of tiles and copies them through its own ring of DEPTH
 // slots, one group of 128 columns to a slot. X passes in stages of STAGE groups through BUFFERS places in shared memory; each of
@@ -16,6 +16,7 @@
 #include "lora.cuh"
 #include "packed.cuh"
 
+#define GATED (EPILOGUE == 2 || EPILOGUE == 4)
 constexpr int WARPS = ROW_WARPS * K_WARPS, THREADS = 32 * WARPS;
 constexpr int BAND = 2, BANDS = (TILES + BAND - 1) / BAND;     // tiles of a warp at a time
 constexpr int SHARE = STAGE / K_WARPS;                         // groups of a stage that a warp has
@@ -24,7 +25,7 @@ constexpr int SLOT = BAND * TILE_BYTES;
 #ifndef BIAS
 #define BIAS 0
 #endif
-static_assert(TOKENS % 8 == 0 && STAGE % K_WARPS == 0 && (EPILOGUE != 2 || ROWS % 2 == 0), "unsupported shape");
+static_assert(TOKENS % 8 == 0 && STAGE % K_WARPS == 0 && (!GATED || ROWS % 2 == 0), "unsupported shape");
 static_assert(BUFFERS > 1 || (GROUPS + SPLITS - 1) / SPLITS <= STAGE, "a second stage needs a second buffer");
 
 // Of X the units of a token lie in the order they are read in, and so that eight lanes meet no bank twice.
@@ -120,11 +121,11 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
                 if (token < count && has_low) low += lora.term(row, token);
                 if (token < count && has_high) high += lora.term(row + 8, token);
 #endif
-#if EPILOGUE == 2
+#if GATED
                 // The lane of an even row takes that and the next one, its neighbour the two that are 8 further.
                 const bool is_gate = g % 2 == 0;
                 const float other = __shfl_xor_sync(0xffffffffu, is_gate ? high : low, 4);
-                const float value = is_gate ? swiglu(low, other) : swiglu(other, high);
+                const float value = is_gate ? gated<EPILOGUE == 4>(low, other) : gated<EPILOGUE == 4>(other, high);
                 if (token < count && (is_gate ? has_low : has_high))
                     ((half_t*)output)[(u64)token * (ROWS / 2) + (is_gate ? row : row + 7) / 2] = to_half(value);
 #else
@@ -134,8 +135,8 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
                 if (has_low) ((float*)output)[place] += low;
                 if (has_high) ((float*)output)[place + 8] += high;
 #elif EPILOGUE == 3
-                if (has_low) ((float*)output)[place] = low;
-                if (has_high) ((float*)output)[place + 8] = high;
+                if (has_low) ((float*)output)[place] = to_logit(low);
+                if (has_high) ((float*)output)[place + 8] = to_logit(high);
 #else
                 if (has_low) ((half_t*)output)[place] = to_half(low);
                 if (has_high) ((half_t*)output)[place + 8] = to_half(high);

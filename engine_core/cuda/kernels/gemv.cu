@@ -66,7 +66,7 @@ __device__ __forceinline__ float load_input(float x[PARTS][8], const void* input
             const float4 a = load16f((const float*)input + c), b = load16f((const float*)input + c + 4);
             const float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-            for (int j = 0; j < 8; ++j) squares += v[j] * v[j], x[p][j] = v[j] * g[j];
+            for (int j = 0; j < 8; ++j) squares += v[j] * v[j], x[p][j] = v[j] * offset_weight(g[j]);
 #else
             unpack8(load16((const half_t*)input + c), x[p]);
 #endif

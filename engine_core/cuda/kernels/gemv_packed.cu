@@ -117,7 +117,7 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
             float g[8];
             unpack8(norm.eights[i], g);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) v[i][j] *= scale * g[j];
+            for (int j = 0; j < 8; ++j) v[i][j] *= scale * offset_weight(g[j]);
             packed = pack8(v[i]);
 #else
             packed = load16((const half_t*)input + 8 * piece);

@@ -8,9 +8,10 @@ from engine_core.cuda.kernels.launch_configs import ELEMENTWISE_THREADS, RMS_NOR
 from engine_core.cuda.kernels.lora import LoraTerm
 
 # EPILOGUE of gemv.cu.
-STORE, RESIDUAL, SILU, LOGITS = range(4)
+STORE, RESIDUAL, SILU, LOGITS, GELU = range(5)
+GATED = (SILU, GELU)  # of rows that are (gate, up) in turn
 
-_PAIRS = 4  # that a thread of silu_multiply has
+_PAIRS = 4  # that a thread of gate_multiply has
 
 
 def gemv(
@@ -24,19 +25,22 @@ def gemv(
     bias: DeviceArray | None = None,
     norm_eps: float = 0.0,
     norm_size: int = 0,
+    norm_offset: float = 0.0,
+    softcap: float = 0.0,
     lora: LoraTerm | None = None,
     config: GemvConfig | None = None,
 ) -> Launch:
     """output ← weight [rows, cols] · vector [cols], with what follows fused (``epilogue``).
 
-    STORE: 16-bit [rows], plus ``bias`` [rows]; RESIDUAL: float32 [rows], added to; SILU: 16-bit [rows / 2] of rows that
-    are (gate, up) in turn; LOGITS: float32 [rows]. With ``norm_weight`` [cols] the vector is float32 and RMS-normalised
-    first, else 16-bit. ``norm_size``: how many values the norm's mean is over, those after them being zeros; 0 = all.
-    ``lora``: what a LoRA adapter adds to the rows first, not to LOGITS. ``config``: another launch configuration than
-    the chosen one. Raises KernelArgumentError.
+    STORE: 16-bit [rows]; RESIDUAL: float32 [rows], added to; SILU or GELU: 16-bit [rows / 2] of rows that are (gate,
+    up) in turn; LOGITS: float32 [rows], below ``softcap`` in magnitude if it is not 0. ``bias``, 16-bit [rows], is
+    added first. With ``norm_weight`` [cols] the vector is float32 and RMS-normalised first, else 16-bit; ``norm_size``:
+    how many values the norm's mean is over, those after them being zeros, 0 = all; ``norm_offset`` is added to the
+    weight. ``lora``: what a LoRA adapter adds to the rows first. ``config``: another launch configuration than the
+    chosen one. Raises KernelArgumentError.
     """
     rows, cols = weight.shape
-    if cols % 8 or (epilogue == SILU and rows % 2):
+    if cols % 8 or (epilogue in GATED and rows % 2):
         raise KernelArgumentError(
             f"The weight is {list(weight.shape)}; the columns must be a multiple of 8, pairs even."
         )
@@ -45,16 +49,14 @@ def gemv(
     check(
         "output",
         output,
-        (rows // 2 if epilogue == SILU else rows,),
+        (rows // 2 if epilogue in GATED else rows,),
         "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype,
     )
     if norm_weight is not None:
         check("norm_weight", norm_weight, (cols,), kernels.dtype)
     if bias is not None:
-        assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
     if lora is not None:
-        assert epilogue != LOGITS
         lora.check(kernels, rows, cols, 1)
     problem = GemvProblem(rows, cols, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
@@ -71,6 +73,8 @@ def gemv(
         "BIAS": int(bias is not None),
         "NORM_EPS": float_define(norm_eps),
         "NORM_SIZE": norm_size or cols,
+        "NORM_OFFSET": float_define(norm_offset),
+        "LOGITS_SOFTCAP": float_define(softcap),
         **(lora.gemv_defines(kernels) if lora is not None else {}),
     }
     function = kernels.function("gemv", "gemv", defines, shared)
@@ -87,30 +91,37 @@ def rms_norm(
     norm_eps: float,
     delta: DeviceArray | None = None,
     norm_size: int = 0,
+    norm_offset: float = 0.0,
 ) -> Launch:
-    """output [max_rows, cols] 16-bit ← RMSNorm of rows [max_rows, cols] float32; the grid is the number of rows.
+    """output [max_rows, cols] ← RMSNorm of rows [max_rows, cols] float32; the grid is the number of rows.
 
-    ``delta``, 16-bit [max_rows, cols], is added to ``rows`` before. ``norm_size``: see ``gemv``.
-    Raises KernelArgumentError.
+    ``output``: 16-bit, or float32 and added to. ``delta``, 16-bit [max_rows, cols], is added to ``rows`` before.
+    ``norm_size`` and ``norm_offset``: see ``gemv``. Raises KernelArgumentError.
     """
     num_rows, cols = rows.shape
     if cols % 8:
         raise KernelArgumentError(f"Rows of {cols} values; the kernel reads a multiple of 8.")
     check("rows", rows, (num_rows, cols), "fp32")
     check("weight", weight, (cols,), kernels.dtype)
-    check("output", output, (num_rows, cols), kernels.dtype)
+    check("output", output, (num_rows, cols), "fp32" if output.dtype == "fp32" else kernels.dtype)
     if delta is not None:
         check("delta", delta, (num_rows, cols), kernels.dtype)
     defines: dict[str, int | str] = {"COLS": cols, "NORM_EPS": float_define(norm_eps), "ADD": int(delta is not None)}
-    defines |= {"NORM_SIZE": norm_size or cols, "THREADS": RMS_NORM_THREADS}
+    defines |= {"NORM_SIZE": norm_size or cols, "THREADS": RMS_NORM_THREADS, "RESIDUAL": int(output.dtype == "fp32")}
+    defines["NORM_OFFSET"] = float_define(norm_offset)
     function = kernels.function("rms_norm", "rms_norm", defines)
     return Launch(kernels.device, function, (num_rows,), RMS_NORM_THREADS, [rows, weight, output, delta or 0])
 
 
 def embed(
-    kernels: Kernels, table: DeviceArray, tokens: DeviceArray, output: DeviceArray, token_stride: int = 1
+    kernels: Kernels,
+    table: DeviceArray,
+    tokens: DeviceArray,
+    output: DeviceArray,
+    token_stride: int = 1,
+    scale: float = 1.0,
 ) -> Launch:
-    """output [n, cols] float32 ← rows of table [vocab, cols] named by tokens, int32 [n]; the grid is n.
+    """output [n, cols] float32 ← ``scale`` times rows of table [vocab, cols] named by tokens, int32 [n]; the grid is n.
 
     ``token_stride``: int32 from one token to the next one, such as those of sampler states side by side.
     It does not start before the kernel before it has ended: attention_decode relies on that.
@@ -121,28 +132,35 @@ def embed(
     check("table", table, (vocab, cols), kernels.dtype)
     check("output", output, (*tokens.shape, cols), "fp32")
     defines: dict[str, int | str] = {"COLS": cols, "THREADS": ELEMENTWISE_THREADS, "TOKEN_STRIDE": token_stride}
+    defines["EMBEDDING_SCALE"] = float_define(scale)
     function = kernels.function("elementwise", "embed", defines)
     return Launch(
         kernels.device, function, (tokens.shape[0],), ELEMENTWISE_THREADS, [table, tokens, output], overlap=False
     )
 
 
-def silu_multiply(kernels: Kernels, gate_up: DeviceArray, output: DeviceArray) -> Launch:
-    """output [n, width] ← silu(gate) · up of gate_up [n, 2 width], (gate, up) in turn, 16-bit; the grid is n first."""
+def gate_multiply(kernels: Kernels, gate_up: DeviceArray, output: DeviceArray, epilogue: int = SILU) -> Launch:
+    """output [n, width] ← silu(gate) · up of gate_up [n, 2 width], (gate, up) in turn, 16-bit; the grid is n first.
+
+    ``epilogue`` GELU: gelu in silu's place.
+    """
     rows, width = output.shape
     check("gate_up", gate_up, (rows, 2 * width), kernels.dtype)
     check("output", output, (rows, width), kernels.dtype)
-    function = kernels.function("elementwise", "silu_multiply", {"COLS": width, "THREADS": ELEMENTWISE_THREADS})
+    defines: dict[str, int | str] = {"COLS": width, "THREADS": ELEMENTWISE_THREADS, "GELU": int(epilogue == GELU)}
+    function = kernels.function("elementwise", "gate_multiply", defines)
     grid = (rows, -(-width // (_PAIRS * ELEMENTWISE_THREADS)))
     return Launch(kernels.device, function, grid, ELEMENTWISE_THREADS, [gate_up, output])
 
 
 def add_bias(kernels: Kernels, values: DeviceArray, bias: DeviceArray) -> Launch:
-    """values [n, width] += bias [width], 16-bit; the grid is n."""
+    """values [n, width], 16-bit or float32, += bias [width], 16-bit; the grid is n."""
     rows, width = values.shape
-    check("values", values, (rows, width), kernels.dtype)
+    is_float = values.dtype == "fp32"
+    check("values", values, (rows, width), "fp32" if is_float else kernels.dtype)
     check("bias", bias, (width,), kernels.dtype)
-    function = kernels.function("elementwise", "add_bias", {"COLS": width, "THREADS": ELEMENTWISE_THREADS})
+    defines: dict[str, int | str] = {"COLS": width, "THREADS": ELEMENTWISE_THREADS, "FLOAT_VALUES": int(is_float)}
+    function = kernels.function("elementwise", "add_bias", defines)
     return Launch(kernels.device, function, (rows,), ELEMENTWISE_THREADS, [values, bias])
 
 

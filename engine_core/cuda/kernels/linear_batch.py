@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine_core.cuda.driver import DeviceArray, Launch
-from engine_core.cuda.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check
+from engine_core.cuda.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check, float_define
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE
 from engine_core.cuda.kernels.launch_configs import BATCH_TOKENS, MAX_SEQUENCES, PackedGemmConfig, PackedGemmProblem
-from engine_core.cuda.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
+from engine_core.cuda.kernels.linear import GATED, LOGITS, RESIDUAL
 from engine_core.cuda.kernels.linear_packed import PackedWeight, packed_scratch
 from engine_core.cuda.kernels.lora import LoraTerm
 
@@ -55,17 +55,18 @@ def gemm_batch(
     counters: DeviceArray,
     *,
     bias: DeviceArray | None = None,
+    softcap: float = 0.0,
     lora: LoraTerm | None = None,
     config: PackedGemmConfig | None = None,
 ) -> Launch:
     """output ← vectors [n, cols] · weightᵀ for n of 2 to 16 sequences, with what follows fused (``epilogue``).
 
     ``weight``: 16-bit [rows, cols], or packed; vectors are 16-bit, and cols a multiple of 8.
-    STORE: output 16-bit [n, rows], plus ``bias`` [rows]; RESIDUAL: float32 [n, rows], added to; SILU: 16-bit
-    [n, rows / 2] of rows that are (gate, up) in turn; LOGITS: float32 [n, rows]. ``chunk``: int32 [CHUNK_WORDS], whose
-    second number is how many of the n rows are computed. ``partial``, float32, and ``counters``, uint32 and zeros: see
-    ``batch_scratch``. ``lora``: what LoRA adapters add to the rows first, not to LOGITS. Raises KernelArgumentError,
-    KernelCompileError or DeviceError.
+    STORE: output 16-bit [n, rows]; RESIDUAL: float32 [n, rows], added to; SILU or GELU: 16-bit [n, rows / 2] of rows
+    that are (gate, up) in turn; LOGITS: float32 [n, rows], below ``softcap`` in magnitude if it is not 0. ``bias``,
+    16-bit [rows], is added first. ``chunk``: int32 [CHUNK_WORDS], whose second number is how many of the n rows are
+    computed. ``partial``, float32, and ``counters``, uint32 and zeros: see ``batch_scratch``. ``lora``: what LoRA
+    adapters add to the rows first. Raises KernelArgumentError, KernelCompileError or DeviceError.
     """
     sequences = vectors.shape[0]
     if not 1 <= sequences <= MAX_SEQUENCES:
@@ -75,21 +76,19 @@ def gemm_batch(
     else:
         array, (rows, cols), sizes = weight, weight.shape, {"BITS": 16}
         check("weight", weight, (rows, cols), kernels.dtype)
-    if cols % _VECTOR or (epilogue == SILU and rows % 2):
+    if cols % _VECTOR or (epilogue in GATED and rows % 2):
         raise KernelArgumentError(f"The weight is {[rows, cols]}; columns must be a multiple of {_VECTOR}, pairs even.")
     problem = gemm_problem(weight, epilogue)
     tokens = cta_tokens(sequences)
     check("vectors", vectors, (sequences, cols), kernels.dtype)
-    width, dtype = rows // 2 if epilogue == SILU else rows, "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
+    width, dtype = rows // 2 if epilogue in GATED else rows, "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
     check("output", output, (sequences, width), dtype)
     check("chunk", chunk, (CHUNK_WORDS,), "int32")
     check("partial", partial, partial.shape, "fp32")
     check("counters", counters, counters.shape, "uint32")
     if bias is not None:
-        assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
     if lora is not None:
-        assert epilogue != LOGITS
         lora.check(kernels, rows, cols, sequences)
     config = config or kernels.config(problem)
     shared = config.shared(problem.tile_bytes, tokens)
@@ -108,6 +107,7 @@ def gemm_batch(
         "TOKENS": tokens,
         "EPILOGUE": epilogue,
         "BIAS": int(bias is not None),
+        "LOGITS_SOFTCAP": float_define(softcap),
         **(lora.matrix.defines if lora is not None else {}),
     }
     function = kernels.function("gemm_packed", "gemm_packed", defines, shared)

@@ -31,7 +31,7 @@ from engine_core.cuda.kernels.launch_configs import (
     PackedGemvProblem,
     gemm_splits,
 )
-from engine_core.cuda.kernels.linear import LOGITS, RESIDUAL, SILU, STORE
+from engine_core.cuda.kernels.linear import GATED, LOGITS, RESIDUAL
 from engine_core.cuda.kernels.lora import LoraTerm
 from engine_core.formats.weight_formats.base import WeightFormat
 
@@ -86,6 +86,8 @@ def gemv_packed(
     bias: DeviceArray | None = None,
     norm_eps: float = 0.0,
     norm_size: int = 0,
+    norm_offset: float = 0.0,
+    softcap: float = 0.0,
     lora: LoraTerm | None = None,
     config: PackedGemvConfig | None = None,
 ) -> Launch:
@@ -93,14 +95,12 @@ def gemv_packed(
     rows, cols = weight.rows, weight.cols
     check("vector", vector, (cols,), "fp32" if norm_weight is not None else kernels.dtype)
     output_dtype = "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
-    check("output", output, (rows // 2 if epilogue == SILU else rows,), output_dtype)
+    check("output", output, (rows // 2 if epilogue in GATED else rows,), output_dtype)
     if norm_weight is not None:
         check("norm_weight", norm_weight, (cols,), kernels.dtype)
     if bias is not None:
-        assert epilogue == STORE
         check("bias", bias, (rows,), kernels.dtype)
     if lora is not None:
-        assert epilogue != LOGITS
         lora.check(kernels, rows, cols, 1)
     tiles, groups, tile_bytes = weight.sizes
     problem = PackedGemvProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, norm_weight is not None)
@@ -115,6 +115,8 @@ def gemv_packed(
         "BIAS": int(bias is not None),
         "NORM_EPS": float_define(norm_eps),
         "NORM_SIZE": norm_size or cols,
+        "NORM_OFFSET": float_define(norm_offset),
+        "LOGITS_SOFTCAP": float_define(softcap),
         **(lora.gemv_defines(kernels) if lora is not None else {}),
         "DEQUANTIZE_WARPS": DEQUANTIZE_WARPS,
     }
@@ -144,9 +146,9 @@ def packed_scratch(
 class PackedGemm:
     """GEMM of vectors [n, cols] and weightᵀ for the rows of ``chunk``, see CHUNK_WORDS.
 
-    ``epilogue`` STORE: output 16-bit [n, rows]; RESIDUAL: float32 and added to; SILU: 16-bit [n, rows / 2] of rows that
-    are (gate, up) in turn. ``partial``, float32, and ``counters``, uint32 and zeros, are as long as ``packed_scratch``
-    says for the most tokens there will be.
+    ``epilogue`` STORE: output 16-bit [n, rows]; RESIDUAL: float32 and added to; LOGITS: float32; SILU or GELU: 16-bit
+    [n, rows / 2] of rows that are (gate, up) in turn. ``bias``, 16-bit [rows], is added first. ``partial``, float32,
+    and ``counters``, uint32 and zeros, are as long as ``packed_scratch`` says for the most tokens there will be.
     """
 
     def __init__(
@@ -160,12 +162,16 @@ class PackedGemm:
         partial: DeviceArray,
         counters: DeviceArray,
         config: PackedGemmConfig | None = None,
+        bias: DeviceArray | None = None,
     ) -> None:
         """Raises KernelArgumentError, KernelCompileError or DeviceError."""
         rows, cols, (tiles, groups, tile_bytes) = weight.rows, weight.cols, weight.sizes
         check("vectors", vectors, (vectors.shape[0], cols), kernels.dtype)
-        width = rows // 2 if epilogue == SILU else rows
-        check("output", output, (vectors.shape[0], width), "fp32" if epilogue == RESIDUAL else kernels.dtype)
+        width = rows // 2 if epilogue in GATED else rows
+        output_dtype = "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
+        check("output", output, (vectors.shape[0], width), output_dtype)
+        if bias is not None:
+            check("bias", bias, (rows,), kernels.dtype)
         check("partial", partial, partial.shape, "fp32")
         check("counters", counters, counters.shape, "uint32")
         check("chunk", chunk, (CHUNK_WORDS,), "int32")
@@ -179,10 +185,11 @@ class PackedGemm:
             "BUFFERS": config.buffers,
             "TOKENS": GEMM_TOKENS,
             "EPILOGUE": epilogue,
+            "BIAS": int(bias is not None),
         }
         function = kernels.function("gemm_packed", "gemm_packed", defines, shared)
         grid = (1, config.splits, config.ctas(tiles))
-        args = [weight.tiles, vectors, output, chunk, partial, counters, 0]
+        args = [weight.tiles, vectors, output, chunk, partial, counters, bias or 0]
         self._launch = Launch(kernels.device, function, grid, config.threads, args, shared)
 
     def __call__(self, stream: Stream, rows: int) -> None:

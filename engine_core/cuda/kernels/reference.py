@@ -29,6 +29,12 @@ def silu_multiply(gate_up: np.ndarray) -> np.ndarray:
     return gate / (1 + np.exp(-gate)) * up
 
 
+def gelu_multiply(gate_up: np.ndarray) -> np.ndarray:
+    """Return gelu(gate) * up, by tanh, [..., width], of [..., 2 width] whose values are (gate, up) in turn."""
+    gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
+    return gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 * up
+
+
 def lora_expand(sums: np.ndarray, b: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """Return what a LoRA adapter adds to a matrix's output [n, rows].
 
@@ -38,26 +44,42 @@ def lora_expand(sums: np.ndarray, b: np.ndarray, parts: np.ndarray) -> np.ndarra
 
 
 def rotate(vectors: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Return vectors [n, heads, head_dim] after RoPE by table [n, head_dim / 2, 2] (cos, sin), halves rotated."""
-    half = vectors.shape[-1] // 2
+    """Return vectors [n, heads, head_dim] after RoPE by table [n, rotated / 2, 2] (cos, sin), halves rotated.
+
+    What is past the rotated elements passes through.
+    """
+    half = table.shape[1]
     cos, sin = table[:, None, :, 0], table[:, None, :, 1]
-    first, second = vectors[..., :half], vectors[..., half:]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    first, second, rest = np.split(vectors, [half, 2 * half], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int, head_size: int = 0) -> np.ndarray:
+def attention(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    start: int,
+    scale: float = 0.0,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> np.ndarray:
     """Return [n, heads, head_dim] of causal attention.
 
     ``queries``: [n, heads, head_dim] at positions ``start`` …; ``keys`` and ``values``: [kv_heads, start + n,
-    head_dim]. ``head_size``: elements of a head that are not there to fill it up; 0 = all.
+    head_dim]. ``scale``: of scores; 0 = head_dim^-1/2. ``window``: keys that a query sees, its own included; 0 = all.
+    ``softcap``: see AttentionShape.
     """
     num_queries, heads, head_dim = queries.shape
     group = heads // keys.shape[0]
     output = np.empty_like(queries)
     for i in range(num_queries):
         for h in range(heads):
-            k, v = keys[h // group, : start + i + 1], values[h // group, : start + i + 1]
-            scores = k @ queries[i, h] / np.sqrt(head_size or head_dim)
+            end = start + i + 1
+            seen = slice(max(0, end - window) if window else 0, end)
+            k, v = keys[h // group, seen], values[h // group, seen]
+            scores = k @ queries[i, h] * (scale or head_dim**-0.5)
+            if softcap:
+                scores = softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max())
             output[i, h] = weights @ v / weights.sum()
     return output

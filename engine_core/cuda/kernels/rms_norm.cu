@@ -1,11 +1,16 @@
 // RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) of ``gridDim.x`` rows: float32 [rows][COLS] to 16-bit [rows][COLS].
-// With ADD the 16-bit ``delta`` [rows][COLS] is added to the rows first, which keep the sum.
+// With ADD the 16-bit ``delta`` [rows][COLS] is added to the rows first, which keep the sum. With RESIDUAL the output is float32 and
+// added to.
 #include "common.cuh"
+
+#ifndef RESIDUAL
+#define RESIDUAL 0
+#endif
 
 constexpr int STEP = THREADS * 4;  // columns of a CTA at once
 constexpr int PARTS = (COLS + STEP - 1) / STEP;
 
-extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, const half_t* weight, half_t* output, const half_t* delta) {
+extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, const half_t* weight, void* output, const half_t* delta) {
     __shared__ float sums[THREADS / 32];
     const u64 start = (u64)blockIdx.x * COLS;
     const int first = threadIdx.x * 4;
@@ -44,7 +49,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, cons
         if (c >= COLS) continue;
         const float4 v = values[p];
         const float2 a = unpack2(weights[p].x), b = unpack2(weights[p].y);
-        *(uint2*)(output + start + c) =
-            make_uint2(pack2(v.x * scale * a.x, v.y * scale * a.y), pack2(v.z * scale * b.x, v.w * scale * b.y));
+        const float x = v.x * scale * offset_weight(a.x), y = v.y * scale * offset_weight(a.y);
+        const float z = v.z * scale * offset_weight(b.x), w = v.w * scale * offset_weight(b.y);
+#if RESIDUAL
+        float* sum = (float*)output + start + c;
+        const float4 before = load16f(sum);
+        *(float4*)sum = make_float4(before.x + x, before.y + y, before.z + z, before.w + w);
+#else
+        *(uint2*)((half_t*)output + start + c) = make_uint2(pack2(x, y), pack2(z, w));
+#endif
     }
 }

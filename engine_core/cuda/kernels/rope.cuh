@@ -1,23 +1,30 @@
 // Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated as in transformers, for one head vector
-// held by LANES_PER_HEAD lanes, 8 elements each; with QK_NORM a head-wise RMSNorm (Qwen3) comes first.
+// held by LANES_PER_HEAD lanes, 8 elements each; with QK_NORM a head-wise RMSNorm (Qwen3) comes first. The first ROTATED elements are
+// rotated, the others pass through.
 #pragma once
 #include "common.cuh"
+
+#ifndef ROTATED
+#define ROTATED HEAD_DIM
+#endif
 
 constexpr int LANES_PER_HEAD = HEAD_DIM <= 32 ? 4 : HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // powers of two
 constexpr int HEAD_SLOTS = 32 / LANES_PER_HEAD;  // head vectors a warp holds side by side
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head_dim must be a multiple of 16 up to 256");
+static_assert(ROTATED % 16 == 0 && ROTATED <= HEAD_DIM, "the rotated elements must be a multiple of 16 up to head_dim");
 
 struct Angles {  // (cos, sin) of this lane's 8 elements
     float2 values[8];
 
-    __device__ __forceinline__ void load(const float2* rope, int part) {  // rope: [HEAD_DIM / 2] of the position
-        const int d = 8 * part, first = d % (HEAD_DIM / 2);
+    __device__ __forceinline__ void load(const float2* rope, int part) {  // rope: [ROTATED / 2] of the position
+        constexpr int HALF = ROTATED > 0 ? ROTATED / 2 : 8;
+        const int d = 8 * part, first = d % HALF;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) values[j] = d < HEAD_DIM ? rope[first + j] : make_float2(0.f, 0.f);
+        for (int j = 0; j < 8; ++j) values[j] = d < ROTATED ? rope[first + j] : make_float2(1.f, 0.f);
     }
 };
 
-struct HeadVector {  // this lane's 8 elements of a head vector and their partners half a head away; zeros past the end
+struct HeadVector {  // this lane's 8 elements of a head vector and their partners half of ROTATED away; zeros past the end
     uint4 own, other;
 
     __device__ __forceinline__ void load(const half_t* vector, int part) {
@@ -29,7 +36,9 @@ struct HeadVector {  // this lane's 8 elements of a head vector and their partne
         }
     }
 
-    static __device__ __forceinline__ int partner(int d) { return d < HEAD_DIM / 2 ? d + HEAD_DIM / 2 : d - HEAD_DIM / 2; }
+    static __device__ __forceinline__ int partner(int d) {
+        return d >= ROTATED ? d : d < ROTATED / 2 ? d + ROTATED / 2 : d - ROTATED / 2;
+    }
 
     // weight: [HEAD_DIM] of the head norm. All lanes of a warp call it.
     __device__ __forceinline__ void rotate(float* out, const half_t* weight, const Angles& angles, int part) const {
@@ -45,10 +54,10 @@ struct HeadVector {  // this lane's 8 elements of a head vector and their partne
         if (d < HEAD_DIM) {
 #pragma unroll
             for (int j = 0; j < 8; ++j)
-                a[j] *= scale * to_float(weight[d + j]), b[j] *= scale * to_float(weight[partner(d) + j]);
+                a[j] *= scale * offset_weight(to_float(weight[d + j])), b[j] *= scale * offset_weight(to_float(weight[partner(d) + j]));
         }
 #endif
-        const float sign = d < HEAD_DIM / 2 ? -1.f : 1.f;
+        const float sign = d < ROTATED / 2 ? -1.f : 1.f;
 #pragma unroll
         for (int j = 0; j < 8; ++j) out[j] = a[j] * angles.values[j].x + sign * b[j] * angles.values[j].y;
     }

@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const bool inside = index < count * OWN_HEADS;
     const int token = inside ? index / OWN_HEADS : 0, head = FIRST_HEAD + (inside ? index % OWN_HEADS : 0);
     half_t* vector = qkv + ((u64)token * ALL_HEADS + head) * HEAD_DIM;
-    const float2* angles = rope + (u64)(position + token) * (HEAD_DIM / 2);
+    const float2* angles = rope + (u64)(position + token) * (ROTATED / 2);
     HeadVector raw;
     Angles lane_angles;
     let_next_start();
