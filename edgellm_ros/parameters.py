@@ -25,8 +25,8 @@ from rclpy.parameter import Parameter
 from edgellm_ros.parameter_table import RANDOM_SEED, SPECS, Kind, ParameterSpec
 from edgellm_ros.sampling_options import OPTION_TYPES
 from engine_core.config import EngineConfig
-from engine_core.errors import EngineDirectoryError
-from engine_core.request import RequestDefaults, SamplingParams
+from engine_core.errors import EngineDirectoryError, RequestError
+from engine_core.request import ChatMessage, GenerationRequest, RequestDefaults, SamplingParams
 
 _TYPES = {
     bool: ParameterType.PARAMETER_BOOL,
@@ -132,10 +132,25 @@ def check_parameters(
         elif spec.kind is Kind.AT_START and current is not None and is_changed:
             reason = f"{spec.name} is read when the node starts; start it with another value."
         else:
-            reason = spec.problem(parameter.value)
+            reason = spec.problem(parameter.value) or _text_problem(spec.name, parameter.value)
         if reason:
             return SetParametersResult(successful=False, reason=reason)
     return SetParametersResult(successful=True)
+
+
+def _text_problem(name: str, value: Any) -> str:
+    """Return why no request could be answered with these texts of the node; "" if one could."""
+    if name == "system_prompt":
+        request = GenerationRequest("", messages=(ChatMessage("system", value), ChatMessage("user", "x")))
+    elif name == "stop":
+        request = GenerationRequest("", prompt="x", stop=tuple(text for text in value if text))
+    else:
+        return ""
+    try:
+        request.validate()
+    except RequestError as error:
+        return f"{name} is refused as in a request: {error}"
+    return ""
 
 
 def check_declared(node: Node) -> str:

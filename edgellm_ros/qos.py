@@ -24,7 +24,7 @@ LATCHED = QoSProfile(
 )  # fmt: skip
 # The default depth of 10 is shared by all clients: of 16 requests that arrive while the executor is busy, 6 would be
 # overwritten and never answered.
-SERVICE = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=256, reliability=ReliabilityPolicy.RELIABLE)
+SERVICE = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1024, reliability=ReliabilityPolicy.RELIABLE)
 # For each publisher. A reader whose QoS is refused hears of it in its own log; rclpy's default of saying so here, too,
 # costs two more things to look at in each round of the executor, and a request waits for up to three rounds.
 NO_EVENTS = PublisherEventCallbacks(use_default_callbacks=False)

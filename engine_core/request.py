@@ -73,6 +73,7 @@ class RequestLimits:
     stop_token_ids: int = 1024
     request_id_chars: int = 256
     adapter_chars: int = 64
+    tokens_listed: int = 1 << 16  # by ~/tokenize, or max_context if that is more
     priority: int = 255  # from 0
     tools: int = 128
     tool_bytes: int = 1 << 18  # UTF-8, of all tools together

@@ -235,6 +235,10 @@ class Engine:
         with refusing_panics("tokenizing"):
             by_template = self.tokenizer.encode_messages
             ids = by_template(request.messages) if request.messages else self.tokenizer.encode(text)
+        if len(ids) > (limit := max(LIMITS.tokens_listed, self.max_context)):
+            raise PromptTooLongError(
+                f"The text has {len(ids)} tokens, but at most {limit} are listed; send a part of it."
+            )
         return ids.tolist()
 
     def knows(self, request: GenerationRequest) -> bool:
@@ -252,6 +256,8 @@ class Engine:
 
         A slot has to be free.
         """
+        if len(text) // self.tokenizer.max_token_chars >= self.max_context:
+            return 0  # requests with it are refused
         with refusing_panics("tokenizing the system prompt of"):
             prefix = self.tokenizer.system_prefix(text) if text else np.empty(0, dtype=np.int32)
         if len(prefix) and int(prefix.max()) >= self.vocab_size:

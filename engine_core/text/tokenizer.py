@@ -27,6 +27,7 @@ from engine_core.text.template import ChatTemplate
 
 _CACHED_SYSTEM_PROMPTS = 32
 _MAX_TOKEN_ID = (1 << 24) - 1  # ``tokenizers`` makes tables of the largest id, and aborts above 2**31
+_LONG = 4096  # characters of a text that takes about a millisecond
 _LONG_NUMBER = re.compile(rb":\s*-?\d{8,}")
 _SYSTEM_PROBE = "edgellm system probe"
 # What a template is given by this module and by what renders it, and so nobody else.
@@ -93,7 +94,11 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
         """``text`` as int32 [n]; with ``add_special_tokens`` the model's BOS and the like are put around it."""
-        return np.array(self.fast.encode(text, add_special_tokens=add_special_tokens).ids, dtype=np.int32)
+        if len(text) < _LONG:
+            encoded = self.fast.encode(text, add_special_tokens=add_special_tokens)
+        else:  # a mebibyte takes a second: batches alone let Python's other threads run meanwhile
+            (encoded,) = self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return np.array(encoded.ids, dtype=np.int32)
 
     @cached_property
     def answer_format(self) -> AnswerFormat:

@@ -108,6 +108,37 @@ def test_tokenize_has_the_same_limits(open_engine):
         engine.tokenize("x" * 3_000_000)
     with pytest.raises(InvalidRequestError, match="messages"):
         engine.tokenize(messages=(ChatMessage("user", "x"),) * 30_000)
+    assert len(engine.tokenize("x" * LIMITS.tokens_listed)) == LIMITS.tokens_listed
+    with pytest.raises(PromptTooLongError, match="listed"):
+        engine.tokenize("x" * (LIMITS.tokens_listed + 1))
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized(open_engine):
+    engine = open_engine()
+    rounds, ended = 0, threading.Event()
+
+    def count():
+        nonlocal rounds
+        while not ended.wait(0.001):
+            rounds += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = rounds
+    engine.tokenizer.encode("x" * 1_000_000)
+    during = rounds - before
+    ended.set()
+    thread.join()
+    assert during > 10
+    short, text = "a b\u00e9 " * 800, "a b\u00e9 " * 1600
+    whole = engine.tokenize(text)
+    assert whole == engine.tokenizer.fast.encode(text).ids and len(whole) > len(engine.tokenize(short))
+
+
+def test_a_system_prompt_beyond_the_context_is_not_tokenized(open_engine, monkeypatch):
+    engine = open_engine()
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda *_, **__: pytest.fail("tokenized"))
+    assert engine.warm_system_prompt("x" * engine.tokenizer.max_token_chars * engine.max_context) == 0
 
 
 def test_biases_are_summed_then_clamped_and_never_nan(open_engine):

@@ -71,7 +71,9 @@ def test_what_is_read_at_the_start_takes_its_value_and_no_other(llm, name, other
     [("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_k", -1), ("seed", -2),
      ("max_new_tokens", 0), ("busy_policy", "panic"), ("queue_depth", -1), ("request_timeout", math.inf),
      ("deactivate_policy", "wait"), ("autostart", True), ("temperature", "hot"), ("temperature", True),
-     ("top_k", 1.0)],
+     ("top_k", 1.0), ("system_prompt", "x" * (1 << 20)), ("system_prompt", "\ufffd"), ("stop", ["a"] * 17),
+     ("stop", ["a" * 257])],
+    ids=lambda value: str(value)[:20],
 )  # fmt: skip
 def test_bad_values_are_refused_with_a_reason_and_change_nothing(llm, name, value):
     before = llm.get(name)
