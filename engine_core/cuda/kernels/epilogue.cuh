@@ -43,9 +43,6 @@ struct Segment {
 #if GATED && BIAS
     float next_starts[STARTS];
 #endif
-#if LORA_RANK > 0
-    LoraRow<GRAIN> lora_rows[STARTS][GRAIN];
-#endif
 
     // first: the segment's first row; count: how many rows it has.
     __device__ __forceinline__ void begin(int first, int count, const half_t* bias, const void* output) {
@@ -59,22 +56,9 @@ struct Segment {
         }
     }
 
-    __device__ __forceinline__ void begin_lora(int first, int count, const GemvLora& lora) {
-#if LORA_RANK > 0
-        if (lora.adapter < 0) return;
-#pragma unroll
-        for (int i = 0; i < STARTS; ++i) {
-            const int local = i * STEP + threadIdx.x * GRAIN;
-#pragma unroll
-            for (int j = 0; j < GRAIN; ++j)
-                if (local < min(count, SEGMENT)) lora_rows[i][j].read(lora, first + local + j);
-        }
-#endif
-    }
-
-    // sums: [K_WARPS][SEGMENT]; lora_sums: in shared memory.
+    // sums: [K_WARPS][SEGMENT]; lora_terms: see LoraTerms.
     __device__ __forceinline__ void end(int first, int count, const float (*sums)[SEGMENT], float scale, void* output,
-                                        const GemvLora& lora, const float4* lora_sums) const {
+                                        const GemvLora& lora, const float* lora_terms) const {
 #pragma unroll
         for (int i = 0; i < STARTS; ++i) {
             const int local = i * STEP + threadIdx.x * GRAIN;
@@ -88,8 +72,8 @@ struct Segment {
             sum *= scale, next *= scale;
 #if LORA_RANK > 0
             if (lora.adapter >= 0) {
-                sum += lora_rows[i][0].term(lora, first + local, lora_sums);
-                if (GRAIN == 2) next += lora_rows[i][GRAIN - 1].term(lora, first + local + 1, lora_sums);
+                sum += lora_terms[local];
+                if (GRAIN == 2) next += lora_terms[local + 1];
             }
 #endif
 #if GATED && BIAS

@@ -91,18 +91,18 @@ struct LoraColumns {
 
     __device__ __forceinline__ void load(const GemvLora& lora, const Share& share) {
         if (!lora.makes(share.row_warp)) return;
-        const half_t* row = lora.a + (u64)lora.sum_of(share.row_warp) * COLS;
+        const half_t* row = (const half_t*)lora.a_row(lora.sum_of(share.row_warp));
 #pragma unroll
         for (int p = 0; p < PARTS; ++p)
             if (share.column + p * CHUNK < COLS) parts[p] = *(const uint4*)(row + share.column + p * CHUNK);
     }
 
-    // squares: of x, [K_WARPS], behind the barrier in here.
+    // squares: of x, [K_WARPS], written by now or by another warp.
     __device__ __forceinline__ void make_sums(const GemvLora& lora, const Share& share, const float (*x)[8], const float* squares) const {
         __shared__ float dots[GemvLora::ROUNDS][K_WARPS];
         if (!lora.makes(0)) return;
         for (int round = share.row_warp; lora.makes(round); round += ROW_WARPS) {
-            const half_t* row = lora.a + (u64)lora.sum_of(round) * COLS;
+            const half_t* row = (const half_t*)lora.a_row(lora.sum_of(round));
             float dot = 0.f;
 #pragma unroll
             for (int p = 0; p < PARTS; ++p) {
@@ -116,12 +116,12 @@ struct LoraColumns {
             dot = group_sum<32>(dot);
             if (threadIdx.x % 32 == 0) dots[round][threadIdx.x / 32 % K_WARPS] = dot;
         }
-        __syncthreads();
-        for (int round = threadIdx.x; lora.makes(round); round += THREADS) {
-            float total = 0.f;
-#pragma unroll
-            for (int k = 0; k < K_WARPS; ++k) total += dots[round][k];
-            lora.store(lora.sum_of(round), NORM ? total * norm_scale(squares) : total);
+        if (!gather_in_last_warp<WARPS>()) return;
+        const int lane = threadIdx.x % 32;
+        const float scale = NORM ? norm_scale(squares) : 1.f;
+        for (int round = 0; lora.makes(round); ++round) {
+            const float total = group_sum<32>(lane < K_WARPS ? dots[round][lane] : 0.f);
+            if (lane == 0) lora.store(lora.sum_of(round), scale * total);
         }
     }
 #else
@@ -159,7 +159,8 @@ extern "C" __global__ void __launch_bounds__(BOUNDS)
     extern __shared__ uint4 ring[];  // [DEPTH][BATCH][PARTS][THREADS]
     __shared__ float partial[2][K_WARPS][SEGMENT];
     __shared__ float squares[K_WARPS];
-    __shared__ float4 lora_sums_here[LORA_PLACES];
+    using Terms = LoraTerms<SEGMENT, THREADS, GRAIN>;
+    __shared__ float lora_terms[Terms::SEGMENTS][Terms::SIZE];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS;
     Share share;
     share.weight = weight;
@@ -171,13 +172,16 @@ extern "C" __global__ void __launch_bounds__(BOUNDS)
     constexpr int STAGE = BATCH * PARTS * THREADS;
 
     let_next_start();
+    const GemvLora lora{GEMV_LORA_ARGUMENTS};
 #pragma unroll
     for (int stage = 0; stage < DEPTH; ++stage) share.load(slots + stage * STAGE, stage);
     NormWeights norm;
     norm.load(norm_weight, share.column);
-    const GemvLora lora{GEMV_LORA_ARGUMENTS};
     LoraColumns columns;
     columns.load(lora, share);
+    Terms terms;
+    terms.fetch(lora, share.begin, share.count);
+    terms.begin(lora, share.begin, share.count);
     wait_for_previous();
     Segment<SEGMENT, THREADS> rows;
     rows.begin(share.begin, share.count, bias, output);
@@ -188,7 +192,6 @@ extern "C" __global__ void __launch_bounds__(BOUNDS)
         if (lane == 0) squares[k_warp] = sum;
     }
     columns.make_sums(lora, share, x, squares);
-    rows.begin_lora(share.begin, share.count, lora);
 
     int batch = 0, stage = 0;
     float scale = 1.f;
@@ -197,9 +200,12 @@ extern "C" __global__ void __launch_bounds__(BOUNDS)
         const int first = segment * SEGMENT;
         if (segment > 0) {
             rows.begin(share.begin + first, share.count - first, bias, output);
-            rows.begin_lora(share.begin + first, share.count - first, lora);
+            terms.begin(lora, share.begin + first, share.count - first);
         }
         for (int i = 0; i < SEGMENT_BATCHES; ++i, ++batch) {
+#if LORA_RANK > 0 && LORA_ASK
+            if (segment == 0 && share.row(batch + 1) >= min(share.count, SEGMENT)) terms.ask(lora, share.begin, share.count);
+#endif
             wait_copies<DEPTH - 1>();
             const uint4* w = slots + stage * STAGE;
             float acc[BATCH] = {};
@@ -221,12 +227,10 @@ extern "C" __global__ void __launch_bounds__(BOUNDS)
                 break;
             }
         }
-#if LORA_RANK > 0
-        if (segment == 0) lora.load(lora_sums_here, THREADS);
-#endif
+        terms.make(lora, share.begin + first, share.count - first, lora_terms[segment % Terms::SEGMENTS]);
         __syncthreads();
         if (NORM && segment == 0) scale = norm_scale(squares);
-        rows.end(share.begin + first, share.count - first, sums, scale, output, lora, lora_sums_here);
+        rows.end(share.begin + first, share.count - first, sums, scale, output, lora, lora_terms[segment % Terms::SEGMENTS]);
     }
     wait_copies<0>();
 }

@@ -44,7 +44,7 @@ struct LoraColumns {
 
     __device__ __forceinline__ void load(const GemvLora& lora) {
         if (!lora.makes(0)) return;
-        const uint4* row = (const uint4*)(lora.a + (u64)lora.sum_of(0) * COLS);
+        const uint4* row = lora.a_row(lora.sum_of(0));
 #pragma unroll
         for (int i = 0; i < OWN; ++i)
             if (threadIdx.x + i * THREADS < EIGHTS) eights[i] = row[threadIdx.x + i * THREADS];
@@ -54,7 +54,7 @@ struct LoraColumns {
         __shared__ float dots[GemvLora::ROUNDS][WARPS];
         if (!lora.makes(0)) return;
         for (int round = 0; lora.makes(round); ++round) {
-            const uint4* row = (const uint4*)(lora.a + (u64)lora.sum_of(round) * COLS);
+            const uint4* row = lora.a_row(lora.sum_of(round));
             float dot = 0.f;
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
@@ -69,12 +69,11 @@ struct LoraColumns {
             dot = group_sum<32>(dot);
             if (threadIdx.x % 32 == 0) dots[round][threadIdx.x / 32] = dot;
         }
-        __syncthreads();
-        for (int round = threadIdx.x; lora.makes(round); round += THREADS) {
-            float total = 0.f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) total += dots[round][w];
-            lora.store(lora.sum_of(round), total);
+        if (!gather_in_last_warp<WARPS>()) return;
+        const int lane = threadIdx.x % 32;
+        for (int round = 0; lora.makes(round); ++round) {
+            const float total = group_sum<32>(lane < WARPS ? dots[round][lane] : 0.f);
+            if (lane == 0) lora.store(lora.sum_of(round), total);
         }
     }
 #else
@@ -142,7 +141,8 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
                     GEMV_LORA_PARAMETERS) {
     extern __shared__ uint4 shared[];  // x [PLACES], then the rings [WARPS][DEPTH][TILE_BYTES / 16]
     __shared__ float partial[2][K_WARPS][SEGMENT], offsets[GROUPS];
-    __shared__ float4 lora_sums_here[LORA_PLACES];
+    using Terms = LoraTerms<SEGMENT, THREADS, TILE>;
+    __shared__ float lora_terms[Terms::SEGMENTS][Terms::SIZE];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS, row_warp = warp / K_WARPS;
     const int first_tile = (int)((u64)TILES * blockIdx.x / gridDim.x);
     const int num_tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first_tile;
@@ -166,20 +166,22 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
         commit_copies();
     };
     let_next_start();
+    const GemvLora lora{GEMV_LORA_ARGUMENTS};
 #pragma unroll
     for (int stage = 0; stage < DEPTH; ++stage) load(ring + stage * (TILE_BYTES / 16));
     NormWeights norm;
     norm.load(norm_weight);
-    const GemvLora lora{GEMV_LORA_ARGUMENTS};
     LoraColumns columns;
     columns.load(lora);
-    wait_for_previous();
     const int num_rows = ROWS % TILE == 0 ? num_tiles * TILE : min(num_tiles * TILE, ROWS - first_tile * TILE);
+    Terms terms;
+    terms.fetch(lora, first_tile * TILE, num_rows);
+    terms.begin(lora, first_tile * TILE, num_rows);
+    wait_for_previous();
     Segment<SEGMENT, THREADS> rows;
     rows.begin(first_tile * TILE, num_rows, bias, output);
     load_input(x, offsets, input, norm);
     columns.make_sums(lora, x);
-    rows.begin_lora(first_tile * TILE, num_rows, lora);
 
     uint4* slot = ring;
     for (int segment = 0; segment * SEGMENT_TILES < num_tiles; ++segment) {
@@ -187,10 +189,13 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
         const int first = segment * SEGMENT;
         if (segment > 0) {
             rows.begin(first_tile * TILE + first, num_rows - first, bias, output);
-            rows.begin_lora(first_tile * TILE + first, num_rows - first, lora);
+            terms.begin(lora, first_tile * TILE + first, num_rows - first);
         }
         for (int tile = row_warp; tile < SEGMENT_TILES; tile += ROW_WARPS) {
             if (segment * SEGMENT_TILES + tile >= num_tiles) break;
+#if LORA_RANK > 0 && LORA_ASK
+            if (segment == 0 && tile + ROW_WARPS >= min(num_tiles, SEGMENT_TILES)) terms.ask(lora, first_tile * TILE, num_rows);
+#endif
             float low = 0.f, high = 0.f;  // of rows lane / 4 and lane / 4 + 8
             const float2 whole = row_scales(tiles, first_tile + segment * SEGMENT_TILES + tile, lane / 4);
             const uint4* group_x = x + first_group * 16 + lane % 4;
@@ -230,11 +235,9 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
                 sums[k_warp][tile * TILE + lane / 4 + 8] = high * whole.y;
             }
         }
-#if LORA_RANK > 0
-        if (segment == 0) lora.load(lora_sums_here, THREADS);
-#endif
+        terms.make(lora, first_tile * TILE + first, num_rows - first, lora_terms[segment % Terms::SEGMENTS]);
         __syncthreads();
-        rows.end(first_tile * TILE + first, num_rows - first, sums, 1.f, output, lora, lora_sums_here);
+        rows.end(first_tile * TILE + first, num_rows - first, sums, 1.f, output, lora, lora_terms[segment % Terms::SEGMENTS]);
     }
     wait_copies<0>();
 }

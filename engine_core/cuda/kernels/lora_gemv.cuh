@@ -8,6 +8,12 @@
 #pragma once
 #include "lora.cuh"
 
+#ifndef LORA_HELD
+#define LORA_HELD 0
+#endif
+#ifndef LORA_ASK
+#define LORA_ASK 0
+#endif
 #if LORA_RANK > 0
 #define GEMV_LORA_PARAMETERS , const half_t *lora_a, const half_t *lora_b, float *lora_sums, const int *lora_adapters
 #define GEMV_LORA_ARGUMENTS lora_a, lora_b, lora_sums, lora_adapters
@@ -16,25 +22,24 @@
 #define GEMV_LORA_ARGUMENTS
 #endif
 
-#if LORA_RANK > 0
-constexpr int LORA_PLACES = LORA_SUMS / 4;  // of the sums in shared memory
-#else
-constexpr int LORA_PLACES = 1;
-#endif
-
 struct GemvLora {
 #if LORA_RANK > 0
     static constexpr u32 NOT_YET = 0xffffffffu;
     static constexpr int ROUNDS = (LORA_SUMS + LORA_CTAS - 1) / LORA_CTAS;  // sums that a CTA makes at most
-    const half_t* a;
-    const half_t* b;
+    const half_t* all_a;
+    const half_t* all_b;
     float* sums;
     int adapter;  // < 0: none
 
-    __device__ __forceinline__ GemvLora(const half_t* all_a, const half_t* all_b, float* own_sums, const int* adapters)
-        : sums(own_sums), adapter((int)load4(adapters)) {  // uploaded before the step
-        a = all_a + (u64)max(adapter, 0) * LORA_SUMS * COLS;
-        b = all_b + (u64)max(adapter, 0) * ROWS * LORA_RANK;
+    __device__ __forceinline__ GemvLora(const half_t* a, const half_t* b, float* own_sums, const int* adapters)
+        : all_a(a), all_b(b), sums(own_sums), adapter((int)load4(adapters)) {}  // uploaded before the step
+
+    // Of the adapter: the row of A for a sum, and eight values of a row of B.
+    __device__ __forceinline__ const uint4* a_row(int sum) const {
+        return (const uint4*)(all_a + ((u64)adapter * LORA_SUMS + sum) * COLS);
+    }
+    __device__ __forceinline__ const uint4* b_eight(int row, int eight) const {
+        return (const uint4*)(all_b + ((u64)adapter * ROWS + row) * LORA_RANK) + eight;
     }
 
     // The sum that this CTA makes in a round, or one that is none.
@@ -48,46 +53,108 @@ struct GemvLora {
         asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(sums + sum), "r"(bits) : "memory");
     }
 
-    // All sums to shared memory, once they are there; a barrier has to follow.
-    __device__ __forceinline__ void load(float4* shared, int threads) const {
-        if (adapter < 0) return;
-        for (int i = threadIdx.x; i < LORA_SUMS / 4; i += threads) {
-            uint4 v;
-            do {
-                asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                             : "l"(sums + 4 * i)
-                             : "memory");
-            } while (v.x == NOT_YET || v.y == NOT_YET || v.z == NOT_YET || v.w == NOT_YET);
-            shared[i] = make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
-        }
+    // Eight sums from ``first`` on, those that are not there as NOT_YET.
+    __device__ __forceinline__ void read(u32 (&v)[8], int first) const {
+#pragma unroll
+        for (int half = 0; half < 8; half += 4)
+            asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v[half]), "=r"(v[half + 1]), "=r"(v[half + 2]), "=r"(v[half + 3])
+                         : "l"(sums + first + half)
+                         : "memory");
+    }
+
+    static __device__ __forceinline__ bool complete(const u32 (&v)[8]) {
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) all = all && v[i] != NOT_YET;
+        return all;
     }
 #endif
 };
 
+// What is added to the rows of a segment of at most SEGMENT rows; CTAs have multiples of GRAIN rows. LANES lanes have eight values each of a row of B and add up what
+// they make of them. B is brought to the L2 cache before the kernel waits for the one that computes x: from there it takes no longer
+// than the sums.
+template <int SEGMENT, int THREADS, int GRAIN>
+struct LoraTerms {
 #if LORA_RANK > 0
-// A row of B, whose first values are read while the GEMV's sums are being made.
-template <int GRAIN>
-struct LoraRow {
-    static constexpr int MOST = 32 / GRAIN, HELD = LORA_RANK < MOST ? LORA_RANK : MOST;  // values
-    uint4 held[HELD / 8];
+    static constexpr int EIGHTS = LORA_RANK / 8;
+    static constexpr int LANES = EIGHTS > 16 ? 32 : EIGHTS > 8 ? 16 : EIGHTS > 4 ? 8 : EIGHTS > 2 ? 4 : EIGHTS;
+    static constexpr int ROWS_MOST = ((ROWS + GRAIN - 1) / GRAIN + LORA_CTAS - 1) / LORA_CTAS * GRAIN;  // of a CTA
+    static constexpr int SIZE = ROWS_MOST < SEGMENT ? ROWS_MOST : SEGMENT, SEGMENTS = ROWS_MOST > SEGMENT ? 2 : 1;
+    static constexpr int STEP = THREADS / LANES, OWN = (SIZE + STEP - 1) / STEP, HELD = OWN < LORA_HELD ? OWN : LORA_HELD;  // rows
+    uint4 held[HELD + 1];
+    u32 sums[8];  // eight sums from ``place`` on
+    int place = -1;
 
-    __device__ __forceinline__ void read(const GemvLora& lora, int row) {
-        const uint4* values = (const uint4*)(lora.b + (u64)row * LORA_RANK);
-#pragma unroll
-        for (int i = 0; i < HELD / 8; ++i) held[i] = values[i];
+    __device__ __forceinline__ int row(int i) const { return i * STEP + threadIdx.x / LANES; }
+    __device__ __forceinline__ int eight() const { return threadIdx.x % LANES; }
+    __device__ __forceinline__ bool has(const GemvLora& lora, int i, int count) const {
+        return lora.adapter >= 0 && (LANES == EIGHTS || eight() < EIGHTS) && row(i) < min(count, SIZE);
+    }
+    __device__ __forceinline__ int place_of(int row) const { return lora_part(row) * LORA_RANK + 8 * eight(); }
+
+    // first: the CTA's first row; count: how many rows it has.
+    __device__ __forceinline__ void fetch(const GemvLora& lora, int first, int count) const {
+        if (lora.adapter < 0 || HELD == OWN) return;
+        const char* values = (const char*)lora.b_eight(first, 0);
+        for (int i = threadIdx.x * 128; i < count * LORA_RANK * 2; i += THREADS * 128)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(values + i));
     }
 
-    // What is added to the sum of the row.
-    __device__ __forceinline__ float term(const GemvLora& lora, int row, const float4* sums) const {
-        const float4* own = sums + lora_part(row) * (LORA_RANK / 4);
-        const uint4* values = (const uint4*)(lora.b + (u64)row * LORA_RANK);
-        float term = 0.f;
+    // first: the segment's first row; count: how many rows are left.
+    __device__ __forceinline__ void begin(const GemvLora& lora, int first, int count) {
 #pragma unroll
-        for (int i = 0; i < HELD / 8; ++i) term += lora_dot(held[i], own[2 * i], own[2 * i + 1]);
-#pragma unroll 4
-        for (int i = HELD / 8; i < LORA_RANK / 8; ++i) term += lora_dot(values[i], own[2 * i], own[2 * i + 1]);
-        return term;
+        for (int i = 0; i < HELD; ++i)
+            if (has(lora, i, count)) held[i] = *lora.b_eight(first + row(i), eight());
     }
+
+    // Asks for the sums, and goes on. Without it ``make`` does.
+    __device__ __forceinline__ void ask(const GemvLora& lora, int first, int count) {
+        if (!has(lora, 0, count)) return;
+        place = place_of(first + row(0));
+        lora.read(sums, place);
+    }
+
+    // terms: [SIZE], in shared memory; a barrier has to follow.
+    __device__ __forceinline__ void make(const GemvLora& lora, int first, int count, float* terms) {
+        if (lora.adapter < 0) return;
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            if (i * STEP >= count) break;
+            float term = 0.f;
+            if (has(lora, i, count)) {
+                const int own = place_of(first + row(i));
+                const uint4 values = i < HELD ? held[i] : *lora.b_eight(first + row(i), eight());
+                if (own != place) lora.read(sums, own);
+                while (!lora.complete(sums)) lora.read(sums, own);
+                place = own;
+                const auto sum = [&](int j) { return __uint_as_float(sums[j]); };
+                term = lora_dot(values, make_float4(sum(0), sum(1), sum(2), sum(3)), make_float4(sum(4), sum(5), sum(6), sum(7)));
+            }
+            term = group_sum<LANES>(term);
+            if (eight() == 0 && row(i) < SIZE) terms[row(i)] = term;
+        }
+    }
+#else
+    static constexpr int SIZE = 1, SEGMENTS = 1;
+    __device__ __forceinline__ void fetch(const GemvLora&, int, int) {}
+    __device__ __forceinline__ void begin(const GemvLora&, int, int) {}
+    __device__ __forceinline__ void ask(const GemvLora&, int, int) {}
+    __device__ __forceinline__ void make(const GemvLora&, int, int, float*) {}
+#endif
 };
+
+#if LORA_RANK > 0
+// The last warp of the CTA adds up what all warps have written; the others go on. Returns whether this is the last one.
+template <int WARPS>
+__device__ __forceinline__ bool gather_in_last_warp() {
+    __syncwarp();
+    if (threadIdx.x / 32 < WARPS - 1) {
+        asm volatile("bar.arrive 1, %0;" ::"n"(32 * WARPS) : "memory");
+        return false;
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");
+    return true;
+}
 #endif
