@@ -77,7 +77,7 @@ __device__ __forceinline__ void add(float (&sums)[4], const float4& v) { sums[0]
 // What becomes of the sums of COUNT tiles from ``first`` on, which one warp holds as tensor cores leave them.
 template <int COUNT>
 __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_TOKENS][4], void* output, int count, float* partial,
-                                       u32* counters, const half_t* bias, const Lora& lora) {
+                                       u32* counters, const half_t* bias, const Lora& lora, const int* lora_adapters_here) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const auto exists = [&](int b) { return TILES % BAND == 0 || first + b < TILES; };
     if (SPLITS > 1) {
@@ -108,7 +108,13 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
 #pragma unroll
     for (int b = 0; b < COUNT; ++b)
 #pragma unroll
-        for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
+        for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
+#if LORA_RANK > 0
+            if (!exists(b)) continue;
+            float terms[2][2] = {};
+            const int2 numbers = *(const int2*)(lora_adapters_here + 8 * n + 2 * t);
+            lora.add(terms, {numbers.x, numbers.y}, (first + b) * TILE + g, blockIdx.x * TOKENS + 8 * n + 2 * t);
+#endif
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 if (!exists(b)) continue;
@@ -118,8 +124,7 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
                 if (BIAS && has_low) low += to_float(bias[row]);
                 if (BIAS && has_high) high += to_float(bias[row + 8]);
 #if LORA_RANK > 0
-                if (token < count && has_low) low += lora.term(row, token);
-                if (token < count && has_high) high += lora.term(row + 8, token);
+                low += terms[i][0], high += terms[i][1];
 #endif
 #if GATED
                 // The lane of an even row takes that and the next one, its neighbour the two that are 8 further.
@@ -143,6 +148,7 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
 #endif
 #endif
             }
+        }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -210,6 +216,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     let_next_start();
 #pragma unroll
     for (int slot = 0; slot < DEPTH; ++slot) load(ring + slot * SLOT);
+    const Lora lora{LORA_ARGUMENTS};
+#if LORA_RANK > 0
+    __shared__ __align__(8) int lora_adapters_here[TOKENS];  // behind the barrier of the first stage
+    for (int token = warp; token < TOKENS; token += WARPS) {
+        const int adapter = token < tokens ? (int)load4(lora.adapters + first_token + token) : -1;  // uploaded before the step
+        if (lane == 0) lora_adapters_here[token] = adapter;
+        const int first_row = min(first_band * BAND * TILE, ROWS), rows = min(bands * BAND * TILE, ROWS - first_row);
+        if (blockIdx.y == 0 && adapter >= 0) prefetch_rows(lora.b, adapter, first_row, rows, lane, 32);
+    }
+#else
+    constexpr int* lora_adapters_here = nullptr;
+#endif
     wait_for_previous();
 #pragma unroll
     for (int stage = 0; stage < BUFFERS; ++stage) {
@@ -292,7 +310,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
     wait_copies<0>();
-    const Lora lora{LORA_ARGUMENTS};
 #pragma unroll
     for (int b = 0; b < BAND; ++b)
 #pragma unroll
@@ -300,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[b][n][j] *= j < 2 ? whole[b].x : whole[b].y;
     if (K_WARPS == 1) {
-        if (works) finish<BAND>(first_tile, sums, output, count, partial, counters, bias, lora);
+        if (works) finish<BAND>(first_tile, sums, output, count, partial, counters, bias, lora, lora_adapters_here);
         return;
     }
     __syncthreads();  // the shared memory is free
@@ -323,6 +340,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int k = 0; k < K_WARPS; ++k)
                 add(sums[0][n], parts[((k * ROW_WARPS * BAND + place) * EIGHTS_OF_TOKENS + n) * 32]);
         }
-        finish<1>(tile, sums, output, count, partial, counters, bias, lora);
+        finish<1>(tile, sums, output, count, partial, counters, bias, lora, lora_adapters_here);
     }
 }

@@ -29,6 +29,12 @@ __device__ __forceinline__ float lora_dot(uint4 values, float4 s, float4 t) {
     return v[0] * s.x + v[1] * s.y + v[2] * s.z + v[3] * s.w + v[4] * t.x + v[5] * t.y + v[6] * t.z + v[7] * t.w;
 }
 
+// Brings rows [first, first + count) of an adapter's B to the L2 cache: the part of one of several threads.
+__device__ __forceinline__ void prefetch_rows(const half_t* b, int adapter, int first, int count, int thread, int threads) {
+    const u64 begin = (u64)(b + ((u64)adapter * ROWS + first) * LORA_RANK), end = begin + (u64)count * LORA_RANK * sizeof(half_t);
+    for (u64 line = (begin & ~127ull) + thread * 128; line < end; line += threads * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+}
+
 // The part whose sums a row takes.
 __device__ __forceinline__ int lora_part(int row) {
     return LORA_PAIRS ? row % 2 : (int)(row >= LORA_SPLIT_1) + (int)(row >= LORA_SPLIT_2);
@@ -41,16 +47,34 @@ struct Lora {
     const float* sums;
     const int* adapters;
 
-    // What is added to the sum of a row for a token.
-    __device__ __forceinline__ float term(int row, int token) const {
-        const int adapter = (int)load4(adapters + token);
-        if (adapter < 0) return 0.f;
-        const float* own = sums + ((u64)token * LORA_PARTS + lora_part(row)) * LORA_RANK;
-        const half_t* weights = b + ((u64)adapter * ROWS + row) * LORA_RANK;
-        float sum = 0.f;
+    // Adds to the sums [2 tokens][2] of rows ``row`` and ``row`` + 8 what the tokens' adapters, ``numbers``, add. The loads do not
+    // wait for one another. The whole warp calls it.
+    __device__ __forceinline__ void add(float (&values)[2][2], const int (&numbers)[2], int row, int token) const {
+        if (!__any_sync(0xffffffffu, numbers[0] >= 0 || numbers[1] >= 0)) return;
+        float added[2][2] = {};
 #pragma unroll 2
-        for (int r = 0; r < LORA_RANK; r += 8) sum += lora_dot(*(const uint4*)(weights + r), load16f(own + r), load16f(own + r + 4));
-        return sum;
+        for (int r = 0; r < LORA_RANK; r += 8) {
+            uint4 w[2][2];
+            float4 s[2][2], t[2][2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int own_row = min(row + 8 * half, ROWS - 1), own_token = numbers[i] < 0 ? 0 : token + i;
+                    w[i][half] = *(const uint4*)(b + ((u64)max(numbers[i], 0) * ROWS + own_row) * LORA_RANK + r);
+                    const float* own = sums + ((u64)own_token * LORA_PARTS + lora_part(own_row)) * LORA_RANK + r;
+                    s[i][half] = load16f(own), t[i][half] = load16f(own + 4);
+                }
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) added[i][half] += lora_dot(w[i][half], s[i][half], t[i][half]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (numbers[i] >= 0) values[i][half] += added[i][half];
     }
 #endif
 };

@@ -72,9 +72,9 @@ struct GemvLora {
 #endif
 };
 
-// What is added to the rows of a segment of at most SEGMENT rows; CTAs have multiples of GRAIN rows. LANES lanes have eight values each of a row of B and add up what
-// they make of them. B is brought to the L2 cache before the kernel waits for the one that computes x: from there it takes no longer
-// than the sums.
+// What is added to the rows of a segment. LANES lanes have eight values each of a row of B and add up what they make of them. B is
+// brought to the L2 cache before the kernel waits for the one that computes x: from there it takes no longer than the sums. A CTA has
+// a multiple of GRAIN rows.
 template <int SEGMENT, int THREADS, int GRAIN>
 struct LoraTerms {
 #if LORA_RANK > 0
@@ -97,9 +97,7 @@ struct LoraTerms {
     // first: the CTA's first row; count: how many rows it has.
     __device__ __forceinline__ void fetch(const GemvLora& lora, int first, int count) const {
         if (lora.adapter < 0 || HELD == OWN) return;
-        const char* values = (const char*)lora.b_eight(first, 0);
-        for (int i = threadIdx.x * 128; i < count * LORA_RANK * 2; i += THREADS * 128)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(values + i));
+        prefetch_rows(lora.all_b, lora.adapter, first, count, threadIdx.x, THREADS);
     }
 
     // first: the segment's first row; count: how many rows are left.
