@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -40,7 +41,10 @@ class SessionInfo:
 
 
 class Turn:
-    """The part that one request has in a session. No other request of the session is taken until it has ended."""
+    """The part that one request has in a session. No other request of the session is taken until it has ended.
+
+    It ends with ``end`` or ``leave``, or when nobody holds it any more.
+    """
 
     def __init__(self, sessions: Sessions, name: str, messages: Messages) -> None:
         self._sessions = sessions
@@ -74,7 +78,8 @@ class Sessions:
         self.max_sessions = max_sessions
         self._lock = threading.Lock()
         self._sessions: dict[str, _Session] = {}
-        self._open: dict[str, Turn] = {}  # of sessions that answer, and of those that begin with this answer
+        # Of sessions that answer, and of those that begin with this answer. A turn that was dropped is not in it.
+        self._open: weakref.WeakValueDictionary[str, Turn] = weakref.WeakValueDictionary()
 
     def begin(self, name: str, messages: Messages, default_system: str = "") -> Turn:
         """Return the turn of a request with ``messages``: new ones, or the whole conversation, history included.

@@ -146,8 +146,8 @@ class Engine:
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Checks and tokenizes. Raises RequestError: what the request is refused with.
 
-        DeadlinePassedError among them, if the request's deadline ends the compiling of its schema. The turn of a
-        request that names a session has to be ended, with the ``Sequence`` that is made of it or by ``turn.leave``.
+        DeadlinePassedError among them, if the request's deadline ends the compiling of its schema. A session is
+        busy until the ``Sequence`` of the result has ended, or ``turn.leave`` is called, or the result is dropped.
         """
         with refusing_panics("preparing"), contextlib.ExitStack() as undo:
             end = time.monotonic() + request.timeout

@@ -45,7 +45,7 @@ class PreparedRequest:
     constraint: AnswerConstraint | None
     expected: ExpectedAnswer = field(default_factory=ExpectedAnswer)
     num_dropped: int = 0  # oldest turns that are not in the prompt
-    turn: Turn | None = None  # of its session; whoever does not run the request has to end it
+    turn: Turn | None = None  # of its session
 
     @classmethod
     def unread(cls, request: GenerationRequest) -> PreparedRequest:

@@ -114,6 +114,17 @@ def test_a_request_that_the_worker_refuses_leaves_its_session_free(open_engine):
     assert not done.is_set() and engine.sessions.list() == []
 
 
+def test_a_prepared_request_that_is_dropped_leaves_its_session_free(open_engine):
+    engine = open_engine()
+    prepared = engine.prepare(ask("one"))
+    with pytest.raises(SessionBusyError):
+        engine.prepare(ask("one"))
+    del prepared
+    assert engine.sessions.list() == []
+    engine.generate(engine.prepare(ask("one")), CancelToken())  # never begun
+    assert run(engine, ask("one")).session_turns == 1
+
+
 def test_a_session_goes_on_with_another_adapter_whose_kv_is_its_own(open_engine):
     config = {"session_memory": 1, "lora_adapters": ("lake:/nowhere",)}
     engine, fresh = open_engine(config=config), open_engine(config=config)
