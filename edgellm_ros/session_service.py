@@ -70,8 +70,7 @@ class SessionService:
         return [engine.sessions.info(request.session)] if request.session else engine.sessions.list()
 
     def _reset(self, engine: Engine, request: SessionsService.Request) -> list[SessionInfo]:
-        names = [request.session] if request.session else [info.name for info in engine.sessions.list()]
-        return [engine.reset_session(name) for name in names]
+        return [engine.reset_session(request.session)] if request.session else engine.reset_sessions()
 
     def _fork(self, engine: Engine, request: SessionsService.Request) -> list[SessionInfo]:
         engine.sessions.fork(request.session, request.new_session)

@@ -107,8 +107,7 @@ class Sessions:
     def list(self) -> list[SessionInfo]:
         """Return all sessions, those that begin with an answer under way included; the one used last first."""
         with self._lock:
-            infos = [self._info(name) for name in self._sessions.keys() | self._open.keys()]
-        return sorted(infos, key=lambda info: info.idle)
+            return [*self._list()]
 
     def info(self, name: str) -> SessionInfo:
         """Raises InvalidSessionError if there is no session of this name."""
@@ -125,6 +124,14 @@ class Sessions:
             self._sessions.pop(name, None)
             self._open.pop(name, None)
             return info
+
+    def reset_all(self) -> Sequence[SessionInfo]:
+        """Forget all sessions; return what they were, the one used last first."""
+        with self._lock:
+            infos = self._list()
+            self._sessions.clear()
+            self._open.clear()
+            return infos
 
     def fork(self, name: str, new_name: str) -> None:
         """Make a second session with the history of the first. Raises InvalidSessionError."""
@@ -165,6 +172,10 @@ class Sessions:
 
     # --- helpers: the lock is held --------------------------------------------------------------------
 
+    def _list(self) -> Sequence[SessionInfo]:
+        infos = [self._info(name) for name in {*self._sessions, *self._open}]
+        return sorted(infos, key=lambda info: info.idle)
+
     def _info(self, name: str) -> SessionInfo:
         session, is_answering = self._sessions.get(name), name in self._open
         if session is None:
@@ -182,7 +193,7 @@ class Sessions:
         self._check_room()
 
     def _check_room(self) -> None:
-        if len(self._sessions.keys() | self._open.keys()) >= self.max_sessions:
+        if len({*self._sessions, *self._open}) >= self.max_sessions:
             raise InvalidSessionError(
                 f"There are {self.max_sessions} sessions already, as many as max_sessions allows; reset one of them."
             )

@@ -223,6 +223,13 @@ class Engine:
         self.pool.forget(name)
         return info
 
+    def reset_sessions(self) -> list[SessionInfo]:
+        """Forget all sessions and their KV; return what they were."""
+        infos = [*self.sessions.reset_all()]
+        for info in infos:
+            self.pool.forget(info.name)
+        return infos
+
     @cached_property
     def hash(self) -> str:
         """The SHA-256, in hexadecimal, of the manifest: of the model, its variant and its files."""

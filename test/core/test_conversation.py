@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_busy_session_refuses_and_one_that_was_reset_gets_no_answer(open_engin
     assert {info.name: info.num_turns for info in engine.sessions.list()} == {"ben": 1, "anna": 0}
     with pytest.raises(InvalidSessionError, match="no answer yet"):
         engine.sessions.fork("anna", "eve")
-    assert engine.reset_session("anna").is_answering  # its first answer comes too late
+    assert {info.name for info in engine.reset_sessions()} == {"ben", "anna"}  # its first answer comes too late
     list(engine.generate(begun, CancelToken()))
     assert run(engine, ask("four")).session_turns == 1
 
@@ -245,8 +246,21 @@ def test_the_oldest_turns_are_left_out_and_the_system_message_stays(open_engine)
     with pytest.raises(PromptTooLongError):
         for number in range(12):
             run(engine, ask(f"question {number}"))
-    with pytest.raises(PromptTooLongError):
-        engine.prepare(ask("x" * 300, context_policy="drop_oldest"))
+    before = engine.sessions.info("anna").messages
+    for fields in ({"text": "x" * 300}, {"text": "hello", "system": "x" * 300}):
+        with pytest.raises(PromptTooLongError):
+            engine.prepare(ask(**fields, context_policy="drop_oldest"))
+    assert engine.sessions.info("anna").messages == before
+
+
+def test_a_conversation_larger_than_the_kv_pool_is_computed_again(open_engine):
+    config = {"session_memory": 1, "max_sessions": 2, "prompt_cache_entries": 0}
+    engine, roomy = (open_engine(memory=3, pool_tokens=size, config=config) for size in (64, 4096))
+    for number in range(3):
+        for name in ("anna", "ben"):
+            small, large = (run(each, ask(f"question {number} of {name}", name)) for each in (engine, roomy))
+            assert small.text == large.text and small.cached_tokens <= large.cached_tokens
+    assert small.cached_tokens < large.cached_tokens and engine.pool.kept_tokens("ben") <= 64
 
 
 def test_no_more_turns_are_left_out_than_needed():
@@ -290,6 +304,19 @@ def test_a_saved_session_comes_back_and_that_of_another_engine_does_not(tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidSessionError, match="could not be saved"):
         save_session(tmp_path / "file", "b", saved, "a" * 64)
+
+
+def test_a_full_disk_leaves_the_older_file(tmp_path):
+    older = SavedSession(turns("a", "b"), 1, 2)
+    save_session(tmp_path, "anna", older, "hash")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InvalidSessionError, match="could not be saved"):
+            save_session(tmp_path, "anna", SavedSession(turns("a", "b" * 5000), 1, 2), "hash")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_session(tmp_path, "anna", "hash") == older and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
