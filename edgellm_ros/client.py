@@ -43,8 +43,27 @@ from rclpy.task import Future
 
 from edgellm_ros import qos
 from edgellm_ros.action import Generate
+from edgellm_ros.client_errors import (
+    EngineError,
+    InvalidRequestError,
+    InvalidSessionError,
+    LLMError,
+    NotActiveError,
+    PromptTooLongError,
+    QueueFullError,
+    SessionBusyError,
+    UnavailableError,
+    error_of,
+)
+from edgellm_ros.client_sessions import AsyncSessions, Sessions, SessionService
 from edgellm_ros.msg import ChatMessage, ErrorCode, GenerationRequest, GenerationResult, Tool, ToolCall
 from edgellm_ros.sampling_options import OPTION_TYPES
+
+__all__ = [
+    "LLM", "EngineError", "InvalidRequestError", "InvalidSessionError", "LLMError", "NotActiveError", "PieceText",
+    "Pieces", "PromptTooLongError", "QueueFullError", "SessionBusyError", "Stream", "UnavailableError", "error_of",
+    "make_goal",
+]  # fmt: skip
 
 _CHECK_INTERVAL = 0.5  # s between two looks whether the node is still there
 _CLOSING = 1.0  # s that the node has to answer cancels when a client is closed
@@ -55,55 +74,6 @@ _CANCEL = object()  # an event that asks for the end of the request
 _TERMINAL = (GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_CANCELED, GoalStatus.STATUS_ABORTED)
 
 Messages = str | Sequence[dict[str, Any] | ChatMessage]
-
-
-class LLMError(Exception):
-    """The reason for no answer, in one sentence. ``code``: a constant of ``ErrorCode``; 0 where no node gave one."""
-
-    def __init__(self, message: str, code: int = ErrorCode.NONE) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class UnavailableError(LLMError):
-    """No node offers the action, or it has gone."""
-
-
-class InvalidRequestError(LLMError):
-    """The request is at fault; sent again unchanged it fails again."""
-
-
-class PromptTooLongError(InvalidRequestError):
-    """The conversation does not fit into the node's max_context."""
-
-
-class NotActiveError(LLMError):
-    """The node is not active; the same request may succeed later."""
-
-
-class QueueFullError(LLMError):
-    """The node has no place for another request; the same request may succeed later."""
-
-
-class SessionBusyError(LLMError):
-    """The session is answering another request; this one may be sent after it."""
-
-
-class EngineError(LLMError):
-    """The engine failed, or its configuration is at fault."""
-
-
-def error_of(code: int, message: str) -> LLMError:
-    """Return the exception of a constant of ``ErrorCode``."""
-    exact = {
-        ErrorCode.PROMPT_TOO_LONG: PromptTooLongError,
-        ErrorCode.NOT_ACTIVE: NotActiveError,
-        ErrorCode.QUEUE_FULL: QueueFullError,
-        ErrorCode.SESSION_BUSY: SessionBusyError,
-    }
-    if code in exact:
-        return exact[code](message, code)
-    return (InvalidRequestError if code < ErrorCode.NOT_ACTIVE else EngineError)(message, code)
 
 
 class PieceText:
@@ -162,7 +132,7 @@ class _Action:
     """
 
     def __init__(self, node: Node, name: str) -> None:
-        group = MutuallyExclusiveCallbackGroup()
+        group = self.group = MutuallyExclusiveCallbackGroup()
         self.name = name
         self._node = node
         self._feedback_topic = f"{name}/_action/feedback"
@@ -188,8 +158,11 @@ class _Action:
         """Return the identities of those who serve the action; a node that was started again has another."""
         return {bytes(info.endpoint_gid) for info in self._node.get_publishers_info_by_topic(self._feedback_topic)}
 
-    def destroy(self, spins: bool) -> None:
-        """Take it from the node. ``spins``: an executor spins the node, so it is done there, between two waits."""
+    def destroy(self, spins: bool, also: Callable[[], None]) -> None:
+        """Take it from the node. ``spins``: an executor spins the node, so it is done there, between two waits.
+
+        ``also`` is called at the same place.
+        """
         done = threading.Event()
         guard = threading.Lock()
 
@@ -197,6 +170,7 @@ class _Action:
             with guard:
                 if not done.is_set():
                     self.client.destroy()
+                    also()
                     done.set()
 
         if spins:
@@ -252,7 +226,11 @@ class _Call:
         if self._cancelled:
             self._end(UnavailableError("The request was cancelled before it was sent."))
             return
-        sent = self._action.client.send_goal_async(goal, feedback_callback=self._on_feedback)
+        try:
+            sent = self._action.client.send_goal_async(goal, feedback_callback=self._on_feedback)
+        except Exception as error:  # text that is no Unicode, say
+            self._end(InvalidRequestError(f"The request could not be sent ({error})."))
+            return
         sent.add_done_callback(self._on_sent)
 
     def _cancel(self) -> None:
@@ -422,6 +400,7 @@ class LLM:
     (``messages`` are then the new ones, the node has the others), ``context_policy``, ``stop``, ``priority``,
     ``deadline`` (s), ``request_id``, ``allow_special``, and the options of msg/SamplingOptions that have one value.
     Pieces are those of the text; a result has the reasoning and the tool calls, too.
+    ``sessions`` lists, resets, forks, saves and loads the node's sessions, ``async_sessions`` does it in asyncio.
     Close it, or use it in a ``with`` or ``async with``.
     """
 
@@ -440,6 +419,9 @@ class LLM:
         self._node = node
         self._calls: set[_Call] = set()  # requests that have not ended
         self._action: _Action | None = _Action(node, f"{self._name}/generate")
+        self._session_service = SessionService(node, f"{self._name}/sessions", wait, self._action.group, self._run)
+        self.sessions = Sessions(self._session_service)
+        self.async_sessions = AsyncSessions(self.sessions)
         if self._executor is not None:
             self._thread = threading.Thread(target=self._spin, name="llm-client", daemon=True)
             self._thread.start()
@@ -465,7 +447,7 @@ class LLM:
             action.run(lambda: None)  # wakes it
             self._thread.join(2.0)
             self._executor.shutdown()
-        action.destroy(spins=self._executor is None)
+        action.destroy(spins=self._executor is None, also=self._session_service.destroy)
         if self._context is not None:
             self._node.destroy_node()
             _give_back(self._context)
@@ -521,6 +503,9 @@ class LLM:
         if self._action is None:
             raise UnavailableError(f"The client of {self._name} is closed.")
         return self._action
+
+    def _run(self, call: Callable[[], None]) -> None:
+        self._open_action().run(call)
 
     def _send(self, goal: Generate.Goal, put: Callable[[Any], None]) -> _Call:
         call = _Call(self._open_action(), goal, put, self._calls.discard)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from edgellm_ros.client import LLM, InvalidRequestError, SessionBusyError
+from edgellm_ros.client import (
+    LLM,
+    InvalidRequestError,
+    InvalidSessionError,
+    NotActiveError,
+    SessionBusyError,
+    UnavailableError,
+)
 from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason
 from edgellm_ros.srv import Sessions
 from fake_backend import write_engine
@@ -138,6 +147,74 @@ def test_the_client_names_sessions(llm):
         with pytest.raises(InvalidRequestError, match="letters, digits"):
             client.ask("hello", session="an na")
     assert first.session_turns == 1
+
+
+def test_the_client_manages_sessions(llm):
+    with LLM(f"/{llm.name}") as client:
+        client.ask("hello", session="anna", max_new_tokens=12)
+        assert client.sessions.fork("anna", "ben").name == "ben"
+        assert client.sessions.save("anna").num_turns == client.sessions.reset("anna").num_turns == 1
+        assert [info.name for info in client.sessions.list()] == ["ben"]
+        assert client.sessions.load("anna").messages == client.sessions.get("ben").messages
+        refused = [
+            partial(client.sessions.load, "anna"), partial(client.sessions.fork, "anna", "ben"),
+            partial(client.sessions.save, "Zoë"), partial(client.sessions.load, "/etc/passwd"),
+            partial(client.sessions.fork, "anna", "x" * 100_000), partial(client.sessions.get, "nobody"),
+            partial(client.sessions.reset, ""), partial(client.sessions.reset, "anna\0x"),
+            partial(client.sessions.get, "\ud800"),
+        ]  # fmt: skip
+        for call in refused:
+            with pytest.raises(InvalidSessionError):
+                call()
+        with pytest.raises(InvalidRequestError):
+            client.ask("\ud800")
+        assert client.ask("and now?", session="anna", max_new_tokens=12).session_turns == 2
+
+        async def run():
+            sessions = client.async_sessions
+            with pytest.raises(InvalidSessionError):
+                await sessions.save("nobody")
+            await asyncio.gather(sessions.reset("ben"), sessions.fork("anna", "eve"), sessions.save("anna"))
+            assert (await sessions.get("eve")).num_turns == 2
+            await sessions.reset_all()
+            assert (await sessions.load("anna")).num_turns == 2
+            return await sessions.list()
+
+        assert [info.name for info in asyncio.run(run())] == ["anna"]
+    with pytest.raises(UnavailableError, match="closed"):
+        client.sessions.list()
+    with LLM("/nobody", wait=0.2) as client, pytest.raises(UnavailableError, match="/nobody/sessions"):
+        client.sessions.list()
+
+
+def test_fork_save_reset_and_deactivate_while_an_answer_runs(llm):
+    with LLM(f"/{llm.name}") as client:
+        first = client.ask("hello", session="anna", max_new_tokens=12)
+        running = client.pieces("a story", session="anna", max_new_tokens=GREEDY_LONG)
+        next(running)
+        assert client.sessions.get("anna").answering
+        forked, saved = client.sessions.fork("anna", "ben"), client.sessions.save("anna")
+        assert [m.content for m in forked.messages] == [m.content for m in saved.messages] == ["hello", first.text]
+        assert client.sessions.reset("anna").answering
+        running.cancel()
+        for _ in running:
+            pass
+        assert running.result.session_turns == 0 and names(llm) == ["ben"]
+
+        llm.must_set(deactivate_policy="cancel")
+        running = client.pieces("a story", session="ben", max_new_tokens=GREEDY_LONG)
+        next(running)
+        assert llm.change(DEACTIVATE)
+        for _ in running:
+            pass
+        assert running.result.session_turns == 2
+        kept = client.sessions.get("ben")
+        assert kept.messages[-1].content == running.result.text and not kept.answering
+        with pytest.raises(NotActiveError):
+            client.ask("more", session="ben")
+        assert llm.change(ACTIVATE)
+        late = client.ask("more", session="ben", deadline=0.2, max_new_tokens=GREEDY_LONG)
+        assert (late.finish_reason, late.session_turns) == (FinishReason.TIMEOUT, 3)
 
 
 def test_two_people_talk_at_once(llm, capsys):
