@@ -2,7 +2,7 @@
 
 The answer appears as it is generated. Ctrl-C cancels it; a second one, or one at the prompt, leaves. ``/reset``
 forgets the conversation, ``/system TEXT`` sets the system prompt and forgets it, ``/quit`` leaves. Lines can also come
-from a pipe.
+from a pipe. With ``--session`` the node keeps the conversation, so that a later chat goes on with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from rclpy.utilities import remove_ros_args
 
-from edgellm_ros.client import LLM, LLMError, PromptTooLongError, UnavailableError
+from edgellm_ros.client import LLM, InvalidSessionError, LLMError, PromptTooLongError, UnavailableError
 from edgellm_ros.msg import FinishReason, GenerationResult
 from edgellm_ros.sampling_options import OPTION_TYPES
 
@@ -51,13 +51,16 @@ class Interrupts:
 
 
 class Chat:
-    """A conversation; failed and empty turns do not become part of it."""
+    """A conversation; failed and empty turns do not become part of it. With a ``session`` the node keeps it."""
 
-    def __init__(self, llm: LLM, interrupts: Interrupts, system_prompt: str, sampling: dict[str, Any]) -> None:
+    def __init__(
+        self, llm: LLM, interrupts: Interrupts, system_prompt: str, sampling: dict[str, Any], session: str = ""
+    ) -> None:
         self._llm = llm
         self._interrupts = interrupts
         self._system_prompt = system_prompt
         self._sampling = sampling
+        self._session = session
         self._turns: list[dict[str, str]] = []
 
     def line(self, line: str) -> bool:
@@ -66,10 +69,10 @@ class Chat:
         if command in ("/quit", "/exit"):
             return False
         if command == "/reset":
-            self._turns.clear()
+            self._forget()
         elif command == "/system":
+            self._forget()
             self._system_prompt = rest.strip()
-            self._turns.clear()
         elif command == "/help":
             print(_HELP, file=sys.stderr)
         elif command.startswith("/"):
@@ -78,9 +81,27 @@ class Chat:
             self._say(line)
         return True
 
+    def _forget(self) -> None:
+        self._turns.clear()
+        if self._session:
+            with contextlib.suppress(InvalidSessionError):  # it has not begun
+                self._llm.sessions.reset(self._session)
+
     def _say(self, text: str) -> None:
         system = [{"role": "system", "content": self._system_prompt}] if self._system_prompt else []
         question = {"role": "user", "content": text}
+        if self._session:
+            result = self._show([*system, question], session=self._session, context_policy="drop_oldest")
+            forgotten = f"{result.dropped_turns} turns" if result.dropped_turns else ""
+        else:
+            result, forgotten = self._say_all(system, question)
+        if forgotten:
+            print(f"[the context was full: the oldest {forgotten} are forgotten; /reset forgets all]", file=sys.stderr)
+        if ending := _ENDINGS.get(result.finish_reason):
+            print(f"[{ending}]", file=sys.stderr)
+
+    def _say_all(self, system: list[dict[str, str]], question: dict[str, str]) -> tuple[GenerationResult, str]:
+        """Send the whole conversation; return the result and what was forgotten of it, for people."""
         turns = list(self._turns)  # forgotten only if the question fits without them
         while True:
             try:
@@ -91,21 +112,16 @@ class Chat:
                     raise
             # Half of the turns, so that the next lines do not wait for the same again; in pairs, question and answer.
             del turns[: max(2, len(turns) // 4 * 2)]
-        if dropped := len(self._turns) - len(turns):
-            print(
-                f"[the context was full: the oldest {dropped} of {len(self._turns)} messages are forgotten; "
-                "/reset forgets all]",
-                file=sys.stderr,
-            )
+        dropped = len(self._turns) - len(turns)
+        forgotten = f"{dropped} of {len(self._turns)} messages" if dropped else ""
         self._turns = turns
-        if ending := _ENDINGS.get(result.finish_reason):
-            print(f"[{ending}]", file=sys.stderr)
         if result.text:
             self._turns += [question, {"role": "assistant", "content": result.text}]
+        return result, forgotten
 
-    def _show(self, messages: list[dict[str, str]]) -> GenerationResult:
+    def _show(self, messages: list[dict[str, str]], **fields: str) -> GenerationResult:
         """Print the answer as it comes, and return its result."""
-        pieces = self._llm.pieces(messages, **self._sampling)
+        pieces = self._llm.pieces(messages, **fields, **self._sampling)
         with self._interrupts.during_answer(pieces.cancel):
             for piece in pieces:
                 print(piece, end="", flush=True)
@@ -138,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
             llm.wait()
             if interactive:
                 print(f"Connected to {arguments.node}. {_HELP}", file=sys.stderr)
-            chat = Chat(llm, interrupts, arguments.system, sampling)
+            chat = Chat(llm, interrupts, arguments.system, sampling, arguments.session)
             for line in read_lines(interactive):
                 try:
                     if not chat.line(line):
@@ -156,6 +172,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="chat", description="Chat with an edgellm_ros node in the terminal.")
     parser.add_argument("--node", default="/llm", help="full name of the node (default: /llm)")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt; without it the node's")
+    parser.add_argument("--session", default="", metavar="NAME", help="the node keeps the conversation under this name")
     parser.add_argument("--wait", type=float, default=5.0, metavar="SECONDS", help="how long to look for the node")
     for name, kind in OPTION_TYPES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="without it the node's parameter")

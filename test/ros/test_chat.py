@@ -64,6 +64,31 @@ def test_a_line_that_is_too_long_alone_forgets_nothing(llm, start):
     assert out == f"{first}\n{second}\n" and "max_context" in err and "forgotten" not in err
 
 
+def test_the_node_keeps_the_conversation_of_a_session(llm, start):
+    def say(text, *arguments):
+        chat = start("--max-new-tokens", "40", "--session", "anna", *arguments, **PIPES)
+        out, err = chat.communicate(text, timeout=60)
+        assert chat.returncode == 0, err
+        return out, err
+
+    sampling = {"max_new_tokens": 40}
+    first, _ = say("/reset\none\n")  # nothing to forget yet
+    second, _ = say("two\n")  # another chat goes on with it
+    turns = [("user", "one"), ("assistant", first[:-1]), ("user", "two")]
+    messages = [ChatMessage(role=role, content=content) for role, content in turns]
+    assert second == llm.generate(messages=messages, sampling=sampling).text + "\n"
+    answers, err = say("".join(f"{number} {'x' * 300}\n" for number in range(8)))
+    assert len(answers.splitlines()) == 8 and "the context was full: the oldest" in err
+    turns = [("system", "Be brief."), ("user", "one")]
+    messages = [ChatMessage(role=role, content=content) for role, content in turns]
+    assert say("/system Be brief.\none\n")[0] == llm.generate(messages=messages, sampling=sampling).text + "\n"
+    assert say("/reset\none\n")[0] == first
+    for name in ("an/na", ""):
+        chat = start("--session", name, **PIPES)
+        _, err = chat.communicate("one\n", timeout=20)
+        assert (chat.returncode, "letters, digits" in err) == ((1, True) if name else (0, False))
+
+
 def test_errors_are_said_and_counted(llm, start):
     chat = start("--temperature", "-1", **PIPES)
     out, err = chat.communicate("hello\n", timeout=20)
