@@ -13,6 +13,10 @@ and in asyncio::
         async for piece in llm.stream(messages=[{"role": "user", "content": "hello"}], deadline=10.0):
             print(piece, end="", flush=True)
 
+An answer can be a message of any type, held to its fields while it is generated::
+
+    pose = llm.ask_for(PoseStamped, "two metres ahead", fields=["pose.position"], deadline=10.0)
+
 Pieces are read from the action's feedback, which DDS may drop when a reader is slow: sequence numbers are compared, and
 from the first gap on the rest of the text is taken from the result. Joined, the pieces are always the result's text.
 Leaving an iterator early cancels the request.
@@ -48,6 +52,7 @@ from edgellm_ros.client_errors import (
     InvalidRequestError,
     InvalidSessionError,
     LLMError,
+    NoMessageError,
     NotActiveError,
     PromptTooLongError,
     QueueFullError,
@@ -56,12 +61,13 @@ from edgellm_ros.client_errors import (
     error_of,
 )
 from edgellm_ros.client_sessions import AsyncSessions, Sessions, SessionService
-from edgellm_ros.msg import ChatMessage, ErrorCode, GenerationRequest, GenerationResult, Tool, ToolCall
+from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason, GenerationRequest, GenerationResult, Tool, ToolCall
 from edgellm_ros.sampling_options import OPTION_TYPES
+from engine_core.message_types import MessageValueError, message_of, schema_of
 
 __all__ = [
-    "LLM", "EngineError", "InvalidRequestError", "InvalidSessionError", "LLMError", "NotActiveError", "PieceText",
-    "Pieces", "PromptTooLongError", "QueueFullError", "SessionBusyError", "Stream", "UnavailableError", "error_of",
+    "LLM", "EngineError", "InvalidRequestError", "InvalidSessionError", "LLMError", "NoMessageError", "NotActiveError",
+    "PieceText", "Pieces", "PromptTooLongError", "QueueFullError", "SessionBusyError", "Stream", "UnavailableError", "error_of",
     "make_goal",
 ]  # fmt: skip
 
@@ -483,6 +489,13 @@ class LLM:
         assert stream.result is not None
         return stream.result
 
+    async def generate_for(
+        self, message_type: type, messages: Messages = (), *, fields: Sequence[str] = (), **options: Any
+    ) -> Any:
+        """Return the answer as a message, as ``ask_for`` does."""
+        options["json_schema"] = json.dumps(schema_of(message_type, fields))
+        return _message_in(await self.generate(messages, **options), message_type)
+
     # --- without asyncio ------------------------------------------------------------------------------
 
     def pieces(self, messages: Messages = (), **options: Any) -> Pieces:
@@ -496,6 +509,18 @@ class LLM:
             pass
         assert pieces.result is not None
         return pieces.result
+
+    def ask_for(
+        self, message_type: type, messages: Messages = (), *, fields: Sequence[str] = (), **options: Any
+    ) -> Any:
+        """Return the answer as a message of ``message_type``, a class such as geometry_msgs' PoseStamped.
+
+        ``fields``: dotted paths of those that the model fills in, such as ``pose.position``; the others keep their
+        defaults. Without it, it fills in all. The model is not told what the fields are: say it in ``messages``.
+        Raises LLMError; NoMessageError if the answer was cut; engine_core's MessageTypeError for an unknown field.
+        """
+        options["json_schema"] = json.dumps(schema_of(message_type, fields))
+        return _message_in(self.ask(messages, **options), message_type)
 
     # --- helpers --------------------------------------------------------------------------------------
 
@@ -515,6 +540,15 @@ class LLM:
     def _check(self, call: _Call) -> None:
         self._open_action()
         call.check()
+
+
+def _message_in(result: GenerationResult, message_type: type) -> Any:
+    if result.finish_reason != FinishReason.STOP:
+        raise NoMessageError(f"The answer ended before it was whole (finish reason {result.finish_reason}).", result)
+    try:
+        return message_of(message_type, result.text)
+    except MessageValueError as error:
+        raise NoMessageError(str(error), result) from None
 
 
 def make_goal(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgellm_ros.msg import ErrorCode
+from edgellm_ros.msg import ErrorCode, GenerationResult
 
 
 class LLMError(Exception):
@@ -43,6 +43,14 @@ class SessionBusyError(LLMError):
 
 class EngineError(LLMError):
     """The engine failed, or its configuration is at fault."""
+
+
+class NoMessageError(LLMError):
+    """The answer to ``ask_for`` is not a whole message. ``result``: what there was."""
+
+    def __init__(self, message: str, result: GenerationResult) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def error_of(code: int, message: str) -> LLMError:

@@ -28,6 +28,7 @@ COMMANDS = (
     "inspect",
     "plan",
     "generate",
+    "schema",
     "serve",
     "evaluate",
     "bench",
