@@ -53,7 +53,7 @@ class ParameterSpec:
         """Return why ``value``, which has the declared type, is refused; "" if it is not."""
         if self.choices and value not in self.choices:
             return f"{self.name} is {value!r}, but it must be one of {', '.join(self.choices)}."
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value) and (self.range is None or value not in self.range):
             return f"{self.name} is {value}, but it must be a finite number."
         if self.range is not None and value not in self.range:
             return f"{self.name} is {value}, but it must be {self.range}."

@@ -69,6 +69,8 @@ def describe(spec: ParameterSpec) -> ParameterDescriptor:
         ends = {"from_value": spec.range.low, "to_value": spec.range.high}
         if isinstance(spec.default, int):
             descriptor.integer_range = [IntegerRange(**ends, step=1)]
+        elif spec.range.takes_nan:  # rclpy finds no NaN in a range
+            descriptor.additional_constraints = f"{spec.range}".capitalize() + ", or NaN."
         else:
             descriptor.floating_point_range = [FloatingPointRange(**ends)]
             descriptor.additional_constraints = f"{spec.range}".capitalize() + "."

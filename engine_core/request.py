@@ -11,7 +11,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,11 +46,12 @@ class Range:
     high: float
     low_is_open: bool = False
     high_is_open: bool = False
+    takes_nan: bool = False  # NaN stands for a value of its own
 
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.low_is_open else value >= self.low
         below = value < self.high if self.high_is_open else value <= self.high
-        return above and below  # NaN is neither
+        return (above and below) or (self.takes_nan and value != value)  # a NaN is neither above nor below
 
     def __str__(self) -> str:
         if not (self.low_is_open or self.high_is_open):
@@ -178,7 +179,10 @@ class SamplingParams:
     ``engine_core/sampling.py`` and ``sample.cu``, and a field of ``msg/SamplingOptions.msg``.
     """
 
-    temperature: float = _option(float, 0.0, Range(0.0, 100.0), "Randomness of the answer; 0 = greedy.")
+    temperature: float = _option(
+        float, 0.0, Range(0.0, 100.0, takes_nan=True),
+        "Randomness of the answer; 0 = greedy, NaN = as the model's generation_config.json says.",
+    )  # fmt: skip
     top_p: float = _option(
         float, 1.0, Range(0.0, 1.0, low_is_open=True),
         "Sample among the likeliest tokens of this total probability; 1 = off.",
@@ -207,6 +211,19 @@ class SamplingParams:
         for token_id, bias in self.logit_bias:
             if math.isnan(bias) or bias == math.inf:
                 raise InvalidSamplingError(f"The logit bias of token {token_id} is {bias}, but it must be a number.")
+
+    def with_model(self, own: Mapping[str, float]) -> SamplingParams:
+        """Return these options, or where ``temperature`` is NaN the model's.
+
+        ``own``: option → value of the model, which takes the place of the temperature and of every option that has its
+        default. Without a temperature there, the answer is greedy.
+        """
+        if not math.isnan(self.temperature):
+            return self
+        taken: dict[str, Any] = {
+            name: value for name, value in own.items() if getattr(self, name) == SAMPLING_OPTIONS[name].default
+        }
+        return dataclasses.replace(self, **{**taken, "temperature": own.get("temperature", 0.0)})
 
     def resolve(self, eos_token_ids: Collection[int] = ()) -> SamplingParams:
         """Return what every backend's sampler gets, so that all of them agree.

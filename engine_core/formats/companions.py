@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.errors import CheckpointError
+from engine_core.errors import CheckpointError, EngineDirectoryError
 from engine_core.formats.checkpoint import Checkpoint, read_json
 from engine_core.formats.vocab_map import (
     VOCAB_MAP_NAME,
@@ -21,6 +21,7 @@ from engine_core.formats.vocab_map import (
 )
 from engine_core.models.families import family_of
 from engine_core.models.spec import ModelSpec
+from engine_core.request import SAMPLING_OPTIONS
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,29 @@ def copy_companions(checkpoint: Checkpoint, directory: Path) -> None:
     for name in _FILES:
         if (checkpoint.directory / name).is_file():
             shutil.copyfile(checkpoint.directory / name, directory / name)
+
+
+def model_sampling(directory: Path) -> dict[str, float]:
+    """Return option → value of the sampling that generation_config.json in an engine directory asks for.
+
+    It is empty without that file. Without ``do_sample`` there is no temperature: such a model answers greedily.
+    Values that are no number of their option's range are left out. Raises EngineDirectoryError.
+    """
+    try:
+        config = read_json(directory / "generation_config.json", required=False)
+    except CheckpointError as error:
+        raise EngineDirectoryError(str(error)) from None
+    names: tuple[str, ...] = ("repetition_penalty",)
+    if config.get("do_sample") is True:
+        names += ("temperature", "top_p", "top_k", "min_p")
+        config = {"temperature": 1.0, **config}
+    found: dict[str, float] = {}
+    for name in names:
+        option, value = SAMPLING_OPTIONS[name], config.get(name)
+        kinds = (int,) if option.kind is int else (int, float)
+        if isinstance(value, kinds) and not isinstance(value, bool) and value == value and value in option.range:
+            found[name] = option.kind(value)
+    return found
 
 
 def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:

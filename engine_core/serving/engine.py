@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import cached_property, partial
 
 import numpy as np
@@ -37,6 +37,7 @@ from engine_core.errors import (
     RequestError,
     refusing_panics,
 )
+from engine_core.formats.companions import model_sampling
 from engine_core.formats.lora import adapter_paths
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
@@ -78,7 +79,9 @@ class Engine:
         plan: MemoryPlan,
         load_time: float,
         backend_reason: str = "",
+        model_sampling: Mapping[str, float] | None = None,
     ) -> None:
+        """``model_sampling``: what a temperature of NaN stands for, see ``SamplingParams.with_model``."""
         self.config = config
         self.manifest = manifest
         self.plan = plan
@@ -86,6 +89,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.backend_name = manifest.backend
         self.backend_reason = backend_reason  # why this variant and no other, for people
+        self.model_sampling = dict(model_sampling or {})
         self.max_context = backend.max_context
         self.vocab_size = manifest.model.vocab_size
         self.reduced_vocab_size = backend.reduced_vocab_size
@@ -125,12 +129,13 @@ class Engine:
         for note in manifest.notes:
             report(note)
         tokenizer = Tokenizer(variant_dir)
+        own = model_sampling(variant_dir)
         if tokenizer.folds_system:
             report("The chat template has no system messages; they are put before the first user message.")
         with contextlib.ExitStack() as undo:
             backend = choice.backend.load(variant_dir, manifest, config)
             undo.callback(backend.close)
-            engine = cls(config, manifest, backend, tokenizer, plan, time.monotonic() - start, choice.reason)
+            engine = cls(config, manifest, backend, tokenizer, plan, time.monotonic() - start, choice.reason, own)
             undo.pop_all()
         return engine
 
@@ -166,6 +171,7 @@ class Engine:
 
     def _prepare(self, request: GenerationRequest, end: float) -> PreparedRequest:
         """``end``: time.monotonic() of its deadline, if it has one."""
+        request = request.replace(sampling=request.sampling.with_model(self.model_sampling))
         self._check_sampling(request.sampling)
         self._check_adapter(request.adapter)
         self.answers.check(request)

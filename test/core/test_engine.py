@@ -9,6 +9,9 @@ import time
 
 import pytest
 
+import vocab_checkpoints
+from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.config import EngineConfig
 from engine_core.errors import (
     EmptyPromptError,
     EngineFaultError,
@@ -18,8 +21,9 @@ from engine_core.errors import (
     InvalidTextError,
     PromptTooLongError,
 )
+from engine_core.formats.companions import model_sampling
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, Piece, SamplingParams
-from engine_core.serving.engine import CancelToken
+from engine_core.serving.engine import CancelToken, Engine
 from fakes import END, EOS, text_ids
 
 NAN, INF = float("nan"), float("inf")
@@ -224,6 +228,35 @@ def test_a_json_schema_holds_whatever_the_model_would_say(open_engine):
         assert result.finish_reason is FinishReason.STOP
 
 
+@pytest.mark.parametrize(
+    ("config", "taken"),
+    [
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}, {"temperature": 0.6, "top_k": 20}),
+        ({"do_sample": True, "top_k": -1, "min_p": "x"}, {"temperature": 1.0, "top_k": 0, "min_p": 0.0}),
+        ({"temperature": 0.6, "repetition_penalty": 1.1}, {"temperature": 0.0, "repetition_penalty": 1.1}),
+        ({}, {"temperature": 0.0}),
+    ],
+)
+def test_a_temperature_of_nan_is_the_models_sampling(open_engine, tmp_path, config, taken):
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    engine = open_engine()
+    engine.model_sampling = model_sampling(tmp_path)
+    sampling = engine.prepare(ask(temperature=NAN, top_p=0.5)).sampling
+    assert {name: getattr(sampling, name) for name in taken} == taken and sampling.top_p == 0.5
+    assert engine.prepare(ask(temperature=0.3)).sampling.top_k == 0
+
+
+def test_an_opened_engine_has_the_sampling_of_its_checkpoint(tmp_path):
+    checkpoint = vocab_checkpoints.write_checkpoint(tmp_path / "model", "byte_level")
+    (checkpoint / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7, "min_p": 0.1}')
+    build_engine(checkpoint, tmp_path / "engine", quantization="fp32")
+    engine = Engine.open(EngineConfig(tmp_path / "engine"), lambda line: None)
+    try:
+        assert engine.model_sampling == {"temperature": 0.7, "min_p": 0.1}
+    finally:
+        engine.close()
+
+
 BAD = [
     (ask(messages=()), EmptyPromptError, "nothing to answer"),
     (ask("  "), EmptyPromptError, "empty"),
@@ -235,7 +268,6 @@ BAD = [
     (ask("a\ufffdb"), InvalidTextError, "U+FFFD"),
     (ask(stop=("",)), InvalidSamplingError, "stop string"),
     (ask(temperature=-0.1), InvalidSamplingError, "temperature is -0.1"),
-    (ask(temperature=NAN), InvalidSamplingError, "temperature is nan"),
     (ask(temperature=INF), InvalidSamplingError, "temperature is inf"),
     (ask(top_p=0.0), InvalidSamplingError, "top_p"),
     (ask(top_p=NAN), InvalidSamplingError, "top_p"),

@@ -68,7 +68,7 @@ def test_what_is_read_at_the_start_takes_its_value_and_no_other(llm, name, other
 
 @pytest.mark.parametrize(
     "name, value",
-    [("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_k", -1), ("seed", -2),
+    [("temperature", -0.1), ("temperature", math.inf), ("top_p", math.nan), ("top_p", 0.0), ("top_k", -1), ("seed", -2),
      ("max_new_tokens", 0), ("busy_policy", "panic"), ("queue_depth", -1), ("request_timeout", math.inf),
      ("deactivate_policy", "wait"), ("autostart", True), ("temperature", "hot"), ("temperature", True),
      ("top_k", 1.0), ("system_prompt", "x" * (1 << 20)), ("system_prompt", "\ufffd"), ("stop", ["a"] * 17),
@@ -121,10 +121,11 @@ def test_a_whole_number_is_taken_for_a_double(nodes, tmp_path):
     values = llm.get("temperature", "top_p", "request_timeout")
     assert [parameter_value_to_python(value) for value in values] == [2.0, 1.0, 3.0]
     assert {value.type for value in values} == {ParameterType.PARAMETER_DOUBLE}
-    assert [bool(d.floating_point_range) for d in llm.describe("temperature", "top_p")] == [True, True]
+    assert [bool(d.floating_point_range) for d in llm.describe("temperature", "top_p")] == [False, True]
     if hasattr(Node, "add_pre_set_parameters_callback"):  # not on Humble
         assert llm.set(temperature=1, top_k=3) == [(True, "")] * 2
         assert parameter_value_to_python(llm.get("temperature")[0]) == 1.0
+    assert llm.set(temperature=math.nan) == [(True, "")]  # the model's
     [(taken, reason)] = llm.set(temperature=101)
     assert not taken and reason
 
