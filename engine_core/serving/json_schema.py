@@ -54,6 +54,8 @@ def parse_schema(schema: str) -> dict:
         parsed = json.loads(schema, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidSchemaError(f"The JSON schema does not parse as JSON: {first_line(error)}.") from None
+    if parsed == {"type": "json_object"}:
+        return {"type": "object"}
     if isinstance(parsed, dict) and parsed.get("type") == "json_schema" and isinstance(parsed.get("json_schema"), dict):
         parsed = parsed["json_schema"]
     if isinstance(parsed, dict) and isinstance(parsed.get("schema"), dict) and not parsed.keys() & {"type", "$ref"}:

@@ -24,6 +24,7 @@ from engine_core.errors import (
 from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, Piece, SamplingParams
 from engine_core.serving import constraint as constraint_module
 from engine_core.serving.constraint import ConstraintFactory
+from engine_core.serving.json_schema import parse_schema
 from engine_core.serving.worker import Worker
 from engine_core.text.detokenizer import Detokenizer
 from engine_core.text.tokenizer import Tokenizer
@@ -262,6 +263,10 @@ def test_an_id_without_a_token_is_no_text(tokenizer_dir, tmp_path):
         assert ord("a") in allowed_ids(constraint) and not allowed_ids(constraint) & gaps
     finally:
         factory.close()
+
+
+def test_openais_json_object_is_any_object():
+    assert parse_schema('{"type": "json_object"}') == {"type": "object"}
 
 
 @pytest.mark.parametrize("schema", ['{"colour":"red"}', '{"name":"x","schema":{},"extra":1}', "false", '{"const":NaN}'])
