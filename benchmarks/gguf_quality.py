@@ -108,7 +108,7 @@ def greedy(backend: OnnxRuntimeBackend, prompt: np.ndarray, ends: Collection[int
 
 
 def greedy_of_llama_cpp(model: LlamaCpp, prompt: np.ndarray, ends: Collection[int]) -> list[int]:
-    """As ``greedy`` does."""
+    """Return what ``greedy`` returns, by llama.cpp."""
     model.clear()
     found = [model.feed(prompt.tolist())]
     while len(found) < _ANSWER and found[-1] not in ends:

@@ -164,7 +164,7 @@ class Workload:
 
 @dataclass
 class Times:
-    """Of one workload: each round's seconds of time and of CPU time, without speculation and with it; tokens and counts
+    """Each round's seconds of time and of CPU time for one workload, without speculation and with it; tokens and counts
     with it."""
 
     plain: list[np.ndarray]

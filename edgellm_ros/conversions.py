@@ -64,7 +64,7 @@ _METRICS = tuple(msg.GenerationMetrics.get_fields_and_field_types())
 
 
 def error_code(error: Exception | None) -> int:
-    """The constant of ``ErrorCode`` for ``error``; NONE for None, INTERNAL for what nobody foresaw."""
+    """Return the constant of ``ErrorCode`` for ``error``; NONE for None, INTERNAL for what nobody foresaw."""
     if error is None:
         return ErrorCode.NONE
     for cls in type(error).__mro__:
@@ -74,7 +74,7 @@ def error_code(error: Exception | None) -> int:
 
 
 def error_message(error: Exception | None) -> str:
-    """One sentence for a person; the class is named where the error is not one of ours."""
+    """Return one sentence for a person; the class is named where the error is not one of ours."""
     if error is None:
         return ""
     if isinstance(error, errors.EdgeLLMError):
@@ -83,7 +83,7 @@ def error_message(error: Exception | None) -> str:
 
 
 def wire_text(text: str) -> str:
-    """``text`` as it survives a ROS string, which ends at a NUL: that becomes its picture, U+2400."""
+    """Return ``text`` with each NUL, at which a ROS string ends, replaced by its picture, U+2400."""
     return text.replace("\0", "\u2400") if "\0" in text else text
 
 

@@ -18,6 +18,7 @@ SWITCH_INTERVAL = 0.0001
 
 
 def switch_often() -> None:
+    """Set the process's switch interval to ``SWITCH_INTERVAL``."""
     sys.setswitchinterval(SWITCH_INTERVAL)
 
 

@@ -24,7 +24,7 @@ from engine_core.serving.work_pool import WorkPool
 
 
 def new_future(node: Node) -> Future:
-    """A future for coroutines of ``node``'s executor; complete it with ``complete``."""
+    """Return a future for coroutines of ``node``'s executor; complete it with ``complete``."""
     return Future(executor=node.executor)
 
 
@@ -129,7 +129,7 @@ class Soon:
         self._thread.start()
 
     def ask(self) -> None:
-        """From any thread; returns at once."""
+        """Ask for a call; from any thread, returns at once."""
         self._asked.set()
 
     def close(self, timeout: float = 2.0) -> bool:

@@ -19,7 +19,7 @@ _FIRST_NUCLEUS = 1024  # candidates sorted before top-p is known to need more of
 
 
 def philox4x32(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10: four 32-bit words from a 64-bit key and a 128-bit counter, low words first."""
+    """Return four 32-bit words of Philox4x32-10 for a 64-bit key and a 128-bit counter, low words first."""
     k0, k1 = key
     c0, c1, c2, c3 = counter
     for _ in range(10):
@@ -32,7 +32,7 @@ def philox4x32(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tupl
 
 
 def uniform(seed: int, step: int) -> float:
-    """The draw of step ``step`` (0, 1, …) for ``seed`` (uint64): a double in [0, 1) with 53 random bits."""
+    """Return the draw of step ``step`` (0, 1, …) for ``seed`` (uint64): a double in [0, 1) with 53 random bits."""
     w0, w1, _, _ = philox4x32((seed & _MASK32, seed >> 32), (step & _MASK32, step >> 32, 0, 0))
     return ((w0 >> 5) * 67108864.0 + (w1 >> 6)) / 9007199254740992.0
 
@@ -74,7 +74,7 @@ class Sampler:
         self._bias_rows, self._bias_values = rows[rows >= 0], values[rows >= 0]
 
     def sample(self, logits: np.ndarray, mask: np.ndarray | None = None) -> int:
-        """The next token's full-vocabulary id.
+        """Return the next token's full-vocabulary id.
 
         ``logits``: float32 [rows], left as they are. ``mask``: uint32 [ceil(vocab_size / 32)], bit i of word
         i // 32 set = id i allowed. Raises EngineFaultError on NaN logits, InvalidSamplingError when bias and mask
@@ -181,7 +181,7 @@ class Sampler:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, ascending, of the fewest largest ``weights`` (float32 [n]) that hold ``top_p`` of their sum.
+    """Return the indices, ascending, of the fewest largest ``weights`` (float32 [n]) that hold ``top_p`` of their sum.
 
     A token is kept if the mass of those before it, in falling order, is below ``top_p``; the sort is of a
     growing share of the vocabulary, since a nucleus is nearly always small.

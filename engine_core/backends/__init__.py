@@ -97,7 +97,7 @@ class Backend(Protocol):
 
     @classmethod
     def plan(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> MemoryPlan:
-        """Every byte ``load`` is going to take, by purpose, and what is free. Allocates nothing."""
+        """Return every byte ``load`` is going to take, by purpose, and what is free. Allocates nothing."""
 
     @classmethod
     def load(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Backend:
@@ -132,14 +132,14 @@ class Backend(Protocol):
         """Copies the KV of ``count`` positions of ``slot`` to as many places of the pool, before any later step."""
 
     def load_kv(self, slot: int, position: int, place: int, count: int) -> None:
-        """Copies it back, bit for bit, to positions that may be others."""
+        """Copies ``count`` places of the pool back, bit for bit, to positions of ``slot`` that may be others."""
 
     def close(self) -> None:
         """Gives everything back; may be called twice."""
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The class of backend ``name``. Raises BackendUnavailableError with what is missing."""
+    """Return the class of backend ``name``. Raises BackendUnavailableError with what is missing."""
     check_name(name)
     module, attribute = BACKENDS[name]
     try:

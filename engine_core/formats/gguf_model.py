@@ -106,10 +106,10 @@ class GgufModel:
             values = found[..., 2:]
             if kept.bits == 4:  # the first half of a block is in the low nibbles
                 pairs = unpack_nibbles(np.ascontiguousarray(values), _GROUP)
-                levels = np.concatenate([pairs[..., 0::2], pairs[..., 1::2]], axis=-1)
+                quantized = np.concatenate([pairs[..., 0::2], pairs[..., 1::2]], axis=-1)
             else:
-                levels = values ^ np.uint8(0x80)
-            return QuantizedTensor(levels.reshape(len(found), columns), scales, None, kept.bits, _GROUP)
+                quantized = values ^ np.uint8(0x80)
+            return QuantizedTensor(quantized.reshape(len(found), columns), scales, None, kept.bits, _GROUP)
 
         return Stored(kept, (rows, columns), _GROUP, False, read)
 

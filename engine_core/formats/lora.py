@@ -195,7 +195,7 @@ class LoraAdapter:
         return shape[0], shape[1]
 
     def _module(self, config: Mapping[str, Any], module: str, rank: int) -> _Module:
-        """As peft reads the configuration: the first pattern that fits gives a module's own rank and alpha."""
+        """Return a module with its rank and alpha, which the first pattern that fits gives, as in peft."""
         own_rank = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
         if type(own_rank) is not int or own_rank != rank:
             raise self._error(f"has matrices of rank {rank} for {module}, but its configuration says {own_rank!r:.40}")

@@ -206,7 +206,7 @@ def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
 
 
 def find_variants(engine_dir: Path) -> list[tuple[Path, Manifest]]:
-    """(directory, manifest) of every variant, by directory name. Only the manifests are read.
+    """Return (directory, manifest) of every variant, by directory name. Only the manifests are read.
 
     Raises EngineDirectoryError if there is none, SchemaVersionError if all are too new.
     """

@@ -94,7 +94,7 @@ def expand_groups(per_group: np.ndarray, group_size: int, columns: int) -> np.nd
 
 
 def inverse_of(scales: np.ndarray) -> np.ndarray:
-    """1 / scales of the same type, 0 where a scale is 0."""
+    """Return 1 / scales in the same type, 0 where a scale is 0."""
     return np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
 
 
@@ -102,7 +102,7 @@ def inverse_of(scales: np.ndarray) -> np.ndarray:
 
 
 def to_16_bit(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 to fp16, or to bf16 carried as uint16, rounded to nearest even. Raises BuildError on overflow."""
+    """Return float32 as fp16, or as bf16 carried as uint16, rounded to nearest even. Raises BuildError on overflow."""
     if dtype == "bf16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
@@ -182,6 +182,6 @@ def pack_int32(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_int32(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The inverse of ``pack_int32``: uint8 [rows, columns]."""
+    """Return uint8 [rows, columns], the inverse of ``pack_int32``."""
     values = np.ascontiguousarray(packed, dtype="<i4").view(np.uint8)
     return unpack_nibbles(values, columns) if bits == 4 else values[:, :columns]

@@ -18,27 +18,28 @@ class Exporter(Protocol):
         """Declares the inputs: token ids, positions, the KV cache."""
 
     def embed(self) -> str:
-        """[1, tokens, hidden] of the input's token ids, scaled."""
+        """Add the lookup of the input's token ids, scaled: [1, tokens, hidden]."""
 
     def norm(self, name: str, value: str, weight: str) -> str:
-        """RMS norm with the weight of that checkpoint name."""
+        """Add the RMSNorm of ``value`` with the checkpoint's tensor ``weight``."""
 
     def add_norm(self, name: str, residual: str, value: str, weight: str) -> tuple[str, str]:
-        """(norm of residual + value, residual + value)."""
+        """Add residual + value and its norm; return (norm, sum)."""
 
     def linear(self, name: str, value: str, linear: LinearSpec) -> str: ...
 
     def attention(self, index: int, qkv: str, layer: LayerSpec) -> str:
-        """Head norms, RoPE, append to the cache, attention: [1, tokens, qkv_size] → [1, tokens, heads * head_dim]."""
+        """Add head norms, RoPE, the append to the cache and attention: [1, tokens, qkv_size] → [1, tokens, heads *
+        head_dim]."""
 
     def gated(self, name: str, gate_up: str) -> str:
-        """activation(gate) * up of the two halves of the last axis."""
+        """Add activation(gate) * up of the two halves of the last axis."""
 
     def wanted_tokens(self, name: str, value: str) -> str:
-        """[1, tokens, n] → [rows, n], those of the tokens whose logits are wanted; the last one at least."""
+        """Add [1, tokens, n] → [rows, n], the rows of the tokens whose logits are wanted; the last one at least."""
 
     def head(self, value: str) -> None:
-        """Logits, float32 [rows, LM head rows], as the graph's output."""
+        """Add the LM head; its logits, float32 [rows, LM head rows], are the graph's output."""
 
     def finish(self) -> None:
         """Writes what is left."""

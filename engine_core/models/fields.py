@@ -27,21 +27,21 @@ class Fields:
         return name in self._values
 
     def whole(self, name: str, default: Any = _MISSING, *, optional: bool = False) -> Any:
-        """A whole number from 1 to 2³¹ − 1."""
+        """Return a whole number from 1 to 2³¹ − 1; None if it may be null and is. Raises what ``refuse`` raises."""
         value = self._get(name, default, optional)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST):
             self.refuse(name, "a whole number above 0")
         return value
 
     def count(self, name: str, default: Any = _MISSING) -> int:
-        """A whole number from 0 to 2³¹ − 1."""
+        """Return a whole number from 0 to 2³¹ − 1. Raises what ``refuse`` raises."""
         value = self._get(name, default, False)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
             self.refuse(name, "a whole number, 0 or above")
         return value
 
     def number(self, name: str, default: Any = _MISSING, *, optional: bool = False, zero: bool = False) -> Any:
-        """A finite number above 0; or 0 itself if ``zero``."""
+        """Return a finite number above 0, or 0 itself if ``zero``. Raises what ``refuse`` raises."""
         value = self._get(name, default, optional)
         if value is None:
             return None
@@ -51,14 +51,14 @@ class Fields:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
+        """Return true or false. Raises what ``refuse`` raises."""
         value = self._get(name, default, False)
         if not isinstance(value, bool):
             self.refuse(name, "true or false")
         return value
 
     def text(self, name: str, default: Any = _MISSING) -> str:
-        """A string."""
+        """Return a string. Raises what ``refuse`` raises."""
         value = self._get(name, default, False)
         if not isinstance(value, str):
             self.refuse(name, "a string")

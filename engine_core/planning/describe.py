@@ -86,7 +86,7 @@ def _architecture(config: dict) -> str:
 
 
 def sizes(spec: ModelSpec) -> dict:
-    """JSON-safe: what sizes a model."""
+    """Return the sizes of a model, JSON-safe."""
     windows = sorted({layer.window for layer in spec.layers if layer.window})
     return {
         "parameters": spec.num_parameters,

@@ -55,14 +55,14 @@ def measure_peaks(directory: Path, model: ModelSpec, rows: int, sequences: Itera
 
 
 def int8_scales(peaks: np.ndarray) -> KVScales:
-    """One scale per channel; a channel that was never anything but 0 gets the mean of the others."""
+    """Return one scale per channel; a channel that was never anything but 0 gets the mean of the others."""
     scales = (peaks / np.float32(INT8_MAX)).astype(np.float32)
     scales[scales == 0] = scales.mean() or 1.0
     return scales
 
 
 def quantize_int8(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """``values``: float32 [..., head_dim]; ``scales``: broadcastable to it. int8 of the same shape, ties to even."""
+    """Return ``values``, float32 [..., head_dim], as int8, ties to even. ``scales`` can be broadcast to their shape."""
     return np.clip(np.rint(values / scales), -INT8_MAX, INT8_MAX).astype(np.int8)
 
 

@@ -170,7 +170,7 @@ class CheckpointWriter:
         return partial(self.rounding_errors.add, name) if self._checkpoint.is_rounded(name) else None
 
     def _copy(self, name: str) -> None:
-        """As it is, in 16 bits, a block of rows at a time."""
+        """Write a tensor without quantizing it, in 16 bits, a block of rows at a time."""
         shape = self._checkpoint.shape(name)
         step = max(1, _BLOCK_BYTES * shape[0] // (4 * int(np.prod(shape))))
         blocks = (self._checkpoint.read(name, slice(start, start + step)) for start in range(0, shape[0], step))
@@ -180,7 +180,7 @@ class CheckpointWriter:
 def write_config(
     directory: Path, checkpoint: Checkpoint, spec: ModelSpec, scheme: Scheme, head: bool, errors: RoundingErrors
 ) -> None:
-    """``errors``: of the weights that were quantized already, for the record."""
+    """Write config.json. ``errors``: of the weights that were quantized already, for the record."""
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     dtype = {"fp16": "float16", "bf16": "bfloat16"}[scheme.dtype]
     config.update({key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype})
@@ -193,7 +193,7 @@ def write_config(
 
 
 def copy_companions(directory: Path, checkpoint: Checkpoint) -> None:
-    """Tokenizer, templates, vocabulary map, licence: every file but the weights, their index and their model card."""
+    """Copy tokenizer, templates, vocabulary map and licence: all but the weights, their index and the model card."""
     for path in sorted(checkpoint.directory.iterdir()):
         is_left = path.name in ("config.json", "README.md") or path.name.startswith(".")
         is_weights = path.name.endswith(_WEIGHT_FILES) and path.name != VOCAB_MAP_NAME

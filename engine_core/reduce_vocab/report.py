@@ -22,7 +22,7 @@ class HeldOut:
 
 
 def covered(held_out: HeldOut, kept: np.ndarray, vocab_size: int) -> dict:
-    """Shares of tokens and of whole answers that ``kept``, int32 [rows], holds; None without text."""
+    """Return the shares of tokens and of whole answers that ``kept``, int32 [rows], holds; None without text."""
     is_kept = np.zeros(vocab_size, dtype=bool)
     is_kept[kept] = True
     answers = [is_kept[answer[answer < vocab_size]] for answer in held_out.answers if len(answer)]
@@ -39,7 +39,7 @@ def covered(held_out: HeldOut, kept: np.ndarray, vocab_size: int) -> dict:
 
 
 def lost_tokens(held_out: HeldOut, kept: np.ndarray, vocab_size: int, text_of: dict[int, str]) -> list[dict]:
-    """The tokens of held-out answers that are not kept, the most frequent first: id, text, count."""
+    """Return the tokens of held-out answers that are not kept, the most frequent first: id, text, count."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for answer in held_out.answers:
         np.add.at(counts, answer[answer < vocab_size], 1)
@@ -49,7 +49,7 @@ def lost_tokens(held_out: HeldOut, kept: np.ndarray, vocab_size: int, text_of: d
 
 
 def step_bytes(spec: ModelSpec, rows: int) -> list[dict]:
-    """For each type of head and of the other weights: bytes one decode step reads of weights, before and after.
+    """Return the bytes of weights that one decode step reads, before and after, by type of the head and of the rest.
 
     A step reads every weight of the layers and the head once; of the embedding it reads one row, and the KV cache
     depends on the context: neither is counted. ``share`` is what the head's lost rows are of the whole step.
@@ -81,7 +81,7 @@ def step_bytes(spec: ModelSpec, rows: int) -> list[dict]:
 
 
 def summary(report: dict) -> str:
-    """One line for a log."""
+    """Return one line for a log."""
     held_out = report["held_out"]
     share = "no held-out text"
     if held_out["token_coverage"] is not None:

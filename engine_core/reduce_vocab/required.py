@@ -139,8 +139,8 @@ def _is_json(text: str) -> bool:
 
 
 def template_ids(tokenizer: Tokenizer) -> set[int]:
-    """Every id the chat template emits around contents: each role, with and without tools, thinking and the prompt for
-    an answer. Calls that a template refuses are passed over."""
+    """Return every id the chat template emits around contents: each role, with and without tools, thinking and the
+    prompt for an answer. Calls that a template refuses are passed over."""
     if not tokenizer.has_chat_template:
         return set()
     ids: set[int] = set()

@@ -288,8 +288,8 @@ class Engine:
         return len(prefix)
 
     def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
-        """float64 [n - first]: the natural logarithm of the probability of each token of ``token_ids``, int32 [n], from
-        index ``first`` (1 or more) on, given all before it; -inf for one outside the reduced vocabulary.
+        """Return float64 [n - first]: the natural logarithm of the probability of each token of ``token_ids``, int32
+        [n], from index ``first`` (1 or more) on, given all before it; -inf for one outside the reduced vocabulary.
 
         Raises BackendUnavailableError if the backend gives none out, EngineFaultError.
         """

@@ -19,7 +19,7 @@ _MAX_BYTES = 6 * LIMITS.text_bytes + 64 * LIMITS.messages
 
 @dataclass(frozen=True)
 class SavedSession:
-    """What a file holds of a session."""
+    """The part of a session that a file holds."""
 
     messages: tuple[ChatMessage, ...]
     num_turns: int

@@ -1,4 +1,4 @@
-"""What drives a GPU backend step by step, whatever driver it runs on, and what must hold then."""
+"""Drive a GPU backend step by step, whatever driver it runs on, and check what must hold then."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class FakeDriver:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def run(self, work: Callable[[], None]) -> tuple[int]:
-        """What is queued on a stream: runs now, or is noted while a graph is captured."""
+        """Queue ``work`` on a stream: it runs now, or is noted while a graph is captured."""
         if self._captured is None:
             work()
         else:
@@ -109,7 +109,7 @@ class FakeDriver:
         return (_Code(0), self.memory - self.used, self.memory)
 
     def _cuMemcpyHtoD(self, target, source, num_bytes):
-        """As late as a real one may be: other streams do not wait for it."""
+        """Copy as late as a real driver may: other streams do not wait for it."""
         staged = ctypes.string_at(int(source), num_bytes)
         self._on_the_way.append(lambda: ctypes.memmove(int(target), staged, num_bytes))
 

@@ -127,7 +127,7 @@ def _lora_b(defines: dict, b: int, adapter: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _lora_term(defines: dict, args, index: int, count: int) -> np.ndarray:
-    """What LORA_PARAMETERS, from ``index`` on, add: [count, rows], or [count, 1] of none."""
+    """Return what LORA_PARAMETERS, from ``index`` on, add: [count, rows], or [count, 1] of none."""
     if not defines.get("LORA_RANK"):
         return np.zeros((count, 1))
     b, sums, adapters = (address_of(args, index + i) for i in range(3))
@@ -140,7 +140,7 @@ def _lora_term(defines: dict, args, index: int, count: int) -> np.ndarray:
 
 
 def _make_lora_sums(defines: dict, args, values: np.ndarray) -> None:
-    """What GEMV_LORA_PARAMETERS make of ``values``, where a step has left NOT_YET."""
+    """Write the sums A x of ``values`` for GEMV_LORA_PARAMETERS, where a step has left NOT_YET."""
     a, sums, adapters = (address_of(args, i) for i in (5, 7, 8))
     adapter, own = int(array_at(adapters, (1,), np.int32)[0]), _lora_sums(defines, sums, 1)
     if adapter >= 0:

@@ -53,7 +53,7 @@ class ILayer:
 
 
 class IMatrixMultiplyLayer(ILayer):
-    """What get_layer's result becomes when its class is set."""
+    """The class that get_layer's result is given."""
 
     op1 = None
 
@@ -248,7 +248,7 @@ class FakeContext:
 
     @device_memory.setter
     def device_memory(self, address):
-        """As 8.6 does: what it does not like it logs, and keeps what it had."""
+        """Like 8.6, log an address that is refused, and keep the one before."""
         if address % 512:
             error = "setDeviceMemory: memory must be aligned on 512 byte boundary."
             self.engine.logger.log(SimpleNamespace(name="ERROR"), error)

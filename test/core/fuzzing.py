@@ -1,4 +1,4 @@
-"""What the fuzz tests share. EDGELLM_FUZZ_EXAMPLES sets how many cases each tries (a few by default)."""
+"""Settings that the fuzz tests share. EDGELLM_FUZZ_EXAMPLES sets how many cases each tries (a few by default)."""
 
 from __future__ import annotations
 

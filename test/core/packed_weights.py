@@ -17,7 +17,7 @@ def format_of(kind: str) -> WeightFormat:
 
 
 def random_parts(random: np.random.Generator, kind: str, rows: int, cols: int, dtype: str) -> tuple[np.ndarray, ...]:
-    """What ``pack`` of the layout of ``kind`` takes: every value there is, weights of deviation cols ** -0.5 or so."""
+    """Return what ``pack`` of ``kind``'s layout takes: every value, weights of deviation cols ** -0.5 or so."""
     groups, deviation = -(-cols // 128), cols**-0.5
 
     def scales(count: int, peak: float) -> np.ndarray:

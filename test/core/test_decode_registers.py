@@ -99,7 +99,7 @@ def _attention(kernels: Kernels, model: str, kv_int8: bool):
 
 
 def registers(cubin: bytes, entry: str) -> int:
-    """Of a kernel in machine code (ELF64): attribute REGCOUNT of its symbol in section .nv.info."""
+    """Return a kernel's registers: attribute REGCOUNT of its symbol in section .nv.info of the ELF64 file."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(count)]

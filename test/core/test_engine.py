@@ -96,7 +96,7 @@ def test_reused_prefixes_give_the_text_a_fresh_engine_gives(open_engine):
 
 
 def test_kv_is_reused_for_the_adapter_it_was_computed_with_and_no_other(open_engine):
-    """The same conversation by turns with and without adapters: the text of an engine that has cached nothing."""
+    """One conversation by turns with and without adapters gives the text of an engine that has cached nothing."""
     config = {"lora_adapters": ["sea:x", "hill:y"]}
     messages = [ChatMessage("system", "You are a robot with a long description."), ChatMessage("user", "go")]
     requests = [ask(messages=messages, max_new_tokens=8).replace(adapter=name) for name in ("", "sea", "hill")]

@@ -172,7 +172,7 @@ def parse(text: str) -> object:
 
 
 def means_the_same_elsewhere(schema: object) -> bool:
-    """Whether a validator is sure to read ``schema`` as the grammar library does."""
+    """Return True if a validator is sure to read ``schema`` as the grammar library does."""
     if isinstance(schema, list):
         return all(map(means_the_same_elsewhere, schema))
     if not isinstance(schema, dict):

@@ -56,8 +56,8 @@ def split(pattern: str) -> list:
 
 
 def metadata_of(tokenizer: Tokenizer, name: str, *, padding: int = 5, **values) -> dict:
-    """As llama.cpp's converter writes it; ``name``: the pre-tokenizer; ``padding``: rows of the embedding without a
-    token."""
+    """Return the metadata that llama.cpp's converter writes. ``name``: the pre-tokenizer; ``padding``: rows of the
+    embedding without a token."""
     model = json.loads(tokenizer.to_str())["model"]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokens = sorted(vocabulary, key=vocabulary.get)

@@ -119,7 +119,7 @@ def test_8_bit_gemms_compile(arch, bf16):
 @for_each(BESIDE_BORDERS)
 @pytest.mark.parametrize("bf16", [0, 1])
 @pytest.mark.parametrize("bits, group_scales", [(8, 0), (8, 1), (4, 0)])
-def test_the_products_of_small_floats_compile(arch, bf16, bits, group_scales):
+def test_gemms_of_small_floats_compile(arch, bf16, bits, group_scales):
     """With the type's own instructions from sm_89 on, without them before."""
     _compile_all(
         arch, ("gemv_packed", "gemm_packed"), BITS=bits, FLOATS=1, GROUP_SCALES=group_scales, BF16=bf16, EPILOGUE=1

@@ -78,7 +78,7 @@ def initializers(engine_dir) -> dict:
 
 
 def transformers_logits(directory) -> np.ndarray:
-    """Of our reading of a checkpoint, in transformers' own model."""
+    """Return the logits of transformers' own model with the weights that we read."""
     import torch
     import transformers
 

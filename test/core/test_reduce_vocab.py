@@ -105,7 +105,7 @@ def test_any_text_can_still_be_written(checkpoint, chats, tmp_path):
 
 
 def test_tags_and_json_runs_among_the_ordinary_tokens_are_kept(tmp_path, chats):
-    """Of the SentencePiece kind, whose tags are no added tokens here."""
+    """A SentencePiece tokenizer, whose tags are no added tokens here."""
     directory = vocab_checkpoints.write_checkpoint(tmp_path / "c", "byte_fallback")
     values = json.loads((directory / "tokenizer.json").read_text())
     size = len(values["model"]["vocab"])

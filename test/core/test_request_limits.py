@@ -38,7 +38,7 @@ WAIT = 10.0
 
 
 class Panic(BaseException):
-    """As pyo3's PanicException: no Exception."""
+    """Like pyo3's PanicException, which is no Exception."""
 
 
 def ask(text="hello", **changes) -> GenerationRequest:

@@ -35,7 +35,7 @@ def ask(engine: Engine, messages: list[ChatMessage], **sampling) -> GenerationRe
 
 
 def talk(engine_dir: Path, classify: bool = False, sampling: dict | None = None, **config) -> list[tuple]:
-    """What two people hear who take turns; each (ids, cached tokens, tokens that were known after the turn before)."""
+    """Return the answers to two people who take turns: (ids, cached tokens, tokens known after the turn before)."""
     options = dict(max_context=1024, prefill_chunk=32, num_threads=1, verify_files=False, **config)
     engine = Engine.open(EngineConfig(engine_dir, **options), lambda line: None)
     messages = {name: [ChatMessage("system", SYSTEM)] for name in QUESTIONS}

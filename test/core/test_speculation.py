@@ -92,7 +92,7 @@ def test_wrong_guesses_change_nothing(pair, sampling, monkeypatch):
 
 
 def test_the_tokens_have_the_distribution_of_the_model(tokenizer_dir):
-    """Of 4,000 seeds: the second and third token, drafted always the same, against the softmax of their logits."""
+    """4,000 seeds: the second and third token, always drafted alike, against the softmax of their logits."""
     backend = ScriptedBackend(max_draft=2)
     backend.logits = lambda state: np.array([1.0, 0.5, 0.0, -0.5, *[-np.inf] * (VOCAB_SIZE - 4)], dtype=np.float32)
     found = [Counter(), Counter()]
@@ -123,7 +123,7 @@ def test_forced_text_is_fed_at_once_and_spelled_the_same(pair):
 
 
 def test_a_token_that_the_bias_excludes_is_not_forced(pair):
-    """What is left are spellings without it, or none: then the request ends as without speculation."""
+    """Only spellings without it are left, or none: then the request ends as without speculation."""
     for engine in pair():
         with pytest.raises(InvalidSamplingError):
             sampling = SamplingParams(max_new_tokens=300, logit_bias=((ord("f"), -np.inf),))

@@ -29,7 +29,7 @@ def tokenizer(directory):
 
 
 def with_bos(directory, tmp_path) -> Tokenizer:
-    """The same tokenizer, that puts <s> before every text and the template's stop token's line break behind it."""
+    """Return a tokenizer that puts <s> before every text and the template's stop token's line break behind it."""
     values = json.loads((directory / "tokenizer.json").read_text())
     bos = next(token["id"] for token in values["added_tokens"] if token["content"] == "<s>")
     values["post_processor"] = {

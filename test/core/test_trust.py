@@ -327,7 +327,7 @@ def test_too_many_messages_and_long_ids_are_refused(open_engine):
 
 
 class Panic(BaseException):
-    """As pyo3's PanicException, which is no Exception."""
+    """Like pyo3's PanicException, which is no Exception."""
 
 
 def test_a_panic_of_the_tokenizer_is_one_refused_request(open_engine):

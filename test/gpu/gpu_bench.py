@@ -13,7 +13,7 @@ POISON = 0xFF  # bytes that are NaN in every floating-point type: an output nobo
 
 
 def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float values as the device stores them."""
+    """Return float values as the device stores them."""
     if dtype != "bf16":
         return np.asarray(values).astype(NUMPY[dtype])
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
@@ -21,7 +21,7 @@ def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def from_bits(values: np.ndarray, dtype: str) -> np.ndarray:
-    """What the device stores, as float64."""
+    """Return what the device stores, as float64."""
     if dtype == "bf16":
         values = (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float64)

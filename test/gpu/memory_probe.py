@@ -1,4 +1,4 @@
-"""What loading an engine takes of the GPU's memory, beside what its plan says. Arguments: ENGINE_DIR [NAME=VALUE ...].
+"""Measure the GPU memory that loading an engine takes, beside its plan. Arguments: ENGINE_DIR [NAME=VALUE ...].
 
 Prints one JSON line: planned and taken, bytes. For a process of its own: libraries keep what they have loaded.
 """

@@ -53,7 +53,7 @@ def test_a_sequence_has_the_tokens_it_has_alone(weights, kv_cache_type, use_cuda
 @pytest.mark.parametrize("kv_cache_type", ["fp16", "int8"])
 @pytest.mark.parametrize("weights", ["fp16", *KINDS])
 def test_logits_are_those_of_an_engine_for_one(weights, kv_cache_type, hidden_size):
-    """Of a prompt and of the step after it, in the last slot of three."""
+    """A prompt and the step after it, in the last slot of three."""
     one = make_backend(weights, kv_cache_type, True, hidden_size=hidden_size)
     three = make_backend(weights, kv_cache_type, True, max_batch=3, hidden_size=hidden_size)
     for prompt in PROMPTS:

@@ -64,7 +64,7 @@ def gptq_of(bits: int, quantized: np.ndarray, scales: np.ndarray, zeros: np.ndar
 
 
 def gptq_int8(quantized: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
-    """As ``gptq``, in 8 bits."""
+    """Return the tensors of a weight as GPTQ stores them in 8 bits."""
     return gptq_of(8, quantized, scales, zeros)
 
 

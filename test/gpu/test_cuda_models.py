@@ -308,7 +308,7 @@ QUANTIZED = {
 @pytest.mark.parametrize("sizes", QUANTIZED.values(), ids=QUANTIZED)
 @pytest.mark.parametrize("quantization", ["int4", "int8", "fp8", "nvfp4"])
 def test_quantized_logits(tmp_path, quantization, dtype, tied, sizes):
-    """The same model, in transformers with the weights that the 4 or 8 bits stand for."""
+    """transformers computes with the weights that the 4 or 8 bits stand for."""
     torch.manual_seed(8)
     config = transformers.LlamaConfig(**{**SMALL, **sizes, "initializer_range": 0.06, "tie_word_embeddings": tied})
     model = transformers.LlamaForCausalLM(config).eval()

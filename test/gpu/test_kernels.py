@@ -138,7 +138,7 @@ def test_packed_gemm_of_some_tokens(bench, rows, cols, kind, dtype):
 @pytest.mark.parametrize("rows, cols", [(6144, 4096), (528, 4864), (1008, 2048)])
 @pytest.mark.parametrize("kind", linear_packed.LAYOUTS)
 def test_packed_gemm_as_smaller_gpus_divide_it(bench, rows, cols, kind, num_sms, max_shared):
-    """As on a Jetson AGX Orin, an Orin Nano and a small RTX: more rows a CTA, and CTAs that come in rounds."""
+    """The SMs of an AGX Orin, an Orin Nano and a small RTX: more rows a CTA, and CTAs that come in rounds."""
     packed, count = _Packed(bench, kind, rows, cols, "fp16"), 70
     gpu = Gpu("smaller", 87, num_sms, max_shared)
     config = LaunchConfigs(gpu).lookup(PackedGemmProblem(*packed.matrix.sizes, packed.matrix.format.bits))

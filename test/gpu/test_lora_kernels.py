@@ -183,7 +183,7 @@ requests, plain = Requests(PROMPTS, REQUESTS, 24, NAMES), Requests(PROMPTS, REQU
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Of all linears, and of some of them with another rank."""
+    """Two adapters: of all linears, and of some of them with another rank."""
     return make_adapters(tmp_path_factory.mktemp("adapters"))
 
 
@@ -209,7 +209,7 @@ def test_a_sequence_has_the_tokens_it_has_alone(adapters, weights, use_cuda_grap
 @pytest.mark.parametrize("max_batch", [1, 3])
 @pytest.mark.parametrize("name", ["first", "second"])
 def test_logits_are_those_of_a_model_with_the_adapter_merged(tmp_path, name, max_batch, hidden_size):
-    """Of prompts in one and in several chunks and of the step after them."""
+    """Prompts in one and in several chunks, and the step after them."""
     bare = make_backend("fp16", "fp16", True, hidden_size=hidden_size)
     model, options = bare._spec.model, {"rank": 16} if name == "first" else {"rank": 5, "seed": 1}
     modules = MODULES if name == "first" else ("v_proj", "gate_proj", "o_proj")

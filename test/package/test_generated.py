@@ -1,4 +1,4 @@
-"""What is generated from the parameter table is up to date, and says what the table says."""
+"""The files generated from the parameter table are up to date, and say what the table says."""
 
 from __future__ import annotations
 

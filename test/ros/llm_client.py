@@ -110,7 +110,7 @@ class Goal:
 
     @property
     def text(self) -> str:
-        """What feedback has said. An rclpy client drops what arrives after the result, which is authoritative."""
+        """The text of the feedback. An rclpy client drops what arrives after the result, which is authoritative."""
         assert [piece.sequence for piece in self.feedback] == list(range(len(self.feedback)))
         return "".join(piece.text for piece in self.feedback)
 

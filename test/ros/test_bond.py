@@ -14,7 +14,7 @@ from llm_client import ACTIVATE, ACTIVE, CLEANUP, CONFIGURE, DEACTIVATE, INACTIV
 
 
 def test_a_manager_takes_over_a_node_that_started_by_itself(nodes, engine_dir):
-    """As LifecycleManager::changeStateForNode: each transition succeeds and leads to its state."""
+    """Do what LifecycleManager::changeStateForNode does: each transition succeeds and leads to its state."""
     llm = nodes.start(engine_dir, autostart=True)
     llm.until(lambda: llm.state() == ACTIVE)
     assert llm.change(CONFIGURE) and llm.state() == INACTIVE
@@ -59,7 +59,7 @@ def test_a_manager_resets_a_node_after_another_one_has_failed(nodes, engine_dir)
 
 
 class FakeNode:
-    """What Bond asks of a node; ``sent``: what it published."""
+    """A node with what Bond asks of one; ``sent``: what it published."""
 
     def __init__(self):
         self.sent = []

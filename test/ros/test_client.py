@@ -132,7 +132,7 @@ def test_a_node_that_nobody_spins_is_told(llm, monkeypatch):
 
 @pytest.mark.parametrize("how", ["break", "error", "cancel"])
 def test_leaving_the_client_with_the_stream_cancels_the_request(llm, how):
-    """As the documentation shows it: the client is closed in the same breath."""
+    """The client is closed at once, as the documentation shows it."""
 
     async def run():
         async with LLM(llm.name) as client:

@@ -37,7 +37,7 @@ def hearing(llm):
 
 
 def endings(llm, heard, request_id):
-    """What ended the request on each topic, once nothing more comes."""
+    """Return the message that ended the request on each topic, once nothing more comes."""
     sentences, stats = heard
     llm.until(lambda: any(message.request_id == request_id for message in stats))
     llm.spin(0.3)

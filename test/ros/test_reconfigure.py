@@ -47,7 +47,7 @@ def llm(node):
 
 
 def configure(llm, **parameters):
-    """What an operator does: back to unconfigured, set, up again; returns ~/get_info."""
+    """Set parameters as an operator does, back in unconfigured, and bring the node up; return ~/get_info."""
     if llm.state() != UNCONFIGURED:
         assert llm.change(DEACTIVATE) and llm.change(CLEANUP)
     llm.must_set(**parameters)

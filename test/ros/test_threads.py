@@ -1,4 +1,4 @@
-"""What runs beside the executor: asks that must not get lost, coroutines that begin before they are awaited."""
+"""Work beside the executor: asks that must not get lost, coroutines that begin before they are awaited."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_soon_makes_the_last_call_at_once_when_it_is_closed():
 
 
 def run(coroutine, at_wait=lambda: None):
-    """What rclpy's task does: goes on with the coroutine until it ends."""
+    """Go on with the coroutine until it ends, as rclpy's task does."""
     while True:
         try:
             coroutine.send(None)

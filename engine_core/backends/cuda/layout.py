@@ -195,7 +195,7 @@ class CudaSpec:
 
     @classmethod
     def create(cls, manifest: Manifest, config: EngineConfig) -> CudaSpec:
-        """As it was built; a vocab map given at load is resolved by ``weights.resolve``.
+        """Return the spec of an engine as it was built; ``weights.resolve`` adds a vocabulary map given at load.
 
         Raises ConfigurationError, AdapterError or EngineDirectoryError.
         """

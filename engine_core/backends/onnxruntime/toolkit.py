@@ -39,13 +39,14 @@ def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
 
 
 def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> dict[str, int]:
-    """The manifest that ``build`` would write is handed to the plan of an engine."""
+    """Return the plan of an engine with the manifest that ``build`` would write."""
     manifest = manifest_for(spec, weight_format, size)
     layout = resolve(Path(), manifest, EngineConfig(Path(), max_batch=size.max_batch))
     return _items(plan_memory(dataclasses.replace(layout, head_rows=size.head_rows or spec.vocab_size), manifest))
 
 
 def manifest_for(spec: ModelSpec, weight_format: str, size: Size) -> Manifest:
+    """Return the manifest that ``build`` would write, as far as a plan reads it."""
     precision = builder.precision_of(weight_format)
     rows = size.head_rows or spec.vocab_size
     data, packing = _count_data(spec, weight_format, size.max_context, rows)
@@ -75,7 +76,7 @@ def _items(plan: MemoryPlan) -> dict[str, int]:
 
 
 def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
-    """The layers' bytes of the data file, and so many rows of the head."""
+    """Return the layers' bytes of the data file and those of ``head_rows`` rows of the head."""
     row, _ = head_row_bytes(manifest)
     vocab_size = manifest.model.vocab_size
     tables = vocab_size  # rows of the file's tables: the lookup's, and the head's where it has its own

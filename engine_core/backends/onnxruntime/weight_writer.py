@@ -47,9 +47,10 @@ def rounded(
     flat: bool = False,
     on_rounded: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> PackedWeight:
-    """Round float32 rows to the nearest level. ``flat``: values are [rows, groups * bytes], as the lookup has them.
+    """Round float32 rows to the nearest quantized values.
 
-    ``on_rounded`` gets each block of rows before and after it, float32.
+    ``flat``: values are [rows, groups * bytes], as the lookup has them. ``on_rounded`` gets each block of rows before
+    and after it, float32.
     """
     rows, groups, size = packed_shape(shape, weight_format, block_size)
     scales: list[np.ndarray] = []

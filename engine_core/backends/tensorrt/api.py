@@ -88,9 +88,9 @@ class TensorRT:
         return parser
 
     def create_config(self, builder: Any, workspace: int, level: int, half: bool, report: Callable[[str], None]) -> Any:
-        """``workspace``: bytes a layer may take while it runs. ``level``: how long tactics are searched, 0 to 5.
-
-        ``half``: layers may be fp16 where TensorRT chooses types; strongly typed networks say so themselves.
+        """Return a configuration of ``builder``. ``workspace``: bytes a layer may take while it runs. ``level``: how
+        long tactics are searched, 0 to 5. ``half``: layers may be fp16 where TensorRT chooses types; strongly typed
+        networks say so themselves.
         """
         trt, config = self.trt, builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
@@ -112,7 +112,7 @@ class TensorRT:
         return [network.get_layer(i) for i in range(network.num_layers)]
 
     def pin_to_float32(self, network: Any, marker: str) -> int:
-        """Makes every layer whose name contains ``marker`` and that writes float32 also compute it; how many there are.
+        """Have every layer whose name contains ``marker`` and that writes float32 also compute it; return their number.
 
         Only for networks whose types TensorRT chooses. Casts and constants have their type from the model; look-ups and
         reshapes take that of their neighbours: 8.6 makes constants they read fp16 and then refuses its own choice.

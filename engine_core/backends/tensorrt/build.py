@@ -237,7 +237,7 @@ def build_plan(
     half: bool,
     fold: bool = False,
 ) -> memoryview:
-    """The plan of an exported model. Raises TensorRTError or InsufficientMemoryError.
+    """Return the serialized plan of an exported model. Raises TensorRTError or InsufficientMemoryError.
 
     ``workspace``: bytes a layer may take. ``half``: layers
     may be 16-bit where TensorRT chooses types. ``fold``: GEMMs read operands as they lie that the model transposes.

@@ -67,7 +67,7 @@ class TrtContext:
                 raise TensorRTError(f"TensorRT's set_tensor_address({name!r}) failed; {'; '.join(self._api.messages)}.")
 
     def set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Only those that changed: each costs TensorRT a new shape inference. Raises TensorRTError."""
+        """Set the shapes (input → shape) that changed: each costs a new shape inference. Raises TensorRTError."""
         for name, shape in shapes.items():
             if self._shapes.get(name) != shape:
                 self._api.checked(

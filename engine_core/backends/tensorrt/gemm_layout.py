@@ -38,7 +38,7 @@ def with_chunk(spec: CudaSpec, manifest: Manifest, config: EngineConfig) -> Cuda
 
 
 def gemm_work_arrays(spec: CudaSpec, num_sms: int, scratch_bytes: int) -> dict[str, ArraySpec]:
-    """Everything that is not a weight. ``scratch_bytes``: what the hungriest plan works in."""
+    """Return every array that is not a weight, by name. ``scratch_bytes``: the most that any of the plans needs."""
     arrays = {name: array for name, array in work_arrays(spec, num_sms).items() if name not in _UNUSED}
     arrays["engine"] = ArraySpec("scratch", (max(1, scratch_bytes),), "uint8")
     arrays["delta"] = ArraySpec(

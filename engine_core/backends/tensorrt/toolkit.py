@@ -35,7 +35,7 @@ def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
 
 
 def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> dict[str, int]:
-    """An estimate: the scratch of a plan is known when it is built."""
+    """Return an estimate: the scratch of a TensorRT plan is known only when it is built."""
     if gemm_refusal(spec, weight_format, size.max_context) is None:
         return plan.estimated_gemm_bytes(cuda.spec_for(spec, weight_format, size), num_sms or 1)
     manifest = manifest_for(spec, weight_format, size)
@@ -56,7 +56,7 @@ def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, nu
 
 
 def step_bytes(manifest: Manifest, memory: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
-    """All weights: a plan does not tell the token lookup's apart."""
+    """Return the bytes of all weights: a TensorRT plan does not tell the token lookup's apart."""
     return memory.item("weights")
 
 

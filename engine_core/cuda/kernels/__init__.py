@@ -39,7 +39,7 @@ def check(name: str, array: DeviceArray, shape: tuple[int, ...], dtype: str) -> 
 
 
 def kernel_source(name: str) -> tuple[str, dict[str, str]]:
-    """(source of ``name``.cu, header name → text)."""
+    """Return (source of ``name``.cu, header name → text)."""
     headers = {path.name: path.read_text(encoding="utf-8") for path in _DIRECTORY.glob("*.cuh")}
     return (_DIRECTORY / f"{name}.cu").read_text(encoding="utf-8"), headers
 
@@ -58,7 +58,7 @@ def gpu_of(device: Device) -> Gpu:
 
 
 def float_define(value: float) -> str:
-    """A float32 literal of C++."""
+    """Return ``value`` as a float32 literal of C++."""
     return f"{value:.9e}f"
 
 
@@ -76,7 +76,8 @@ class Kernels:
         self._wanted: set[tuple] | None = None  # keys
 
     def function(self, source: str, entry: str, defines: dict[str, int | str], shared: int = 0) -> Any:
-        """Kernel ``entry`` of ``source``.cu specialised by ``defines``. Raises KernelCompileError or DeviceError."""
+        """Return kernel ``entry`` of ``source``.cu specialised by ``defines``; ``shared``: bytes of its dynamic shared
+        memory. Raises KernelCompileError or DeviceError."""
         defines = {"BF16": int(self.dtype == "bf16"), **defines}
         key = (source, *sorted(defines.items()))
         if self._wanted is not None:

@@ -47,7 +47,7 @@ class AttentionShape:
 
     @property
     def chunk_words(self) -> int:
-        """int32 of a chunk: position, tokens and, with several KV slots, the slot."""
+        """The number of int32 of a chunk: position, tokens and, with several KV slots, the slot."""
         return CHUNK_WORDS + (self.slot_layers > 0)
 
     @property

@@ -20,7 +20,7 @@ ADAPTED_CHUNK_WORDS = 4  # int32 of a chunk with an adapter: position, tokens, K
 
 @dataclass(frozen=True)
 class LoraMatrix:
-    """What all adapters have for one matrix of a layer.
+    """The matrices A and B of all adapters for one matrix of a layer.
 
     ``a``: 16-bit [adapters, parts · rank, cols]; ``b``: 16-bit [adapters, rows, rank], the scale in it. ``splits``: the
     rows at which a further part begins; ``pairs``: the rows are of two parts in turn.
@@ -66,7 +66,7 @@ class LoraMatrix:
 
 @dataclass(frozen=True)
 class LoraTerm:
-    """What a GEMV or GEMM adds to its rows: B times ``sums``, A x as float32 [tokens, parts · rank].
+    """The term that a GEMV or GEMM adds to its rows: B times ``sums``, A x as float32 [tokens, parts · rank].
 
     A GEMV makes the sums itself and needs them filled with ``NOT_YET`` before; for a GEMM ``lora_shrink`` makes them.
     ``adapters``: int32 [tokens], the number of each token's adapter, -1 = none.

@@ -23,7 +23,7 @@ FAMILIES: tuple[Family, ...] = tuple(importlib.import_module(f"{__name__}.{name}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json, by its architectures, or else its model_type.
+    """Return the family of a config.json, by its architectures, or else its model_type.
 
     Raises UnsupportedModelError for another one, CheckpointError if the two contradict each other or are no strings.
     """

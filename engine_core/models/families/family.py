@@ -11,12 +11,12 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def never(fields: Fields, count: int) -> list[str]:
-    """Every layer sees all tokens."""
+    """Return the kinds of ``count`` layers that all see every token."""
     return [FULL] * count
 
 
 def always(fields: Fields, count: int) -> list[str]:
-    """Every layer has the window."""
+    """Return the kinds of ``count`` layers that all have the window."""
     return [SLIDING] * count
 
 

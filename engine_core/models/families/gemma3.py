@@ -5,7 +5,7 @@ from engine_core.models.fields import Fields
 
 
 def layer_kinds(fields: Fields, count: int) -> list[str]:
-    """Each sliding_window_pattern-th layer sees all tokens."""
+    """Return the kinds of ``count`` layers, of which each sliding_window_pattern-th sees all tokens."""
     pattern = fields.whole("sliding_window_pattern", 6)
     return [SLIDING if (index + 1) % pattern else FULL for index in range(count)]
 
