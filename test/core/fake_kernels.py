@@ -76,6 +76,7 @@ def gemv_packed(defines: dict, args) -> None:
 
 
 def gemv(defines: dict, args) -> None:
+    """The GEMV with every epilogue, also for packed weights."""
     weight, vector, norm, bias, output = (address_of(args, i) for i in range(5))
     rows, cols = defines["ROWS"], defines["COLS"]
     values = array_at(vector, (cols,), F32 if defines["NORM"] else F16).astype(F64)

@@ -35,6 +35,8 @@ class IProgressMonitor:
 
 
 class ILayer:
+    """A layer of a network: its tensors, and the types that its outputs are set to."""
+
     def __init__(self, name, kind, inputs, outputs) -> None:
         self.name, self.type, self.inputs, self.outputs = name, kind, inputs, outputs
         self.num_outputs, self.output_types, self.precision = len(outputs), {}, None
@@ -92,6 +94,8 @@ def make(version: str, driver: FakeDriver | None = None) -> SimpleNamespace:
 
 
 class FakeBuilder:
+    """trt.Builder: a plan is the version and the profiles as JSON, then the ONNX model."""
+
     def __init__(self, trt, logger) -> None:
         self.trt, self.logger = trt, logger
 
@@ -118,6 +122,8 @@ class FakeBuilder:
 
 
 class FakeConfig:
+    """trt.IBuilderConfig; keeps what it is told."""
+
     def __init__(self, trt) -> None:
         self.pools, self.flags, self.profiles, self.caches, self.previews = {}, set(), [], [], {}
         if hasattr(trt, "IProgressMonitor"):
@@ -140,6 +146,8 @@ class FakeConfig:
 
 
 class FakeParser:
+    """trt.OnnxParser: reads the model with the package onnx."""
+
     def __init__(self, network, logger) -> None:
         self.network, self.num_errors = network, 0
 
@@ -172,6 +180,8 @@ class FakeParser:
 
 
 class FakeRuntime:
+    """trt.Runtime: makes an engine of a plan of FakeBuilder's."""
+
     engine_host_code_allowed = True
 
     def __init__(self, trt, logger, driver) -> None:
@@ -198,6 +208,8 @@ class FakeRuntime:
 
 
 class FakeEngine:
+    """trt.ICudaEngine of one ONNX model."""
+
     def __init__(self, trt, model, profiles, driver, logger) -> None:
         self.trt, self.model, self.profiles, self.driver, self.logger = trt, model, profiles, driver, logger
         version = tuple(int(part) for part in trt.__version__.split(".")[:2])
@@ -237,6 +249,8 @@ def _session(model):
 
 
 class FakeContext:
+    """trt.IExecutionContext: runs the model with ONNX Runtime on arrays at the driver's addresses."""
+
     def __init__(self, engine) -> None:
         self.engine, self.addresses, self.shapes, self.profile = engine, {}, {}, None
         self._device_memory = None

@@ -52,6 +52,7 @@ def with_input_scale(weights: np.ndarray) -> Tensors:
 
 
 def in_blocks(weights: np.ndarray, name: str = "weight_scale_inv") -> Tensors:
+    """Return fp8 with a float32 scale for each block of 128 × 128."""
     rows, columns = weights.shape
     down, right = -(-rows // 128), -(-columns // 128)
     scales = np.array(
@@ -67,6 +68,7 @@ def in_blocks_of_compressed_tensors(weights: np.ndarray) -> Tensors:
 
 
 def nvfp4(weights: np.ndarray, of_modelopt: bool) -> Tensors:
+    """Return the weight as ModelOpt stores it, or as compressed-tensors does, whose global scale is the inverse."""
     found = weight_format("nvfp4")
     rounded = found.quantize(weights, Rounding())
     packed, blocks = ("U8", found.pack(rounded.codes)), ("F8_E4M3", rounded.block_scales)
@@ -109,6 +111,7 @@ KINDS: dict[str, tuple[Callable[[np.ndarray], Tensors], dict, str]] = {
 
 
 def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a Llama."""
     hidden, inner, width = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv_heads, vocab = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"))
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}

@@ -45,6 +45,7 @@ def write(path: Path, checkpoint: Path, kind: str = "F32", *, tokenizer: dict | 
 
 
 def add(writer: gguf.GGUFWriter, name: str, value) -> None:
+    """Write an entry of the metadata with the type of ``value``; nothing for None."""
     if value is None:
         return
     if isinstance(value, bool):

@@ -57,6 +57,7 @@ alone, together = _ALL.alone, _ALL.together
 def make_spec(
     max_batch: int, vocab_size: int = VOCAB, pool_on_host: bool = False, drafts: bool = False, **sizes: int
 ) -> CudaSpec:
+    """Return the spec of MODEL with biases of QKV. ``sizes``: other entries of its configuration."""
     model = spec_of(MODEL | {"vocab_size": vocab_size} | sizes)
     return CudaSpec(
         model=dataclasses.replace(model, layers=tuple(dataclasses.replace(x, qkv_bias=True) for x in model.layers)),

@@ -42,6 +42,7 @@ class Nvrtc:
 
 
 def fake_driver(tmp_path, count: int) -> str:
+    """Compile a libcuda that reports ``count`` GPUs; return its path."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler")

@@ -110,6 +110,7 @@ IRRELEVANT = frozenset(
 
 
 def fields_of(name: str) -> list[str]:
+    """Return the fields of the configuration class of a case that are tried."""
     import transformers
 
     cls = getattr(transformers, checkpoints.CASES[name][1])
@@ -150,6 +151,7 @@ class Base:
         self._path.write_text(json.dumps(changed if value is MISSING else changed | {field: value}))
 
     def ours(self) -> np.ndarray | EdgeLLMError:
+        """Return the logits after PROMPT on the CPU backend, or the refusal; the same model is built once."""
         try:
             checkpoint = Checkpoint(self.directory)
             spec = read_spec(checkpoint)
@@ -167,6 +169,7 @@ class Base:
             return error
 
     def theirs(self) -> np.ndarray | Exception:
+        """Return the logits of transformers after PROMPT, or what it raises."""
         try:
             config = self._library.AutoConfig.from_pretrained(self.directory)
             key = repr(sorted((k, repr(v)) for k, v in config.to_dict().items() if k not in IRRELEVANT))
@@ -181,6 +184,7 @@ class Base:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
+    """Return a function from the name of a case to its Base, made once."""
     made: dict[str, Base] = {}
 
     def base(name: str) -> Base:

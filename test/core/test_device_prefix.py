@@ -16,6 +16,7 @@ POOL = {"pool": ((ROWS, TOKENS, ITEM), "int8"), "pool_scales": ((ROWS, TOKENS), 
 
 @pytest.fixture(params=["device", "host"])
 def backend(request, monkeypatch):
+    """A DeviceBackend with a KV cache of two layers and a pool on the device or the host, without a model."""
     install(monkeypatch, FakeDriver())
     device = Device()
     arena = Arena(device, 1 << 16)

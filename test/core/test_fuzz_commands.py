@@ -142,6 +142,7 @@ def listing(root: Path) -> dict[str, tuple[int, int]]:
 
 
 def check(folder: Path, arguments: list[str], stdin: bytes = b"") -> None:
+    """Run a command: it ends with a known status and one sentence, and writes to OUT alone."""
     before = listing(folder)
     code, out, error = run(arguments, stdin)
     after = listing(folder)

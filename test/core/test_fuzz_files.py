@@ -174,6 +174,7 @@ def gguf_file(tmp_path_factory) -> tuple[Path, int]:
 
 
 def read_gguf(path: Path) -> None:
+    """Read all that ``edgellm build`` reads of a GGUF file."""
     checkpoint = Checkpoint(path)
     spec = read_spec(checkpoint)
     check_tensors(spec, checkpoint)

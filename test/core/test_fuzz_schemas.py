@@ -95,6 +95,7 @@ def string_schemas():
 
 
 def nested(inner):
+    """Return a strategy of schemas whose parts are schemas of ``inner``."""
     by_name = st.dictionaries(names, inner, max_size=3)
     array = st.fixed_dictionaries(
         {"type": st.just("array")},
@@ -186,6 +187,7 @@ def means_the_same_elsewhere(schema: object) -> bool:
 
 
 def check(factory, text: str, schema: object, seed: int) -> None:
+    """Compile ``text``: it is refused, or a random walk through its grammar gives JSON that ``schema`` allows."""
     answers = []
     request = GenerationRequest("r", prompt="p", json_schema=text)
     if refusal(request.validate) is not None:

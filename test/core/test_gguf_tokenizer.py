@@ -151,6 +151,7 @@ MERGED = ["he", "the", "▁the", "ro", "bo", "robo", "▁robo", "in", "▁▁", 
 
 
 def sentence_piece(prefix: bool, **values) -> dict:
+    """Return the metadata of a SentencePiece BPE with byte fallback. ``prefix``: a space before every text."""
     controls = ["<unk>", "<s>", "</s>"]
     spaces = ["  ", "\n\n", "<tag>"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -114,6 +114,7 @@ def test_problems_that_are_looked_up_are_noted_in_order_and_once():
 
 
 def all_problems():
+    """Yield problems of every kind, of the shapes of models."""
     for matrix in MATRICES:
         yield GemvProblem(*matrix)
         for kind in KINDS:

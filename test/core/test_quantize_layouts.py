@@ -61,6 +61,7 @@ def meaning(values, scales, zeros, group_of=None) -> np.ndarray:
 
 
 def check(checkpoint: Checkpoint, values, scales, zeros, expected) -> None:
+    """Compare the weight, whole, sliced and by rows, and its quantized values with what was stored."""
     name = f"{NAME}.weight"
     assert name in checkpoint and checkpoint.shape(name) == (ROWS, COLUMNS)
     np.testing.assert_array_equal(checkpoint.read(name), expected)

@@ -44,6 +44,7 @@ def request(request_id="r", *, text="hello", max_new_tokens=10, priority=0, time
 
 @pytest.fixture
 def start(open_engine):
+    """Start workers, which have to end with the test."""
     workers = []
 
     def make(*, backend=None, **options):

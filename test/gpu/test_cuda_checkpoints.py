@@ -54,6 +54,7 @@ def gptq(quantized: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[s
 
 
 def gptq_of(bits: int, quantized: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
+    """Return GPTQ's tensors of a weight: ``quantized`` [rows, columns], ``scales`` and ``zeros`` [rows, groups]."""
     (rows, columns), per_word = quantized.shape, 32 // bits
     return {
         "qweight": words(np.moveaxis(quantized.T.reshape(-1, per_word, rows), 1, 2), bits),

@@ -36,6 +36,7 @@ class DeviceSampler:
         )
 
     def begin(self, options: SamplingParams, history: np.ndarray) -> None:
+        """Starts a sequence, as ``Sampler.begin`` does."""
         device, arrays = self._bench.device, self._arrays
         row_of = np.arange(self._vocab_size) if self._map is None else np.full(self._vocab_size, -1)
         if self._map is not None:
@@ -57,6 +58,7 @@ class DeviceSampler:
         self.step = 0
 
     def sample(self, logits: np.ndarray, mask: np.ndarray | None = None) -> int:
+        """Return what the kernels sample, as ``Sampler.sample`` does."""
         device, arrays = self._bench.device, self._arrays
         self._values["has_mask"] = mask is not None
         device.upload(arrays["params"], np.frombuffer(self._values.tobytes(), dtype=np.uint8))

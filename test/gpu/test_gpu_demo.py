@@ -23,6 +23,7 @@ COMMANDS += [f"Go to the {place}, wait {n} seconds and say hello." for place in 
 
 
 def answers(engine_dir: Path) -> list[tuple[int, ...]]:
+    """Return the ids of the greedy answer to each of COMMANDS."""
     engine = Engine.open(EngineConfig(engine_dir))
     try:
         found = []

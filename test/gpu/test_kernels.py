@@ -390,6 +390,7 @@ class _Attention:
         return output.reshape(n, -1), cache
 
     def check(self, start: int, tolerance: float) -> None:
+        """Compare cache and output with the reference after a chunk at ``start``."""
         output, cache = self.expected(start)
         found = self.bench.get(self.cache)
         if self.scales is not None:

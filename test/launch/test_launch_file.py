@@ -37,6 +37,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client():
+    """A client in a context of its own, beside launch's."""
     context = rclpy.Context()
     rclpy.init(context=context)
     node = rclpy.create_node("launch_test", context=context)
@@ -48,6 +49,8 @@ def client():
 
 
 class Client:
+    """Calls the services of launched nodes, each call with a limit."""
+
     def __init__(self, node, executor) -> None:
         self._node, self._executor = node, executor
 

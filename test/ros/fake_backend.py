@@ -19,6 +19,8 @@ TOKEN_BYTES = 256  # of its KV, as it says
 
 
 class FakeBackend(ScriptedBackend):
+    """ScriptedBackend as a variant's backend; the manifest's options say how it behaves."""
+
     @classmethod
     def plan(cls, variant_dir, manifest, config) -> MemoryPlan:
         return MemoryPlan((MemoryItem("kv_cache", config.max_context * 4),), 1 << 30, "fake device")

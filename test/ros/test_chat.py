@@ -16,6 +16,7 @@ from edgellm_ros.msg import ChatMessage
 
 @pytest.fixture
 def start(llm):
+    """Start chats with the module's node as processes, which end with the test."""
     processes = []
 
     def start(*arguments, **streams):

@@ -96,6 +96,7 @@ def test_fifty_rounds_without_growth(nodes, tmp_path):
 
 
 def damage(directory, what):
+    """Damage the manifest of an engine directory in the way that ``what`` says."""
     manifest = directory / "engine.json"
     values = json.loads(manifest.read_text())
     if what == "newer manifest":
