@@ -52,7 +52,7 @@ class Bond:
         )
 
     def start(self) -> None:
-        """The node is active: bonds may be formed."""
+        """Take note that the node is active: bonds may be formed."""
         self._active, self._beating, self.is_formed = True, self._mode == "always", False
         self._beat()
 
@@ -63,7 +63,7 @@ class Bond:
         self._active = self._beating = self.is_formed = False
 
     def on_managed(self) -> None:
-        """A lifecycle manager configures the node."""
+        """Take note that a lifecycle manager configures the node."""
 
     def _on_status(self, message: Any) -> None:
         if not self._active or message.id != self._node.get_name() or message.instance_id == self._instance:

@@ -19,7 +19,7 @@ _BUILDER = ("backends", "formats", "models", "quantize")
 
 
 def checkpoint_dir() -> Path:
-    """The demo checkpoint of this package. Raises EngineDirectoryError if it was not installed."""
+    """Return the demo checkpoint of this package. Raises EngineDirectoryError if it was not installed."""
     from ament_index_python.packages import get_package_share_directory
 
     path = Path(get_package_share_directory("edgellm_ros")) / "models" / "demo"
@@ -29,12 +29,12 @@ def checkpoint_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """``$ROS_HOME/edgellm``, by default ``~/.ros/edgellm``."""
+    """Return ``$ROS_HOME/edgellm``, by default ``~/.ros/edgellm``."""
     return Path(os.environ.get("ROS_HOME") or Path.home() / ".ros") / "edgellm"
 
 
 def engine_dir(checkpoint: Path, backend: str = "auto", quantization: str = "auto") -> Path:
-    """The directory for this checkpoint, this builder and these options; it need not exist yet."""
+    """Return the directory for this checkpoint, this builder and these options; it need not exist yet."""
     digest = hashlib.sha256(f"{engine_core.__version__} {backend} {quantization}".encode())
     core = Path(engine_core.__file__).parent
     builder = [path for folder in _BUILDER for path in (core / folder).rglob("*.py")]

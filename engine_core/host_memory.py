@@ -13,7 +13,7 @@ _NO_LIMIT = 1 << 60  # version 1 writes "no limit" as the largest multiple of a 
 
 
 def available_memory(proc: Path = Path("/proc"), root: Path = Path("/")) -> int:
-    """Bytes the kernel calls available, or less where a memory cgroup or one around it has less left.
+    """Return the bytes the kernel calls available, or less where a memory cgroup or one around it has less left.
 
     Page cache that can be reclaimed at once (``inactive_file``) counts as free. ``root`` is where mount points begin.
     """

@@ -11,7 +11,7 @@ NUMBER_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 
 
 def format_bytes(count: int) -> str:
-    """``count`` in the largest binary unit that leaves a number of at least 1, such as ``1.50 GiB``."""
+    """Return ``count`` in the largest binary unit that leaves a number of at least 1, such as ``1.50 GiB``."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024 or unit == "GiB":
@@ -30,7 +30,8 @@ def kv_cache_bytes(
     kv_cache_type: str,
     int8_scales: str = "token",
 ) -> int:
-    """Bytes of the linear KV cache ``[layers][batch][K, V][kv_heads][max_context][head_dim]`` and of its scales.
+    """Return the bytes of the linear KV cache ``[layers][batch][K, V][kv_heads][max_context][head_dim]`` and of its
+    scales.
 
     ``int8_scales``: of an int8 cache, token (fp16, one for each token and head of K and of V), channel (float32, one
     for each channel, whatever the tokens) or none (counted elsewhere). An fp8 cache has a float32 for each head.
@@ -72,7 +73,7 @@ class MemoryPlan:
         host: Mapping[str, int] | None = None,
         host_available: int = 0,
     ) -> MemoryPlan:
-        """``totals``, ``host``: bytes by an item's name, in the order of the plan."""
+        """Return a plan. ``totals``, ``host``: bytes by an item's name, in the order of the plan."""
         items = [MemoryItem(name, count) for name, count in totals.items()]
         items += [MemoryItem(name, count, on_host=True) for name, count in (host or {}).items()]
         return cls(tuple(items), available, device, host_available)
@@ -88,11 +89,11 @@ class MemoryPlan:
         return sum(item.bytes for item in self.items if item.on_host)
 
     def item(self, name: str) -> int:
-        """Bytes of the item ``name``; 0 if the plan has none."""
+        """Return the bytes of the item ``name``; 0 if the plan has none."""
         return sum(item.bytes for item in self.items if item.name == name)
 
     def table(self) -> str:
-        """The plan as aligned lines, for a log or a terminal."""
+        """Return the plan as aligned lines, for a log or a terminal."""
         rows = [(item.name, item.bytes) for item in self.items if not item.on_host]
         rows += [("total", self.total), ("free", self.available)]
         if self.host_total:

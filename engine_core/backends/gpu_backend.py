@@ -465,7 +465,8 @@ class DeviceBackend:
 
 
 def plan_here(totals: Callable[[Device], tuple[dict[str, int], dict[str, int]]]) -> MemoryPlan:
-    """The plan for this machine's GPU of what ``totals`` says for it: bytes by purpose, on the GPU and on the host."""
+    """Return the plan for this machine's GPU of what ``totals`` says for it: bytes by purpose, on the GPU and on the
+    host."""
     device = Device()
     try:
         on_device, on_host = totals(device)
@@ -476,7 +477,7 @@ def plan_here(totals: Callable[[Device], tuple[dict[str, int], dict[str, int]]])
 
 
 def rows_by_id(vocab_map: np.ndarray | None, vocab_size: int) -> np.ndarray | None:
-    """int32 [vocab_size]: the LM head's row of each id, -1 = none; None if rows are ids."""
+    """Return int32 [vocab_size]: the LM head's row of each id, -1 = none; None if rows are ids."""
     if vocab_map is None:
         return None
     rows = np.full(vocab_size, -1, dtype=np.int32)

@@ -133,7 +133,7 @@ class DeviceModel(Generic[Layer]):
     # --- decode ---------------------------------------------------------------------------------------
 
     def sampling_launches(self, host_tokens: int) -> list[Work]:
-        """The head on the first row of ``hidden``, then the sampler; the token also goes to ``host_tokens``."""
+        """Return the LM head on the first row of ``hidden`` and the sampler; its token also goes to ``host_tokens``."""
         w = self.work
         arrays = {name: w[name] for name in sampling.ARRAYS}
         sample = sampling.sample(self._kernels, **arrays, vocab_map=w.get("vocab_map"), host_tokens=host_tokens)
@@ -154,7 +154,7 @@ class DeviceModel(Generic[Layer]):
         ]
 
     def decode_launches(self, host_tokens: int, num_layers: int | None = None, *, adapted: bool = False) -> list[Work]:
-        """One whole step, or its first ``num_layers``: reads the token and position of ``state``, writes both.
+        """Return a step's work, or its first ``num_layers``: it reads and writes token and position of ``state``.
 
         ``adapted``: for sequences that may have LoRA adapters.
         """
@@ -178,7 +178,7 @@ class DeviceModel(Generic[Layer]):
         raise NotImplementedError
 
     def matrix(self, name: str) -> Matrix:
-        """The weight ``name`` of ``weight_arrays``, with what the kernels have to know of a packed one."""
+        """Return the weight ``name`` of ``weight_arrays``, with what the kernels have to know of a packed one."""
         array = self.weights[name]
         shape = packed_shapes(self.spec).get(name.split(".")[-1])
         if shape is None:

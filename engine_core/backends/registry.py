@@ -15,7 +15,7 @@ BACKENDS = {
 
 
 def backend_names() -> tuple[str, ...]:
-    """The backends of this version, installed or not, the fastest first."""
+    """Return the backends of this version, installed or not, the fastest first."""
     return tuple(BACKENDS)
 
 

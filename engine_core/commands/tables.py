@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", left: int = 1) -> None:
-    """``left``: that many first columns are texts, the rest are numbers."""
+    """Print a table. ``left``: that many first columns are texts, the rest are numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -47,7 +47,7 @@ _HINTS = {
 
 
 def bindings() -> tuple[Any, Any]:
-    """(driver, nvrtc) of cuda.bindings. Raises DeviceUnavailableError."""
+    """Return (driver, nvrtc) of cuda.bindings. Raises DeviceUnavailableError."""
     try:
         from cuda.bindings import driver, nvrtc
     except ImportError as error:
@@ -71,7 +71,7 @@ class DeviceArray:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def at(self, *index: int) -> DeviceArray:
-        """The sub-array at leading indices, as ``array[i, j]`` of numpy."""
+        """Return the sub-array at leading indices, as ``array[i, j]`` of numpy."""
         rest = self.shape[len(index) :]
         offset = 0
         for position, extent in zip(index, self.shape, strict=False):
@@ -137,7 +137,7 @@ class Device:
         return values[0] if len(values) == 1 else tuple(values)
 
     def memory_info(self) -> tuple[int, int]:
-        """(free, total) bytes of the GPU."""
+        """Return (free, total) bytes of the GPU."""
         free, total = self.call("cuMemGetInfo")
         return int(free), int(total)
 
@@ -165,7 +165,7 @@ class Device:
         self.call("cuStreamSynchronize", 0)  # the default stream's, on which the copy is
 
     def download(self, array: DeviceArray) -> np.ndarray:
-        """A host copy of ``array``; bf16 comes as uint16. Waits for the whole device."""
+        """Return a host copy of ``array``; bf16 comes as uint16. Waits for the whole device."""
         types = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}
         values = np.empty(array.shape, dtype=types.get(array.dtype, array.dtype))
         self.synchronize()
@@ -210,7 +210,7 @@ class Arena:
 
 
 def aligned(num_bytes: int) -> int:
-    """``num_bytes`` rounded up to what an arena takes for it."""
+    """Return ``num_bytes`` rounded up to what an arena takes for it."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -252,7 +252,7 @@ class Event:
         self._device.call("cuEventSynchronize", self._event)
 
     def elapsed(self, start: Event) -> float:
-        """Seconds from ``start`` to this event; both must be reached."""
+        """Return the seconds from ``start`` to this event; both must be reached."""
         return 1e-3 * float(self._device.call("cuEventElapsedTime", start._event, self._event))
 
     def close(self) -> None:
@@ -342,7 +342,7 @@ class Module:
         self._module = device.call("cuModuleLoadData", binary)
 
     def function(self, name: str, shared: int = 0) -> Any:
-        """The kernel ``name``, allowed ``shared`` bytes of dynamic shared memory."""
+        """Return the kernel ``name``, allowed ``shared`` bytes of dynamic shared memory."""
         function = self._device.call("cuModuleGetFunction", self._module, name.encode())
         attributes = self._device._driver.CUfunction_attribute
         if shared:  # from 48 KiB on, counted with what the kernel declares itself, it must be asked for

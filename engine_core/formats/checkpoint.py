@@ -230,7 +230,7 @@ def _check_directory(directory: Path) -> None:
 
 
 def read_json(path: Path, *, required: bool = True) -> dict:
-    """The JSON object in ``path``; empty if it is missing and not ``required``. Raises CheckpointError."""
+    """Return the JSON object in ``path``; empty if it is missing and not ``required``. Raises CheckpointError."""
     if not path.is_file():
         if not required:
             return {}

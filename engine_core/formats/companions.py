@@ -104,13 +104,13 @@ def _token_ids(tokenizer: dict) -> dict[str, int]:
 
 
 def find_vocab_map(checkpoint: Checkpoint, given: Path | None) -> Path | None:
-    """``given``, or else the checkpoint's own, or None: the LM head keeps all its rows."""
+    """Return ``given``, or else the checkpoint's own, or None: the LM head keeps all its rows."""
     own = checkpoint.directory / VOCAB_MAP_NAME
     return Path(given) if given is not None else own if own.is_file() else None
 
 
 def kept_ids(vocab_map: Path | None, checkpoint: Checkpoint, spec: ModelSpec) -> np.ndarray | None:
-    """int32 [rows], ascending full ids with every end-of-sequence id among them. Raises CheckpointError."""
+    """Return int32 [rows], ascending full ids with every end-of-sequence id among them. Raises CheckpointError."""
     if vocab_map is None:
         return None
     kept = read_vocab_map(vocab_map, spec.vocab_size, checkpoint.directory)

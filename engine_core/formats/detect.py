@@ -48,6 +48,6 @@ def conversion_refusal(quantization: str, found: str) -> str | None:
 
 
 def default_quantization(checkpoint_dir: Path) -> str:
-    """``quantization_of`` a checkpoint. Raises CheckpointError or UnsupportedModelError."""
+    """Return ``quantization_of`` a checkpoint. Raises CheckpointError or UnsupportedModelError."""
     checkpoint = Checkpoint(checkpoint_dir)
     return quantization_of(checkpoint, read_spec(checkpoint))

@@ -240,7 +240,7 @@ def list_variants(engine_dir: Path) -> dict[str, Path]:
 
 
 def select_variant(engine_dir: Path, quantization: str = "auto") -> Path:
-    """The variant directory of ``quantization``; with ``auto``, the best of those that are there.
+    """Return the variant directory of ``quantization``; with ``auto``, the best of those that are there.
 
     Raises EngineDirectoryError naming what the directory does hold.
     """

@@ -47,7 +47,7 @@ class QuantizedTensor:
     group_size: int
 
     def dequantize(self) -> np.ndarray:
-        """float32 [rows, columns]."""
+        """Return float32 [rows, columns]."""
         columns = self.values.shape[1]
         zeros = np.float32(1 << (self.bits - 1))
         if self.zeros is not None:
@@ -82,12 +82,12 @@ class ScaledFloat:
     global_scale: np.float32 | np.ndarray = np.float32(1)
 
     def dequantize(self) -> np.ndarray:
-        """float32 [rows, columns]."""
+        """Return float32 [rows, columns]."""
         return self.table[self.codes] * expand_groups(self.scales, self.block_size, self.codes.shape[1])
 
 
 def expand_groups(per_group: np.ndarray, group_size: int, columns: int) -> np.ndarray:
-    """[rows, groups] → [rows, columns], or [rows, 1] if one group covers all."""
+    """Expand [rows, groups] → [rows, columns], or [rows, 1] if one group covers all."""
     if per_group.shape[1] == 1:
         return per_group
     return np.repeat(per_group, group_size, axis=1)[:, :columns]
@@ -161,20 +161,21 @@ def _minifloat_codes(size: int) -> np.ndarray:
 
 
 def pack_nibbles(values: np.ndarray) -> np.ndarray:
-    """uint8 [..., n] below 16 → uint8 [..., ceil(n / 2)], two to a byte, the first in the low nibble."""
+    """Pack uint8 [..., n] below 16 → uint8 [..., ceil(n / 2)], two to a byte, the first in the low nibble."""
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
     return values[..., 0::2] | (values[..., 1::2] << 4)
 
 
 def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
-    """The inverse of ``pack_nibbles``: uint8 [..., count]."""
+    """Return the inverse of ``pack_nibbles``: uint8 [..., count]."""
     values = np.stack([packed & 15, packed >> 4], axis=-1)
     return values.reshape(*packed.shape[:-1], -1)[..., :count]
 
 
 def pack_int32(values: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [rows, columns] → int32 [rows, ceil(columns * bits / 32)], 4 or 8 bits, the first in the lowest bits."""
+    """Pack uint8 [rows, columns] → int32 [rows, ceil(columns * bits / 32)], 4 or 8 bits, the first in the lowest
+    bits."""
     rows, columns = values.shape
     padded = np.zeros((rows, -(-columns * bits // 32) * 32 // bits), dtype=np.uint8)
     padded[:, :columns] = values

@@ -103,7 +103,7 @@ class GraphWriter:
         return name
 
     def stream(self, name: str, dtype: np.dtype, shape: Sequence[int], blocks: Iterable[np.ndarray]) -> str:
-        """A tensor that arrives in blocks along its first axis; only one of them is in memory at a time."""
+        """Add a tensor that arrives in blocks along its first axis; only one of them is in memory at a time."""
         assert name not in self._initializers
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         offset = self._data.tell()
@@ -116,7 +116,7 @@ class GraphWriter:
         return name
 
     def alias(self, name: str, of: str, shape: Sequence[int]) -> str:
-        """The bytes of the streamed tensor ``of`` under another name and shape."""
+        """Add the bytes of the streamed tensor ``of`` under another name and shape."""
         place = {entry.key: entry.value for entry in self._initializers[of].external_data}
         onnx_type = self._initializers[of].data_type
         self._initializers[name] = _external(name, onnx_type, shape, int(place["offset"]), int(place["length"]))

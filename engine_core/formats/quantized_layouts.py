@@ -46,7 +46,7 @@ class Stored:
     order: np.ndarray | None = None
 
     def dequantize(self, rows: Rows = slice(None)) -> np.ndarray:
-        """float32 [n, columns]."""
+        """Return float32 [n, columns]."""
         values = self.read(rows).dequantize()
         if self.order is None:
             return values
@@ -119,7 +119,7 @@ class _Reader:
         self._files = files
 
     def stored(self, stem: str, kind: str) -> Stored | None:
-        """None if ``stem + kind`` is a plain tensor."""
+        """Return the layout of a weight; None if ``stem + kind`` is a plain tensor."""
         dtype = self._files[stem + kind].dtype(stem + kind)
         if kind == "qweight":
             return self._awq(stem) if self._method == "awq" else self._gptq(stem)
@@ -253,7 +253,7 @@ class _Reader:
         scales = self._grouped(stem + "scales", rows)
 
         def unpack(packed: np.ndarray) -> np.ndarray:
-            """int32 [n, out / 8] → uint8 [n, out]."""
+            """Unpack int32 [n, out / 8] → uint8 [n, out]."""
             channels = unpack_int32(packed, 4, packed.shape[1] * 8).reshape(len(packed), -1, 8)
             return channels[:, :, _AWQ_PLACE].reshape(len(packed), -1)
 

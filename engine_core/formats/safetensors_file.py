@@ -81,11 +81,12 @@ class SafetensorsFile:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> str:
-        """The format's name of the type, as F32 or BF16."""
+        """Return the format's name of the type, as F32 or BF16."""
         return self._entries[name].dtype
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of the mapped file; BF16 as uint16, F8_* as uint8. Raises CheckpointError."""
+        """Return the tensor as a read-only view of the mapped file; BF16 as uint16, F8_* as uint8. Raises
+        CheckpointError."""
         entry = self._entries[name]
         dtype = _numpy_type(entry.dtype)
         if dtype is None:

@@ -26,7 +26,8 @@ TOKENIZER_NAME = "tokenizer.json"
 
 
 def read_vocab_map(path: Path, vocab_size: int, tokenizer_dir: Path) -> np.ndarray:
-    """int32 [rows], ascending, each id below ``vocab_size``. ``tokenizer_dir``: holds the model's tokenizer.json.
+    """Return int32 [rows], ascending, each id below ``vocab_size``. ``tokenizer_dir``: holds the model's
+    tokenizer.json.
 
     Raises CheckpointError for a file that is no such list, or one made for another tokenizer.
     """
@@ -54,7 +55,7 @@ def check_ends(path: Path | str, kept: np.ndarray, eos_ids: Iterable[int]) -> No
 
 
 def write_vocab_map(path: Path, kept: np.ndarray, metadata: dict[str, str]) -> None:
-    """``kept``: int32 [rows], ascending. Raises OSError."""
+    """Write a vocabulary map. ``kept``: int32 [rows], ascending. Raises OSError."""
     write_safetensors(path, {TENSOR_NAME: kept.astype(np.int32)}, metadata)
 
 
@@ -64,7 +65,7 @@ def vocab_map_metadata(path: Path) -> dict[str, str]:
 
 
 def own_vocab_map(variant_dir: Path, vocab_size: int) -> np.ndarray:
-    """The map an engine was built with, int32 [rows]. Raises EngineDirectoryError."""
+    """Return the map an engine was built with, int32 [rows]. Raises EngineDirectoryError."""
     try:
         return read_vocab_map(variant_dir / VOCAB_MAP_NAME, vocab_size, variant_dir)
     except CheckpointError as error:
@@ -72,7 +73,7 @@ def own_vocab_map(variant_dir: Path, vocab_size: int) -> np.ndarray:
 
 
 def configured_vocab_map(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> tuple[np.ndarray | None, bool]:
-    """(int32 [rows] or None, whether the engine's LM head is whole and has to be cut to those rows at load).
+    """Return (int32 [rows] or None, whether the engine's LM head is whole and has to be cut to those rows at load).
 
     Raises ConfigurationError for a parameter ``vocab_map`` that this engine cannot follow, a map that is damaged or
     another tokenizer's included, and EngineDirectoryError if the engine's own map is.

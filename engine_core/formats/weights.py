@@ -45,7 +45,7 @@ class Weights:
         self.vocab_map = vocab_map
 
     def norm(self, name: str, *, with_offset: bool = True) -> np.ndarray:
-        """float32 [size], the architecture's offset added unless ``with_offset`` is False."""
+        """Return float32 [size], the architecture's offset added unless ``with_offset`` is False."""
         return self._checkpoint.read(name) + np.float32(self.spec.norm_offset if with_offset else 0)
 
     def linear_shape(self, linear: LinearSpec) -> tuple[int, int]:
@@ -71,7 +71,8 @@ class Weights:
             yield np.stack(both, axis=1).reshape(-1, columns)
 
     def integer_layout(self, linear: LinearSpec) -> IntegerLayout | None:
-        """None unless every part is stored in integers of the same width, in groups of consecutive columns."""
+        """Return the layout of the parts; None unless every part is stored in integers of the same width, in groups of
+        consecutive columns."""
         parts = [self._checkpoint.stored(part) for part in linear.parts]
         found = [part for part in parts if part is not None and part.order is None]
         if len(found) < len(parts):
@@ -97,7 +98,7 @@ class Weights:
                 yield block.regrouped(group_size)
 
     def bias(self, linear: LinearSpec) -> np.ndarray | None:
-        """float32 [out_features], or None."""
+        """Return float32 [out_features], or None."""
         if not linear.biases:
             return None
         return np.concatenate([self._checkpoint.read(bias) for bias in linear.biases])

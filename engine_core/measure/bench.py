@@ -79,7 +79,7 @@ class Benchmark:
     def measure(
         self, prompt_tokens: int, new_tokens: int, repeats: int, report: Callable[[str], None] = lambda line: None
     ) -> Timing:
-        """One run to warm up, then ``repeats`` of the same random prompt. Needs 3 new tokens or more."""
+        """Make one run to warm up, then ``repeats`` of the same random prompt. Needs 3 new tokens or more."""
         assert new_tokens >= 3 and repeats >= 1
         ids = np.random.default_rng(1).integers(0, self.backend.vocab_size, prompt_tokens).astype(np.int32)
         self._run(ids, min(8, new_tokens))
@@ -113,7 +113,8 @@ class Benchmark:
 
 
 def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
-    """Bytes of weights a decode step reads: the layers and ``head_rows`` of the LM head, not the token lookup's table.
+    """Return the bytes of weights a decode step reads: the layers and ``head_rows`` of the LM head, not the token
+    lookup's table.
 
     The KV cache is not in it: it grows with the position.
     """

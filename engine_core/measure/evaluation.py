@@ -42,7 +42,7 @@ class Perplexity:
 def measure_perplexity(
     engine: Engine, sequences: Iterable[Sequence], report: Callable[[int], None] = lambda done: None
 ) -> Perplexity:
-    """``report`` is told the number of tokens fed so far, after each sequence.
+    """Measure the perplexity; ``report`` is told the number of tokens fed so far, after each sequence.
 
     A text longer than the engine's max_context is cut there. Raises BackendUnavailableError if the engine's backend
     does not give out its probabilities, EngineFaultError.

@@ -9,7 +9,7 @@ from engine_core.request import SamplingParams
 
 
 def begin(backend: Backend, sampling: SamplingParams, prompt: np.ndarray) -> None:
-    """``sampling``: with a seed; ``prompt``: int32 [n]."""
+    """Start a sequence in slot 0. ``sampling``: with a seed; ``prompt``: int32 [n]."""
     backend.begin(0, sampling, prompt)
 
 

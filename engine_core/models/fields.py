@@ -65,14 +65,14 @@ class Fields:
         return value
 
     def texts(self, name: str) -> list[str] | None:
-        """A list of strings, or None."""
+        """Return a list of strings, or None."""
         value = self._get(name, None, True)
         if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             self.refuse(name, "a list of strings")
         return value
 
     def table(self, name: str) -> dict | None:
-        """A JSON object, or None."""
+        """Return a JSON object, or None."""
         value = self._get(name, None, True)
         if value is not None and not isinstance(value, dict):
             self.refuse(name, "an object")

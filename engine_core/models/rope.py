@@ -95,7 +95,7 @@ class RopeSpec:
             raise UnsupportedModelError("The RoPE scaling 'yarn' needs a rope_theta other than 1 and positive betas.")
 
         def correction(rotations: float) -> float:
-            """The dimension whose wavelength fits ``rotations`` times into the original context."""
+            """Return the dimension whose wavelength fits ``rotations`` times into the original context."""
             return self.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low = correction(self._value("beta_fast", 32.0) or 32.0)

@@ -89,7 +89,7 @@ class SpecTensors:
 
 
 def read_shapes(directory: Path) -> tuple[ConfigCheckpoint, ModelSpec]:
-    """(configuration, spec) of a checkpoint; weights are looked at only where they are.
+    """Return (configuration, spec) of a checkpoint; weights are looked at only where they are.
 
     Raises CheckpointError or UnsupportedModelError.
     """

@@ -82,7 +82,7 @@ _UNITS |= {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def parse_bytes(text: str) -> int:
-    """``16GB`` (10⁹ bytes each), ``16GiB`` or ``16G`` (2³⁰) as bytes. Raises ConfigurationError."""
+    """Return ``16GB`` (10⁹ bytes each), ``16GiB`` or ``16G`` (2³⁰) as bytes. Raises ConfigurationError."""
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS:
         raise ConfigurationError(f"{text!r} is not a memory size; write for instance 16GB, 14.5GiB or 900MiB.")
@@ -90,7 +90,7 @@ def parse_bytes(text: str) -> int:
 
 
 def of_memory(num_bytes: int, *, gpu: bool) -> DeviceProfile:
-    """A device of which only the free memory is known."""
+    """Return a device of which only the free memory is known."""
     kind = "GPU" if gpu else "CPU"
     note = "as given; nothing is held back unless --reserve says so"
     return DeviceProfile("memory", f"a {kind}", num_bytes, 0, note, num_sms=_GENERIC_SMS if gpu else 0)
@@ -130,7 +130,8 @@ def this_cpu(*, measure: bool = False) -> DeviceProfile:
 
 
 def this_machine(*, measure: bool = False) -> DeviceProfile:
-    """The NVIDIA GPU of this machine with what is free on it now, or the CPU where there is none that can be used.
+    """Return the NVIDIA GPU of this machine with what is free on it now, or the CPU where there is none that can be
+    used.
 
     ``measure``: measure a CPU's bandwidth, see ``this_cpu``; a GPU's driver knows it.
     """

@@ -117,7 +117,7 @@ def _power_mode(root: Path) -> str:
 
 
 def find_ros() -> dict:
-    """From the environment alone: nothing of ROS is imported."""
+    """Look for ROS in the environment alone: nothing of it is imported."""
     return {
         "distro": os.environ.get("ROS_DISTRO", ""),
         "rclpy": importlib.util.find_spec("rclpy") is not None,

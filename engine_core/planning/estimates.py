@@ -61,12 +61,13 @@ class CheckpointEstimate:
         return refused, quantization not in capabilities.weight_formats
 
     def plan(self, quantization: str, backend: str, size: Size, device: DeviceProfile) -> MemoryPlan:
-        """Every byte by purpose, against what is free on ``device``. Also of what no backend of this version runs."""
+        """Return every byte by purpose, against what is free on ``device``. Also of what no backend of this version
+        runs."""
         found = self.plan_items(quantization, backend, size, device.num_sms)
         return MemoryPlan.of(found, device.free, device.title)
 
     def plan_items(self, quantization: str, backend: str, size: Size, num_sms: int = 0) -> dict[str, int]:
-        """Bytes by purpose."""
+        """Return the bytes by purpose."""
         capabilities, spec = capabilities_of(backend), self.spec
         stands_in = quantization not in capabilities.weight_formats
         base = capabilities.default_format if stands_in else quantization
@@ -134,7 +135,7 @@ class CheckpointEstimate:
 
 
 def format_bytes_of(spec: ModelSpec, stored: WeightFormat, head_rows: int) -> int:
-    """Bytes of the weights with the layers' matrices in the format ``stored`` and the rest in 16 bits."""
+    """Return the bytes of the weights with the layers' matrices in the format ``stored`` and the rest in 16 bits."""
     matrices = sum(map(stored.nbytes, spec.layer_matrices.values())) * len(spec.layers)
     large = {spec.embedding, spec.head}
     small = sum(math.prod(shape) for name, shape in spec.shapes().items() if len(shape) == 1 and name not in large)

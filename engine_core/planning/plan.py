@@ -88,7 +88,8 @@ class Asked:
 
 
 def plan_checkpoint(estimate: CheckpointEstimate, device: DeviceProfile, asked: Asked) -> list[Row]:
-    """Every variant of the device's backends, at every context and batch, in that order of nesting: batch, context."""
+    """Return every variant of the device's backends, at every context and batch, in that order of nesting: batch,
+    context."""
     kinds = estimate.variants(asked.backend, on_gpu=device.has_gpu)
     contexts = asked.contexts or (min(_DEFAULT_CONTEXT, estimate.spec.max_position),)
     return [
@@ -129,7 +130,7 @@ def _estimated(
 
 
 def longest_context(fits: Callable[[int], bool], limit: int) -> int:
-    """The most tokens up to ``limit`` for which ``fits``: ``limit`` or a multiple of 64; 0 if not even 64 do."""
+    """Return the most tokens up to ``limit`` for which ``fits``: ``limit`` or a multiple of 64; 0 if not even 64 do."""
     if fits(limit):
         return limit
     low, high = 0, -(-limit // _GRAIN)
@@ -140,7 +141,7 @@ def longest_context(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def plan_engine(engine_dir: Path, config: EngineConfig, device: DeviceProfile | None) -> list[Row]:
-    """A row for each variant (or the one ``config`` names), by its backend's own plan.
+    """Return a row for each variant (or the one ``config`` names), by its backend's own plan.
 
     ``device``: None = this machine. Raises EngineDirectoryError.
     """
@@ -179,7 +180,7 @@ def _planned(directory: Path, config: EngineConfig, device: DeviceProfile | None
 
 
 def engine_plan(directory: Path, manifest: Manifest, config: EngineConfig, device: DeviceProfile | None) -> MemoryPlan:
-    """The backend's plan, against ``device`` (None = this machine). Raises what ``Backend.plan`` raises."""
+    """Return the backend's plan, against ``device`` (None = this machine). Raises what ``Backend.plan`` raises."""
     if device is None:
         return backend_class(manifest.backend).plan(directory, manifest, config)
     found = toolkit_of(manifest.backend).engine_bytes(directory, manifest, config, device.num_sms)

@@ -32,7 +32,7 @@ class Choice:
 
 
 def choose(config: EngineConfig) -> Choice:
-    """The best variant by ``config``. Allocates nothing.
+    """Return the best variant by ``config``. Allocates nothing.
 
     Where only one variant comes into question, it is returned whether it fits or not; why it cannot run is raised as it
     is. Raises EngineDirectoryError (IntegrityError), ConfigurationError, BackendUnavailableError or

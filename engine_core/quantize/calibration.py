@@ -42,7 +42,8 @@ class Activations:
 
 
 def read_tokens(path: Path, checkpoint: Checkpoint, spec: ModelSpec, num_samples: int, sequence_length: int) -> Tokens:
-    """``num_samples`` pieces of up to ``sequence_length`` tokens, from all parts of the texts. Raises BuildError."""
+    """Return ``num_samples`` pieces of up to ``sequence_length`` tokens, from all parts of the texts. Raises
+    BuildError."""
     if num_samples < 1 or sequence_length < 1:
         raise BuildError("The number of samples and their length have to be 1 or more.")
     samples = read_sequences(path, checkpoint, min(sequence_length, spec.max_position), spec.vocab_size)
@@ -107,12 +108,12 @@ class _Run:
         self._hidden: Any = None  # torch float32 [samples, length, hidden]
 
     def begin(self) -> None:
-        """All texts' embeddings are there."""
+        """Take note that all texts' embeddings are there."""
         self._hidden = self._torch.cat(self._embedded)
         self._embedded.clear()
 
     def stand_in(self, index: int, layer):
-        """A module in the place of the decoder layer ``index``."""
+        """Return a module in the place of the decoder layer ``index``."""
         from torch import nn
 
         class StandIn(nn.Module):

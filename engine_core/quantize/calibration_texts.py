@@ -14,7 +14,7 @@ NAMES = ("calibration.jsonl", "calibration.txt")  # in a checkpoint's directory:
 
 
 def find_calibration(checkpoint: Checkpoint, given: Path | None) -> Path | None:
-    """``given``, or the checkpoint's own, or None. Raises BuildError if ``given`` is no file."""
+    """Return ``given``, or the checkpoint's own, or None. Raises BuildError if ``given`` is no file."""
     if given is not None:
         if not Path(given).is_file():
             raise BuildError(f"The calibration text {given} does not exist.")

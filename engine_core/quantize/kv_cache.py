@@ -29,7 +29,7 @@ MIN_TOKENS = 64  # fewer say nothing about the spread of a channel
 
 
 def measure_peaks(directory: Path, model: ModelSpec, rows: int, sequences: Iterable[np.ndarray]) -> np.ndarray:
-    """The largest magnitudes of K, after RoPE, and of V in the float32 cache of the engine in ``directory``.
+    """Return the largest magnitudes of K, after RoPE, and of V in the float32 cache of the engine in ``directory``.
 
     ``rows``: of its LM head. ``sequences``: token ids, int32 [n] each. float32 [layers, 2 (K, V), kv_heads, head_dim].
     Raises BuildError for fewer than MIN_TOKENS tokens.
@@ -67,14 +67,15 @@ def quantize_int8(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def fp8_scales(peaks: np.ndarray) -> np.ndarray:
-    """One scale per head: float32 [..., kv_heads] of peaks [..., kv_heads, head_dim]."""
+    """Return one scale per head: float32 [..., kv_heads] of peaks [..., kv_heads, head_dim]."""
     scales = (peaks.max(axis=-1) / FP8_MAX).astype(np.float32)
     scales[scales == 0] = 1.0
     return scales
 
 
 def quantize_fp8(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """``values``: float32 [..., kv_heads, tokens, head_dim]; ``scales``: float32 [..., kv_heads].
+    """Return E4M3 codes, uint8. ``values``: float32 [..., kv_heads, tokens, head_dim]; ``scales``: float32 [...,
+    kv_heads].
 
     e4m3 bit patterns, uint8 of the same shape as ``values``; saturating, ties to even.
     """
@@ -82,5 +83,5 @@ def quantize_fp8(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def dequantize_fp8(patterns: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32 of what ``quantize_fp8`` made, with the same ``scales``."""
+    """Return float32 of what ``quantize_fp8`` made, with the same ``scales``."""
     return E4M3[patterns] * scales[..., None, None]

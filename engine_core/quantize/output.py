@@ -44,7 +44,7 @@ class Change:
 
 
 def changed_weights(checkpoint: Checkpoint, linear: LinearSpec, change: Change) -> list[np.ndarray]:
-    """float32 [rows, columns] of each part, scaled. Raises CheckpointError for weights that are not finite."""
+    """Return float32 [rows, columns] of each part, scaled. Raises CheckpointError for weights that are not finite."""
     parts, row = [], 0
     for name in linear.parts:
         weights = checkpoint.read(name)

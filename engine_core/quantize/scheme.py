@@ -90,7 +90,7 @@ class Scheme:
         peak: float,
         on_rounded: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> dict[str, np.ndarray]:
-        """The tensors of one weight, float32 [rows, columns]. ``ratios``, ``peak``: see ``Rounding``.
+        """Return the tensors of one weight, float32 [rows, columns]. ``ratios``, ``peak``: see ``Rounding``.
 
         ``on_rounded`` gets the weights before and after they are rounded.
         """
@@ -105,12 +105,13 @@ class Scheme:
         return self._quantized.store(name, quantized, rounding)
 
     def round(self, weights: np.ndarray, ratios: np.ndarray | np.float32 | None = None) -> QuantizedTensor:
-        """To the nearest integers; scales are rounded to 16 bits first, so that the quantized values make up for it."""
+        """Round to the nearest integers; scales are rounded to 16 bits first, so that the quantized values make up for
+        it."""
         assert isinstance(self.format, IntegerFormat)
         return self.format.quantize(weights, self.rounding(ratios))
 
     def config(self, ignore: list[str]) -> dict:
-        """``quantization_config`` of config.json. ``ignore``: linear modules that stay as they are."""
+        """Return ``quantization_config`` of config.json. ``ignore``: linear modules that stay as they are."""
         weights = self._quantized.config(self.rounding())
         activations = None
         if self.layout in (_INT_QUANTIZED, "float-quantized"):

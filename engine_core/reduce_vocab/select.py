@@ -92,7 +92,7 @@ class Chooser:
         selection.add(_neighbours(core), size, "neighbours")
 
     def smallest_size(self, share: float) -> int:
-        """The least size whose tokens make up ``share``, 0 to 1, of what is written."""
+        """Return the least size whose tokens make up ``share``, 0 to 1, of what is written."""
         low, high = self.num_required, self.most
         wanted = share * int(self.outputs.sum()) * (1 - 1e-12)
         while low < high:

@@ -37,7 +37,7 @@ class Counts:
         return cls(np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64))
 
     def add(self, sample: Sample, *, all_inputs: bool = False) -> None:
-        """``all_inputs``: the answers are examples of what is read, not of what is written."""
+        """Add a document. ``all_inputs``: the answers are examples of what is read, not of what is written."""
         for answer in sample.answers:
             _tally(self.inputs if all_inputs else self.outputs, answer)
         _tally(self.inputs, sample.inputs)
@@ -63,7 +63,7 @@ def tokenize(document: Document, tokenizer: Tokenizer) -> Sample:
 
 
 def split(paths: Sequence[Path], held_out: Path | None, share: float) -> Iterator[tuple[Document, bool]]:
-    """(document, whether it is held out): all of ``held_out``, or else ``share`` of the texts, evenly spread."""
+    """Return (document, whether it is held out): all of ``held_out``, or else ``share`` of the texts, evenly spread."""
     index = 0
     for path in paths:
         for document in read_documents(path):

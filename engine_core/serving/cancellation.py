@@ -29,7 +29,7 @@ class CancelToken:
                     self._on_cancel()
 
     def attach(self, on_cancel: Callable[[], None]) -> None:
-        """``on_cancel`` is called when the token is cancelled, at once if it already is."""
+        """Have ``on_cancel`` called when the token is cancelled, at once if it already is."""
         with self._lock:
             self._on_cancel = on_cancel
             if self._reason is not None:

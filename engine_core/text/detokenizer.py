@@ -33,7 +33,7 @@ class Detokenizer:
         self._read = 0
 
     def feed(self, token_id: int) -> str:
-        """The whole characters that ``token_id`` completes; often one token's text, sometimes nothing."""
+        """Return the whole characters that ``token_id`` completes; often one token's text, sometimes nothing."""
         self._ids.append(token_id)
         text = self._unread(len(self._ids))
         if not text.endswith(_REPLACEMENT):
@@ -72,7 +72,8 @@ class StopStrings:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """The text that can be shown by now. Sets ``found`` once a stop string is complete; what follows is dropped."""
+        """Return the text that can be shown by now. Sets ``found`` once a stop string is complete; what follows is
+        dropped."""
         if not self._stop or self.found:
             return "" if self.found else text
         text = self._held + text
@@ -85,7 +86,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """The held text, at the end of an answer that no stop string ended."""
+        """Return the held text, at the end of an answer that no stop string ended."""
         held, self._held = self._held, ""
         return held
 

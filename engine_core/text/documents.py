@@ -30,13 +30,14 @@ class Document:
     messages: tuple[dict, ...] = ()
 
     def token_ids(self, tokenizer: Tokenizer) -> np.ndarray:
-        """All of it as int32 [n], a chat in the model's template. Raises BuildError if that refuses it."""
+        """Return all of it as int32 [n], a chat in the model's template. Raises BuildError if that refuses it."""
         if not self.messages:
             return tokenizer.encode(self.text)
         return self._conversation(tokenizer, len(self.messages), False)
 
     def turns(self, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(what the model reads, what it then has to sample), int32 [n] and [m]: a pair for each answer of a chat.
+        """Return (what the model reads, what it then has to sample), int32 [n] and [m]: a pair for each answer of a
+        chat.
 
         An answer ends with its stop token. A text is one answer to nothing but what the tokenizer puts before it.
         Raises BuildError if the chat template refuses the conversation.
@@ -81,14 +82,14 @@ def _through_stop(answer: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of a file: the lines of *.jsonl, the paragraphs of anything else. Raises BuildError."""
+    """Return the documents of a file: the lines of *.jsonl, the paragraphs of anything else. Raises BuildError."""
     path = Path(path)
     with _readable(path), open(path, encoding="utf-8") as lines:
         yield from (_chats if path.suffix == ".jsonl" else _paragraphs)(path, lines)
 
 
 def read_text(path: Path) -> str:
-    """The whole of a file. Raises BuildError."""
+    """Return the whole of a file. Raises BuildError."""
     with _readable(path):
         return path.read_text(encoding="utf-8")
 
@@ -104,7 +105,8 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def token_sequences(path: Path, tokenizer: Tokenizer, longest: int) -> Iterator[np.ndarray]:
-    """A file as int32 [n], n of 1 to ``longest``: the lines of *.jsonl one by one, a plain text as a whole, in pieces.
+    """Return a file as int32 [n], n of 1 to ``longest``: the lines of *.jsonl one by one, a plain text as a whole, in
+    pieces.
 
     Each piece of a plain text begins with what the tokenizer puts before a text. Raises BuildError.
     """

@@ -43,7 +43,7 @@ class SentenceSplitter:
         self._searched = 0  # characters in which every sentence end has been looked at: an answer may have none
 
     def feed(self, text: str) -> list[str]:
-        """The sentences that ``text`` completes, without the white space around them."""
+        """Return the sentences that ``text`` completes, without the white space around them."""
         self._text += text
         sentences, start, search = [], 0, self._searched
         while match := _END.search(self._text, search):
@@ -56,7 +56,7 @@ class SentenceSplitter:
         return [sentence for sentence in sentences if sentence]
 
     def flush(self, cut: bool = False) -> list[str]:
-        """The rest at the end of the answer: one sentence or none.
+        """Return the rest at the end of the answer: one sentence or none.
 
         ``cut``: the answer was ended in the middle. The rest is given only if its mark says that it is whole.
         """

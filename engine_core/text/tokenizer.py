@@ -93,7 +93,7 @@ class Tokenizer:
         return frozenset(self.fast.get_added_tokens_decoder()) | frozenset(self._hf.all_special_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
-        """``text`` as int32 [n]; with ``add_special_tokens`` the model's BOS and the like are put around it."""
+        """Return ``text`` as int32 [n]; with ``add_special_tokens`` the model's BOS and the like are put around it."""
         if len(text) < _LONG:
             encoded = self.fast.encode(text, add_special_tokens=add_special_tokens)
         else:  # a mebibyte takes a second: batches alone let Python's other threads run meanwhile
@@ -121,7 +121,8 @@ class Tokenizer:
             return frozenset()
 
     def render(self, messages: Sequence[ChatMessage], *, tools: Sequence[Tool] = (), **variables: Any) -> str:
-        """The conversation in the model's chat template, ready for the answer; ``variables``: what else it reads.
+        """Return the conversation in the model's chat template, ready for the answer; ``variables``: what else it
+        reads.
 
         A template without system messages gets their text before the next user message.
         Raises InvalidRequestError if there is no template or it refuses the conversation.
@@ -145,7 +146,7 @@ class Tokenizer:
             raise InvalidRequestError(f"The model's chat template refuses this conversation: {reason}.") from error
 
     def encode_messages(self, messages: Sequence[ChatMessage], *, allow_special: bool = False) -> np.ndarray:
-        """The templated conversation as int32 [n]. Raises InvalidRequestError as ``render`` does."""
+        """Return the templated conversation as int32 [n]. Raises InvalidRequestError as ``render`` does."""
         return self.prompt(messages, allow_special=allow_special).token_ids
 
     def prompt(
@@ -269,7 +270,7 @@ class Tokenizer:
     def system_prefix(
         self, system_prompt: str, tools: tuple[Tool, ...] = (), variables: str = "", thinking: str = "model"
     ) -> np.ndarray:
-        """The ids, int32 [n], that every conversation with this system prompt and these tools starts with.
+        """Return the ids, int32 [n], that every conversation with this system prompt and these tools starts with.
 
         ``variables``: JSON, of the chat template. Found by comparing conversations on token ids, so that no token
         across the boundary is cut. Empty when the template takes no system prompt.
@@ -293,11 +294,11 @@ class Tokenizer:
         return prefix
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids`` without special tokens."""
+        """Return the text of ``ids`` without special tokens."""
         return self.fast.decode(list(ids), skip_special_tokens=True)
 
     def token_texts(self, ids: Iterable[int]) -> list[str]:
-        """The text of each id on its own, special tokens by name; U+FFFD where it is a part of a character."""
+        """Return the text of each id on its own, special tokens by name; U+FFFD where it is a part of a character."""
         return [self.fast.decode([int(token_id)], skip_special_tokens=False) for token_id in ids]
 
 

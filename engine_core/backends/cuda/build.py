@@ -114,7 +114,7 @@ def build_cuda(
 def fused_tensors(
     weights: Weights, has_head: bool, *, paired: bool = True
 ) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
-    """(name in the engine's weights file, blocks of float32 values), in the order of ``weight_arrays``.
+    """Return (name in the engine's weights file, blocks of float32 values), in the order of ``weight_arrays``.
 
     ``paired``: rows of gate and up in turn, as the kernels read them; else all of gate, then all of up.
     """
@@ -255,7 +255,7 @@ def _linear_of(spec: ModelSpec, name: str) -> LinearSpec:
 
 
 def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
-    """float32, CudaSpec.rope_shape: cos and sin. What is added turns zeros."""
+    """Return float32, CudaSpec.rope_shape: cos and sin. What is added turns zeros."""
     tables = np.stack([np.stack(rope.table(max_context), axis=-1) for rope in spec.ropes])
     tables = np.pad(tables, ((0, 0), (0, 0), (0, padded_rope(spec) // 2 - tables.shape[2]), (0, 0)))
     return tables if len(tables) > 1 else tables[0]

@@ -245,7 +245,7 @@ def rows_of_chunk(tokens: int, chunk: int) -> int:
 
 
 def prefill_rows(chunk: int) -> list[int]:
-    """Every number of rows a prefill step of at most ``chunk`` tokens can have."""
+    """Return every number of rows a prefill step of at most ``chunk`` tokens can have."""
     return sorted({rows_of_chunk(tokens, chunk) for tokens in range(1, chunk + 1)})
 
 

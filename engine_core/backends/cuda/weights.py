@@ -66,7 +66,8 @@ class CudaWeights:
             )
 
     def read(self, name: str) -> np.ndarray:
-        """The bytes of one of ``weight_arrays(spec)`` on their way to the GPU; only the map's rows of the LM head."""
+        """Return the bytes of one of ``weight_arrays(spec)`` on their way to the GPU; only the map's rows of the LM
+        head."""
         stored, spec = self._resolved.stored, self._resolved.spec
         if name != "head" or stored.head_rows == spec.head_rows:
             return self._file.raw(name)
@@ -74,12 +75,12 @@ class CudaWeights:
         return kept_rows(whole, self._resolved.vocab_map, spec.weight_format)
 
     def rope(self) -> np.ndarray:
-        """float32, CudaSpec.rope_shape: cos and sin."""
+        """Return float32, CudaSpec.rope_shape: cos and sin."""
         return self._file.raw(ROPE_NAME)[..., : self._resolved.spec.max_context, :, :]
 
 
 def kept_rows(stored: np.ndarray, kept: np.ndarray, weight_format: WeightFormat) -> np.ndarray:
-    """The rows ``kept``, int32 [n], of a matrix in the form it is stored in.
+    """Return the rows ``kept``, int32 [n], of a matrix in the form it is stored in.
 
     ``stored``: [rows, cols] of a 16-bit type, or packed tiles of ``weight_format``.
     """

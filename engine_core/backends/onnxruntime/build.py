@@ -120,7 +120,8 @@ def build_engine(
 
 
 def engine_options(precision: Precision, packing: Packing, *, shares_head: bool) -> OrtOptions:
-    """``shares_head``: the token lookup and the whole LM head use the same bytes."""
+    """Return the options of the manifest. ``shares_head``: the token lookup and the whole LM head use the same
+    bytes."""
     return OrtOptions(
         head_bits=precision.head.bits,
         shares_head=shares_head,

@@ -51,7 +51,7 @@ class Packing:
     largest_scales: int = 0  # of one tensor; the packing keeps a buffer of this size
 
     def add(self, groups: int, group_bytes: int, *, is_head: bool, is_shared: bool) -> None:
-        """A matrix of so many groups. ``is_shared``: the token lookup keeps its bytes."""
+        """Count a matrix of so many groups. ``is_shared``: the token lookup keeps its bytes."""
         packed = groups * (group_bytes + _PACKED_GROUP_BYTES)
         self.released += 0 if is_shared else groups * group_bytes
         self.packed += packed

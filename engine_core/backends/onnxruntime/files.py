@@ -10,7 +10,7 @@ DATA_NAME = "model.onnx.data"
 
 
 def graph_name(kv_cache_type: str, *, window_before_1_24: bool = False) -> str:
-    """The graph of a cache of that type.
+    """Return the graph of a cache of that type.
 
     ``window_before_1_24``: the graph of a model with a sliding window for runtimes before 1.24, whose
     ``local_window_size`` leaves the query's own position out.
@@ -20,5 +20,5 @@ def graph_name(kv_cache_type: str, *, window_before_1_24: bool = False) -> str:
 
 
 def held_types(files: Collection[str]) -> list[str]:
-    """The KV cache types a variant with these files can be opened with."""
+    """Return the KV cache types a variant with these files can be opened with."""
     return [kind for kind in CAPABILITIES.kv_cache_types if graph_name(kind) in files]

@@ -21,7 +21,7 @@ _QKV, _PAST_KEY, _ROPE, _SCALES = slice(0, 3), 3, slice(7, 9), slice(12, 14)
 
 
 def with_fp16_cache(writer: GraphWriter, ropes: Mapping[str, np.ndarray]) -> GraphWriter:
-    """``ropes``: the float32 RoPE tables by their names in the graph."""
+    """Return the graph with an fp16 cache. ``ropes``: the float32 RoPE tables by their names in the graph."""
     other = writer.fork()
     other.retype(_CACHES, TensorProto.FLOAT16)
 

@@ -147,7 +147,7 @@ def _default_threads(num_parameters: int) -> int:
 
 
 def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
-    """Every byte ``load`` takes, by purpose, and what the machine has free."""
+    """Return every byte ``load`` takes, by purpose, and what the machine has free."""
     model = manifest.model
     kv_cache = _kv_bytes(model, layout.kv_cache_type, layout.max_context, layout.num_slots, "channel")
     prefix = _kv_bytes(model, layout.kv_cache_type, layout.pool_tokens)
@@ -204,7 +204,7 @@ def stored_rope_bytes(manifest: Manifest) -> int:
 
 
 def head_row_bytes(manifest: Manifest) -> tuple[int, int]:
-    """(bytes of a row of the LM head in the data file, those of them that are its scales)."""
+    """Return (bytes of a row of the LM head in the data file, those of them that are its scales)."""
     hidden, bits = manifest.model.hidden_size, read_options(manifest, OrtOptions).head_bits
     scales = 4 * -(-hidden // manifest.group_size) if bits < 16 else 0
     return hidden * bits // 8 + scales, scales

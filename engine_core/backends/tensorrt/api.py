@@ -69,7 +69,7 @@ class TensorRT:
         return self.checked("Builder", lambda: self.trt.Builder(self._logger))
 
     def create_network(self, builder: Any) -> Any:
-        """An empty network, strongly typed where that exists."""
+        """Return an empty network, strongly typed where that exists."""
         flags = 0
         for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED"):  # the first is implied from 10 on and gone in 11
             if hasattr(self.trt.NetworkDefinitionCreationFlag, name):
@@ -165,7 +165,7 @@ class TensorRT:
         raise TensorRTError(f"TensorRT {self.version} refused an empty timing cache: {self._logged()}.")
 
     def build(self, builder: Any, network: Any, config: Any) -> memoryview:
-        """The serialized plan. Raises TensorRTError or InsufficientMemoryError."""
+        """Return the serialized plan. Raises TensorRTError or InsufficientMemoryError."""
         plan = self.checked(
             "build_serialized_network", lambda: builder.build_serialized_network(network, config), memory_matters=True
         )
@@ -174,7 +174,7 @@ class TensorRT:
     # --- running ----------------------------------------------------------------------------------------
 
     def deserialize(self, plan: Any, *, host_code_allowed: bool = False) -> tuple[Any, Any]:
-        """(runtime, engine); the runtime must live as long as the engine. ``plan``: a buffer.
+        """Return (runtime, engine); the runtime must live as long as the engine. ``plan``: a buffer.
 
         Raises EngineDirectoryError if TensorRT does not take the plan, InsufficientMemoryError if memory is short.
         """
@@ -195,12 +195,13 @@ class TensorRT:
         return runtime, engine
 
     def scratch_bytes(self, engine: Any) -> int:
-        """Bytes a context needs while it runs, whatever its profile."""
+        """Return the bytes a context needs while it runs, whatever its profile."""
         name = "device_memory_size_v2" if hasattr(engine, "device_memory_size_v2") else "device_memory_size"
         return int(getattr(engine, name))
 
     def create_context(self, engine: Any, scratch: int, scratch_bytes: int) -> Any:
-        """A context that works in ``scratch_bytes`` of the caller's device memory at ``scratch``, a multiple of 512.
+        """Return a context that works in ``scratch_bytes`` of the caller's device memory at ``scratch``, a multiple of
+        512.
 
         Raises TensorRTError or InsufficientMemoryError.
         """
@@ -225,7 +226,7 @@ class TensorRT:
     # --- errors -----------------------------------------------------------------------------------------
 
     def checked(self, call: str, make: Callable[[], Any], *, memory_matters: bool = False) -> Any:
-        """The result of ``make()``, whose failure TensorRT shows as None, False or a TypeError of pybind11.
+        """Return the result of ``make()``, whose failure TensorRT shows as None, False or a TypeError of pybind11.
 
         Raises TensorRTError, or InsufficientMemoryError where ``memory_matters`` and the log says so.
         """

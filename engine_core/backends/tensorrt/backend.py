@@ -67,7 +67,7 @@ class TensorRTBackend(DeviceBackend):
     def load(
         cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
     ) -> TensorRTBackend | GemmBackend:
-        """``api``: a stand-in for tests."""
+        """See ``Backend.load``. ``api``: a stand-in for tests."""
         if is_gemm_engine(manifest):
             return GemmBackend.load(variant_dir, manifest, config, api)
         spec = TrtSpec.create(manifest, config)

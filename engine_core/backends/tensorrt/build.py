@@ -155,7 +155,8 @@ def timing_cache_path(engine_dir: Path, api: TensorRT, device: Device) -> Path:
 
 
 def workspace_limit(free: int, weight_bytes: int, kv_bytes: int) -> int:
-    """Bytes a layer may take: what is left of ``free`` beside weights (twice, while the plan is made) and KV cache.
+    """Return the bytes a layer may take: what is left of ``free`` beside weights (twice, while the plan is made) and KV
+    cache.
 
     Raises InsufficientMemoryError with the numbers.
     """

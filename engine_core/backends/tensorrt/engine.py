@@ -36,7 +36,8 @@ class TrtEngine:
             )
 
     def context(self, profile: int, scratch: DeviceArray, stream: Stream) -> TrtContext:
-        """A context for ``profile`` that works in ``scratch``; contexts that share it must not run at the same time."""
+        """Return a context for ``profile`` that works in ``scratch``; contexts that share it must not run at the same
+        time."""
         context = self.api.create_context(self._engine, scratch.address, scratch.nbytes)
         self.api.checked(
             "set_optimization_profile_async",

@@ -53,7 +53,7 @@ class GemmBackend(CudaBackend):
     def load(
         cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
     ) -> GemmBackend:
-        """``api``: a stand-in for tests."""
+        """See ``Backend.load``. ``api``: a stand-in for tests."""
         resolved, api = resolve_gemm(variant_dir, manifest, config), api or TensorRT()
         plans = Plans(api, variant_dir, read_options(manifest, TrtOptions).scratch_bytes)
         check = partial(check_machine, manifest, api)

@@ -31,7 +31,7 @@ def weight_shapes(spec: CudaSpec) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def with_chunk(spec: CudaSpec, manifest: Manifest, config: EngineConfig) -> CudaSpec:
-    """``spec`` with the chunk of prefill the plans allow. Raises ConfigurationError or EngineDirectoryError."""
+    """Return ``spec`` with the chunk of prefill the plans allow. Raises ConfigurationError or EngineDirectoryError."""
     max_prefill = read_options(manifest, TrtOptions).max_prefill
     check_chunk(config, max_prefill)
     return dataclasses.replace(spec, chunk=round_rows(min(config.prefill_chunk or max_prefill, spec.max_context)))

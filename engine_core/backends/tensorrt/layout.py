@@ -109,7 +109,8 @@ class TrtSpec:
 
 
 def check_chunk(config: EngineConfig, max_prefill: int) -> None:
-    """``max_prefill``: tokens of the longest prefill step the engine was built for. Raises ConfigurationError."""
+    """Check prefill_chunk. ``max_prefill``: tokens of the longest prefill step the engine was built for. Raises
+    ConfigurationError."""
     if config.prefill_chunk > max_prefill:
         raise ConfigurationError(
             f"prefill_chunk is {config.prefill_chunk}, but this engine was built for at most {max_prefill} tokens a "
@@ -148,7 +149,7 @@ def _check_config(manifest: Manifest, config: EngineConfig, options: TrtOptions)
 
 
 def cache_names(index: int) -> tuple[str, str]:
-    """The inputs that are layer ``index``'s K and V."""
+    """Return the inputs that are layer ``index``'s K and V."""
     return f"past_key.{index}", f"past_value.{index}"
 
 
@@ -159,7 +160,7 @@ def cache_output_names(spec: TrtSpec, index: int) -> tuple[str, str]:
 
 
 def input_shapes(spec: TrtSpec, tokens: int, past: int) -> dict[str, tuple[int, ...]]:
-    """The inputs whose shape is dynamic, for a call with ``tokens`` tokens that is handed ``past`` positions."""
+    """Return the inputs whose shape is dynamic, for a call with ``tokens`` tokens that is handed ``past`` positions."""
     shapes: dict[str, tuple[int, ...]] = {"token_ids": (tokens,), "positions": (tokens,)}
     if spec.native:
         return shapes

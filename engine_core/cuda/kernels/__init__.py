@@ -131,7 +131,7 @@ class Kernels:
         return self.configs.gpu
 
     def config(self, problem: Problem[Config]) -> Config:
-        """The launch configuration of ``problem``."""
+        """Return the launch configuration of ``problem``."""
         return self.configs.lookup(problem)
 
     def close(self) -> None:

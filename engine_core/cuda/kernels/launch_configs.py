@@ -95,7 +95,7 @@ class Numbers:
     shared_share: int = 2  # rings may take this part of an SM's shared memory
 
     def shared_budget(self, gpu: Gpu) -> int:
-        """Bytes of shared memory for rings."""
+        """Return the bytes of shared memory for rings."""
         return gpu.max_shared // self.shared_share - _STATIC_SHARED
 
 
@@ -117,7 +117,7 @@ TABLE = (Row(90, range(100, 145), Numbers(), "H200 and H100 SXM, 132 SMs, 2026-1
 
 
 def table_numbers(gpu: Gpu) -> Numbers | None:
-    """The numbers measured on GPUs like ``gpu``, or None."""
+    """Return the numbers measured on GPUs like ``gpu``, or None."""
     return next((row.numbers for row in TABLE if row.covers(gpu)), None)
 
 
@@ -133,7 +133,7 @@ class Problem(ABC, Generic[Config]):
 
     @abstractmethod
     def rule(self, gpu: Gpu, numbers: Numbers) -> Config:
-        """The configuration that follows from ``numbers``."""
+        """Return the configuration that follows from ``numbers``."""
 
     @abstractmethod
     def variants(self, gpu: Gpu) -> list[Config]:
@@ -173,7 +173,7 @@ class LaunchConfigs:
         return table_numbers(self.gpu) is not None
 
     def lookup(self, problem: Problem[Config]) -> Config:
-        """The configuration to launch ``problem`` with."""
+        """Return the configuration to launch ``problem`` with."""
         if self._noted is not None:
             self._noted[problem] = None
         if problem in self._chosen:
@@ -223,7 +223,7 @@ class GemvConfig:
         return 32 * self.k_warps * self.row_warps
 
     def shared(self, cols: int) -> int:
-        """Bytes of the ring."""
+        """Return the bytes of the ring."""
         parts = -(-cols // (_GEMV_COLUMNS * self.k_warps))
         return self.depth * self.batch * parts * 16 * self.threads
 
@@ -296,7 +296,7 @@ class PackedGemvConfig:
         return 32 * self.k_warps * self.row_warps
 
     def shared(self, groups: int, tile_bytes: int) -> int:
-        """Bytes of the vector in 16 bits and the rings."""
+        """Return the bytes of the vector in 16 bits and the rings."""
         return 2 * groups * GROUP + self.k_warps * self.row_warps * self.depth * tile_bytes
 
 
@@ -381,7 +381,7 @@ class PackedGemmConfig:
         return -(-tiles // (_GEMM_BAND * self.row_warps))
 
     def shared(self, tile_bytes: int, tokens: int = GEMM_TOKENS) -> int:
-        """Bytes of the stages of X, their offsets and the rings, or of the sums that come after them."""
+        """Return the bytes of the stages of X, their offsets and the rings, or of the sums that come after them."""
         warps = self.row_warps * self.k_warps
         stages = self.buffers * self.stage * tokens * (GROUP * 2 + 4)
         sums = warps * _GEMM_BAND * TILE * tokens * 4 if self.k_warps > 1 else 0
@@ -512,7 +512,7 @@ def decode_splits(num_kv_heads: int, num_sms: int, numbers: Numbers = FALLBACK) 
 
 
 def max_decode_splits(num_kv_heads: int, num_sms: int) -> int:
-    """The most splits of any candidate: what the memory plan has room for."""
+    """Return the most splits of any candidate: what the memory plan has room for."""
     return decode_splits(num_kv_heads, num_sms, dataclasses.replace(FALLBACK, decode_ctas=2))
 
 
@@ -537,7 +537,7 @@ class DecodeAttentionProblem(Problem[DecodeAttentionConfig]):
         return _KV_TILE * (row + 2 if self.kv_int8 else 2 * row)
 
     def shared(self, config: DecodeAttentionConfig) -> int:
-        """Bytes of the rings, or of the values that are merged after them."""
+        """Return the bytes of the rings, or of the values that are merged after them."""
         group = self.num_heads // self.num_kv_heads
         return max(
             config.warps * config.depth * self.piece_bytes(),
@@ -586,7 +586,7 @@ class PrefillAttentionConfig:
         return 32 * self.warps * self.groups
 
     def shared(self, head_dim: int, kv_int8: bool) -> int:
-        """Bytes of shared memory a CTA takes."""
+        """Return the bytes of shared memory a CTA takes."""
         keys, row = self.groups * self.tile_keys, 2 * (head_dim + 8)
         queries = self.queries * row if self.blocks > 1 else 0
         stage = 2 * keys * row
@@ -620,8 +620,8 @@ class PrefillAttentionProblem(Problem[PrefillAttentionConfig]):
         return -(-self.rows // queries) * self.num_heads
 
     def rule(self, gpu: Gpu, numbers: Numbers) -> PrefillAttentionConfig:
-        """By how many CTAs each SM gets and what fits its shared memory. Measured with 32 heads of 64 and of 128, once
-        for each head and once eight times, as on a GPU with an eighth of an H200's SMs."""
+        """Choose by how many CTAs each SM gets and what fits its shared memory. Measured with 32 heads of 64 and of
+        128, once for each head and once eight times, as on a GPU with an eighth of an H200's SMs."""
         keys = 32 if self.head_dim > 128 else 64
         half = (gpu.max_shared - _SYSTEM_SHARED) // 2  # of an SM's, so that two CTAs fit
         narrow, split = PrefillAttentionConfig(4, 1, 1, keys), PrefillAttentionConfig(4, 1, 2, keys)

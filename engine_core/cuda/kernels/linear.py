@@ -165,7 +165,7 @@ def add_bias(kernels: Kernels, values: DeviceArray, bias: DeviceArray) -> Launch
 
 
 def keep_last_row(kernels: Kernels, rows: DeviceArray, chunk: DeviceArray) -> Launch:
-    """The first of rows [n, width] becomes that of the last token of ``chunk``, see CHUNK_WORDS."""
+    """Copy to the first of rows [n, width] that of the last token of ``chunk``, see CHUNK_WORDS."""
     check("chunk", chunk, (CHUNK_WORDS,), "int32")
     row_bytes = rows.shape[1] * ITEM_BYTES[rows.dtype]
     if row_bytes % 16:

@@ -93,7 +93,7 @@ class LoraTerm:
         return [self.matrix.a, *self.args]
 
     def gemv_defines(self, kernels: Kernels) -> dict[str, int | str]:
-        """The macros of lora_gemv.cuh."""
+        """Return the macros of lora_gemv.cuh."""
         return {**self.matrix.defines, "LORA_CTAS": kernels.gpu.num_sms}
 
 

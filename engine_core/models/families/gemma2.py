@@ -5,7 +5,7 @@ from engine_core.models.fields import Fields
 
 
 def layer_kinds(fields: Fields, count: int) -> list[str]:
-    """A window, all tokens, a window, and so on."""
+    """Return the kinds of ``count`` layers: a window, all tokens, a window, and so on."""
     return [FULL if index % 2 else SLIDING for index in range(count)]
 
 

@@ -5,7 +5,7 @@ from engine_core.models.fields import Fields
 
 
 def layer_kinds(fields: Fields, count: int) -> list[str]:
-    """The first max_window_layers see all tokens."""
+    """Return the kinds of ``count`` layers, of which the first max_window_layers see all tokens."""
     first = fields.count("max_window_layers", 28)
     return [FULL if index < first else SLIDING for index in range(count)]
 
