@@ -67,8 +67,8 @@ from engine_core.message_types import MessageValueError, message_of, schema_of
 
 __all__ = [
     "LLM", "EngineError", "InvalidRequestError", "InvalidSessionError", "LLMError", "NoMessageError", "NotActiveError",
-    "PieceText", "Pieces", "PromptTooLongError", "QueueFullError", "SessionBusyError", "Stream", "UnavailableError", "error_of",
-    "make_goal",
+    "PieceText", "Pieces", "PromptTooLongError", "QueueFullError", "SessionBusyError", "Stream", "UnavailableError",
+    "error_of", "make_goal",
 ]  # fmt: skip
 
 _CHECK_INTERVAL = 0.5  # s between two looks whether the node is still there
