@@ -18,13 +18,10 @@ SCHEMA = Path(get_package_share_directory("edgellm_ros")) / "models" / "demo" / 
 def plan(llm: LLM, command: str) -> list[dict]:
     """Return the steps to do. Raises RuntimeError with a sentence for the user if there are none."""
     pieces = llm.pieces(command, json_schema=SCHEMA.read_text(), temperature=0.0, deadline=10.0)  # s
-    while True:
-        try:
-            print(next(pieces), end="", flush=True)
-        except StopIteration as end:
-            answer = end.value
-            break
+    for piece in pieces:
+        print(piece, end="", flush=True)
     print()
+    answer = pieces.result
     if answer.finish_reason != FinishReason.STOP:  # late, cancelled or cut: not a whole plan
         raise RuntimeError(f"There is no whole plan (finish reason {answer.finish_reason}).")
     value = json.loads(answer.text)  # cannot fail: the schema held while it was generated
