@@ -1,8 +1,9 @@
 """A chat in the terminal over the node's action: ``ros2 run edgellm_ros chat`` or ``python3 -m edgellm_ros.chat``.
 
-The answer appears as it is generated. Ctrl-C cancels it; a second one, or one at the prompt, leaves. ``/reset``
-forgets the conversation, ``/system TEXT`` sets the system prompt and forgets it, ``/quit`` leaves. Lines can also come
-from a pipe. With ``--session`` the node keeps the conversation, so that a later chat goes on with it.
+The answer appears as it is generated; while the model thinks first, a line says so. Ctrl-C cancels it; a second one, or
+one at the prompt, leaves. ``/reset`` forgets the conversation, ``/system TEXT`` sets the system prompt and forgets it,
+``/quit`` leaves. Lines can also come from a pipe. With ``--session`` the node keeps the conversation, so that a later
+chat goes on with it.
 """
 
 from __future__ import annotations
@@ -50,16 +51,40 @@ class Interrupts:
             self._cancel = None
 
 
+class ThinkingLine:
+    """The line that is shown while the model thinks: on a terminal it counts, and goes when the answer begins."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._num_characters = 0  # of the reasoning so far; 0 = no line is shown
+
+    def add(self, reasoning: str) -> None:
+        if self._is_terminal:
+            text = f"\r[thinking: {self._num_characters + len(reasoning)} characters]"
+            print(text, end="", file=sys.stderr, flush=True)
+        elif not self._num_characters:
+            print("[thinking]", file=sys.stderr, flush=True)
+        self._num_characters += len(reasoning)
+
+    def end(self) -> None:
+        if self._is_terminal and self._num_characters:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._num_characters = 0
+
+
 class Chat:
-    """A conversation; failed and empty turns do not become part of it. With a ``session`` the node keeps it."""
+    """A conversation; failed and empty turns do not become part of it. With a ``session`` the node keeps it.
+
+    ``options``: of each request.
+    """
 
     def __init__(
-        self, llm: LLM, interrupts: Interrupts, system_prompt: str, sampling: dict[str, Any], session: str = ""
+        self, llm: LLM, interrupts: Interrupts, system_prompt: str, options: dict[str, Any], session: str = ""
     ) -> None:
         self._llm = llm
         self._interrupts = interrupts
         self._system_prompt = system_prompt
-        self._sampling = sampling
+        self._options = options
         self._session = session
         self._turns: list[dict[str, str]] = []
 
@@ -121,10 +146,15 @@ class Chat:
 
     def _show(self, messages: list[dict[str, str]], **fields: str) -> GenerationResult:
         """Print the answer as it comes, and return its result."""
-        pieces = self._llm.pieces(messages, **fields, **self._sampling)
+        thinking = ThinkingLine()
+        pieces = self._llm.pieces(messages, on_reasoning=thinking.add, **fields, **self._options)
         with self._interrupts.during_answer(pieces.cancel):
-            for piece in pieces:
-                print(piece, end="", flush=True)
+            try:
+                for piece in pieces:
+                    thinking.end()
+                    print(piece, end="", flush=True)
+            finally:
+                thinking.end()
         print()
         return pieces.result
 
@@ -145,7 +175,8 @@ def read_lines(interactive: bool) -> Iterator[str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    sampling = {name: value for name in OPTION_TYPES if (value := getattr(arguments, name)) is not None}
+    options = {name: value for name in OPTION_TYPES if (value := getattr(arguments, name)) is not None}
+    options["thinking"] = arguments.thinking
     interactive = sys.stdin.isatty()
     interrupts = Interrupts()
     failed = False
@@ -154,7 +185,7 @@ def run(arguments: argparse.Namespace) -> int:
             llm.wait()
             if interactive:
                 print(f"Connected to {arguments.node}. {_HELP}", file=sys.stderr)
-            chat = Chat(llm, interrupts, arguments.system, sampling, arguments.session)
+            chat = Chat(llm, interrupts, arguments.system, options, arguments.session)
             for line in read_lines(interactive):
                 try:
                     if not chat.line(line):
@@ -174,6 +205,10 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt; without it the node's")
     parser.add_argument("--session", default="", metavar="NAME", help="the node keeps the conversation under this name")
     parser.add_argument("--wait", type=float, default=5.0, metavar="SECONDS", help="how long to look for the node")
+    parser.add_argument(
+        "--thinking", choices=("model", "off", "on"), default="model",
+        help="whether the model thinks before it answers; model (the default): as its template does",
+    )  # fmt: skip
     for name, kind in OPTION_TYPES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="without it the node's parameter")
     return parser.parse_args(args)

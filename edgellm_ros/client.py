@@ -33,7 +33,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import rclpy
 from action_msgs.msg import GoalStatus
@@ -186,8 +186,14 @@ class _Action:
         self._node.destroy_guard_condition(self._guard)
 
 
+class _Piece(NamedTuple):
+    sequence: int
+    text: str
+    reasoning: str
+
+
 class _Call:
-    """One request on its way. ``put`` gets ``(sequence, text)`` for each piece, then a result or an LLMError."""
+    """One request on its way. ``put`` gets a ``_Piece`` for each piece, then a result or an LLMError."""
 
     def __init__(
         self, action: _Action, goal: Generate.Goal, put: Callable[[Any], None], forget: Callable[[_Call], None]
@@ -248,7 +254,8 @@ class _Call:
         self._cancel_answered = True
 
     def _on_feedback(self, message: Any) -> None:
-        self._put((message.feedback.sequence, message.feedback.text))
+        feedback = message.feedback
+        self._put(_Piece(feedback.sequence, feedback.text, feedback.reasoning))
 
     def _on_sent(self, future: Future) -> None:
         try:
@@ -296,9 +303,10 @@ class _Call:
 class Stream:
     """The pieces of one answer, an async iterator of str. ``result``: the whole answer, once it has ended."""
 
-    def __init__(self, llm: LLM, goal: Generate.Goal) -> None:
+    def __init__(self, llm: LLM, goal: Generate.Goal, on_reasoning: Callable[[str], None] | None = None) -> None:
         self._llm = llm
         self._goal = goal
+        self._on_reasoning = on_reasoning
         self.result: GenerationResult | None = None
 
     async def __aiter__(self) -> AsyncIterator[str]:
@@ -322,8 +330,10 @@ class Stream:
                     continue
                 if isinstance(event, LLMError):
                     raise event
-                is_piece = isinstance(event, tuple)
-                given = text.piece(*event) if is_piece else text.rest(event.text)
+                is_piece = isinstance(event, _Piece)
+                if is_piece and event.reasoning and self._on_reasoning is not None:
+                    self._on_reasoning(event.reasoning)
+                given = text.piece(event.sequence, event.text) if is_piece else text.rest(event.text)
                 if not is_piece:
                     self.result = event
                 if given:
@@ -348,8 +358,9 @@ class Pieces:
     The request is sent when the first piece is asked for. ``close`` leaves the iterator and cancels the request.
     """
 
-    def __init__(self, llm: LLM, goal: Generate.Goal) -> None:
+    def __init__(self, llm: LLM, goal: Generate.Goal, on_reasoning: Callable[[str], None] | None = None) -> None:
         self.result: GenerationResult | None = None
+        self._on_reasoning = on_reasoning
         self._llm = llm
         self._events: queue.SimpleQueue = queue.SimpleQueue()
         self._pieces = self._receive(goal)
@@ -384,12 +395,14 @@ class Pieces:
                 if event is _CANCEL:
                     call.cancel()
                     continue
-                ended = not isinstance(event, tuple)
+                ended = not isinstance(event, _Piece)
                 if isinstance(event, LLMError):
                     raise event
                 if ended:
                     self.result = event
-                if given := text.rest(event.text) if ended else text.piece(*event):
+                if not ended and event.reasoning and self._on_reasoning is not None:
+                    self._on_reasoning(event.reasoning)
+                if given := text.rest(event.text) if ended else text.piece(event.sequence, event.text):
                     yield given
         finally:
             if not ended:
@@ -405,7 +418,8 @@ class LLM:
     ``parallel_tool_calls``, ``template_variables``, ``thinking``, ``thinking_budget``, ``adapter``, ``session``
     (``messages`` are then the new ones, the node has the others), ``context_policy``, ``stop``, ``priority``,
     ``deadline`` (s), ``request_id``, ``allow_special``, and the options of msg/SamplingOptions that have one value.
-    Pieces are those of the text; a result has the reasoning and the tool calls, too.
+    Pieces are those of the text; a result has the reasoning and the tool calls, too. ``on_reasoning`` is called with
+    each part of the reasoning, where the pieces are iterated; a part may be lost, the result has the whole.
     ``sessions`` lists, resets, forks, saves and loads the node's sessions, ``async_sessions`` does it in asyncio.
     Close it, or use it in a ``with`` or ``async with``.
     """
@@ -477,9 +491,11 @@ class LLM:
 
     # --- asyncio --------------------------------------------------------------------------------------
 
-    def stream(self, messages: Messages = (), **options: Any) -> Stream:
+    def stream(
+        self, messages: Messages = (), *, on_reasoning: Callable[[str], None] | None = None, **options: Any
+    ) -> Stream:
         """Return the pieces of an answer as they come. Iterating raises LLMError."""
-        return Stream(self, make_goal(messages, **options))
+        return Stream(self, make_goal(messages, **options), on_reasoning)
 
     async def generate(self, messages: Messages = (), **options: Any) -> GenerationResult:
         """Return the whole answer, with its figures. Raises LLMError."""
@@ -498,9 +514,11 @@ class LLM:
 
     # --- without asyncio ------------------------------------------------------------------------------
 
-    def pieces(self, messages: Messages = (), **options: Any) -> Pieces:
+    def pieces(
+        self, messages: Messages = (), *, on_reasoning: Callable[[str], None] | None = None, **options: Any
+    ) -> Pieces:
         """Return the pieces of an answer as they come. Iterating raises LLMError."""
-        return Pieces(self, make_goal(messages, **options))
+        return Pieces(self, make_goal(messages, **options), on_reasoning)
 
     def ask(self, messages: Messages = (), **options: Any) -> GenerationResult:
         """Return the whole answer, with its figures. Raises LLMError."""

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from engine_core.backends.capabilities import capabilities_of
 from engine_core.commands.tables import print_notes, print_table
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
 def _engine(options: argparse.Namespace) -> int:
     from engine_core.config import EngineConfig
     from engine_core.formats.manifest import list_variants, read_manifest, select_variant
+    from engine_core.planning.describe import answer_format
     from engine_core.planning.plan import plan_engine
 
     directories = list_variants(options.target)
@@ -54,19 +56,20 @@ def _engine(options: argparse.Namespace) -> int:
                 "manifest": dataclasses.asdict(manifest),
                 "verified": options.verify,
                 "plan": rows[kind].as_dict(),
+                **answer_format(directories[kind]),
             }
             for kind, manifest in manifests.items()
         ]
         print(json.dumps({"kind": "engine", "variants": variants}, indent=2))
         return 0
-    _print_variants(manifests, rows)
+    _print_variants(manifests, rows, answer_format(next(iter(directories.values()))))
     for kind, manifest in manifests.items():
         print()
         _print_files(f"Files of {directories[kind]}", manifest, options.verify)
     return 0
 
 
-def _print_variants(manifests: dict, rows: dict) -> None:
+def _print_variants(manifests: dict, rows: dict, answers: dict[str, Any]) -> None:
     def line(label: str, values: list) -> list[str]:
         return [label, *(str(value) for value in values)]
 
@@ -90,7 +93,7 @@ def _print_variants(manifests: dict, rows: dict) -> None:
     from engine_core.planning.describe import sizes
 
     print()
-    values = {"architecture": first.model.architecture} | sizes(first.model)
+    values = {"architecture": first.model.architecture} | sizes(first.model) | _shown(answers)
     print_table(["Model", ""], [(name, _number(value)) for name, value in values.items() if value != ""])
     notes = [f"end-of-sequence ids: {', '.join(map(str, first.eos_token_ids)) or 'none'}"]
     notes.append(
@@ -126,7 +129,8 @@ def _checkpoint(options: argparse.Namespace) -> int:
         return 0 if found["supported"] else 1
     backends, kv_cache_types = found.pop("backends"), found.pop("kv_cache_types")
     why_not = found.pop("why_not")
-    rows = [(name.replace("_", " "), _number(value)) for name, value in found.items() if value not in ("", None)]
+    shown = _shown(found)
+    rows = [(name.replace("_", " "), _number(value)) for name, value in shown.items() if value not in ("", None)]
     print_table([str(options.target), ""], rows)
     print()
     if backends:
@@ -143,6 +147,11 @@ def _backend_lines(name: str, kv_cache_types: dict[str, list[str]]) -> list[tupl
     for kind, types in kv_cache_types.items():
         formats.setdefault(", ".join(types), []).append(kind)
     return [(name, ", ".join(kinds), types) for types, kinds in formats.items()] or [(name, "-", "-")]
+
+
+def _shown(values: dict[str, Any]) -> dict[str, Any]:
+    """Return ``values`` for a table: a model without tools has a tool format, too: none."""
+    return values | ({"tool_format": values["tool_format"] or "none"} if "tool_format" in values else {})
 
 
 def _number(value) -> str:

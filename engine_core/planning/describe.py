@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from engine_core.backends.capabilities import Capabilities, all_capabilities
-from engine_core.errors import CheckpointError, UnsupportedModelError
+from engine_core.errors import CheckpointError, EngineDirectoryError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint, stored_bytes
 from engine_core.formats.detect import conversion_refusal, quantization_of
 from engine_core.formats.gguf_file import is_gguf
@@ -19,7 +19,7 @@ from engine_core.models.spec import ModelSpec
 
 def describe_checkpoint(path: Path) -> dict:
     """JSON-safe: sizes, types, ``supported``, ``backends`` (name → quantizations that can be built and run),
-    ``kv_cache_types`` (name → quantization → types), ``why_not`` (what → reason).
+    ``kv_cache_types`` (name → quantization → types), ``why_not`` (what → reason), and what ``answer_format`` gives.
 
     Raises CheckpointError if config.json, a safetensors file or a GGUF file cannot be read.
     """
@@ -58,26 +58,39 @@ def describe_checkpoint(path: Path) -> dict:
         why_not["checkpoint"] = str(error)
     if not num_bytes:
         why_not["weights"] = "there are no safetensors here, so that it can be planned, not built"
-    return found | {
+    answers, lacks = _texts(path)
+    return found | answers | {
         "backends": backends,
         "kv_cache_types": kv_cache_types,
-        "why_not": why_not | _without_tokenizer(path),
-    }
+        "why_not": why_not | lacks,
+    }  # fmt: skip
 
 
-def _without_tokenizer(path: Path) -> dict[str, str]:
-    """Return what the tokenizer lacks (what → reason)."""
+def answer_format(directory: Path) -> dict[str, str | bool]:
+    """JSON-safe: ``tool_format`` ("" = requests cannot have tools) and ``thinks``, as ~/get_info has them; empty if
+    ``directory`` has no tokenizer that can be read."""
+    from engine_core.text.tokenizer import Tokenizer
+
+    try:
+        found = Tokenizer(directory).answer_format
+    except EngineDirectoryError:
+        return {}
+    return {"tool_format": found.tools, "thinks": found.thinks}
+
+
+def _texts(path: Path) -> tuple[dict[str, str | bool], dict[str, str]]:
+    """Return the format of answers, and what the tokenizer lacks (what → reason)."""
     directory = path
     if is_gguf(path):
         try:
             checkpoint = Checkpoint(path)  # kept: its directory is gone with it
             directory = checkpoint.directory
         except (UnsupportedModelError, CheckpointError) as error:
-            return {"tokenizer": str(error)}
+            return {}, {"tokenizer": str(error)}
     names = ("tokenizer.json", "tokenizer_config.json")
-    return {
-        name: "missing; without it an engine cannot read text" for name in names if not (directory / name).is_file()
-    }
+    missing = [name for name in names if not (directory / name).is_file()]
+    lacks = {name: "missing; without it an engine cannot read text" for name in missing}
+    return ({} if missing else answer_format(directory)), lacks
 
 
 def _architecture(config: dict) -> str:

@@ -20,6 +20,7 @@ from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
 from engine_core.measure.bench import Benchmark, step_bytes
 from engine_core.planning.plan import plan_engine
+from tool_templates import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
@@ -47,6 +48,7 @@ def test_inspect_shows_every_variant_and_file(engine, capsys):
     document = json.loads(capsys.readouterr().out)
     assert [variant["manifest"]["quantization"] for variant in document["variants"]] == ["fp32", "int8"]
     assert all(variant["verified"] and variant["plan"]["fits"] for variant in document["variants"])
+    assert all((variant["tool_format"], variant["thinks"]) == ("", False) for variant in document["variants"])
     assert cli.main(["inspect", str(engine), "--json", "--quantization", "int8"]) == 0
     assert len(json.loads(capsys.readouterr().out)["variants"]) == 1
 
@@ -73,6 +75,21 @@ def test_inspect_says_what_a_checkpoint_is(capsys):
     assert found["backends"]["cuda"] == ["fp16", "fp8", "int8", "int4", "nvfp4"]
     assert cli.main(["inspect", str(DEMO)]) == 0
     assert "6,820,096" in capsys.readouterr().out
+
+
+def test_inspect_says_whether_a_model_has_tools_and_thinks(tmp_path, capsys):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / name, tmp_path / name)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["hermes"][0])
+    cli.main(["inspect", str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tool_format"], found["thinks"]) == ("hermes", True)
+    cli.main(["inspect", str(tmp_path)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["tool", "format", "hermes"] in rows and ["thinks", "yes"] in rows
+    (tmp_path / "tokenizer.json").write_text("{")
+    cli.main(["inspect", str(tmp_path), "--json"])
+    assert "tool_format" not in json.loads(capsys.readouterr().out)
 
 
 def write_config(directory: Path, **changes) -> Path:

@@ -1,6 +1,7 @@
 """A backend for tests of the node: the core's ScriptedBackend as an engine directory makes it.
 
 ``Manifest.options``: ``script`` (text it says; else text that depends on the whole KV cache and never ends),
+``answers`` (text → what it says instead to a prompt that holds it; of several the one that stands last),
 ``step_time`` (s), ``fault_file`` (while this file exists, every step fails), ``fail_load``, ``max_draft`` (tokens).
 """
 
@@ -12,7 +13,7 @@ from engine_core.backends.kv_pool import pool_tokens
 from engine_core.errors import EngineFaultError
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.memory import MemoryItem, MemoryPlan
-from fakes import END, EOS, ScriptedBackend, fake_model, write_tokenizer
+from fakes import BOS, END, EOS, ScriptedBackend, fake_model, write_tokenizer
 
 MAX_CONTEXT = 2048
 TOKEN_BYTES = 256  # of its KV, as it says
@@ -37,8 +38,16 @@ class FakeBackend(ScriptedBackend):
             pool_tokens=pool_tokens(config, config.max_context, TOKEN_BYTES),
             max_draft=0 if config.speculation == "off" else options.get("max_draft", 0),
         )  # fmt: skip
+        backend.answers = {key.encode("utf-8"): value for key, value in options.get("answers", {}).items()}
         backend.fault_file = Path(options["fault_file"]) if "fault_file" in options else None
         return backend
+
+    def begin(self, slot, sampling, history, adapter="") -> None:
+        prompt = bytes(token for token in history.tolist() if token < BOS)
+        said = max(self.answers, key=prompt.rfind, default=b"")
+        if said and said in prompt:
+            self.script = [*self.answers[said].encode("utf-8"), EOS]
+        super().begin(slot, sampling, history, adapter)
 
     def check_device(self) -> None:
         super().check_device()
@@ -52,11 +61,13 @@ class FakeBackend(ScriptedBackend):
         return logits
 
 
-def write_engine(directory: Path, *, backend: str = "fake", template: str = "", **options) -> Path:
+def write_engine(
+    directory: Path, *, backend: str = "fake", template: str = "", max_context: int = MAX_CONTEXT, **options
+) -> Path:
     """A whole engine directory for FakeBackend; of another ``backend``, one that it refuses. ``template``: of chats,
     "" = that of the fakes."""
     manifest = Manifest(
-        "fake", fake_model(MAX_CONTEXT), backend, "fp32", "fp32", MAX_CONTEXT, 1, (EOS, END), options=options
+        "fake", fake_model(max_context), backend, "fp32", "fp32", max_context, 1, (EOS, END), options=options
     )
     with write_variant(directory) as temporary:
         write_tokenizer(temporary)

@@ -12,6 +12,8 @@ import time
 import pytest
 
 from edgellm_ros.msg import ChatMessage
+from fake_backend import write_engine
+from tool_templates import TEMPLATES
 
 
 @pytest.fixture
@@ -125,3 +127,13 @@ def test_ctrl_c_cancels_then_leaves(llm, start):
     assert chat.wait(5) == 130
     assert b"Traceback" not in seen
     os.close(terminal)
+
+
+def test_a_line_says_that_the_model_thinks(nodes, tmp_path):
+    answers = {"hello": "<think>\nHm.\n</think>\n\nGood morning.", "</think>": "At once."}
+    engine = write_engine(tmp_path / "engine", template=TEMPLATES["hermes"][0], answers=answers)
+    name = nodes.start(engine).bring_up().name
+    for thinking, expected in (("model", (0, "Good morning.\n", "[thinking]\n")), ("off", (0, "At once.\n", ""))):
+        command = [sys.executable, "-m", "edgellm_ros.chat", "--node", name, "--thinking", thinking]
+        chat = subprocess.run(command, input="hello\n", capture_output=True, text=True, timeout=20)
+        assert (chat.returncode, chat.stdout, chat.stderr) == expected
