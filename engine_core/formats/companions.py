@@ -67,7 +67,10 @@ def model_sampling(directory: Path) -> dict[str, float]:
 
 
 def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
-    """Warn of tokens that the model does not have. Raises CheckpointError for a tokenizer that no engine could load."""
+    """Warn of a missing tokenizer and of tokens that the model does not have.
+
+    Raises CheckpointError for a tokenizer that no engine could load.
+    """
     path = checkpoint.directory / "tokenizer.json"
     if not path.is_file():
         if (checkpoint.directory / "tokenizer.model").is_file():
@@ -75,6 +78,7 @@ def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
                 f"{checkpoint.directory} has a tokenizer.model but no tokenizer.json, which is read; convert it: "
                 "AutoTokenizer.from_pretrained(DIR, use_fast=True).save_pretrained(DIR)."
             )
+        _log.warning("%s has no tokenizer.json: the engine can be measured, not asked.", checkpoint.directory)
         return
     tokens = _token_ids(read_json(path))
     bad = [token for token, token_id in tokens.items() if not 0 <= token_id < 1 << 31]

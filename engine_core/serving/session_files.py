@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,9 @@ def load_session(directory: Path, name: str, engine_hash: str) -> SavedSession:
     """Read what ``save_session`` wrote. Raises InvalidSessionError if it is missing, damaged or of another engine."""
     path = _path(directory, name)
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InvalidSessionError(f"{path} is not a saved session: it is no file.")
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise InvalidSessionError(f"No session {name!r} has been saved in {directory}.") from None
@@ -70,6 +74,11 @@ def load_session(directory: Path, name: str, engine_hash: str) -> SavedSession:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise InvalidSessionError(f"{path} is not a saved session: {reason[:200]}.") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for the other end of a named pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _path(directory: Path, name: str) -> Path:

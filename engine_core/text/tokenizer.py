@@ -63,7 +63,9 @@ class Tokenizer:
         from transformers import PreTrainedTokenizerFast
 
         if not (directory / "tokenizer.json").is_file():
-            raise EngineDirectoryError(f"{directory} has no tokenizer.json; build the engine again.")
+            raise EngineDirectoryError(
+                f"{directory} has no tokenizer.json; build the engine again, from a checkpoint with one."
+            )
         _check_token_ids(directory / "tokenizer.json")
         try:
             self._hf = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import resource
+import shutil
 import signal
 
 import numpy as np
@@ -21,6 +23,7 @@ from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.backends.onnxruntime.exporter import Precision
 from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.errors import BuildError, CheckpointError, UnsupportedModelError
+from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.weight_formats import weight_format
 from engine_core.formats.weight_formats.base import Rounding
 
@@ -121,6 +124,23 @@ def test_damaged_weights_are_refused(checkpoint, tmp_path, damage):
 def test_options_that_make_no_engine_are_refused(checkpoint, tmp_path, options):
     with pytest.raises(BuildError):
         build_engine(checkpoint, tmp_path / "engine", **options)
+
+
+def test_a_missing_tokenizer_is_told(checkpoint, tmp_path, caplog):
+    (tmp_path / "llama3").symlink_to(checkpoint)
+    build_engine(tmp_path / "llama3", tmp_path / "engine", quantization="int4")
+    assert "no tokenizer.json" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_named_pipe_in_the_place_of_a_file_is_refused_at_once(checkpoint, tmp_path, name):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    (tmp_path / "copy" / name).unlink()
+    os.mkfifo(tmp_path / "copy" / name)
+    with pytest.raises(CheckpointError):
+        build_engine(tmp_path / "copy", tmp_path / "engine")
+    with pytest.raises(CheckpointError, match="no file"):
+        SafetensorsFile(tmp_path / "copy" / name)
 
 
 def test_a_full_disk_leaves_nothing_and_the_old_engine_as_it_was(checkpoint, tmp_path):

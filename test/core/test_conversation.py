@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import threading
 
@@ -334,3 +335,16 @@ def test_a_damaged_file_is_refused_with_one_sentence(tmp_path, change):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(InvalidSessionError, match="is not a saved session"):
             load_session(tmp_path, "a", "hash")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "a.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(InvalidSessionError):
+        load_session(tmp_path, "a", "hash")
