@@ -237,7 +237,7 @@ def read_json(path: Path, *, required: bool = True) -> dict:
         raise CheckpointError(f"{path} is missing, so {path.parent} is not a checkpoint directory.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object.")

@@ -121,7 +121,7 @@ def _parse(variant_dir: Path) -> Manifest:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineDirectoryError(f"{path} cannot be read as JSON ({error}); build the engine again.") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if not isinstance(version, int):

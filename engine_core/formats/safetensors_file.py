@@ -65,7 +65,7 @@ class SafetensorsFile:
             header = json.loads(bytes(self._bytes[8 : 8 + length]))
             self.metadata = {str(key): str(value) for key, value in header.get("__metadata__", {}).items()}
             return {name: self._entry(value, 8 + length) for name, value in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path} is not a whole safetensors file ({error}); fetch it again.") from error
 
     def _entry(self, value: dict, base: int) -> _Entry:

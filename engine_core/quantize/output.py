@@ -227,5 +227,5 @@ def _replaceable(directory: Path) -> bool:
         return True
     try:
         return MARK in json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False

@@ -154,7 +154,7 @@ def _chats(path: Path, lines: Iterator[str]) -> Iterator[Document]:
 def _chat(place: str, line: str) -> Document:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BuildError(f"{place} is not JSON ({error}); a .jsonl file has one object a line.") from None
     found = value if isinstance(value, dict) else {}
     if isinstance(found.get("text"), str):

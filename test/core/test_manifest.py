@@ -13,11 +13,13 @@ from engine_core.config import EngineConfig
 from engine_core.errors import (
     BackendUnavailableError,
     BuildError,
+    CheckpointError,
     ConfigurationError,
     EngineDirectoryError,
     IntegrityError,
     SchemaVersionError,
 )
+from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -27,9 +29,11 @@ from engine_core.formats.manifest import (
     select_variant,
     write_variant,
 )
+from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.models.rope import RopeSpec
 from engine_core.models.spec import LayerSpec, ModelSpec
 from engine_core.serving.engine import Engine
+from engine_core.text.documents import read_documents
 
 MODEL = ModelSpec(
     architecture="LlamaForCausalLM",
@@ -253,3 +257,19 @@ def test_the_old_engine_comes_back_when_the_second_rename_fails(tmp_path, monkey
     monkeypatch.undo()
     assert read_manifest(tmp_path / "engine").model_name == "old"
     assert os.listdir(tmp_path) == ["engine"]
+
+
+def test_json_that_is_nested_too_deeply_is_refused_in_one_sentence(tmp_path):
+    deep = "[" * 100_000
+    (tmp_path / MANIFEST_NAME).write_text(deep)
+    with pytest.raises(EngineDirectoryError, match="cannot be read as JSON"):
+        read_manifest(tmp_path)
+    (tmp_path / "config.json").write_text(deep)
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        Checkpoint(tmp_path)
+    (tmp_path / "x.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep.encode())
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        SafetensorsFile(tmp_path / "x.safetensors")
+    (tmp_path / "texts.jsonl").write_text(deep + "\n")
+    with pytest.raises(BuildError):
+        list(read_documents(tmp_path / "texts.jsonl"))

@@ -77,7 +77,7 @@ class ConfigFile:
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             entries = stored["configs"] if {key: stored.get(key) for key in self._head} == self._head else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
             return {}
         found = {}
         for problem in problems:
@@ -90,7 +90,7 @@ class ConfigFile:
     def write(self, configs: Mapping[Problem[Any], Any]) -> bool:
         """Add ``configs`` to the file, which is replaced at once. Return whether that was possible."""
         entries: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
             entries = dict(json.loads(self.path.read_text(encoding="utf-8"))["configs"])
         entries.update({problem.key: dataclasses.asdict(config) for problem, config in configs.items()})
         try:
