@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from engine_core.errors import EngineDirectoryError, InvalidRequestError, first_line
+from engine_core.errors import EngineDirectoryError, InvalidRequestError, InvalidTextError, first_line
 from engine_core.request import ChatMessage, Tool
 from engine_core.text.call_formats import TOOL_VARIABLES, AnswerFormat
 from engine_core.text.conversation import Conversation, marked, to_conversation, to_tools
@@ -95,7 +95,11 @@ class Tokenizer:
         return frozenset(self.fast.get_added_tokens_decoder()) | frozenset(self._hf.all_special_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> np.ndarray:
-        """Return ``text`` as int32 [n]; with ``add_special_tokens`` the model's BOS and the like are put around it."""
+        """Return ``text`` as int32 [n]; with ``add_special_tokens`` the model's BOS and the like are put around it.
+
+        Raises InvalidTextError if it has half a surrogate pair.
+        """
+        _check_text(text)
         if len(text) < _LONG:
             encoded = self.fast.encode(text, add_special_tokens=add_special_tokens)
         else:  # a mebibyte takes a second: batches alone let Python's other threads run meanwhile
@@ -251,6 +255,7 @@ class Tokenizer:
         pattern = self._special if own else self._control
         cuts = {match.start() + 1 for match in pattern.finditer(text)} if pattern is not None else set()
         if self._normalized_ids:
+            _check_text(text)
             found = self.fast.encode(text, add_special_tokens=False)
             for token_id, (start, end) in zip(found.ids, found.offsets):
                 if token_id in self._normalized_ids and end - start > 1:
@@ -302,6 +307,17 @@ class Tokenizer:
     def token_texts(self, ids: Iterable[int]) -> list[str]:
         """Return the text of each id on its own, special tokens by name; U+FFFD where it is a part of a character."""
         return [self.fast.decode([int(token_id)], skip_special_tokens=False) for token_id in ids]
+
+
+def _check_text(text: str) -> None:
+    """Raises InvalidTextError for half a surrogate pair, which JSON inside a request can spell."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidTextError(
+            f"A text of the request spells half a surrogate pair, U+{ord(text[error.start]):04X}; send whole "
+            "characters."
+        ) from None
 
 
 def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import fakes
-from engine_core.errors import EmptyPromptError, InvalidRequestError, InvalidSchemaError
+from engine_core.errors import EmptyPromptError, InvalidRequestError, InvalidSchemaError, InvalidTextError
 from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, SamplingParams, Tool, ToolCall
 from engine_core.serving.engine import CancelToken
 from fakes import EOS, text_ids
@@ -210,13 +210,15 @@ REFUSED = [
     (dict(template_variables='{"a":' * 80 + "1" + "}" * 80), InvalidRequestError, "no JSON object"),
     (dict(template_variables='{"messages":[]}'), InvalidRequestError, "no variable 'messages'"),
     (dict(template_variables='{"a":"' + "x" * (1 << 14) + '"}'), InvalidRequestError, "template variables"),
+    (dict(tools=(Tool("a", "", r'{"type": "object", "title": "\ud800"}'),)), InvalidTextError, "pair, U.D800"),
+    (dict(tools=(Tool("a", "", r'{"type": "object", "properties": {"\udfff": {}}}'),)), InvalidTextError, "U.DFFF"),
     (dict(messages=(), prompt="x", tools=TOOLS), InvalidRequestError, "raw prompt"),
     (dict(messages=(), prompt="x", thinking="off"), InvalidRequestError, "raw prompt"),
     (dict(messages=(ChatMessage("assistant", ""),)), EmptyPromptError, "empty"),
 ]  # fmt: skip
 CALLING = ChatMessage("assistant", "", tool_calls=(ToolCall("1", "go", "{}"),))
 REFUSED += [
-    (dict(messages=messages), InvalidRequestError, reason)
+    (dict(messages=messages), InvalidTextError if "U.D800" in reason else InvalidRequestError, reason)
     for messages, reason in (
         ((*QUESTION, CALLING, ChatMessage("tool", "x", tool_call_id="2")), "'2' is that of no tool call"),
         ((*QUESTION, ChatMessage("tool", "x", tool_call_id="1"), CALLING), "'1' is that of no tool call"),
@@ -225,6 +227,8 @@ REFUSED += [
         ((*QUESTION, ChatMessage("user", "x", reasoning="y")), "only an assistant has"),
         ((*QUESTION, CALLING, CALLING), "Two tool calls in the messages have the id '1'"),
         ((*QUESTION, ChatMessage("assistant", "", tool_calls=(ToolCall("1", "go", "[]"),))), "no JSON object"),
+        ((*QUESTION, ChatMessage("assistant", "", tool_calls=(ToolCall("1", "go", r'{"a": "\ud800"}'),))), "U.D800"),
+        ((*QUESTION, ChatMessage("assistant", "", tool_calls=(ToolCall("1", "go", r'{"\ud800": 1}'),))), "U.D800"),
         ((*QUESTION, ChatMessage("assistant", "", tool_calls=(ToolCall("1", "g o", "{}"),))), "name 'g o'"),
         ((*QUESTION, ChatMessage("assistant", "", tool_calls=(ToolCall("1" * 300, "go", "{}"),))), "300 characters"),
         ((*QUESTION, ChatMessage("assistant", "", tool_calls=CALLING.tool_calls * 129)), "129 tool calls"),
