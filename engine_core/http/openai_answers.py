@@ -7,10 +7,13 @@ import time
 from typing import Any
 
 from engine_core.http.openai_requests import Asked
-from engine_core.request import FinishReason, GenerationResult, Piece
+from engine_core.request import FinishReason, GenerationResult, Piece, ToolCall
 
 DONE = b"data: [DONE]\n\n"
-_FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.TIMEOUT: "length"}
+_FINISH_REASONS = {
+    FinishReason.STOP: "stop", FinishReason.TOOL_CALLS: "tool_calls",
+    FinishReason.LENGTH: "length", FinishReason.TIMEOUT: "length",
+}  # fmt: skip
 
 
 def event(value: dict) -> bytes:
@@ -24,7 +27,7 @@ def usage(result: GenerationResult) -> dict:
         "completion_tokens": result.generated_tokens,
         "total_tokens": result.prompt_tokens + result.generated_tokens,
         "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": result.reasoning_tokens},
     }
 
 
@@ -98,12 +101,27 @@ class ChatAnswer(TextAnswer):
     def __init__(self, asked: Asked, fingerprint: str) -> None:
         super().__init__(asked, fingerprint)
         self._role: dict = {"role": "assistant"}  # in the first chunk
+        self._num_calls = 0  # that have been sent
 
     def _choice(self, result: GenerationResult) -> dict:
-        return {"message": {"role": "assistant", "content": result.text, "refusal": None}}
+        message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
+        if result.reasoning:
+            message["reasoning_content"] = result.reasoning
+        if result.tool_calls:
+            message["content"] = result.text or None
+            message["tool_calls"] = [_call(call) for call in result.tool_calls]
+        return {"message": message}
 
     def _deltas(self, piece: Piece) -> list[dict]:
-        return [self._delta({"content": piece.text})] if piece.text else []
+        deltas: list[dict] = []
+        if piece.reasoning:
+            deltas.append(self._delta({"reasoning_content": piece.reasoning}))
+        if piece.text:
+            deltas.append(self._delta({"content": piece.text}))
+        for call in piece.tool_calls:  # one chunk for each: they come whole
+            deltas.append(self._delta({"tool_calls": [{"index": self._num_calls} | _call(call)]}))
+            self._num_calls += 1
+        return deltas
 
     def _last_delta(self) -> dict:
         return self._delta({})
@@ -111,3 +129,7 @@ class ChatAnswer(TextAnswer):
     def _delta(self, delta: dict) -> dict:
         role, self._role = self._role, {}
         return {"delta": role | delta}
+
+
+def _call(call: ToolCall) -> dict:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -13,10 +13,13 @@ from engine_core.http.fields import FieldError, Fields
 from engine_core.request import (
     LIMITS,
     SAMPLING_OPTIONS,
+    TOOL_CHOICES,
     ChatMessage,
     GenerationRequest,
     RequestDefaults,
     SamplingParams,
+    Tool,
+    ToolCall,
 )
 
 # Fields of OpenAI's API that say something to OpenAI's servers and nothing to a model.
@@ -26,6 +29,7 @@ WITHOUT_EFFECT = (
 _MAX_TOKENS = "max_new_tokens"
 _MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens", _MAX_TOKENS)
 _ROLES = {"developer": "system"}
+_EFFORTS = {"none": "off"} | dict.fromkeys(("minimal", "low", "medium", "high", "xhigh"), "on")
 _BY_REPETITION = "use repetition_penalty instead."
 _NO_LOGPROBS = "the backends keep the logits on their device."
 
@@ -59,12 +63,20 @@ def chat_request(fields: Fields, defaults: RequestDefaults, adapters: dict[str, 
     fields.only("verbosity", "medium", why="say it in the system message.")
     fields.only("functions", why="use tools.")
     fields.only("function_call", why="use tool_choice.")
+    parallel = fields.take("parallel_tool_calls", bool)
+    thinking, variables = _thinking(fields)
     content = {
         "messages": defaults.with_system(tuple(_message(message) for message in messages), session),
         "session": session,
         "default_system": defaults.system_prompt,
         "context_policy": fields.take("context_policy", str) or "refuse",
         "json_schema": schema,
+        "tools": tuple(_tool(tool) for tool in fields.objects("tools")),
+        "tool_choice": _tool_choice(fields),
+        "parallel_tool_calls": parallel is not False,
+        "template_variables": variables,
+        "thinking": thinking,
+        "thinking_budget": fields.take("thinking_budget", int) or 0,
         "allow_special": fields.take("allow_special", bool) or False,
     }
     return _asked("chatcmpl", fields, defaults, adapters, content)
@@ -127,13 +139,118 @@ def _message(fields: Fields) -> ChatMessage:
     if role is None:
         raise FieldError(fields.name("role"), f"{fields.path} has no role.")
     content = _text(fields)
+    name = fields.take("name", str) or ""
+    more: dict = {}
     if role == "assistant":
         fields.only("refusal", why="send it as content.")
         fields.only("audio", why="messages are text.")
         fields.only("function_call", why="use tool_calls.")
-    fields.take("name", str)  # of who speaks: no template shows it; documented
+        fields.only("annotations", [], why="messages are text.")
+        thoughts = [fields.take(key, str) for key in ("reasoning_content", "reasoning")]
+        more["reasoning"] = next(filter(None, thoughts), "")
+        more["tool_calls"] = tuple(_call(call) for call in fields.objects("tool_calls"))
+    elif role == "tool":
+        more["tool_call_id"] = fields.take("tool_call_id", str) or ""
+        more["name"] = name  # of who speaks, in the other roles: no template shows it; documented
     fields.finish()
-    return ChatMessage(_ROLES.get(role, role), content)
+    return ChatMessage(_ROLES.get(role, role), content, **more)
+
+
+def _call(fields: Fields) -> ToolCall:
+    """Return a call of a message."""
+    function = _function(fields)
+    call_id = fields.take("id", str) or ""
+    fields.take("index", int)  # clients that put a stream together keep it
+    fields.finish()
+    name, arguments = _name(function), function.take("arguments", str) or ""
+    function.finish()
+    return ToolCall(call_id, name, arguments)
+
+
+def _tool(fields: Fields) -> Tool:
+    function = _function(fields)
+    fields.finish()
+    name, description = _name(function), function.take("description", str) or ""
+    parameters = function.take("parameters", dict)
+    function.take("strict", bool)  # the schema is always kept to
+    function.finish()
+    return Tool(name, description, _json(function.name("parameters"), parameters))
+
+
+def _tool_choice(fields: Fields) -> str:
+    """Return one of ``TOOL_CHOICES``, or the name of a tool."""
+    choice = fields.take("tool_choice", str, dict)
+    if choice is None:
+        return "auto"
+    if not isinstance(choice, str):
+        named = Fields(choice, fields.name("tool_choice"))
+        function = _function(named)
+        named.finish()
+        name = _name(function)
+        function.finish()
+        if name in TOOL_CHOICES:
+            raise FieldError(named.path, f"A tool with the name {name!r} cannot be chosen; give it another name.")
+        return name
+    if choice not in TOOL_CHOICES:
+        raise FieldError(
+            "tool_choice",
+            f"tool_choice is {choice[:64]!r}, but it must be {', '.join(TOOL_CHOICES)} or an object that names a "
+            "function.",
+        )
+    return choice
+
+
+def _function(fields: Fields) -> Fields:
+    """Return the function of a tool, a call or a choice."""
+    kind = fields.take("type", str) or "function"
+    if kind != "function":
+        raise FieldError(
+            fields.name("type"), f"{fields.name('type')} is {kind[:32]!r}, but only 'function' is supported."
+        )
+    function = fields.object("function")
+    if function is None:
+        raise FieldError(fields.name("function"), f"{fields.path} has no function.")
+    return function
+
+
+def _name(function: Fields) -> str:
+    name = function.take("name", str)
+    if name is None:
+        raise FieldError(function.name("name"), f"{function.path} has no name.")
+    return name
+
+
+def _thinking(fields: Fields) -> tuple[str, str]:
+    """Return the request's ``thinking`` and its ``template_variables``."""
+    modes = []
+    if (mode := fields.take("thinking", str)) is not None:
+        modes.append(mode)
+    if (effort := fields.take("reasoning_effort", str)) is not None:
+        if effort not in _EFFORTS:
+            raise FieldError(
+                "reasoning_effort",
+                f"reasoning_effort is {effort[:32]!r}, but it must be one of {', '.join(_EFFORTS)}.",
+            )
+        modes.append(_EFFORTS[effort])
+    name = "chat_template_kwargs"
+    variables = dict(fields.take(name, dict) or {})
+    is_enabled = Fields({"enable_thinking": variables.pop("enable_thinking", None)}, name).take("enable_thinking", bool)
+    if is_enabled is not None:  # whatever the template calls it
+        modes.append("on" if is_enabled else "off")
+    if len(set(modes)) > 1:
+        raise FieldError(
+            "thinking",
+            f"thinking, reasoning_effort and {name}.enable_thinking are one switch and differ; give one of them.",
+        )
+    return (modes[0] if modes else "model"), _json(name, variables or None)
+
+
+def _json(path: str, value: dict | None) -> str:
+    """Return ``value`` as JSON text; "" for None. Raises FieldError."""
+    try:
+        return "" if value is None else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise FieldError(path, f"{path} has too many objects and lists inside each other.") from None
 
 
 def _text(fields: Fields) -> str:
@@ -169,7 +286,7 @@ def _schema(response_format: Fields | None) -> str:
         wrapper.take("description", str)
         wrapper.take("strict", bool)
         wrapper.finish()
-        schema = json.dumps(inner)
+        schema = _json("response_format.json_schema.schema", inner)
     elif kind != "text":
         raise FieldError(
             "response_format.type",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 import pytest
 
@@ -11,10 +12,12 @@ openai = pytest.importorskip("openai")
 langchain_openai = pytest.importorskip("langchain_openai")
 
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage  # noqa: E402
+from langchain_core.tools import tool  # noqa: E402
 from pydantic import BaseModel, Field  # noqa: E402
 
 from fakes import END, ScriptedBackend, make_engine, text_ids  # noqa: E402
 from http_endpoint import MODEL, Endpoint  # noqa: E402
+from tool_templates import TEMPLATES, write  # noqa: E402
 
 TALK = [
     SystemMessage("You drive."),
@@ -31,30 +34,55 @@ class Point(BaseModel):
     y: int = Field(ge=0, le=9)
 
 
-@pytest.fixture(scope="module", params=[None, "Off I go."], ids=["any", "scripted"])
-def served(request, tokenizer_dir):
-    script = None if request.param is None else [*text_ids(request.param), END]
-    engine = make_engine(ScriptedBackend(script, max_context=1024), tokenizer_dir)
-    endpoint = Endpoint(engine)
-    endpoint.says = request.param
-    yield endpoint
-    endpoint.close()
-    engine.close()
+@tool
+def drive(place: Literal["dock", "hall"]) -> str:
+    """Drive to a place."""
+    return f"at the {place}"
+
+
+CALL = '<tool_call>\n{"name": "drive", "arguments": {"place": "dock"}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def endpoints(tmp_path_factory):
+    """An endpoint for each text that its model says; for "", it says anything."""
+    write(directory := tmp_path_factory.mktemp("tokenizer"), TEMPLATES["hermes"][0])
+    made = {}
+    for text in ("", "Off I go.", CALL):
+        script = [*text_ids(text), END] if text else None
+        made[text] = Endpoint(make_engine(ScriptedBackend(script, max_context=4096), directory))
+    yield made
+    for endpoint in made.values():
+        endpoint.close()
+        endpoint.state.engine.close()
 
 
 @pytest.fixture
-def llm(served):
-    return langchain_openai.ChatOpenAI(
-        base_url=f"{served.server.url}/v1", api_key="x", model=MODEL, max_retries=0, timeout=20, max_tokens=60
-    )
+def model(endpoints):
+    """ChatOpenAI for a model that says a text."""
+
+    def make(says=""):
+        return langchain_openai.ChatOpenAI(
+            base_url=f"{endpoints[says].server.url}/v1", api_key="x", model=MODEL, max_retries=0, timeout=20,
+            max_tokens=200,
+        )  # fmt: skip
+
+    return make
 
 
-def test_invoke_and_stream(llm, served):
+@pytest.fixture
+def llm(model):
+    return model()
+
+
+@pytest.mark.parametrize("says", ["", "Off I go."])
+def test_invoke_and_stream(model, says):
+    llm = model(says)
     whole = llm.invoke(TALK)
     chunks = list(llm.stream(TALK, stream_usage=True))
     assert "".join(chunk.content for chunk in chunks) == whole.content != ""
-    assert whole.response_metadata["finish_reason"] == ("length" if served.says is None else "stop")
-    assert served.says in (None, whole.content)
+    assert whole.response_metadata["finish_reason"] == ("stop" if says else "length")
+    assert says in ("", whole.content)
     used = whole.usage_metadata
     assert used["total_tokens"] == used["input_tokens"] + used["output_tokens"] > 0
     (last,) = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
@@ -74,24 +102,50 @@ def test_options(llm):
 class TestStructuredOutput:
     """The grammar chooses here, since the fake model knows no JSON."""
 
-    @pytest.fixture(autouse=True)
-    def only_any(self, served):
-        if served.says is not None:
-            pytest.skip("a script says what it says")
-
-    def test_json_schema(self, llm):
-        point = llm.with_structured_output(Point, method="json_schema").invoke(TALK)
+    @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+    def test_an_object(self, llm, method):
+        point = llm.with_structured_output(Point, method=method).invoke(TALK)
         assert isinstance(point, Point) and 0 <= point.x <= 9
 
     def test_json_mode_asks_for_an_object(self, llm):
         with pytest.raises(openai.LengthFinishReasonError) as error:  # nobody takes half a value for a whole one
             llm.bind(response_format={"type": "json_object"}, max_tokens=8).invoke(TALK)
-        assert error.value.completion.choices[0].message.content.startswith("{")
+        assert error.value.completion.choices[0].message.content.lstrip().startswith("{")
 
 
-def test_the_request_of_embodied_agents(served):
+class TestTools:
+    def test_a_call_its_result_and_the_answer(self, model):
+        llm = model(CALL).bind_tools([drive])
+        asked = llm.invoke(TALK)
+        (call,) = asked.tool_calls
+        assert (call["name"], call["args"], asked.content) == ("drive", {"place": "dock"}, "")
+        assert asked.response_metadata["finish_reason"] == "tool_calls"
+        result = drive.invoke(call)
+        assert (result.tool_call_id, result.content) == (call["id"], "at the dock")
+        answer = model("Off I go.").bind_tools([drive]).invoke([*TALK, asked, result])
+        assert (answer.content, answer.tool_calls) == ("Off I go.", [])
+
+    def test_a_stream(self, model):
+        chunks = list(model(CALL).bind_tools([drive]).stream(TALK))
+        assert sum(bool(chunk.tool_call_chunks) for chunk in chunks) == 1
+        total = chunks[0]
+        for chunk in chunks[1:]:
+            total += chunk
+        assert [(call["name"], call["args"]) for call in total.tool_calls] == [("drive", {"place": "dock"})]
+
+    @pytest.mark.parametrize("choice", ["drive", "any", "required"])
+    def test_a_forced_call(self, llm, choice):
+        answer = llm.bind_tools([drive], tool_choice=choice, parallel_tool_calls=False).invoke(TALK)
+        (call,) = answer.tool_calls
+        assert call["name"] == "drive" and call["args"]["place"] in ("dock", "hall")
+
+    def test_no_call(self, model):
+        assert model("Off I go.").bind_tools([drive], tool_choice="none").invoke(TALK).content == "Off I go."
+
+
+def test_the_request_of_embodied_agents(endpoints):
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "temperature": 0.7,
             "max_new_tokens": 5, "stream": False}  # fmt: skip
-    status, answer = served.post(body)
+    status, answer = endpoints[""].post(body)
     assert status == 200 and answer["choices"][0]["message"]["content"]
     assert answer["usage"]["completion_tokens"] == 5 and not answer["choices"][0]["message"].get("tool_calls")
