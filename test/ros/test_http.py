@@ -75,8 +75,9 @@ def test_both_fronts_give_the_same_answer_and_http_is_on_the_topics(served):
 
 def test_one_queue_priorities_and_cancel_by_ros(served):
     port, llm = served
-    goal = llm.goal("long", sampling={"max_new_tokens": GREEDY_LONG})
-    low, high = Asked(port, "low"), Asked(port, "high", priority=9)
+    goal = llm.goal("long", sampling={"max_new_tokens": GREEDY_LONG, "ignore_eos": True})
+    # It is long itself, so that the cancel finds it however late it comes.
+    low, high = Asked(port, "low", max_tokens=GREEDY_LONG, ignore_eos=True), Asked(port, "high", priority=9)
     status = llm.status(lambda status: status.queued == 2)
     assert [request.priority for request in status.requests] == [0, 9, 0]
     waiting = status.requests[2].request_id
