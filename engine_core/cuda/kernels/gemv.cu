@@ -181,7 +181,6 @@ extern "C" __global__ void __launch_bounds__(BOUNDS)
     columns.load(lora, share);
     Terms terms;
     terms.fetch(lora, share.begin, share.count);
-    terms.begin(lora, share.begin, share.count);
     wait_for_previous();
     Segment<SEGMENT, THREADS> rows;
     rows.begin(share.begin, share.count, bias, output);
@@ -198,14 +197,8 @@ extern "C" __global__ void __launch_bounds__(BOUNDS)
     for (int segment = 0; segment * SEGMENT < share.count; ++segment) {
         float(*sums)[SEGMENT] = partial[segment % 2];
         const int first = segment * SEGMENT;
-        if (segment > 0) {
-            rows.begin(share.begin + first, share.count - first, bias, output);
-            terms.begin(lora, share.begin + first, share.count - first);
-        }
+        if (segment > 0) rows.begin(share.begin + first, share.count - first, bias, output);
         for (int i = 0; i < SEGMENT_BATCHES; ++i, ++batch) {
-#if LORA_RANK > 0 && LORA_ASK
-            if (segment == 0 && share.row(batch + 1) >= min(share.count, SEGMENT)) terms.ask(lora, share.begin, share.count);
-#endif
             wait_copies<DEPTH - 1>();
             const uint4* w = slots + stage * STAGE;
             float acc[BATCH] = {};

@@ -176,7 +176,6 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     const int num_rows = ROWS % TILE == 0 ? num_tiles * TILE : min(num_tiles * TILE, ROWS - first_tile * TILE);
     Terms terms;
     terms.fetch(lora, first_tile * TILE, num_rows);
-    terms.begin(lora, first_tile * TILE, num_rows);
     wait_for_previous();
     Segment<SEGMENT, THREADS> rows;
     rows.begin(first_tile * TILE, num_rows, bias, output);
@@ -187,15 +186,9 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     for (int segment = 0; segment * SEGMENT_TILES < num_tiles; ++segment) {
         float(*sums)[SEGMENT] = partial[segment % 2];
         const int first = segment * SEGMENT;
-        if (segment > 0) {
-            rows.begin(first_tile * TILE + first, num_rows - first, bias, output);
-            terms.begin(lora, first_tile * TILE + first, num_rows - first);
-        }
+        if (segment > 0) rows.begin(first_tile * TILE + first, num_rows - first, bias, output);
         for (int tile = row_warp; tile < SEGMENT_TILES; tile += ROW_WARPS) {
             if (segment * SEGMENT_TILES + tile >= num_tiles) break;
-#if LORA_RANK > 0 && LORA_ASK
-            if (segment == 0 && tile + ROW_WARPS >= min(num_tiles, SEGMENT_TILES)) terms.ask(lora, first_tile * TILE, num_rows);
-#endif
             float low = 0.f, high = 0.f;  // of rows lane / 4 and lane / 4 + 8
             const float2 whole = row_scales(tiles, first_tile + segment * SEGMENT_TILES + tile, lane / 4);
             const uint4* group_x = x + first_group * 16 + lane % 4;

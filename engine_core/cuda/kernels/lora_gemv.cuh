@@ -8,12 +8,6 @@
 #pragma once
 #include "lora.cuh"
 
-#ifndef LORA_HELD
-#define LORA_HELD 0
-#endif
-#ifndef LORA_ASK
-#define LORA_ASK 0
-#endif
 #if LORA_RANK > 0
 #define GEMV_LORA_PARAMETERS , const half_t *lora_a, const half_t *lora_b, float *lora_sums, const int *lora_adapters
 #define GEMV_LORA_ARGUMENTS lora_a, lora_b, lora_sums, lora_adapters
@@ -82,8 +76,7 @@ struct LoraTerms {
     static constexpr int LANES = EIGHTS > 16 ? 32 : EIGHTS > 8 ? 16 : EIGHTS > 4 ? 8 : EIGHTS > 2 ? 4 : EIGHTS;
     static constexpr int ROWS_MOST = ((ROWS + GRAIN - 1) / GRAIN + LORA_CTAS - 1) / LORA_CTAS * GRAIN;  // of a CTA
     static constexpr int SIZE = ROWS_MOST < SEGMENT ? ROWS_MOST : SEGMENT, SEGMENTS = ROWS_MOST > SEGMENT ? 2 : 1;
-    static constexpr int STEP = THREADS / LANES, OWN = (SIZE + STEP - 1) / STEP, HELD = OWN < LORA_HELD ? OWN : LORA_HELD;  // rows
-    uint4 held[HELD + 1];
+    static constexpr int STEP = THREADS / LANES, OWN = (SIZE + STEP - 1) / STEP;  // rows
     u32 sums[8];  // eight sums from ``place`` on
     int place = -1;
 
@@ -96,25 +89,11 @@ struct LoraTerms {
 
     // first: the CTA's first row; count: how many rows it has.
     __device__ __forceinline__ void fetch(const GemvLora& lora, int first, int count) const {
-        if (lora.adapter < 0 || HELD == OWN) return;
+        if (lora.adapter < 0) return;
         prefetch_rows(lora.all_b, lora.adapter, first, count, threadIdx.x, THREADS);
     }
 
-    // first: the segment's first row; count: how many rows are left.
-    __device__ __forceinline__ void begin(const GemvLora& lora, int first, int count) {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (has(lora, i, count)) held[i] = *lora.b_eight(first + row(i), eight());
-    }
-
-    // Asks for the sums, and goes on. Without it ``make`` does.
-    __device__ __forceinline__ void ask(const GemvLora& lora, int first, int count) {
-        if (!has(lora, 0, count)) return;
-        place = place_of(first + row(0));
-        lora.read(sums, place);
-    }
-
-    // terms: [SIZE], in shared memory; a barrier has to follow.
+    // first: the segment's first row; count: how many rows are left; terms: [SIZE], in shared memory. A barrier has to follow.
     __device__ __forceinline__ void make(const GemvLora& lora, int first, int count, float* terms) {
         if (lora.adapter < 0) return;
 #pragma unroll
@@ -123,7 +102,7 @@ struct LoraTerms {
             float term = 0.f;
             if (has(lora, i, count)) {
                 const int own = place_of(first + row(i));
-                const uint4 values = i < HELD ? held[i] : *lora.b_eight(first + row(i), eight());
+                const uint4 values = *lora.b_eight(first + row(i), eight());
                 if (own != place) lora.read(sums, own);
                 while (!lora.complete(sums)) lora.read(sums, own);
                 place = own;
@@ -137,8 +116,6 @@ struct LoraTerms {
 #else
     static constexpr int SIZE = 1, SEGMENTS = 1;
     __device__ __forceinline__ void fetch(const GemvLora&, int, int) {}
-    __device__ __forceinline__ void begin(const GemvLora&, int, int) {}
-    __device__ __forceinline__ void ask(const GemvLora&, int, int) {}
     __device__ __forceinline__ void make(const GemvLora&, int, int, float*) {}
 #endif
 };
