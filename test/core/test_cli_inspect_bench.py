@@ -112,10 +112,10 @@ def test_inspect_says_why_a_checkpoint_is_not_supported(tmp_path, capsys, change
 
 
 def test_inspect_says_which_backend_lacks_what(tmp_path, capsys):
-    directory = write_config(tmp_path, hidden_act="gelu_pytorch_tanh")
+    directory = write_config(tmp_path, head_dim=320)
     assert cli.main(["inspect", str(directory), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["backends"]["cuda"] == [] and "gelu_tanh" in found["why_not"]["cuda"]
+    assert found["backends"]["cuda"] == [] and "head size above 256" in found["why_not"]["cuda"]
     assert found["backends"]["onnxruntime"]
 
 
