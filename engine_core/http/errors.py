@@ -66,8 +66,14 @@ def describe(error: Exception) -> Answer:
     else:
         message = f"Internal error ({type(error).__name__}: {error}); please report it."
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    param = error.param if isinstance(error, FieldError) else None
-    return Answer(status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, headers)
+    param = _encodable(error.param) if isinstance(error, FieldError) else None
+    body = {"message": _encodable(message), "type": kind, "param": param, "code": code}
+    return Answer(status, {"error": body}, headers)
+
+
+def _encodable(text: str) -> str:
+    """Return ``text`` with the lone surrogates that JSON can spell, and UTF-8 cannot, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def describe_ending(result: GenerationResult) -> Answer | None:

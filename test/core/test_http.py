@@ -233,6 +233,11 @@ class TestRefusals:
         assert status == 400 and error["message"].endswith(".") and "\n" not in error["message"], error
         assert set(error) == {"message", "type", "param", "code"}
 
+    def test_a_field_with_half_a_character_in_its_name_is_refused(self, endpoint):
+        for body in ({"messages": HELLO, "\ud800": 1}, {"messages": [HELLO[0] | {"\ud800": 1}]}):
+            status, answer = endpoint.post(body)
+            assert status == 400 and "ud800" in answer["error"]["param"]
+
     def test_http_itself(self, endpoint):
         assert endpoint.post({"messages": HELLO}, headers="content-type: text/plain\r\n")[0] == 415
         assert endpoint.post({"messages": HELLO}, path="/v1/embeddings")[0] == 404
