@@ -108,8 +108,9 @@ class OpenAIApp:
         return guarded
 
     def _check_key(self, request: Request) -> None:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
+        header = request.headers.get("authorization", "").encode("latin-1")  # as it came: Starlette decodes it so
+        scheme, _, key = header.partition(b" ")
+        given = key.strip() if scheme.lower() == b"bearer" else b""
         # All are compared, so that the time tells nothing.
         if self._keys and not any([hmac.compare_digest(given, known) for known in self._keys]):
             raise HttpError(

@@ -16,6 +16,7 @@ from engine_core.http.metrics import Metrics
 from engine_core.serving.intake import Intake
 
 _BACKLOG = 64
+_MAX_PORT = 65535
 _GRACE = 1  # s, for answers that are still being sent when it is closed
 
 _log = logging.getLogger(__name__)
@@ -93,8 +94,9 @@ def read_keys(path: str) -> tuple[bytes, ...]:
     """
     try:
         lines = [line.strip() for line in Path(path).expanduser().read_bytes().splitlines()]
-    except OSError as error:
-        raise ConfigurationError(f"The API key file {path} cannot be read: {error.strerror or error}.") from None
+    except (OSError, ValueError, RuntimeError) as error:  # the latter two: NUL in the path, a ~ without a home
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise ConfigurationError(f"The API key file {path} cannot be read: {reason}.") from None
     keys = tuple(line for line in lines if line and not line.startswith(b"#"))
     if not keys:
         raise ConfigurationError(f"The API key file {path} has no key; write one key a line.")
@@ -103,6 +105,8 @@ def read_keys(path: str) -> tuple[bytes, ...]:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raises ConfigurationError."""
+    if not 0 <= port <= _MAX_PORT:  # getaddrinfo would take it modulo 65536
+        raise ConfigurationError(f"The port of the HTTP endpoint is {port}, but it must be from 0 to {_MAX_PORT}.")
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

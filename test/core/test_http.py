@@ -403,11 +403,13 @@ class TestServing:
 
     def test_keys(self, serve, tmp_path):
         path = tmp_path / "keys"
-        path.write_text("# of the planner\nsecret-1\n\nsecret-2\n")
+        path.write_text("# of the planner\nsecret-1\n\nsecret-2\nclé-à\n", encoding="utf-8")
         endpoint = serve(api_key_file=str(path))
         for key in ("secret-1", "secret-2"):
             with endpoint.client(key) as client:
                 assert client.models.list().data
+        head = "GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer clé-à\r\n\r\n"
+        assert parse(endpoint.send(head.encode()))[0] == 200
         with endpoint.client("secret") as client, pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             client.chat.completions.create(model=MODEL, messages=HELLO)
         assert endpoint.get("/metrics")[0] == 401 and endpoint.get("/health")[0] == 200
@@ -431,6 +433,12 @@ def test_why_it_cannot_be_opened(serve, tmp_path, monkeypatch):
         http.open_server(endpoint.intake, host="no.such.host.invalid", port=0)
     with pytest.raises(ConfigurationError, match="cannot be read: No such file"):
         http.open_server(endpoint.intake, host="127.0.0.1", port=0, api_key_file=str(tmp_path / "none"))
+    for port in (-1, 65536, 70000):
+        with pytest.raises(ConfigurationError, match=f"is {port}, but it must be from 0 to 65535"):
+            http.open_server(endpoint.intake, host="127.0.0.1", port=port)
+    for path in ("~no-such-user/keys", "a\0b"):
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            read_keys(path)
     (tmp_path / "empty").write_text("# nothing\n")
     with pytest.raises(ConfigurationError, match="has no key"):
         read_keys(str(tmp_path / "empty"))
