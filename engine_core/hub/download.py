@@ -25,6 +25,7 @@ from engine_core.memory import format_bytes
 
 HUB_VARIABLE = "EDGELLM_HUB"
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHTS = ".safetensors"
 # What a build reads, and nothing of other formats (consolidated weights, ONNX, GGUF), which some repositories have too.
 _PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", f"*{_WEIGHTS}", "LICENSE*", "README.md")
@@ -79,7 +80,7 @@ def _snapshot(repository: Path, model: HubModel) -> Path:
     reference = repository / "refs" / model.revision
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else model.revision
     snapshot = repository / "snapshots" / commit
-    if snapshot.is_dir():
+    if _COMMIT.fullmatch(commit) and snapshot.is_dir():
         return snapshot
     found = sorted(path.name for path in (repository / "snapshots").glob("*") if path.is_dir())
     what = f"only {' and '.join(found)}; name it with --revision" if found else "no snapshot at all"
@@ -227,7 +228,7 @@ def verify(directory: Path, *, repair: bool = False) -> int:
     """
     num_compared = 0
     for path in sorted(directory.iterdir()):
-        blob = path.resolve()
+        blob = Path(os.path.realpath(path))  # which raises nothing for links in a circle
         if blob.parent.name != "blobs" or not blob.is_file():
             continue
         if (expected := blob.name) != _hash(blob, len(expected)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import http.client
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 
 from engine_core.errors import DownloadError
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 20
 _TIMEOUT = 30.0  # s without a byte
 _ATTEMPTS = 5  # that bring nothing, one after another
@@ -37,12 +39,19 @@ class LargeFile:
 
 
 def large_files(model_id: str, revision: str, suffix: str) -> list[LargeFile]:
-    """Return the files in the root of a repository that end in ``suffix``. Raises what huggingface_hub raises."""
+    """Return the files in the root of a repository that end in ``suffix``.
+
+    Raises what huggingface_hub raises, DownloadError for a hash that is none: it becomes the name of a file.
+    """
     from huggingface_hub import HfApi
 
     found = HfApi().list_repo_tree(model_id, revision=revision)
     files = ((entry.path, getattr(entry, "lfs", None)) for entry in found)
-    return [LargeFile(path, lfs.size, lfs.sha256) for path, lfs in files if lfs is not None and path.endswith(suffix)]
+    large = [LargeFile(path, lfs.size, lfs.sha256) for path, lfs in files if lfs is not None and path.endswith(suffix)]
+    for file in large:
+        if not _SHA256.fullmatch(file.sha256):
+            raise DownloadError(f"The hub gives {file.sha256[:80]!r} as the SHA-256 of {file.name} in {model_id}.")
+    return large
 
 
 def fetch(
@@ -110,7 +119,7 @@ def _open(model_id: str, revision: str, name: str, start: int) -> http.client.HT
     url = hf_hub_url(model_id, name, revision=revision)
     location = get_hf_file_metadata(url).location
     headers = dict(build_hf_headers())
-    if urlsplit(location).netloc != urlsplit(url).netloc:  # a content network, which the token is no business of
+    if urlsplit(location)[:2] != urlsplit(url)[:2]:  # a content network, which the token is no business of
         headers = {key: value for key, value in headers.items() if key.lower() != "authorization"}
     if start:
         headers["Range"] = f"bytes={start}-"

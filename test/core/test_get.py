@@ -7,13 +7,15 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import fake_hub
 from engine_core import cli
+from engine_core.errors import DownloadError
 from engine_core.formats.manifest import read_manifest
-from engine_core.hub import download
+from engine_core.hub import download, resume
 
 pytest.importorskip("huggingface_hub")
 import huggingface_hub  # noqa: E402
@@ -103,6 +105,18 @@ def test_another_revision_is_named(checkpoint, tmp_path, capsys):
     assert get(capsys, *named)[0] == 0
 
 
+@pytest.mark.parametrize("commit", ["", ".", "..", "../../elsewhere"])
+def test_a_snapshot_outside_its_place_is_not_taken(tmp_path, commit):
+    snapshots = tmp_path / "models--tiny--model" / "snapshots"
+    (snapshots / fake_hub.COMMIT).mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs" / "main").write_text(commit)
+    for model in (download.HubModel("tiny/model"), download.HubModel("tiny/model", commit)):
+        with pytest.raises(DownloadError, match=f"only {fake_hub.COMMIT}"):
+            download.find_local(tmp_path, model)
+
+
 def test_a_small_file_has_the_hash_of_git(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"hello\n")
@@ -112,6 +126,7 @@ def test_a_small_file_has_the_hash_of_git(tmp_path):
     path.rename(blob)
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "file").symlink_to(blob)
+    (tmp_path / "snapshot" / "circle").symlink_to("circle")
     assert download.verify(tmp_path / "snapshot") == 1
 
 
@@ -175,6 +190,13 @@ def test_an_interrupted_download_goes_on_where_it_stopped(tmp_path, capsys, netw
     network.ranges.clear()
     assert get(capsys, "tiny/model", tmp_path / "engine", *NO_CHECK)[0] == 0
     assert network.ranges == ["bytes=100000-"]
+
+
+def test_a_hash_that_leads_out_of_the_cache_is_refused(monkeypatch):
+    entry = SimpleNamespace(path="model.safetensors", lfs=SimpleNamespace(size=1, sha256="../../elsewhere"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", lambda *_, **__: [entry])
+    with pytest.raises(DownloadError, match="as the SHA-256 of model.safetensors"):
+        resume.large_files("tiny/model", "main", ".safetensors")
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, network, monkeypatch):
