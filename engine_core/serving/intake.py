@@ -135,8 +135,7 @@ class Intake:
         result = GenerationResult(request_id[: LIMITS.request_id_chars], finish_reason=FinishReason.ERROR, error=error)
         if self._on_refused is not None:
             self._on_refused(result, error)
-        if self.watch is not None:
-            self.watch(result)
+        self._tell_watch(result)
         return result
 
     def cancel(self, request_id: str) -> int:
@@ -186,8 +185,7 @@ class Intake:
                 try:
                     if listener is not None:
                         listener.done(result)
-                    if self.watch is not None:
-                        self.watch(result)
+                    self._tell_watch(result)
                 finally:
                     on_done(result)
 
@@ -197,6 +195,11 @@ class Intake:
             on_done(self.refuse(request.request_id, as_exception(error)))
         else:
             opened._accepted(ticket)
+
+    def _tell_watch(self, result: GenerationResult) -> None:
+        watch = self.watch  # read once: another thread may set it to None
+        if watch is not None:
+            watch(result)
 
     def _close(self, opened: OpenRequest) -> None:
         with self._lock:
