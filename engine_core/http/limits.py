@@ -26,7 +26,7 @@ _TOO_MANY_BODY = (
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """What one client, and all of them together, may take."""
+    """The limits of one client and of all of them together."""
 
     connections: int = 128
     header_bytes: int = 16 << 10
@@ -78,7 +78,7 @@ class LimitedProtocol(H11Protocol):
 
     @property
     def _is_answering(self) -> bool:
-        """Whether the headers of a request have come that has not been answered."""
+        """True while a request whose headers have come is not answered."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _expect_headers(self) -> None:

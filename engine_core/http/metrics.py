@@ -58,7 +58,7 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    """What is so at this moment."""
+    """Collects the state of the engine at this moment."""
 
     def __init__(self, state: ServingState) -> None:
         self._state = state
