@@ -39,7 +39,7 @@ def add(commands) -> None:
 
 @dataclasses.dataclass
 class _State:
-    """What the intake serves with; see ``ServingState``."""
+    """The settings, engine and worker of the command; see ``ServingState``."""
 
     settings: RequestDefaults
     engine: Engine | None = None

@@ -29,7 +29,7 @@ class DuplicateRequestError(InvalidRequestError):
 
 
 class ServingState(Protocol):
-    """What there is to serve with. Each attribute is replaced as a whole; any thread reads them."""
+    """The settings, engine and worker of a front. Each attribute is replaced as a whole; any thread reads them."""
 
     @property
     def settings(self) -> RequestDefaults: ...
