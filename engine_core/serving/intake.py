@@ -119,6 +119,7 @@ class Intake:
             error = DuplicateRequestError(
                 f"A request with the id {request.request_id[:64]!r} is running; give another id."
             )
+            opened.begun.set()
             on_done(self.refuse(request.request_id, error))
             return opened
         submit = partial(self._submit, opened, request, on_piece, on_done, time.monotonic())

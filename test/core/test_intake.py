@@ -71,7 +71,8 @@ def test_listeners_hear_every_piece_and_the_result(intake):
 
 def test_an_id_is_used_by_one_request_at_a_time(intake):
     first = take(intake, "a", max_new_tokens=200)
-    assert isinstance(take(intake, "a").result.error, DuplicateRequestError)
+    second = take(intake, "a")
+    assert isinstance(second.result.error, DuplicateRequestError) and second.opened.begun.is_set()
     assert intake.cancel("a") == 1 and intake.num_refused == 1
     assert first.result.finish_reason is FinishReason.CANCELLED
     assert take(intake, "a").result.finish_reason is FinishReason.LENGTH
