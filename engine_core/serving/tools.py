@@ -27,15 +27,24 @@ _ARRAY_KEYWORDS = _DESCRIPTIONS | {"items", "minItems", "maxItems"}
 _OBJECT_KEYWORDS = _DESCRIPTIONS | {"properties", "required", "additionalProperties"}
 _DEFINITIONS = ("$defs", "definitions")
 _MAX_REFERENCES = 16  # one behind the other, and of objects and arrays inside each other
+_MAX_KEPT_CHARS = 1 << 14
 _XML_NAME = re.compile(r"[^<>\n]+")
 _BARE_NAME = re.compile(r"[^:,{}\[\]\s]+")
 # As json.dumps writes it, which is how templates write calls.
 _SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
-@lru_cache(maxsize=512)
 def checked_tool(tool: Tool) -> CheckedTool:
-    """Return ``tool`` with its parameters parsed; once for the same tool. Raises InvalidSchemaError."""
+    """Return ``tool`` with its parameters parsed; once for the same tool, unless it is large.
+
+    Raises InvalidSchemaError.
+    """
+    is_large = sum(map(len, tool.texts)) > _MAX_KEPT_CHARS  # many of these would fill the memory
+    return CheckedTool.of(tool) if is_large else _kept_tool(tool)
+
+
+@lru_cache(maxsize=512)
+def _kept_tool(tool: Tool) -> CheckedTool:
     return CheckedTool.of(tool)
 
 

@@ -10,6 +10,7 @@ import fakes
 from engine_core.errors import EmptyPromptError, InvalidRequestError, InvalidSchemaError, InvalidTextError
 from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, SamplingParams, Tool, ToolCall
 from engine_core.serving.engine import CancelToken
+from engine_core.serving.tools import checked_tool
 from fakes import EOS, text_ids
 from tool_templates import TEMPLATES, write
 
@@ -124,6 +125,12 @@ def test_an_answer_is_calls_or_a_value_where_both_are_asked_for(open_engine):
     for script, text, names in ((GO, "", ["go"]), ('{"a":7}', '{"a":7}', [])):
         _, result = run(open_engine([*text_ids(script), EOS]), ask(tools=TOOLS, json_schema=schema))
         assert (result.text, [call.name for call in result.tool_calls]) == (text, names)
+
+
+def test_a_large_tool_is_not_kept():
+    for size, is_kept in ((100, True), (1 << 16, False)):
+        tool = Tool("go", "x" * size, '{"type": "object"}')
+        assert (checked_tool(tool) is checked_tool(tool)) is is_kept
 
 
 def test_thinking_has_a_budget(open_engine):
