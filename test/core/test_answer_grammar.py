@@ -236,6 +236,14 @@ def test_the_budget_ends_the_reasoning_at_a_whole_character(thinker):
         assert reasoning == "Nun: ä"[:budget].strip() and text == ""
 
 
+def test_a_budget_forces_no_token_that_the_request_forbids(thinker):
+    for forbidden, is_free in (([], False), ([ord("\n")], True)):
+        constraint = thinker.constraint(reasoning=Reasoning.BEGUN, choice="required", budget=1)
+        constraint.exclude(forbidden)
+        constraint.accept(ord("a"))
+        assert (len(thinker.allowed(constraint)) > 1) is is_free
+
+
 def test_digits_of_values_are_bounded_and_those_of_text_are_not(thinker):
     digits = "1" * 40
     assert thinker.accepts(thinker.constraint(), thinker.ids(digits))

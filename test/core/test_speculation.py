@@ -242,3 +242,8 @@ def test_the_masks_of_a_draft_count_where_their_time_is_known(pair, monkeypatch)
 def test_a_factory_times_a_mask_inside_a_string(open_engine):
     engine = open_engine(max_draft=7)
     assert 0.0 < engine._constraints.mask_seconds() < 1.0
+
+
+def test_an_engine_that_can_write_no_quote_opens(open_engine, monkeypatch):
+    monkeypatch.setattr(ScriptedBackend, "kept_ids", np.array([i for i in range(VOCAB_SIZE) if chr(i) != '"']))
+    assert open_engine(max_draft=7)._constraints.mask_seconds() == 0.0
