@@ -106,12 +106,13 @@ class AnswerScanner:
             self._label = b""
             if self._begins_bare(data):
                 self._begin_calls().skip_before()
+                data = data.lstrip(_WHITE_SPACE)
                 continue
             part, data = self._up_to_marker(data)
             if self._unmarked is not None and self.phase is Phase.TEXT:
                 part, rest = self._up_to_unmarked(part, data)
                 if rest is not None:
-                    found.append((self.phase, part))
+                    found.append((Phase.TEXT, part))
                     data = rest
                     continue
             if part:
@@ -344,11 +345,16 @@ class AnswerReader:
 
     def _note_phase(self) -> None:
         for name, arguments in self._scanner.calls[self._num_calls :]:
-            text = json.dumps(arguments, ensure_ascii=False)
+            text = _in_whole_characters(json.dumps(arguments, ensure_ascii=False))
             self._pending.calls += (ToolCall(_new_id(), name, text),)
             self._num_calls += 1
         if self._scanner.phase is Phase.CALLS:
             self._pending.text += self._stop.flush()
+
+
+def _in_whole_characters(text: str) -> str:
+    """Return ``text`` with U+FFFD for each half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _new_id() -> str:

@@ -134,18 +134,21 @@ class UnmarkedCalls:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = tuple(names)
-        # Without white space, which may stand anywhere between.
+        # Without white space, which ``_patterns`` says where it may stand.
         self._heads = {
             f'{fence}{{"name":{self._quoted(name)}'.encode(): name
             for fence in ("", "```", "```json")
             for name in self._names
         }
+        self._patterns = {name: re.compile(self._pattern(name).encode()) for name in self._names}
 
     def pattern(self, name: str) -> str:
         """Return the regular expression of a text up to the end of such a beginning."""
-        space = r"[ \t\r\n]*"
-        head = space.join(("", r"\{", '"name"', ":", re.escape(self._quoted(name))))
-        return rf"((?s:.*)\n)?{space}(```(json)?)?{head}"
+        return rf"((?s:.*)\n)?{_SPACE}{self._pattern(name)}"
+
+    def _pattern(self, name: str) -> str:
+        head = _SPACE.join(("", r"\{", '"name"', ":", re.escape(self._quoted(name))))
+        return rf"(```(json)?)?{head}"
 
     def rest(self, name: str) -> Parts:
         """Return what follows such a beginning."""
@@ -172,22 +175,14 @@ class UnmarkedCalls:
             if any(head.startswith(rest) for head in self._heads):
                 return start, 0, ""
             for head, name in self._heads.items():
-                if rest.startswith(head):
-                    return start, _end_of(text, start, len(head)), name
+                if rest.startswith(head) and (found := self._patterns[name].match(text, start)):
+                    return start, found.end(), name
         return len(text), len(text), ""
 
 
+_SPACE = r"[ \t\r\n]*"
 # With the white space behind it, if nothing or what an unmarked call begins with follows.
-_LINE_STARTS = re.compile(rb"(?:\A|\n)\s*(?=[`{]|\Z)")
-
-
-def _end_of(text: bytes, start: int, length: int) -> int:
-    """Return where ``length`` characters that are no white space end."""
-    for index in range(start, len(text)):
-        length -= not text[index : index + 1].isspace()
-        if not length:
-            return index + 1
-    return len(text)
+_LINE_STARTS = re.compile(rf"(?:\A|\n){_SPACE}(?=[`{{]|\Z)".encode())
 
 
 def bare_order(names: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from engine_core.request import MAX_NESTING, nesting
 from engine_core.text.call_formats import Arguments, CallFormat, Marker, Part, Parts, Slot
 
 _QUOTE, _BACKSLASH = b'"\\'
@@ -22,7 +23,8 @@ class CallReader:
     """Follows the calls from their first part on. ``calls``: (name, arguments) of each whose arguments are whole.
 
     What is fed has to keep to the format, as an answer does that is held to its grammar; a reader that finds something
-    else reads nothing more, so that there is no call then.
+    else reads nothing more, so that there is no call then; so does one of arguments with more than MAX_NESTING levels,
+    which no request could bring back.
     """
 
     def __init__(self, form: CallFormat, token_markers: frozenset[str], strings: StringParameters) -> None:
@@ -71,8 +73,8 @@ class CallReader:
                 if self.in_value:
                     values.append(byte)
                 self._feed_byte(byte)
-        except ValueError:  # of a JSON value
-            self._is_broken = True
+        except (ValueError, RecursionError):  # of a JSON value
+            self._is_broken, self.in_value = True, False
         return bytes(values)
 
     def marker(self, text: str) -> None:
@@ -155,6 +157,8 @@ class CallReader:
     # --- arguments --------------------------------------------------------------------------------------
 
     def _end_arguments(self, arguments: dict[str, Any]) -> None:
+        if nesting(arguments) > MAX_NESTING:
+            raise ValueError("the arguments of a call have too many levels")
         self.in_value = False
         self.calls.append((self._name.decode(), arguments))
         self._next()

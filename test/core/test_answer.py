@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from engine_core.text.answer import AnswerReader, ExpectedAnswer
+from engine_core.request import MAX_NESTING
+from engine_core.text.answer import AnswerReader, AnswerScanner, ExpectedAnswer, Phase
 from engine_core.text.call_formats import (
     FORMATS,
     REASONING_FORMATS,
@@ -153,6 +154,18 @@ def test_llama_calls_begin_with_a_brace_or_with_the_tag():
     assert read(ids, expected, ids.of("A {set}.")) == ("", "A {set}.", [])
 
 
+def test_white_space_before_a_call_that_begins_with_a_brace_may_be_in_its_first_token():
+    form = AnswerFormat(BY_NAME["llama3"], REASONING_FORMATS[0])
+    for pieces in (
+        ["Hm.</think>", ' {"name": "f"', ', "parameters": {}}'],
+        ['</think>\n\n{"name": "f", "parameters": {}}'],
+    ):
+        scanner = AnswerScanner(ExpectedAnswer(form, begins_reasoning=True, may_call=True))
+        for piece in pieces:
+            scanner.feed(piece.encode())
+        assert scanner.calls == [("f", {})]
+
+
 @pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "text"])
 @pytest.mark.parametrize("fence", ["", "```json\n", "```"])
 @pytest.mark.parametrize("before", ["", "Sure, ```this``` {is}:\n\n", "\n"])
@@ -168,6 +181,15 @@ def test_a_call_without_its_markers_is_one_at_the_beginning_of_a_line(tokens, fe
         for cut in range(0, len(answer), 3):
             _, text, calls = read(ids, expected, answer, cut)
             assert whole[1].startswith(text.strip()) and calls in ([], whole[2])
+
+
+def test_text_before_a_call_without_markers_stays_text_in_one_piece_with_it():
+    form = AnswerFormat(BY_NAME["hermes"])
+    for before in ("Sure:\n", "``` json\n"):
+        scanner = AnswerScanner(ExpectedAnswer(form, may_call=True, unmarked=("say",)))
+        parts = scanner.feed(f'{before}{{"name": "say", "arguments": {{"text": ""}}}}'.encode())
+        assert parts == [(Phase.TEXT, before.encode()), (Phase.CALLS, b'{"text": ""}')]
+        assert scanner.calls == [("say", {"text": ""})]
 
 
 def test_a_name_that_goes_on_is_the_tools_where_nothing_else_can_be_meant():
@@ -193,6 +215,9 @@ def test_other_json_than_a_call_stays_text():
         "``` {",
         'a\n\n  \n{"name": "sa',
         "\u00a0{\u0085",
+        '{"na me": "say", "arguments": {}}',
+        '\f{"name": "say", "arguments": {}}',
+        '``` json {"name": "say", "arguments": {}}',
     ):
         assert read(ids, expected, ids.of(text)) == ("", text, [])
 
@@ -229,3 +254,23 @@ def test_what_is_no_call_of_the_format_is_dropped():
     call = form.call[0]
     for wrong in ('\n{"nam": 1}', "no", '\n{"name": "a", "arguments": {"b": }}\n'):
         assert read(ids, expected, ids.of("Yes.", call, wrong, form.call[-1]))[1:] == ("Yes.", [])
+
+
+def test_a_call_that_no_request_could_bring_back_is_none():
+    form = BY_NAME["hermes"]
+    ids = Ids(form, REASONING_FORMATS[0], True)
+    expected = ExpectedAnswer(AnswerFormat(form, None, ids.ids), may_call=True)
+    for levels, is_call in ((MAX_NESTING, True), (MAX_NESTING + 1, False), (5000, False)):
+        nested = "[" * (levels - 1) + "]" * (levels - 1)
+        answer = f'\n{{"name": "say", "arguments": {{"text": {nested}}}}}\n'
+        _, _, calls = read(ids, expected, ids.of(form.call[0], answer, form.call[-1]))
+        assert len(calls) == is_call
+
+
+def test_the_arguments_of_a_call_are_whole_characters():
+    form = BY_NAME["hermes"]
+    ids = Ids(form, REASONING_FORMATS[0], True)
+    expected = ExpectedAnswer(AnswerFormat(form, None, ids.ids), may_call=True)
+    answer = r"""{"name": "say", "arguments": {"text": "\ud83d a\udc00", "\ud83e\udd16": "\udfff"}}"""
+    _, _, calls = read(ids, expected, ids.of(form.call[0], "\n", answer, "\n", form.call[-1]))
+    assert calls == [("say", {"text": "\ufffd a\ufffd", "🤖": "\ufffd"})]
