@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine_core.request import MAX_NESTING, nesting
+from engine_core.request import LIMITS, MAX_NESTING, nesting
 from engine_core.text.call_formats import Arguments, CallFormat, Marker, Part, Parts, Slot
 
 _QUOTE, _BACKSLASH = b'"\\'
@@ -23,8 +23,8 @@ class CallReader:
     """Follows the calls from their first part on. ``calls``: (name, arguments) of each whose arguments are whole.
 
     What is fed has to keep to the format, as an answer does that is held to its grammar; a reader that finds something
-    else reads nothing more, so that there is no call then; so does one of arguments with more than MAX_NESTING levels,
-    which no request could bring back.
+    else reads nothing more, so that there is no call then. So does one that finds what no request could bring back:
+    arguments of more than MAX_NESTING levels, or more than LIMITS.tool_calls calls.
     """
 
     def __init__(self, form: CallFormat, token_markers: frozenset[str], strings: StringParameters) -> None:
@@ -157,8 +157,8 @@ class CallReader:
     # --- arguments --------------------------------------------------------------------------------------
 
     def _end_arguments(self, arguments: dict[str, Any]) -> None:
-        if nesting(arguments) > MAX_NESTING:
-            raise ValueError("the arguments of a call have too many levels")
+        if nesting(arguments) > MAX_NESTING or len(self.calls) == LIMITS.tool_calls:
+            raise ValueError("a request cannot have this call")
         self.in_value = False
         self.calls.append((self._name.decode(), arguments))
         self._next()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from engine_core.request import MAX_NESTING
+from engine_core.request import LIMITS, MAX_NESTING
 from engine_core.text.answer import AnswerReader, AnswerScanner, ExpectedAnswer, Phase
 from engine_core.text.call_formats import (
     FORMATS,
@@ -265,6 +265,8 @@ def test_a_call_that_no_request_could_bring_back_is_none():
         answer = f'\n{{"name": "say", "arguments": {{"text": {nested}}}}}\n'
         _, _, calls = read(ids, expected, ids.of(form.call[0], answer, form.call[-1]))
         assert len(calls) == is_call
+    many = calls_as_parts(form, [("stop", {})] * (LIMITS.tool_calls + 2))
+    assert read(ids, expected, ids.of(*many))[2] == [("stop", {})] * LIMITS.tool_calls
 
 
 def test_the_arguments_of_a_call_are_whole_characters():
