@@ -104,6 +104,11 @@ class Sessions:
             turn = self._open[name] = Turn(self, name, (*system, *past, *new))
             return turn
 
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is a session of this name that has an answer."""
+        with self._lock:
+            return name in self._sessions
+
     def list(self) -> list[SessionInfo]:
         """Return all sessions, those that begin with an answer under way included; the one used last first."""
         with self._lock:

@@ -443,6 +443,8 @@ class Engine:
             turn = sequence.prepared.turn
             session = turn.name if turn is not None and turn.is_kept else ""
             self.pool.keep_conversation(sequence.slot, len(sequence.prepared.token_ids), session)
+            if session and session not in self.sessions:  # it was reset since its answer was there
+                self.pool.forget(session)
 
     # --- helpers --------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from engine_core.errors import InvalidRequestError, InvalidSessionError, PromptT
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams, ToolCall
 from engine_core.serving.conversation import fit_turns, without_oldest
 from engine_core.serving.engine import CancelToken
+from engine_core.serving.sequence import Sequence
 from engine_core.serving.session_files import SavedSession, load_session, save_session
 from engine_core.serving.worker import Worker
 from fakes import END, text_ids
@@ -262,6 +263,18 @@ def test_a_conversation_larger_than_the_kv_pool_is_computed_again(open_engine):
             small, large = (run(each, ask(f"question {number} of {name}", name)) for each in (engine, roomy))
             assert small.text == large.text and small.cached_tokens <= large.cached_tokens
     assert small.cached_tokens < large.cached_tokens and engine.pool.kept_tokens("ben") <= 64
+
+
+def test_who_resets_a_session_at_its_answer_leaves_no_kv_of_it(open_engine):
+    engine = open_engine(memory=3, pool_tokens=4096, config={"session_memory": 1, "prompt_cache_entries": 0})
+    for is_reset in (False, True):
+        prepared = engine.prepare(ask("a question of anna"))
+        on_done = (lambda result: engine.reset_session("anna")) if is_reset else (lambda result: None)
+        engine.scheduler.add(Sequence(prepared, engine.tokenizer, on_piece=None, on_done=on_done))
+        while engine.scheduler.has_work:
+            engine.step()
+        run(engine, ask("a question of ben", "ben"))
+        assert (engine.pool.kept_tokens("anna") == 0) is is_reset
 
 
 def test_no_more_turns_are_left_out_than_needed():
