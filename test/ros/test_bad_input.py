@@ -25,7 +25,7 @@ TABLE = [
     ("too long", {"prompt": "x" * 3000}, ErrorCode.PROMPT_TOO_LONG, f"{MAX_CONTEXT}"),
     ("far too long", {"prompt": "x" * 3_000_000}, ErrorCode.PROMPT_TOO_LONG, "at most 1048576"),
     ("negative temperature", {"sampling": {"temperature": -0.5}}, ErrorCode.INVALID_SAMPLING, "-0.5"),
-    ("NaN temperature", {"sampling": {"temperature": math.nan}}, ErrorCode.INVALID_SAMPLING, "nan"),
+    ("NaN top_p", {"sampling": {"top_p": math.nan}}, ErrorCode.INVALID_SAMPLING, "nan"),
     ("infinite penalty", {"sampling": {"repetition_penalty": math.inf}}, ErrorCode.INVALID_SAMPLING, "inf"),
     ("top_p 0", {"sampling": {"top_p": 0.0}}, ErrorCode.INVALID_SAMPLING, "top_p"),
     ("top_p above 1", {"sampling": {"top_p": 1.5}}, ErrorCode.INVALID_SAMPLING, "1.5"),
