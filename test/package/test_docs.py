@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from edgellm_ros.parameter_table import LAUNCH_SPECS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -32,3 +34,17 @@ def test_the_tests_and_files_that_the_pages_name_exist():
         for name in re.findall(r"`([\w/.-]+\.(?:py|cuh?|md|msg))`", text):
             missing += [name] if not any(f"/{path}".endswith(f"/{name}") for path in tracked) else []
     assert missing == []
+
+
+def test_the_launch_arguments_that_the_pages_give_exist():
+    """``ros2 launch`` ignores others without a word."""
+    launch_file = (ROOT / "launch" / "llm.launch.py").read_text(encoding="utf-8")
+    table = launch_file.partition("\nARGUMENTS = {\n")[2].partition("\n}\n")[0]
+    known = {spec.name for spec in LAUNCH_SPECS} | set(re.findall(r'^    "(\w+)": \(', table, re.MULTILINE))
+    given = [
+        (page.name, name)
+        for page in [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+        for line in re.findall(r"llm\.launch\.py (.*)", page.read_text(encoding="utf-8"))
+        for name in re.findall(r"(\w+):=", line)
+    ]
+    assert given and [(page, name) for page, name in given if name not in known] == []
