@@ -37,7 +37,7 @@ def test_the_tests_and_files_that_the_pages_name_exist():
 
 
 def test_the_launch_arguments_that_the_pages_give_exist():
-    """``ros2 launch`` ignores others without a word."""
+    """``ros2 launch`` ignores others without a message."""
     launch_file = (ROOT / "launch" / "llm.launch.py").read_text(encoding="utf-8")
     table = launch_file.partition("\nARGUMENTS = {\n")[2].partition("\n}\n")[0]
     known = {spec.name for spec in LAUNCH_SPECS} | set(re.findall(r'^    "(\w+)": \(', table, re.MULTILINE))
