@@ -7,13 +7,18 @@ import dataclasses
 import numpy as np
 import pytest
 
+from benchmarks.random_checkpoint import write_random_checkpoint
 from draft_steps import alternating, answer, with_drafts
 from engine_core.backends import Draft, SequenceStep
 from engine_core.backends.capabilities import capabilities_of
+from engine_core.backends.cuda.build import build_cuda
 from engine_core.backends.cuda.drafts import MAX_DRAFT
-from engine_core.backends.cuda.layout import planned_bytes
+from engine_core.backends.cuda.layout import DRAFT_SIZES, CudaSpec, planned_bytes
+from engine_core.config import EngineConfig
+from engine_core.formats.manifest import read_manifest
 from engine_core.request import SamplingParams
-from test_batch_cuda import COUNT, MASK, PROMPTS, REQUESTS, VOCAB, load, make_spec  # noqa: F401
+from small_llama import CONFIG
+from test_batch_cuda import COUNT, MASK, PROMPTS, VOCAB, load, make_spec  # noqa: F401
 
 GREEDY = SamplingParams(seed=1)
 
@@ -88,6 +93,17 @@ def test_a_stop_token_and_an_interrupt_end_a_draft(load):  # noqa: F811
     pending = backend.step([SequenceStep(0, draft=draft)])[0]
     backend.interrupt(0)
     assert pending.result() is None
+
+
+def test_a_context_that_no_draft_fits_into_has_none(tmp_path):
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", CONFIG)
+    build_cuda(checkpoint, tmp_path / "engine", max_context=64)
+    manifest = read_manifest(tmp_path / "engine")
+    specs = [
+        CudaSpec.create(manifest, EngineConfig(tmp_path / "engine", speculation="on", max_context=tokens))
+        for tokens in (DRAFT_SIZES[-1], DRAFT_SIZES[-1] + 1)
+    ]
+    assert [spec.drafts for spec in specs] == [False, True] and specs[0].draft_sizes == []
 
 
 def test_what_drafts_take_is_planned_and_their_cost_known(load):  # noqa: F811

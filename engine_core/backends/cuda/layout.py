@@ -223,7 +223,7 @@ class CudaSpec:
             max_batch=config.max_batch,
             pool_on_host=config.session_memory > 0,
             adapters=adapters,
-            drafts=able.drafts and config.speculation == "on",
+            drafts=able.drafts and config.speculation == "on" and max_context > DRAFT_SIZES[-1],
         )
         token_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in _pool_shapes(spec, 1).values())
         return dataclasses.replace(spec, pool_tokens=pool_tokens(config, max_context, token_bytes))
