@@ -403,15 +403,7 @@ class GenerationRequest:
 
     def parse_template_variables(self) -> dict[str, Any]:
         """Return the variables for the chat template by name. Raises InvalidRequestError."""
-        try:
-            values = json.loads(self.template_variables or "{}")
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict) or nesting(values) > MAX_NESTING:
-            raise InvalidRequestError(
-                f"The template variables are no JSON object of at most {MAX_NESTING} levels of objects and arrays."
-            )
-        return values
+        return _parse_object(self.template_variables, "template variables")
 
     def _check_sizes(self, limits: RequestLimits) -> None:
         limits.check_messages(len(self.messages))
@@ -512,14 +504,18 @@ def check_tool_name(name: str) -> None:
 
 def parse_arguments(call: ToolCall) -> dict[str, Any]:
     """Return the arguments of a call; an empty text is that of none. Raises InvalidRequestError."""
+    return _parse_object(call.arguments, f"arguments of a call of {call.name!r} in the messages")
+
+
+def _parse_object(text: str, what: str) -> dict[str, Any]:
+    """Return a JSON object that a client sent; "" is an empty one. Raises InvalidRequestError, naming ``what``."""
     try:
-        found = json.loads(call.arguments or "{}")
+        found = json.loads(text or "{}")
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or nesting(found) > MAX_NESTING:
         raise InvalidRequestError(
-            f"The arguments of a call of {call.name!r} in the messages are no JSON object of at most {MAX_NESTING} "
-            "levels of objects and arrays."
+            f"The {what} are no JSON object of at most {MAX_NESTING} levels of objects and arrays."
         )
     return found
 
