@@ -283,11 +283,7 @@ class TestLimits:
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(endpoint.address)
-            body = json.dumps({"messages": HELLO, "max_tokens": 30_000, "stream": True}).encode()
-            sock.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                b"content-length: %d\r\n\r\n%s" % (len(body), body)
-            )
+            send_chat(sock, {"messages": HELLO, "max_tokens": 30_000, "stream": True})
             eventually(lambda: endpoint.worker.busy)
             eventually(lambda: not endpoint.worker.busy, 30.0)
         assert 'finish_reason="cancelled"} 1.0' in endpoint.get("/metrics")[1]
@@ -301,6 +297,15 @@ class TestLimits:
         assert endpoint.post({"messages": HELLO})[0] == 200
         for sock in slow:
             sock.close()
+
+
+def send_chat(sock: socket.socket, fields: dict) -> None:
+    """Send a whole chat request over a socket of the test's own."""
+    body = json.dumps(fields).encode()
+    sock.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%s" % (len(body), body)
+    )
 
 
 def eventually(true, seconds: float = 10.0) -> None:
@@ -317,12 +322,8 @@ class TestServing:
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_client_that_leaves_cancels_its_request(self, serve, stream):
         endpoint = serve(backend=SLOW)
-        body = json.dumps({"messages": HELLO, "max_tokens": 400, "stream": stream}).encode()
         with socket.create_connection(endpoint.address) as sock:
-            sock.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                b"content-length: %d\r\n\r\n%s" % (len(body), body)
-            )
+            send_chat(sock, {"messages": HELLO, "max_tokens": 400, "stream": stream})
             eventually(lambda: endpoint.worker.busy)
         eventually(lambda: not endpoint.worker.busy, 1.0)
         assert 'finish_reason="cancelled"} 1.0' in endpoint.get("/metrics")[1]

@@ -9,7 +9,6 @@ import pytest
 import fakes
 from engine_core.errors import EmptyPromptError, InvalidRequestError, InvalidSchemaError, InvalidTextError
 from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, SamplingParams, Tool, ToolCall
-from engine_core.serving.engine import CancelToken
 from engine_core.serving.tools import checked_tool
 from fakes import EOS, text_ids
 from tool_templates import TEMPLATES, write
@@ -55,13 +54,7 @@ def ask(messages=QUESTION, max_new_tokens=400, seed=0, **fields):
 def run(engine, request):
     """Return the pieces and the result, which has to be their sum."""
     pieces = []
-    generator = engine.generate(engine.prepare(request), CancelToken())
-    while True:
-        try:
-            pieces.append(next(generator))
-        except StopIteration as stop:
-            result = stop.value
-            break
+    result = engine.answer(request, pieces.append)
     assert "".join(piece.text for piece in pieces) == result.text
     assert "".join(piece.reasoning for piece in pieces) == result.reasoning
     assert tuple(call for piece in pieces for call in piece.tool_calls) == result.tool_calls
