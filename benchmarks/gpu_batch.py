@@ -28,6 +28,7 @@ from benchmarks.gpu_decode import GREEDY, SHAPES, WEIGHTS, make_spec, open_backe
 from engine_core.backends import SequenceStep
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.cuda.driver import Device
+from engine_core.measure.steps import seconds_per_step
 
 GENERATED = 96  # timed steps of a run
 NEWCOMER = 512  # tokens of a newcomer's prompt
@@ -44,21 +45,10 @@ def start(backend: CudaBackend, slots: list[int], context: int) -> None:
         assert backend.step([SequenceStep(slot, prompt)])[0].result() is not None
 
 
-def seconds_per_step(backend: CudaBackend, count: int, context: int) -> float:
-    """Seconds of a decode step of ``count`` sequences with ``context`` tokens each, one step queued ahead."""
-    slots = list(range(count))
-    start(backend, slots, context)
-    steps = [SequenceStep(slot) for slot in slots]
-    pending = backend.step(steps)
-    begin = time.perf_counter()
-    for _ in range(GENERATED):
-        ahead = backend.step(steps)
-        assert None not in [each.result() for each in pending]
-        pending = ahead
-    end = time.perf_counter()
-    for each in pending:
-        each.result()
-    return (end - begin) / GENERATED
+def decode_seconds(backend: CudaBackend, count: int, context: int) -> float:
+    """Return the seconds of a decode step of ``count`` sequences with ``context`` tokens each."""
+    start(backend, list(range(count)), context)
+    return seconds_per_step(backend, range(count), GENERATED)
 
 
 def first_token(backend: CudaBackend, others: int, context: int) -> tuple[float, float]:
@@ -101,8 +91,8 @@ def bench(name: str, weights: str, kv_cache_type: str, options: argparse.Namespa
     single: list[float] = []
     batches: dict[int, list[float]] = {count: [] for count in options.batches}
     for round_number in range(options.rounds + 1):
-        single_time = seconds_per_step(one, 1, context)
-        times = {count: seconds_per_step(many, count, context) for count in options.batches}
+        single_time = decode_seconds(one, 1, context)
+        times = {count: decode_seconds(many, count, context) for count in options.batches}
         if round_number:  # the first one warms up
             single.append(single_time)
             for count, seconds in times.items():

@@ -37,6 +37,7 @@ from engine_core.config import EngineConfig
 from engine_core.cuda.driver import Device
 from engine_core.formats.lora import LoraAdapter
 from engine_core.formats.manifest import read_manifest
+from engine_core.measure.steps import seconds_per_step
 from engine_core.models.spec import ModelSpec
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -57,17 +58,7 @@ def run(backend: Backend, count: int, context: int, adapter: str) -> tuple[float
         backend.begin(slot, GREEDY, prompt, adapter)
         assert backend.step([SequenceStep(slot, prompt)])[0].result() is not None
         prompts.append(time.perf_counter() - begin)
-    steps = [SequenceStep(slot) for slot in range(count)]
-    pending = backend.step(steps)
-    begin = time.perf_counter()
-    for _ in range(GENERATED):
-        ahead = backend.step(steps)
-        assert None not in [each.result() for each in pending]
-        pending = ahead
-    seconds = (time.perf_counter() - begin) / GENERATED
-    for each in pending:
-        each.result()
-    return statistics.median(prompts), seconds
+    return statistics.median(prompts), seconds_per_step(backend, range(count), GENERATED)
 
 
 def compare(bare: Backend, adapted: Backend, count: int, options: argparse.Namespace) -> dict[str, Any]:

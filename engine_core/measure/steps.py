@@ -1,6 +1,9 @@
-"""Drive one sequence of a backend step by step, in its first slot: for measuring and for tests."""
+"""Drive a backend step by step, for measuring and for tests; one sequence is in the first slot."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,3 +28,21 @@ def extend(backend: Backend, token_ids: np.ndarray, position: int, adapter: str 
     """Write the KV of ``token_ids`` without sampling, as for a prefix that is to be saved."""
     backend.begin(0, SamplingParams(seed=0), token_ids, adapter)
     backend.step([SequenceStep(0, token_ids, position, samples=False)])[0].result()
+
+
+def seconds_per_step(backend: Backend, slots: Sequence[int], count: int) -> float:
+    """Return the seconds of each of ``count`` decode steps of sequences that run in ``slots``.
+
+    As the engine does, a step is queued before the tokens of the one before are read.
+    """
+    steps = [SequenceStep(slot) for slot in slots]
+    pending = backend.step(steps)
+    begin = time.perf_counter()
+    for _ in range(count):
+        ahead = backend.step(steps)
+        assert None not in [each.result() for each in pending]
+        pending = ahead
+    end = time.perf_counter()
+    for each in pending:
+        each.result()
+    return (end - begin) / count
