@@ -107,8 +107,7 @@ class Engine:
         )
         self.sessions = Sessions(config.max_sessions)
         self.scheduler = Scheduler(backend.num_slots)
-        times_masks = bool(backend.step_seconds)
-        self.speculation = Speculation(backend, self._constraints.mask_seconds if times_masks else None)
+        self.speculation = Speculation(backend, self._constraints.mask_seconds)
         # Of one prompt in a step: other answers wait no longer for their next token.
         self._max_prefill = backend.prefill_chunk if backend.num_slots > 1 else backend.max_context
 

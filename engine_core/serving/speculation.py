@@ -46,11 +46,11 @@ class _Slot:
 class Speculation:
     """The drafts of all running sequences of an engine. For the engine's thread."""
 
-    def __init__(self, backend: Backend, mask_seconds: Callable[[], float] | None = None) -> None:
-        """``mask_seconds`` measures how long the mask of a schema takes; None: it counts as nothing."""
+    def __init__(self, backend: Backend, mask_seconds: Callable[[], float]) -> None:
+        """``mask_seconds`` measures how long a schema's mask takes, where drafts may depend on what is measured."""
         self._backend = backend
-        measured = backend.max_draft and mask_seconds is not None
-        self._mask_cost = mask_seconds() / backend.step_seconds if measured and mask_seconds else 0.0  # in plain steps
+        is_timed = backend.max_draft and backend.step_seconds
+        self._mask_cost = mask_seconds() / backend.step_seconds if is_timed else 0.0  # in plain steps
         self.max_draft = backend.max_draft  # tokens of a step's draft, at most; 0: there are none
         self.counts = SpeculationCounts()  # of all sequences
         capacity = 1 << max(0, backend.max_context - 1).bit_length()
