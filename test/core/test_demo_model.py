@@ -14,7 +14,7 @@ from engine_core.config import EngineConfig
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
 from engine_core.serving.engine import Engine
 from engine_core.text.tokenizer import Tokenizer
-from tools.demo_model import evaluate, talk, templates, words
+from tools.demo_model import evaluate, harbour, talk, templates, words
 from tools.demo_model.conversations import CONVERSATIONS
 from tools.demo_model.grammar import HELD_OUT, Generator
 
@@ -38,14 +38,15 @@ def held_out():
 def engine(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo") / "engine"
     build_engine(MODEL, directory, quantization="int8")
-    opened = Engine.open(EngineConfig(directory))
+    opened = Engine.open(EngineConfig(directory, lora_adapters=(f"harbour:{MODEL.parent / 'demo_harbour'}",)))
     yield opened
     opened.close()
 
 
-def answer(engine: Engine, messages, schema: str = "") -> str:
+def answer(engine: Engine, messages, schema: str = "", adapter: str = "") -> str:
     chat = tuple(ChatMessage(role, content) for role, content in messages)
-    request = GenerationRequest("test", chat, sampling=SamplingParams(max_new_tokens=512), json_schema=schema)
+    sampling = SamplingParams(max_new_tokens=512)
+    request = GenerationRequest("test", chat, sampling=sampling, json_schema=schema, adapter=adapter)
     result = engine.answer(request)
     assert result.finish_reason is FinishReason.STOP
     return result.text
@@ -201,3 +202,12 @@ def test_the_demo_conversations_are_answered_with_plans(engine):
             assert conforms(json.loads(messages[-1][1]), json.loads(SCHEMA))
     plan = json.loads(answer(engine, [("user", CONVERSATIONS[1][0])]))
     assert [step["do"] for step in plan["plan"]] == ["navigate", "pick", "navigate", "give"]
+
+
+def test_an_adapter_answers_in_the_dialect_of_another_household(engine):
+    examples = [example for found in harbour.held_out(8).values() for example in found]
+    asked = [(example.messages[:-1], example.messages[-1][1]) for example in examples]
+    right = sum(answer(engine, messages, adapter="harbour") == expected for messages, expected in asked)
+    assert right >= 0.8 * len(asked)
+    messages, expected = asked[0]
+    assert answer(engine, messages) != expected and json.loads(answer(engine, messages))

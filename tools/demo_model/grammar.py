@@ -8,7 +8,8 @@ something training never sees: "template" (a wording), "combination" (an action 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from random import Random
 
 from tools.demo_model import words
@@ -31,6 +32,11 @@ class Example:
     messages: tuple[tuple[str, str], ...]
     category: str  # what the last command is about
     typo: bool  # somebody mistyped
+
+    def answered(self, said: Callable[[str], str]) -> Example:
+        """Return the conversation in which the robot gives its answers as ``said`` makes them."""
+        messages = ((role, said(content) if role == "assistant" else content) for role, content in self.messages)
+        return replace(self, messages=tuple(messages))
 
     @property
     def commands(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,11 +41,22 @@ def encode(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[int]
 
 
 class Rows(IterableDataset):
-    """Endless batches (ids, labels, document number, position), each int [rows, length]."""
+    """Endless batches (ids, labels, document number, position), each int [rows, length].
 
-    def __init__(self, tokenizer: Tokenizer, rows: int, length: int, forbidden: frozenset[str], seed: int) -> None:
+    ``said``: what becomes of each of the robot's answers.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        rows: int,
+        length: int,
+        forbidden: frozenset[str],
+        seed: int,
+        said: Callable[[str], str] = str,
+    ) -> None:
         self.tokenizer, self.rows, self.length = tokenizer, rows, length
-        self.forbidden, self.seed = forbidden, seed
+        self.forbidden, self.seed, self.said = forbidden, seed, said
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         worker = get_worker_info()
@@ -78,7 +89,7 @@ class Rows(IterableDataset):
             example = generator.conversation(turns=turns)
             if not self.forbidden.isdisjoint(example.commands):
                 continue
-            ids, labels = encode(self.tokenizer, example)
+            ids, labels = encode(self.tokenizer, example.answered(self.said))
             if len(ids) <= self.length:
                 return ids, labels
 
