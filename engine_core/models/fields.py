@@ -50,6 +50,14 @@ class Fields:
             self.refuse(name, "a finite number, 0 or above" if zero else "a finite number above 0")
         return float(value)
 
+    def numbers(self, name: str, default: tuple[float, ...], count: int) -> tuple[float, ...]:
+        """Return ``count`` finite numbers of a list. Raises what ``refuse`` raises."""
+        value = self._get(name, list(default), False)
+        is_list = isinstance(value, list) and len(value) == count
+        if not is_list or not all(type(v) in (int, float) and abs(v) < 1e30 for v in value):
+            self.refuse(name, f"a list of {count} numbers")
+        return tuple(float(v) for v in value)
+
     def flag(self, name: str, default: bool) -> bool:
         """Return true or false. Raises what ``refuse`` raises."""
         value = self._get(name, default, False)
@@ -65,14 +73,22 @@ class Fields:
         return value
 
     def texts(self, name: str) -> list[str] | None:
-        """Return a list of strings, or None."""
+        """Return a list of strings, or None. Raises what ``refuse`` raises."""
         value = self._get(name, None, True)
         if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             self.refuse(name, "a list of strings")
         return value
 
+    def counts(self, name: str) -> list[int] | None:
+        """Return a list of whole numbers, 0 or above, or None. Raises what ``refuse`` raises."""
+        value = self._get(name, None, True)
+        is_list = isinstance(value, list) and all(type(item) is int and 0 <= item <= _LARGEST for item in value)
+        if value is not None and not is_list:
+            self.refuse(name, "a list of whole numbers, 0 or above")
+        return value
+
     def table(self, name: str) -> dict | None:
-        """Return a JSON object, or None."""
+        """Return a JSON object, or None. Raises what ``refuse`` raises."""
         value = self._get(name, None, True)
         if value is not None and not isinstance(value, dict):
             self.refuse(name, "an object")

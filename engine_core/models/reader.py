@@ -5,16 +5,20 @@ A trait that a ModelSpec has no word for is refused rather than dropped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from engine_core.errors import CheckpointError, UnsupportedModelError
-from engine_core.models.families import family_of
-from engine_core.models.families.family import FULL, SLIDING, Family, never
+from engine_core.models.families import decoder_config, family_of
+from engine_core.models.families.family import CONVOLUTION, FULL, SLIDING, Family, never
 from engine_core.models.fields import Fields
 from engine_core.models.rope import RopeSpec
 from engine_core.models.spec import LayerSpec, ModelSpec
+from engine_core.models.vision import VisionSpec
+from engine_core.vision.preprocess import read_settings
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -42,6 +46,10 @@ class ConfigSource(Protocol):
 
     def read(self, name: str, rows: slice = ...) -> np.ndarray: ...
 
+    @property
+    def processor_directory(self) -> Path | None:
+        """The directory with the files of the image processor of a model that sees; None: there are none."""
+
 
 def check_tensors(spec: ModelSpec, checkpoint: ConfigSource) -> None:
     """Raises CheckpointError naming the first tensor that is missing or misshapen."""
@@ -68,14 +76,29 @@ class _Reader:
         self.checkpoint = checkpoint
         self.family = family
         self.where = checkpoint.config_name
-        self.fields = fields = Fields(checkpoint.config, self.where)
-        self.num_heads = fields.whole("num_attention_heads")
-        self.hidden_size = fields.whole("hidden_size")
-        self.num_layers = fields.whole("num_hidden_layers")
+        self.fields = fields = Fields(self._decoder_config(), self.where)
+        self.num_heads = self._size("num_attention_heads")
+        self.hidden_size = self._size("hidden_size")
+        self.num_layers = self._size("num_hidden_layers")
         if self.num_layers > _MOST_LAYERS:
             fields.refuse("num_hidden_layers", f"at most {_MOST_LAYERS}")
         self.max_position = fields.whole("max_position_embeddings", family.max_position)
         self.head_dim = self._head_dim()
+        self.num_experts = family.experts(fields, self.num_layers) if family.experts else 0
+
+    def _decoder_config(self) -> Mapping[str, Any]:
+        """Return the fields of the decoder. Raises UnsupportedModelError for another decoder than the family's."""
+        config, expected = self.checkpoint.config, self.family.text_type
+        if not expected:
+            return config
+        nested = Fields(config, self.where).table("text_config") or {}
+        found = Fields(nested, f"text_config of {self.where}").text("model_type", expected)
+        if found != expected:
+            raise UnsupportedModelError(
+                f"The decoder is a {found[:60]!r}, which is not supported for {self.family.architecture}; "
+                f"{expected} is."
+            )
+        return decoder_config({**config, "text_config": nested})
 
     def spec(self) -> ModelSpec:
         family, fields = self.family, self.fields
@@ -83,7 +106,9 @@ class _Reader:
         kv_heads = kv_heads or self.num_heads
         if self.num_heads % kv_heads:
             raise CheckpointError(f"{self.where} has {self.num_heads} heads for {kv_heads} KV heads: not a multiple.")
-        activation = fields.text(family.activation_field, family.activation)
+        activation = family.activation
+        if family.activation_field:
+            activation = fields.text(family.activation_field, activation)
         if activation not in _ACTIVATIONS:
             raise UnsupportedModelError(
                 f"The activation {activation!r} is not supported; {', '.join(sorted(_ACTIVATIONS))} are."
@@ -96,33 +121,73 @@ class _Reader:
             scalar = fields.number("query_pre_attn_scalar", family.attention_scalar)
         embedding, head = self._embedding_and_head()
         kinds = self._layer_kinds()
-        rope_kinds = [FULL, SLIDING] if family.local_rope_theta else [FULL]
-        return ModelSpec(
+        ropes, rope_of = self._ropes(kinds)
+        residual, embedded = 1.0, self.hidden_size**0.5 if family.scaled_embedding else 1.0
+        attention_scale, logits_scale = float(scalar) ** -0.5, 1.0
+        if family.has_multipliers:
+            residual, embedded, attention_scale = (
+                fields.number(f"{name}_multiplier", 1.0) for name in ("residual", "embedding", "attention")
+            )
+            logits_scale = 1 / fields.number("logits_scaling", 1.0)
+        return self._spec(
             architecture=family.architecture,
             hidden_size=self.hidden_size,
-            intermediate_size=fields.whole("intermediate_size"),
+            intermediate_size=self._intermediate_size(),
+            experts_per_token=fields.whole("num_experts_per_tok", 8) if self.num_experts else 0,
+            norm_expert_weights=self.num_experts > 0 and fields.flag("norm_topk_prob", False),
             num_heads=self.num_heads,
             num_kv_heads=kv_heads,
             head_dim=self.head_dim,
-            vocab_size=fields.whole("vocab_size"),
+            vocab_size=self._size("vocab_size"),
             max_position=self.max_position,
-            norm_eps=norm_eps,
+            # The residual stream is kept divided by the multiplier of what is added to it: norms take that away again.
+            norm_eps=norm_eps / residual**2,
             norm_offset=family.norm_offset,
             activation=_ACTIVATIONS[activation],
-            attention_scale=float(scalar) ** -0.5,
+            attention_scale=attention_scale,
             attention_softcap=self._attention_softcap(),
             logits_softcap=self._softcap("final_logit_softcapping", family.logits_softcap),
-            embedding_scale=self.hidden_size**0.5 if family.scaled_embedding else 1.0,
+            logits_scale=logits_scale,
+            query_scale_position=self._query_scale_position(ropes[0]),
+            embedding_scale=embedded / residual,
             embedding=embedding,
             head=head,
-            ropes=tuple(self._rope(kind) for kind in rope_kinds),
-            layers=tuple(self._layer(i, kind, rope_kinds) for i, kind in enumerate(kinds)),
+            final_norm=f"{family.prefix}norm.weight",
+            vision=self._vision(),
+            ropes=ropes,
+            layers=tuple(self._layer(i, kind, rope) for i, (kind, rope) in enumerate(zip(kinds, rope_of, strict=True))),
         )
+
+    def _spec(self, **values: Any) -> ModelSpec:
+        """Return a spec, whose checks find what two parts of a configuration have of each other."""
+        try:
+            return ModelSpec(**values)
+        except ValueError as error:
+            raise CheckpointError(f"{self.where} describes no model: {error}.") from None
 
     # --- parts ------------------------------------------------------------------------------------
 
+    def _size(self, name: str) -> int:
+        if name in self.family.sizes:
+            return self.fields.whole(name, self.family.sizes[name])
+        return self.fields.whole(name)
+
+    def _intermediate_size(self) -> int:
+        if self.family.intermediate_size is not None:
+            return self.family.intermediate_size(self.fields)
+        return self._size("moe_intermediate_size" if self.num_experts else "intermediate_size")
+
+    def _vision(self) -> VisionSpec | None:
+        if self.family.vision is None:
+            return None
+        directory = self.checkpoint.processor_directory
+        settings = None if directory is None else read_settings(directory)
+        return self.family.vision(self.checkpoint.config, self.where, self.hidden_size, settings)
+
     def _head_dim(self) -> int:
         family, fields = self.family, self.fields
+        if family.head_dim_needed:
+            return fields.whole("head_dim")
         head_dim = fields.whole(
             "head_dim", family.head_dim, optional=family.head_dim_nullable or "head_dim" not in fields
         )
@@ -135,7 +200,7 @@ class _Reader:
 
     def _embedding_and_head(self) -> tuple[str, str]:
         """Their tensors' names: one where they are tied, which needs both stored equal or only one stored."""
-        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        embedding, head = f"{self.family.prefix}embed_tokens.weight", "lm_head.weight"
         if "lm_head.bias" in self.checkpoint:
             raise UnsupportedModelError(
                 f"The checkpoint has an lm_head.bias, which {self.family.architecture} does not have: transformers "
@@ -166,18 +231,29 @@ class _Reader:
             np.array_equal(self.checkpoint.read(one, rows), self.checkpoint.read(other, rows)) for rows in blocks
         )
 
-    def _layer(self, index: int, kind: str, rope_kinds: list[str]) -> LayerSpec:
+    def _layer(self, index: int, kind: str, rope: int) -> LayerSpec:
         family = self.family
+        if kind == CONVOLUTION:
+            return LayerSpec(
+                index=index,
+                conv_kernel=self.fields.whole("conv_L_cache", family.convolution_kernel),
+                conv_bias=self.fields.flag("conv_bias", False),
+                prefix=family.prefix,
+            )
         return LayerSpec(
             index=index,
             window=self._window() or 0 if kind == SLIDING else 0,
-            rope=rope_kinds.index(kind) if kind in rope_kinds else 0,
+            rope=rope,
             fused=family.fused,
-            qk_norm=family.qk_norm,
+            qk_norm=family.qk_norm or family.wide_qk_norm,
+            wide_qk_norm=family.wide_qk_norm,
+            pre_norms=family.pre_norms,
             outer_norms=family.outer_norms,
             qkv_bias=self._has(family.qkv_bias),
             output_bias=self._has(family.output_bias),
             mlp_bias=self._has(family.mlp_bias),
+            prefix=family.prefix,
+            num_experts=self.num_experts,
         )
 
     def _has(self, bias: str | bool) -> bool:
@@ -195,10 +271,11 @@ class _Reader:
                 f"{self.where} has layer_types other than {sorted(set(kinds))} for all its {self.num_layers} layers, "
                 f"which is not supported for {family.architecture}; leave them out."
             )
-        if len(kinds) != self.num_layers or not set(kinds) <= {FULL, SLIDING}:
+        known = (FULL, CONVOLUTION if family.convolution_kernel else SLIDING)
+        if len(kinds) != self.num_layers or not set(kinds) <= set(known):
             raise UnsupportedModelError(
                 f"{self.where} has the layer types {sorted(set(kinds))} for {self.num_layers} layers; "
-                f"one of {FULL} and {SLIDING} for each is supported."
+                f"one of {known[0]} and {known[1]} for each is supported."
             )
         if window is None and SLIDING in kinds:
             raise CheckpointError(f"{self.where} has layers of the type {SLIDING}, but no sliding_window for them.")
@@ -211,6 +288,26 @@ class _Reader:
         if family.window_switch and not fields.flag(family.window_switch, False):
             return None
         return window if family.layer_kinds is not never else None
+
+    def _ropes(self, kinds: list[str]) -> tuple[tuple[RopeSpec, ...], list[int]]:
+        """Return the RoPEs, and the index of each layer's: of its kind where the family has one for each kind."""
+        rope_kinds = [FULL, SLIDING] if self.family.local_rope_theta else [FULL]
+        ropes = [self._rope(kind) for kind in rope_kinds]
+        of_layers = [rope_kinds.index(kind) if kind in rope_kinds else 0 for kind in kinds]
+        without = self.family.unrotated(self.fields, kinds)
+        if any(without):  # a RoPE that turns nothing
+            ropes = [] if all(without) else ropes
+            of_layers = [len(ropes) if none else rope for none, rope in zip(without, of_layers, strict=True)]
+            ropes.append(RopeSpec(self.head_dim, self.family.rope_theta, "none"))
+        return tuple(ropes), of_layers
+
+    def _query_scale_position(self, rope: RopeSpec) -> int:
+        """Return the first position whose queries are scaled, and those after it; 0 = none are."""
+        if not self.family.scales_queries:
+            return 0
+        own = Fields(self._rope_values(FULL), f"The RoPE of {self.where}")
+        own.whole("original_max_position_embeddings")
+        return rope.original_max_position if own.number("llama_4_scaling_beta", zero=True) else 0
 
     def _rope(self, kind: str) -> RopeSpec:
         family, fields = self.family, self.fields
@@ -269,12 +366,14 @@ class _Reader:
             name = "rope_theta" if kind == FULL else "rope_local_base_freq"
             default = family.rope_theta if kind == FULL else family.local_rope_theta
         else:
-            values = dict(scaling or parameters or {})
+            values = dict(scaling or ((family.default_rope or {}) if parameters is None else parameters))
             if any(isinstance(value, dict) for value in values.values()):
                 fields.refuse("rope_scaling" if scaling else "rope_parameters", "one RoPE for all layers")
             name, default = "rope_theta", family.rope_theta
-        if "rope_theta" not in values:
-            values["rope_theta"] = fields.number(name, default)
+        is_given = "rope_theta" in values
+        theta = fields.number(name, default, optional=is_given)  # read in any case: a wrong type is told
+        if not is_given:
+            values["rope_theta"] = theta
         return values
 
     def _attention_softcap(self) -> float:

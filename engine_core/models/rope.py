@@ -21,7 +21,7 @@ class RopeSpec:
 
     dim: int  # elements of a head that are rotated; the rest pass through
     theta: float
-    kind: str = "default"  # default, linear, llama3, yarn, longrope
+    kind: str = "default"  # default, linear, llama3, yarn, longrope; none = it turns nothing
     original_max_position: int = 0  # positions before scaling
     max_position: int = 0
     parameters: dict = field(default_factory=dict, hash=False)
@@ -35,12 +35,15 @@ class RopeSpec:
                     f"The RoPE scaling {self.kind!r} has parameters without finite frequencies."
                 )
 
-    def table(self, max_context: int) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin, float32 [max_context, dim / 2] each.
+    @property
+    def switch(self) -> int:
+        """Return the length up to which a sequence has LongRoPE's short factors; a longer one has the long factors at
+        all its positions. 0: the frequencies do not depend on the length."""
+        has_two = self.kind == "longrope" and self.parameters.get("short_factor") != self.parameters.get("long_factor")
+        return self.original_max_position if has_two else 0
 
-        LongRoPE has two sets of factors; the long one is taken when ``max_context`` exceeds the original length, since
-        the keys in the cache are rotated already and cannot change sides.
-        """
+    def table(self, max_context: int) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin, float32 [max_context, dim / 2] each, of a sequence of ``max_context`` tokens: see ``switch``."""
         frequencies, attention_factor = self._frequencies(max_context)
         angles = np.arange(max_context, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
         factor = np.float32(attention_factor)
@@ -51,6 +54,8 @@ class RopeSpec:
         base = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
         if self.kind == "default":
             return base, 1.0
+        if self.kind == "none":
+            return np.zeros_like(base), 1.0
         if self.kind == "linear":
             return base / np.float32(self._positive("factor")), 1.0
         if self.kind == "llama3":
@@ -113,7 +118,7 @@ class RopeSpec:
             return 1.0 if scale <= 1 else 0.1 * by * math.log(scale) + 1.0
 
         if self.parameters.get("attention_factor") is not None:
-            return self._value("attention_factor")
+            return self._positive("attention_factor")
         if self.parameters.get("mscale") and self.parameters.get("mscale_all_dim"):
             return mscale(factor, self._value("mscale")) / mscale(factor, self._value("mscale_all_dim"))
         return mscale(factor, 1.0)
@@ -132,7 +137,7 @@ class RopeSpec:
                 f"The RoPE scaling 'longrope' has {factors.size} values in {name}, expected {base.size}."
             )
         if self.parameters.get("attention_factor") is not None:
-            return base / factors, self._value("attention_factor")
+            return base / factors, self._positive("attention_factor")
         stretch = self._positive("factor", self.max_position / original)
         attention = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(max(original, 2)))
         return base / factors, attention

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from engine_core.formats.checkpoint import Checkpoint, read_json
+from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.gguf_file import is_gguf
+from engine_core.formats.json_file import read_json
 from engine_core.formats.number_formats import QuantizedTensor
 from engine_core.formats.quantized_layouts import Rows, Stored
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.models.reader import read_spec
 from engine_core.models.spec import ModelSpec
+from engine_core.models.text_model import text_config
+from engine_core.vision.preprocess import PREPROCESSOR_FILES
 
 
 class ConfigCheckpoint:
@@ -28,8 +31,10 @@ class ConfigCheckpoint:
     has_tensors = False  # nobody knows which are stored
     config_name = "config.json"
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = dict(config)
+    def __init__(self, config: Mapping[str, Any], processor_directory: Path | None = None) -> None:
+        """``processor_directory``: that of the image processor's files, where there are some."""
+        self.config = text_config(config)
+        self.processor_directory = processor_directory
         self.stored_quantization = self.config.pop("quantization_config", None)
 
     @classmethod
@@ -37,7 +42,8 @@ class ConfigCheckpoint:
         """Raises CheckpointError without a readable config.json or GGUF file."""
         if is_gguf(directory):
             return cls(Checkpoint(directory).config)
-        return cls(read_json(Path(directory) / "config.json"))
+        has_processor = any((Path(directory) / name).is_file() for name in PREPROCESSOR_FILES)
+        return cls(read_json(Path(directory) / "config.json"), Path(directory) if has_processor else None)
 
     def __contains__(self, name: str) -> bool:
         return False  # nothing is stored beside what the configuration says

@@ -13,6 +13,8 @@ pytest.importorskip("onnxruntime")
 
 import checkpoints
 import fakes
+import sample_checkpoints
+from engine_core.backends.capabilities import capabilities_of
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.config import EngineConfig
@@ -22,6 +24,7 @@ from engine_core.formats.companions import eos_token_ids
 from engine_core.formats.manifest import read_manifest
 from engine_core.models.families import FAMILIES, family_of
 from engine_core.models.reader import check_tensors, read_spec
+from engine_core.models.shapes import spec_of
 from engine_core.serving.engine import Engine
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=45)
@@ -36,6 +39,7 @@ def change(directory, remove=(), **values):
 def assert_same_logits(directory, prompt=PROMPT, max_context=64):
     manifest = build_engine(directory, directory / "engine", max_context=max_context)
     session = OrtSession(directory / "engine", manifest.model, manifest.model.vocab_size, max_context, max_context, 1)
+    session.use_long_rope(0, 0 < manifest.model.rope_switch < len(prompt))
     session.prefill(prompt, 0)
     expected = checkpoints.reference_logits(checkpoints.reference(directory), prompt)[-1]
     assert np.abs(session.logits - expected).max() < 1e-4
@@ -61,7 +65,7 @@ def test_a_tied_checkpoint_with_a_head_of_its_own(tmp_path, equal):
     assert_same_logits(tmp_path)
 
 
-@pytest.mark.parametrize(("length", "max_context"), [(45, 64), (80, 96)])
+@pytest.mark.parametrize(("length", "max_context"), [(45, 64), (45, 96), (64, 96), (65, 96)])
 def test_longrope_takes_the_factors_of_transformers(tmp_path, length, max_context):
     checkpoints.write(tmp_path, "phi3-longrope")
     assert read_spec(Checkpoint(tmp_path)).default_position == 64
@@ -69,32 +73,57 @@ def test_longrope_takes_the_factors_of_transformers(tmp_path, length, max_contex
 
 
 def test_an_engine_with_long_factors_for_short_prompts_says_so(tmp_path, caplog):
+    from engine_core.backends.cuda.build import build_cuda
+    from engine_core.planning.devices import named
+    from engine_core.planning.estimates import CheckpointEstimate
+    from engine_core.planning.plan import Asked, plan_checkpoint
+
     checkpoints.write(tmp_path, "phi3-longrope")
     fakes.write_tokenizer(tmp_path)
-    short = build_engine(tmp_path, tmp_path / "short")
+    short = build_cuda(tmp_path, tmp_path / "short")
     assert short.max_context == 64 and not short.notes and not caplog.records
-    (note,) = build_engine(tmp_path, tmp_path / "long", max_context=96).notes
-    assert "96" in note and "64" in note and caplog.messages == [note]
+    (note,) = build_cuda(tmp_path, tmp_path / "long", max_context=96).notes
+    assert "96" in note and "64" in note and "cuda" in note and caplog.messages == [note]
     assert read_manifest(tmp_path / "long").notes == (note,)
     told: list[str] = []
-    Engine.open(EngineConfig(tmp_path / "long"), report=told.append).close()
-    assert note in told
+    engine = build_engine(tmp_path, tmp_path / "cpu", max_context=96)  # has the factors of each prompt's length
+    Engine.open(EngineConfig(tmp_path / "cpu"), report=told.append).close()
+    assert not engine.notes and len(caplog.messages) == 1 and not any("factors" in line for line in told)
+    estimate, device = CheckpointEstimate(tmp_path), named("orin-nano-8gb")
+    for backend, contexts, notes in (("cuda", (64, 96), [(), (note,)]), ("onnxruntime", (96,), [()])):
+        rows = plan_checkpoint(estimate, device, Asked(contexts, backend=backend, quantization=engine.quantization))
+        rows = rows or plan_checkpoint(estimate, device, Asked(contexts, backend=backend))
+        assert [row.notes for row in rows if row.quantization == rows[0].quantization] == notes
     checkpoints.write(tmp_path / "other", "llama3")
-    assert read_spec(Checkpoint(tmp_path / "other")).notes(256) == ()
+    assert capabilities_of("cuda").notes(read_spec(Checkpoint(tmp_path / "other")), 256) == ()
 
 
 def test_defaults_are_those_of_the_configuration_classes():
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     for family in FAMILIES:
-        config = AutoConfig.for_model(family.model_type)
+        if family.model_type not in CONFIG_MAPPING:  # an earlier version of transformers
+            continue
+        whole = AutoConfig.for_model(family.model_type)
+        config = whole.get_text_config() if family.text_type else whole
+        if family.text_type:  # a decoder that config.json does not describe at all is another one
+            config = type(config)()
+            assert config.model_type == family.text_type, family
         assert config.max_position_embeddings == family.max_position, family
-        assert config.rms_norm_eps == family.norm_eps, family
+        own = {name: own for own, name in family.field_names}
+        assert getattr(config, own.get("rms_norm_eps", "rms_norm_eps")) == family.norm_eps, family
         assert config.num_key_value_heads == (family.num_kv_heads or config.num_attention_heads), family
-        assert config.tie_word_embeddings == family.tied and config.eos_token_id == family.eos_token_id, family
+        assert (
+            whole.tie_word_embeddings == family.tied and getattr(config, "eos_token_id", None) == family.eos_token_id
+        ), family
         if family.sliding_window and not family.window_switch:
             assert config.sliding_window == family.sliding_window, family
         assert family_of({"model_type": family.model_type}) is family
+
+
+def test_what_a_known_model_has_that_is_not_run_is_named():
+    with pytest.raises(UnsupportedModelError, match="Qwen3_5ForCausalLM has gated delta nets, .* is not supported; "):
+        family_of({"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"})
 
 
 def test_mistral_without_a_window_has_that_of_its_class(tmp_path):
@@ -150,6 +179,23 @@ def test_a_head_that_is_neither_stored_nor_tied_is_refused(tmp_path):
 
 
 WRONG = ("x", [[]], {"a": 1}, -1, True, float("nan"), 1e300, 0)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rope_theta": "x", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "has rope_theta='x'"),
+        (
+            {"rope_theta": -1, "rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_theta=-1",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0}}, "'attention_factor' = 0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": -1.5}}, "'attention_factor' = -1.5"),
+    ],
+)
+def test_a_wrong_value_that_another_one_hides_is_refused(fields, message):
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=message):
+        spec_of(sample_checkpoints.SIZES | {"architectures": ["LlamaForCausalLM"]} | fields)
 
 
 def test_wrong_values_are_refused_in_one_sentence(tmp_path):

@@ -14,6 +14,13 @@ FAMILY = Family(
     architecture="Gemma3ForCausalLM",
     model_type="gemma3_text",
     max_position=131072,
+    sizes={
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+    },
     num_kv_heads=4,
     kv_heads_nullable=False,
     head_dim=256,
