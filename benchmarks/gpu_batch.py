@@ -24,10 +24,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.gpu_decode import GREEDY, SHAPES, WEIGHTS, make_spec, open_backend, write_lines
+from benchmarks.gpu_decode import GREEDY, SHAPES, WEIGHTS, gpu_name, make_spec, open_backend, sweep, write_lines
 from engine_core.backends import SequenceStep
 from engine_core.backends.cuda.backend import CudaBackend
-from engine_core.cuda.driver import Device
 from engine_core.measure.steps import seconds_per_step
 
 GENERATED = 96  # timed steps of a run
@@ -151,25 +150,20 @@ def main() -> None:
     options = parser.parse_args()
     if not 2 <= max(options.batches) <= 16 or min(options.batches) < 1:
         parser.error("--batches are 1 to 16, with one above 1")
-    device = Device()
-    gpu = device.name
-    device.close()
+    gpu = gpu_name()
     print(f"{gpu}, {options.context} tokens a prompt")
     print(f"{'shape':<14}{'weights':<9}{'KV':<6}{'max':>4}{'batch':>6}{'ms/step':>10}{'tok/s':>9}{'ratio':>7}", end="")
     print(f"{'newcomer ms':>13}{'to alone':>10}{'gap ms':>8}")
     rows = []
-    for name in options.shapes:
-        for weights in options.weights:
-            for kv_cache_type in options.kv_cache_type:
-                for found in bench(name, weights, kv_cache_type, options):
-                    rows.append(found)
-                    print(
-                        f"{name:<14}{weights:<9}{kv_cache_type:<6}{found['max_batch']:>4}{found['batch']:>6}"
-                        f"{found['ms_per_step']:>10.4f}{found['tok_s']:>9.1f}{found['ratio_to_one']:>7.2f}"
-                        f"{found.get('newcomer_ttft_ms', ''):>13}{found.get('newcomer_ratio_to_alone', ''):>10}"
-                        f"{found.get('longest_gap_ms', ''):>8}",
-                        flush=True,
-                    )
+    for found in sweep(bench, options):
+        rows.append(found)
+        print(
+            f"{found['shape']:<14}{found['weights']:<9}{found['kv_cache_type']:<6}{found['max_batch']:>4}"
+            f"{found['batch']:>6}{found['ms_per_step']:>10.4f}{found['tok_s']:>9.1f}{found['ratio_to_one']:>7.2f}"
+            f"{found.get('newcomer_ttft_ms', ''):>13}{found.get('newcomer_ratio_to_alone', ''):>10}"
+            f"{found.get('longest_gap_ms', ''):>8}",
+            flush=True,
+        )
     write_lines(gpu, rows, options.output)
 
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import to_tiles
 from engine_core.backends.cuda.layout import CudaSpec, packed_shapes, round_rows, weight_arrays
-from engine_core.cuda.driver import ALIGNMENT, Arena, Device, DeviceArray, Event, Launch, Module, Stream
+from engine_core.cuda.bandwidth import read_bandwidth
+from engine_core.cuda.driver import Device, DeviceArray
 from engine_core.cuda.kernels.linear_packed import FLOAT_LAYOUTS
-from engine_core.cuda.kernels.nvrtc import compile_kernel
 from engine_core.formats.weight_formats import weight_format
 from engine_core.measure.steps import begin, decode, prefill
 from engine_core.models.shapes import spec_of
@@ -39,20 +41,9 @@ from engine_core.request import SamplingParams
 
 WEIGHTS = ("fp16", "int8", "int4", "fp8", "nvfp4")
 GENERATED = 128
+BLOCK = 1 << 24  # random values that a weight repeats
 TURN = 32  # tokens of a turn of a conversation
 GREEDY = SamplingParams(seed=1)
-READ_SOURCE = """
-extern "C" __global__ void read(const uint4* data, unsigned long long count, unsigned* sink) {
-    unsigned sum = 0;
-    const unsigned long long stride = (unsigned long long)gridDim.x * blockDim.x;
-    #pragma unroll 8
-    for (unsigned long long i = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x; i < count; i += stride) {
-        uint4 v = __ldcs(data + i);
-        sum += v.x ^ v.y ^ v.z ^ v.w;
-    }
-    if (sum == 0x12345678u) *sink = sum;
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -134,7 +125,7 @@ class RandomWeights:
     def __init__(self, device: Device, spec: CudaSpec) -> None:
         self._device = device
         self._spec = spec
-        self._block = (0.01 * np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32)).astype(np.float16)
+        self._block = (0.01 * np.random.default_rng(0).standard_normal(BLOCK, dtype=np.float32)).astype(np.float16)
 
     def __call__(self, name: str, array: DeviceArray) -> None:
         if array.dtype == "uint8" and self._spec.weight_format.kind in FLOAT_LAYOUTS:
@@ -163,31 +154,6 @@ class RandomWeights:
             step = min(done, count - done)
             self._device.call("cuMemcpyDtoD", array.address + 2 * done, array.address, 2 * step)
             done += step
-
-
-def read_bandwidth(device: Device) -> float:
-    """Bytes per second of a kernel that only reads, over 4 GiB; the best of a few runs."""
-    num_bytes = 4 << 30
-    stream, arena = Stream(device), Arena(device, num_bytes + ALIGNMENT)
-    data, sink = arena.take((num_bytes // 4,), "uint32"), arena.take((1,), "uint32")
-    stream.zero(data)
-    module = Module(device, compile_kernel(READ_SOURCE, name="read", arch=device.arch, headers={}, defines={}))
-    args = [data, num_bytes // 16, sink]
-    launch = Launch(device, module.function("read"), (device.num_sms * 8,), 256, args, overlap=False)
-    best = float("inf")
-    for _ in range(8):
-        start, end = Event(device, timing=True), Event(device, timing=True)
-        start.record(stream)
-        launch(stream)
-        end.record(stream)
-        end.wait()
-        best = min(best, end.elapsed(start))
-        start.close()
-        end.close()
-    module.close()
-    arena.close()
-    stream.close()
-    return num_bytes / best
 
 
 def step_bytes(spec: CudaSpec, context: int) -> int:
@@ -332,6 +298,20 @@ def record(
     }
 
 
+def gpu_name() -> str:
+    device = Device()
+    try:
+        return device.name
+    finally:
+        device.close()
+
+
+def sweep(bench: Callable[..., Iterable[dict]], options: argparse.Namespace) -> Iterator[dict]:
+    """Yield the rows of ``bench`` for each of the shapes, weights and types of KV cache that are asked for."""
+    for name, weights, kv_cache_type in itertools.product(options.shapes, options.weights, options.kv_cache_type):
+        yield from bench(name, weights, kv_cache_type, options)
+
+
 def write_lines(gpu: str, rows: list[dict], output: Path | None) -> None:
     """Print a JSON line of each measurement with the GPU's name; append them to ``output``, too."""
     lines = "".join(json.dumps({"gpu": gpu, **row}) + "\n" for row in rows)
@@ -351,8 +331,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = Device()
-    bandwidth = read_bandwidth(device)
-    gpu = device.name
+    bandwidth, gpu = read_bandwidth(device), device.name
     device.close()
     print(f"{gpu}: reads {bandwidth / 1e12:.3f} TB/s")
     print(

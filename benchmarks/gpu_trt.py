@@ -39,8 +39,8 @@ from benchmarks.gpu_decode import (
     step_bytes,
     write_lines,
 )
-from benchmarks.random_checkpoint import write_random_checkpoint
 from engine_core.cuda.driver import Device
+from engine_core.measure.random_checkpoint import write_random_checkpoint
 from engine_core.measure.steps import begin, decode, prefill
 
 RUNS = 5

@@ -30,13 +30,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.gpu_decode import GREEDY, SHAPES, WEIGHTS, make_spec, open_backend, write_lines
-from benchmarks.random_checkpoint import write_random_adapter
+from benchmarks.gpu_decode import GREEDY, SHAPES, WEIGHTS, gpu_name, make_spec, open_backend, write_lines
 from engine_core.backends import Backend, SequenceStep
 from engine_core.config import EngineConfig
-from engine_core.cuda.driver import Device
 from engine_core.formats.lora import LoraAdapter
 from engine_core.formats.manifest import read_manifest
+from engine_core.measure.random_checkpoint import write_random_adapter
 from engine_core.measure.steps import seconds_per_step
 from engine_core.models.spec import ModelSpec
 
@@ -145,9 +144,7 @@ def main() -> None:
         head = f"{row['shape']:16} {row['weights']:8} {row['rank']:4} {row['batch']:5} {row['ms_per_step']:8.3f}"
         print(f"{head} {row['ratio_unused']:7.3f} {row['ratio']:7.3f} {row['prompt_ratio']:7.3f}")
     if options.backend == "cuda":
-        device = Device()
-        machine = device.name
-        device.close()
+        machine = gpu_name()
     else:
         machine = f"none; {os.cpu_count()} cores of {platform.processor() or platform.machine()}"
     write_lines(machine, rows, options.output)

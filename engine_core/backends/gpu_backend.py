@@ -21,10 +21,12 @@ from engine_core.errors import EngineFaultError, InvalidSamplingError
 from engine_core.host_memory import available_memory
 from engine_core.memory import MemoryPlan
 from engine_core.request import SAMPLING_OPTIONS, SamplingParams
+from engine_core.sampling import NAN_LOGITS, NO_TOKEN_LEFT
 
 if TYPE_CHECKING:
     from engine_core.backends.cuda.layout import ArraySpec, CudaSpec
     from engine_core.backends.tensorrt.layout import TrtSpec
+    from engine_core.vision.prompt import PlacedImage
 
 
 class _Slot:
@@ -139,8 +141,10 @@ class DeviceBackend:
     """
 
     num_slots = 1
+    rope_switch = 0
     max_draft = 0
     exact_drafts = False
+    has_states, state_places = False, 0
     step_seconds = 0.0
     undrafted_options = frozenset({"repetition_penalty", "logit_bias"})
     sampler_options = frozenset(SAMPLING_OPTIONS) & frozenset(PARAMS.names)
@@ -232,7 +236,15 @@ class DeviceBackend:
 
     # --- the protocol ---------------------------------------------------------------------------------
 
-    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray, adapter: str = "") -> None:
+    def begin(
+        self,
+        slot: int,
+        sampling: SamplingParams,
+        history: np.ndarray,
+        adapter: str = "",
+        images: Sequence[PlacedImage] = (),
+    ) -> None:
+        assert not images, "the backend runs no model that sees"
         self._device.make_current()
         state = self._slots[slot]
         if self.num_slots == 1:
@@ -399,11 +411,9 @@ class DeviceBackend:
         slot.token = token
         slot.ended = token < 0 or token in slot.stop_ids
         if token == FAULT_NAN:
-            raise EngineFaultError("The model's logits are NaN; the weights or the engine are damaged.")
+            raise EngineFaultError(NAN_LOGITS)
         if token == FAULT_EMPTY:
-            raise InvalidSamplingError(
-                "No token is left to sample: the logit bias, the JSON schema and the vocabulary exclude each other."
-            )
+            raise InvalidSamplingError(NO_TOKEN_LEFT)
 
     def _set_params(self, slot: int, sampling: SamplingParams) -> None:
         values = self._slots[slot].values

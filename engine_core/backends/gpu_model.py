@@ -74,7 +74,7 @@ class DeviceModel(Generic[Layer]):
         assert rope.dtype == np.float32 and rope.shape == self.work["rope"].shape
         self._device.upload(self.work["rope"], rope)
         counters = ("counters", "packed_counters", "batch_counters", "draft_counters")
-        for name in (*counters, "prompt", "seen", "bias", "state"):
+        for name in (*counters, "prompt", "seen", "bias", "state", "picked"):  # tuning reads the last as it is
             if name in self.work:
                 self._stream.zero(self.work[name])
         self._device.synchronize()
@@ -150,6 +150,7 @@ class DeviceModel(Generic[Layer]):
                 norm_size=self.spec.model.hidden_size,
                 norm_offset=self.spec.model.norm_offset,
                 softcap=self.spec.model.logits_softcap,
+                logits_scale=self.spec.model.logits_scale,
             )
         ]
 
@@ -167,8 +168,11 @@ class DeviceModel(Generic[Layer]):
         return launches + self.sampling_launches(host_tokens)
 
     def _embedding(self, tokens: DeviceArray, output: DeviceArray, token_stride: int = 1) -> Launch:
-        scale = self.spec.model.embedding_scale
-        return linear.embed(self._kernels, self.weights["embed"], tokens, output, token_stride, scale)
+        scale, rounded = self.spec.model.embedding_scale, None
+        if not self.spec.pre_norms:  # the first layer reads it as it is
+            normed = self.work["normed"]
+            rounded = DeviceArray(normed.address, (*tokens.shape, self.spec.hidden), normed.dtype)
+        return linear.embed(self._kernels, self.weights["embed"], tokens, output, token_stride, scale, rounded)
 
     def _decode_layer(self, i: int) -> list[Work]:
         raise NotImplementedError

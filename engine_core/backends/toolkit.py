@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from engine_core.formats.manifest import Manifest
     from engine_core.memory import MemoryPlan
     from engine_core.models.spec import ModelSpec
+    from engine_core.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,28 @@ class Size:
     head_rows: int = 0  # of a reduced LM head; 0 = the whole vocabulary
 
 
+@dataclass(frozen=True)
+class KernelCheck:
+    """A kernel compared with its reference. ``error``: relative, None where it could not be run, for ``problem``."""
+
+    name: str
+    error: float | None
+    tolerance: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error is not None and self.error <= self.tolerance  # NaN is not
+
+
 class Toolkit(Protocol):
     """The functions of a backend's ``toolkit``."""
 
-    def build(self, request: BuildRequest, report: Callable[[str], None]) -> Manifest:
-        """Write the engine directory. Raises CheckpointError, UnsupportedModelError or BuildError."""
+    def build(self, request: BuildRequest, report: Callable[[str], None], progress: Progress = ...) -> Manifest:
+        """Write the engine directory; ``report`` gets sentences on the way.
+
+        Raises CheckpointError, UnsupportedModelError or BuildError.
+        """
 
     def manifest_for(self, spec: ModelSpec, weight_format: str, size: Size) -> Manifest:
         """Return the manifest that ``build`` would write, as far as ``step_bytes`` and a plan read it."""
@@ -73,6 +91,12 @@ class Toolkit(Protocol):
 
     def num_threads(self, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> int:
         """Return the CPU threads that compute; 0 on a GPU."""
+
+    def check_kernels(self, report: Callable[[str], None]) -> list[KernelCheck]:
+        """Compare the backend's own kernels with their references here; none where it has no kernels of its own.
+
+        Raises BackendUnavailableError or DeviceError where there is no GPU to run them.
+        """
 
 
 def manifest_before_build(

@@ -7,6 +7,7 @@ Each is made of its reference and reads its arguments as the real one does. Only
 from __future__ import annotations
 
 import ctypes
+import math
 
 import numpy as np
 
@@ -19,7 +20,7 @@ F16, F32, F64 = np.float16, np.float32, np.float64
 
 def array_at(address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
     """A view of host memory."""
-    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    count = math.prod(shape) * np.dtype(dtype).itemsize
     return np.frombuffer((ctypes.c_uint8 * count).from_address(int(address)), dtype=dtype).reshape(shape)
 
 
@@ -38,7 +39,10 @@ def embed(defines: dict, args) -> None:
     ids = array_at(tokens, ((count - 1) * stride + 1,), np.int32)[::stride]
     ids = np.maximum(ids, 0)  # below 0: a failed step's token, which is none
     rows = array_at(table, (int(ids.max()) + 1, cols), F16)[ids].astype(F32)
-    array_at(output, (count, cols), F32)[:] = rows * F32(_float(defines["EMBEDDING_SCALE"]))
+    rows *= F32(_float(defines["EMBEDDING_SCALE"]))
+    array_at(output, (count, cols), F32)[:] = rows
+    if defines.get("ROUNDED"):
+        array_at(address_of(args, 3), (count, cols), F16)[:] = rows
 
 
 def rms_norm(defines: dict, args) -> None:
@@ -51,9 +55,21 @@ def rms_norm(defines: dict, args) -> None:
     scale += _float(defines["NORM_OFFSET"])
     normed = reference.rms_norm(values.astype(F64), scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
     if defines["RESIDUAL"]:
-        array_at(output, shape, F32)[:] += normed
+        total = array_at(output, shape, F32)
+        total += normed
+        if defines.get("ROUNDED"):
+            array_at(address_of(args, 4), shape, F16)[:] = total
     else:
         array_at(output, shape, F16)[:] = normed
+
+
+def qk_norm(defines: dict, args) -> None:
+    rows = array_at(address_of(args, 0), (defines["GRID"], defines["ROW_COLS"]), F16)
+    q, k, eps = defines["Q_COLS"], defines["K_COLS"], _float(defines["NORM_EPS"])
+    for index, columns, size in ((1, slice(0, q), defines["Q_SIZE"]), (2, slice(q, q + k), defines["K_SIZE"])):
+        values = rows[:, columns].astype(F64)
+        weight = array_at(address_of(args, index), values.shape[1:], F16).astype(F64)
+        rows[:, columns] = reference.rms_norm(values, weight, eps, size)
 
 
 def _matrix(defines: dict, address: int) -> np.ndarray:
@@ -77,18 +93,51 @@ def gemv_packed(defines: dict, args) -> None:
 
 def gemv(defines: dict, args) -> None:
     """The GEMV with every epilogue, also for packed weights."""
+    if "EXPERTS_PER_TOKEN" in defines:
+        return _gemv_of_experts(defines, args)
     weight, vector, norm, bias, output = (address_of(args, i) for i in range(5))
     rows, cols = defines["ROWS"], defines["COLS"]
-    values = array_at(vector, (cols,), F32 if defines["NORM"] else F16).astype(F64)
+    values = array_at(vector, (defines.get("TOKENS", 1), cols), F32 if defines["NORM"] else F16).astype(F64)
     if defines["NORM"]:
         scale = array_at(norm, (cols,), F16).astype(F64) + _float(defines["NORM_OFFSET"])
         values = reference.rms_norm(values, scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
     if defines.get("LORA_RANK"):
-        _make_lora_sums(defines, args, values)
-    result = _matrix(defines, weight) @ values + _lora_term(defines, args, 6, 1)[0]
+        _make_lora_sums(defines, args, values[0])
+    matrix = _matrix(defines, weight)
+    result = np.stack([matrix @ row for row in values]) + _lora_term(defines, args, 6, 1)
     if defines["BIAS"]:
         result += array_at(bias, (rows,), F16)
-    _finish(defines, output, result[None])
+    _finish(defines, output, result)
+
+
+def _gemv_of_experts(defines: dict, args) -> None:
+    """A GEMV for each expert of each token; see experts.cuh."""
+    weight, vectors, _, _, output, picked = (address_of(args, i) for i in range(6))
+    tokens, count, rows, cols = (defines[key] for key in ("GRID", "EXPERTS_PER_TOKEN", "ROWS", "COLS"))
+    experts = array_at(picked, (tokens * count,), np.int32)
+    all_rows = (int(experts.max()) + 1) * rows
+    stack = _matrix({**defines, "ROWS": all_rows}, weight).reshape(-1, rows, cols)
+    values = array_at(vectors, (tokens * (count if defines["EXPERT_VECTORS"] else 1), cols), F16).astype(F64)
+    of_pairs = np.arange(tokens * count) // (1 if defines["EXPERT_VECTORS"] else count)
+    sums = np.stack([stack[expert] @ values[row] for expert, row in zip(experts, of_pairs, strict=True)])
+    _finish(defines, output, sums)
+
+
+def route(defines: dict, args) -> None:
+    vectors, router, picked, shares = (address_of(args, i) for i in range(4))
+    tokens, cols, count = (defines[key] for key in ("GRID", "COLS", "EXPERTS_PER_TOKEN"))
+    values = array_at(vectors, (tokens, cols), F16).astype(F64)
+    matrix = array_at(router, (defines["EXPERTS"], cols), F16).astype(F64)
+    found, parts = reference.route(np.nan_to_num(values @ matrix.T), count, bool(defines["NORM_SHARES"]))
+    array_at(picked, found.shape, np.int32)[:] = found
+    array_at(shares, parts.shape, F32)[:] = parts
+
+
+def combine(defines: dict, args) -> None:
+    made, shares, sums = (address_of(args, i) for i in range(3))
+    tokens, count, cols = (defines[key] for key in ("GRID", "EXPERTS_PER_TOKEN", "COLS"))
+    parts = array_at(shares, (tokens, count, 1), F32) * array_at(made, (tokens, count, cols), F32)
+    array_at(sums, (tokens, cols), F32)[:] += parts.sum(axis=1)
 
 
 def gemm_packed(defines: dict, args) -> None:
@@ -113,6 +162,7 @@ def _finish(defines: dict, output: int, sums: np.ndarray) -> None:
         multiply = reference.silu_multiply if epilogue == linear.SILU else reference.gelu_multiply
         array_at(output, (count, rows // 2), F16)[:] = multiply(sums)
     elif epilogue == linear.LOGITS:
+        sums = sums * _float(defines.get("LOGITS_SCALE", "1"))
         array_at(output, (count, rows), F32)[:] = cap * np.tanh(sums / cap) if cap else sums
     else:
         array_at(output, (count, rows), F16)[:] = sums
@@ -308,7 +358,8 @@ def attention_decode(defines: dict, args) -> None:
 
 
 _ALL = (
-    *(embed, rms_norm, gemv, gemv_packed, dequantize_packed, gemm_packed, gate_multiply, add_bias, keep_last_row),
-    *(rope_append, attention_prefill, attention_decode, lora_shrink, lora_shrink_chunk, lora_expand_chunk),
+    *(embed, rms_norm, qk_norm, gemv, gemv_packed, dequantize_packed, gemm_packed, gate_multiply, add_bias),
+    *(keep_last_row, rope_append, attention_prefill, attention_decode, lora_shrink, lora_shrink_chunk),
+    *(lora_expand_chunk, route, combine),
 )
 KERNELS = {kernel.__name__: kernel for kernel in _ALL}

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+import fakes
 from engine_core import cli
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda, to_tiles
@@ -73,7 +74,7 @@ def checkpoint(tmp_path):
         tensors = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
         write_safetensors(directory / "model.safetensors", tensors)
         (directory / "config.json").write_text(json.dumps(config))
-        (directory / "tokenizer.json").write_text("{}")
+        fakes.write_small_tokenizer(directory)
         return directory, tensors
 
     return write

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -232,13 +233,17 @@ def test_without_tensorrt_the_message_says_what_to_install(monkeypatch):
 
 def test_the_command_hands_its_options_over(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "engine_core.backends.tensorrt.build.build_tensorrt", lambda *args, **kwargs: calls.append((args, kwargs))
-    )
+
+    def build(*args, **kwargs):
+        calls.append((args, kwargs))
+        fields = dict(model_name="demo", backend="tensorrt", quantization="fp16", max_context=512, files={})
+        return SimpleNamespace(**fields)  # what the command tells of it
+
+    monkeypatch.setattr("engine_core.backends.tensorrt.build.build_tensorrt", build)
     command = ["build", str(DEMO), "ENGINE", "--backend", "tensorrt"]
 
     def run(*more):
-        options = cli._parser().parse_args([*command, *more])
+        options = cli.make_parser().parse_args([*command, *more])
         return options.run(options)
 
     assert run("--max-context", "512", "--max-prefill", "64") == 0

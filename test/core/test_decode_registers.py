@@ -3,18 +3,22 @@
 A multiprocessor has four schedulers with 16,384 registers each. A CTA whose warps take more than half of those does not
 start beside the CTA of the kernel before it, and when it can, two may start on one multiprocessor and none on another
 (benchmarks/results/kernels.md).
+
+Each way of storing weights is compiled with the sizes of one model and with adapters of one rank, by turns; with those
+of all models and ranks where EDGELLM_ALL_ARCHITECTURES=1.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings")
 
+from cubin import read_resources
 from engine_core.cuda.driver import Device, DeviceArray, DeviceUnavailableError
 from engine_core.cuda.kernels import Kernels, attention, kernel_source, linear, linear_packed, lora
 from engine_core.cuda.kernels.attention import AttentionShape
@@ -98,36 +102,12 @@ def _attention(kernels: Kernels, model: str, kv_int8: bool):
     )  # fmt: skip
 
 
-def registers(cubin: bytes, entry: str) -> int:
-    """Return a kernel's registers: attribute REGCOUNT of its symbol in section .nv.info of the ELF64 file."""
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, count, names = struct.unpack_from("<HHH", cubin, 58)
-    headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(count)]
-
-    def text(strings: tuple, offset: int) -> str:
-        start = strings[4] + offset
-        return cubin[start : cubin.index(b"\0", start)].decode()
-
-    sections = {text(headers[names], header[0]): header for header in headers}
-    symbols = sections[".symtab"]
-    info = cubin[sections[".nv.info"][4] :][: sections[".nv.info"][5]]
-    at = 0
-    while at < len(info):
-        kind, attribute, length = struct.unpack_from("<BBH", info, at)
-        if kind == 4 and attribute == 0x2F:
-            symbol, registers = struct.unpack_from("<II", info, at + 4)
-            (name,) = struct.unpack_from("<I", cubin, symbols[4] + symbol * symbols[9])
-            if text(headers[symbols[6]], name) == entry:
-                return registers
-        at += 4 + (length if kind == 4 else 0)
-    raise KeyError(entry)
-
-
 def _check(noted: Noted, launches: list) -> None:
     def compiled(job: tuple[str, str, dict]) -> int:
         source, entry, defines = job
         text, headers = kernel_source(source)
-        return registers(compile_kernel(text, name=source, arch="sm_90", headers=headers, defines=defines), entry)
+        binary = compile_kernel(text, name=source, arch="sm_90", headers=headers, defines=defines)
+        return read_resources(binary, entry).registers
 
     try:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -151,14 +131,20 @@ def noted(monkeypatch, tmp_path):
     return noted
 
 
-@pytest.mark.parametrize("kind", ["fp16", *KINDS])
-@pytest.mark.parametrize("model", MODELS)
-def test_gemms(noted, model, kind):
+def _by_turns(values) -> list[tuple]:
+    """Return (kind, value) of each kind with one value, or of each with all."""
+    kinds, values = ("fp16", *KINDS), list(values)
+    if os.environ.get("EDGELLM_ALL_ARCHITECTURES"):
+        return list(itertools.product(kinds, values))
+    return list(zip(kinds, itertools.cycle(values)))
+
+
+@pytest.mark.parametrize("kind, model", _by_turns(MODELS))
+def test_gemms(noted, kind, model):
     _check(noted, _gemms(noted.kernels, model, kind))
 
 
-@pytest.mark.parametrize("rank", [16, 64])
-@pytest.mark.parametrize("kind", ["fp16", *KINDS])
+@pytest.mark.parametrize("kind, rank", _by_turns([16, 64]))
 def test_gemms_with_adapters(noted, kind, rank):
     _check(noted, _gemms(noted.kernels, "llama-3.2-1b", kind, rank))
 

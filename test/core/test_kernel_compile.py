@@ -1,7 +1,8 @@
 """Every kernel compiles for every architecture the package names. Needs NVRTC, but no GPU.
 
-Variants of kernels are compiled for one architecture on each side of the borders at which the sources differ, and for
-all with EDGELLM_ALL_ARCHITECTURES=1.
+Kernels and their variants are compiled for one architecture on each side of the borders at which the sources differ,
+and each kernel for another one, so that all architectures have some. EDGELLM_ALL_ARCHITECTURES=1 compiles every variant
+for every architecture.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,10 @@ def _architectures() -> list[str]:
 ARCHITECTURES = _architectures()
 BORDERS = {890, 900}  # of __CUDA_ARCH__
 BESIDE_BORDERS = [arch for arch in ARCHITECTURES if arch in ("sm_87", "sm_89", "sm_90")]
-if os.environ.get("EDGELLM_ALL_ARCHITECTURES"):
+ALL = bool(os.environ.get("EDGELLM_ALL_ARCHITECTURES"))
+if ALL:
     BESIDE_BORDERS = ARCHITECTURES
+FURTHER = [arch for arch in ARCHITECTURES if arch not in BESIDE_BORDERS]
 
 
 def for_each(architectures: list[str]) -> pytest.MarkDecorator:
@@ -61,6 +65,8 @@ KERNELS = {
     "attention_prefill": {**ATTENTION, "WARPS": 4, "BLOCKS": 2, "GROUPS": 2, "TILE_K": 64},
     "rope_append": {**ATTENTION, "THREADS": 128},
     "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f", ADD=1, THREADS=512),
+    "qk_norm": dict(ROW_COLS=1536, Q_COLS=1024, K_COLS=256, Q_SIZE=1000, K_SIZE=250, THREADS=512, NORM_EPS="1e-5f"),
+    "experts": dict(COLS=1024, EXPERTS=128, EXPERTS_PER_TOKEN=8, NORM_SHARES=1, THREADS=256),
     "elementwise": dict(COLS=1024, THREADS=256, TOKEN_STRIDE=8),
     "sample": dict(ROWS=1000, RING=8, SCAN_THREADS=256, THREADS=1024),
     "lora": dict(ROWS=512, COLS=1024, THREADS=256, TOKENS=8, FLOAT_OUTPUT=0, **LORA),
@@ -100,7 +106,8 @@ def test_the_sources_differ_at_these_borders_only():
 
 @for_each(ARCHITECTURES)
 def test_every_kernel_compiles(arch):
-    _compile_all(arch, KERNELS, BF16=int(arch != "sm_80"))
+    names = list(KERNELS) if arch in BESIDE_BORDERS else list(KERNELS)[FURTHER.index(arch) :: len(FURTHER)]
+    _compile_all(arch, names, BF16=int(arch != "sm_80"))
 
 
 @for_each(BESIDE_BORDERS)
@@ -110,20 +117,26 @@ def test_the_kernels_of_an_int8_cache_compile(arch):
     _compile_all(arch, names, BF16=int(arch == "sm_87"), KV_INT8=1, HEAD_DIM=head_dim, CONTEXT=1003, BLOCKS=1)
 
 
-@for_each(BESIDE_BORDERS)
-@pytest.mark.parametrize("bf16", [0, 1])
-def test_8_bit_gemms_compile(arch, bf16):
-    _compile_all(arch, ("gemv_packed", "gemm_packed"), BITS=8, BF16=bf16)
+def _types(arch: str, number: int = 0) -> tuple[int, ...]:
+    """Return the values of BF16 that a variant is compiled with: either by turns, or both."""
+    return (0, 1) if ALL else ((BESIDE_BORDERS.index(arch) + number) % 2,)
 
 
 @for_each(BESIDE_BORDERS)
-@pytest.mark.parametrize("bf16", [0, 1])
+def test_8_bit_gemms_compile(arch):
+    for bf16 in _types(arch):
+        _compile_all(arch, ("gemv_packed", "gemm_packed"), BITS=8, BF16=bf16)
+        _compile_all(arch, ("gemv_packed",), BITS=8, BF16=bf16, NORM=0, TOKENS=5)
+
+
+@for_each(BESIDE_BORDERS)
 @pytest.mark.parametrize("bits, group_scales", [(8, 0), (8, 1), (4, 0)])
-def test_gemms_of_small_floats_compile(arch, bf16, bits, group_scales):
+def test_gemms_of_small_floats_compile(arch, bits, group_scales):
     """With the type's own instructions from sm_89 on, without them before."""
-    _compile_all(
-        arch, ("gemv_packed", "gemm_packed"), BITS=bits, FLOATS=1, GROUP_SCALES=group_scales, BF16=bf16, EPILOGUE=1
-    )
+    for bf16 in _types(arch, group_scales):
+        _compile_all(
+            arch, ("gemv_packed", "gemm_packed"), BITS=bits, FLOATS=1, GROUP_SCALES=group_scales, BF16=bf16, EPILOGUE=1
+        )
 
 
 @for_each(BESIDE_BORDERS)
@@ -154,6 +167,11 @@ def test_what_single_families_need_compiles(arch):
     _compile_all(arch, ("gemv", "gemv_packed", "gemm_packed"), EPILOGUE=4, BIAS=1, NORM_OFFSET="1.f", BF16=1)
     _compile_all(arch, ("gemv", "gemv_packed", "gemm_packed"), EPILOGUE=1, BIAS=1)
     _compile_all(arch, ("gemv", "gemm_packed"), EPILOGUE=3, BIAS=1, LOGITS_SOFTCAP="30.f", NORM=0)
+    picked = dict(NORM=0, EXPERTS_PER_TOKEN=8)
+    _compile_all(arch, ("gemv", "gemv_packed"), EPILOGUE=2, EXPERT_VECTORS=0, **picked)
+    _compile_all(arch, ("gemv", "gemv_packed"), EPILOGUE=3, EXPERT_VECTORS=1, **picked)
+    _compile_all(arch, ("gemv", "gemv_packed", "gemm_packed"), EPILOGUE=3, LOGITS_SCALE="0.125f", NORM=0)
+    _compile_all(arch, ("rms_norm", "elementwise"), ADD=0, RESIDUAL=1, ROUNDED=1)
     _compile_all(arch, ("rms_norm", "elementwise"), ADD=0, RESIDUAL=1, NORM_OFFSET="1.f", GELU=1, FLOAT_VALUES=1)
 
 
@@ -186,12 +204,43 @@ def test_kv_append_compiles_without_layers():
 def test_the_cache_is_keyed_by_all_that_matters(tmp_path):
     first = _compile("rms_norm", "sm_80")
     (cached,) = tmp_path.iterdir()
-    cached.write_bytes(b"from the cache")
+    cached.write_bytes(sha256(b"from the cache").digest() + b"from the cache")
     assert _compile("rms_norm", "sm_80") == b"from the cache"
     assert _compile("rms_norm", "sm_80", COLS=2048) != b"from the cache"
     assert _compile("rms_norm", "sm_86") != b"from the cache"
     assert len(list(tmp_path.iterdir())) == 3
     assert first[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")
+@pytest.mark.parametrize("content", [b"", b"short", sha256(b"one").digest() + b"another", b"\x7fELF" + bytes(64)])
+def test_a_damaged_file_of_the_cache_is_compiled_anew(tmp_path, content):
+    _compile("rms_norm", "sm_80")
+    (cached,) = tmp_path.iterdir()
+    whole = cached.read_bytes()
+    cached.write_bytes(content)
+    assert _compile("rms_norm", "sm_80") == whole[32:]
+    assert cached.read_bytes() == whole
+
+
+@pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")
+def test_what_others_can_write_is_not_run(tmp_path, monkeypatch):
+    directory = tmp_path / "own"
+    monkeypatch.setenv("EDGELLM_KERNEL_CACHE", str(directory))
+    first = _compile("rms_norm", "sm_80")
+    (cached,) = directory.iterdir()
+    assert directory.stat().st_mode & 0o777 == 0o700 and not cached.stat().st_mode & 0o022
+    forged = sha256(b"forged").digest() + b"forged"
+    for path, mode in ((cached, 0o666), (directory, 0o777)):
+        cached.write_bytes(forged)
+        path.chmod(mode)
+        assert _compile("rms_norm", "sm_80") == first
+        path.chmod(0o700)
+    target = tmp_path / "elsewhere"
+    target.write_bytes(forged)
+    cached.unlink()
+    cached.symlink_to(target)
+    assert _compile("rms_norm", "sm_80") == first
 
 
 @pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")

@@ -15,7 +15,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 import numpy as np  # noqa: E402
 
-from benchmarks.random_checkpoint import write_random_adapter  # noqa: E402
 from device_steps import generate  # noqa: E402
 from engine_core.backends import Draft, SequenceStep  # noqa: E402
 from engine_core.backends.cuda.adapters import adapter_matrices  # noqa: E402
@@ -23,6 +22,7 @@ from engine_core.backends.cuda.backend import CudaBackend  # noqa: E402
 from engine_core.backends.cuda.layout import CudaSpec, packed_shapes, weight_arrays  # noqa: E402
 from engine_core.cuda.driver import Device  # noqa: E402
 from engine_core.formats.lora import LoraAdapter  # noqa: E402
+from engine_core.measure.random_checkpoint import write_random_adapter  # noqa: E402
 from engine_core.models.shapes import spec_of  # noqa: E402
 from engine_core.request import SamplingParams  # noqa: E402
 from packed_weights import format_of, random_tiles  # noqa: E402

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu_bench import epilogue_cases, error
+from gpu_bench import epilogue_cases, error, to_bits
 from test_device_sampler import CASES, options
 
 from engine_core.cuda.driver import DeviceArray
@@ -108,6 +108,39 @@ def test_a_row_has_the_same_bits_in_every_batch(bench, kind, rows, cols):
         found[n] = bench.get(output)
     for n, rows_of_n in found.items():
         assert (rows_of_n == found[16][:n]).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("rows, cols", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gemv_of_several_vectors_has_the_bits_of_each_one(bench, kind, rows, cols, dtype):
+    kernels = bench.kernels(dtype)
+    weight, w = make_weight(bench, rows, cols, kind, dtype)
+    vectors, x = bench.normal((8, cols), dtype, 3.0)
+    for count in (1, 2, 3, 5, 8):
+        if not linear_packed.vectors_fit(kernels, weight, count):
+            assert count * cols * 2 > 90 << 10
+            continue
+        some = DeviceArray(vectors.address, (count, cols), vectors.dtype)
+        for epilogue, (output, more, expected) in epilogue_cases(bench, x[:count] @ w.T, dtype).items():
+            before, guard = bench.get(output), bench.poisoned((64,), "fp32")
+            linear_packed.gemv_packed(kernels, weight, some, output, epilogue, **more)(bench.stream)
+            found = bench.get(output)
+            assert error(found, expected) < max(TOLERANCE[output.dtype], 2e-4), (epilogue, count)
+            assert np.isnan(bench.get(guard)).all()
+            row = count - 1  # by itself
+            own = bench.put(to_bits(before[row].astype(np.float32), output.dtype), output.dtype)
+            linear_packed.gemv_packed(kernels, weight, vectors.at(row), own, epilogue, **more)(bench.stream)
+            assert (bench.get(own) == found[row]).all(), (epilogue, count)
+
+
+def test_gemv_of_several_vectors_refuses_what_it_cannot_take(bench):
+    weight, _ = make_weight(bench, 48, 384, "int4", "fp16")
+    vectors, _ = bench.normal((9, 384), "fp16")
+    with pytest.raises(KernelArgumentError, match="up to 8"):
+        linear_packed.gemv_packed(
+            bench.kernels("fp16"), weight, vectors, bench.poisoned((9, 48), "fp32"), linear.LOGITS
+        )
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -9,7 +9,6 @@ from sanitizer_model import VOCAB, make_backend
 
 from draft_steps import alternating, answer, guess, with_drafts
 from engine_core.backends import Draft, SequenceStep
-from engine_core.backends.cuda.drafts import MAX_DRAFT
 from engine_core.request import SamplingParams
 from packed_weights import KINDS
 
@@ -56,10 +55,10 @@ def test_logits_are_those_of_steps_of_one_token(weights, kv_cache_type, hidden_s
         tokens, logits = [], []
         one.begin(0, SamplingParams(seed=1), prompt)
         tokens.append(one.step([SequenceStep(0, prompt)])[0].result())
-        for _ in range(MAX_DRAFT + 1):
+        for _ in range(backend.max_draft + 1):
             tokens.append(one.step([SequenceStep(0)])[0].result())
             logits.append(one._device.download(one._work["logits"]))
-        for size in (1, 3, 6, MAX_DRAFT):
+        for size in (1, 3, 6, backend.max_draft):
             backend.begin(0, SamplingParams(seed=1), prompt)
             backend.step([SequenceStep(0, prompt)])[0].result()
             draft = Draft(np.array(tokens[1 : 1 + size], dtype=np.int32), np.ones(size, dtype=bool))

@@ -43,6 +43,22 @@ def small(bench, request):
     kernels.close()
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_gemv_of_several_vectors(bench, small, kind):
+    rows, cols, count = 3072, 4096, 8
+    weight = linear_packed.PackedWeight(
+        bench.put(random_tiles(bench.random, kind, rows, cols, "fp16"), "uint8"), format_of(kind), rows, cols
+    )
+    vectors, _ = bench.normal((count, cols), "fp16")
+    output = bench.poisoned((count, rows), "fp32")
+    assert linear_packed.vectors_fit(small, weight, count)
+    linear_packed.gemv_packed(small, weight, vectors, output, linear.LOGITS)(bench.stream)
+    for row in range(count):
+        own = bench.poisoned((rows,), "fp32")
+        linear_packed.gemv_packed(small, weight, vectors.at(row), own, linear.LOGITS)(bench.stream)
+        assert (bench.get(own) == bench.get(output)[row]).all()
+
+
 @pytest.mark.parametrize("rows, cols", [(1031, 2056), (384, 256), (3072, 4096), (512, 14336)])
 def test_every_gemv_candidate(bench, small, rows, cols):
     weight, w = bench.normal((rows, cols), "fp16", cols**-0.5)

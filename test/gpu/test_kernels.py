@@ -10,6 +10,7 @@ from engine_core.cuda.driver import DeviceArray
 from engine_core.cuda.kernels import (
     KernelArgumentError,
     attention,
+    experts,
     linear,
     linear_batch,
     linear_packed,
@@ -267,6 +268,66 @@ def test_a_bias_in_every_epilogue(bench, kind, epilogue, rows, cols, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("norm_shares", [False, True])
+@pytest.mark.parametrize("tokens, count, number, cols", [(1, 8, 128, 2048), (70, 3, 5, 72), (2, 32, 512, 264)])
+def test_experts_that_are_picked(bench, tokens, count, number, cols, norm_shares, dtype):
+    vectors, x = bench.normal((tokens, cols), dtype)
+    router, r = bench.normal((number, cols), dtype, cols**-0.5)
+    picked, shares = bench.poisoned((tokens, count), "int32"), bench.poisoned((tokens, count), "fp32")
+    experts.route(bench.kernels(dtype), vectors, router, picked, shares, norm_shares=norm_shares)(bench.stream)
+    expected, parts = reference.route(x @ r.T, count, norm_shares)
+    assert (bench.device.download(picked) == expected).all()
+    assert error(bench.get(shares), parts) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("tokens, hidden, inner", [(1, 2048, 768), (37, 144, 48)])
+@pytest.mark.parametrize("kind", ["fp16", *linear_packed.LAYOUTS])
+def test_the_matrices_of_experts(bench, kind, tokens, hidden, inner, dtype):
+    kernels, number, count = bench.kernels(dtype), 6, 3
+    weights = []
+    for rows, cols in ((2 * inner, hidden), (hidden, inner)):
+        if kind == "fp16":
+            matrix, w = bench.normal((number * rows, cols), dtype, cols**-0.5)
+        else:
+            packed = _Packed(bench, kind, number * rows, cols, dtype)
+            matrix, w = packed.matrix, packed.weight
+        weights.append((matrix, w.reshape(number, rows, cols)))
+    ids = np.stack([bench.random.permutation(number)[:count] for _ in range(tokens)]).astype(np.int32)
+    picked, (vectors, x) = bench.put(ids, "int32"), bench.normal((tokens, hidden), dtype)
+    (gate_up, g), (down, d) = weights
+    output = bench.poisoned((tokens, count, inner), dtype)
+    experts.gemv_experts(kernels, gate_up, number, picked, vectors, output, linear.SILU)(bench.stream)
+    assert error(bench.get(output), reference.silu_multiply(np.einsum("tkrc,tc->tkr", g[ids], x))) < TOLERANCE[dtype]
+
+    vectors, x = bench.normal((tokens, count, inner), dtype)
+    made = bench.poisoned((tokens, count, hidden), "fp32")
+    experts.gemv_experts(kernels, down, number, picked, vectors, made, linear.LOGITS)(bench.stream)
+    expected = np.einsum("tkrc,tkc->tkr", d[ids], x)
+    assert error(bench.get(made), expected) < 5e-5
+    (shares, s), (sums, before) = bench.normal((tokens, count), "fp32"), bench.normal((tokens, hidden), "fp32")
+    experts.combine(kernels, made, shares, sums)(bench.stream)
+    assert error(bench.get(sums), before + np.einsum("tk,tkr->tr", s, expected)) < 5e-5
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("rows, q, k", [(1, 16, 8), (3, 264, 264), (65, 5120, 1024)])
+def test_norms_of_q_and_k_over_all_heads(bench, rows, q, k, dtype):
+    """In place, and V stays. The last values of Q are zeros that its mean does not count."""
+    added = 8
+    norms = [bench.normal((size,), dtype) for size in (q, k)]
+    values = bench.normal((rows, q + 2 * k), dtype, 3.0)[1]
+    values[:, q - added : q] = 0
+    qkv = bench.put(to_bits(values, dtype), dtype)
+    arrays = (qkv, *(norm for norm, _ in norms))
+    linear.qk_norm(bench.kernels(dtype), *arrays, EPS, (q - added, k))(bench.stream)
+    found = bench.get(qkv)
+    assert error(found[:, :q], reference.rms_norm(values[:, :q], norms[0][1], EPS, q - added)) < TOLERANCE[dtype]
+    assert error(found[:, q : q + k], reference.rms_norm(values[:, q : q + k], norms[1][1], EPS)) < TOLERANCE[dtype]
+    assert (found[:, q + k :] == values[:, q + k :]).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("rows, cols", [(1, 8), (3, 264), (65, 4096)])
 def test_rms_norm_embed_silu_bias(bench, rows, cols, dtype):
     kernels, stream = bench.kernels(dtype), bench.stream
@@ -280,6 +341,12 @@ def test_rms_norm_embed_silu_bias(bench, rows, cols, dtype):
     linear.rms_norm(kernels, hidden, weight, output, EPS, delta)(stream)
     assert error(bench.get(output), reference.rms_norm(h + d, g, EPS)) < TOLERANCE[dtype]
     assert error(bench.get(hidden), h + d) < 1e-6
+
+    total, before = bench.normal((rows, cols), "fp32")
+    rounded = bench.poisoned((rows, cols), dtype)
+    linear.rms_norm(kernels, hidden, weight, total, EPS, rounded=rounded)(stream)
+    assert error(bench.get(total), before + reference.rms_norm(h + d, g, EPS)) < 1e-5
+    assert (bench.get(rounded) == from_bits(to_bits(bench.get(total), dtype), dtype)).all()
 
     table, t = bench.normal((50, cols), dtype)
     tokens = bench.random.integers(0, 50, rows).astype(np.int32)

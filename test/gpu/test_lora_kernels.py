@@ -9,10 +9,10 @@ from sanitizer_model import MODULES, VOCAB, make_adapters, make_backend
 from test_batch_kernels import EPS, TOLERANCE, make_weight
 
 from batch_steps import Requests
-from benchmarks.random_checkpoint import write_random_adapter
 from engine_core.backends import SequenceStep
 from engine_core.cuda.kernels import KernelArgumentError, linear, linear_batch, linear_packed, lora, reference
 from engine_core.formats.lora import LoraAdapter
+from engine_core.measure.random_checkpoint import write_random_adapter
 from engine_core.request import SamplingParams
 from packed_weights import KINDS
 

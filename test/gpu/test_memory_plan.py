@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.gpu_decode import SHAPES
 from benchmarks.gpu_trt import model_config
-from benchmarks.random_checkpoint import write_random_checkpoint
 from engine_core.backends.cuda.build import build_cuda
+from engine_core.measure.random_checkpoint import write_random_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 PROBE = Path(__file__).with_name("memory_probe.py")

@@ -10,12 +10,12 @@ import shutil
 import numpy as np
 import pytest
 
-from benchmarks.random_checkpoint import write_random_checkpoint
 from device_steps import generate
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import Device, DeviceMemoryError
 from engine_core.errors import EngineDirectoryError, EngineFaultError
 from engine_core.formats.manifest import read_manifest
+from engine_core.measure.random_checkpoint import write_random_checkpoint
 from engine_core.measure.steps import begin, decode, extend, prefill
 from engine_core.request import SamplingParams
 

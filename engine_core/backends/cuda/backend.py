@@ -13,13 +13,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from engine_core.backends import SequenceStep
 from engine_core.backends.cuda.batch_model import BatchModel, RowsModel
-from engine_core.backends.cuda.drafts import MAX_DRAFT, DraftSteps
+from engine_core.backends.cuda.drafts import DraftSteps
 from engine_core.backends.cuda.layout import (
     PROMPT_HEADER,
     ArraySpec,
@@ -44,9 +44,14 @@ from engine_core.cuda.kernels.sampling import RING
 from engine_core.cuda.kernels.tuning import EventTimer
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
+from engine_core.progress import Progress, untold
 from engine_core.request import SamplingParams
 
+if TYPE_CHECKING:
+    from engine_core.vision.prompt import PlacedImage
+
 MAX_GRAPH_ROWS = 512  # of a chunk in a graph: a larger one's launches are queued long before the GPU is done
+_UPLOADING = 0.7  # of the progress of loading; the rest are kernels, graphs and the warm-up
 Loaded = TypeVar("Loaded", bound="CudaBackend")  # Self is not in Python 3.10
 
 
@@ -65,8 +70,10 @@ class CudaBackend(DeviceBackend):
         return plan_here(lambda device: (planned_bytes(spec.on(device), device.num_sms), host_bytes(spec.on(device))))
 
     @classmethod
-    def load(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> CudaBackend:
-        return cls._load(variant_dir, resolve(variant_dir, manifest, config), config)
+    def load(
+        cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, *, progress: Progress = untold
+    ) -> CudaBackend:
+        return cls._load(variant_dir, resolve(variant_dir, manifest, config), config, progress=progress)
 
     @classmethod
     def _load(
@@ -75,17 +82,27 @@ class CudaBackend(DeviceBackend):
         resolved: Resolved,
         config: EngineConfig,
         check: Callable[[Device], None] = lambda device: None,
+        *,
+        progress: Progress,
         **kwargs: Any,
     ) -> Loaded:
         """``check`` may refuse the device, ``kwargs`` are a subclass's own."""
         weights = CudaWeights(variant_dir, resolved)
+        total, done = sum(array.nbytes for array in weight_arrays(resolved.spec).values()), 0
         device = Device()
+
+        def upload(name: str, array: DeviceArray) -> None:
+            nonlocal done
+            device.upload(array, weights.read(name))
+            done += array.nbytes
+            progress(min(1.0, done / total) * _UPLOADING)
+
         try:
             check(device)
             return cls(
                 device,
                 resolved.spec.on(device),
-                lambda name, array: device.upload(array, weights.read(name)),
+                upload,
                 weights.rope(),
                 vocab_map=resolved.vocab_map,
                 use_cuda_graph=config.use_cuda_graph,
@@ -159,7 +176,7 @@ class CudaBackend(DeviceBackend):
         self._drafts = None
         if spec.drafts:
             self._drafts = DraftSteps(own, device, self._stream, self._work, spec.max_batch)
-            self.max_draft = MAX_DRAFT
+            self.max_draft = self._drafts.max_draft
             self.exact_drafts = spec.max_batch > 1  # whose steps have the kernels of a draft's
         self._slot_adapters = own(PinnedArray(device, (spec.max_batch,), "int32"))  # their numbers, -1 = none
         self._slot_adapters.host[:] = -1
@@ -223,8 +240,15 @@ class CudaBackend(DeviceBackend):
     def _prefill_key(self, rows: int, adapted: bool) -> GraphKey:
         return GraphKey(1, self._work["prompt"].address, self._work["hidden"].address, adapted, rows=rows)
 
-    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray, adapter: str = "") -> None:
-        super().begin(slot, sampling, history, adapter)
+    def begin(
+        self,
+        slot: int,
+        sampling: SamplingParams,
+        history: np.ndarray,
+        adapter: str = "",
+        images: Sequence[PlacedImage] = (),
+    ) -> None:
+        super().begin(slot, sampling, history, adapter, images)
         number = self._adapter_numbers[adapter]
         if number == self._slot_adapters.host[slot]:
             return

@@ -1,19 +1,21 @@
 """The transformer on our own kernels for steps of several rows: tokens of a draft, or several sequences.
 
-A layer takes seven kernels or eight, because a GEMM of several rows does not norm for itself. The kernels add up a
-row's sums in the same order in every size, so that no text depends on the other rows.
+A layer takes seven kernels or eight, because a norm of several rows is a kernel of its own. Up to eight rows of packed
+weights are multiplied by a GEMV where they fit, others by a GEMM. Either adds up a row's sums in the same order in
+every size, so that no text depends on the other rows.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from engine_core.backends.cuda.model import CudaModel
-from engine_core.backends.gpu_model import WeightSource, Work
+from engine_core.backends.cuda.model import IN_NORMS, CudaModel
+from engine_core.backends.gpu_model import Matrix, WeightSource, Work
 from engine_core.cuda.driver import DeviceArray, Launch
-from engine_core.cuda.kernels import CHUNK_WORDS, attention, linear, linear_batch, lora, sampling
+from engine_core.cuda.kernels import CHUNK_WORDS, attention, linear, linear_batch, linear_packed, lora, sampling
 from engine_core.cuda.kernels.launch_configs import Problem
 
 _TOKEN = sampling.STATE.fields["token"][1]
@@ -41,7 +43,7 @@ class RowsModel(CudaModel):
     def draft_launches(self, size: int, host_tokens: int, num_layers: int | None = None) -> list[Work]:
         """Return the step of the chunk in ``prompt``, which has at most ``size`` tokens, or its first ``num_layers``.
 
-        The tokens go to ``draft_state`` and to ``host_tokens``, the device address of int32 [DRAFT_SIZES[-1], RING].
+        The tokens go to ``draft_state`` and to ``host_tokens``, the device address of int32 [the largest size, RING].
         """
         w = self.work
         tokens = DeviceArray(self._tokens.address, (size,), "int32")
@@ -73,41 +75,48 @@ class RowsModel(CudaModel):
 
     def _layer_of_rows(self, i: int, size: int, attend: list[Work], terms: dict[str, lora.LoraTerm]) -> list[Work]:
         """Return layer ``i`` around its attention, from ``qkv`` to ``attended``."""
-        return [
-            self._norm(self.weights[f"layers.{i}.input_norm"], size),
-            *self._gemm_rows(i, "qkv", size, terms),
-            *attend,
-            *self._gemm_rows(i, "o", size, terms),
-            self._norm(self.weights[f"layers.{i}.post_norm"], size),
-            *self._gemm_rows(i, "gate_up", size, terms),
-            *self._gemm_rows(i, "down", size, terms),
-        ]
+        multiply = partial(self._multiply_rows, i, size=size, terms=terms)
+        before: list[Work] = [*multiply("qkv"), *self._wide_qk_norm(i, size), *attend, *multiply("o")]
+        if self.spec.model.num_experts:
+            return [*before, *self._in_norm(i, "post_norm", size), *self._experts(i, size)]
+        return [*before, *multiply("gate_up"), *multiply("down")]
 
     def _sample_of_rows(
         self, size: int, arrays: dict[str, DeviceArray], host_tokens: int, slots: DeviceArray | None = None
     ) -> list[Work]:
         """Return the LM head of all rows, then the sampler, of those that ``slots`` names."""
-        head, vocab_map = self.matrix("head" if self.spec.has_head else "embed"), self.work.get("vocab_map")
-        return [
-            self._norm(self.weights["norm"], size),
-            self._gemm(
-                *(head, self._rows("normed", size), arrays["logits"], linear.LOGITS),
-                softcap=self.spec.model.logits_softcap,
-            ),
-            *sampling.sample(self._kernels, **arrays, vocab_map=vocab_map, host_tokens=host_tokens, slots=slots),
-        ]
+        vocab_map = self.work.get("vocab_map")
+        sample = sampling.sample(self._kernels, **arrays, vocab_map=vocab_map, host_tokens=host_tokens, slots=slots)
+        head = self.matrix("head" if self.spec.has_head else "embed")
+        more = {"softcap": self.spec.model.logits_softcap, "logits_scale": self.spec.model.logits_scale}
+        product = self._product(head, self._rows("normed", size), arrays["logits"], linear.LOGITS, more)
+        return [self._norm(self.weights["norm"], size), product, *sample]
 
-    def _gemm_rows(self, i: int, name: str, size: int, terms: dict[str, lora.LoraTerm]) -> list[Work]:
-        """Return a layer's GEMM and what belongs to it, to the residual stream where it ends there."""
+    def _takes_vectors(self, weight: Matrix) -> bool:
+        """Return True if the rows of every step are multiplied by the GEMV of ``weight``."""
+        if not self.spec.takes_vectors or not isinstance(weight, linear_packed.PackedWeight):
+            return False
+        return linear_packed.vectors_fit(self._kernels, weight, self.spec.row_sizes[-1])
+
+    def _multiply_rows(self, i: int, name: str, size: int, terms: dict[str, lora.LoraTerm]) -> list[Work]:
+        """Return what multiplies rows by a layer's matrix, from the norm before it to the residual stream behind it."""
         source, target, epilogue = self._matrices[name]
         target, term = "activated" if epilogue in linear.GATED else target, terms.get(name)
         vectors, output = self._rows(source, size), self._rows(target, size)
         more = {"bias": self._bias(i, name), "lora": term}
-        gemm = self._gemm(self.matrix(f"layers.{i}.{name}"), vectors, output, epilogue, **more)
-        before = [] if term is None else [lora.lora_shrink(self._kernels, term, vectors)]
-        return [*before, gemm, *self._out_norm(i, name, size)]
+        return [
+            *(self._in_norm(i, IN_NORMS[name], size) if name in IN_NORMS else []),
+            *([] if term is None else [lora.lora_shrink(self._kernels, term, vectors)]),
+            self._product(self.matrix(f"layers.{i}.{name}"), vectors, output, epilogue, more),
+            *self._out_norm(i, name, size),
+        ]
 
-    def _gemm(self, weight: Any, vectors: DeviceArray, output: DeviceArray, epilogue: int, **more: Any) -> Launch:
+    def _product(
+        self, weight: Matrix, vectors: DeviceArray, output: DeviceArray, epilogue: int, more: dict[str, Any]
+    ) -> Launch:
+        """Return the product of rows and a matrix, with what follows fused."""
+        if self._takes_vectors(weight):
+            return self._gemv(weight, vectors, output, epilogue, **more)
         w, size = self.work, vectors.shape[0]
         place = w["batch_chunks"].at(self.spec.row_sizes.index(size)).address
         return linear_batch.gemm_batch(
@@ -130,10 +139,11 @@ class RowsModel(CudaModel):
         return self.draft_launches(self.spec.draft_sizes[-1], host_tokens, num_layers)
 
     def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
-        if getattr(problem, "tokens", None) == linear_batch.MAX_SEQUENCES or getattr(problem, "sequences", 1) > 1:
-            launches = self._rows_launches(host_tokens, len(self._tuned_layers()))
-            return [launch for launch in launches if isinstance(launch, Launch) and launch.problem == problem]
-        return super()._work_of(problem, host_tokens)
+        of_rows = getattr(problem, "tokens", None) == linear_batch.MAX_SEQUENCES or getattr(problem, "sequences", 1) > 1
+        if not of_rows and (found := super()._work_of(problem, host_tokens)):
+            return found  # else the GEMV of several rows, whose norm is a kernel of its own
+        launches = self._rows_launches(host_tokens, len(self._tuned_layers()))
+        return [launch for launch in launches if isinstance(launch, Launch) and launch.problem == problem]
 
 
 class BatchModel(RowsModel):

@@ -34,9 +34,11 @@ from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
 from engine_core.models.reader import check_tensors, read_spec
 from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
+from engine_core.progress import Progress, portion, untold
 
 _log = logging.getLogger(__name__)
 
+_WRITING = 0.9  # of the progress of a build; the rest are the hashes
 _ROUNDED = 1 << 22  # weights that are rounded to small floats at a time, which takes several times as much memory
 
 
@@ -50,6 +52,7 @@ def build_cuda(
     vocab_map: Path | None = None,
     kv_cache_type: str = "auto",
     model_name: str = "",
+    progress: Progress = untold,
 ) -> Manifest:
     """Writes the variant ``engine_dir`` from a Hugging Face checkpoint directory.
 
@@ -74,7 +77,7 @@ def build_cuda(
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
     if (reason := conversion_refusal(quantization, quantization_of(checkpoint, spec))) is not None:
         raise BuildError(reason)
-    companions.check_tokenizer(checkpoint, spec.vocab_size)
+    companions.check_companions(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
@@ -93,13 +96,15 @@ def build_cuda(
         group_size=stored_group(stored_as),
         use_cuda_graph=True,
         builder=companions.versions(()),
-        notes=companions.notes(spec, max_context),
+        notes=companions.notes(CAPABILITIES, spec, max_context),
         options=dataclasses.asdict(CudaOptions(dtype)),
     )
     with write_variant(Path(engine_dir)) as directory:
         companions.copy_companions(checkpoint, directory)
         companions.copy_vocab_map(vocab_map, kept, directory)
-        errors = write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept)
+        errors = write_weights(
+            directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept, progress=portion(progress, 0.0, _WRITING)
+        )
         if errors:
             sentence = errors.sentence(checkpoint.path.name, quantization)
             _log.warning("%s The cuda backend holds %s only; %s.", sentence, _held(stored_as), _otherwise(stored_as))
@@ -108,6 +113,7 @@ def build_cuda(
                 manifest, notes=(*manifest.notes, sentence), options=dataclasses.asdict(options)
             )
         manifest = seal(directory, manifest)
+    progress(1.0)
     return manifest
 
 
@@ -132,11 +138,17 @@ def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator
     def norm(name: str) -> list[np.ndarray]:
         return [weights.norm(name, with_offset=False)]  # which the kernels add in float32
 
-    yield "input_norm", norm(layer.input_norm)
+    if layer.input_norm:
+        yield "input_norm", norm(layer.input_norm)
     yield "qkv", weights.linear(layer.qkv)
     yield "o", weights.linear(layer.output)
-    yield "post_norm", norm(layer.mlp_norm)
-    yield "gate_up", weights.paired(layer.gate_up) if paired else weights.linear(layer.gate_up)
+    if layer.mlp_norm:
+        yield "post_norm", norm(layer.mlp_norm)
+    if layer.router:
+        yield "router", [weights.matrix(layer.router)]
+    gate_ups = [layer.expert(index)[0] for index in range(layer.num_experts)] or [layer.gate_up]
+    make = weights.paired if paired else weights.linear
+    yield "gate_up", (block for gate_up in gate_ups for block in make(gate_up))
     yield "down", weights.linear(layer.down)
     biases = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}
     for name, linear in biases.items():
@@ -183,7 +195,7 @@ def own_values(
     if own is None:
         return None
     if name.endswith(".gate_up"):
-        own = [pair_rows(array) for array in own]
+        own = [np.concatenate([pair_rows(part) for part in np.split(array, max(1, spec.num_experts))]) for array in own]
     values, *scales = own
     values = columns.spread(rows.spread(values, 0, zero), 1, zero)
     return LAYOUTS[wanted.kind].pack(values, *(rows.spread(array, 0) for array in scales))
@@ -312,6 +324,7 @@ def write_weights(
     kept: np.ndarray | None,
     *,
     paired: bool = True,
+    progress: Progress = untold,
 ) -> RoundingErrors:
     """Write the weights file of a variant; return the loss of the packed matrices whose own values were not kept.
 
@@ -326,6 +339,7 @@ def write_weights(
 
     padding = Padding(spec, paired=paired)
     errors = RoundingErrors()
+    total, done = sum(array.nbytes for array in arrays.values()), 0
 
     def tiles(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
         own = own_values(checkpoint, spec, name, wanted, dtype, padding)
@@ -341,6 +355,8 @@ def write_weights(
                 writer.write(name, tiles(name, blocks))
             else:
                 writer.write_blocks(name, (to_16_bit(block, dtype) for block in blocks))
+            done += arrays[name].nbytes
+            progress(min(1.0, done / total))
         writer.write(ROPE_NAME, table)
     return errors
 

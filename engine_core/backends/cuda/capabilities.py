@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine_core.backends.capabilities import Capabilities, Trait
+from engine_core.backends.capabilities import CONVOLUTIONS, SCALED_QUERIES, VISION_ENCODER, Capabilities, Trait
 
 if TYPE_CHECKING:
     from engine_core.backends.machine import Machine, Missing
@@ -20,8 +20,16 @@ def _padded_head(spec: ModelSpec) -> int:
 
 # What the kernels lack.
 TRAITS = (
+    VISION_ENCODER,
+    CONVOLUTIONS,
     Trait("RoPE tables of different sizes", lambda spec, _: len({rope.dim for rope in spec.ropes}) > 1),
     Trait("a head size above 256", lambda spec, _: _padded_head(spec) > 256),
+    SCALED_QUERIES,
+    Trait(
+        "experts of sizes that are no multiples of 16",
+        lambda spec, _: spec.num_experts > 0 and (spec.hidden_size % 16 or spec.intermediate_size % 16) > 0,
+    ),
+    Trait("more than 32 experts for a token", lambda spec, _: spec.experts_per_token > 32),
     Trait("more than 16 query heads for a KV head", lambda spec, _: spec.num_heads // spec.num_kv_heads > 16),
 )
 

@@ -10,12 +10,10 @@ import numpy as np
 
 from engine_core.backends import SequenceStep
 from engine_core.backends.cuda.batch_model import RowsModel
-from engine_core.backends.cuda.layout import DRAFT_SIZES
 from engine_core.cuda.driver import Device, DeviceArray, PinnedArray, Stream
 from engine_core.cuda.graphs import GraphKey, GraphRunner
 from engine_core.cuda.kernels.sampling import PARAMS, RING, STATE
 
-MAX_DRAFT = DRAFT_SIZES[-1] - 1  # tokens of a draft: a step also feeds the last sampled token
 _TIMED_STEPS = 5
 
 
@@ -36,6 +34,7 @@ class DraftSteps:
         self._stream = stream
         self._work = work
         count, words = work["draft_mask"].shape
+        self.max_draft = count - 1  # tokens of a draft: a step also feeds the last sampled token
         self._states = own(PinnedArray(device, (slots, count, STATE.itemsize), "uint8"))
         self._params = own(PinnedArray(device, (slots, count, PARAMS.itemsize), "uint8"))
         self._slots = own(PinnedArray(device, (slots, count), "int32"))
@@ -51,17 +50,18 @@ class DraftSteps:
         values = np.zeros((), dtype=PARAMS)
         values["top_p"] = values["repetition_penalty"] = 1.0
         self._graphs = graphs
-        position = max(0, min(1024, model.spec.max_context - DRAFT_SIZES[-1]))
+        position = max(0, min(1024, model.spec.max_context - self.max_draft - 1))
         for size in model.spec.draft_sizes:
-            rows = SequenceStep(0), np.full(size, position), values
+            self._seconds[size] = 0.0
+            rows = np.full(size, position), values, [None] * size
             place(size, position)
-            self._upload(0, 0, *rows[1:], [None] * size)
+            self._upload(0, 0, *rows)
             graphs.add(self._key(size), model.draft_launches(size, self._host_tokens.device_address))
             times = []
             for _ in range(_TIMED_STEPS):
                 start = time.perf_counter()
                 place(size, position)
-                self._upload(0, 0, *rows[1:], [None] * size)
+                self._upload(0, 0, *rows)
                 self._run(0, size)
                 self._stream.wait()
                 times.append(time.perf_counter() - start)
@@ -94,7 +94,7 @@ class DraftSteps:
         return GraphKey(1, self._work["draft_state"].address, self._work["draft_logits"].address, rows=size)
 
     def _size(self, count: int) -> int:
-        return next(size for size in DRAFT_SIZES if count <= size)
+        return next(size for size in self._seconds if count <= size)
 
     def _upload(
         self, number: int, first: int, positions: np.ndarray, params: np.ndarray, masks: Sequence[np.ndarray | None]

@@ -18,7 +18,7 @@ from engine_core.backends.kv_pool import pool_tokens
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, Device, aligned
 from engine_core.cuda.kernels.attention import AttentionShape
-from engine_core.cuda.kernels.launch_configs import PACKED_ROWS, PackedRowsProblem
+from engine_core.cuda.kernels.launch_configs import MAX_VECTORS, PACKED_ROWS, PackedRowsProblem
 from engine_core.cuda.kernels.linear_batch import batch_scratch
 from engine_core.cuda.kernels.linear_packed import LAYOUTS, packed_scratch, stored_group
 from engine_core.cuda.kernels.lora import MAX_RANK, RANK_GRAIN
@@ -94,11 +94,20 @@ class CudaSpec:
     @property
     def draft_sizes(self) -> list[int]:
         """Tokens of a step that checks a draft, of which there are a few sizes."""
-        return list(DRAFT_SIZES) if self.drafts else []
+        most = MAX_VECTORS if self.takes_vectors else DRAFT_SIZES[-1]
+        return [size for size in DRAFT_SIZES if size <= most] if self.drafts else []
+
+    @property
+    def takes_vectors(self) -> bool:
+        """True if steps of several rows multiply by the GEMVs of a step of one where the rows fit, else by GEMMs.
+
+        All steps of an engine take the same one for a matrix, so that a sequence's sums are those it has alone.
+        """
+        return self.is_packed and not self.adapters and self.max_batch <= MAX_VECTORS
 
     @property
     def row_sizes(self) -> list[int]:
-        """Rows that the GEMMs of several rows are made for."""
+        """Numbers of rows of the steps of several rows."""
         return sorted({*(self.batch_sizes if self.max_batch > 1 else []), *self.draft_sizes})
 
     @cached_property
@@ -143,6 +152,16 @@ class CudaSpec:
         return [name for name, linear in linears.items() if linear.biases]
 
     @property
+    def pre_norms(self) -> bool:
+        """True if the inputs of attention and MLP are normed; else they are rounded copies of the residual stream."""
+        return self.model.layers[0].pre_norms
+
+    @property
+    def wide_qk_norm(self) -> bool:
+        """True if Q and K are normed over all their heads, in a kernel of its own."""
+        return self.model.layers[0].wide_qk_norm
+
+    @property
     def outer_norms(self) -> bool:
         """True if the outputs of attention and MLP are normed before they are added; they go to ``branch`` first."""
         return self.model.layers[0].outer_norms
@@ -163,7 +182,7 @@ class CudaSpec:
             head_size=model.head_dim,
             max_context=self.max_context,
             norm_eps=model.norm_eps,
-            qk_norm=model.layers[0].qk_norm,
+            qk_norm=model.layers[0].qk_norm and not self.wide_qk_norm,
             kv_int8=self.kv_int8,
             slot_layers=model.num_layers if self.max_batch > 1 else 0,
             rotated=padded_rope(model),
@@ -240,7 +259,7 @@ def round_rows(tokens: int) -> int:
 
 
 def rows_of_chunk(tokens: int, chunk: int) -> int:
-    """Return this spec for steps of at most ``chunk`` rows."""
+    """Return the rows that a prefill step of so many tokens computes, at most ``chunk``."""
     return min(chunk, round_rows(tokens))
 
 
@@ -263,16 +282,20 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
     matrices = matrix_shapes(spec)
     for i in range(spec.num_layers):
         layer: dict[str, tuple[int, ...]] = {
-            "input_norm": (spec.hidden,),
+            **({"input_norm": (spec.hidden,)} if spec.pre_norms else {}),
             "qkv": matrices["qkv"],
             "o": matrices["o"],
-            "post_norm": (spec.hidden,),
+            **({"post_norm": (spec.hidden,)} if spec.pre_norms else {}),
+            **({"router": (spec.model.num_experts, spec.hidden)} if spec.model.num_experts else {}),
             "gate_up": matrices["gate_up"],
             "down": matrices["down"],
         }
         layer |= {f"{name}_bias": matrices[name][:1] for name in spec.biases}
         if attention.qk_norm:
             layer["q_norm"] = layer["k_norm"] = (attention.head_dim,)
+        if spec.wide_qk_norm:
+            layer["q_norm"] = (attention.num_heads * attention.head_dim,)
+            layer["k_norm"] = (attention.num_kv_heads * attention.head_dim,)
         if spec.outer_norms:
             layer["attention_out_norm"] = layer["mlp_out_norm"] = (spec.hidden,)
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
@@ -292,13 +315,19 @@ def packed_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
 
 def matrix_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
     """Return (rows, columns) of the matrices of a layer."""
-    attention = spec.attention
+    attention, experts = spec.attention, max(1, spec.model.num_experts)
     return {
         "qkv": (attention.qkv_width, spec.hidden),
         "o": (spec.hidden, attention.num_heads * attention.head_dim),
-        "gate_up": (2 * spec.intermediate, spec.hidden),
-        "down": (spec.hidden, spec.intermediate),
+        "gate_up": (experts * 2 * spec.intermediate, spec.hidden),
+        "down": (experts * spec.hidden, spec.intermediate),
     }
+
+
+def gemm_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
+    """Return (rows, columns) of the matrices of a layer that every token is multiplied by: not those of experts."""
+    of_experts = ("gate_up", "down") if spec.model.num_experts else ()
+    return {name: shape for name, shape in matrix_shapes(spec).items() if name not in of_experts}
 
 
 def stacked_rows(model: ModelSpec) -> dict[str, tuple[range, ...]]:
@@ -341,7 +370,10 @@ def lora_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
 
 
 def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
-    """Everything that is not a weight. Decode uses the first rows of what prefill uses."""
+    """Return name → purpose, shape and dtype of every array that is no weight: KV cache, RoPE table, scratch, sampler.
+
+    Decode uses the first rows of what prefill uses. ``num_sms``: streaming multiprocessors of the GPU.
+    """
     attention, dtype, chunk, rows = spec.attention, spec.dtype, spec.chunk, spec.head_rows
     kv_heads, head_dim = attention.num_kv_heads, attention.head_dim
     kv_dtype = "int8" if attention.kv_int8 else dtype
@@ -354,8 +386,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         "normed": ("scratch", (chunk, spec.hidden), dtype),
         "qkv": ("scratch", (chunk, attention.qkv_width), dtype),
         "attended": ("scratch", (chunk, attention.num_heads * head_dim), dtype),
-        "gate_up": ("scratch", (chunk, 2 * spec.intermediate), dtype),
-        "activated": ("scratch", (chunk, spec.intermediate), dtype),
+        **_mlp_arrays(spec),
         "partial": ("scratch", (attention.partial_floats(num_sms, *slots),), "fp32"),
         "counters": ("scratch", (*slots, attention.bundles), "uint32"),
         "blas": ("scratch", (BLAS_WORKSPACE,), "uint8"),
@@ -373,7 +404,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     if attention.kv_int8:
         arrays["kv_scales"] = ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if sizes := spec.row_sizes:
-        matrices = [*matrix_shapes(spec).values(), (rows, spec.hidden)]
+        matrices = [*gemm_shapes(spec).values(), (rows, spec.hidden)]
         sums, counters = batch_scratch(matrices, sizes[-1], num_sms)
         arrays["batch_sums"] = ("scratch", (sums,), "fp32")
         arrays["batch_counters"] = ("scratch", (counters,), "uint32")
@@ -382,7 +413,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["slots"] = ("io", slots, "int32")  # of the rows of a decode step; -1 = the row does nothing
         arrays["prompt_slots"] = ("io", (*slots, _ROW), "int32")  # the same for a prompt's first token, by its slot
     if spec.drafts:
-        count = DRAFT_SIZES[-1]
+        count = spec.draft_sizes[-1]
         arrays["draft_logits"] = ("io", (count, rows), "fp32")
         arrays["draft_scores"] = ("scratch", (count, *scores_shape(rows)), "fp32")
         arrays["draft_partial"] = ("scratch", (attention.partial_floats(num_sms, count),), "fp32")
@@ -394,12 +425,28 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     if rows != spec.vocab_size:
         arrays["vocab_map"] = ("io", (rows,), "int32")
     if spec.is_packed:  # for prefill: one matrix at a time in 16 bits, or partial sums of a GEMM of few tokens
-        shapes = matrix_shapes(spec).values()
+        shapes = gemm_shapes(spec).values()
         sums, counters = packed_scratch(shapes, min(chunk, PACKED_ROWS[-1]), num_sms)
         arrays["dequantized"] = ("scratch", (max(2 * sums, *map(math.prod, shapes)),), dtype)
         arrays["packed_counters"] = ("scratch", (counters,), "uint32")
     pool = {} if spec.pool_on_host else pool_arrays(spec)
     return {name: ArraySpec(*values) for name, values in arrays.items()} | pool | lora_arrays(spec)
+
+
+def _mlp_arrays(spec: CudaSpec) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Return the scratch between a layer's second norm and its output."""
+    chunk, inner, picked = spec.chunk, spec.intermediate, spec.model.experts_per_token
+    if not picked:
+        return {
+            "gate_up": ("scratch", (chunk, 2 * inner), spec.dtype),
+            "activated": ("scratch", (chunk, inner), spec.dtype),
+        }
+    return {
+        "picked": ("scratch", (chunk, picked), "int32"),
+        "shares": ("scratch", (chunk, picked), "fp32"),
+        "activated": ("scratch", (chunk, picked, inner), spec.dtype),
+        "made": ("scratch", (chunk, picked, spec.hidden), "fp32"),
+    }
 
 
 def pool_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:

@@ -2,7 +2,9 @@
 
 Decode takes five kernels a layer, each of which may start while the one before it ends: norm + QKV GEMV, attention
 (with RoPE and the append to the KV cache), output GEMV + residual, norm + gate-up GEMV + SiLU, down GEMV + residual.
-Two more norm the outputs of attention and MLP in models that do so before they add them.
+Two more norm the outputs of attention and MLP in models that do so before they add them; in models without norms
+before attention and MLP these round the sum for the GEMV that follows. One more norms Q and K over all heads where a
+model does.
 Prefill calls cuBLAS, for which 4- and 8-bit weights are dequantized; a GEMM of a few tokens reads them as they are.
 
 Sequences with LoRA adapters have launches of their own: the GEMVs of matrices that some adapter changes compute both
@@ -28,7 +30,7 @@ from engine_core.backends.cuda.layout import (
 from engine_core.backends.cuda.padding import padded_head
 from engine_core.backends.gpu_model import DeviceModel, WeightSource, Work
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
-from engine_core.cuda.kernels import Kernels, linear, linear_packed, lora
+from engine_core.cuda.kernels import Kernels, experts, linear, linear_packed, lora
 from engine_core.cuda.kernels.attention import AttentionPrefill
 from engine_core.cuda.kernels.blas import Blas
 from engine_core.cuda.kernels.launch_configs import (
@@ -56,12 +58,14 @@ class _Gemm:
 class _Layer:
     """The launches and the matrices of one layer's prefill."""
 
-    input_norm: Launch
+    input_norm: Launch | None
+    qk_norm: Launch | None  # over all heads
     rope_append: Launch
     attend: AttentionPrefill
-    post_norm: Launch
+    post_norm: Launch | None
     out_norms: dict[str, Launch]  # after the GEMM of that name, where there are any
     gemms: dict[str, _Gemm]
+    experts: list[Launch]  # in the place of the GEMMs of the MLP
 
 
 class CudaModel(DeviceModel[_Layer]):
@@ -106,24 +110,44 @@ class CudaModel(DeviceModel[_Layer]):
         spec, w = self.spec, self.work
         matrices = {name: self.matrix(f"layers.{i}.{name}") for name in self._matrices}
 
-        def multiply(name: str, norm: str = "") -> Launch:
+        def multiply(name: str) -> Launch:
             source, target, epilogue = self._matrices[name]
             more: dict[str, Any] = {"lora": terms.get(name), "bias": self._bias(i, name)}
-            if norm:
-                more |= {"norm_weight": self.weights[f"layers.{i}.{norm}"], "norm_eps": spec.norm_eps}
+            if is_normed := name in IN_NORMS and spec.pre_norms:
+                more |= {"norm_weight": self.weights[f"layers.{i}.{IN_NORMS[name]}"], "norm_eps": spec.norm_eps}
                 more |= {"norm_size": spec.model.hidden_size, "norm_offset": spec.model.norm_offset}
-            vector = w["hidden" if norm else source].at(0)
+            vector = w["hidden" if is_normed else source].at(0)
             output = w["activated" if epilogue in linear.GATED else target].at(0)
             return self._gemv(matrices[name], vector, output, epilogue, **more)
 
         return [
-            multiply("qkv", "input_norm"),
+            multiply("qkv"),
+            *self._wide_qk_norm(i, 1),
             self._attend_one(i),
             multiply("o"),
             *self._out_norm(i, "o", 1),
-            multiply("gate_up", "post_norm"),
-            multiply("down"),
+            *(multiply(name) for name in ("gate_up", "down") if name in self._matrices),
+            *(self._in_norm(i, "post_norm", 1) if spec.model.num_experts else []),
+            *self._experts(i, 1),
             *self._out_norm(i, "down", 1),
+        ]
+
+    def _experts(self, i: int, size: int) -> list[Launch]:
+        """Return what gives ``size`` rows of ``normed`` to experts and adds their sums to ``hidden``; [] = none."""
+        model, kernels = self.spec.model, self._kernels
+        if not model.num_experts:
+            return []
+        normed, picked, shares, activated, made = (
+            self._rows(name, size) for name in ("normed", "picked", "shares", "activated", "made")
+        )
+        router, gate_up, down = (self.matrix(f"layers.{i}.{name}") for name in ("router", "gate_up", "down"))
+        assert isinstance(router, DeviceArray)
+        epilogue = linear.SILU if model.activation == "silu" else linear.GELU
+        return [
+            experts.route(kernels, normed, router, picked, shares, norm_shares=model.norm_expert_weights),
+            experts.gemv_experts(kernels, gate_up, model.num_experts, picked, normed, activated, epilogue),
+            experts.gemv_experts(kernels, down, model.num_experts, picked, activated, made, linear.LOGITS),
+            experts.combine(kernels, made, shares, self._rows("hidden", size)),
         ]
 
     def _bias(self, i: int, name: str) -> DeviceArray | None:
@@ -132,14 +156,39 @@ class CudaModel(DeviceModel[_Layer]):
     def _out_norm(self, i: int, name: str, size: int) -> list[Launch]:
         """Return what norms ``size`` rows of a GEMM's output and adds them to the residual stream, if anything."""
         weight = self.weights.get(f"layers.{i}.{_OUT_NORMS[name]}") if name in _OUT_NORMS else None
-        return [] if weight is None else [self._norm(weight, size, "branch", "hidden")]
+        if weight is None:
+            return []
+        rounded = None if self.spec.pre_norms else self._rows("normed", size)
+        return [self._norm(weight, size, "branch", "hidden", rounded)]
 
-    def _norm(self, weight: DeviceArray, size: int, source: str = "hidden", target: str = "normed") -> Launch:
+    def _in_norm(self, i: int, name: str, size: int) -> list[Launch]:
+        """Return what norms ``size`` rows of the residual stream for attention or MLP, if anything."""
+        weight = self.weights.get(f"layers.{i}.{name}")
+        return [] if weight is None else [self._norm(weight, size)]
+
+    def _norm(
+        self,
+        weight: DeviceArray,
+        size: int,
+        source: str = "hidden",
+        target: str = "normed",
+        rounded: DeviceArray | None = None,
+    ) -> Launch:
         model = self.spec.model
-        arrays = (self._rows(source, size), weight, self._rows(target, size))
         return linear.rms_norm(
-            self._kernels, *arrays, model.norm_eps, norm_size=model.hidden_size, norm_offset=model.norm_offset
+            *(self._kernels, self._rows(source, size), weight, self._rows(target, size), model.norm_eps),
+            norm_size=model.hidden_size,
+            norm_offset=model.norm_offset,
+            rounded=rounded,
         )
+
+    def _wide_qk_norm(self, i: int, size: int) -> list[Launch]:
+        """Return what norms Q and K of ``size`` rows over all their heads, if the model does."""
+        if not self.spec.wide_qk_norm:
+            return []
+        spec, qkv = self.spec, self._rows("qkv", size)
+        q_norm, k_norm = (self.weights[f"layers.{i}.{name}"] for name in ("q_norm", "k_norm"))
+        return [linear.qk_norm(self._kernels, qkv, q_norm, k_norm, spec.norm_eps, spec.model.head_norm_sizes)]
 
     def _rows(self, name: str, size: int) -> DeviceArray:
         """The first ``size`` rows of an array."""
@@ -187,7 +236,8 @@ class CudaModel(DeviceModel[_Layer]):
     # --- prefill --------------------------------------------------------------------------------------
 
     def prepare_prefill(self) -> None:
-        self._activate = self._gate_multiply()
+        if not self.spec.model.num_experts:
+            self._activate = self._gate_multiply()
         self._max_packed = 0
         if self.spec.is_packed:
             self._max_packed = self._kernels.config(packed_rows_problem(self.spec)).rows
@@ -200,7 +250,8 @@ class CudaModel(DeviceModel[_Layer]):
     def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
         if isinstance(problem, PackedRowsProblem):
             self._place_chunk(PACKED_ROWS[-1])
-            self._activate = self._gate_multiply()
+            if not self.spec.model.num_experts:
+                self._activate = self._gate_multiply()
             gemms, limit = self._prefill_layer(0).gemms, self._kernels.config(problem).rows
             sizes = [rows for rows in PACKED_ROWS if rows <= self.spec.chunk]
             return [partial(self._multiply, gemms, name, rows, limit) for rows in sizes for name in self._matrices]
@@ -215,12 +266,14 @@ class CudaModel(DeviceModel[_Layer]):
     def _prefill_layer(self, i: int) -> _Layer:
         rows = self.spec.chunk
         return _Layer(
-            input_norm=self._norm(self.weights[f"layers.{i}.input_norm"], rows),
+            input_norm=next(iter(self._in_norm(i, "input_norm", rows)), None),
+            qk_norm=next(iter(self._wide_qk_norm(i, rows)), None),
             rope_append=self._rope_append(i),
             attend=self._attend(i),
-            post_norm=self._norm(self.weights[f"layers.{i}.post_norm"], rows),
+            post_norm=next(iter(self._in_norm(i, "post_norm", rows)), None),
             out_norms={name: launch for name in self._matrices for launch in self._out_norm(i, name, rows)},
             gemms={name: self._prefill_gemm(i, name) for name in self._matrices},
+            experts=self._experts(i, rows),
         )
 
     def _prefill_gemm(self, i: int, name: str) -> _Gemm:
@@ -272,25 +325,30 @@ class CudaModel(DeviceModel[_Layer]):
 
         def multiply(name: str) -> None:
             self._multiply(layer.gemms, name, rows, self._max_packed, stream)
-            if name in layer.out_norms:
-                norm(layer.out_norms[name])
+            norm(layer.out_norms.get(name))
 
-        def norm(launch: Launch) -> None:
-            launch.set_grid(rows)
-            launch(stream)
+        def norm(launch: Launch | None) -> None:
+            if launch is not None:
+                launch.set_grid(rows)
+                launch(stream)
 
         norm(layer.input_norm)
         multiply("qkv")
+        norm(layer.qk_norm)
         self._run_attention(layer.rope_append, layer.attend, rows)
         multiply("o")
         norm(layer.post_norm)
-        multiply("gate_up")
-        multiply("down")
+        if not layer.experts:
+            multiply("gate_up")
+            multiply("down")
+        for launch in layer.experts:
+            norm(launch)
 
     def close(self) -> None:
         self.blas.close()
 
 
+IN_NORMS = {"qkv": "input_norm", "gate_up": "post_norm"}
 _OUT_NORMS = {"o": "attention_out_norm", "down": "mlp_out_norm"}
 
 
@@ -301,9 +359,10 @@ def matrices_of(spec: CudaSpec) -> dict[str, tuple[str, str, int]]:
     "branch".
     """
     target, epilogue = ("branch", linear.LOGITS) if spec.outer_norms else ("hidden", linear.RESIDUAL)
-    return {
-        "qkv": ("normed", "qkv", linear.STORE),
-        "o": ("attended", target, epilogue),
+    first = {"qkv": ("normed", "qkv", linear.STORE), "o": ("attended", target, epilogue)}
+    if spec.model.num_experts:  # whose matrices a token has some of
+        return first
+    return first | {
         "gate_up": ("normed", "gate_up", linear.SILU if spec.model.activation == "silu" else linear.GELU),
         "down": ("activated", target, epilogue),
     }

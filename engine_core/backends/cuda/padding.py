@@ -48,14 +48,17 @@ class Padding:
         both = Axis.at_the_end(2 * spec.intermediate_size, 2 * _GRAIN) if paired else inner.repeated(2)
         head = head_axis(spec)
         qkv = head.repeated(spec.num_heads + 2 * spec.num_kv_heads)
+        q_norm = k_norm = head
+        if spec.layers[0].wide_qk_norm:
+            q_norm, k_norm = head.repeated(spec.num_heads), head.repeated(spec.num_kv_heads)
         self._rows = {
-            "norm": hidden, "input_norm": hidden, "post_norm": hidden, "q_norm": head, "k_norm": head,
+            "norm": hidden, "input_norm": hidden, "post_norm": hidden, "q_norm": q_norm, "k_norm": k_norm,
             "attention_out_norm": hidden, "mlp_out_norm": hidden,
             "qkv": qkv, "o": hidden, "gate_up": both, "down": hidden,
             "qkv_bias": qkv, "o_bias": hidden, "gate_up_bias": both, "down_bias": hidden,
         }  # fmt: skip
         self._columns = {
-            "embed": hidden, "head": hidden, "qkv": hidden, "gate_up": hidden, "down": inner,
+            "embed": hidden, "head": hidden, "router": hidden, "qkv": hidden, "gate_up": hidden, "down": inner,
             "o": head.repeated(spec.num_heads),
         }  # fmt: skip
 

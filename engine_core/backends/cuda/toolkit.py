@@ -10,17 +10,18 @@ from engine_core.backends.cuda import build as builder
 from engine_core.backends.cuda.capabilities import CAPABILITIES
 from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, planned_bytes, weight_arrays
 from engine_core.backends.cuda.weights import resolve
-from engine_core.backends.toolkit import BuildRequest, Size, manifest_before_build
+from engine_core.backends.toolkit import BuildRequest, KernelCheck, Size, manifest_before_build
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels.linear_packed import stored_group
 from engine_core.formats import weight_formats as formats
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.models.spec import ModelSpec
+from engine_core.progress import Progress, untold
 
 
-def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
-    manifest = builder.build_cuda(
+def build(request: BuildRequest, report: Callable[[str], None], progress: Progress = untold) -> Manifest:
+    return builder.build_cuda(
         request.checkpoint,
         request.engine_dir,
         quantization=request.weight_format,
@@ -28,9 +29,8 @@ def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
         vocab_map=request.vocab_map,
         kv_cache_type=request.kv_cache_type,
         model_name=request.model_name,
+        progress=progress,
     )
-    report(f"Built {request.engine_dir} for the cuda backend with {request.weight_format} weights")
-    return manifest
 
 
 def plan_for(spec: ModelSpec, weight_format: str, size: Size, num_sms: int) -> dict[str, int]:
@@ -56,10 +56,21 @@ def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, nu
 
 
 def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
+    """Return the bytes of all weights but those that are only looked up and those of experts that a token has not."""
     spec = dataclasses.replace(CudaSpec.create(manifest, config), head_rows=head_rows)
-    arrays = weight_arrays(spec)
-    return sum(array.nbytes for name, array in arrays.items() if name != "embed" or not spec.has_head)
+    arrays, model = weight_arrays(spec), spec.model
+    read = sum(array.nbytes for name, array in arrays.items() if name != "embed" or not spec.has_head)
+    if not model.idle_experts:
+        return read
+    of_experts = sum(array.nbytes for name, array in arrays.items() if name.endswith((".gate_up", ".down")))
+    return read - of_experts // model.num_experts * model.idle_experts
 
 
 def num_threads(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> int:
     return 0
+
+
+def check_kernels(report: Callable[[str], None]) -> list[KernelCheck]:
+    from engine_core.backends.cuda import self_check
+
+    return self_check.check_kernels(report)

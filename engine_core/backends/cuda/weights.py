@@ -35,10 +35,10 @@ class Resolved:
 def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Resolved:
     """Raises ConfigurationError or EngineDirectoryError."""
     stored = CudaSpec.create(manifest, config)
-    vocab_map, cuts_head = configured_vocab_map(variant_dir, manifest, config)
+    vocab_map, prunes_head = configured_vocab_map(variant_dir, manifest, config)
     if vocab_map is None or len(vocab_map) == stored.vocab_size:  # ids ascend: it is the identity
         return Resolved(stored, stored, None)
-    if not cuts_head:
+    if not prunes_head:
         return Resolved(stored, stored, vocab_map)
     return Resolved(stored, dataclasses.replace(stored, head_rows=len(vocab_map)), vocab_map)
 

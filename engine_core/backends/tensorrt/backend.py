@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -42,7 +44,11 @@ from engine_core.errors import EngineDirectoryError, EngineFaultError
 from engine_core.formats.manifest import Manifest, read_options
 from engine_core.formats.vocab_map import own_vocab_map
 from engine_core.memory import MemoryPlan
+from engine_core.progress import Progress, untold
 from engine_core.request import SamplingParams
+
+if TYPE_CHECKING:
+    from engine_core.vision.prompt import PlacedImage
 
 
 class TensorRTBackend(DeviceBackend):
@@ -65,11 +71,17 @@ class TensorRTBackend(DeviceBackend):
 
     @classmethod
     def load(
-        cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
+        cls,
+        variant_dir: Path,
+        manifest: Manifest,
+        config: EngineConfig,
+        api: TensorRT | None = None,
+        *,
+        progress: Progress = untold,
     ) -> TensorRTBackend | GemmBackend:
         """See ``Backend.load``. ``api``: a stand-in for tests."""
         if is_gemm_engine(manifest):
-            return GemmBackend.load(variant_dir, manifest, config, api)
+            return GemmBackend.load(variant_dir, manifest, config, api, progress=progress)
         spec = TrtSpec.create(manifest, config)
         api = api or TensorRT()
         vocab_map = None
@@ -269,8 +281,15 @@ class TensorRTBackend(DeviceBackend):
 
     # --- faults ---------------------------------------------------------------------------------------
 
-    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray, adapter: str = "") -> None:
-        super().begin(slot, sampling, history, adapter)
+    def begin(
+        self,
+        slot: int,
+        sampling: SamplingParams,
+        history: np.ndarray,
+        adapter: str = "",
+        images: Sequence[PlacedImage] = (),
+    ) -> None:
+        super().begin(slot, sampling, history, adapter, images)
         if self._damaged:
             self._damaged = False
             self._stream.zero(self._work["kv_cache"])

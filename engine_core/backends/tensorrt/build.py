@@ -44,9 +44,11 @@ from engine_core.formats.weights import Weights
 from engine_core.memory import format_bytes
 from engine_core.models.reader import check_tensors, read_spec
 from engine_core.models.spec import ModelSpec
+from engine_core.progress import Progress, portion, untold
 
 _log = logging.getLogger(__name__)
 
+_WRITING = 0.3  # of the progress of a build: the weights; the rest is TensorRT's, which does not tell
 # Bytes a layer may take while it runs. More than this buys no faster tactic for GEMMs of these sizes, and every
 # byte of it is one less for the KV cache.
 _WORKSPACE = 1 << 30
@@ -67,6 +69,7 @@ def build_tensorrt(
     model_name: str = "",
     level: int = 3,
     report: Callable[[str], None] = _log.info,
+    progress: Progress = untold,
     api: TensorRT | None = None,
 ) -> Manifest:
     """Writes the variant ``engine_dir`` for this machine's GPU and TensorRT.
@@ -95,7 +98,7 @@ def build_tensorrt(
         raise BuildError(
             f"TensorRT {api.version} lacks the operators of the exporter native (10.15 has them); choose plain."
         )
-    companions.check_tokenizer(checkpoint, spec.vocab_size)
+    companions.check_companions(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     device = Device()
@@ -113,7 +116,7 @@ def build_tensorrt(
             use_cuda_graph=True,
             gpu_arch=device.arch,
             builder={**companions.versions(), "tensorrt": api.version},
-            notes=companions.notes(spec, max_context),
+            notes=companions.notes(CAPABILITIES, spec, max_context),
             options=asdict(TrtOptions(quantization, exporter, max_prefill)),
         )
         with write_variant(Path(engine_dir)) as directory:
@@ -122,12 +125,17 @@ def build_tensorrt(
             cache_path = timing_cache_path(Path(engine_dir), api, device)
             tools = _Tools(api, device, cache_path, level, report)
             if exporter == "gemm":
-                write_weights(directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept, paired=False)
+                write_weights(
+                    directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept, paired=False,
+                    progress=portion(progress, 0.0, _WRITING),
+                )  # fmt: skip
                 scratch = _write_gemm_plans(tools, manifest, directory)
             else:
                 scratch = _write_plan(tools, manifest, Weights(checkpoint, spec, kept), directory)
             manifest.options["scratch_bytes"] = scratch
-            return seal(directory, manifest)
+            manifest = seal(directory, manifest)
+        progress(1.0)
+        return manifest
     finally:
         device.close()
 
@@ -188,9 +196,7 @@ def _write_plan(tools: _Tools, manifest: Manifest, weights: Weights, directory: 
     # On the disk of the output: the ONNX model is as large as the plan.
     with scratch_directory(directory, "onnx") as temporary:
         tools.report(f"Exporting {weights.spec.architecture} as ONNX ({options.exporter}, {options.dtype})")
-        model = export_onnx(
-            temporary, weights, manifest.max_context, exporter=options.exporter, dtype=options.dtype
-        )
+        model = export_onnx(temporary, weights, manifest.max_context, exporter=options.exporter, dtype=options.dtype)
         weight_bytes = (temporary / DATA_NAME).stat().st_size
         kv_bytes = work_arrays(spec, 0)["kv_cache"].nbytes
         workspace = workspace_limit(device.memory_info()[0], weight_bytes, kv_bytes)

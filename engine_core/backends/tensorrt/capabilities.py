@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from engine_core.backends.capabilities import Capabilities, Trait
+from engine_core.backends.capabilities import CONVOLUTIONS, SCALED_QUERIES, VISION_ENCODER, Capabilities, Trait
 from engine_core.backends.cuda.capabilities import CAPABILITIES as CUDA
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ _GEMM_TRAITS = (
     Trait("norms with an offset", lambda spec, _: spec.norm_offset != 0),
     Trait("the activation {spec.activation}", lambda spec, _: spec.activation != "silu"),
     Trait("soft capping", lambda spec, _: spec.attention_softcap != 0 or spec.logits_softcap != 0),
+    Trait("scaled logits", lambda spec, _: spec.logits_scale != 1),
+    Trait("norms of Q and K over all heads", lambda spec, _: any(layer.wide_qk_norm for layer in spec.layers)),
     Trait("a scaled embedding", lambda spec, _: spec.embedding_scale != 1),
     Trait(
         "an attention scale of its own",
@@ -89,8 +91,12 @@ CAPABILITIES = Capabilities(
     kv_cache_types=("fp16", "int8", "fp32"),
     longest_default=4096,
     traits=(
+        VISION_ENCODER,
+        CONVOLUTIONS,
         # kv_append.cu moves 16 bytes at a time.
         Trait("a head size that is not a multiple of 8", lambda spec, _: spec.head_dim % 8 > 0),
+        SCALED_QUERIES,
+        Trait("experts", lambda spec, _: spec.num_experts > 0),
     ),
     kv_cache_types_of=_kv_cache_types_of,
     context_step=64,  # a layer's K starts at a multiple of this many positions: TensorRT takes addresses of 256 bytes

@@ -74,6 +74,9 @@ class TrtExporter:
         total = self._node32("Add", [residual, value], f"{name}{FP32}sum")
         return self.norm(name, total, weight), total
 
+    def add(self, name: str, residual: str, value: str) -> str:
+        return self._node32("Add", [residual, value], f"{name}{FP32}sum")
+
     def linear(self, name: str, value: str, linear: LinearSpec) -> str:
         weights = self._weights
         weight = self._stream(f"{name}.weight", weights.linear_shape(linear), weights.linear(linear))
@@ -92,6 +95,17 @@ class TrtExporter:
             active = self._gelu_tanh(f"{name}{FP32}gelu", gate)
         return self._node("Mul", [active, up], f"{name}/output", self._dtype)
 
+    def add_features(self, index: int, value: str) -> str:
+        return value  # no model that sees is written
+
+    def experts(self, name: str, value: str, layer: LayerSpec) -> str:
+        raise BuildError(f"{self._spec.architecture} has experts, which TensorRT engines are not built with.")
+
+    def short_convolution(self, index: int, value: str, layer: LayerSpec) -> str:
+        raise BuildError(
+            f"{self._spec.architecture} has short convolutions, which TensorRT engines are not built with."
+        )
+
     def wanted_tokens(self, name: str, value: str) -> str:
         return self._node("Gather", [value, "last_token"], f"{name}/output", self._type_of[value], axis=0)
 
@@ -100,6 +114,9 @@ class TrtExporter:
         shape = (weights.head_rows, spec.hidden_size)
         weight = self._tied_head or self._stream("head.weight", shape, weights.head())
         logits = self._matmul("head", value, weight, None)
+        if spec.logits_scale != 1:
+            scale = self._constant32("logits_scale", spec.logits_scale)
+            logits = self._node32("Mul", [logits, scale], f"logits{FP32}scaled")
         if spec.logits_softcap:
             logits = self._softcap("logits", logits, spec.logits_softcap)
         logits = self._as(logits, "fp32")
@@ -120,18 +137,31 @@ class TrtExporter:
         V [tokens, kv_heads, head_dim], named ``value_name``)."""
         spec, prefix = self._spec, f"layer{index}"
         num_rotated = spec.num_heads + spec.num_kv_heads
+        if layer.wide_qk_norm:
+            qkv = self._normed_wide(prefix, qkv, layer)
         split = self._reshape(qkv, [-1, num_rotated + spec.num_kv_heads, spec.head_dim], f"{prefix}/heads")
         names = [f"{prefix}/query_key", value_name]
         query_key, value = self._split(split, [num_rotated, spec.num_kv_heads], 1, names)
-        scale = np.ones((num_rotated, spec.head_dim if layer.q_norm else 1), dtype=np.float32)
+        has_norms = layer.q_norm and not layer.wide_qk_norm
+        scale = np.ones((num_rotated, spec.head_dim if has_norms else 1), dtype=np.float32)
         scale[: spec.num_heads] = spec.attention_scale
-        if not layer.q_norm:
+        if not has_norms:
             factor = self._constant32("query_scale", scale)
             return self._node32("Mul", [query_key, factor], f"{prefix}{FP32}query_scaled"), value
         scale[: spec.num_heads] *= self._weights.norm(layer.q_norm)
         scale[spec.num_heads :] *= self._weights.norm(layer.k_norm)
         factor = self._constant32(f"{prefix}/head_norms", scale)
         return self._norm(f"{prefix}/head_norm", query_key, factor), value
+
+    def _normed_wide(self, prefix: str, qkv: str, layer: LayerSpec) -> str:
+        """Return ``qkv`` with Q normed over all its heads and K over all of its own."""
+        sizes = [count * self._spec.head_dim for count in (self._spec.num_heads, *2 * (self._spec.num_kv_heads,))]
+        query, key, value = self._split(qkv, sizes, 1, [f"{prefix}/{part}_flat" for part in ("query", "key", "value")])
+        parts = [
+            self.norm(f"{prefix}/query_norm", query, layer.q_norm),
+            self.norm(f"{prefix}/key_norm", key, layer.k_norm),
+        ]
+        return self._node("Concat", [*parts, value], f"{prefix}/qkv_normed", self._dtype, axis=1)
 
     def _positions_column(self) -> str:
         """int32 [tokens, 1]."""

@@ -38,6 +38,7 @@ from engine_core.cuda.kernels.attention import AttentionPrefill
 from engine_core.errors import EngineDirectoryError
 from engine_core.formats.manifest import Manifest, read_options
 from engine_core.memory import MemoryPlan
+from engine_core.progress import Progress, untold
 
 
 class GemmBackend(CudaBackend):
@@ -51,13 +52,19 @@ class GemmBackend(CudaBackend):
 
     @classmethod
     def load(
-        cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, api: TensorRT | None = None
+        cls,
+        variant_dir: Path,
+        manifest: Manifest,
+        config: EngineConfig,
+        api: TensorRT | None = None,
+        *,
+        progress: Progress = untold,
     ) -> GemmBackend:
         """See ``Backend.load``. ``api``: a stand-in for tests."""
         resolved, api = resolve_gemm(variant_dir, manifest, config), api or TensorRT()
         plans = Plans(api, variant_dir, read_options(manifest, TrtOptions).scratch_bytes)
         check = partial(check_machine, manifest, api)
-        return cls._load(variant_dir, resolved, config, check, plans=plans)
+        return cls._load(variant_dir, resolved, config, check, progress=progress, plans=plans)
 
     def __init__(
         self, device: Device, spec: CudaSpec, source: WeightSource, rope: np.ndarray, *, plans: Plans, **kwargs: Any

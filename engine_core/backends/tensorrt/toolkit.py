@@ -10,14 +10,15 @@ from engine_core.backends.cuda import toolkit as cuda
 from engine_core.backends.tensorrt import plan
 from engine_core.backends.tensorrt.capabilities import CAPABILITIES, gemm_refusal
 from engine_core.backends.tensorrt.layout import DEFAULT_MAX_PREFILL, TrtOptions, TrtSpec
-from engine_core.backends.toolkit import BuildRequest, Size, manifest_before_build
+from engine_core.backends.toolkit import BuildRequest, KernelCheck, Size, manifest_before_build
 from engine_core.config import EngineConfig
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.models.spec import ModelSpec
+from engine_core.progress import Progress, untold
 
 
-def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
+def build(request: BuildRequest, report: Callable[[str], None], progress: Progress = untold) -> Manifest:
     from engine_core.backends.tensorrt import build as builder
 
     return builder.build_tensorrt(
@@ -31,6 +32,7 @@ def build(request: BuildRequest, report: Callable[[str], None]) -> Manifest:
         kv_cache_type=request.kv_cache_type,
         model_name=request.model_name,
         report=report,
+        progress=progress,
     )
 
 
@@ -62,3 +64,7 @@ def step_bytes(manifest: Manifest, memory: MemoryPlan, config: EngineConfig, hea
 
 def num_threads(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> int:
     return 0
+
+
+def check_kernels(report: Callable[[str], None]) -> list[KernelCheck]:
+    return []

@@ -232,7 +232,7 @@ def rope_append(
     scales: DeviceArray | None = None,
     kv_only: bool = False,
 ) -> Launch:
-    """RoPE of a chunk: rotates q of qkv [n, width] in place and writes the rotated K and the V into the cache.
+    """Return the launch that rotates q of ``qkv``, 16-bit [n, width], in place and writes K and V into ``cache``.
 
     ``chunk``: int32 [CHUNK_WORDS], the position of the first row and how many rows are tokens. ``kv_only``: q stays
     as it is. Raises KernelArgumentError.
@@ -279,7 +279,7 @@ def attention_prefill(
     scales: DeviceArray | None = None,
     config: PrefillAttentionConfig | None = None,
 ) -> AttentionPrefill:
-    """Causal attention of the rows of ``chunk`` in qkv [n, width]; output [n, heads × head_dim]. See CHUNK_WORDS.
+    """Return the causal attention of the rows of ``chunk`` in ``qkv`` [n, width]; ``output``: [n, heads × head_dim].
 
     ``row_counts``: every number of rows it will be queued for; ``config``: one launch configuration for all of them
     instead of the chosen ones. Raises KernelArgumentError.

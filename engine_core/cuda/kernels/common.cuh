@@ -104,6 +104,9 @@ __device__ __forceinline__ float gated(float gate, float up) {
 __device__ __forceinline__ float offset_weight(float weight) { return NORM_OFFSET != 0.f ? weight + NORM_OFFSET : weight; }
 
 __device__ __forceinline__ float to_logit(float sum) {
+#ifdef LOGITS_SCALE
+    sum *= LOGITS_SCALE;
+#endif
     constexpr float INVERSE = LOGITS_SOFTCAP > 0.f ? 1.f / LOGITS_SOFTCAP : 0.f;
     return LOGITS_SOFTCAP > 0.f ? LOGITS_SOFTCAP * tanhf(sum * INVERSE) : sum;
 }

@@ -17,9 +17,17 @@
 #define FLOAT_VALUES 0
 #endif
 
+#ifndef ROUNDED
+#define ROUNDED 0
+#endif
+
 // float32 [gridDim.x][COLS], EMBEDDING_SCALE times the rows of table [vocab][COLS] named by tokens, TOKEN_STRIDE ints apart; a failed
-// step's token reads row 0.
-extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table, const int* tokens, float* output) {
+// step's token reads row 0. With ROUNDED the same goes to ``rounded``, 16-bit.
+extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table, const int* tokens, float* output
+#if ROUNDED
+                                                            , half_t* rounded
+#endif
+) {
     // The next kernel is not let in early: it gains nothing from a kernel so short.
     const int token = max(0, (int)load4(tokens + blockIdx.x * TOKEN_STRIDE));
     for (int c = threadIdx.x * 8; c < COLS; c += THREADS * 8) {
@@ -30,6 +38,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(const half_t* table,
         for (int j = 0; j < 8; ++j) v[j] *= EMBEDDING_SCALE;
         y[0] = make_float4(v[0], v[1], v[2], v[3]);
         y[1] = make_float4(v[4], v[5], v[6], v[7]);
+#if ROUNDED
+        *(uint4*)(rounded + (u64)blockIdx.x * COLS + c) = pack8(v);
+#endif
     }
 }
 

@@ -7,6 +7,7 @@
 //
 // NORM: x is float32 and RMS-normalised on the way; the factor 1 / rms multiplies the sums. EPILOGUE, BIAS: see epilogue.cuh.
 #include "epilogue.cuh"
+#include "experts.cuh"
 
 constexpr int CHUNK = 256;  // columns a warp takes at once: 8 per lane
 constexpr int PARTS = (COLS + CHUNK * K_WARPS - 1) / (CHUNK * K_WARPS);  // chunks of a warp
@@ -155,17 +156,20 @@ __device__ __forceinline__ float batch_sum(const float* acc, int lane) {
 
 extern "C" __global__ void __launch_bounds__(BOUNDS)
     gemv(const half_t* weight, const void* input, const half_t* norm_weight, const half_t* bias, void* output
-             GEMV_LORA_PARAMETERS) {
+             GEMV_LORA_PARAMETERS EXPERT_PARAMETERS) {
     extern __shared__ uint4 ring[];  // [DEPTH][BATCH][PARTS][THREADS]
     __shared__ float partial[2][K_WARPS][SEGMENT];
     __shared__ float squares[K_WARPS];
     using Terms = LoraTerms<SEGMENT, THREADS, GRAIN>;
     __shared__ float lora_terms[Terms::SEGMENTS][Terms::SIZE];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS;
+#ifdef EXPERTS_PER_TOKEN
+    find_expert(picked, weight, (u64)ROWS * COLS * sizeof(half_t), input, output);
+#endif
     Share share;
     share.weight = weight;
-    share.begin = (int)((u64)(ROWS / GRAIN) * blockIdx.x / gridDim.x) * GRAIN;
-    share.count = (int)((u64)(ROWS / GRAIN) * (blockIdx.x + 1) / gridDim.x) * GRAIN - share.begin;
+    share.begin = (int)((u64)(ROWS / GRAIN) * CTA / CTAS) * GRAIN;
+    share.count = (int)((u64)(ROWS / GRAIN) * (CTA + 1) / CTAS) * GRAIN - share.begin;
     share.column = k_warp * PARTS * CHUNK + lane * 8;
     share.row_warp = warp / K_WARPS;
     uint4* slots = ring + threadIdx.x;

@@ -1,22 +1,29 @@
-// GEMV with quantized weights: y = W x for one vector, W in packed tiles of 4- or 8-bit values (packed.cuh), multiplied in tensor
-// cores. A second kernel dequantizes W to 16 bits for prefill.
+// GEMV with quantized weights: y = W x for one vector or up to eight, W in packed tiles of 4- or 8-bit values (packed.cuh), multiplied
+// in tensor cores. A second kernel dequantizes W to 16 bits for prefill.
 //
-// W is [ROWS][COLS] in packed tiles of integers or small floats. All eight columns of the B operand are x, so no sum over lanes is left to do.
+// W is [ROWS][COLS] in packed tiles of integers or small floats. The eight columns of the B operand are the TOKENS vectors, the last
+// one again in those that are left, so no sum over lanes is left to do. x is [TOKENS][COLS], y [TOKENS][rows]; a vector's sums are
+// added in the same order however many there are.
 //
 // As in gemv.cu, K_WARPS warps divide the columns and each warp copies its tiles through its own ring of DEPTH stages in shared
-// memory, filled before the kernel waits for the kernel that computes x. NORM: x is float32 and RMS-normalised first, then rounded
-// to 16 bits.
+// memory, filled before the kernel waits for the kernel that computes x. NORM: x is one float32 vector and RMS-normalised
+// first, then rounded to 16 bits.
 #include "epilogue.cuh"
+#include "experts.cuh"
 #include "packed.cuh"
+
+static_assert(TOKENS == 1 || (TOKENS <= 8 && !NORM && !LORA_RANK), "unsupported");
 
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = 32 * WARPS;
 constexpr int WARP_GROUPS = (GROUPS + K_WARPS - 1) / K_WARPS;  // of each tile
-constexpr int SEGMENT_TILES = (64 / K_WARPS + ROW_WARPS - 1) / ROW_WARPS * ROW_WARPS;  // of the CTA, between two barriers
+constexpr int SEGMENT_SHARES = (64 / TOKENS / K_WARPS + ROW_WARPS - 1) / ROW_WARPS;  // tiles of a warp between two barriers
+constexpr int SEGMENT_TILES = (SEGMENT_SHARES > 1 ? SEGMENT_SHARES : 1) * ROW_WARPS;
 constexpr int SEGMENT = SEGMENT_TILES * TILE;
 static_assert(SEGMENT_TILES % ROW_WARPS == 0, "unsupported shape");
 
 constexpr int EIGHTS = COLS / 8;                                 // of the columns
 constexpr int PLACES = GROUPS * UNITS;                           // for them in shared memory, the last group filled up
+constexpr int COLUMNS = TOKENS == 1 ? 1 : 2;                     // of C that a lane has and are wanted
 constexpr int OWN = (PLACES + THREADS - 1) / THREADS;            // places of a thread
 static_assert(ROWS % GRAIN == 0, "unsupported shape");
 
@@ -82,55 +89,75 @@ struct LoraColumns {
 #endif
 };
 
-// x to shared memory in the order the multiplications read it, [GROUPS][4 eights][4 lanes t][8], zeros beyond COLS, and what OFFSETS
-// add to each group's sum.
-__device__ __forceinline__ void load_input(uint4* x, float* offsets, const void* input, const NormWeights& norm) {
+// What OFFSETS add to the product of eight weights and these values.
+__device__ __forceinline__ float offset_of(uint4 values) {
+    float v[8], offset = 0.f;
+    unpack8(values, v);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) offset += OFFSETS[j / 2] * v[j];
+    return offset;
+}
+
+// Where four lanes meet no bank that those of the next vector meet.
+__device__ __forceinline__ int turned(int place, int token) { return place ^ (token & 1) << 2; }
+
+// x to shared memory in the order the multiplications read it, [TOKENS][GROUPS][4 eights][4 lanes t][8], zeros beyond COLS, and what
+// OFFSETS add to each group's sum, [TOKENS][GROUPS]. As many vectors at once as registers allow, none of whose loads waits for another.
+__device__ __forceinline__ void load_input(uint4* x, float (*offsets)[GROUPS], const void* input, const NormWeights& norm) {
+    constexpr int MOST = 8 / OWN, AT_ONCE = MOST > TOKENS ? TOKENS : MOST > 1 ? MOST : 1;
+#pragma unroll 1
+    for (int first = 0; first < TOKENS; first += AT_ONCE) {
+        uint4 packed[AT_ONCE][OWN];
 #if NORM
-    __shared__ float sums[WARPS];
-    float v[OWN][8], squares = 0.f;
+        __shared__ float sums[WARPS];
+        float v[OWN][8], squares = 0.f;
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-        const int piece = threadIdx.x + i * THREADS;
-        const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
-        const float4 a = piece < EIGHTS ? load16f((const float*)input + 8 * piece) : zero;
-        const float4 b = piece < EIGHTS ? load16f((const float*)input + 8 * piece + 4) : zero;
-        const float f[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        for (int i = 0; i < OWN; ++i) {
+            const int piece = threadIdx.x + i * THREADS;
+            const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
+            const float4 a = piece < EIGHTS ? load16f((const float*)input + 8 * piece) : zero;
+            const float4 b = piece < EIGHTS ? load16f((const float*)input + 8 * piece + 4) : zero;
+            const float f[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-        for (int j = 0; j < 8; ++j) v[i][j] = f[j], squares += f[j] * f[j];
-    }
-    squares = group_sum<32>(squares);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
-    __syncthreads();
-    float total = 0.f;
+            for (int j = 0; j < 8; ++j) v[i][j] = f[j], squares += f[j] * f[j];
+        }
+        squares = group_sum<32>(squares);
+        if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+        __syncthreads();
+        float total = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) total += sums[w];
-    const float scale = rsqrtf(total / NORM_SIZE + NORM_EPS);
-#endif
+        for (int w = 0; w < WARPS; ++w) total += sums[w];
+        const float scale = rsqrtf(total / NORM_SIZE + NORM_EPS);
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-        const int piece = threadIdx.x + i * THREADS;
-        const bool inside = OWN * THREADS == EIGHTS || piece < EIGHTS, has_place = PLACES == EIGHTS ? inside : piece < PLACES;
-        uint4 packed = make_uint4(0, 0, 0, 0);
-        if (inside) {
-#if NORM
+        for (int i = 0; i < OWN; ++i) {
+            packed[0][i] = make_uint4(0, 0, 0, 0);
+            if (OWN * THREADS != EIGHTS && threadIdx.x + i * THREADS >= EIGHTS) continue;
             float g[8];
             unpack8(norm.eights[i], g);
 #pragma unroll
             for (int j = 0; j < 8; ++j) v[i][j] *= scale * offset_weight(g[j]);
-            packed = pack8(v[i]);
-#else
-            packed = load16((const half_t*)input + 8 * piece);
-#endif
-            x[input_place(piece)] = packed;
-        } else if (PLACES != EIGHTS && has_place) {
-            x[input_place(piece)] = packed;
+            packed[0][i] = pack8(v[i]);
         }
-        float rounded[8], offset = 0.f;
-        unpack8(packed, rounded);
+#else
 #pragma unroll
-        for (int j = 0; j < 8; ++j) offset += OFFSETS[j / 2] * rounded[j];
-        offset = group_sum<16>(offset);  // the 16 pieces of a group
-        if (has_place && piece % 16 == 0) offsets[piece / 16] = offset;
+        for (int n = 0; n < AT_ONCE; ++n)
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+                const int piece = threadIdx.x + i * THREADS;
+                const bool inside = first + n < TOKENS && (OWN * THREADS == EIGHTS || piece < EIGHTS);
+                packed[n][i] = inside ? load16((const half_t*)input + (u64)(first + n) * COLS + 8 * piece) : make_uint4(0, 0, 0, 0);
+            }
+#endif
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n)
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+                const int piece = threadIdx.x + i * THREADS, token = first + n;
+                const bool has_place = token < TOKENS && (OWN * THREADS == PLACES || piece < PLACES);
+                if (has_place) x[token * PLACES + turned(input_place(piece), token)] = packed[n][i];
+                const float offset = group_sum<16>(offset_of(packed[n][i]));  // the 16 pieces of a group
+                if (has_place && piece % 16 == 0) offsets[token][piece / 16] = offset;
+            }
     }
     __syncthreads();
 }
@@ -138,17 +165,20 @@ __device__ __forceinline__ void load_input(uint4* x, float* offsets, const void*
 // At most half of the registers of each of the four schedulers, or the next kernel would not fit beside it.
 extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     gemv_packed(const unsigned char* tiles, const void* input, const half_t* norm_weight, const half_t* bias, void* output
-                    GEMV_LORA_PARAMETERS) {
-    extern __shared__ uint4 shared[];  // x [PLACES], then the rings [WARPS][DEPTH][TILE_BYTES / 16]
-    __shared__ float partial[2][K_WARPS][SEGMENT], offsets[GROUPS];
+                    GEMV_LORA_PARAMETERS EXPERT_PARAMETERS) {
+    extern __shared__ uint4 shared[];  // x [TOKENS][PLACES], then the rings [WARPS][DEPTH][TILE_BYTES / 16]
+    __shared__ float partial[2][TOKENS * K_WARPS][SEGMENT], offsets[TOKENS][GROUPS];
     using Terms = LoraTerms<SEGMENT, THREADS, TILE>;
     __shared__ float lora_terms[Terms::SEGMENTS][Terms::SIZE];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS, row_warp = warp / K_WARPS;
-    const int first_tile = (int)((u64)TILES * blockIdx.x / gridDim.x);
-    const int num_tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first_tile;
+#ifdef EXPERTS_PER_TOKEN
+    find_expert(picked, tiles, (u64)TILES * STRIP_BYTES, input, output);
+#endif
+    const int first_tile = (int)((u64)TILES * CTA / CTAS);
+    const int num_tiles = (int)((u64)TILES * (CTA + 1) / CTAS) - first_tile;
     const int first_group = k_warp * WARP_GROUPS;
     uint4* x = shared;
-    uint4* ring = shared + PLACES + warp * DEPTH * (TILE_BYTES / 16);
+    uint4* ring = shared + TOKENS * PLACES + warp * DEPTH * (TILE_BYTES / 16);
 
     // The tiles of this warp: its groups of each of its rows of tiles, one after the other.
     const int own_groups = min(WARP_GROUPS, GROUPS - first_group);
@@ -189,9 +219,10 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
         if (segment > 0) rows.begin(first_tile * TILE + first, num_rows - first, bias, output);
         for (int tile = row_warp; tile < SEGMENT_TILES; tile += ROW_WARPS) {
             if (segment * SEGMENT_TILES + tile >= num_tiles) break;
-            float low = 0.f, high = 0.f;  // of rows lane / 4 and lane / 4 + 8
+            float low[COLUMNS] = {}, high[COLUMNS] = {};  // of rows lane / 4 and lane / 4 + 8
             const float2 whole = row_scales(tiles, first_tile + segment * SEGMENT_TILES + tile, lane / 4);
-            const uint4* group_x = x + first_group * 16 + lane % 4;
+            const int token = TOKENS == 1 ? 0 : min(lane / 4, TOKENS - 1), turn = (token & 1) << 2;
+            const uint4* group_x = x + token * PLACES + first_group * 16 + lane % 4;
             for (int i = 0; i < own_groups; ++i, group_x += 16) {
                 wait_copies<DEPTH - 1>();
                 __syncwarp();  // the scales were copied by other lanes
@@ -200,32 +231,42 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
                 for (int p = 0; p < PIECES; ++p) top[p] = slot[32 * p + lane], bottom[p] = slot[32 * (PIECES + p) + lane];
                 const float2 scale = group_scales(slot, lane / 4);
                 const BlockScales blocks(slot, lane);
-                const float offset = offsets[first_group + i];
+                const auto offset_at = [&](int n) { return offsets[min(lane % 4 * 2 + n, TOKENS - 1)][first_group + i]; };
+                const float offset = TOKENS == 1 ? offsets[0][first_group + i] : offset_at(0);
+                const float next_offset = TOKENS == 1 ? offset : offset_at(1);
                 float even[4], odd[4];
 #pragma unroll
                 for (int eight = 0; eight < 4; ++eight) {
-                    const uint4 v = group_x[4 * eight];
+                    const uint4 v = group_x[TOKENS == 1 ? 4 * eight : 4 * eight ^ turn];
                     u32 u[4], w[4];
                     widen(u, top, eight);
                     widen(w, bottom, eight);
                     blocks.apply(u, 0, eight), blocks.apply(w, 1, eight);
                     if (eight == 0) {
-                        multiply_first(even, u[0], w[0], u[1], w[1], v.x, v.y, -offset);
-                        multiply_first(odd, u[2], w[2], u[3], w[3], v.z, v.w, 0.f);
+                        multiply_first(even, u[0], w[0], u[1], w[1], v.x, v.y, -offset, -next_offset);
+                        multiply_first(odd, u[2], w[2], u[3], w[3], v.z, v.w, 0.f, 0.f);
                     } else {
                         multiply(even, u[0], w[0], u[1], w[1], v.x, v.y);
                         multiply(odd, u[2], w[2], u[3], w[3], v.z, v.w);
                     }
                 }
-                low += scale.x * (even[0] + odd[0]);
-                high += scale.y * (even[2] + odd[2]);
+#pragma unroll
+                for (int j = 0; j < COLUMNS; ++j) {
+                    low[j] += scale.x * (even[j] + odd[j]);
+                    high[j] += scale.y * (even[2 + j] + odd[2 + j]);
+                }
                 __syncwarp();
                 load(slot);
                 slot = slot == ring + (DEPTH - 1) * (TILE_BYTES / 16) ? ring : slot + TILE_BYTES / 16;
             }
-            if (lane % 4 == 0) {
-                sums[k_warp][tile * TILE + lane / 4] = low * whole.x;
-                sums[k_warp][tile * TILE + lane / 4 + 8] = high * whole.y;
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j) {
+                const int column = TOKENS == 1 ? 0 : lane % 4 * 2 + j;
+                if (TOKENS == 1 ? lane % 4 == 0 : column < TOKENS) {
+                    float* own = sums[column * K_WARPS + k_warp] + tile * TILE + lane / 4;
+                    own[0] = low[j] * whole.x;
+                    own[8] = high[j] * whole.y;
+                }
             }
         }
         terms.make(lora, first_tile * TILE + first, num_rows - first, lora_terms[segment % Terms::SEGMENTS]);

@@ -32,6 +32,7 @@ LORA_TOKENS = 8  # of a prompt's chunk that a CTA of lora.cu takes at a time
 GEMM_TOKENS = 32  # tokens of a CTA of gemm_packed.cu in prefill: more would take longer than reading its weights
 BATCH_TOKENS = (8, 16)  # the same in a decode step of several sequences: the first that holds them
 MAX_SEQUENCES = BATCH_TOKENS[-1]  # of a decode step
+MAX_VECTORS = 8  # that gemv_packed.cu multiplies at once: the columns of a tensor core's B
 # A decode step of several sequences divides each one's keys as if it had this many sequences, whatever it has, so that
 # their results are added in the same order and no text depends on who else is there.
 SPLIT_SEQUENCES = 2
@@ -39,6 +40,7 @@ _GEMM_BAND = 2  # tiles of a warp of gemm_packed.cu
 _GEMV_COLUMNS = 256  # columns of a warp's load in gemv.cu
 _KV_TILE = 16  # keys of a tile of kv_ring.cuh
 _STATIC_SHARED = 12 * 1024  # bytes of shared memory for what kernels declare themselves
+_ROWS_STATIC_SHARED = 20 * 1024  # the same of gemv_packed.cu with several vectors
 _GEMM_STATIC_SHARED = 1024  # the same of gemm_packed.cu
 _SYSTEM_SHARED = 1024  # bytes of an SM's shared memory that each CTA takes besides its own
 
@@ -64,6 +66,15 @@ class Gpu:
         Half of what an SM has: the next kernel's CTA fits beside it, and a third one does not.
         """
         return self.max_shared // 2 - _STATIC_SHARED
+
+    @property
+    def alone_shared(self) -> int:
+        """Bytes of dynamic shared memory of which no two CTAs fit on an SM; 0 where no kernel starts early.
+
+        Kernels with a CTA for each SM ask for them in a step whose other kernels have more or fewer. Else, starting
+        while such a kernel ends, two of them would be placed on one SM and none on another.
+        """
+        return self.max_shared * 5 // 8 if self.overlaps else 0
 
 
 @dataclass(frozen=True)
@@ -295,9 +306,19 @@ class PackedGemvConfig:
     def threads(self) -> int:
         return 32 * self.k_warps * self.row_warps
 
-    def shared(self, groups: int, tile_bytes: int) -> int:
-        """Return the bytes of the vector in 16 bits and the rings."""
-        return 2 * groups * GROUP + self.k_warps * self.row_warps * self.depth * tile_bytes
+    def shared(self, groups: int, tile_bytes: int, vectors: int = 1) -> int:
+        """Return the bytes of the vectors in 16 bits and the rings."""
+        return vectors * 2 * groups * GROUP + self.k_warps * self.row_warps * self.depth * tile_bytes
+
+    def for_vectors(self, groups: int, tile_bytes: int, vectors: int, gpu: Gpu) -> tuple[PackedGemvConfig, int]:
+        """Return the same division of the sums for several vectors, and the bytes of dynamic shared memory to ask for.
+
+        The rings have as many stages as fit. The bytes are more than the GPU has where not even one does.
+        """
+        stage, held = dataclasses.replace(self, depth=1).shared(0, tile_bytes), vectors * 2 * groups * GROUP
+        depth = (gpu.max_shared - _ROWS_STATIC_SHARED - held) // stage
+        config = dataclasses.replace(self, depth=max(1, min(self.depth, depth)), ctas_per_sm=1)
+        return config, max(config.shared(groups, tile_bytes, vectors), gpu.alone_shared)
 
 
 @dataclass(frozen=True)

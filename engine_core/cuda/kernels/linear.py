@@ -14,6 +14,13 @@ GATED = (SILU, GELU)  # of rows that are (gate, up) in turn
 _PAIRS = 4  # that a thread of gate_multiply has
 
 
+def check_output(kernels: Kernels, output: DeviceArray, epilogue: int, *shape: int) -> None:
+    """Raises KernelArgumentError unless ``output`` is what ``epilogue`` makes of sums of ``shape``, [..., rows]."""
+    *lead, rows = shape
+    dtype = "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
+    check("output", output, (*lead, rows // 2 if epilogue in GATED else rows), dtype)
+
+
 def gemv(
     kernels: Kernels,
     weight: DeviceArray,
@@ -27,17 +34,18 @@ def gemv(
     norm_size: int = 0,
     norm_offset: float = 0.0,
     softcap: float = 0.0,
+    logits_scale: float = 1.0,
     lora: LoraTerm | None = None,
     config: GemvConfig | None = None,
 ) -> Launch:
     """output ← weight [rows, cols] · vector [cols], with what follows fused (``epilogue``).
 
     STORE: 16-bit [rows]; RESIDUAL: float32 [rows], added to; SILU or GELU: 16-bit [rows / 2] of rows that are (gate,
-    up) in turn; LOGITS: float32 [rows], below ``softcap`` in magnitude if it is not 0. ``bias``, 16-bit [rows], is
-    added first. With ``norm_weight`` [cols] the vector is float32 and RMS-normalised first, else 16-bit; ``norm_size``:
-    how many values the norm's mean is over, those after them being zeros, 0 = all; ``norm_offset`` is added to the
-    weight. ``lora``: what a LoRA adapter adds to the rows first. ``config``: another launch configuration than the
-    chosen one. Raises KernelArgumentError.
+    up) in turn; LOGITS: float32 [rows] times ``logits_scale``, below ``softcap`` in magnitude if it is not 0.
+    ``bias``, 16-bit [rows], is added first. With ``norm_weight`` [cols] the vector is float32 and RMS-normalised first,
+    else 16-bit; ``norm_size``: how many values the norm's mean is over, those after them being zeros, 0 = all;
+    ``norm_offset`` is added to the weight. ``lora``: what a LoRA adapter adds to the rows first. ``config``: another
+    launch configuration than the chosen one. Raises KernelArgumentError.
     """
     rows, cols = weight.shape
     if cols % 8 or (epilogue in GATED and rows % 2):
@@ -46,12 +54,7 @@ def gemv(
         )
     check("weight", weight, (rows, cols), kernels.dtype)
     check("vector", vector, (cols,), "fp32" if norm_weight is not None else kernels.dtype)
-    check(
-        "output",
-        output,
-        (rows // 2 if epilogue in GATED else rows,),
-        "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype,
-    )
+    check_output(kernels, output, epilogue, rows)
     if norm_weight is not None:
         check("norm_weight", norm_weight, (cols,), kernels.dtype)
     if bias is not None:
@@ -74,13 +77,19 @@ def gemv(
         "NORM_EPS": float_define(norm_eps),
         "NORM_SIZE": norm_size or cols,
         "NORM_OFFSET": float_define(norm_offset),
-        "LOGITS_SOFTCAP": float_define(softcap),
+        **logits_defines(softcap, logits_scale),
         **(lora.gemv_defines(kernels) if lora is not None else {}),
     }
     function = kernels.function("gemv", "gemv", defines, shared)
     grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
     args = [weight, vector, norm_weight or 0, bias or 0, output, *(lora.gemv_args if lora is not None else [])]
     return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
+
+
+def logits_defines(softcap: float, scale: float) -> dict[str, int | str]:
+    """Return the defines of what becomes of logits."""
+    scaled = {} if scale == 1 else {"LOGITS_SCALE": float_define(scale)}
+    return {"LOGITS_SOFTCAP": float_define(softcap), **scaled}
 
 
 def rms_norm(
@@ -92,11 +101,13 @@ def rms_norm(
     delta: DeviceArray | None = None,
     norm_size: int = 0,
     norm_offset: float = 0.0,
+    rounded: DeviceArray | None = None,
 ) -> Launch:
     """output [max_rows, cols] ← RMSNorm of rows [max_rows, cols] float32; the grid is the number of rows.
 
-    ``output``: 16-bit, or float32 and added to. ``delta``, 16-bit [max_rows, cols], is added to ``rows`` before.
-    ``norm_size`` and ``norm_offset``: see ``gemv``. Raises KernelArgumentError.
+    ``output``: 16-bit, or float32 and added to; then ``rounded``, 16-bit [max_rows, cols], gets the sum, too.
+    ``delta``, 16-bit [max_rows, cols], is added to ``rows`` before. ``norm_size`` and ``norm_offset``: see ``gemv``.
+    Raises KernelArgumentError.
     """
     num_rows, cols = rows.shape
     if cols % 8:
@@ -109,8 +120,46 @@ def rms_norm(
     defines: dict[str, int | str] = {"COLS": cols, "NORM_EPS": float_define(norm_eps), "ADD": int(delta is not None)}
     defines |= {"NORM_SIZE": norm_size or cols, "THREADS": RMS_NORM_THREADS, "RESIDUAL": int(output.dtype == "fp32")}
     defines["NORM_OFFSET"] = float_define(norm_offset)
+    args = [rows, weight, output, delta or 0]
+    if rounded is not None:
+        check("rounded", rounded, (num_rows, cols), kernels.dtype)
+        if output.dtype != "fp32":
+            raise KernelArgumentError("Only a float32 output is rounded once more.")
+        defines["ROUNDED"] = 1
+        args.append(rounded)
     function = kernels.function("rms_norm", "rms_norm", defines)
-    return Launch(kernels.device, function, (num_rows,), RMS_NORM_THREADS, [rows, weight, output, delta or 0])
+    return Launch(kernels.device, function, (num_rows,), RMS_NORM_THREADS, args)
+
+
+def qk_norm(
+    kernels: Kernels,
+    qkv: DeviceArray,
+    q_norm: DeviceArray,
+    k_norm: DeviceArray,
+    norm_eps: float,
+    norm_sizes: tuple[int, int],
+) -> Launch:
+    """Norm Q and K of qkv [n, q + k + v] in place, each over all its heads; the grid is n first.
+
+    ``q_norm`` [q] and ``k_norm`` [k]: the weights, 16-bit like ``qkv``; ``norm_sizes``: how many values of each the
+    mean is over, others being zeros. Raises KernelArgumentError.
+    """
+    (rows, width), q, k = qkv.shape, *q_norm.shape, *k_norm.shape
+    check("qkv", qkv, (rows, width), kernels.dtype)
+    check("q_norm", q_norm, (q,), kernels.dtype)
+    check("k_norm", k_norm, (k,), kernels.dtype)
+    if q % 8 or k % 8 or width != q + 2 * k:
+        raise KernelArgumentError(f"Q and K have {q} and {k} of {width} values; the kernel reads multiples of 8.")
+    defines: dict[str, int | str] = {
+        "ROW_COLS": width,
+        "Q_COLS": q,
+        "K_COLS": k,
+        "Q_SIZE": norm_sizes[0],
+        "K_SIZE": norm_sizes[1],
+    }
+    defines |= {"NORM_EPS": float_define(norm_eps), "THREADS": RMS_NORM_THREADS}
+    function = kernels.function("qk_norm", "qk_norm", defines)
+    return Launch(kernels.device, function, (rows, 2), RMS_NORM_THREADS, [qkv, q_norm, k_norm])
 
 
 def embed(
@@ -120,9 +169,11 @@ def embed(
     output: DeviceArray,
     token_stride: int = 1,
     scale: float = 1.0,
+    rounded: DeviceArray | None = None,
 ) -> Launch:
     """output [n, cols] float32 ← ``scale`` times rows of table [vocab, cols] named by tokens, int32 [n]; the grid is n.
 
+    ``rounded``, 16-bit [n, cols], gets the same.
     ``token_stride``: int32 from one token to the next one, such as those of sampler states side by side.
     It does not start before the kernel before it has ended: attention_decode relies on that.
     """
@@ -133,10 +184,13 @@ def embed(
     check("output", output, (*tokens.shape, cols), "fp32")
     defines: dict[str, int | str] = {"COLS": cols, "THREADS": ELEMENTWISE_THREADS, "TOKEN_STRIDE": token_stride}
     defines["EMBEDDING_SCALE"] = float_define(scale)
+    args = [table, tokens, output]
+    if rounded is not None:
+        check("rounded", rounded, (*tokens.shape, cols), kernels.dtype)
+        defines["ROUNDED"] = 1
+        args.append(rounded)
     function = kernels.function("elementwise", "embed", defines)
-    return Launch(
-        kernels.device, function, (tokens.shape[0],), ELEMENTWISE_THREADS, [table, tokens, output], overlap=False
-    )
+    return Launch(kernels.device, function, (tokens.shape[0],), ELEMENTWISE_THREADS, args, overlap=False)
 
 
 def gate_multiply(kernels: Kernels, gate_up: DeviceArray, output: DeviceArray, epilogue: int = SILU) -> Launch:

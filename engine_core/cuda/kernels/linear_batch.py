@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine_core.cuda.driver import DeviceArray, Launch
-from engine_core.cuda.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check, float_define
+from engine_core.cuda.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE
 from engine_core.cuda.kernels.launch_configs import BATCH_TOKENS, MAX_SEQUENCES, PackedGemmConfig, PackedGemmProblem
-from engine_core.cuda.kernels.linear import GATED, LOGITS, RESIDUAL
+from engine_core.cuda.kernels.linear import GATED, check_output, logits_defines
 from engine_core.cuda.kernels.linear_packed import PackedWeight, packed_scratch
 from engine_core.cuda.kernels.lora import LoraTerm
 
@@ -56,6 +56,7 @@ def gemm_batch(
     *,
     bias: DeviceArray | None = None,
     softcap: float = 0.0,
+    logits_scale: float = 1.0,
     lora: LoraTerm | None = None,
     config: PackedGemmConfig | None = None,
 ) -> Launch:
@@ -63,10 +64,10 @@ def gemm_batch(
 
     ``weight``: 16-bit [rows, cols], or packed; vectors are 16-bit, and cols a multiple of 8.
     STORE: output 16-bit [n, rows]; RESIDUAL: float32 [n, rows], added to; SILU or GELU: 16-bit [n, rows / 2] of rows
-    that are (gate, up) in turn; LOGITS: float32 [n, rows], below ``softcap`` in magnitude if it is not 0. ``bias``,
-    16-bit [rows], is added first. ``chunk``: int32 [CHUNK_WORDS], whose second number is how many of the n rows are
-    computed. ``partial``, float32, and ``counters``, uint32 and zeros: see ``batch_scratch``. ``lora``: what LoRA
-    adapters add to the rows first. Raises KernelArgumentError, KernelCompileError or DeviceError.
+    that are (gate, up) in turn; LOGITS: float32 [n, rows] times ``logits_scale``, below ``softcap`` in magnitude
+    if it is not 0. ``bias``, 16-bit [rows], is added first. ``chunk``: int32 [CHUNK_WORDS], whose second number is how
+    many of the n rows are computed. ``partial``, float32, and ``counters``, uint32 and zeros: see ``batch_scratch``.
+    ``lora``: what LoRA adapters add to the rows first. Raises KernelArgumentError, KernelCompileError or DeviceError.
     """
     sequences = vectors.shape[0]
     if not 1 <= sequences <= MAX_SEQUENCES:
@@ -81,8 +82,7 @@ def gemm_batch(
     problem = gemm_problem(weight, epilogue)
     tokens = cta_tokens(sequences)
     check("vectors", vectors, (sequences, cols), kernels.dtype)
-    width, dtype = rows // 2 if epilogue in GATED else rows, "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
-    check("output", output, (sequences, width), dtype)
+    check_output(kernels, output, epilogue, sequences, rows)
     check("chunk", chunk, (CHUNK_WORDS,), "int32")
     check("partial", partial, partial.shape, "fp32")
     check("counters", counters, counters.shape, "uint32")
@@ -92,6 +92,8 @@ def gemm_batch(
         lora.check(kernels, rows, cols, sequences)
     config = config or kernels.config(problem)
     shared = config.shared(problem.tile_bytes, tokens)
+    if config.splits * config.ctas(problem.tiles) <= kernels.gpu.num_sms:
+        shared = max(shared, kernels.gpu.alone_shared)
     if config.splits > 1 and partial.shape[0] < config.splits * problem.tiles * TILE * tokens:
         raise KernelArgumentError(f"partial has {partial.shape[0]} values for {config.splits} splits of {rows} rows.")
     defines: dict[str, int | str] = {
@@ -107,7 +109,7 @@ def gemm_batch(
         "TOKENS": tokens,
         "EPILOGUE": epilogue,
         "BIAS": int(bias is not None),
-        "LOGITS_SOFTCAP": float_define(softcap),
+        **logits_defines(softcap, logits_scale),
         **(lora.matrix.defines if lora is not None else {}),
     }
     function = kernels.function("gemm_packed", "gemm_packed", defines, shared)

@@ -5,6 +5,7 @@ Weights are integers or small floats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +25,16 @@ from engine_core.cuda.kernels import (
 from engine_core.cuda.kernels.int4_layout import GROUP, TILE
 from engine_core.cuda.kernels.launch_configs import (
     DEQUANTIZE_WARPS,
+    FALLBACK,
     GEMM_TOKENS,
+    MAX_VECTORS,
     PackedGemmConfig,
     PackedGemmProblem,
     PackedGemvConfig,
     PackedGemvProblem,
     gemm_splits,
 )
-from engine_core.cuda.kernels.linear import GATED, LOGITS, RESIDUAL
+from engine_core.cuda.kernels.linear import LOGITS, check_output, logits_defines
 from engine_core.cuda.kernels.lora import LoraTerm
 from engine_core.formats.weight_formats.base import WeightFormat
 
@@ -88,14 +91,23 @@ def gemv_packed(
     norm_size: int = 0,
     norm_offset: float = 0.0,
     softcap: float = 0.0,
+    logits_scale: float = 1.0,
     lora: LoraTerm | None = None,
     config: PackedGemvConfig | None = None,
 ) -> Launch:
-    """Return the launch of ``linear.gemv`` with a packed weight."""
+    """Return the launch of ``linear.gemv`` with a packed weight, for one vector [cols] or up to MAX_VECTORS, [n, cols].
+
+    The output of several has n in front, too, and they have neither a norm nor a LoRA term. The sums of each are
+    added in the same order however many there are.
+    """
     rows, cols = weight.rows, weight.cols
-    check("vector", vector, (cols,), "fp32" if norm_weight is not None else kernels.dtype)
-    output_dtype = "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
-    check("output", output, (rows // 2 if epilogue in GATED else rows,), output_dtype)
+    lead, count = vector.shape[:-1], math.prod(vector.shape[:-1])
+    if len(lead) > 1 or not 1 <= count <= MAX_VECTORS or (count > 1 and (lora is not None or norm_weight is not None)):
+        raise KernelArgumentError(
+            f"The vectors are {list(vector.shape)}; the kernel takes up to {MAX_VECTORS}, and one with a norm or LoRA."
+        )
+    check("vector", vector, (*lead, cols), "fp32" if norm_weight is not None else kernels.dtype)
+    check_output(kernels, output, epilogue, *lead, rows)
     if norm_weight is not None:
         check("norm_weight", norm_weight, (cols,), kernels.dtype)
     if bias is not None:
@@ -106,8 +118,12 @@ def gemv_packed(
     problem = PackedGemvProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
     shared = max(config.shared(groups, tile_bytes), kernels.gpu.shared_budget)
+    if count > 1:
+        config, shared = config.for_vectors(groups, tile_bytes, count, kernels.gpu)
     if shared > kernels.gpu.max_shared:
-        raise KernelArgumentError(f"A row of {cols} values does not fit the shared memory of {kernels.gpu.name}.")
+        raise KernelArgumentError(
+            f"{count} rows of {cols} values do not fit the shared memory of {kernels.gpu.name}: see vectors_fit."
+        )
     defines = {
         **_defines(weight, config.k_warps, config.row_warps, config.depth),
         "EPILOGUE": epilogue,
@@ -116,14 +132,22 @@ def gemv_packed(
         "NORM_EPS": float_define(norm_eps),
         "NORM_SIZE": norm_size or cols,
         "NORM_OFFSET": float_define(norm_offset),
-        "LOGITS_SOFTCAP": float_define(softcap),
+        **logits_defines(softcap, logits_scale),
         **(lora.gemv_defines(kernels) if lora is not None else {}),
+        **({"TOKENS": count} if count > 1 else {}),
         "DEQUANTIZE_WARPS": DEQUANTIZE_WARPS,
     }
     function = kernels.function("gemv_packed", "gemv_packed", defines, shared)
     grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
     args = [weight.tiles, vector, norm_weight or 0, bias or 0, output, *(lora.gemv_args if lora is not None else [])]
     return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
+
+
+def vectors_fit(kernels: Kernels, weight: PackedWeight, vectors: int) -> bool:
+    """Return whether so many vectors fit in shared memory for ``gemv_packed``, beside two stages of the weights."""
+    tiles, groups, tile_bytes = weight.sizes
+    rule = PackedGemvProblem(tiles, groups, tile_bytes, weight.format.bits).rule(kernels.gpu, FALLBACK)
+    return vectors <= MAX_VECTORS and rule.for_vectors(groups, tile_bytes, vectors, kernels.gpu)[0].depth > 1
 
 
 def packed_scratch(
@@ -167,9 +191,7 @@ class PackedGemm:
         """Raises KernelArgumentError, KernelCompileError or DeviceError."""
         rows, cols, (tiles, groups, tile_bytes) = weight.rows, weight.cols, weight.sizes
         check("vectors", vectors, (vectors.shape[0], cols), kernels.dtype)
-        width = rows // 2 if epilogue in GATED else rows
-        output_dtype = "fp32" if epilogue in (RESIDUAL, LOGITS) else kernels.dtype
-        check("output", output, (vectors.shape[0], width), output_dtype)
+        check_output(kernels, output, epilogue, vectors.shape[0], rows)
         if bias is not None:
             check("bias", bias, (rows,), kernels.dtype)
         check("partial", partial, partial.shape, "fp32")

@@ -35,6 +35,15 @@ def gelu_multiply(gate_up: np.ndarray) -> np.ndarray:
     return gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 * up
 
 
+def route(scores: np.ndarray, count: int, norm_shares: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return (experts with the largest of scores [n, experts], int [n, count]; what each counts, [n, count])."""
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    picked = np.argsort(-weights, axis=-1, kind="stable")[:, :count]
+    shares = np.take_along_axis(weights, picked, axis=-1)
+    return picked, shares / shares.sum(axis=-1, keepdims=True) if norm_shares else shares
+
+
 def lora_expand(sums: np.ndarray, b: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """Return what a LoRA adapter adds to a matrix's output [n, rows].
 
@@ -71,17 +80,19 @@ def attention(
     """
     num_queries, heads, head_dim = queries.shape
     group = heads // keys.shape[0]
+    first = max(0, start + 1 - window) if window else 0  # the first key that any query sees
+    last = start + np.arange(num_queries)[:, None]
+    position = np.arange(first, start + num_queries)
+    seen = (position <= last) & (position > last - window if window else True)
     output = np.empty_like(queries)
-    for i in range(num_queries):
-        for h in range(heads):
-            end = start + i + 1
-            seen = slice(max(0, end - window) if window else 0, end)
-            k, v = keys[h // group, seen], values[h // group, seen]
-            scores = k @ queries[i, h] * (scale or head_dim**-0.5)
-            if softcap:
-                scores = softcap * np.tanh(scores / softcap)
-            weights = np.exp(scores - scores.max())
-            output[i, h] = weights @ v / weights.sum()
+    for h in range(heads):
+        k, v = keys[h // group, first:], values[h // group, first:]
+        scores = queries[:, h] @ k.T * (scale or head_dim**-0.5)
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+        scores[~seen] = -np.inf
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        output[:, h] = weights @ v / weights.sum(axis=1, keepdims=True)
     return output
 
 

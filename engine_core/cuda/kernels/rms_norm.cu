@@ -1,16 +1,24 @@
 // RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) of ``gridDim.x`` rows: float32 [rows][COLS] to 16-bit [rows][COLS].
 // With ADD the 16-bit ``delta`` [rows][COLS] is added to the rows first, which keep the sum. With RESIDUAL the output is float32 and
-// added to.
+// added to; with ROUNDED the sum goes to ``rounded``, 16-bit [rows][COLS], too.
 #include "common.cuh"
 
 #ifndef RESIDUAL
 #define RESIDUAL 0
 #endif
 
+#ifndef ROUNDED
+#define ROUNDED 0
+#endif
+
 constexpr int STEP = THREADS * 4;  // columns of a CTA at once
 constexpr int PARTS = (COLS + STEP - 1) / STEP;
 
-extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, const half_t* weight, void* output, const half_t* delta) {
+extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, const half_t* weight, void* output, const half_t* delta
+#if ROUNDED
+                                                               , half_t* rounded
+#endif
+) {
     __shared__ float sums[THREADS / 32];
     const u64 start = (u64)blockIdx.x * COLS;
     const int first = threadIdx.x * 4;
@@ -54,7 +62,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, cons
 #if RESIDUAL
         float* sum = (float*)output + start + c;
         const float4 before = load16f(sum);
-        *(float4*)sum = make_float4(before.x + x, before.y + y, before.z + z, before.w + w);
+        const float4 after = make_float4(before.x + x, before.y + y, before.z + z, before.w + w);
+        *(float4*)sum = after;
+#if ROUNDED
+        *(uint2*)(rounded + start + c) = make_uint2(pack2(after.x, after.y), pack2(after.z, after.w));
+#endif
 #else
         *(uint2*)((half_t*)output + start + c) = make_uint2(pack2(x, y), pack2(z, w));
 #endif

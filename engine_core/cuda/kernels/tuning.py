@@ -113,7 +113,7 @@ class Tuner:
         compile_ahead: Callable[[Callable[[], object]], None],
         timer: Callable[[Sequence[Work]], float],
         clock: Callable[[], float] = time.monotonic,
-        time_limit: float = TIME_LIMIT,
+        time_limit: float | None = None,
     ) -> None:
         """``work_of``: what to time for a problem, with the configuration ``configs`` has for it at the call.
 
@@ -125,7 +125,7 @@ class Tuner:
         self._compile_ahead = compile_ahead
         self._timer = timer
         self._clock = clock
-        self._time_limit = time_limit
+        self._time_limit = TIME_LIMIT if time_limit is None else time_limit
 
     def choose(self, problems: Sequence[Problem[Any]]) -> int:
         """Set the configuration of each problem in ``configs``; return how many problems were measured.
