@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from engine_core.backends.registry import BACKENDS, check_name
 from engine_core.errors import BackendUnavailableError
+from engine_core.progress import Progress, untold
 from engine_core.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from engine_core.config import EngineConfig
     from engine_core.formats.manifest import Manifest
     from engine_core.memory import MemoryPlan
+    from engine_core.vision.prompt import PlacedImage
 
 
 class Draft(NamedTuple):
@@ -47,8 +49,15 @@ class SequenceStep(NamedTuple):
     # llguidance and xgrammar); None = all. Read before ``step`` returns.
     mask: np.ndarray | None = None
     samples: bool = True  # False: the KV alone, of a part of a prompt or of a prefix that is to be saved
+    # The states of layers after its tokens are kept, because later sequences may go on from there.
+    marks: bool = False
     # Only where ``token_ids`` is None, and of no more than ``max_draft`` tokens.
     draft: Draft | None = None
+    # Nothing is fed: one piece of the work on the features of the images among ``token_ids`` is done, so that the step
+    # that feeds them takes no longer than one without images. Only with ``samples`` False.
+    encodes: bool = False
+    # Only where ``token_ids`` is not None: the sequence is longer than ``rope_switch``. Steps of one token go on so.
+    long_rope: bool = False
 
     @property
     def most_tokens(self) -> int:
@@ -61,7 +70,8 @@ class PendingToken(Protocol):
 
     def result(self) -> int | tuple[int, ...] | None:
         """Waits for the full-vocabulary id; a step with a draft gives one or more. None: the sequence had ended before
-        (the step did nothing), or the step was not to sample, and the KV is valid now.
+        (the step did nothing), or the step was not to sample, and the KV is valid now. A step that encodes gives the
+        pieces of work that are known to be left: 0 = the features are there.
 
         Raises EngineFaultError if the step failed, InvalidSamplingError if no token was left to sample; the
         sequence has ended then, and steps queued behind give None.
@@ -72,7 +82,8 @@ class Backend(Protocol):
     """One loaded engine that works on up to ``num_slots`` sequences at a time, each in a KV slot of its own.
 
     Positions are explicit: the KV of a slot holds ``position`` valid tokens; a step that feeds a prompt states where
-    it writes, so reusing a prefix is prefilling from a later position, and rolling back is free. All memory is taken by
+    it writes, so reusing a prefix is prefilling from a later position, and rolling back is free. Where layers keep a
+    state (``has_states``), a step begins at position 0 or at one of ``state_positions``. All memory is taken by
     ``load`` and given back by ``close``. Not thread-safe, but for ``interrupt``: one thread calls it.
     """
 
@@ -81,9 +92,14 @@ class Backend(Protocol):
     prefill_chunk: int  # tokens of a prompt it computes at once
     max_context: int  # tokens the KV of a slot holds
     pool_tokens: int  # places of the KV pool, see ``kv_pool``
+    has_states: bool  # layers of the model keep a state, which holds for one position; the methods for them are used
+    state_places: int  # places of the pool for states
     vocab_size: int  # of the full vocabulary
     reduced_vocab_size: int  # rows of the LM head; vocab_size without a vocab map
     kept_ids: np.ndarray | None  # int32 [reduced_vocab_size], the ids of those rows; None without a vocab map
+    # Tokens beyond which all KV of a sequence is another, with ``long_rope``: its cache is computed anew when it grows
+    # longer. 0: the KV does not depend on the length.
+    rope_switch: int
     sampler_options: frozenset[str]  # the names of ``SAMPLING_OPTIONS`` that its sampler applies
     max_draft: int  # tokens of a step's draft, at most; 0: it takes no drafts
     exact_drafts: bool  # a step with a draft gives, bit for bit, what steps of one token give
@@ -100,15 +116,26 @@ class Backend(Protocol):
         """Return every byte ``load`` is going to take, by purpose, and what is free. Allocates nothing."""
 
     @classmethod
-    def load(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Backend:
+    def load(
+        cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, *, progress: Progress = untold
+    ) -> Backend:
         """Allocates, loads, captures graphs and warms up. Leaves nothing allocated when it raises.
 
         Raises BackendUnavailableError, InsufficientMemoryError, EngineDirectoryError or EngineFaultError.
         """
 
-    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray, adapter: str = "") -> None:
+    def begin(
+        self,
+        slot: int,
+        sampling: SamplingParams,
+        history: np.ndarray,
+        adapter: str = "",
+        images: Sequence[PlacedImage] = (),
+    ) -> None:
         """Starts a sequence in ``slot``. ``sampling``: resolved. ``history``: int32 [n], the whole prompt, for the
-        repetition penalty. ``adapter``: of ``lora_adapters``, for every step of the sequence; "" = none."""
+        repetition penalty. ``adapter``: of ``lora_adapters``, for every step of the sequence; "" = none. ``images``: of
+        the prompt, whose features take the place of the embeddings of their tokens as these are fed; of a model
+        that sees alone."""
 
     def step(self, steps: Sequence[SequenceStep]) -> list[PendingToken]:
         """Queue one step of each of these sequences, all of different slots; return what they give, in their order.
@@ -133,6 +160,17 @@ class Backend(Protocol):
 
     def load_kv(self, slot: int, position: int, place: int, count: int) -> None:
         """Copies ``count`` places of the pool back, bit for bit, to positions of ``slot`` that may be others."""
+
+    def state_positions(self, slot: int, *, marked: bool = False) -> list[int]:
+        """Return the positions above 0 that a sequence in ``slot`` can go on from: where steps with ``marks`` ended,
+        lately, and, unless only ``marked`` ones are asked for, where its last steps began and ended. Of a slot that
+        nothing runs in, or ``marked``."""
+
+    def save_state(self, slot: int, position: int, place: int) -> None:
+        """Copies the states of one of ``state_positions`` to a place of the pool, before any later step."""
+
+    def load_state(self, slot: int, position: int, place: int) -> None:
+        """Copies a place of the pool back, as the states of ``position``, the only ones of ``slot`` then."""
 
     def close(self) -> None:
         """Gives everything back; may be called twice."""

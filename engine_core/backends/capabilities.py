@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Compute capability → the architectures that have it or a higher one.
 _ARCHITECTURES = {89: "Ada, Hopper or Blackwell", 100: "Blackwell"}
+_LEAST_CONTEXT = 2  # tokens: one to read and one to write
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,15 @@ class Trait:
 
     label: str
     is_in: Callable[[ModelSpec, int], bool]  # of a model, with so many tokens of context
+
+
+# No backend scales queries by their positions; before the first such position there is nothing to scale.
+SCALED_QUERIES = Trait(
+    "queries scaled from position {spec.query_scale_position} on, before which max_context has to end",
+    lambda spec, max_context: 0 < spec.query_scale_position < max_context,
+)
+VISION_ENCODER = Trait("a vision encoder", lambda spec, _: spec.vision is not None)
+CONVOLUTIONS = Trait("short convolutions", lambda spec, _: any(layer.conv_kernel for layer in spec.layers))
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Capabilities:
     least_capability: int = 0  # of the GPU; 80 = sm_80
     cuda_graphs: bool = False
     lora: bool = False  # LoRA adapters at run time
+    switches_rope: bool = False  # every sequence has the RoPE of its own length: see ``RopeSpec.switch``
     drafts: bool = False  # steps that check guessed tokens: speculation
     log_probabilities: bool = False  # ``Backend.log_probabilities``: the logits of every step reach the host
     declined_options: Mapping[str, str] = field(default_factory=dict)  # option of ``build`` it does not take → why not
@@ -106,6 +117,19 @@ class Capabilities:
         """Return the tokens an engine is built for unless told otherwise."""
         longest = min(self.longest_default, spec.default_position)
         return longest // self.context_step * self.context_step
+
+    def notes(self, spec: ModelSpec, max_context: int = 0) -> tuple[str, ...]:
+        """Return what the user of an engine for ``max_context`` tokens should know, a sentence each."""
+        original, max_context = spec.rope_switch, max_context or self.default_context(spec)
+        if self.switches_rope or not 0 < original < max_context:
+            return ()
+        able = [each.backend for each in all_capabilities() if each.switches_rope]
+        return (
+            f"max_context is {max_context}, but the model's RoPE has other factors up to {original} tokens: on the "
+            f"{self.backend} backend every prompt gets those for longer ones, so that up to {original} tokens the "
+            f"answers differ from transformers and may be worse; build with a max_context of {original} if that is "
+            f"enough, or for {' or '.join(able)}.",
+        )
 
     # --- why not --------------------------------------------------------------------------------------
 
@@ -194,11 +218,14 @@ class Capabilities:
         return f"{spec.architecture} has {label}, which the {self.backend} backend does not run{use}."
 
     def context_refusal(self, spec: ModelSpec, max_context: int) -> str | None:
-        """Say that a ``max_context`` is too long for the model, or no multiple of what the backend takes."""
+        """Say that a ``max_context`` is too long for the model, too short for a prompt and an answer, or no multiple of
+        what the backend takes."""
         if not max_context:
             max_context = self.default_context(spec)
         if not 0 < max_context <= spec.max_position:
             return f"max_context is {max_context}, but the model was made for 1 to {spec.max_position} tokens."
+        if max_context < _LEAST_CONTEXT:
+            return f"max_context is {max_context}, but an engine needs at least {_LEAST_CONTEXT} tokens to answer."
         return self.context_step_refusal(max_context)
 
     def context_step_refusal(self, max_context: int) -> str | None:
@@ -241,6 +268,15 @@ class Capabilities:
         return (
             f"speculation is 'on', but the {self.backend} backend takes no drafts; set it to auto or use the backend "
             f"{' or '.join(able)}."
+        )
+
+    def draft_refusal(self, spec: ModelSpec, speculation: str) -> str | None:
+        """Say that drafts cannot be taken back in such a model, where ``speculation`` is "on"."""
+        if not spec.states or speculation != "on":
+            return None
+        return (
+            f"speculation is 'on', but {spec.architecture} has layers that keep a state, from which a refused draft "
+            "cannot be taken back; set it to auto."
         )
 
     def perplexity_refusal(self) -> str | None:

@@ -50,8 +50,8 @@ def sites(spec: ModelSpec, adapters: Sequence[LoraAdapter]) -> list[Site]:
     Gate and up are apart: their matrices B stacked would be half zeros, which cost as much to read as the rest.
     """
     found = []
-    for layer in range(spec.num_layers):
-        for matrix, (rows, columns) in spec.layer_matrices.items():
+    for layer, layer_spec in enumerate(spec.layers):
+        for matrix, (rows, columns) in spec.matrices_of(layer_spec).items():
             halves = {"gate": range(rows // 2), "up": range(rows // 2, rows)} if matrix == "gate_up" else {}
             for half, part in (halves or {"": range(rows)}).items():
                 if any(adapter.rank_of(layer, matrix, part) for adapter in adapters):

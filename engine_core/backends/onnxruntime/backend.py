@@ -20,17 +20,22 @@ import numpy as np
 import onnxruntime as ort
 
 from engine_core.backends import Draft, SequenceStep
-from engine_core.backends.onnxruntime.plan import Layout, plan_memory, resolve
+from engine_core.backends.onnxruntime.encoder import Encoder, encoder_options
+from engine_core.backends.onnxruntime.plan import Layout, packs_weights, plan_memory, resolve
 from engine_core.backends.onnxruntime.session import MAX_DRAFT_ROWS, OrtSession, check_runtime
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, EdgeLLMError, EngineFaultError, InvalidSamplingError
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
+from engine_core.progress import Progress, portion, untold
 from engine_core.request import SAMPLING_OPTIONS, SamplingParams
-from engine_core.sampling import Sampler
+from engine_core.sampling import NAN_LOGITS, Sampler
+from engine_core.vision.positions import mrope_positions
+from engine_core.vision.prompt import PlacedImage
 
 _log = logging.getLogger(__name__)
 
+_SESSION = 0.6  # of the progress of loading: ONNX Runtime's session; the rest is the warm-up
 # What steps with drafts cost is measured with so many tokens in the cache, so often, and for so long at most.
 _COST_CONTEXT, _COST_TURNS, _COST_SECONDS = 256, 5, 2.0
 _USUAL_COSTS = (1.0, 1.1, 1.25, 1.4, 1.65, 1.9, 2.15, 2.4)  # the same where they are not measured
@@ -72,6 +77,14 @@ class _Slot:
         self.adapter = ""
         self.length = 0  # tokens in the cache
         self.last = 0  # the token sampled last
+        self.images: Sequence[PlacedImage] = ()  # of its prompt
+
+    def images_within(self, position: int, count: int) -> Iterator[tuple[PlacedImage, int, int]]:
+        """Yield the images of ``count`` tokens from ``position`` on: (image, first of its tokens there, their end)."""
+        for placed in self.images:
+            start, stop = np.searchsorted(placed.positions, (position, position + count)).tolist()
+            if start < stop:
+                yield placed, start, stop
 
 
 _Work = tuple[SequenceStep, _Pending]  # a step of a sequence and what it gives
@@ -96,14 +109,17 @@ class OnnxRuntimeBackend:
     sampler_options = frozenset(SAMPLING_OPTIONS)
     undrafted_options: frozenset[str] = frozenset()
 
-    def __init__(self, session: OrtSession, layout: Layout) -> None:
+    def __init__(self, session: OrtSession, layout: Layout, encoder: Encoder | None = None) -> None:
         self.num_slots = layout.num_slots
         self.max_context = session.max_context
+        self.rope_switch = layout.rope_switch if layout.rope_switch < session.max_context else 0
         self.prefill_chunk = session.chunk
         self.vocab_size = layout.vocab_size
         self.reduced_vocab_size = layout.head_rows
         self.kept_ids = layout.vocab_map
         self._session = session  # until ``close``
+        self.encoder = encoder  # of images; until ``close``
+        self._has_mrope = bool(layout.model.mrope)
         self._closed = False
         self._adapters = [adapter.name for adapter in layout.adapters]
         self._slots = [_Slot(layout) for _ in range(layout.num_slots)]
@@ -113,6 +129,7 @@ class OnnxRuntimeBackend:
         self._costs = [1.0]  # of a step of 0, 1, … drafted tokens
         layers, kinds, _, heads, _, head_dim = session.kv_cache.shape
         self.pool_tokens = layout.pool_tokens
+        self.has_states, self.state_places = bool(session.states), layout.state_places
         self._pool = np.empty((layers, kinds, heads, layout.pool_tokens, head_dim), session.kv_cache.dtype)
         self._pool.fill(0)  # takes the pages now
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -129,7 +146,9 @@ class OnnxRuntimeBackend:
         return plan_memory(resolve(variant_dir, manifest, config), manifest)
 
     @classmethod
-    def load(cls, variant_dir: Path, manifest: Manifest, config: EngineConfig) -> OnnxRuntimeBackend:
+    def load(
+        cls, variant_dir: Path, manifest: Manifest, config: EngineConfig, *, progress: Progress = untold
+    ) -> OnnxRuntimeBackend:
         """Loads, allocates and runs the largest step once, so that all scratch memory is taken.
 
         Raises ConfigurationError, BackendUnavailableError, InsufficientMemoryError, EngineDirectoryError or
@@ -142,18 +161,23 @@ class OnnxRuntimeBackend:
             session = OrtSession(
                 variant_dir,
                 manifest.model,
-                layout.head_rows,
-                layout.max_context,
-                layout.chunk,
-                layout.threads,
-                layout.kv_cache_type,
-                packed=manifest.quantization != "fp32",
-                kept=layout.vocab_map if layout.cuts_head else None,
+                rows=layout.head_rows,
+                max_context=layout.max_context,
+                chunk=layout.chunk,
+                threads=layout.threads,
+                kv_cache_type=layout.kv_cache_type,
+                packed=packs_weights(manifest),
+                kept=layout.vocab_map if layout.prunes_head else None,
                 num_slots=layout.num_slots,
                 verifies=layout.draft_rows > 0,
                 adapters=layout.adapters,
                 own_graph=layout.adapters_have_graph,
+                state_places=layout.state_places,
             )
+            encoder = None
+            if layout.images is not None:
+                options = encoder_options(layout.threads, is_int8=packs_weights(manifest))
+                encoder = Encoder(variant_dir, layout.images.spec, layout.images.max_images, options)
         except EdgeLLMError:
             raise
         except Exception as error:  # the runtime's exceptions share no base class
@@ -161,9 +185,10 @@ class OnnxRuntimeBackend:
                 f"ONNX Runtime {ort.__version__} cannot load {variant_dir} ({_first_line(error)}); "
                 "update onnxruntime or build the engine again."
             ) from error
-        backend = cls(session, layout)
+        backend = cls(session, layout, encoder)
+        progress(_SESSION)
         try:
-            backend._call(backend._warm_up, config.speculation)
+            backend._call(backend._warm_up, config.speculation, portion(progress, _SESSION, 1.0))
         except BaseException:
             backend.close()
             raise
@@ -171,9 +196,16 @@ class OnnxRuntimeBackend:
 
     # --- the protocol: any call queues a job --------------------------------------------------------
 
-    def begin(self, slot: int, sampling: SamplingParams, history: np.ndarray, adapter: str = "") -> None:
+    def begin(
+        self,
+        slot: int,
+        sampling: SamplingParams,
+        history: np.ndarray,
+        adapter: str = "",
+        images: Sequence[PlacedImage] = (),
+    ) -> None:
         self._set_interrupted(slot, False)
-        self._call(self._begin, slot, sampling, history, adapter)
+        self._call(self._begin, slot, sampling, history, adapter, images)
 
     def step(self, steps: Sequence[SequenceStep]) -> list[_Pending]:
         assert not self._closed, "the backend is closed"
@@ -203,6 +235,15 @@ class OnnxRuntimeBackend:
         cached, kept = self._ranges(slot, position, place, count)
         self._jobs.put(partial(np.copyto, cached, kept))
 
+    def state_positions(self, slot: int, *, marked: bool = False) -> list[int]:
+        return self._session.states.positions(slot, marked=marked)
+
+    def save_state(self, slot: int, position: int, place: int) -> None:
+        self._jobs.put(partial(self._session.states.save, slot, position, place))
+
+    def load_state(self, slot: int, position: int, place: int) -> None:
+        self._jobs.put(partial(self._session.states.load, slot, position, place))
+
     def _ranges(self, slot: int, position: int, place: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return views of the same shape: of the KV cache, and of the pool."""
         assert not self._closed, "the backend is closed"
@@ -219,6 +260,7 @@ class OnnxRuntimeBackend:
         self._thread.join()
         self._closed = True
         del self._session
+        self.encoder = None
         self._pool = np.empty(0, dtype=np.float32)
 
     # --- the compute thread -------------------------------------------------------------------------
@@ -244,8 +286,21 @@ class OnnxRuntimeBackend:
             job()
             del job  # nothing is kept alive while waiting
 
-    def _begin(self, index: int, sampling: SamplingParams, history: np.ndarray, adapter: str) -> None:
+    def _begin(
+        self,
+        index: int,
+        sampling: SamplingParams,
+        history: np.ndarray,
+        adapter: str,
+        images: Sequence[PlacedImage],
+    ) -> None:
         slot = self._slots[index]
+        assert not images or self.encoder is not None, "the engine has no encoder"
+        if self._has_mrope and (slot.images or images):
+            assert self.encoder is not None
+            positions = mrope_positions(self.encoder.spec, images, len(history)) if images else None
+            self._session.set_positions(index, positions)
+        slot.images = images
         self._session.use_adapter(index, adapter)
         slot.adapter = adapter
         slot.sampler.begin(sampling, history)
@@ -263,7 +318,7 @@ class OnnxRuntimeBackend:
                 self._finish_step(partial(self._verify, step.draft), step, pending)
         for step, pending in work:
             if step.token_ids is not None:
-                self._finish_step(self._prefill, step, pending)
+                self._finish_step(self._encode if step.encodes else self._prefill, step, pending)
 
     def _can_decode(self, item: _Work) -> bool:
         slot, pending = self._slots[item[0].slot], item[1]
@@ -279,17 +334,22 @@ class OnnxRuntimeBackend:
         return True
 
     def _groups(self, work: list[_Work]) -> Iterator[list[_Work]]:
-        """Yield the items that can be run at once: slots side by side, none of which uses an adapter."""
+        """Yield the items that can be run at once: slots side by side, none of which has to be run alone."""
         group: list[_Work] = []
         for item in sorted(work, key=lambda item: item[0].slot):
             is_next = bool(group) and item[0].slot == group[-1][0].slot + 1
-            is_next = is_next and not any(self._slots[each[0].slot].adapter for each in (item, group[-1]))
+            is_next = is_next and not any(self._is_apart(each[0].slot) for each in (item, group[-1]))
             if group and not (is_next and self._session.can_batch(len(group) + 1)):
                 yield group
                 group = []
             group.append(item)
         if group:
             yield group
+
+    def _is_apart(self, index: int) -> bool:
+        """Return whether a slot cannot be run together with others: it has an adapter, or a RoPE of its own."""
+        slot = self._slots[index]
+        return bool(slot.adapter) or (self._has_mrope and bool(slot.images))
 
     def _decode(self, group: list[_Work]) -> None:
         slots = [self._slots[step.slot] for step, _ in group]
@@ -342,9 +402,30 @@ class OnnxRuntimeBackend:
 
     def _prefill(self, step: SequenceStep) -> int | None:
         slot = self._slots[step.slot]
-        if slot.ended or not self._feed(step.slot, step.token_ids, step.position) or not step.samples:
+        if slot.ended:
             return None
-        return self._sample(step)
+        self._session.use_long_rope(step.slot, step.long_rope)
+        if not self._feed(step.slot, step.token_ids, step.position):
+            return None
+        if step.marks and self.has_states:
+            self._session.states.mark(step.slot)
+        return self._sample(step) if step.samples else None
+
+    def _encode(self, step: SequenceStep) -> int | None:
+        """Do one piece of the work on the features that a part of a prompt needs; return the pieces left, at least."""
+        assert self.encoder is not None and step.token_ids is not None
+        slot, options = self._slots[step.slot], self._session.prefill_options(step.slot)
+        if slot.ended or slot.interrupted:
+            return None
+        try:
+            for placed, start, stop in slot.images_within(step.position, len(step.token_ids)):
+                if not self.encoder.encode(placed, start, stop, options):
+                    return 1
+        except Exception:
+            if slot.interrupted:  # ended by ``terminate``, between two of its nodes
+                return None
+            raise
+        return 0
 
     def _feed(self, index: int, token_ids: np.ndarray, position: int) -> bool:
         """Writes the KV of ``token_ids`` chunk by chunk; False: interrupted."""
@@ -354,7 +435,9 @@ class OnnxRuntimeBackend:
             try:
                 if slot.interrupted:
                     return False
-                self._session.prefill(token_ids[start : start + chunk], position + start, index)
+                tokens = token_ids[start : start + chunk]
+                image_tokens = self._take_images(index, position + start, len(tokens))
+                self._session.prefill(tokens, position + start, index, image_tokens)
             except Exception:
                 if slot.interrupted:  # ended by ``terminate``, between two of its nodes
                     return False
@@ -362,10 +445,26 @@ class OnnxRuntimeBackend:
         slot.length = position + len(token_ids)
         return True
 
+    def _take_images(self, index: int, position: int, count: int) -> np.ndarray:
+        """Have the features of the tokens of images among the next ``count`` ready in the session; return their
+        indices, int32 [n]."""
+        found, places = 0, []
+        for placed, start, stop in self._slots[index].images_within(position, count):
+            assert self.encoder is not None
+            out = self._session.image_features[found : found + stop - start]
+            self.encoder.take(placed, start, stop, out, self._session.prefill_options(index))
+            places.append(placed.positions[start:stop] - position)
+            found += stop - start
+        return np.concatenate(places) if places else np.empty(0, dtype=np.int32)
+
     def _score(self, token_ids: np.ndarray, first: int) -> np.ndarray:
         self._slots[0].ended = True  # no sequence that a step could go on with
+        if self._has_mrope:
+            self._session.set_positions(0, None)
+        self._slots[0].images = ()
         self._session.use_adapter(0, "")
         self._check_room(len(token_ids))
+        self._session.use_long_rope(0, 0 < self.rope_switch < len(token_ids))
         self._feed(0, token_ids[:first], 0)
         found = np.empty(len(token_ids) - first)
         for index, token_id in enumerate(token_ids[first:].tolist()):
@@ -373,7 +472,7 @@ class OnnxRuntimeBackend:
             if index + 1 < len(found):
                 self._session.decode(token_id, first + index)
         if np.isnan(found).any():
-            raise EngineFaultError("The model's logits are NaN; the weights or the engine are damaged.")
+            raise EngineFaultError(NAN_LOGITS)
         return found
 
     def _sample(self, step: SequenceStep) -> int:
@@ -383,12 +482,17 @@ class OnnxRuntimeBackend:
             slot.ended = True
         return token
 
-    def _warm_up(self, speculation: str) -> None:
+    def _warm_up(self, speculation: str, progress: Progress) -> None:
         session = self._session
+        if self.encoder is not None:
+            self.encoder.warm_up()
         for slot in range(self.num_slots):
+            progress(slot / self.num_slots)
             for adapter in (*self._adapters, ""):
                 session.use_adapter(slot, adapter)
+                session.states.reset(slot, session.max_context - session.chunk)
                 session.prefill(np.zeros(session.chunk, dtype=np.int64), session.max_context - session.chunk, slot)
+                session.states.reset(slot, session.max_context - 1)
                 session.decode(0, session.max_context - 1, slot)
         if session.can_batch(2) and not self._rows_are_independent():
             session.stop_batching()
@@ -403,6 +507,8 @@ class OnnxRuntimeBackend:
             else:
                 session.stop_verifying()
         session.kv_cache.fill(0)
+        for slot in range(self.num_slots):
+            session.states.reset(slot)
 
     def _drafts_are_exact(self) -> bool:
         """Tell whether a step of several tokens leaves the same KV and logits, bit for bit, as steps of one each."""

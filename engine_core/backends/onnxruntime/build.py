@@ -8,7 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
+from engine_core.backends.onnxruntime.encoder_graph import write_encoder
 from engine_core.backends.onnxruntime.exporter import OrtExporter, Packing, Precision
+from engine_core.backends.onnxruntime.files import ENCODER_DATA_NAME
+from engine_core.backends.onnxruntime.kv_scales import int8_scales, measure_peaks
 from engine_core.backends.onnxruntime.plan import OrtOptions
 from engine_core.backends.onnxruntime.weight_writer import own_block_size
 from engine_core.errors import BuildError
@@ -23,11 +26,12 @@ from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
 from engine_core.models.reader import check_tensors, read_spec
+from engine_core.progress import Progress, portion, untold
 from engine_core.quantize.calibration_texts import NAMES, find_calibration, read_sequences
-from engine_core.quantize.kv_cache import int8_scales, measure_peaks
 
 _log = logging.getLogger(__name__)
 
+_EXPORTING = 0.9  # of the progress of a build; the rest are calibration and hashes
 _GROUP_SIZE = 32  # of what is rounded here, unless asked otherwise
 
 
@@ -44,6 +48,7 @@ def build_engine(
     kv_cache_type: str = "auto",
     calibration: Path | None = None,
     report: Callable[[str], None] = _log.info,
+    progress: Progress = untold,
 ) -> Manifest:
     """Writes the variant directory ``out_dir`` and returns its manifest.
 
@@ -75,7 +80,7 @@ def build_engine(
     _check_group_size(precision.linear, found, group_size)
     check_tensors(spec, checkpoint)
     max_context = max_context or CAPABILITIES.default_context(spec)
-    companions.check_tokenizer(checkpoint, spec.vocab_size)
+    companions.check_companions(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     calibration = _calibration(kv_cache_type, calibration, checkpoint)
@@ -86,11 +91,14 @@ def build_engine(
     with write_variant(Path(out_dir)) as directory:
         with GraphWriter(directory, spec.architecture) as writer:
             exporter = OrtExporter(writer, weights, precision, max_context)
-            write_decoder(spec, exporter)
+            write_decoder(spec, exporter, portion(progress, 0.0, _EXPORTING))
             if calibration is not None:
                 sequences = read_sequences(calibration, checkpoint, max_context, spec.vocab_size)
                 report(f"Calibrating the int8 KV cache on {sum(map(len, sequences))} tokens of {calibration}")
                 exporter.add_int8_cache(int8_scales(measure_peaks(directory, spec, weights.head_rows, sequences)))
+        if spec.vision is not None:
+            with GraphWriter(directory, f"{spec.architecture}.encoder", ENCODER_DATA_NAME) as writer:
+                write_encoder(writer, checkpoint, spec.vision, int8=has_int8_encoder(precision))
         companions.copy_companions(checkpoint, directory)
         companions.copy_vocab_map(vocab_map, kept, directory)
         manifest = Manifest(
@@ -105,8 +113,15 @@ def build_engine(
             reduced_vocab_size=0 if kept is None else len(kept),
             group_size=_group_size(weights, precision),
             builder=companions.versions(),
-            notes=companions.notes(spec, max_context),
-            options=asdict(engine_options(precision, exporter.packing, shares_head=spec.tied and kept is None)),
+            notes=companions.notes(CAPABILITIES, spec, max_context),
+            options=asdict(
+                engine_options(
+                    precision,
+                    exporter.packing,
+                    shares_head=spec.tied and kept is None,
+                    rope_switch=exporter.rope_switch,
+                )
+            ),
         )
         if exporter.rounding_errors:
             sentence = exporter.rounding_errors.sentence(checkpoint.path.name, quantization)
@@ -115,11 +130,16 @@ def build_engine(
             manifest.options["requantized"] = len(exporter.rounding_errors)
             manifest.options["rounding_errors"] = exporter.rounding_errors.relative()
         manifest = seal(directory, manifest)
-    report(f"Built {out_dir}: {sum(record.size for record in manifest.files.values()) / 1e6:.1f} MB")
+    progress(1.0)
     return manifest
 
 
-def engine_options(precision: Precision, packing: Packing, *, shares_head: bool) -> OrtOptions:
+def has_int8_encoder(precision: Precision) -> bool:
+    """Return whether a vision encoder is in int8. It is beside int4 weights, too: what it loses every token sees."""
+    return isinstance(precision.linear, IntegerFormat)
+
+
+def engine_options(precision: Precision, packing: Packing, *, shares_head: bool, rope_switch: int) -> OrtOptions:
     """Return the options of the manifest. ``shares_head``: the token lookup and the whole LM head use the same
     bytes."""
     return OrtOptions(
@@ -128,6 +148,7 @@ def engine_options(precision: Precision, packing: Packing, *, shares_head: bool)
         released_bytes=packing.released,
         packed_bytes=packing.packed + packing.largest_scales,
         packed_head_bytes=packing.head,
+        rope_switch=rope_switch,
     )
 
 
@@ -137,9 +158,9 @@ def _check_group_size(wanted: WeightFormat, found: str, group_size: int) -> None
         return
     if wanted.has_fixed_group:
         raise BuildError(f"{wanted.name} has groups of {wanted.group_size}; leave the group size out.")
-    # int8 is by the row in most checkpoints, which any group size divides.
-    if wanted.kind == "int4" and found and weight_format(found).kind == "int4":
-        raise BuildError("The checkpoint is in int4 groups of its own; leave the group size out.")
+    # Without a group size of its own (int8) a format is by the row in most checkpoints, which any group size divides.
+    if wanted.group_size and found and weight_format(found).kind == wanted.kind:
+        raise BuildError(f"The checkpoint is in {wanted.kind} groups of its own; leave the group size out.")
 
 
 def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> Precision:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from engine_core.backends.capabilities import Capabilities
+from engine_core.backends.capabilities import SCALED_QUERIES, Capabilities
 
 if TYPE_CHECKING:
     from engine_core.backends.machine import Machine, Missing
@@ -44,8 +44,10 @@ CAPABILITIES = Capabilities(
     longest_default=4096,
     max_batch=4,
     lora=True,
+    switches_rope=True,
     log_probabilities=True,
     drafts=True,
+    traits=(SCALED_QUERIES,),
     group_sizes=_GROUP_SIZES,
     declined_options={
         "max_prefill": "--max-prefill is fixed in an engine for tensorrt only; elsewhere set prefill_chunk.",

@@ -23,12 +23,17 @@ from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
 from engine_core.models.padding import Axis
-from engine_core.models.spec import LayerSpec, LinearSpec
+from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
 
 _MS = "com.microsoft"
 _OPSETS = {"": 17, _MS: 1}
 _PACKED_GROUP_BYTES = 8  # MatMulNBits keeps the scale and the sum of each group beside its packed values, float32 both
 _ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, the GEMM is in integers
+
+
+def rope_switch(spec: ModelSpec, max_context: int) -> int:
+    """Return the ``switch`` of a model's RoPEs if a context reaches beyond it, else 0."""
+    return spec.rope_switch if spec.rope_switch < max_context else 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,11 @@ class Packing:
 
 
 class OrtExporter:
-    """Implements ``onnx_graph.Exporter``. ``max_context``: positions of the RoPE table."""
+    """Implements ``onnx_graph.Exporter``. ``max_context``: positions of the RoPE table.
+
+    Where the RoPE depends on a sequence's length (``RopeSpec.switch``), its table has the rows of short sequences
+    before those of long ones, and the input ``rope_row`` gives for each sequence of the batch the row of position 0.
+    """
 
     def __init__(self, writer: GraphWriter, weights: Weights, precision: Precision, max_context: int) -> None:
         self._writer = writer
@@ -68,6 +77,7 @@ class OrtExporter:
         self._precision = precision
         self._max_context = max_context
         self._spec = weights.spec
+        self.rope_switch = rope_switch(self._spec, max_context)
         self.packing = Packing()
         self.rounding_errors = RoundingErrors()  # of matrices that the checkpoint has quantized otherwise
         self._heads = head_axes(self._spec)
@@ -80,13 +90,27 @@ class OrtExporter:
         writer.input("last_position", TensorProto.INT32, ["batch"])
         writer.input("length", TensorProto.INT32, [])
         writer.input("rows", TensorProto.INT64, ["rows", 2])  # (sequence, token) of each row of the logits
-        for i in range(len(spec.layers)):
+        if spec.vision is not None:
+            # (sequence, token) of each token of an image, and what the encoder gives for it; most steps have none
+            writer.input("image_rows", TensorProto.INT64, ["image_tokens", 2])
+            writer.input("image_features", TensorProto.FLOAT, ["image_tokens", spec.vision.feature_size])
+        if self.rope_switch:
+            writer.input("rope_row", TensorProto.INT64, ["batch"])
+            self._add_rope_rows()
+        for i in spec.kv_layers:
             for kind in ("key", "value"):
                 shape: list[int | str] = ["batch", spec.num_kv_heads, "max_context", self._heads[0].size]
                 writer.input(f"past_{kind}.{i}", TensorProto.FLOAT, shape)
                 writer.output(f"present_{kind}.{i}", TensorProto.FLOAT, shape)
+        for state in spec.states:
+            shape = ["batch", *state.shape]
+            writer.input(f"past_{state.name}.{state.layer}", TensorProto.FLOAT, shape)
+            writer.output(f"present_{state.name}.{state.layer}", TensorProto.FLOAT, shape)
         for name, table in self._rope_tables().items():
-            writer.constant(name, table)
+            if spec.mrope:  # a sequence's own: its positions depend on its images
+                writer.input(name, TensorProto.FLOAT, ["max_context", table.shape[1]])
+            else:
+                writer.constant(name, table)
 
     def embed(self) -> str:
         spec, writer, precision = self._spec, self._writer, self._precision
@@ -114,10 +138,23 @@ class OrtExporter:
             )
             if spec.hidden_size % group_size:  # the lookup gives whole groups
                 embedded = self._taken("embed/hidden", embedded, np.arange(spec.hidden_size))
-        if spec.embedding_scale == 1.0:
-            return embedded
-        scale = writer.constant("embedding_scale", np.float32(spec.embedding_scale))
-        return writer.node("Mul", [embedded, scale], "embed_scaled/output")
+        if spec.embedding_scale != 1.0:
+            scale = writer.constant("embedding_scale", np.float32(spec.embedding_scale))
+            embedded = writer.node("Mul", [embedded, scale], "embed_scaled/output")
+        if spec.vision is not None:
+            features = ["image_features"]
+            if spec.vision.deepstack:
+                features = [f"image_features.{i}" for i in range(1 + len(spec.vision.deepstack))]
+                sizes = writer.constant("image_feature_sizes", np.full(len(features), spec.hidden_size, np.int64))
+                writer.node("Split", ["image_features", sizes], features, axis=1)
+            embedded = writer.node("ScatterND", [embedded, "image_rows", features[0]], "embed_images/output")
+        return embedded
+
+    def add_features(self, index: int, value: str) -> str:
+        if self._spec.vision is None or index >= len(self._spec.vision.deepstack):
+            return value
+        inputs = [value, "image_rows", f"image_features.{index + 1}"]
+        return self._writer.node("ScatterND", inputs, f"layer{index}/deepstack/output", reduction="add")
 
     def norm(self, name: str, value: str, weight: str) -> str:
         inputs = [value, self._norm_weight(weight)]
@@ -132,6 +169,9 @@ class OrtExporter:
             "SkipSimplifiedLayerNormalization", inputs, outputs, domain=_MS, epsilon=self._spec.norm_eps
         )
         return normed, outputs[3]
+
+    def add(self, name: str, residual: str, value: str) -> str:
+        return self._writer.node("Add", [residual, value], f"{name}/sum")
 
     def linear(self, name: str, value: str, linear: LinearSpec) -> str:
         shape = self._weights.linear_shape(linear)
@@ -160,6 +200,7 @@ class OrtExporter:
             query, key, value = self._filled(qkv, heads, spec.num_heads + 2 * spec.num_kv_heads), "", ""
         inputs = [query, key, value, f"past_key.{index}", f"past_value.{index}", "last_position", "length"]
         inputs += [f"rope_cos.{layer.rope}", f"rope_sin.{layer.rope}"]
+        inputs += ["rope_rows"] if self.rope_switch else []
         attributes: dict[str, float | int] = {"scale": spec.attention_scale}
         if spec.attention_softcap:
             attributes["softcap"] = spec.attention_softcap
@@ -179,6 +220,35 @@ class OrtExporter:
             return attended
         return self._taken(f"layer{index}/attention/heads", attended, heads.repeated(spec.num_heads).places)
 
+    def short_convolution(self, index: int, value: str, layer: LayerSpec) -> str:
+        """Each of the few taps is multiplied with the tokens it sees: ``Conv`` needs tokens to be the last axis."""
+        spec, writer, prefix = self._spec, self._writer, f"layer{index}/convolution"
+        size, kernel = spec.hidden_size, layer.conv_kernel
+        names = [f"{prefix}/gate_in", f"{prefix}/gate_out", f"{prefix}/input"]
+        sizes = writer.constant("convolution_sizes", self._ints(size, size, size))
+        writer.node("Split", [value, sizes], names, axis=-1)
+        seen = writer.node("Mul", [names[0], names[2]], f"{prefix}/gated_in")
+        if kernel > 1:  # the tokens before those of this call come from the state
+            seen = writer.node("Concat", [f"past_conv.{index}", seen], f"{prefix}/seen", axis=1)
+            self._shifted(f"present_conv.{index}", seen, 1 - kernel, 0)
+        taps = self._weights.matrix(layer.conv_weight)[:, 0].T  # [kernel, hidden]
+        total = ""
+        for tap in range(kernel):
+            name = f"{prefix}/tap{tap}"
+            part = seen if kernel == 1 else self._shifted(f"{name}/tokens", seen, tap, tap + 1 - kernel)
+            part = writer.node("Mul", [part, writer.constant(f"{name}.weight", taps[tap])], f"{name}/output")
+            total = writer.node("Add", [total, part], f"{name}/sum") if total else part
+        if layer.conv_bias_name:
+            bias = writer.constant(layer.conv_bias_name, self._weights.matrix(layer.conv_bias_name))
+            total = writer.node("Add", [total, bias], f"{prefix}/biased")
+        return writer.node("Mul", [names[1], total], f"{prefix}/output")
+
+    def _shifted(self, name: str, value: str, start: int, stop: int) -> str:
+        """Add the tokens of ``value`` [batch, tokens, n] from ``start`` to ``stop``, which is counted from the end."""
+        writer, ends = self._writer, stop or np.iinfo(np.int64).max
+        bounds = [writer.constant(f"tokens_at_{each}", self._ints(each)) for each in (start, ends)]
+        return writer.node("Slice", [value, *bounds, writer.constant("axis_1", self._ints(1))], name)
+
     def gated(self, name: str, gate_up: str) -> str:
         writer = self._writer
         size = self._spec.intermediate_size
@@ -191,11 +261,66 @@ class OrtExporter:
             active = writer.node("FastGelu", [gate], f"{name}/active", domain=_MS)  # the tanh approximation
         return writer.node("Mul", [active, up], f"{name}/output")
 
+    def experts(self, name: str, value: str, layer: LayerSpec) -> str:
+        """Each expert that is picked gets the rows of its tokens alone, and adds what it makes to them."""
+        spec, writer = self._spec, self._writer
+        tokens = writer.node(
+            "Reshape", [value, writer.constant("rows_of_hidden", self._ints(-1, spec.hidden_size))], f"{name}/tokens"
+        )
+        shares = self._shares(name, tokens, layer)
+        column, none = writer.constant("axis_1", self._ints(1)), writer.constant("zero", np.float32(0))
+        largest = writer.node("ReduceMax", [shares], f"{name}/largest", axes=[0], keepdims=0)
+        is_picked = writer.node("Greater", [largest, none], f"{name}/is_picked")
+        total = writer.node("Mul", [tokens, none], f"{name}/none")
+
+        def made_by(prefix: str, expert: str, index: int, before: str) -> str:
+            gate_up, down = layer.expert(index)
+            share = writer.node("Gather", [shares, expert], f"{prefix}/share", axis=1)
+            places = writer.node("Transpose", [writer.node("NonZero", [share], f"{prefix}/found")], f"{prefix}/places")
+            rows = writer.node("GatherND", [tokens, places], f"{prefix}/rows")
+            hidden = self.gated(f"{prefix}/gated", self.linear(f"{prefix}/gate_up", rows, gate_up))
+            made = self.linear(f"{prefix}/down", hidden, down)
+            own = writer.node("GatherND", [share, places], f"{prefix}/own_share")
+            factor = writer.node("Unsqueeze", [own, column], f"{prefix}/factor")
+            weighted = writer.node("Mul", [made, factor], f"{prefix}/weighted")
+            return writer.node("ScatterND", [before, places, weighted], f"{prefix}/added", reduction="add")
+
+        for index in range(layer.num_experts):
+            prefix = f"{name}/{index}"
+            expert = writer.constant(f"expert_{index}", np.array(index, dtype=np.int64))
+            condition = writer.node("Gather", [is_picked, expert], f"{prefix}/is_picked", axis=0)
+            total = writer.where(condition, partial(made_by, prefix, expert, index, total), total, f"{prefix}/total")
+        return writer.node("Reshape", [total, writer.node("Shape", [value], f"{name}/shape")], f"{name}/output")
+
+    def _shares(self, name: str, tokens: str, layer: LayerSpec) -> str:
+        """Add the router: what each expert counts for each token, [tokens, experts], 0 for those not picked."""
+        spec, writer = self._spec, self._writer
+        router = writer.constant(layer.router, self._weights.matrix(layer.router))
+        scores = writer.node("FusedMatMul", [tokens, router], f"{name}/scores", domain=_MS, transB=1)
+        parts = writer.node("Softmax", [scores], f"{name}/softmax", axis=-1)
+        count = writer.constant("experts_per_token", self._ints(spec.experts_per_token))
+        best, places = f"{name}/best", f"{name}/picked"
+        writer.node("TopK", [parts, count], [best, places], axis=-1)
+        if spec.norm_expert_weights:
+            total = writer.node(
+                "ReduceSum", [best, writer.constant("axis_last", self._ints(-1))], f"{name}/sum", keepdims=1
+            )
+            best = writer.node("Div", [best, total], f"{name}/normed")
+        none = writer.node("Mul", [parts, writer.constant("zero", np.float32(0))], f"{name}/zeros")
+        return writer.node("ScatterElements", [none, places, best], f"{name}/shares", axis=1)
+
+    @staticmethod
+    def _ints(*values: int) -> np.ndarray:
+        return np.array(values, dtype=np.int64)
+
     def wanted_tokens(self, name: str, value: str) -> str:
         return self._writer.node("GatherND", [value, "rows"], f"{name}/output")
 
     def head(self, value: str) -> None:
         logits = self._head_logits(value)
+        if self._spec.logits_scale != 1:
+            scale = self._writer.constant("logits_scale", np.float32(self._spec.logits_scale))
+            logits = self._writer.node("Mul", [logits, scale], "logits_scaled")
         if self._spec.logits_softcap:
             cap = self._writer.constant("logits_softcap", np.float32(self._spec.logits_softcap))
             scaled = self._writer.node("Div", [logits, cap], "softcap/scaled")
@@ -222,7 +347,7 @@ class OrtExporter:
     def finish(self) -> None:
         """Writes the graphs of the KV cache types that need no calibration."""
         self._save_graph(self._writer, "fp32")
-        self._save_graph(with_fp16_cache(self._writer, self._rope_tables()), "fp16")
+        self._save_graph(with_fp16_cache(self._writer, {} if self._spec.mrope else self._rope_tables()), "fp16")
 
     def add_int8_cache(self, scales: KVScales) -> None:
         """Writes the graph of an int8 KV cache too; after ``finish``."""
@@ -246,13 +371,26 @@ class OrtExporter:
         return partial(self.rounding_errors.add, name)
 
     def _rope_tables(self) -> dict[str, np.ndarray]:
-        """Name in the graph → float32 [max_context, half of the elements that are turned, see ``head_axes``]."""
+        """Name in the graph → float32 [positions, half of the elements that are turned, see ``head_axes``]."""
         tables = {}
         for i, rope in enumerate(self._spec.ropes):
             width = turned_size(rope.dim) // 2
-            for name, table in zip(("cos", "sin"), rope.table(self._max_context)):
+            parts = [rope.table(length) for length in (self.rope_switch, self._max_context) if length]
+            for name, table in zip(("cos", "sin"), map(np.concatenate, zip(*parts))):
                 tables[f"rope_{name}.{i}"] = np.pad(table, ((0, 0), (0, width - table.shape[1])))
         return tables
+
+    def _add_rope_rows(self) -> None:
+        """Add ``rope_rows``, int64 [batch, tokens]: the row of the RoPE tables that each token's position has."""
+        writer, one = self._writer, self._writer.constant("one", np.array(1, dtype=np.int64))
+        shape = writer.node("Shape", ["input_ids"], "rope_rows/shape")
+        tokens = writer.node("Gather", [shape, one], "rope_rows/tokens")
+        first = writer.node("Sub", [one, tokens], "rope_rows/first")
+        before = writer.node("Range", [first, one, one], "rope_rows/before_last")  # 1 - tokens … 0
+        last = writer.node("Cast", ["last_position"], "rope_rows/last_position", to=TensorProto.INT64)
+        row = writer.node("Add", [last, "rope_row"], "rope_rows/last")
+        column = writer.node("Unsqueeze", [row, writer.constant("axis_1", self._ints(1))], "rope_rows/column")
+        writer.node("Add", [column, before], "rope_rows")
 
     def _filled(self, value: str, head: Axis, count: int) -> str:
         """Return ``value`` [batch, tokens, ``count`` heads] with zeros where ``head`` adds elements to each."""
@@ -301,7 +439,7 @@ class OrtExporter:
         )
 
     def _head_norms(self, index: int, qkv: str, layer: LayerSpec) -> tuple[str, str, str]:
-        """Splits Q, K and V and normalizes every head of Q and K."""
+        """Splits Q, K and V and normalizes every head of Q and K, or all of Q and all of K."""
         spec, writer, prefix = self._spec, self._writer, f"layer{index}"
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         sizes = writer.constant("qkv_sizes", np.array([q_size, kv_size, kv_size], dtype=np.int64))
@@ -309,6 +447,9 @@ class OrtExporter:
         writer.node("Split", [qkv, sizes], names, axis=-1)
         normed = []
         for name, weight, size in ((names[0], layer.q_norm, q_size), (names[1], layer.k_norm, kv_size)):
+            if layer.wide_qk_norm:
+                normed.append(self.norm(f"{name}/norm", name, weight))
+                continue
             shape = np.array([0, 0, size // spec.head_dim, spec.head_dim], np.int64)
             heads = writer.constant(f"heads_of_{size}", shape)
             flat = writer.constant(f"flat_{size}", np.array([0, 0, size], dtype=np.int64))

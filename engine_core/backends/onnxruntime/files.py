@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
+from engine_core.formats.onnx_graph import DATA_NAME as DATA_NAME
+from engine_core.formats.onnx_graph import MODEL_NAME
 
-DATA_NAME = "model.onnx.data"
+# Of a model that sees: the encoder of its images, and its weights.
+ENCODER_NAME, ENCODER_DATA_NAME = "encoder.onnx", "encoder.onnx.data"
 
 
 def graph_name(kv_cache_type: str, *, window_before_1_24: bool = False) -> str:
@@ -16,7 +19,9 @@ def graph_name(kv_cache_type: str, *, window_before_1_24: bool = False) -> str:
     ``local_window_size`` leaves the query's own position out.
     """
     cache = "" if kv_cache_type == "fp32" else f".kv_{kv_cache_type}"
-    return f"model{cache}{'.window_before_1_24' if window_before_1_24 else ''}.onnx"
+    window = ".window_before_1_24" if window_before_1_24 else ""
+    stem, _, suffix = MODEL_NAME.partition(".")
+    return f"{stem}{cache}{window}.{suffix}"
 
 
 def held_types(files: Collection[str]) -> list[str]:

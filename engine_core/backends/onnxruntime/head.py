@@ -1,4 +1,4 @@
-"""Cuts the LM head of a whole ONNX model to the rows of a vocab map while it is loaded, so that no step reads the rest.
+"""Prunes the LM head of a whole ONNX model to the rows of a vocab map while it is loaded: no step reads the rest.
 
 The graph is edited in memory and the kept rows are handed to the session as initializers: what is dropped is never
 loaded.
@@ -17,11 +17,11 @@ from engine_core.errors import ConfigurationError
 _NODES = ("head", "head/product")  # exporter.py: the product, and the sum with its bias
 
 
-def cut_head(loaded: LoadedGraph, kept: np.ndarray, options: ort.SessionOptions) -> list[ort.OrtValue]:
+def prune_head(loaded: LoadedGraph, kept: np.ndarray, options: ort.SessionOptions) -> list[ort.OrtValue]:
     """Leave only the rows ``kept``, int32 [rows], of the head of ``loaded``; ``options`` gets those rows.
 
     The values returned are the rows' memory: they have to live as long as the session.
-    Raises ConfigurationError if the head is not one that can be cut.
+    Raises ConfigurationError if the head is not one that can be pruned.
     """
     graph, path = loaded.graph, loaded.path
     tensors = {tensor.name: tensor for tensor in graph.initializer}

@@ -12,18 +12,20 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from engine_core.backends.onnxruntime.kv_scales import KVScales
 from engine_core.formats.onnx_writer import GraphWriter
-from engine_core.quantize.kv_cache import KVScales
 
-_CACHES = ("past_", "present_")
+_CACHES = tuple(f"{time}_{kind}." for time in ("past", "present") for kind in ("key", "value"))
+_TABLES = ("rope_cos.", "rope_sin.")  # of RoPE, where they are inputs
 # Places of GroupQueryAttention's inputs.
 _QKV, _PAST_KEY, _ROPE, _SCALES = slice(0, 3), 3, slice(7, 9), slice(12, 14)
 
 
 def with_fp16_cache(writer: GraphWriter, ropes: Mapping[str, np.ndarray]) -> GraphWriter:
-    """Return the graph with an fp16 cache. ``ropes``: the float32 RoPE tables by their names in the graph."""
+    """Return the graph with an fp16 cache. ``ropes``: the float32 RoPE tables by their names in the graph, unless they
+    are its inputs."""
     other = writer.fork()
-    other.retype(_CACHES, TensorProto.FLOAT16)
+    other.retype((*_CACHES, *_TABLES), TensorProto.FLOAT16)
 
     def rewrite(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         casts = []
@@ -32,7 +34,8 @@ def with_fp16_cache(writer: GraphWriter, ropes: Mapping[str, np.ndarray]) -> Gra
                 casts.append(_cast(name, f"{name}/fp16", TensorProto.FLOAT16))
                 node.input[i] = casts[-1].output[0]
         for i, name in enumerate(node.input[_ROPE], start=_ROPE.start):
-            node.input[i] = other.constant(f"{name}.fp16", ropes[name].astype(np.float16))
+            if name in ropes:
+                node.input[i] = other.constant(f"{name}.fp16", ropes[name].astype(np.float16))
         result = node.output[0]
         node.output[0] = f"{result}/fp16"
         return [*casts, node, _cast(node.output[0], result, TensorProto.FLOAT)]
@@ -44,12 +47,13 @@ def with_fp16_cache(writer: GraphWriter, ropes: Mapping[str, np.ndarray]) -> Gra
 def with_int8_cache(writer: GraphWriter, scales: KVScales) -> GraphWriter:
     other = writer.fork()
     other.retype(_CACHES, TensorProto.INT8)
+    of_layers = iter(scales)  # of those that have a cache, as the graph has them
 
     def rewrite(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         layer = int(node.input[_PAST_KEY].rpartition(".")[2])
         names = [
-            other.constant(f"{kind}_scale.{layer}", scales[layer, index][None, :, None, :])
-            for index, kind in enumerate(("key", "value"))
+            other.constant(f"{kind}_scale.{layer}", of_kind[None, :, None, :])
+            for kind, of_kind in zip(("key", "value"), next(of_layers))
         ]
         node.input.extend([""] * (_SCALES.start - len(node.input)) + names)
         per_channel = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class LoadedGraph:
         return self._model.SerializeToString()
 
     def _drop_unused(self) -> None:
-        used = {name for node in self.graph.node for name in node.input}
+        used = set(_names_read(self.graph))
         for tensor in [tensor for tensor in self.graph.initializer if tensor.name not in used]:
             self.graph.initializer.remove(tensor)
 
@@ -52,3 +53,12 @@ class LoadedGraph:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     entry.value = str(directory / entry.value)
+
+
+def _names_read(graph: Any) -> Iterator[str]:
+    """Yield what the nodes of ``graph`` read, and those of the graphs in their attributes."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _names_read(attribute.g)

@@ -9,21 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
-from engine_core.backends.kv_pool import pool_tokens
+from engine_core.backends.kv_pool import pool_tokens, state_places
 from engine_core.backends.onnxruntime.adapters import num_bytes, sites
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
-from engine_core.backends.onnxruntime.files import DATA_NAME, held_types
+from engine_core.backends.onnxruntime.encoder import BLOCK_TOKENS, cache_blocks
+from engine_core.backends.onnxruntime.files import DATA_NAME, ENCODER_DATA_NAME, held_types
 from engine_core.backends.onnxruntime.heads import head_axes, turned_size
 from engine_core.backends.onnxruntime.session import MAX_DRAFT_ROWS, has_flash_attention
+from engine_core.backends.onnxruntime.states import COPIES, state_bytes
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError
 from engine_core.formats.lora import LoraAdapter, read_adapters
 from engine_core.formats.manifest import Manifest, read_options
 from engine_core.formats.vocab_map import configured_vocab_map
+from engine_core.formats.weight_formats import weight_format
+from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.host_cpu import count_cores
 from engine_core.host_memory import available_memory
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
 from engine_core.models.spec import ModelSpec
+from engine_core.vision.limits import ImageLimits, image_limits
 
 _log = logging.getLogger(__name__)
 
@@ -32,10 +37,11 @@ _SINGLE_THREAD_PARAMETERS = 20_000_000
 _CHUNK = 128  # tokens per prefill step: see docs/cpu_backend.md
 _CHUNK_BETWEEN = 32  # the same where other answers wait for it
 # Bytes that loading adds to a process that has imported the library: code not touched before, the graph's objects.
-_RUNTIME_BYTES = 23 << 19
+_RUNTIME_BYTES = 25 << 19
 _RUNTIME_LAYER_BYTES = 128 << 10
 _EDITING_BYTES = 11 << 20  # the onnx package, with which a graph is edited at load
 _ARENA_BYTES = 512 << 10  # small tensors of a step
+_PICTURE_BYTES = 8 << 20  # of the library that scales pictures, and small tensors of the encoder
 # Sequences without an adapter take a graph without branches where a second one is small. In a larger model the branches
 # of rank 0 cost nothing that can be measured, see docs/cpu_backend.md.
 _OWN_GRAPH_BYTES = 64 << 20
@@ -51,13 +57,17 @@ class Layout:
     chunk: int
     threads: int
     model: ModelSpec
+    rope_switch: int  # tokens of a sequence beyond which it has another RoPE; 0: none has
     head_rows: int  # rows of the LM head that runs
     vocab_map: np.ndarray | None  # int32 [rows]
-    cuts_head: bool  # the head is whole in the engine; ``vocab_map`` was given at load
+    prunes_head: bool  # the head is whole in the engine; ``vocab_map`` was given at load
     pool_tokens: int  # places of the KV pool
+    state_places: int  # of the pool of states, for a model whose layers keep such
     draft_rows: int  # tokens of a step with a draft
     adapters: tuple[LoraAdapter, ...] = ()
     adapters_have_graph: bool = False  # a graph, and weights, of their own
+    images: ImageLimits | None = None  # None: no encoder is loaded
+    frame_bytes: int = 0  # for frames of topics, which the node keeps
 
     @property
     def vocab_size(self) -> int:
@@ -73,6 +83,8 @@ class OrtOptions:
     released_bytes: int = 0  # of the file, not kept once they are packed
     packed_bytes: int = 0  # what the runtime packs the weights into
     packed_head_bytes: int = 0  # of packed_bytes, the LM head's
+    # A sequence of more tokens has another RoPE, whose table is a second one; 0: there is one table.
+    rope_switch: int = 0
     requantized: int = 0  # quantized matrices that were dequantized and rounded anew
     rounding_errors: dict[str, float] = field(default_factory=dict)  # of each of them, relative
 
@@ -84,6 +96,8 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
         raise BackendUnavailableError(reason)
     if (reason := CAPABILITIES.options_refusal(config.max_batch, config.lora_adapters, config.speculation)) is not None:
         raise ConfigurationError(reason)
+    if (reason := CAPABILITIES.draft_refusal(manifest.model, config.speculation)) is not None:
+        raise ConfigurationError(reason)
     adapters = read_adapters(config.lora_adapters, manifest.model, config.lora_max_rank)
     max_context = config.max_context or manifest.max_context
     if max_context > manifest.max_context:
@@ -91,13 +105,16 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
             f"max_context is {max_context}, but the engine was built for {manifest.max_context}; "
             f"build it again with --max-context {max_context}."
         )
-    vocab_map, cuts_head = configured_vocab_map(variant_dir, manifest, config)
+    vocab_map, prunes_head = configured_vocab_map(variant_dir, manifest, config)
     kv_cache_type = _kv_cache_type(manifest, config)
     if config.speculation == "on" and kv_cache_type != "int8" and config.max_batch > 1:
         raise ConfigurationError(
             f"speculation is 'on' and kv_cache_type is {kv_cache_type!r}, with which drafts can change an answer's "
             f"rounding; with max_batch {config.max_batch} use the int8 KV cache, or set speculation to auto."
         )
+    images = image_limits(manifest.model, config, max_context)
+    token_bytes, of_states = _kv_bytes(manifest.model, kv_cache_type, 1), state_bytes(manifest.model.states)
+    num_pooled = pool_tokens(config, max_context, token_bytes, of_states)
     return Layout(
         max_context=max_context,
         num_slots=config.max_batch,
@@ -105,13 +122,17 @@ def resolve(variant_dir: Path, manifest: Manifest, config: EngineConfig) -> Layo
         chunk=min(config.prefill_chunk or (_CHUNK if config.max_batch == 1 else _CHUNK_BETWEEN), max_context),
         threads=_num_threads(config.num_threads, manifest.model.num_parameters),
         model=manifest.model,
+        rope_switch=read_options(manifest, OrtOptions).rope_switch,
         head_rows=manifest.model.vocab_size if vocab_map is None else len(vocab_map),
         vocab_map=vocab_map,
-        cuts_head=cuts_head,
-        pool_tokens=pool_tokens(config, max_context, _kv_bytes(manifest.model, kv_cache_type, 1)),
-        draft_rows=_draft_rows(config, kv_cache_type),
+        prunes_head=prunes_head,
+        pool_tokens=num_pooled,
+        state_places=state_places(config, max_context, num_pooled) if of_states else 0,
+        draft_rows=0 if of_states else _draft_rows(config, kv_cache_type),
         adapters=adapters,
         adapters_have_graph=bool(adapters) and _data_bytes(manifest) <= _OWN_GRAPH_BYTES,
+        images=images,
+        frame_bytes=0 if images is None else config.image_frames_memory << 20,
     )
 
 
@@ -151,12 +172,15 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
     model = manifest.model
     kv_cache = _kv_bytes(model, layout.kv_cache_type, layout.max_context, layout.num_slots, "channel")
     prefix = _kv_bytes(model, layout.kv_cache_type, layout.pool_tokens)
+    states = state_bytes(model.states) * (layout.num_slots * COPIES + layout.state_places)
     data = _data_bytes(manifest)
     rope = _rope_values(manifest) * (2 if layout.kv_cache_type == "fp16" else 4)
     stored = stored_rope_bytes(manifest)  # those of the other type stay on the disk
+    if model.mrope:  # a table for each slot, and one to fill it from
+        rope = rope * layout.max_context // manifest.max_context * (1 + layout.num_slots)
     rows = layout.head_rows
     runtime = _RUNTIME_BYTES + _RUNTIME_LAYER_BYTES * model.num_layers
-    runtime += _EDITING_BYTES if layout.cuts_head or layout.adapters else 0
+    runtime += _EDITING_BYTES if layout.prunes_head or layout.adapters else 0
     weights, scratch = max(0, data - stored + _packed_bytes(layout, manifest)), _scratch_bytes(layout, manifest)
     adapters = num_bytes(layout.adapters, sites(model, layout.adapters))
     if layout.adapters_have_graph:
@@ -166,7 +190,10 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
             MemoryItem("weights", weights),
             MemoryItem("kv_cache", kv_cache),
             MemoryItem("prefix_cache", prefix),
+            *([MemoryItem("states", states)] if states else []),
             *([MemoryItem("adapters", adapters)] if layout.adapters else []),
+            *([MemoryItem("images", _image_bytes(layout, manifest))] if layout.images is not None else []),
+            *([MemoryItem("frames", layout.frame_bytes)] if layout.frame_bytes else []),
             MemoryItem("scratch", scratch),
             MemoryItem("rope", rope),
             MemoryItem("io", 8 * layout.chunk + rows * (layout.num_slots * (4 + 13) + layout.draft_rows * 4)),
@@ -179,7 +206,7 @@ def plan_memory(layout: Layout, manifest: Manifest) -> MemoryPlan:
 
 def _kv_bytes(model: ModelSpec, kv_cache_type: str, tokens: int, num_slots: int = 1, int8_scales: str = "none") -> int:
     return kv_cache_bytes(
-        num_layers=model.num_layers,
+        num_layers=len(model.kv_layers),
         num_kv_heads=model.num_kv_heads,
         head_dim=head_axes(model)[0].size,
         max_context=tokens,
@@ -189,17 +216,25 @@ def _kv_bytes(model: ModelSpec, kv_cache_type: str, tokens: int, num_slots: int 
     )
 
 
+def packs_weights(manifest: Manifest) -> bool:
+    """Return whether the runtime keeps the weights in its kernels' own layout, as it does integers."""
+    return isinstance(weight_format(manifest.quantization), IntegerFormat)
+
+
 def _data_bytes(manifest: Manifest) -> int:
     return manifest.files[DATA_NAME].size if DATA_NAME in manifest.files else 0
 
 
 def _rope_values(manifest: Manifest) -> int:
-    """Return the bytes of cos and sin together."""
-    return sum(turned_size(rope.dim) for rope in manifest.model.ropes) * manifest.max_context
+    """Return how many numbers the tables of cos and sin have together."""
+    positions = read_options(manifest, OrtOptions).rope_switch + manifest.max_context
+    return sum(turned_size(rope.dim) for rope in manifest.model.ropes) * positions
 
 
 def stored_rope_bytes(manifest: Manifest) -> int:
     """Return the bytes of the tables in the data file: in float32, and in fp16 for the cache of that type."""
+    if manifest.model.mrope:
+        return 0
     return _rope_values(manifest) * (6 if "fp16" in held_types(manifest.files) else 4)
 
 
@@ -217,10 +252,10 @@ def _packed_bytes(layout: Layout, manifest: Manifest) -> int:
     """
     options = read_options(manifest, OrtOptions)
     packed = options.packed_bytes - options.released_bytes
-    return packed + (_cut_head_bytes(layout, manifest) if layout.cuts_head else 0)
+    return packed + (_pruned_head_bytes(layout, manifest) if layout.prunes_head else 0)
 
 
-def _cut_head_bytes(layout: Layout, manifest: Manifest) -> int:
+def _pruned_head_bytes(layout: Layout, manifest: Manifest) -> int:
     """Return the bytes that pruning a head at load adds: the kept rows twice, as they are and packed."""
     model, options = manifest.model, read_options(manifest, OrtOptions)
     row, scales = head_row_bytes(manifest)
@@ -228,6 +263,24 @@ def _cut_head_bytes(layout: Layout, manifest: Manifest) -> int:
     mapped = 0 if options.shares_head else model.vocab_size * (scales or row)
     buffer = (model.vocab_size - layout.head_rows) * scales  # the largest of the model: see exporter.Packing
     return layout.head_rows * (row + whole // model.vocab_size) - whole - mapped - buffer
+
+
+def _image_bytes(layout: Layout, manifest: Manifest) -> int:
+    """Return what images take: the encoder's weights and scratch, the features that are kept, pixels on their way."""
+    assert layout.images is not None
+    spec = layout.images.spec
+    record = manifest.files.get(ENCODER_DATA_NAME)
+    weights = record.size if record is not None else 0
+    kept = cache_blocks(spec, layout.images.max_images) * BLOCK_TOKENS
+    features = 4 * spec.feature_size * (kept + spec.part_tokens(spec.most_tokens) + layout.chunk)
+    # The arena of a run, whose regions double: the MLP of all patches, its activation, Q, K and V, and the residual;
+    # and the hidden states between two layers, which are in turns read and written.
+    values = 4 * spec.intermediate_size + 14 * spec.hidden_size
+    if packs_weights(manifest):  # and what a product rounds of it
+        values += 2 * spec.intermediate_size
+    scratch = 4 * spec.most_patches * values + _PICTURE_BYTES
+    runtime = _RUNTIME_LAYER_BYTES * spec.num_layers
+    return weights + features + scratch + spec.pixel_bytes + runtime
 
 
 def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:
@@ -240,7 +293,7 @@ def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:
     hidden, intermediate = model.hidden_size, model.intermediate_size
     values = 6 * hidden + 6 * intermediate  # float32, for each token
     extra = _ARENA_BYTES
-    if manifest.quantization != "fp32":
+    if packs_weights(manifest):
         values += hidden + intermediate
         extra += 2 * _ARENA_BYTES
     if layout.kv_cache_type == "fp16" or (layout.kv_cache_type == "fp32" and not has_flash_attention()):

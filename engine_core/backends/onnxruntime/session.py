@@ -10,13 +10,15 @@ import onnxruntime as ort
 
 from engine_core.backends.onnxruntime.adapters import Site, add_branches, matrices, sites
 from engine_core.backends.onnxruntime.files import DATA_NAME, graph_name
-from engine_core.backends.onnxruntime.head import cut_head
+from engine_core.backends.onnxruntime.head import prune_head
 from engine_core.backends.onnxruntime.heads import head_axes
 from engine_core.backends.onnxruntime.loaded_graph import LoadedGraph
 from engine_core.backends.onnxruntime.mapped_weights import copy_mapped, held_still
+from engine_core.backends.onnxruntime.states import LayerStates
 from engine_core.errors import BackendUnavailableError
 from engine_core.formats.lora import LoraAdapter
 from engine_core.models.spec import ModelSpec
+from engine_core.vision.positions import mrope_axes
 
 # Tokens of a step that verifies a draft. With 16, a runtime's GEMM rounds otherwise than with one.
 MAX_DRAFT_ROWS = 8
@@ -36,20 +38,22 @@ class _SlotRuns:
         self.decode = decode
         self.prefill = prefill
         self.bound_tokens = chunk  # of ``prefill``
+        self.bound_images = 0  # tokens of images of ``prefill``
 
 
 class OrtSession:
     """The model and the KV of ``num_slots`` sequences.
 
-    ``kv_cache``: DTYPES[kv_cache_type] [layers, 2 (K, V), slots, kv_heads, max_context, head_dim]. Past and present of
-    a layer are bound to the same memory, so a step writes its own positions and copies nothing.
+    ``kv_cache``: DTYPES[kv_cache_type] [layers with attention, 2 (K, V), slots, kv_heads, max_context, head_dim]. Past
+    and present of a layer are bound to the same memory, so a step writes its own positions and copies nothing.
     ``packed``: the runtime makes copies of the weights in its kernels' own layout, which only quantized ones need.
     ``kept``: int32 [rows], rows of the full LM head that are kept; None: all of them.
     ``adapters``: LoRA adapters that ``use_adapter`` chooses from. ``own_graph``: sequences with one have a second
     session, with weights of its own, so that the others' graph has no branches.
     ``logits``: float32 [slots, rows], of each slot after its last step.
     ``draft_logits``: float32 [MAX_DRAFT_ROWS, rows], those of the last ``verify``; no rows unless ``verifies``, which
-    asks for it. Not thread-safe, but for ``terminate``.
+    asks for it. ``states``: those of other layers, with ``state_places`` in their pool; a run begins with that of its
+    position. Not thread-safe, but for ``terminate``.
     """
 
     def __init__(
@@ -61,12 +65,14 @@ class OrtSession:
         chunk: int,
         threads: int,
         kv_cache_type: str = "fp32",
+        *,
         packed: bool = True,
         kept: np.ndarray | None = None,
         num_slots: int = 1,
         verifies: bool = False,
         adapters: Sequence[LoraAdapter] = (),
         own_graph: bool = False,
+        state_places: int = 0,
     ):
         self.max_context = max_context
         self.chunk = chunk
@@ -83,14 +89,19 @@ class OrtSession:
         self._matrices = {"": matrices(None, places)}  # by the adapter's name
         self._matrices |= {adapter.name: matrices(adapter, places) for adapter in adapters}
         head_dim = head_axes(model)[0].size
-        shape = (model.num_layers, 2, num_slots, model.num_kv_heads, max_context, head_dim)
+        self._kv_layers = model.kv_layers
+        shape = (len(self._kv_layers), 2, num_slots, model.num_kv_heads, max_context, head_dim)
         self.kv_cache = np.empty(shape, dtype=DTYPES[kv_cache_type])
         self.kv_cache.fill(0)  # takes the pages now rather than token by token
+        self.states = LayerStates(model.states, num_slots, state_places)
         self.logits = np.zeros((num_slots, rows), dtype=np.float32)
         self._last_positions = np.zeros(num_slots, dtype=np.int32)
         self._length = np.zeros((), dtype=np.int32)
+        self._rope_rows = np.zeros(num_slots, dtype=np.int64)  # of each slot's position 0
+        self._long_rope_row = model.rope_switch
         inputs = {each.name: each for each in self._session.get_inputs()}
         self._has_rows = "rows" in inputs  # graphs of older builds give the last token's logits alone
+        self._switches_rope = "rope_row" in inputs
         # (sequence, token) of each row of the logits: of a step of several slots, of a prompt, of drafts
         self._batch_rows = np.stack([np.arange(num_slots), np.zeros(num_slots, dtype=np.int64)], axis=1)
         self._last_row = np.zeros((1, 2), dtype=np.int64)
@@ -99,6 +110,20 @@ class OrtSession:
         self.draft_logits = np.zeros((MAX_DRAFT_ROWS if self.verifies else 0, rows), dtype=np.float32)
         self._step_tokens = np.zeros((num_slots, 1), dtype=np.int64)
         self._tokens = np.zeros(chunk, dtype=np.int64)
+        self._sees = "image_rows" in inputs
+        # The tokens of images in a part of a prompt: (sequence, token) of each, and its features.
+        self._image_rows = np.zeros((chunk if self._sees else 0, 2), dtype=np.int64)
+        width = 0 if model.vision is None else model.vision.feature_size
+        self.image_features = np.zeros((chunk if self._sees else 0, width), dtype=np.float32)
+        # The RoPE of each slot, by the place in its cache, where positions depend on the images before: cos and sin,
+        # float32 or as the cache [2, max_context, half a head].
+        self._rope, self._slot_ropes = np.empty((2, 0, 0), dtype=np.float32), []
+        if model.vision is not None and model.mrope:
+            self._rope = np.stack(model.ropes[0].table(max_context)).astype(
+                np.float16 if kv_cache_type == "fp16" else np.float32
+            )
+            self._slot_ropes = [self._rope.copy() for _ in range(num_slots)]
+            self._axes = mrope_axes(model.vision, self._rope.shape[2])
         self._plain = [self._bind_slot(self._session, slot) for slot in range(num_slots)]
         self._adapted = [self._bind_slot(adapted, slot) for slot in range(num_slots)] if has_own else self._plain
         self._runs = list(self._plain)  # of each slot, with the adapter that it uses
@@ -126,12 +151,12 @@ class OrtSession:
     def _open(
         self, path: Path, options: ort.SessionOptions, kept: np.ndarray | None, places: Sequence[Site]
     ) -> ort.InferenceSession:
-        """Load the graph, cut to the rows ``kept`` of its head and with the branches of ``places``."""
+        """Load the graph, pruned to the rows ``kept`` of its head and with the branches of ``places``."""
         source: str | bytes = str(path)
         if kept is not None or places:
             loaded = LoadedGraph(path, "A vocab map given at load" if kept is not None else "A LoRA adapter")
             if kept is not None:
-                self._heads += cut_head(loaded, kept, options)
+                self._heads += prune_head(loaded, kept, options)
             add_branches(loaded, places)
             source = loaded.serialized(options)
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -150,11 +175,21 @@ class OrtSession:
         _bind_input(binding, "length", self._length)
         if self._has_rows:
             _bind_input(binding, "rows", rows)
-        for layer in range(self.kv_cache.shape[0]):
+        if self._switches_rope:
+            _bind_input(binding, "rope_row", self._rope_rows[slot : slot + count])
+        if self._sees:
+            self._bind_images(binding, 0)
+        if self._slot_ropes:  # several slots are only run together where none has images
+            for name, table in zip(("rope_cos.0", "rope_sin.0"), self._slot_ropes[slot] if count == 1 else self._rope):
+                _bind_input(binding, name, table)
+        for of_layer, layer in enumerate(self._kv_layers):
             for index, kind in enumerate(("key", "value")):
-                cache = self.kv_cache[layer, index, slot : slot + count]
+                cache = self.kv_cache[of_layer, index, slot : slot + count]
                 _bind_input(binding, f"past_{kind}.{layer}", cache)
                 _bind_output(binding, f"present_{kind}.{layer}", cache)
+        for name, states in self.states.now.items():  # a run reads what is before its tokens, then writes what follows
+            _bind_input(binding, f"past_{name}", states[slot : slot + count])
+            _bind_output(binding, f"present_{name}", states[slot : slot + count])
         logits = self.logits[slot : slot + count] if len(rows) == count else self.draft_logits[: len(rows)]
         _bind_output(binding, "logits", logits)
         inputs = {each.name for each in session.get_inputs()}
@@ -162,6 +197,28 @@ class OrtSession:
             if name in inputs:
                 _bind_input(binding, name, array)
         return binding
+
+    def _bind_images(self, binding: ort.IOBinding, count: int) -> None:
+        _bind_input(binding, "image_rows", self._image_rows[:count])
+        _bind_input(binding, "image_features", self.image_features[:count])
+
+    def set_positions(self, slot: int, positions: np.ndarray | None) -> None:
+        """State the positions of a prompt, int64 [3, n], for a model with M-RoPE; what comes behind goes on one by one.
+
+        None: they are those of text.
+        """
+        table = self._slot_ropes[slot]
+        if positions is None:
+            table[...] = self._rope
+            return
+        count = positions.shape[1]
+        table[:, :count] = self._rope[:, positions[self._axes], np.arange(len(self._axes))[:, None]].swapaxes(1, 2)
+        following = int(positions[:, -1].max()) + 1
+        table[:, count:] = self._rope[:, following : following + table.shape[1] - count]
+
+    def use_long_rope(self, slot: int, is_long: bool) -> None:
+        """Make the steps of ``slot`` those of a sequence that is longer than the model's ``rope_switch``, or not."""
+        self._rope_rows[slot] = self._long_rope_row if is_long else 0
 
     def use_adapter(self, slot: int, name: str) -> None:
         """Make the steps of ``slot`` those of the LoRA adapter ``name``; "" = of the model itself."""
@@ -188,7 +245,7 @@ class OrtSession:
         self.draft_logits = self.draft_logits[:0].copy()
 
     def decode(self, token_id: int, position: int, slot: int = 0) -> None:
-        """Feeds one token at ``position``; its logits are in ``logits[slot]`` afterwards."""
+        """Feed one token at ``position``; its logits, float32 [head rows], are in ``logits[slot]`` afterwards."""
         self.decode_batch([token_id], [position], slot)
 
     def decode_batch(self, token_ids: Sequence[int], positions: Sequence[int], slot: int) -> None:
@@ -199,19 +256,37 @@ class OrtSession:
         self._length[...] = max(positions) + 1
         runs = self._runs[slot]
         session, binding = (runs.session, runs.decode) if count == 1 else (self._session, self._batches[slot, count])
+        for index in range(count if self.states else 0):
+            self.states.begin(slot + index, positions[index])
         session.run_with_iobinding(binding, self._decode_options)
+        for index in range(count if self.states else 0):
+            self.states.end(slot + index, positions[index] + 1)
 
-    def prefill(self, token_ids: np.ndarray, position: int, slot: int = 0) -> None:
-        """Feeds 1 to ``chunk`` tokens, integers [n], at ``position`` and on; the logits are those after the last."""
+    def prefill(
+        self, token_ids: np.ndarray, position: int, slot: int = 0, image_tokens: Sequence[int] | np.ndarray = ()
+    ) -> None:
+        """Feeds 1 to ``chunk`` tokens, integers [n], at ``position`` and on; the logits are those after the last.
+
+        ``image_tokens``: the indices in ``token_ids`` of those that are tokens of images, whose features the first rows
+        of ``image_features`` are.
+        """
         count, runs = len(token_ids), self._runs[slot]
         self._last_row[0, 1] = count - 1
         self._tokens[:count] = token_ids
         if count != runs.bound_tokens:
             _bind_input(runs.prefill, "input_ids", self._tokens[None, :count])
             runs.bound_tokens = count
+        if (num_images := len(image_tokens)) != runs.bound_images:
+            self._bind_images(runs.prefill, num_images)
+            runs.bound_images = num_images
+        self._image_rows[:num_images, 1] = image_tokens
         self._last_positions[0] = position + count - 1
         self._length[...] = position + count
+        if self.states:
+            self.states.begin(slot, position)
         runs.session.run_with_iobinding(runs.prefill, self._prefill_options[slot])
+        if self.states:
+            self.states.end(slot, position + count)
 
     def verify(self, token_ids: Sequence[int], position: int, rows: Sequence[int], slot: int = 0) -> None:
         """Feeds tokens [n] at ``position`` and on; the logits after those whose indices are ``rows`` [m] are
@@ -225,6 +300,10 @@ class OrtSession:
         self._last_positions[0] = position + count - 1
         self._length[...] = position + count
         self._session.run_with_iobinding(binding, self._decode_options)
+
+    def prefill_options(self, slot: int) -> ort.RunOptions:
+        """Return the options that ``terminate`` sets, for other work of a prefill."""
+        return self._prefill_options[slot]
 
     def terminate(self, slot: int, stop: bool) -> None:
         """True: a ``prefill`` of ``slot`` that runs or comes ends, with an exception, at its next node. From any

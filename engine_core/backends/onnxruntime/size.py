@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from engine_core.backends.onnxruntime.build import has_int8_encoder
+from engine_core.backends.onnxruntime.encoder_graph import write_encoder
 from engine_core.backends.onnxruntime.exporter import OrtExporter, Packing, Precision
 from engine_core.formats.onnx_graph import write_decoder
 from engine_core.formats.onnx_writer import GraphWriter
@@ -62,6 +64,15 @@ class _ZeroRope(RopeSpec):
     def table(self, max_context: int) -> tuple[np.ndarray, np.ndarray]:
         shape = (max_context, self.dim // 2)
         return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+
+
+def count_encoder(tensors: SpecTensors, spec: ModelSpec, precision: Precision) -> int:
+    """Return the size of encoder.onnx.data; 0 for a model without one."""
+    if spec.vision is None:
+        return 0
+    writer = _CountingWriter(Path(), spec.architecture)
+    write_encoder(writer, tensors, spec.vision, int8=has_int8_encoder(precision))
+    return writer.num_bytes
 
 
 def count_data(

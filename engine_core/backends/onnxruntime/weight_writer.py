@@ -118,7 +118,7 @@ def _zeros_of(block: QuantizedTensor) -> np.ndarray:
 
 
 def _padded(block: QuantizedTensor, columns: int) -> np.ndarray:
-    """Levels [rows, columns]; what is added stands for 0."""
+    """Return the quantized values, uint8 [rows, columns]; what is added stands for 0."""
     missing = columns - block.values.shape[1]
     if not missing:
         return block.values
