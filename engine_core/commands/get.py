@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine_core.commands.arguments import add_command, add_force, check_output
+from engine_core.commands.build import built
+from engine_core.commands.progress import shown
+from engine_core.commands.tables import print_verdict
 from engine_core.config import BACKENDS, QUANTIZATIONS
 
 if TYPE_CHECKING:
     from engine_core.hub.download import HubModel
     from engine_core.planning.devices import DeviceProfile
+    from engine_core.planning.estimates import CheckpointEstimate
     from engine_core.planning.recommend import Variant
 
 _PROMPT = "What can a robot do in a kitchen? Answer in one sentence."
@@ -22,15 +27,20 @@ _ANSWER_TOKENS = 48
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "get",
         help="download a public model, build an engine of it and try it",
         description="Plans the model for this machine, downloads it into the cache of huggingface_hub (HF_HOME), "
         "checks its hashes, builds an engine with weights rounded to int8, or to int4 where that does not fit or would "
-        "be slow (no calibration text is needed), lets it answer a prompt and prints the line that launches the node. "
-        "Example: edgellm get qwen3-0.6b ~/engines/qwen3",
+        "be slow (no calibration text is needed), lets it answer a prompt and prints the line that launches the node.",
+        example="edgellm get qwen3-0.6b ~/engines/qwen3",
     )
-    parser.add_argument("model", help="a name from 'edgellm recommend', or a hub's id such as Qwen/Qwen3-0.6B")
+    parser.add_argument(
+        "model",
+        help="a name from 'edgellm recommend', or a hub's id such as Qwen/Qwen3-0.6B; of a repository of GGUF files "
+        "with the quantization of one, such as Qwen/Qwen3-0.6B-GGUF:Q8_0",
+    )
     parser.add_argument("engine_dir", type=Path, nargs="?", help="where to write (default: ~/engines/NAME)")
     parser.add_argument("--variant", choices=QUANTIZATIONS, default="auto", help="weight format (default: see above)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: the GPU's where one runs the model")
@@ -43,7 +53,7 @@ def add(commands) -> None:
         help="a directory that has the model: a cache of huggingface_hub (HF_HOME) or folders owner/name with "
         "checkpoints; the network is not used then (default: the environment variable EDGELLM_HUB)",
     )
-    parser.add_argument("--force", action="store_true", help="replace what is in the engine directory")
+    add_force(parser, "engine directory")
     parser.add_argument(
         "--check", action=argparse.BooleanOptionalAction, default=True, help="let the engine answer a prompt"
     )
@@ -62,30 +72,22 @@ class _Job:
 
 
 def run(options: argparse.Namespace) -> int:
-    from engine_core.formats.checkpoint import read_json
     from engine_core.hub import download
     from engine_core.memory import format_bytes
-    from engine_core.planning.estimates import CheckpointEstimate
 
     job = _resolve(options)
-    if job.hub is not None:
-        checkpoint = download.find_local(job.hub, job.model)
-        config = read_json(checkpoint / "config.json")
-    else:
-        print(f"Asking the hub for {job.model.id}, revision {job.model.revision}", flush=True)
-        config = read_json(download.download_config(job.model))
-    estimate = CheckpointEstimate.of_config(config, job.name)
+    checkpoint, estimate = _find(job)
     variant = _choose(estimate, options, job.context)
     assert variant.plan is not None
     print(
         f"{job.model.id} ({estimate.spec.num_parameters / 1e6:,.0f} M parameters) as {variant.quantization} for "
         f"{variant.backend}, max_context {variant.max_context}: {format_bytes(variant.plan.total)} of memory"
     )
-    if job.hub is None:
+    if checkpoint is None:
         stored = 2 * estimate.spec.num_parameters
         download.check_space(job.model, stored, job.engine_dir, variant.plan.item("weights"))
         checkpoint = _download(job.model)
-    num_files = download.verify(checkpoint, repair=job.hub is None)
+    num_files = download.verify(checkpoint.parent if job.model.gguf else checkpoint, repair=job.hub is None)
     print(f"{checkpoint}: {f'{num_files} files have the hashes of the hub' if num_files else 'has no recorded hashes'}")
     _build(checkpoint, job, variant)
     if options.check:
@@ -95,26 +97,56 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _find(job: _Job) -> tuple[Path | None, CheckpointEstimate]:
+    """Return the checkpoint where it is here, and its plans.
+
+    A GGUF file is downloaded first: its configuration is in it.
+    """
+    from engine_core.formats.json_file import read_json
+    from engine_core.hub import download
+    from engine_core.planning.estimates import CheckpointEstimate
+
+    checkpoint = download.find_local(job.hub, job.model) if job.hub is not None else None
+    if checkpoint is None and job.model.gguf:
+        checkpoint = download.cached_gguf(job.model)
+    if checkpoint is None:
+        print(f"Asking the hub for {job.model.id}, revision {job.model.revision}", flush=True)
+        if job.model.gguf:
+            stored = download.gguf_bytes(job.model)
+            download.check_space(job.model, stored, job.engine_dir, 2 * stored)
+            checkpoint = _download(job.model)
+    if job.model.gguf:
+        assert checkpoint is not None
+        return checkpoint, CheckpointEstimate(checkpoint)
+    path = download.download_config(job.model) if checkpoint is None else checkpoint / "config.json"
+    return checkpoint, CheckpointEstimate.of_config(read_json(path), job.name)
+
+
 def _resolve(options: argparse.Namespace) -> _Job:
     """Raises ConfigurationError for a model or a variant that cannot be had, BuildError for a directory in use."""
-    from engine_core.errors import BuildError
+    from engine_core.errors import ConfigurationError
     from engine_core.hub.download import HUB_VARIABLE, HubModel, is_model_id
     from engine_core.hub.known_models import find_known, unknown_name
     from engine_core.planning.recommend import check_rounded
 
     if options.variant != "auto":
         check_rounded(options.variant)
-    known = find_known(options.model)
-    if known is None and not is_model_id(options.model):
-        raise unknown_name(options.model)
-    model_id = known.id if known else options.model
-    name = model_id.partition("/")[2].lower()
-    engine_dir = (options.engine_dir or Path.home() / "engines" / name).expanduser().absolute()
-    if not options.force and engine_dir.exists() and (not engine_dir.is_dir() or any(engine_dir.iterdir())):
-        raise BuildError(f"{engine_dir} is not empty; name another directory, or replace it with --force.")
+    asked, _, gguf = options.model.partition(":")
     hub = options.hub or (Path(os.environ[HUB_VARIABLE]) if os.environ.get(HUB_VARIABLE) else None)
+    here = Path(options.model)
+    # A folder owner/name may stand for the id that it has in a hub directory.
+    is_checkpoint = (here / "config.json").is_file() and (hub is None or not is_model_id(asked))
+    if here.is_file() or is_checkpoint:
+        raise ConfigurationError(f"{options.model} is here already: 'edgellm build' makes an engine of it.")
+    known = find_known(asked)
+    if known is None and not is_model_id(asked):
+        raise unknown_name(asked)
+    model_id = known.id if known else asked
+    name = model_id.partition("/")[2].lower().removesuffix("-gguf")
+    engine_dir = (options.engine_dir or Path.home() / "engines" / name).expanduser().absolute()
+    check_output(engine_dir, options.force)
     revision = options.revision or (known.revision if known else "main")
-    return _Job(HubModel(model_id, revision), name, known.context if known else 0, hub, engine_dir)
+    return _Job(HubModel(model_id, revision, gguf), name, known.context if known else 0, hub, engine_dir)
 
 
 def _download(model: HubModel) -> Path:
@@ -188,9 +220,11 @@ def _build(checkpoint: Path, job: _Job, variant: Variant) -> None:
         model_name=job.name,
     )
     try:
-        toolkit_of(variant.backend).build(request, print)
+        with shown(f"Building {variant.quantization}") as (report, progress):
+            manifest = toolkit_of(variant.backend).build(request, report, progress)
     except ImportError as error:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
+    print_verdict(built(job.engine_dir, manifest))
 
 
 def _check(engine_dir: Path) -> None:
@@ -201,7 +235,8 @@ def _check(engine_dir: Path) -> None:
     from engine_core.serving.engine import CancelToken, Engine
 
     sampling = SamplingParams(max_new_tokens=_ANSWER_TOKENS)
-    engine = Engine.open(EngineConfig(engine_dir=engine_dir), lambda line: None)
+    with shown("Loading") as (_, progress):
+        engine = Engine.open(EngineConfig(engine_dir=engine_dir), lambda line: None, progress)
     try:
         try:
             prepared = engine.prepare(

@@ -2,7 +2,8 @@
 
 What is being written is locked (flock) for as long as its process lives, on whatever host or in whatever container: a
 new directory or file that nobody locks is what a killed process left, and the next one that writes to the same place
-removes it.
+removes it. Another lock, on a file that is there only meanwhile, has two processes move directories to the same place
+one after the other.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from pathlib import Path
 def replaced_directory(target: Path) -> Iterator[Path]:
     """Give a new directory beside ``target`` to fill; it takes the place of ``target`` when the body ends.
 
-    Its files are flushed to disk before. If the body or a rename fails, what was at ``target`` stays or comes back, and
-    the new directory and new parents of it are removed. Leftovers of processes that were killed meanwhile are removed
-    first, and an old directory that such a process had moved away comes back. A symbolic link is followed. Raises
-    OSError, at once where ``target`` is a mount point, which cannot be renamed.
+    Its files are flushed to disk before, and only their owner can write them, and new parents. If the body or a rename
+    fails, what was at ``target`` stays or comes back, and the new directory and new parents of it are removed.
+    Leftovers of processes that were killed meanwhile are removed first, and an old directory that such a process had
+    moved away comes back. A symbolic link is followed. Raises OSError, at once where ``target`` is a mount point, which
+    cannot be renamed.
     """
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):
@@ -32,12 +34,14 @@ def replaced_directory(target: Path) -> Iterator[Path]:
         raise OSError(errno.EBUSY, reason, str(target))
     with _parents(target), contextlib.ExitStack() as undo:
         _clear_leftovers(target)
-        new = _locked_directory(target.parent, _prefix(target, "new"), undo)
-        new.chmod(0o755)
+        new = _locked_directory(target.parent, _prefix(target, "new"), undo)  # nobody else enters it meanwhile
         yield new
         for path in new.rglob("*"):
+            if not path.is_symlink():
+                path.chmod(path.stat().st_mode & ~0o022)
             if path.is_file():
                 _flush(path)
+        new.chmod(0o755)
         _put_in_place(new, target)
 
 
@@ -69,10 +73,10 @@ def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
 
 
 def _put_in_place(new: Path, target: Path) -> None:
-    if not target.exists():
-        os.replace(new, target)
-        return
-    with contextlib.ExitStack() as locks:
+    with _alone(target), contextlib.ExitStack() as locks:
+        if not target.exists():
+            os.replace(new, target)
+            return
         with contextlib.suppress(OSError):  # a file system without locks
             locks.enter_context(_locked(target))  # the lock goes where the directory is moved to
         old = Path(tempfile.mkdtemp(prefix=_prefix(target, "old"), dir=target.parent))
@@ -89,11 +93,35 @@ def _put_in_place(new: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Wait until no other process, or other part of this one, moves directories to ``target`` or away from it."""
+    path = target.parent / f".{target.name}.lock"
+    with contextlib.ExitStack() as undo:
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            undo.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                break
+            with contextlib.suppress(FileNotFoundError):  # whoever had the lock has removed the file
+                if os.path.samestat(os.stat(path), os.fstat(handle)):
+                    break
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+@contextlib.contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    """Make the directory that ``target`` is to lie in; remove again what was made if the body fails."""
+    """Make the directory that ``target`` is to lie in, for its owner alone to write; remove again what was made if the
+    body fails."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for parent in reversed(missing):
+            parent.mkdir(0o755, exist_ok=True)
         yield
     except BaseException:
         for parent in missing:
@@ -138,8 +166,15 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _clear_leftovers(target: Path) -> None:
-    for kind in ("old", "new"):
-        for path in sorted(target.parent.glob(f"{_escaped(_prefix(target, kind))}*")):
+    found = [
+        (kind, path)
+        for kind in ("old", "new")
+        for path in sorted(target.parent.glob(f"{_escaped(_prefix(target, kind))}*"))
+    ]
+    if not found:
+        return
+    with _alone(target):
+        for kind, path in found:
             with contextlib.suppress(OSError), _locked(path):  # OSError: it is being written, or another user's
                 if kind == "old" and not target.exists() and any(path.iterdir()):
                     os.replace(path, target)

@@ -7,9 +7,9 @@ stand for, like others.
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 import weakref
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +19,12 @@ import numpy as np
 from engine_core.errors import BuildError, CheckpointError
 from engine_core.formats.atomic import scratch_directory
 from engine_core.formats.gguf_file import SUFFIX, is_gguf
+from engine_core.formats.json_file import read_json
 from engine_core.formats.number_formats import QuantizedTensor
 from engine_core.formats.quantized_layouts import Stored, find_stored
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.weight_formats.integers import IntegerFormat
+from engine_core.models.text_model import tensor_renaming, text_config
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -61,9 +63,10 @@ class Checkpoint:
             self._stored = self._gguf.stored()
             return
         _check_directory(self.path)
-        self.config = read_json(self.path / "config.json")
+        whole = read_json(self.path / "config.json")
+        self.config = text_config(whole)
         self.generation_config = read_json(self.path / "generation_config.json", required=False)
-        files = self._open()
+        files = _renamed(self._open(), tensor_renaming(whole))
         self._file_of = dict(files)
         self._stored = find_stored(self._quantization(), files)
 
@@ -108,6 +111,11 @@ class Checkpoint:
                 f"({error.strerror or error}); name another one with TMPDIR."
             ) from error
         return made
+
+    @property
+    def processor_directory(self) -> Path | None:
+        """The directory with the files of an image processor; None of a GGUF file, which has none."""
+        return None if self.is_gguf else self.path
 
     @property
     def num_bytes(self) -> int:
@@ -189,6 +197,15 @@ class Checkpoint:
         return self._file_of[name]
 
 
+def _renamed(files: dict[str, SafetensorsFile], new_name: Callable[[str], str] | None) -> dict[str, SafetensorsFile]:
+    """Return the files by the new names of their tensors; see ``text_model.tensor_renaming``."""
+    if new_name is None:
+        return files
+    for file in {id(file): file for file in files.values()}.values():
+        file.rename(new_name)
+    return {name: file for old, file in files.items() if (name := new_name(old))}
+
+
 def _open_gguf(path: Path):
     """The model in a GGUF file. Raises BuildError without the package that reads its types."""
     try:
@@ -227,18 +244,3 @@ def _check_directory(directory: Path) -> None:
             f"{directory} has an adapter_config.json: a LoRA adapter is not applied by a build; merge it into its base "
             "model first, or remove that file if the weights are merged already."
         )
-
-
-def read_json(path: Path, *, required: bool = True) -> dict:
-    """Return the JSON object in ``path``; empty if it is missing and not ``required``. Raises CheckpointError."""
-    if not path.is_file():
-        if not required:
-            return {}
-        raise CheckpointError(f"{path} is missing, so {path.parent} is not a checkpoint directory.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return value

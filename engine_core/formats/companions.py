@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine_core.errors import CheckpointError, EngineDirectoryError
-from engine_core.formats.checkpoint import Checkpoint, read_json
+from engine_core.errors import (
+    BuildError,
+    CheckpointError,
+    EdgeLLMError,
+    EngineDirectoryError,
+    first_line,
+    refusing_panics,
+)
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.json_file import read_json
 from engine_core.formats.vocab_map import (
     VOCAB_MAP_NAME,
     check_ends,
@@ -19,9 +31,13 @@ from engine_core.formats.vocab_map import (
     vocab_map_metadata,
     write_vocab_map,
 )
-from engine_core.models.families import family_of
+from engine_core.models.families import decoder_config, family_of
 from engine_core.models.spec import ModelSpec
-from engine_core.request import SAMPLING_OPTIONS
+from engine_core.request import SAMPLING_OPTIONS, ChatMessage
+from engine_core.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine_core.backends.capabilities import Capabilities
 
 _log = logging.getLogger(__name__)
 
@@ -38,9 +54,12 @@ _FILES = (
 
 def copy_companions(checkpoint: Checkpoint, directory: Path) -> None:
     """Tokenizer, chat template and generation settings. Raises OSError."""
-    for name in _FILES:
-        if (checkpoint.directory / name).is_file():
-            shutil.copyfile(checkpoint.directory / name, directory / name)
+    for path in _companions(checkpoint):
+        shutil.copyfile(path, directory / path.name)
+
+
+def _companions(checkpoint: Checkpoint) -> list[Path]:
+    return [path for path in (checkpoint.directory / name for name in _FILES) if path.is_file()]
 
 
 def model_sampling(directory: Path) -> dict[str, float]:
@@ -66,11 +85,13 @@ def model_sampling(directory: Path) -> dict[str, float]:
     return found
 
 
-def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
-    """Warn of a missing tokenizer and of tokens that the model does not have.
+def check_companions(checkpoint: Checkpoint, vocab_size: int) -> None:
+    """Try what requests will need: the ids that end an answer, the tokenizer, and the chat template on one message.
 
-    Raises CheckpointError for a tokenizer that no engine could load.
+    Warn of a missing tokenizer and of tokens that the model does not have. Raises CheckpointError for what no engine
+    could load, and for a chat template that would refuse every request.
     """
+    eos_token_ids(checkpoint)
     path = checkpoint.directory / "tokenizer.json"
     if not path.is_file():
         if (checkpoint.directory / "tokenizer.model").is_file():
@@ -90,6 +111,43 @@ def check_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> None:
             "%s has %d tokens beyond the model's vocabulary of %d, such as %r: texts that hold one are refused.",
             path, len(beyond), vocab_size, beyond[0],
         )  # fmt: skip
+    _try_tokenizer(checkpoint)
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Return the tokenizer that an engine will have: a checkpoint's other files, further chat templates, are not read.
+
+    Raises EngineDirectoryError if it cannot be loaded, BuildError without a directory for temporary files.
+    """
+    with contextlib.ExitStack() as undo:
+        try:
+            name = undo.enter_context(tempfile.TemporaryDirectory(prefix="edgellm-tokenizer-"))
+            for path in _companions(checkpoint):
+                os.symlink(path.absolute(), os.path.join(name, path.name))
+        except OSError as error:
+            raise BuildError(
+                f"The directory for temporary files cannot be written to ({error.strerror or error}); name another one "
+                "with TMPDIR."
+            ) from error
+        try:
+            return Tokenizer(Path(name))
+        except EngineDirectoryError as error:
+            raise EngineDirectoryError(str(error).replace(name, str(checkpoint.path))) from error
+
+
+def _try_tokenizer(checkpoint: Checkpoint) -> None:
+    """Tokenize a message. Raises CheckpointError, BuildError."""
+    try:
+        with refusing_panics("trying the tokenizer on"):
+            tokenizer = open_tokenizer(checkpoint)
+            if tokenizer.has_chat_template:
+                tokenizer.prompt((ChatMessage("user", "Hello!"),))
+            else:
+                tokenizer.encode("Hello!")
+    except BuildError:
+        raise
+    except EdgeLLMError as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be asked: {first_line(error)}.") from error
 
 
 def _token_ids(tokenizer: dict) -> dict[str, int]:
@@ -99,7 +157,7 @@ def _token_ids(tokenizer: dict) -> dict[str, int]:
     found: dict[str, int] = {}
     if isinstance(vocabulary, dict):
         found = {token: i for token, i in vocabulary.items() if isinstance(i, int)}
-    elif isinstance(vocabulary, list):
+    elif isinstance(vocabulary, list):  # Unigram's: pairs of a token and its score
         found = {str(pair[0]): i for i, pair in enumerate(vocabulary) if isinstance(pair, list) and pair}
     for each in added if isinstance(added, list) else []:
         if isinstance(each, dict) and isinstance(each.get("id"), int):
@@ -131,28 +189,38 @@ def copy_vocab_map(vocab_map: Path | None, kept: np.ndarray | None, directory: P
 def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Return the ids of generation_config.json, of config.json and of the tokenizer, which may differ.
 
-    Where none of them names one: that of the family's configuration class. Raises CheckpointError.
+    Where none of them names one: that of the family's configuration class. Raises CheckpointError, also for an id that
+    the model's vocabulary does not have: an answer would never end with it.
     """
-    ids = {*config_ids(checkpoint, "eos_token_id"), *_tokenizer_eos(checkpoint)}
-    if not ids and "eos_token_id" not in checkpoint.config:
+    named = config_ids(checkpoint, "eos_token_id", negative=False)
+    size = decoder_config(checkpoint.config).get("vocab_size")
+    known = range(size) if isinstance(size, int) else range(1 << 31)
+    if bad := [token_id for token_id in named if token_id not in known]:
+        raise CheckpointError(
+            f"The eos_token_id {bad[0]} of {checkpoint.path} is not in the model's vocabulary of {size} tokens; name "
+            "the token that ends an answer in config.json and generation_config.json, or null."
+        )
+    ids = {*named, *_tokenizer_eos(checkpoint)}
+    if not ids and "eos_token_id" not in {**decoder_config(checkpoint.config), **checkpoint.config}:
         default = family_of(checkpoint.config).eos_token_id
-        ids = set() if default is None else {default}
+        ids = {default} if default is not None and default in known else set()
     return tuple(sorted(ids))
 
 
-def config_ids(checkpoint: Checkpoint, name: str) -> list[int]:
+def config_ids(checkpoint: Checkpoint, name: str, *, negative: bool = True) -> list[int]:
     """Return what config.json and generation_config.json have under ``name``: a token id, several, or none.
 
-    Negative ids stand for none. Raises CheckpointError for what is no id.
+    Negative ids stand for none, if ``negative``. Raises CheckpointError for what is no id.
     """
     ids: list[int] = []
     for file, config in (
-        (checkpoint.config_name, checkpoint.config),
+        (checkpoint.config_name, {**decoder_config(checkpoint.config), **checkpoint.config}),
         ("generation_config.json", checkpoint.generation_config),
     ):
         value = config.get(name)
         values = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(x, bool) or not isinstance(x, int) or x >= 2**31 for x in values):
+        least = -(1 << 31) if negative else 0
+        if any(isinstance(x, bool) or not isinstance(x, int) or not least <= x < 2**31 for x in values):
             raise CheckpointError(f"{file} has {name}={str(value)[:60]}, expected a token id or a list of them.")
         ids += [token_id for token_id in values if token_id >= 0]
     return ids
@@ -168,30 +236,21 @@ def _tokenizer_eos(checkpoint: Checkpoint) -> list[int]:
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
         return []
-    found = None
     tokenizer = read_json(directory / "tokenizer.json", required=False)
-    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict):
-        found = vocabulary.get(text)
-    elif isinstance(vocabulary, list):  # Unigram's: pairs of a token and its score
-        found = next((i for i, pair in enumerate(vocabulary) if isinstance(pair, list) and pair[:1] == [text]), None)
-    for each in added if isinstance(added, list) else []:
-        if isinstance(each, dict) and each.get("content") == text:
-            found = each.get("id")
+    found = _token_ids(tokenizer).get(text)
     if not tokenizer:
         decoder = config.get("added_tokens_decoder")
         for index, each in decoder.items() if isinstance(decoder, dict) else ():
             if isinstance(each, dict) and each.get("content") == text and index.isdecimal():
                 found = int(index)
-    size = checkpoint.config.get("vocab_size")
-    usable = isinstance(found, int) and found >= 0 and not (isinstance(size, int) and found >= size)
-    return [found] if usable and isinstance(found, int) else []
+    size = decoder_config(checkpoint.config).get("vocab_size")
+    is_usable = found is not None and found >= 0 and not (isinstance(size, int) and found >= size)
+    return [found] if found is not None and is_usable else []
 
 
-def notes(spec: ModelSpec, max_context: int) -> tuple[str, ...]:
+def notes(capabilities: Capabilities, spec: ModelSpec, max_context: int) -> tuple[str, ...]:
     """Warn of what the user of an engine for ``max_context`` tokens should know, and return it for the manifest."""
-    found = spec.notes(max_context)
+    found = capabilities.notes(spec, max_context)
     for note in found:
         _log.warning("%s", note)
     return found

@@ -136,6 +136,13 @@ class GgufFile:
         """Return ggml's name of the type, as F16 or Q4_K."""
         return self._entries[name].type
 
+    def check_types(self) -> None:
+        """Raises CheckpointError for a tensor of a type that is not read."""
+        for name in {entry.type: name for name, entry in self._entries.items()}.values():
+            entry = self._entries[name]
+            if entry.type not in _FLOATS:
+                _dequantized(self.path, name, entry.type, np.zeros((1, entry.row_bytes), dtype=np.uint8))
+
     def blocks(self, name: str) -> np.ndarray:
         """Return the rows as they are stored: a read-only view of the mapped file, uint8 [..., bytes of a row]."""
         entry = self._entries[name]

@@ -32,6 +32,8 @@ class GgufModel:
         self.path = path
         self.label = path.name
         parts = read_parts(path)
+        for part in parts:
+            part.check_types()
         self.metadata: dict[str, Any] = parts[0].metadata
         self._file_of = {name: part for part in parts for name in part.names()}
         self.num_bytes = sum(part.path.stat().st_size for part in parts)
@@ -39,7 +41,6 @@ class GgufModel:
         self._family = family_of(source)
         self._names = tensor_names(source, self._family)
         self.config = config_of(source, self._family)
-        self._norms = {"self_attn.q_norm", "self_attn.k_norm"}
         self._tokenizer = GgufTokenizer(self.metadata, self.label)
         ends = self._tokenizer.end_ids()
         self.generation_config: dict[str, Any] = {"eos_token_id": ends} if ends else {}

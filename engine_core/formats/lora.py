@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from engine_core.errors import AdapterError, CheckpointError, ConfigurationError
-from engine_core.formats.checkpoint import read_json
+from engine_core.errors import AdapterError, CheckpointError, ConfigurationError, first_line
+from engine_core.formats.json_file import read_json
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.models.spec import ModelSpec
 
@@ -196,11 +196,17 @@ class LoraAdapter:
 
     def _module(self, config: Mapping[str, Any], module: str, rank: int) -> _Module:
         """Return a module with its rank and alpha, which the first pattern that fits gives, as in peft."""
-        own_rank = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
+        try:
+            own_rank = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
+            alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+            is_number = type(alpha) in (int, float) and math.isfinite(alpha)
+        except (re.error, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise self._error(
+                f"has ranks or alphas in its configuration that cannot be read ({first_line(error)})"
+            ) from error
         if type(own_rank) is not int or own_rank != rank:
             raise self._error(f"has matrices of rank {rank} for {module}, but its configuration says {own_rank!r:.40}")
-        alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        if not is_number:
             raise self._error(f"has a lora_alpha of {alpha!r:.40} for {module}, expected a number")
         return _Module(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
@@ -227,7 +233,8 @@ def _parts(spec: ModelSpec) -> dict[tuple[int, str], list[_Part]]:
         stacks = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}
         for matrix, linear in stacks.items():
             parts, first = [], 0
-            for name in linear.parts:
+            is_of_experts = layer.num_experts > 0 and matrix in ("gate_up", "down")  # which adapters do not change
+            for name in () if is_of_experts else linear.parts:
                 rows, columns = shapes[name]
                 parts.append(_Part(name.removesuffix(".weight"), first, rows, columns))
                 first += rows
@@ -249,7 +256,7 @@ def _is_target(adapter: LoraAdapter, config: Mapping[str, Any], module: str) -> 
         match = _LAYER.match(module)
         return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
     except (re.error, TypeError, RecursionError) as error:
-        raise adapter._error(f"has targets in its configuration that cannot be read ({error})") from error
+        raise adapter._error(f"has targets in its configuration that cannot be read ({first_line(error)})") from error
 
 
 def _matches(targets: str | Iterable[str], module: str) -> bool:

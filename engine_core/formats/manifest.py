@@ -3,7 +3,7 @@
 A variant directory holds ``engine.json`` and the files it lists. An engine directory is either one variant
 itself or has one variant per subdirectory (``fp16/``, ``int4/``, …); ``select_variant`` picks. The manifest is
 written last, into a temporary sibling directory that is renamed when it is whole: a directory without a
-valid ``engine.json`` is not an engine, whatever else it holds.
+valid ``engine.json`` is not an engine, whatever else it holds. ``engine.json.sig`` is its signature, if it has one.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import dataclasses
 import hashlib
 import json
 import math
+import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine_core.errors import BuildError, EngineDirectoryError, IntegrityError, SchemaVersionError
+from engine_core.errors import BuildError, EngineDirectoryError, IntegrityError, SchemaVersionError, SignatureError
 from engine_core.formats.atomic import replaced_directory
+from engine_core.formats.signatures import SigningKey, TrustedKeys, signature_of
 from engine_core.formats.weight_formats import preference
 from engine_core.models.spec import ModelSpec
+from engine_core.progress import Progress, untold
 
 SCHEMA_VERSION = 2  # 1 had the model's sizes alone and left its traits to each backend
 MANIFEST_NAME = "engine.json"
@@ -66,20 +69,52 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
 
 
-def hash_file(path: Path) -> FileRecord:
+def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> FileRecord:
+    """``on_bytes``: told the bytes of each block that has been read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            on_bytes(len(block))
     return FileRecord(size=path.stat().st_size, sha256=digest.hexdigest())
 
 
-def read_manifest(variant_dir: Path, *, verify_hashes: bool = True) -> Manifest:
-    """Reads and checks one variant directory: the manifest, then every file's size and (optionally) SHA-256.
+def read_manifest(
+    variant_dir: Path,
+    *,
+    verify_hashes: bool = True,
+    progress: Progress = untold,
+    trusted: TrustedKeys | None = None,
+) -> Manifest:
+    """Read and check one variant directory: the manifest, its signature if there are ``trusted`` keys, the files.
 
-    Raises EngineDirectoryError, IntegrityError or SchemaVersionError.
+    Raises what ``check_files`` raises, SignatureError or SchemaVersionError.
     """
-    manifest = _parse(variant_dir)
+    manifest = _parse(variant_dir, _read(variant_dir, trusted))
+    check_files(variant_dir, manifest, verify_hashes=verify_hashes, progress=progress, signed=trusted is not None)
+    return manifest
+
+
+def check_files(
+    variant_dir: Path,
+    manifest: Manifest,
+    *,
+    verify_hashes: bool = True,
+    progress: Progress = untold,
+    signed: bool = False,
+) -> None:
+    """Check the size of every file of a manifest and, if ``verify_hashes``, its SHA-256.
+
+    Where the manifest is ``signed``, no other file may be there; else none that the tokenizer would read. Raises
+    EngineDirectoryError or IntegrityError.
+    """
+    total, done = sum(record.size for record in manifest.files.values()), 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(min(1.0, done / total))
+
     for name, record in manifest.files.items():
         path = variant_dir / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -93,24 +128,38 @@ def read_manifest(variant_dir: Path, *, verify_hashes: bool = True) -> Manifest:
             raise IntegrityError(
                 f"{path} has {size} bytes, but its manifest says {record.size}; copy or build the engine again."
             )
-        if verify_hashes and (found := hash_file(path).sha256) != record.sha256:
+        if verify_hashes and (found := hash_file(path, on_bytes).sha256) != record.sha256:
             raise IntegrityError(
                 f"{path} has SHA-256 {found[:12]}…, but its manifest says {record.sha256[:12]}…; "
                 "copy or build the engine again."
             )
-    for path in sorted(found for pattern in _READ_IF_THERE for found in variant_dir.glob(pattern)):
-        name = path.relative_to(variant_dir).as_posix()
-        if name not in manifest.files:
+    known = {*manifest.files, MANIFEST_NAME, signature_of(Path(MANIFEST_NAME)).name}
+    why = "but it is signed as it was without it" if signed else "but the tokenizer would read it"
+    patterns = ("**/*",) if signed else _READ_IF_THERE
+    for path in sorted(found for pattern in patterns for found in variant_dir.glob(pattern)):
+        is_folder = signed and path.is_dir() and not path.is_symlink()
+        if not is_folder and path.relative_to(variant_dir).as_posix() not in known:
             raise IntegrityError(
-                f"{path} is not listed in {MANIFEST_NAME}, but the tokenizer would read it; remove it or build the "
-                "engine again."
+                f"{path} is not listed in {MANIFEST_NAME}, {why}; remove it or build the engine again."
             )
+
+
+def sign_variant(variant_dir: Path, key: SigningKey, progress: Progress = untold) -> Manifest:
+    """Sign the manifest of a variant whose files are whole, and return it. Raises as ``read_manifest``, and OSError."""
+    content = _read(variant_dir, None)
+    manifest = _parse(variant_dir, content)
+    check_files(variant_dir, manifest, progress=progress, signed=True)
+    key.sign(variant_dir / MANIFEST_NAME, content)
     return manifest
 
 
-def _parse(variant_dir: Path) -> Manifest:
+def _read(variant_dir: Path, trusted: TrustedKeys | None) -> bytes:
+    """Return the bytes of a manifest, which are signed if there are ``trusted`` keys.
+
+    Raises EngineDirectoryError or SignatureError.
+    """
     path = variant_dir / MANIFEST_NAME
-    if not variant_dir.is_dir():
+    if not variant_dir.exists():
         raise EngineDirectoryError(
             f"The engine directory {variant_dir} does not exist; "
             f"make one with 'edgellm build CHECKPOINT {variant_dir}'."
@@ -120,8 +169,20 @@ def _parse(variant_dir: Path) -> Manifest:
             f"{variant_dir} has no {MANIFEST_NAME}, so it is not an engine directory; make one with 'edgellm build'."
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EngineDirectoryError(f"{path} cannot be read ({error}); build the engine again.") from error
+    if trusted is not None:
+        trusted.verify(path, content)
+    return content
+
+
+def _parse(variant_dir: Path, content: bytes) -> Manifest:
+    """Return the manifest that ``content`` is. Raises EngineDirectoryError or SchemaVersionError."""
+    path = variant_dir / MANIFEST_NAME
+    try:
+        values = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise EngineDirectoryError(f"{path} cannot be read as JSON ({error}); build the engine again.") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if not isinstance(version, int):
@@ -186,6 +247,8 @@ def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
             raise ValueError(f"{name}{missing[0]} is missing")
         return kind(**given)
     label = name.rstrip(".")
+    if origin in (types.UnionType, typing.Union):
+        return _typed_as_one_of(typing.get_args(kind), value, name)
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{label} is not a list")
@@ -205,46 +268,67 @@ def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
     return value
 
 
-def find_variants(engine_dir: Path) -> list[tuple[Path, Manifest]]:
+def _typed_as_one_of(kinds: tuple[typing.Any, ...], value: typing.Any, name: str) -> typing.Any:
+    """Return ``value`` as the first of ``kinds`` that it is. Raises ValueError, with what the last one lacks."""
+    if value is None and types.NoneType in kinds:
+        return None
+    *first, last = (kind for kind in kinds if kind is not types.NoneType)
+    for kind in first:
+        with contextlib.suppress(ValueError, TypeError):
+            return _typed(kind, value, name)
+    return _typed(last, value, name)
+
+
+def find_variants(engine_dir: Path, trusted: TrustedKeys | None = None) -> list[tuple[Path, Manifest]]:
     """Return (directory, manifest) of every variant, by directory name. Only the manifests are read.
 
-    Raises EngineDirectoryError if there is none, SchemaVersionError if all are too new.
+    Raises EngineDirectoryError if there is none, SchemaVersionError if all are too new, and SignatureError if one of
+    them is not signed by a ``trusted`` key.
     """
-    if not engine_dir.is_dir() or (engine_dir / MANIFEST_NAME).is_file():
-        return [(engine_dir, _parse(engine_dir))]
+
+    def parsed(directory: Path) -> Manifest:
+        return _parse(directory, _read(directory, trusted))
+
     found: list[tuple[Path, Manifest]] = []
     refused: Exception | None = None
-    for child in sorted(engine_dir.iterdir()):
-        if not child.name.startswith(".") and (child / MANIFEST_NAME).is_file():
-            try:
-                found.append((child, _parse(child)))
-            except EngineDirectoryError as error:
-                refused = error
-    if not found:
-        if refused is not None:
-            raise refused
-        _parse(engine_dir)  # says what is missing
+    for directory in variant_directories(engine_dir):
+        try:
+            found.append((directory, parsed(directory)))
+        except SignatureError:  # taking another variant would hide it
+            raise
+        except EngineDirectoryError as error:
+            refused = error
+    if not found and refused is not None:
+        raise refused
     return found
 
 
-def list_variants(engine_dir: Path) -> dict[str, Path]:
+def variant_directories(engine_dir: Path) -> list[Path]:
+    """Return the directories with a manifest, by name; ``engine_dir`` itself if it has one, or if there is none."""
+    if not engine_dir.is_dir() or (engine_dir / MANIFEST_NAME).is_file():
+        return [engine_dir]
+    children = (child for child in sorted(engine_dir.iterdir()) if not child.name.startswith("."))
+    return [child for child in children if (child / MANIFEST_NAME).is_file()] or [engine_dir]
+
+
+def list_variants(engine_dir: Path, trusted: TrustedKeys | None = None) -> dict[str, Path]:
     """Quantization → variant directory; of two backends with the same one, the second as "fp16 (tensorrt)".
 
     Raises as ``find_variants``.
     """
     found: dict[str, Path] = {}
-    for directory, manifest in find_variants(engine_dir):
+    for directory, manifest in find_variants(engine_dir, trusted):
         name = manifest.quantization
         found[name if name not in found else f"{name} ({manifest.backend})"] = directory
     return found
 
 
-def select_variant(engine_dir: Path, quantization: str = "auto") -> Path:
+def select_variant(engine_dir: Path, quantization: str = "auto", trusted: TrustedKeys | None = None) -> Path:
     """Return the variant directory of ``quantization``; with ``auto``, the best of those that are there.
 
     Raises EngineDirectoryError naming what the directory does hold.
     """
-    variants = list_variants(engine_dir)
+    variants = list_variants(engine_dir, trusted)
     if quantization == "auto":
         return variants[min(variants, key=preference)]
     if quantization not in variants:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class SafetensorsFile:
             header = json.loads(bytes(self._bytes[8 : 8 + length]))
             self.metadata = {str(key): str(value) for key, value in header.get("__metadata__", {}).items()}
             return {name: self._entry(value, 8 + length) for name, value in header.items() if name != "__metadata__"}
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        except (ArithmeticError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path} is not a whole safetensors file ({error}); fetch it again.") from error
 
     def _entry(self, value: dict, base: int) -> _Entry:
@@ -80,6 +80,11 @@ class SafetensorsFile:
 
     def names(self) -> list[str]:
         return list(self._entries)
+
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Give every tensor another name; "" leaves it out."""
+        entries = ((new_name(name), entry) for name, entry in self._entries.items())
+        self._entries = {name: entry for name, entry in entries if name}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape

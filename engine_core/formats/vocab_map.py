@@ -123,7 +123,7 @@ def _fingerprint(path: Path, modified: int, size: int) -> str:
         else:
             token_of = {int(token_id): token for token, token_id in vocabulary.items()}
         token_of.update({int(added["id"]): added["content"] for added in values.get("added_tokens") or ()})
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ArithmeticError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a tokenizer of the 'tokenizers' library ({error}).") from error
     if token_of and not 0 <= min(token_of) <= max(token_of) < 1 << 31:
         raise CheckpointError(f"{path} has token ids from {min(token_of)} to {max(token_of)}; 0 to 2^31 - 1 are read.")

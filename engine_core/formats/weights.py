@@ -48,6 +48,10 @@ class Weights:
         """Return float32 [size], the architecture's offset added unless ``with_offset`` is False."""
         return self._checkpoint.read(name) + np.float32(self.spec.norm_offset if with_offset else 0)
 
+    def matrix(self, name: str) -> np.ndarray:
+        """Return float32 [rows, columns] of one tensor as a whole, such as a router."""
+        return self._checkpoint.read(name)
+
     def linear_shape(self, linear: LinearSpec) -> tuple[int, int]:
         shapes = [self._checkpoint.shape(part) for part in linear.parts]
         return sum(shape[0] for shape in shapes), shapes[0][1]
@@ -104,6 +108,7 @@ class Weights:
         return np.concatenate([self._checkpoint.read(bias) for bias in linear.biases])
 
     def embedding(self) -> Iterator[np.ndarray]:
+        """Yield blocks of the embedding's rows, float32 [n, hidden_size]. Raises CheckpointError."""
         yield from self._rows(self.spec.embedding)
 
     @property
@@ -111,7 +116,7 @@ class Weights:
         return self.spec.vocab_size if self.vocab_map is None else len(self.vocab_map)
 
     def head(self) -> Iterator[np.ndarray]:
-        """Blocks of the LM head's rows, those of ``vocab_map`` only if there is one."""
+        """Yield blocks of the LM head's rows, float32 [n, hidden_size]; only those of a ``vocab_map``."""
         if self.vocab_map is None:
             yield from self._rows(self.spec.head)
             return

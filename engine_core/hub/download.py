@@ -13,14 +13,15 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine_core.errors import BuildError, DownloadError, first_line
-from engine_core.formats.checkpoint import read_json
-from engine_core.hub import resume
+from engine_core.formats.gguf_file import SUFFIX
+from engine_core.formats.json_file import read_json
+from engine_core.hub import gguf_files, resume
 from engine_core.memory import format_bytes
 
 HUB_VARIABLE = "EDGELLM_HUB"
@@ -31,15 +32,18 @@ _WEIGHTS = ".safetensors"
 _PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", f"*{_WEIGHTS}", "LICENSE*", "README.md")
 _OTHER_WEIGHTS = "consolidated"
 _OTHERS = ("*/*", f"{_OTHER_WEIGHTS}*")
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model of a hub. ``revision``: a commit, branch or tag."""
+    """A model of a hub. ``revision``: a commit, branch or tag.
+
+    ``gguf``: the quantization, or the name, of one of the GGUF files that a repository has; "" = it has safetensors.
+    """
 
     id: str
     revision: str = "main"
+    gguf: str = ""
 
     @property
     def cache_name(self) -> str:
@@ -56,7 +60,7 @@ def is_model_id(name: str) -> bool:
 
 
 def find_local(hub: Path, model: HubModel) -> Path:
-    """Return the checkpoint directory of ``model`` in a hub directory.
+    """Return the checkpoint directory, or the GGUF file, of ``model`` in a hub directory.
 
     ``hub``: a cache of huggingface_hub (``HF_HOME``, or the folder ``hub`` in it), or a folder of checkpoints, as
     owner/name or name. Raises DownloadError if it is not there, or not in that revision.
@@ -65,14 +69,33 @@ def find_local(hub: Path, model: HubModel) -> Path:
         raise DownloadError(f"The hub directory {hub} does not exist.")
     for cache in (hub / "hub", hub):
         if (cache / model.cache_name).is_dir():
-            return _snapshot(cache / model.cache_name, model)
+            return _local(_snapshot(cache / model.cache_name, model), model)
     for directory in (hub / model.id, hub / model.id.partition("/")[2]):
-        if (directory / "config.json").is_file():
-            return directory
+        if (directory / "config.json").is_file() or _gguf_names(directory):
+            return _local(directory, model)
     raise DownloadError(
         f"The hub directory {hub} has no {model.id}: neither {model.cache_name}, as in a cache of huggingface_hub, "
         f"nor {model.id} with a config.json."
     )
+
+
+def _local(directory: Path, model: HubModel) -> Path:
+    """Return the directory, with its config.json, or the first of the GGUF files that are meant.
+
+    Raises DownloadError.
+    """
+    if model.gguf:
+        return directory / gguf_files.choose(_gguf_names(directory), model.gguf, model.id)[0]
+    has_config = (directory / "config.json").is_file()
+    if not has_config and (sentence := gguf_files.which(_gguf_names(directory), model.id)) is not None:
+        raise DownloadError(sentence)
+    return directory
+
+
+def _gguf_names(directory: Path) -> list[str]:
+    """Return the GGUF files of a repository's directory, and of the folders in it."""
+    found = (*directory.glob(f"*{SUFFIX}"), *directory.glob(f"*/*{SUFFIX}"))
+    return [path.relative_to(directory).as_posix() for path in found]
 
 
 def _snapshot(repository: Path, model: HubModel) -> Path:
@@ -92,17 +115,30 @@ def _snapshot(repository: Path, model: HubModel) -> Path:
 
 def download_config(model: HubModel) -> Path:
     """Download config.json alone, from which a plan is made before gigabytes follow. Raises DownloadError."""
+    from huggingface_hub import errors
+
     with _explained(model) as hub:
-        return Path(hub.hf_hub_download(model.id, "config.json", revision=model.revision))
+        try:
+            return Path(hub.hf_hub_download(model.id, "config.json", revision=model.revision))
+        except errors.LocalEntryNotFoundError:
+            raise
+        except errors.EntryNotFoundError:
+            names = [file.name for file in resume.large_files(model.id, model.revision, SUFFIX)]
+            if (sentence := gguf_files.which(names, model.id)) is not None:
+                raise DownloadError(sentence) from None
+            raise
 
 
 def download(model: HubModel, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
-    """Download what a build reads and return the checkpoint directory, a snapshot in the cache of huggingface_hub.
+    """Download what a build reads; return the checkpoint directory, a snapshot in the cache of huggingface_hub, or the
+    GGUF file in it.
 
     What is there already is not fetched again. ``progress`` is called with the bytes of weights that are there and all
     of them. Raises DownloadError; what has arrived is kept, and the same call goes on from there.
     """
     options = {"revision": model.revision, "allow_patterns": list(_PATTERNS)}
+    if model.gguf:
+        return _download_gguf(model, progress)
     with _explained(model) as hub:
         if (snapshot := _complete_snapshot(model)) is not None:
             return snapshot
@@ -111,6 +147,34 @@ def download(model: HubModel, progress: Callable[[int, int], None] = lambda done
         files = [file for file in files if not file.name.startswith(_OTHER_WEIGHTS)]
         resume.fetch(model.id, model.revision, files, _folder(model) / "blobs", progress)
         return Path(hub.snapshot_download(model.id, ignore_patterns=list(_OTHERS), **options))
+
+
+def cached_gguf(model: HubModel) -> Path | None:
+    """Return the GGUF file that is meant if the cache has it of a commit, so that the hub need not be asked."""
+    if not _COMMIT.fullmatch(model.revision):
+        return None
+    with suppress(DownloadError):  # there is nothing, another model, or a part of this one
+        return _local(_folder(model) / "snapshots" / model.revision, model)
+    return None
+
+
+def gguf_bytes(model: HubModel) -> int:
+    """Return the bytes of the GGUF files that are meant. Raises DownloadError."""
+    with _explained(model):
+        return sum(file.size for file in _gguf_of_hub(model))
+
+
+def _gguf_of_hub(model: HubModel) -> list[resume.LargeFile]:
+    files = {file.name: file for file in resume.large_files(model.id, model.revision, SUFFIX)}
+    return [files[name] for name in gguf_files.choose(files, model.gguf, model.id)]
+
+
+def _download_gguf(model: HubModel, progress: Callable[[int, int], None]) -> Path:
+    with _explained(model) as hub:
+        files = _gguf_of_hub(model)
+        resume.fetch(model.id, model.revision, files, _folder(model) / "blobs", progress)
+        patterns = [file.name for file in files]
+        return Path(hub.snapshot_download(model.id, revision=model.revision, allow_patterns=patterns)) / patterns[0]
 
 
 def _folder(model: HubModel) -> Path:
@@ -242,10 +306,9 @@ def verify(directory: Path, *, repair: bool = False) -> int:
     return num_compared
 
 
-def _hash(path: Path, num_digits: int) -> str:
+def _hash(blob: Path, num_digits: int) -> str:
     """Return the SHA-256 (64 digits) of a file, or else git's SHA-1 of it as a blob."""
-    digest = hashlib.sha256() if num_digits == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    if num_digits == 64:
+        return resume.sha256(blob)
+    data = blob.read_bytes()  # small: large files have the other
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

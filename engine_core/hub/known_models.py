@@ -4,6 +4,11 @@ Each entry has what the model's public card and config.json say: id, revision (a
 the hub spells it, whether the hub asks to accept that licence first (gated), the context it was made for, the family of
 its chat template and of its tool calls ("" = its template has no tools), whether it thinks before it answers, and the
 fields of config.json that a memory plan depends on. Sizes are computed from these.
+
+How an entry is confirmed without the hub: its revision is pinned under this id in public repositories; the sizes agree
+with the configurations of other projects (litgpt's config.py has most of them) or with the published number of
+parameters, which ``test/core/test_recommend.py`` holds; the template's family is read from the template (llama.cpp has
+those of Qwen 2.5, Qwen 3, Llama 3, Gemma 2 and DeepSeek R1). Contexts and licences are those of the cards.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from engine_core.models.shapes import spec_of
 from engine_core.models.spec import ModelSpec
 
 _TABLE = Path(__file__).with_name("known_models.json")
-TASKS = ("chat", "tools")
+TASKS = ("chat", "tools", "vision")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class KnownModel:
         return spec_of(self.config)
 
     def does(self, task: str) -> bool:
-        """Return whether the model is meant for ``task``, one of TASKS."""
+        """Return whether the model is meant for ``task``, one of TASKS. Models that see are for vision alone."""
+        if task == "vision" or self.spec.vision is not None:
+            return task == "vision" and self.spec.vision is not None
         return task == "chat" or bool(self.tools)
 
 

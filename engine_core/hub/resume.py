@@ -8,6 +8,7 @@ before it downloads: ``blobs/<SHA-256>``, until then ``blobs/<SHA-256>.incomplet
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import http.client
 import os
 import re
@@ -21,6 +22,7 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from engine_core.errors import DownloadError
+from engine_core.formats.gguf_file import SUFFIX
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 20
@@ -39,13 +41,13 @@ class LargeFile:
 
 
 def large_files(model_id: str, revision: str, suffix: str) -> list[LargeFile]:
-    """Return the files in the root of a repository that end in ``suffix``.
+    """Return the files of a repository that end in ``suffix``: those in its root, GGUF files also of its folders.
 
     Raises what huggingface_hub raises, DownloadError for a hash that is none: it becomes the name of a file.
     """
     from huggingface_hub import HfApi
 
-    found = HfApi().list_repo_tree(model_id, revision=revision)
+    found = HfApi().list_repo_tree(model_id, revision=revision, recursive=suffix == SUFFIX)
     files = ((entry.path, getattr(entry, "lfs", None)) for entry in found)
     large = [LargeFile(path, lfs.size, lfs.sha256) for path, lfs in files if lfs is not None and path.endswith(suffix)]
     for file in large:
@@ -59,8 +61,9 @@ def fetch(
 ) -> None:
     """Download what is missing of ``files`` to ``blobs``.
 
-    ``progress`` is called with the bytes that are there and all bytes. Raises OSError, http.client.HTTPException or
-    what huggingface_hub raises; what has arrived stays.
+    A file gets its name when its hash is right. ``progress`` is called with the bytes that are there and all bytes.
+    Raises OSError, http.client.HTTPException or what huggingface_hub raises, and what has arrived stays; DownloadError
+    for a file with another hash, which is removed.
     """
     blobs.mkdir(parents=True, exist_ok=True)
     total, done = sum(file.size for file in files), 0
@@ -70,9 +73,24 @@ def fetch(
                 for size in _appended(part, file, model_id, revision):
                     progress(done + size, total)
                 os.fsync(part.fileno())
+                if sha256(Path(part.name)) != file.sha256:
+                    os.unlink(part.name)
+                    raise DownloadError(
+                        f"{file.name} of {model_id} did not arrive with the hash that its hub recorded; it was "
+                        "removed, and the same command fetches it again."
+                    )
                 os.replace(part.name, blobs / file.sha256)
         done += file.size
         progress(done, total)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _part(path: Path) -> IO[bytes]:

@@ -39,7 +39,7 @@ def write_cache(cache: Path, model_id: str, checkpoint: Path, revision: str = CO
 
 def is_large(path: Path) -> bool:
     """Return whether the hub keeps a file by its SHA-256 rather than git's hash."""
-    return path.suffix == ".safetensors"
+    return path.suffix in (".safetensors", ".gguf")
 
 
 def etag(path: Path) -> str:

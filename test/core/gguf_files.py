@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -37,6 +38,27 @@ def write(path: Path, checkpoint: Path, kind: str = "F32", *, tokenizer: dict | 
         wanted = "F16" if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[wanted]][0] else wanted
         quantized = gguf.GGMLQuantizationType[wanted]
         writer.add_tensor(name, gguf.quantize(tensor, quantized), raw_dtype=quantized)
+    return finish(writer, path)
+
+
+def write_changed(path: Path, checkpoint: Path, change: Callable[[dict], dict]) -> Path:
+    """Write the checkpoint's model with what ``change`` returns for its tensors, as they are."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    arch = ARCHITECTURES[config["architectures"][0]]
+    return write_values(path, arch, configuration(config, arch), change(tensors(checkpoint, config, arch)))
+
+
+def write_values(path: Path, arch: str, values: dict, arrays: dict[str, np.ndarray]) -> Path:
+    """Write entries of the metadata and tensors as they are."""
+    writer = gguf.GGUFWriter(path, arch)
+    for name, value in values.items():
+        add(writer, name, value)
+    for name, array in arrays.items():
+        writer.add_tensor(name, array)
+    return finish(writer, path)
+
+
+def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -69,6 +71,8 @@ def test_a_full_disk_is_one_sentence_and_changes_nothing(checkpoint, tmp_path, m
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     if not is_new:
         assert cli.main(command) == 0
+        assert cli.main(command) == 1 and "--force" in capsys.readouterr().err
+        command = [*command, "--force"]
         command = [word.replace("400", "410") for word in command]
     before = tree(tmp_path)
     for size in (0, 300, 1000) if "reduce-vocab" in command else (0, 300, 8000, 50_000):
@@ -137,6 +141,47 @@ def test_a_signal_ends_a_command_and_leaves_nothing(checkpoint, tmp_path, monkey
         left = signal.signal(number, inherited)
     assert code == 128 + number and not os.listdir(tmp_path)
     assert left == usual
+
+
+def test_two_that_replace_a_directory_at_once_come_one_after_the_other(tmp_path, monkeypatch):
+    target, replace, inside, most = tmp_path / "out", os.replace, [], []
+
+    def slow(source, destination):
+        inside.append(source)
+        most.append(len(inside))
+        time.sleep(0.02)
+        replace(source, destination)
+        inside.remove(source)
+
+    def write(number):
+        with replaced_directory(target) as new:
+            (new / "number").write_text(str(number))
+
+    write(0)
+    monkeypatch.setattr(os, "replace", slow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(1, 13)))  # none raises
+    assert set(most) == {1} and int((target / "number").read_text()) > 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_is_written_belongs_to_its_owner_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        with replaced_directory(tmp_path / "above" / "engines" / "engine") as new:
+            assert new.stat().st_mode & 0o777 == 0o700
+            (new / "sub").mkdir()
+            (new / "sub" / "weights").write_text("x")
+            (new / "link").symlink_to(tmp_path)
+        with replaced_file(tmp_path / "file") as file:
+            file.write_text("x")
+    finally:
+        os.umask(before)
+    top = tmp_path / "above"
+    folders = [top, top / "engines", top / "engines/engine", top / "engines/engine/sub"]
+    assert {oct(path.stat().st_mode & 0o777) for path in folders} == {"0o755"}
+    files = [top / "engines/engine/sub/weights", tmp_path / "file"]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
 
 
 def test_links_are_followed(tmp_path):

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 import fake_hub
+import fakes
 from engine_core import cli
 from engine_core.errors import DownloadError
 from engine_core.formats.manifest import read_manifest
 from engine_core.hub import download, resume
+from engine_core.hub import gguf_files as gguf_files_of_hub
 
 pytest.importorskip("huggingface_hub")
 import huggingface_hub  # noqa: E402
@@ -70,7 +72,7 @@ def test_a_directory_of_checkpoints_becomes_an_engine_that_answers(checkpoint, t
     monkeypatch.setenv("HOME", str(tmp_path))
     status, out, err = get(capsys, NAME)
     engine = tmp_path / "engines" / NAME
-    assert (status, err) == (0, "")
+    assert status == 0 and [line.split()[0] for line in err.splitlines()] == ["Building"]
     assert out.splitlines()[-1] == f"ros2 launch edgellm_ros llm.launch.py engine_dir:={engine}"
     assert "tokens/s" in out and "no recorded hashes" in out
     manifest = read_manifest(engine)
@@ -150,6 +152,15 @@ def test_what_cannot_be_had_is_refused_with_one_sentence(checkpoint, tmp_path, c
     assert not (tmp_path / "engine").exists()
 
 
+def test_a_checkpoint_that_is_here_is_for_build(tmp_path, capsys, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "owner" / "name" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for model in ("owner/name", "./owner/name", tmp_path / "owner" / "name"):
+        assert "is here already: 'edgellm build' makes an engine of it." in refusal(capsys, model)
+    assert "is here already" not in refusal(capsys, "owner/name", "--hub", tmp_path)  # there it is what the id names
+
+
 def test_a_family_that_is_not_supported_is_refused_before_the_weights(tmp_path, capsys, network):
     other = tmp_path / "other"
     other.mkdir()
@@ -166,13 +177,89 @@ def test_a_model_that_does_not_fit_is_refused_before_the_weights(tmp_path, capsy
     assert network.ranges == []
 
 
+# --- GGUF files -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gguf_repository(checkpoint, tmp_path_factory) -> Path:
+    """A repository as those of llama.cpp's users are."""
+    pytest.importorskip("gguf")
+    import gguf_files
+
+    directory = tmp_path_factory.mktemp("gguf") / "tiny" / "Model-GGUF"
+    directory.mkdir(parents=True)
+    tokenizer = {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.eos_token_id": 258}
+    vocabulary = json.loads((checkpoint / "tokenizer.json").read_text())
+    tokens = {**vocabulary["model"]["vocab"], **{each["content"]: each["id"] for each in vocabulary["added_tokens"]}}
+    tokens["ab"] = len(tokens)  # a file without merges is none
+    tokenizer["ggml.merges"] = ["a b"]
+    assert len(tokens) == fakes.VOCAB_SIZE
+    tokenizer["ggml.tokens"] = sorted(tokens, key=tokens.__getitem__)
+    tokenizer["ggml.token_type"] = [1 if index < 256 else 3 for index in range(len(tokens))]
+    for kind in ("Q8_0", "Q4_0"):
+        gguf_files.write(directory / f"tiny-model-{kind.lower()}.gguf", checkpoint, kind, tokenizer=tokenizer)
+    (directory / "mmproj-tiny-F16.gguf").write_bytes(b"GGUF")
+    (directory / "README.md").write_text("Quantized with llama.cpp.")
+    return directory
+
+
+@pytest.mark.parametrize(
+    "model, kind", [("tiny/Model-GGUF:q4_0", "int4"), ("tiny/Model-GGUF:tiny-model-q8_0.gguf", "int8")]
+)
+def test_a_gguf_file_of_a_directory_is_named_by_its_quantization(gguf_repository, tmp_path, capsys, model, kind):
+    hub = gguf_repository.parent.parent
+    status, out, err = get(capsys, model, tmp_path / "engine", "--hub", hub, "--variant", kind, "--no-check")
+    assert status == 0, err
+    manifest = read_manifest(tmp_path / "engine")
+    assert (manifest.model_name, manifest.quantization) == ("model", kind)
+    assert set(manifest.options["rounding_errors"]) <= {"embedding", "head"}, "its own values are kept"
+
+
+def test_a_gguf_file_is_downloaded_alone_and_checked(gguf_repository, tmp_path, capsys, network):
+    network.models["tiny/Model-GGUF"] = gguf_repository
+    pinned = ("tiny/Model-GGUF:Q4_0", "--revision", fake_hub.COMMIT, *NO_CHECK)
+    status, out, err = get(capsys, pinned[0], tmp_path / "engine", *pinned[1:])
+    assert status == 0, err
+    assert "1 files have the hashes" in out and network.ranges == [None]
+    network.models.clear()
+    assert get(capsys, pinned[0], tmp_path / "again", *pinned[1:])[0] == 0, "the hub is not asked"
+
+
+def test_refusals_name_the_gguf_files_that_there_are(gguf_repository, tmp_path, capsys, network):
+    network.models["tiny/Model-GGUF"] = gguf_repository
+    asks = "tiny/Model-GGUF has GGUF files, in Q4_0, Q8_0; name one, such as tiny/Model-GGUF:Q4_0."
+    for hub in ((), ("--hub", gguf_repository.parent.parent)):
+        assert asks in refusal(capsys, "tiny/Model-GGUF", tmp_path / "engine", *hub)
+        err = refusal(capsys, "tiny/Model-GGUF:Q5_K_M", tmp_path / "engine", *hub)
+        assert "no GGUF file in 'Q5_K_M'; it has Q4_0, Q8_0." in err
+    assert "none at all" in refusal(capsys, "tiny/model:Q4_0", tmp_path / "engine")
+    path = next(gguf_repository.glob("tiny*"))
+    assert "'edgellm build'" in refusal(capsys, path, tmp_path / "engine")
+    assert network.ranges == []
+
+
+def test_the_usual_names_of_gguf_files():
+    names = ["a/B-UD-Q4_K_XL.gguf", "Q8_0/B-Q8_0-00001-of-00002.gguf", "Q8_0/B-Q8_0-00002-of-00002.gguf",
+             "B.IQ4_XS.gguf", "b-fp16.gguf", "B-BF16.gguf", "B-1B.gguf", "mmproj-B-f16.gguf", "B.imatrix.gguf", "x.md",
+             "two-Q5_0.gguf", "one-Q5_0.gguf", "part-Q2_K-00002-of-00003.gguf"]  # fmt: skip
+    kinds = {gguf_files_of_hub.quantization_of(stem) for stem in gguf_files_of_hub.models_of(names)}
+    assert kinds == {"UD-Q4_K_XL", "Q8_0", "IQ4_XS", "FP16", "BF16", "", "Q5_0", "Q2_K"}
+    assert gguf_files_of_hub.choose(names, "q8_0", "x/y") == names[1:3]
+    assert gguf_files_of_hub.choose(names, "B-1B", "x/y") == ["B-1B.gguf"]
+    for wanted, sentence in (
+        ("Q5_0", "2 GGUF models in Q5_0, one-Q5_0 and two-Q5_0"), ("Q2_K", "1 of the 3 parts"), ("Q9", "no GGUF file"),
+    ):  # fmt: skip
+        with pytest.raises(DownloadError, match=sentence):
+            gguf_files_of_hub.choose(names, wanted, "x/y")
+
+
 # --- a hub on the network ---------------------------------------------------------------------------------
 
 
 def test_a_model_of_the_hub_is_downloaded_checked_and_built(tmp_path, capsys, network, checkpoint):
     pinned = ("--revision", fake_hub.COMMIT, *NO_CHECK)
     status, out, err = get(capsys, "tiny/model", tmp_path / "engine", *pinned)
-    assert (status, err) == (0, "")
+    assert status == 0 and [line.split()[0] for line in err.splitlines()] == ["Building"]
     assert f"{len(list(checkpoint.iterdir()))} files have the hashes" in out
     assert network.ranges == [None]
     assert get(capsys, "tiny/model", tmp_path / "main", *NO_CHECK)[0] == 0
@@ -211,7 +298,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, network, monkeypatch):
 def test_a_damaged_download_is_removed_and_fetched_again(tmp_path, capsys, network):
     network.damaged = True
     err = refusal(capsys, "tiny/model", tmp_path / "engine", *NO_CHECK)
-    assert "does not have the hash" in err and "it was removed" in err
+    assert "did not arrive with the hash" in err and "it was removed" in err
+    large = [path for path in tmp_path.rglob("blobs/*") if len(path.name.partition(".")[0]) == 64]
+    assert not large  # neither whole nor in part
     network.damaged = False
     assert get(capsys, "tiny/model", tmp_path / "engine", *NO_CHECK)[0] == 0
 

@@ -139,8 +139,7 @@ def test_other_types_are_read_as_the_package_does(tmp_path, kind):
     rows = rng.integers(0, 120, (6, 256 // block * size), dtype=np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_tensor("output.weight", rows, raw_dtype=quantized)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    gguf_files.finish(writer, tmp_path / "x.gguf")
     from engine_core.formats.gguf_file import GgufFile
 
     found = GgufFile(tmp_path / "x.gguf")
@@ -156,16 +155,11 @@ def test_a_model_in_several_files(made, tmp_path):
     everything = gguf_files.tensors(directory, config, "qwen3")
     names = sorted(everything)
     for number, part in enumerate((names[:9], names[9:]), start=1):
-        writer = gguf.GGUFWriter(tmp_path / f"model-{number:05}-of-00002.gguf", "qwen3")
         values = gguf_files.configuration(config, "qwen3") if number == 1 else {}
-        for name, value in (values | {"split.count": 2, "split.no": number - 1}).items():
-            gguf_files.add(writer, name, value)
-        for name in part:
-            writer.add_tensor(name, everything[name])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        gguf_files.write_values(
+            tmp_path / f"model-{number:05}-of-00002.gguf", "qwen3",
+            values | {"split.count": 2, "split.no": number - 1}, {name: everything[name] for name in part},
+        )  # fmt: skip
     found, whole = Checkpoint(tmp_path / "model-00001-of-00002.gguf"), Checkpoint(path)
     assert read_spec(found) == read_spec(whole)
     for name in read_spec(whole).shapes():
@@ -188,7 +182,7 @@ def test_the_commands_take_the_file(made, tmp_path, capsys):
     assert cli.main(["plan", str(path), "--memory", "4GiB", "--backend", "onnxruntime", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "qwen3"
     assert cli.main(["quantize", str(path), str(tmp_path / "int8"), "--method", "int8", "--group-size", "32"]) == 0
-    assert "were dequantized and rounded anew to int8" in capsys.readouterr().out
+    assert "were dequantized and rounded anew to int8" in capsys.readouterr().err
     config = json.loads((tmp_path / "int8" / "config.json").read_text())
     names = {name for name in config["edgellm_quantization"]["rounding_errors"]}
     assert len(names) == 7 * config["num_hidden_layers"]
@@ -277,17 +271,21 @@ def test_metadata_that_no_model_can_have(made, tmp_path, changes, error, sentenc
     assert "\n" not in str(caught.value)
 
 
+def test_a_quantization_that_is_not_read_is_named_before_anything_is_built(made, tmp_path, capsys):
+    def change(tensors):
+        return {name: each.astype(np.int32) if "ffn_up" in name else each for name, each in tensors.items()}
+
+    gguf_files.write_changed(tmp_path / "x.gguf", made("qwen3")[0], change)
+    for command in (["inspect"], ["build", "ENGINE"], ["plan"]):
+        arguments = [str(tmp_path / "engine") if each == "ENGINE" else each for each in command[1:]]
+        assert cli.main([command[0], str(tmp_path / "x.gguf"), *arguments]) == 1
+        captured = capsys.readouterr()
+        assert "has the type I32, which is not read." in captured.err + captured.out
+
+
 def test_a_tensor_of_another_kind_of_model_is_named(made, tmp_path):
-    directory, _ = made("qwen3")
-    config = json.loads((directory / "config.json").read_text())
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen3")
-    for name, value in gguf_files.configuration(config, "qwen3").items():
-        gguf_files.add(writer, name, value)
-    for name, tensor in gguf_files.tensors(directory, config, "qwen3").items():
-        writer.add_tensor(name, tensor)
-    writer.add_tensor("blk.1.ffn_gate_exps.weight", np.zeros((2, 4, 4), dtype=np.float32))
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    more = {"blk.1.ffn_gate_exps.weight": np.zeros((2, 4, 4), dtype=np.float32)}
+    gguf_files.write_changed(tmp_path / "x.gguf", made("qwen3")[0], lambda tensors: tensors | more)
     with pytest.raises(UnsupportedModelError, match="'blk.1.ffn_gate_exps.weight', which Qwen3ForCausalLM"):
         Checkpoint(tmp_path / "x.gguf")
 
