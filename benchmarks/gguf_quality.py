@@ -2,6 +2,8 @@
 
     python benchmarks/gguf_quality.py MODEL.gguf --work /tmp/gguf
     python benchmarks/gguf_quality.py MODEL.gguf --work /tmp/gguf --variants int8 --prompts 16
+    python benchmarks/gguf_quality.py MODEL.gguf --work /tmp/gguf --variants int8 --chunk 2048 --prompts 0
+    python benchmarks/gguf_quality.py MODEL.gguf --work /tmp/gguf --chunks 0  # no perplexity
 
 Perplexity is over the first chunks of public texts that Debian and Python bring: licences, documentation, source code.
 The CPU backend's variants are built from the file, each once; transformers computes in fp32 what the file stands for.
@@ -11,7 +13,8 @@ installed; it computes with the file's own blocks and int8 activations.
 Each row is appended to benchmarks/results/quality.jsonl, those of transformers and llama.cpp too. Of ``examples``
 prompts, ``exact_match`` is the percentage of which the greedy answer is what transformers finds likeliest token by
 token, and ``same_as_llama_cpp`` of which it is llama.cpp's. ``rounding_error`` is the mean relative error of the
-matrices that were rounded anew.
+matrices that were rounded anew. ``tok_s`` is the median speed of decoding after a prompt, of turns that all engines
+take one after another, so that other work on the machine meets them alike.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ import importlib.metadata
 import json
 import math
 import pydoc_data.topics
+import statistics
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +37,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cpu_engines import LlamaCppRunner, OursRunner, Runner  # noqa: E402
 from benchmarks.llama_cpp_model import LlamaCpp  # noqa: E402
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: E402
 from engine_core.backends.onnxruntime.build import build_engine  # noqa: E402
@@ -43,6 +49,7 @@ from engine_core.text.tokenizer import Tokenizer  # noqa: E402
 
 _TARGET = ROOT / "benchmarks" / "results" / "quality.jsonl"
 _PROMPT, _ANSWER = 24, 32  # tokens
+_TIMED_PROMPT, _TIMED_ANSWER, _TURNS = 64, 33, 7
 
 
 def texts() -> list[str]:
@@ -116,19 +123,47 @@ def greedy_of_llama_cpp(model: LlamaCpp, prompt: np.ndarray, ends: Collection[in
     return found
 
 
+def kept(path: Path, items: Sequence, make: Callable) -> list:
+    """Return what ``make`` returns for each of ``items``. ``path`` keeps it: an interrupted run goes on."""
+    found = json.loads(path.read_text()) if path.is_file() else []
+    for item in items[len(found) :]:
+        found.append(make(item))
+        path.write_text(json.dumps(found))
+    return found[: len(items)]
+
+
 def share(count: int, total: int) -> float | None:
     return round(100 * count / total, 2) if total else None
 
 
 def perplexity(logs: list[np.ndarray]) -> dict:
+    if not logs:
+        return {"perplexity": None, "scored_tokens": 0, "lost_tokens": 0}
     found = np.concatenate(logs)
     return {"perplexity": round(math.exp(-found.mean()), 5), "scored_tokens": len(found), "lost_tokens": 0}
+
+
+def speeds(directories: Mapping[str, Path], llama: LlamaCpp | None, threads: int) -> dict[str, float]:
+    """Return the tokens a second of each engine directory, and of llama.cpp."""
+    with ExitStack() as opened:
+        runners: dict[str, Runner] = {} if llama is None else {"llama.cpp": LlamaCppRunner(llama)}
+        for name, directory in directories.items():
+            config = EngineConfig(directory, kv_cache_type="fp32", num_threads=threads)
+            manifest = read_manifest(directory, verify_hashes=False)
+            backend = opened.enter_context(closing(OnnxRuntimeBackend.load(directory, manifest, config)))
+            runners[name] = OursRunner(backend)
+        prompt = np.arange(100, 100 + _TIMED_PROMPT, dtype=np.int32)
+        times: dict[str, list[float]] = {name: [] for name in runners}
+        for _ in range(_TURNS):
+            for name, runner in runners.items():
+                times[name].append(runner.generate(prompt, _TIMED_ANSWER)[1])
+    return {name: round(1 / statistics.median(found), 2) for name, found in times.items()}
 
 
 def variant(path: Path, options: argparse.Namespace, name: str) -> tuple[dict, list[list[int]]]:
     """Return the row of one of our variants, and its answers; the row has no comparison yet."""
     directory = options.work / name
-    needed = max(options.chunk, _PROMPT + _ANSWER)
+    needed = max(options.chunk, _PROMPT + _ANSWER, _TIMED_PROMPT + _TIMED_ANSWER)
     if not (directory / "engine.json").is_file() or read_manifest(directory, verify_hashes=False).max_context < needed:
         build_engine(path, directory, quantization=name, max_context=needed, report=print)
     manifest = read_manifest(directory, verify_hashes=False)
@@ -138,7 +173,8 @@ def variant(path: Path, options: argparse.Namespace, name: str) -> tuple[dict, l
     try:
         logs = [backend.log_probabilities(ids, 1) for ids in chunks(tokenizer, options.chunk, options.chunks)]
         ends = manifest.eos_token_ids
-        answers = [greedy(backend, ids, ends) for ids in prompts(tokenizer, options.prompts)]
+        path = options.work / f"answers-{name}.json"
+        answers = kept(path, prompts(tokenizer, options.prompts), lambda ids: greedy(backend, ids, ends))
     finally:
         backend.close()
     errors = manifest.options["rounding_errors"].values()
@@ -160,6 +196,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a text")
     parser.add_argument("--chunks", type=int, default=10, help="texts")
     parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--results", type=Path, default=_TARGET, help="the file that the rows are appended to")
     parser.add_argument("--threads", type=int, default=1, help="llama.cpp's wait busily: no more than idle cores")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -176,15 +213,16 @@ def main() -> None:
     found.append(({"variant": "transformers, fp32", **whole, **perplexity(logs)}, []))
     peer: list[list[int]] = []
     version: dict[str, str] = {}
+    llama = None
     try:
         llama = LlamaCpp(options.model, options.threads, max_context=512)
         version = {"llama_cpp_python": llama.version}
-        peer = [llama.greedy(ids, ends) for ids in starts]
-        found.append(
-            ({"variant": "llama.cpp", **whole, "perplexity": None, "scored_tokens": 0, "lost_tokens": 0}, peer)
-        )
+        path, running = options.work / "answers-llama.cpp.json", llama
+        peer = kept(path, starts, lambda ids: greedy_of_llama_cpp(running, ids, ends))
+        found.append(({"variant": "llama.cpp", **whole, **perplexity([])}, peer))
     except ImportError:
         print("llama.cpp is not installed; nothing is compared with it.")
+    tok_s = speeds({name: options.work / name for name in options.variants}, llama, options.threads)
     head = {
         "date": datetime.date.today().isoformat(),
         "versions": {p: importlib.metadata.version(p) for p in ("onnxruntime", "numpy", "transformers", "gguf")}
@@ -192,14 +230,15 @@ def main() -> None:
         "model": options.model.stem,
     }
     for row, answers in found:
-        right = sum(reference.agrees(prompt, answer) for prompt, answer in zip(starts, answers))
+        path = options.work / f"agreed-{row['variant']}.json"
+        right = sum(kept(path, list(zip(starts, answers)), lambda pair: reference.agrees(*pair)))
         compared = {"exact_match": share(right, len(answers)), "examples": len(answers)}
         if peer and answers:
             same = sum(answer == other for answer, other in zip(answers, peer))
             compared["same_as_llama_cpp"] = share(same, len(answers))
-        line = json.dumps({**head, **row, **compared, "bytes_per_step": None, "tok_s": None})
+        line = json.dumps({**head, **row, **compared, "bytes_per_step": None, "tok_s": tok_s.get(row["variant"])})
         print(line, flush=True)
-        with open(_TARGET, "a", encoding="utf-8") as file:
+        with open(options.results, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
+from engine_core.commands.arguments import add_command, add_force, check_output
+from engine_core.commands.progress import shown
+from engine_core.commands.tables import print_verdict
 from engine_core.errors import BuildError
-from engine_core.quantize.methods import METHODS
+from engine_core.memory import format_bytes
+from engine_core.quantize.methods import GROUP_SIZES, METHODS
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
-        "quantize", help="make a smaller checkpoint from a Hugging Face checkpoint or a GGUF file"
+    parser = add_command(
+        commands,
+        "quantize",
+        help="make a smaller checkpoint from a Hugging Face checkpoint or a GGUF file",
+        example="edgellm quantize CHECKPOINT small --method int4\n"
+        "edgellm quantize CHECKPOINT small --method int4_awq --calibration chats.jsonl",
     )
     parser.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors, or a GGUF file")
     parser.add_argument("out", type=Path, help="the directory to write; takes its name only when it is whole")
@@ -25,7 +34,7 @@ def add(commands) -> None:
         "--group-size",
         type=int,
         default=0,
-        choices=(0, 32, 64, 128),
+        choices=(0, *GROUP_SIZES),
         help="weights that share a scale, for integers (default: the method's own, else a whole row)",
     )
     parser.add_argument(
@@ -35,21 +44,17 @@ def add(commands) -> None:
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of each at most (default: 256)")
     parser.add_argument("--asymmetric", action="store_true", help="zero points, for 4-bit integers")
     parser.add_argument("--head", action="store_true", help="quantize an LM head of its own, too")
+    add_force(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         from engine_core.quantize import quantize_checkpoint
     except ImportError as error:
         raise BuildError(f"Quantizing needs the Python package {error.name!r}: pip install it.") from error
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        layers = bar.add_task("Layers", total=None)
+    check_output(options.out, options.force)
+    with shown(f"Quantizing to {options.method}") as (report, progress):
         quantize_checkpoint(
             options.checkpoint,
             options.out,
@@ -60,7 +65,10 @@ def run(options: argparse.Namespace) -> int:
             sequence_length=options.sequence_length,
             symmetric=not options.asymmetric,
             head=options.head,
-            report=print,
-            progress=lambda done, total: bar.update(layers, completed=done, total=total),
+            report=report,
+            progress=lambda done, total: progress(done / max(1, total)),
         )
+    size = format_bytes(sum(path.stat().st_size for path in options.out.iterdir() if path.is_file()))
+    print_verdict(f"Wrote {options.out}: a checkpoint in {options.method}, {size}.")
+    print(f"Build an engine of it: edgellm build {shlex.quote(str(options.out))} ENGINE_DIR")
     return 0

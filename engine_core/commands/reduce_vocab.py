@@ -7,14 +7,18 @@ import json
 import sys
 from pathlib import Path
 
+from engine_core.commands.arguments import add_command
 from engine_core.errors import BuildError
 
 _SHOWN_LOST = 10
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
-        "reduce-vocab", help="choose the tokens a smaller, faster LM head keeps, from your own texts"
+    parser = add_command(
+        commands,
+        "reduce-vocab",
+        help="choose the tokens a smaller, faster LM head keeps, from your own texts",
+        example="edgellm reduce-vocab CHECKPOINT map --texts chats.jsonl --coverage 99.9",
     )
     parser.add_argument("checkpoint", type=Path, help="directory with config.json, safetensors and tokenizer.json")
     parser.add_argument("out", type=Path, help="where vocab_map.safetensors and reduced_vocab.json go")
@@ -22,7 +26,10 @@ def add(commands) -> None:
         "--texts", type=Path, nargs="+", required=True, help="what the model is to write: plain text or JSONL chats"
     )
     parser.add_argument("--inputs", type=Path, nargs="+", default=[], help="more of what it reads, for input_aware")
-    parser.add_argument("--method", choices=("frequency", "input_aware"), default="frequency")
+    parser.add_argument(
+        "--method", choices=("frequency", "input_aware"), default="frequency",
+        help="frequency: the tokens written most often; input_aware: those that are read, too (default: frequency)",
+    )  # fmt: skip
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--size", type=int, default=0, help="tokens to keep")
     size.add_argument("--fraction", type=float, default=0.0, help="of the vocabulary, for instance 0.25")
@@ -32,14 +39,19 @@ def add(commands) -> None:
     )
     parser.add_argument("--keep", nargs="+", default=[], help="token ids (12,17), or files whose lines are kept too")
     parser.add_argument("--json", action="store_true", help="the report as it is written")
+    parser.add_argument("--force", action="store_true", help="replace a map that is there")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     try:
-        from engine_core.reduce_vocab.reduce import reduce_vocab
+        from engine_core.formats.vocab_map import VOCAB_MAP_NAME
+        from engine_core.reduce_vocab.reduce import REPORT_NAME, reduce_vocab
     except ImportError as error:
         raise BuildError(f"Reducing needs the Python package {error.name!r}: pip install it.") from error
+    for name in (VOCAB_MAP_NAME, REPORT_NAME):
+        if (options.out / name).exists() and not options.force:
+            raise BuildError(f"{options.out / name} is there; name another directory, or replace it with --force.")
     result = reduce_vocab(
         options.checkpoint,
         options.out,
@@ -106,9 +118,9 @@ def _show(report: dict) -> None:
         _share(held_out["whole_answers"]),
     )
     console.print(covered)
-    steps = table("Weights read in a decode step", "head", "layers", "MB", "MB saved", "share saved")
+    steps = table("Weights read in a decode step", "head", "layers", "MiB", "MiB saved", "share saved")
     for row in report["step_bytes"]:
-        saved = (f"{row['step_bytes'] / 1e6:.1f}", f"{row['saved_bytes'] / 1e6:.1f}", f"{row['share']:.1%}")
+        saved = (f"{row['step_bytes'] / 2**20:.1f}", f"{row['saved_bytes'] / 2**20:.1f}", f"{row['share']:.1%}")
         steps.add_row(row["head"], row["layers"], *saved)
     console.print(steps)
     if report["lost"]:

@@ -21,7 +21,7 @@ def quantize_checkpoint(
     symmetric: bool = True,
     head: bool = False,
     report: Callable[[str], None] = _log.info,
-    progress: Callable[[int, int], None] = lambda done, layers: None,
+    progress: Callable[[int, int], object] = lambda done, layers: None,
 ) -> None:
     """Writes the Hugging Face checkpoint ``out_dir`` in the layout of compressed-tensors.
 

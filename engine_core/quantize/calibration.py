@@ -70,15 +70,24 @@ def run_layers(
     The activations are those of the model as it is: what is quantized before does not change them. Raises BuildError if
     torch or transformers is missing.
     """
+    if spec.num_experts:
+        raise BuildError(
+            f"{spec.architecture} has experts, of which texts reach some too seldom to calibrate; build int8 or int4 "
+            "of the checkpoint as it is, which rounds to nearest."
+        )
+    if any(layer.conv_kernel for layer in spec.layers):
+        raise BuildError(
+            f"{spec.architecture} has short convolutions, whose inputs are not gathered from texts; build int8 or int4 "
+            "of the checkpoint as it is, which rounds to nearest."
+        )
     try:
         import torch
         import transformers
     except ImportError as error:
         raise BuildError(f"Calibrating needs {error.name}: pip install torch transformers.") from error
+    config = transformers.AutoConfig.from_pretrained(str(checkpoint.directory))
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.from_pretrained(str(checkpoint.directory)), attn_implementation="eager"
-        )
+        model = transformers.AutoModelForCausalLM.from_config(config.get_text_config(), attn_implementation="eager")
     model = model.model.eval()
     used, ids = np.unique(tokens.ids, return_inverse=True)  # rows of the embedding; the rest of it is not read
     ids = torch.from_numpy(ids.reshape(tokens.ids.shape).astype(np.int64))

@@ -8,6 +8,7 @@ import numpy as np
 
 from engine_core.errors import BuildError, EngineDirectoryError
 from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.companions import open_tokenizer
 from engine_core.text.documents import token_sequences
 
 NAMES = ("calibration.jsonl", "calibration.txt")  # in a checkpoint's directory: taken by themselves
@@ -27,10 +28,8 @@ def read_sequences(path: Path, checkpoint: Checkpoint, max_tokens: int, vocab_si
 
     Raises BuildError if the file or the checkpoint's tokenizer cannot be used.
     """
-    from engine_core.text.tokenizer import Tokenizer
-
     try:
-        tokenizer = Tokenizer(checkpoint.directory)
+        tokenizer = open_tokenizer(checkpoint)
     except EngineDirectoryError:
         raise BuildError(
             f"The calibration text {path} cannot be used: {checkpoint.path} has no tokenizer that loads."

@@ -95,6 +95,9 @@ class CheckpointWriter:
         yield self._spec.final_norm, None
         if not self._spec.tied:
             yield self._spec.head, LinearSpec((self._spec.head,)) if self._quantizes_head else None
+        if self._spec.vision is not None:
+            for name in self._spec.vision.shapes():
+                yield name, None
 
     def _layer_order(self, layer: LayerSpec) -> Iterator[tuple[str, LinearSpec | None]]:
         for item in (
@@ -102,9 +105,12 @@ class CheckpointWriter:
             layer.qkv,
             layer.q_norm,
             layer.k_norm,
+            layer.conv_weight,
+            layer.conv_bias_name,
             layer.output,
             layer.post_attention_norm,
             layer.mlp_norm,
+            layer.router,
             layer.gate_up,
             layer.down,
             layer.post_mlp_norm,
@@ -177,9 +183,7 @@ class CheckpointWriter:
         self._writer.write_blocks(name, (to_16_bit(block, self._scheme.dtype) for block in blocks))
 
 
-def write_config(
-    directory: Path, checkpoint: Checkpoint, spec: ModelSpec, scheme: Scheme, head: bool, errors: RoundingErrors
-) -> None:
+def write_config(directory: Path, checkpoint: Checkpoint, scheme: Scheme, head: bool, errors: RoundingErrors) -> None:
     """Write config.json. ``errors``: of the weights that were quantized already, for the record."""
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     dtype = {"fp16": "float16", "bf16": "bfloat16"}[scheme.dtype]

@@ -32,7 +32,7 @@ def quantize(
     symmetric: bool,
     head: bool,
     report: Callable[[str], None],
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int], object],
 ) -> None:
     """See ``engine_core.quantize.quantize_checkpoint``."""
     checkpoint = Checkpoint(checkpoint_dir)
@@ -55,11 +55,9 @@ def quantize(
         copy_companions(directory, checkpoint)
         with CheckpointWriter(directory, checkpoint, spec, scheme, head) as writer:
             _write(writer, checkpoint, spec, scheme, tokens, progress)
-        write_config(directory, checkpoint, spec, scheme, head, writer.rounding_errors)
+        write_config(directory, checkpoint, scheme, head, writer.rounding_errors)
     if writer.rounding_errors:
         report(writer.rounding_errors.sentence(checkpoint.path.name, method))
-    size = sum(path.stat().st_size for path in Path(out_dir).iterdir() if path.is_file())
-    report(f"Wrote {out_dir}: {size / 1e6:.1f} MB")
 
 
 def _write(
@@ -68,7 +66,7 @@ def _write(
     spec: ModelSpec,
     scheme: Scheme,
     tokens,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int], object],
 ) -> None:
     count = len(spec.layers)
     progress(0, count)
@@ -96,6 +94,11 @@ def _check(checkpoint: Checkpoint, spec: ModelSpec, scheme: Scheme, head: bool) 
         raise BuildError(
             f"{checkpoint.path} is quantized already; quantize the checkpoint it was made from, or take the "
             "method fp16, which dequantizes it."
+        )
+    if scheme.is_calibrated and spec.vision is not None:
+        raise BuildError(
+            f"{scheme.method} is calibrated on texts, which is not implemented for models that see; take int8 or int4, "
+            "which round to nearest."
         )
     if head and not scheme.quantized:
         raise BuildError("fp16 quantizes nothing; leave the option for the head out.")

@@ -22,9 +22,8 @@ from engine_core.formats.weight_formats.base import (
     WeightFormat,
 )
 from engine_core.formats.weight_formats.integers import IntegerFormat
-from engine_core.quantize.methods import METHODS, SMOOTHQUANT
+from engine_core.quantize.methods import GROUP_SIZES, METHODS, SMOOTHQUANT
 
-GROUP_SIZES = (32, 64, 128)
 _INT_QUANTIZED = "int-quantized"  # the layout of int8 weights that int8 activations are multiplied with: not packed
 
 

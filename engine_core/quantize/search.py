@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from engine_core.errors import BuildError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.number_formats import from_16_bit, to_16_bit
 from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
@@ -37,6 +38,11 @@ def change_of(
     """Return the changes of layer ``index``; see ``Change``."""
     layer, change = spec.layers[index], Change()
     if scheme.method == SMOOTHQUANT:
+        if not layer.pre_norms:
+            raise BuildError(
+                f"{scheme.method} puts scales into the norms before attention and MLP, which {spec.architecture} does "
+                "not have; choose int8."
+            )
         for norm, linear in ((layer.input_norm, layer.qkv), (layer.mlp_norm, layer.gate_up)):
             weights = np.concatenate(changed_weights(checkpoint, linear, change))
             scale = _smoothing(weights, activations[linear.parts[0]])
@@ -56,18 +62,23 @@ def change_of(
             _fold_into_norm(checkpoint, spec, norm, linear, scale, scheme, change)
     for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
         first = linear.parts[0]
-        inputs = activations[first].kept / change.columns[first]
+        inputs = activations[first].kept / change.columns.get(first, 1)
         weights = np.concatenate(changed_weights(checkpoint, linear, change))
         change.ratios[first] = _best_ratios(weights, inputs, scheme)
     return change
 
 
 def _scaled(spec: ModelSpec, layer: LayerSpec) -> Iterator[tuple[LinearSpec, np.ndarray | None]]:
-    """(linear, for each of its inputs the row of V that makes it or None) in an order in which nothing is undone."""
-    yield layer.qkv, None
+    """(linear, for each of its inputs the row of V that makes it or None) in an order in which nothing is undone.
+
+    Without a norm before it, nothing takes the inverse of a linear's scales.
+    """
+    if layer.pre_norms:
+        yield layer.qkv, None
     heads = np.arange(spec.num_heads) // (spec.num_heads // spec.num_kv_heads)
     yield layer.output, (heads[:, None] * spec.head_dim + np.arange(spec.head_dim)).ravel()
-    yield layer.gate_up, None
+    if layer.pre_norms:
+        yield layer.gate_up, None
     yield layer.down, None
 
 

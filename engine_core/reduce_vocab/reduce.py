@@ -19,7 +19,7 @@ import numpy as np
 from engine_core.errors import BuildError
 from engine_core.formats.atomic import replaced_file
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.companions import config_ids, eos_token_ids
+from engine_core.formats.companions import config_ids, eos_token_ids, open_tokenizer
 from engine_core.formats.vocab_map import (
     FINGERPRINT,
     TOKENIZER_NAME,
@@ -81,7 +81,7 @@ def reduce_vocab(
     _check_options(method, texts, size, fraction, coverage, held_out_share)
     checkpoint = Checkpoint(checkpoint_dir)
     spec = read_spec(checkpoint)
-    tokenizer = Tokenizer(checkpoint.directory)
+    tokenizer = open_tokenizer(checkpoint)
     counts, held = _count(tokenizer, spec.vocab_size, texts, inputs, held_out, held_out_share)
     report(f"Counted {int(counts.outputs.sum())} written and {int(counts.inputs.sum())} read tokens")
     tokens = TokenTexts.of(tokenizer)

@@ -51,14 +51,15 @@ def lost_tokens(held_out: HeldOut, kept: np.ndarray, vocab_size: int, text_of: d
 def step_bytes(spec: ModelSpec, rows: int) -> list[dict]:
     """Return the bytes of weights that one decode step reads, before and after, by type of the head and of the rest.
 
-    A step reads every weight of the layers and the head once; of the embedding it reads one row, and the KV cache
-    depends on the context: neither is counted. ``share`` is what the head's lost rows are of the whole step.
+    A step reads every weight of the layers and the head once, of experts only those of one token; of the embedding it
+    reads one row, and the KV cache depends on the context: neither is counted, nor is an encoder, which only images
+    need. ``share`` is what the head's lost rows are of the whole step.
     """
-    layers = sum(
-        int(np.prod(shape, dtype=np.int64))
-        for name, shape in spec.shapes().items()
-        if name not in (spec.embedding, spec.head)
-    )
+    unread = {spec.embedding, spec.head, *(spec.vision.shapes() if spec.vision is not None else ())}
+    for layer in spec.layers:
+        for index in range(spec.idle_experts):
+            unread.update(name for linear in layer.expert(index) for name in linear.parts)
+    layers = sum(int(np.prod(shape, dtype=np.int64)) for name, shape in spec.shapes().items() if name not in unread)
     full, reduced = spec.vocab_size * spec.hidden_size, rows * spec.hidden_size
     table = []
     for head, head_bytes in WEIGHT_BYTES.items():

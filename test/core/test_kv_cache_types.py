@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 import checkpoints
 import fakes
+from engine_core.backends.onnxruntime import kv_scales
 from engine_core.backends.onnxruntime import session as ort_session
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.backends.onnxruntime.build import build_engine
@@ -23,7 +24,6 @@ from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, BuildError, ConfigurationError
 from engine_core.measure.steps import extend
-from engine_core.quantize import kv_cache
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 MAX_CONTEXT = 64
@@ -50,7 +50,7 @@ def open_session(engine_dir: Path, manifest, kind: str) -> OrtSession:
     return OrtSession(engine_dir, manifest.model, rows, manifest.max_context, manifest.max_context, 1, kind)
 
 
-@pytest.fixture(scope="module", params=sorted(checkpoints.CASES))
+@pytest.fixture(scope="module", params=checkpoints.DISTINCT)
 def case(request, tmp_path_factory):
     """(engine directory, manifest) of every architecture."""
     directory = checkpoints.write(tmp_path_factory.mktemp(request.param), request.param)
@@ -103,8 +103,8 @@ def test_the_int8_cache_holds_what_the_reference_makes_of_the_fp32_one(llama):
         each.prefill(PROMPT, 0)
     sequences = [line for line in (checkpoint / "calibration.jsonl").read_text().splitlines()]
     ids = [np.frombuffer(json.loads(line)["text"].encode(), np.uint8).astype(np.int32) for line in sequences]
-    scales = kv_cache.int8_scales(kv_cache.measure_peaks(engine_dir, manifest.model, manifest.model.vocab_size, ids))
-    wanted = kv_cache.quantize_int8(expected.kv_cache[0, :, 0, :, :45], scales[0][:, :, None, :])
+    scales = kv_scales.int8_scales(kv_scales.measure_peaks(engine_dir, manifest.model, manifest.model.vocab_size, ids))
+    wanted = kv_scales.quantize_int8(expected.kv_cache[0, :, 0, :, :45], scales[0][:, :, None, :])
     difference = np.abs(session.kv_cache[0, :, 0, :, :45].astype(int) - wanted)
     assert difference.max() <= 1 and difference.mean() < 1e-3 and np.abs(wanted).max() > 100
 
@@ -206,23 +206,3 @@ def test_the_demo_model_says_the_same(demo, kind):
             same += int(session.logits.argmax() == expected.logits.argmax())
             total += 1
     assert same / total > 0.98, f"{same} of {total}"
-
-
-def test_fp8_numerics():
-    """e4m3 has 3 bits of mantissa: half a step is 1/16 of the value; the scale maps the head's peak to 448."""
-    values = np.random.default_rng(0).standard_normal((2, 3, 50, 16)).astype(np.float32) * [[[[1]], [[10]], [[0.01]]]]
-    values = values.astype(np.float32)
-    peaks = np.abs(values).max(axis=2)
-    scales = kv_cache.fp8_scales(peaks)
-    patterns = kv_cache.quantize_fp8(values, scales)
-    assert patterns.dtype == np.uint8 and patterns.shape == values.shape and scales.shape == (2, 3)
-    found = kv_cache.dequantize_fp8(patterns, scales)
-    normal = np.abs(values) > scales[..., None, None] * 2.0**-6  # below are the subnormals, with one absolute step
-    assert (np.abs(found - values)[normal] <= np.abs(values)[normal] / 16 * 1.0001).all()
-    bound = np.maximum(np.abs(values) / 16, scales[..., None, None] * 2.0**-10)
-    assert (np.abs(found - values) <= bound * 1.0001).all()
-    assert np.isclose(np.abs(found).max(axis=(2, 3)), peaks.max(axis=-1)).all()
-    # What is above the peak is clipped, never infinite or NaN; a head of zeros stays zero.
-    assert kv_cache.dequantize_fp8(kv_cache.quantize_fp8(values * 3, scales), scales).max() == found.max()
-    zeros = np.zeros((1, 2, 8), np.float32)
-    assert not kv_cache.quantize_fp8(zeros, kv_cache.fp8_scales(zeros[:, 0])).any()

@@ -243,7 +243,7 @@ def test_what_the_cpu_lacks_is_rounded_anew_to_int8(quantized, tmp_path, kind, c
     expected = transformers_logits(quantized(kind))
     assert np.abs(logits_of(tmp_path / "engine", manifest) - expected).mean() / expected.std() < 0.05
     assert cli.main(["build", str(quantized(kind)), str(tmp_path / "by_command"), "--max-context", "64"]) == 0
-    assert capsys.readouterr().out.splitlines().count(notice) == 1
+    assert capsys.readouterr().err.splitlines().count(notice) == 1
     assert read_manifest(tmp_path / "by_command").options == manifest.options
 
 
@@ -368,8 +368,11 @@ def test_a_full_disk_leaves_nothing_and_the_old_checkpoint_as_it_was(original, t
 def test_the_command_line(original, tmp_path, capsys):
     out, engine = str(tmp_path / "out"), str(tmp_path / "engine")
     assert cli.main(["quantize", str(original), out, "--method", "int4_awq", "--group-size", "32"]) == 0
-    assert "Calibrating on" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Calibrating on" in printed.err and printed.out.startswith(f"Wrote {out}: a checkpoint in int4_awq, ")
+    assert cli.main(["quantize", str(original), out, "--method", "int8"]) == 1
+    assert "is not empty" in capsys.readouterr().err
     assert cli.main(["build", out, engine, "--max-context", "64"]) == 0
     assert json.loads((tmp_path / "engine" / "engine.json").read_text())["quantization"] == "int4_awq"
-    assert cli.main(["quantize", str(tmp_path / "nothing"), out, "--method", "int8"]) == 1
+    assert cli.main(["quantize", str(tmp_path / "nothing"), out, "--method", "int8", "--force"]) == 1
     assert "does not exist" in capsys.readouterr().err

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import torch
 
 import checkpoints
+from engine_core.errors import BuildError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.models.reader import read_spec
 from engine_core.quantize.calibration import Tokens, linears_of, run_layers
@@ -31,7 +32,7 @@ def tokens() -> Tokens:
     return Tokens(np.where(np.arange(30) < LENGTHS[:, None], ids, 0), LENGTHS)
 
 
-@pytest.mark.parametrize("name", sorted(checkpoints.CASES))
+@pytest.mark.parametrize("name", checkpoints.ALL_ATTENTION)
 def test_inputs_are_those_of_the_model_as_a_whole(tmp_path, name):
     directory = checkpoints.write(tmp_path, name)
     texts, found = tokens(), {}
@@ -53,6 +54,17 @@ def test_inputs_are_those_of_the_model_as_a_whole(tmp_path, name):
         np.testing.assert_allclose(found[part].mean, np.abs(expected).mean(axis=0), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(found[part].peak, np.abs(expected).max(axis=0), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(found[part].kept, expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "reason"),
+    [("olmo2", "int8_smoothquant", "norms before attention"), ("qwen3-moe", "int4_awq", "has experts")],
+)
+def test_what_cannot_be_calibrated_is_refused(tmp_path, name, method, reason):
+    checkpoint = Checkpoint(checkpoints.write(tmp_path, name))
+    spec, scheme = read_spec(checkpoint), make_scheme(method, 0, True, "bf16")
+    with pytest.raises(BuildError, match=reason):
+        run_layers(checkpoint, spec, tokens(), lambda index, found: change_of(checkpoint, spec, index, scheme, found))
 
 
 @pytest.mark.parametrize("method", ["int4_awq", "int8_smoothquant"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +19,17 @@ from engine_core.config import EngineConfig
 from engine_core.errors import BuildError, CheckpointError, ConfigurationError
 from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
 from engine_core.formats.vocab_map import FINGERPRINT, TENSOR_NAME, read_vocab_map, tokenizer_fingerprint
+from engine_core.models.shapes import spec_of
 from engine_core.reduce_vocab import reduce as module
 from engine_core.reduce_vocab.reduce import reduce_vocab
+from engine_core.reduce_vocab.report import step_bytes
 from engine_core.reduce_vocab.select import Chooser
 from engine_core.reduce_vocab.texts import tokenize
 from engine_core.serving.engine import Engine
 from engine_core.text.documents import read_documents
 from engine_core.text.tokenizer import Tokenizer
 
+DEMO_VISION = Path(__file__).resolve().parents[2] / "models" / "demo_vision"
 CHATS = [
     [("system", "Be brief."), ("user", f"bring the red cup {i}"), ("assistant", '{"plan": [{"do": "pick"}]}')]
     for i in range(12)
@@ -311,6 +316,19 @@ def test_bytes_of_a_step_are_those_of_the_weights(byte_level, chats, tmp_path):
     assert row["share"] == pytest.approx(row["saved_bytes"] / row["step_bytes"])
 
 
+def test_a_step_reads_no_encoder_and_the_experts_of_one_token():
+    config = dict(
+        architectures=["Qwen3MoeForCausalLM"], num_hidden_layers=2, hidden_size=64, moe_intermediate_size=128,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=512, num_experts_per_tok=2,
+    )  # fmt: skip
+    few, many = (step_bytes(spec_of(config | {"num_experts": count}), 256)[0]["step_bytes"] for count in (2, 9))
+    assert many - few == 2 * 2 * (9 - 2) * 64  # the routers' rows
+    spec = spec_of(json.loads((DEMO_VISION / "config.json").read_text(encoding="utf-8")))
+    assert spec.vision is not None
+    without = dataclasses.replace(spec, vision=None)
+    assert step_bytes(spec, 256) == step_bytes(without, 256)
+
+
 # --- the file -----------------------------------------------------------------------------------------
 
 
@@ -388,6 +406,9 @@ def test_the_command_writes_the_map_and_shows_the_report(byte_level, chats, tmp_
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads((tmp_path / "reduced_vocab.json").read_text())
     assert (shown["size"], shown["method"]) == (400, "input_aware")
+    assert cli.main([*command, "--size", "400"]) == 1
+    assert "vocab_map.safetensors is there" in capsys.readouterr().err
+    command.append("--force")
     assert cli.main([*command, "--coverage", "99", "--held-out", "0.2"]) == 0
     out = capsys.readouterr().out
     assert "Coverage" in out and "share saved" in out and f"--vocab-map {tmp_path}" in out.replace("\n", "")
