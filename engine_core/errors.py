@@ -8,11 +8,18 @@ what was expected and what to do, in one sentence.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
+
+# Control characters, line separators and lone surrogates: a file or a request can have them in names that are quoted.
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class EdgeLLMError(Exception):
-    """Base of all errors of the inference core."""
+    """Base of all errors of the inference core. Its text is one line: what would break it is escaped."""
+
+    def __str__(self) -> str:
+        return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), super().__str__())
 
 
 # --- what configure and build can meet ------------------------------------------------------------
@@ -32,6 +39,10 @@ class EngineDirectoryError(EdgeLLMError):
 
 class IntegrityError(EngineDirectoryError):
     """A file of the engine directory does not have the size or SHA-256 its manifest records."""
+
+
+class SignatureError(IntegrityError):
+    """The manifest of an engine directory is not signed by a trusted key."""
 
 
 class SchemaVersionError(EngineDirectoryError):
@@ -90,7 +101,13 @@ class InvalidSessionError(InvalidRequestError):
 
 
 class InvalidSchemaError(InvalidRequestError):
-    """The JSON schema does not parse or uses what the constraint engine does not support."""
+    """The form of an answer (JSON schema, regular expression, choices, grammar) or a tool's parameters do not parse, or
+    use what is not supported."""
+
+
+class InvalidImageError(InvalidRequestError):
+    """An image cannot be decoded, or the model cannot see it: encoding, size, number, a model without a
+    vision encoder."""
 
 
 class PromptTooLongError(RequestError):
@@ -112,6 +129,10 @@ class SessionBusyError(RequestError):
     """Another request of the session waits or runs."""
 
 
+class NoFrameError(RequestError):
+    """A camera's topic has no frame yet, too few of them, or none that is new enough."""
+
+
 class NotActiveError(RequestError):
     """The engine is not accepting requests (inactive, shutting down, or stopped by a fault)."""
 
@@ -127,6 +148,19 @@ def as_exception(error: BaseException) -> Exception:
     fault = EngineFaultError(f"A thread was ended by {type(error).__name__}: {first_line(error)}.")
     fault.__cause__ = error
     return fault
+
+
+_LONGEST_SENTENCE = 1000  # characters: a request can spell names of a megabyte, which sentences quote
+
+
+def sentence_of(error: Exception) -> str:
+    """Return one sentence for whoever sent a request, of 1,000 characters at most.
+
+    It names the class where the error is not one of ours.
+    """
+    is_ours = isinstance(error, EdgeLLMError)
+    text = str(error) if is_ours else f"Internal error ({type(error).__name__}: {error}); please report it."
+    return text if len(text) <= _LONGEST_SENTENCE else f"{text[: _LONGEST_SENTENCE - 1]}…"
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from engine_core.errors import InsufficientMemoryError
@@ -50,7 +50,7 @@ def kv_cache_bytes(
 class MemoryItem:
     """Bytes that are taken for one purpose."""
 
-    name: str  # weights, kv_cache, prefix_cache, scratch, rope, io, runtime
+    name: str  # docs/memory.md says what each is
     bytes: int
     on_host: bool = False  # in the host's memory, which is not the device's
 
@@ -91,6 +91,11 @@ class MemoryPlan:
     def item(self, name: str) -> int:
         """Return the bytes of the item ``name``; 0 if the plan has none."""
         return sum(item.bytes for item in self.items if item.name == name)
+
+    @staticmethod
+    def names(plans: Iterable[MemoryPlan | None]) -> list[str]:
+        """Return the names of the items that any of ``plans`` has, in their order."""
+        return list(dict.fromkeys(item.name for plan in plans if plan is not None for item in plan.items))
 
     def table(self) -> str:
         """Return the plan as aligned lines, for a log or a terminal."""

@@ -51,9 +51,7 @@ def message_type(name: str) -> type:
 
     Of a service it is the request, of an action the goal. Raises MessageTypeError.
     """
-    if (match := _NAME.fullmatch(name)) is None:
-        raise MessageTypeError(f"{name[:100]!r} is no message type; expected one like geometry_msgs/msg/PoseStamped.")
-    package, kind, short = match[1], match[2] or "msg", match[3]
+    package, kind, short = split_name(name)
     try:
         module = importlib.import_module(f"{package}.{kind}")
     except ImportError as error:
@@ -66,6 +64,13 @@ def message_type(name: str) -> type:
     if not isinstance(found, type) or not hasattr(found, "get_fields_and_field_types"):
         raise MessageTypeError(f"The package {package} has no {kind}/{short}.")
     return found
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """Return package, kind (msg, srv or action) and short name of a type's name. Raises MessageTypeError."""
+    if (match := _NAME.fullmatch(name)) is None:
+        raise MessageTypeError(f"{name[:100]!r} is no message type; expected one like geometry_msgs/msg/PoseStamped.")
+    return match[1], match[2] or "msg", match[3]
 
 
 def schema_of(

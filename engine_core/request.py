@@ -13,10 +13,11 @@ import re
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine_core.errors import (
     EmptyPromptError,
+    InvalidImageError,
     InvalidRequestError,
     InvalidSamplingError,
     InvalidSchemaError,
@@ -24,6 +25,9 @@ from engine_core.errors import (
     InvalidTextError,
     PromptTooLongError,
 )
+
+if TYPE_CHECKING:
+    from engine_core.vision.images import Image
 
 ROLES = ("system", "user", "assistant", "tool")
 # A conversation that does not fit is refused, or its oldest turns are left out.
@@ -66,7 +70,9 @@ class RequestLimits:
     """The sizes that the parts of one request may have. They are checked before any work is done with the parts."""
 
     text_bytes: int = 1 << 20  # UTF-8, of the prompt or of all messages together
-    schema_bytes: int = 1 << 18  # UTF-8
+    schema_bytes: int = 1 << 18  # UTF-8, of a JSON schema, a regular expression, a grammar or all choices together
+    choices: int = 1024
+    schema_name_chars: int = 64
     messages: int = 1024
     stop_strings: int = 16
     stop_chars: int = 256  # of each stop string
@@ -81,6 +87,12 @@ class RequestLimits:
     tool_calls: int = 128  # of a message
     tool_call_id_chars: int = 256
     template_variable_bytes: int = 1 << 14  # UTF-8
+    images: int = 64
+    image_pixels: int = 1 << 25  # of each; one of 8K has 33,177,600
+    image_edge: int = 1 << 16  # pixels; scaling takes 48 bytes for each pixel of an edge
+    image_scans: int = 32  # of a JPEG file; each takes a pass over all pixels, and encoders write 18 at most
+    image_parts: int = 1 << 16  # segments of a JPEG file, chunks of a PNG file
+    image_bytes: int = 1 << 28  # of all together, as they come
 
     def check_count(self, name: str, count: int, limit: int) -> None:
         """Raises InvalidRequestError if ``count`` is above ``limit``."""
@@ -89,6 +101,26 @@ class RequestLimits:
 
     def check_messages(self, count: int) -> None:
         self.check_count("messages", count, self.messages)
+
+    def check_images(self, count: int, size: int) -> None:
+        """Raises InvalidImageError for too many images, or too many bytes (``size``) of them."""
+        if count > self.images:
+            raise InvalidImageError(f"The request has {count} images, but at most {self.images} are accepted.")
+        if size > self.image_bytes:
+            raise InvalidImageError(
+                f"The request has {size} bytes of images, but at most {self.image_bytes} are accepted; scale them down."
+            )
+
+    def check_image_size(self, width: int, height: int) -> None:
+        """Raises InvalidImageError for an image with too many pixels, or with an edge (pixels) that is too long."""
+        if width * height > self.image_pixels:
+            raise InvalidImageError(
+                f"An image is {width} × {height}, but at most {self.image_pixels} pixels are accepted; scale it down."
+            )
+        if max(width, height) > self.image_edge:
+            raise InvalidImageError(
+                f"An image is {width} × {height}, but an edge may have at most {self.image_edge} pixels."
+            )
 
 
 LIMITS = RequestLimits()
@@ -142,6 +174,8 @@ class ChatMessage:
     tool_call_id: str = ""  # of a tool: the call that it answers, of an assistant's message before it
     name: str = ""  # of a tool; "" = that of the call
     reasoning: str = ""  # of an assistant: what it thought before it answered
+    # Of a user: where in ``content``, in characters and ascending, its images stand; their pixels are the request's.
+    images: tuple[int, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -269,9 +303,19 @@ class GenerationRequest:
     request_id: str
     messages: tuple[ChatMessage, ...] = ()
     prompt: str = ""
+    # In the order of their places in the messages. Without any place there, all come before the text of the last
+    # user's message. In a raw prompt, each takes the place of one of the model's placeholders.
+    images: tuple[Image, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()  # generation ends before the first of these; never part of the text
-    json_schema: str = ""  # "" = free text; otherwise the answer is one JSON value of this schema
+    # The form of the answer: one of these, or none of them for free text.
+    json_schema: str = ""  # one JSON value of this schema
+    schema_name: str = ""  # one JSON value of the engine's schema of this name
+    regex: str = ""  # a text that this regular expression matches as a whole
+    choices: tuple[str, ...] = ()  # one of these texts
+    grammar: str = ""  # a text of this Lark grammar, in llguidance's syntax
+    compact_json: bool = False  # JSON on one line, spelled as json.dumps does; False: one blank or line break anywhere
+    max_string: int = 0  # characters of a string of the JSON that its schema does not bound; 0 = no limit
     # The conversation whose history comes before ``messages``, and to which they and the answer are added; "" = none.
     session: str = ""
     default_system: str = ""  # the system message of a session that begins without one; "" = none
@@ -290,12 +334,13 @@ class GenerationRequest:
     # prompt is always read with its special tokens: whoever sends one writes the template's part too.
     allow_special: bool = False
 
-    def validate(self, limits: RequestLimits = LIMITS) -> None:
-        """Checks all that needs no tokenizer; the sizes come first.
+    def validate(self, limits: RequestLimits = LIMITS, num_unread: int = 0) -> None:
+        """Checks all that needs no tokenizer; the sizes come first. ``num_unread``: images that are not read yet.
 
         Raises EmptyPromptError, InvalidRequestError, InvalidTextError, InvalidSamplingError or PromptTooLongError.
         """
-        self._check_sizes(limits)
+        num_images = len(self.images) + num_unread
+        self.check_sizes(limits)
         if self.prompt and self.messages:
             raise InvalidRequestError("The request has both a prompt and messages; give one of them.")
         if self.session:
@@ -307,10 +352,11 @@ class GenerationRequest:
         if self.prompt and (self.session or self.context_policy != "refuse"):
             raise InvalidRequestError("A session and drop_oldest are for messages, but the request has a raw prompt.")
         if not self.messages and not self.prompt.strip():
-            raise EmptyPromptError("The request has neither a prompt nor messages; there is nothing to answer.")
-        self._check_messages()
+            raise EmptyPromptError("The request has no messages and no prompt with text; there is nothing to answer.")
+        self._check_messages(num_images)
+        self._check_images(num_images)
         self._check_tools()
-        texts = (self.request_id, self.adapter, self.prompt, self.json_schema, self.template_variables, *self.stop)
+        texts = (self.request_id, self.adapter, self.prompt, self.template_variables, *self._forms(), *self.stop)
         tool_texts = (text for tool in self.tools for text in tool.texts)
         for text in (*texts, *(text for message in self.messages for text in message.texts), *tool_texts):
             try:
@@ -326,38 +372,107 @@ class GenerationRequest:
                 )
         if any(not text for text in self.stop):
             raise InvalidSamplingError("A stop string is empty; leave it out instead.")
-        if self.stop and self.json_schema:
-            raise InvalidSamplingError(
-                "The request has stop strings and a JSON schema, whose value they would cut; leave one of them out."
-            )
+        self._check_form()
         if not (math.isfinite(self.timeout) and self.timeout >= 0):
             raise InvalidRequestError(f"The deadline is {self.timeout} s, but it must be 0 (none) or more seconds.")
         self.sampling.validate()
 
-    def _check_messages(self) -> None:
+    @property
+    def is_json(self) -> bool:
+        """The answer is a JSON value, where it is no call of a tool."""
+        return bool(self.json_schema or self.schema_name)
+
+    @property
+    def has_form(self) -> bool:
+        """The answer is held to a form: it is no free text."""
+        return self.is_json or bool(self.regex or self.choices or self.grammar)
+
+    def _forms(self) -> tuple[str, ...]:
+        return (self.json_schema, self.schema_name, self.regex, self.grammar, *self.choices)
+
+    def _check_form(self) -> None:
+        forms = {
+            "a JSON schema": self.json_schema,
+            "the name of a schema": self.schema_name,
+            "a regular expression": self.regex,
+            "choices": self.choices,
+            "a grammar": self.grammar,
+        }
+        given = [name for name, form in forms.items() if form]
+        if len(given) > 1:
+            raise InvalidRequestError(f"The request has {given[0]} and {given[1]}; an answer has one form, give one.")
+        if any(not choice for choice in self.choices):
+            raise InvalidSchemaError("A choice is empty; leave it out.")
+        if self.max_string and not 0 < self.max_string <= _MAX_INT32:
+            raise InvalidRequestError(f"max_string is {self.max_string}, but it must be from 0 to {_MAX_INT32}.")
+        if (self.compact_json or self.max_string) and not self.is_json:
+            raise InvalidRequestError("compact_json and max_string are for JSON, but the request has no JSON schema.")
+        if self.stop and given:
+            raise InvalidSamplingError(
+                f"The request has stop strings and {given[0]}, whose answer they would cut; leave one of them out."
+            )
+        if self.tools and self.tool_choice != "none" and given and not self.is_json:
+            raise InvalidRequestError(
+                f"The request has tools and {given[0]}, from which a call cannot be told; leave one of them out."
+            )
+
+    def _check_messages(self, num_images: int) -> None:
         for message in self.messages:
             if message.role not in ROLES:
                 raise InvalidRequestError(
-                    f"The role {message.role!r} is unknown; a message is from one of {', '.join(ROLES)}."
+                    f"The role {message.role[:64]!r} is unknown; a message is from one of {', '.join(ROLES)}."
                 )
-        if self.messages and not any(m.content.strip() or m.tool_calls for m in self.messages if m.role != "system"):
-            raise EmptyPromptError("All messages are empty; there is nothing to answer.")
-        known: set[str] = set()
+        said = (m.content.strip() or m.tool_calls for m in self.messages if m.role != "system")
+        if self.messages and not num_images and not any(said):
+            raise EmptyPromptError("All messages, system messages aside, are empty; there is nothing to answer.")
         for message in self.messages:
             if (message.tool_calls or message.reasoning) and message.role != "assistant":
                 raise InvalidRequestError(
                     f"A message of the role {message.role} has tool calls or reasoning, which only an assistant has."
                 )
+            known: set[str] = set()  # of this message: agents that number their calls begin anew in the next one
             for call in message.tool_calls:
                 check_tool_name(call.name)
                 parse_arguments(call)
                 if call.id and call.id in known:
-                    raise InvalidRequestError(f"Two tool calls in the messages have the id {call.id[:64]!r}.")
+                    raise InvalidRequestError(f"Two tool calls of a message have the id {call.id[:64]!r}.")
                 known.add(call.id)
             if message.tool_call_id and message.role != "tool":
                 raise InvalidRequestError(
                     f"A message of the role {message.role} has a tool_call_id, which only a tool's message has."
                 )
+
+    def _check_images(self, num_images: int) -> None:
+        for message in self.messages:
+            if message.images and message.role != "user":
+                raise InvalidImageError(
+                    f"A message of the role {message.role} has images, which only a user's message can have."
+                )
+            if any(place < last for last, place in zip((0, *message.images), (*message.images, len(message.content)))):
+                raise InvalidImageError(
+                    f"The images of a message stand at {list(message.images)[:16]}, but places ascend from 0 to the "
+                    f"{len(message.content)} characters of its text."
+                )
+        num_places = sum(len(message.images) for message in self.messages)
+        if num_places and num_places != num_images:
+            raise InvalidImageError(
+                f"The messages have places for {num_places} images, but the request has {num_images}."
+            )
+        if num_images and self.messages and not any(message.role == "user" for message in self.messages):
+            raise InvalidImageError("The request has images, but no user's message for them.")
+
+    def with_placed_images(self) -> GenerationRequest:
+        """Return the request with a place in the messages for every image; ``validate`` has passed it."""
+        if not self.images or not self.messages or any(message.images for message in self.messages):
+            return self
+        last = max(index for index, message in enumerate(self.messages) if message.role == "user")
+        message = dataclasses.replace(self.messages[last], images=(0,) * len(self.images))
+        return self.replace(messages=(*self.messages[:last], message, *self.messages[last + 1 :]))
+
+    def with_messages(self, messages: tuple[ChatMessage, ...]) -> GenerationRequest:
+        """Return the request with the last of its messages, and of its images those that have a place there."""
+        count = sum(len(message.images) for message in messages)
+        return self.replace(messages=messages, images=self.images[len(self.images) - count :])
 
     def check_answered_calls(self) -> None:
         """Raises InvalidRequestError for a tool's message that answers no call.
@@ -405,9 +520,12 @@ class GenerationRequest:
         """Return the variables for the chat template by name. Raises InvalidRequestError."""
         return _parse_object(self.template_variables, "template variables")
 
-    def _check_sizes(self, limits: RequestLimits) -> None:
+    def check_sizes(self, limits: RequestLimits = LIMITS) -> None:
+        """Raises InvalidRequestError or PromptTooLongError if a part of the request is larger than ``limits`` allow."""
         limits.check_messages(len(self.messages))
         limits.check_count("tools", len(self.tools), limits.tools)
+        places = max((len(message.images) for message in self.messages), default=0)
+        limits.check_images(max(len(self.images), places), sum(image.pixels.nbytes for image in self.images))
         limits.check_count(
             "tool calls in a message", max((len(m.tool_calls) for m in self.messages), default=0), limits.tool_calls
         )
@@ -415,11 +533,15 @@ class GenerationRequest:
         limits.check_count(
             "characters in the id of a tool call", max(map(len, ids), default=0), limits.tool_call_id_chars
         )
+        for image in self.images:
+            limits.check_image_size(image.width, image.height)
         limits.check_count("stop strings", len(self.stop), limits.stop_strings)
         limits.check_count("logit biases", len(self.sampling.logit_bias), limits.logit_biases)
         limits.check_count("stop token ids", len(self.sampling.stop_token_ids), limits.stop_token_ids)
         limits.check_count("characters in its id", len(self.request_id), limits.request_id_chars)
         limits.check_count("characters in its adapter's name", len(self.adapter), limits.adapter_chars)
+        limits.check_count("characters in its schema's name", len(self.schema_name), limits.schema_name_chars)
+        limits.check_count("choices", len(self.choices), limits.choices)
         limits.check_count("characters in a stop string", max(map(len, self.stop), default=0), limits.stop_chars)
         if not 0 <= self.priority <= limits.priority:
             raise InvalidRequestError(f"The priority is {self.priority}, but it must be from 0 to {limits.priority}.")
@@ -438,17 +560,28 @@ class GenerationRequest:
                 raise InvalidRequestError(
                     f"The request has at least {size} bytes of {what}, but at most {limit} are accepted."
                 )
-        schema_size = _num_bytes((self.json_schema,), limits.schema_bytes)
-        if schema_size > limits.schema_bytes:
-            raise InvalidSchemaError(
-                f"The JSON schema has at least {schema_size} bytes, but at most {limits.schema_bytes} are accepted."
-            )
+        for what, found in (
+            ("The JSON schema has", (self.json_schema,)),
+            ("The regular expression has", (self.regex,)),
+            ("The grammar has", (self.grammar,)),
+            ("The choices have", self.choices),
+        ):
+            if (size := _num_bytes(found, limits.schema_bytes)) > limits.schema_bytes:
+                raise InvalidSchemaError(
+                    f"{what} at least {size} bytes, but at most {limits.schema_bytes} are accepted."
+                )
 
     @property
     def num_template_chars(self) -> int:
         """The characters of all texts to which the chat template is applied."""
         messages = sum(len(text) for message in self.messages for text in message.texts)
         return messages + sum(len(text) for tool in self.tools for text in tool.texts)
+
+    @property
+    def num_chars(self) -> int:
+        """The characters of all its texts."""
+        forms = sum(map(len, self._forms()))
+        return len(self.prompt) + self.num_template_chars + forms + len(self.template_variables)
 
     def replace(self, **changes) -> GenerationRequest:
         return dataclasses.replace(self, **changes)
@@ -469,6 +602,10 @@ class RequestDefaults:
         if not messages or not self.system_prompt or session or any(m.role == "system" for m in messages):
             return messages
         return (ChatMessage("system", self.system_prompt), *messages)
+
+    def with_stop(self, request: GenerationRequest) -> GenerationRequest:
+        """Return ``request`` with the stop strings, if it has none of its own and is free text."""
+        return request if request.stop or request.has_form else request.replace(stop=self.stop)
 
 
 def check_session_name(name: str) -> None:
@@ -567,6 +704,7 @@ class GenerationResult:
     finish_reason: FinishReason = FinishReason.STOP
     error: Exception | None = None  # with FinishReason.ERROR
     prompt_tokens: int = 0
+    image_tokens: int = 0  # of the prompt's tokens, those of images
     cached_tokens: int = 0  # prompt tokens whose KV was reused
     dropped_turns: int = 0  # oldest turns that were left out of the prompt (drop_oldest)
     session_turns: int = 0  # turns of the session with this answer; 0 if it was added to none
@@ -577,3 +715,4 @@ class GenerationResult:
     time_to_first_token: float = 0.0  # s, from arrival to the first token on the host; 0 if there was none
     tokens_per_second: float = 0.0  # decode rate after the first token; 0 with fewer than two tokens
     total_time: float = 0.0  # s, from arrival to the end
+    energy_joules: float = math.nan  # J, the request's share; see serving/energy.py. NaN where it cannot be read

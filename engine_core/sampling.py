@@ -14,6 +14,9 @@ import numpy as np
 from engine_core.errors import EngineFaultError, InvalidSamplingError
 from engine_core.request import SamplingParams
 
+# What every backend says of logits that are NaN, and of a step that no token is left for.
+NAN_LOGITS = "The model's logits are NaN; the weights or the engine are damaged."
+NO_TOKEN_LEFT = "No token is left to sample: the logit bias, the JSON schema and the vocabulary exclude each other."
 _MASK32 = 0xFFFFFFFF
 _FIRST_NUCLEUS = 1024  # candidates sorted before top-p is known to need more of the vocabulary
 
@@ -166,7 +169,7 @@ class Sampler:
 
     def _check(self, peak: float) -> None:
         if peak != peak:
-            raise EngineFaultError("The model's logits are NaN; the weights or the engine are damaged.")
+            raise EngineFaultError(NAN_LOGITS)
         if peak == -np.inf:
             reduced = ""
             if self._map is not None:
@@ -174,10 +177,7 @@ class Sampler:
                     f" The vocabulary is reduced to {self.num_rows} of {self.vocab_size} tokens: "
                     "'edgellm reduce-vocab' makes maps that keep all that JSON needs."
                 )
-            raise InvalidSamplingError(
-                "No token is left to sample: the logit bias, the JSON schema and the vocabulary exclude each other."
-                + reduced
-            )
+            raise InvalidSamplingError(NO_TOKEN_LEFT + reduced)
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:

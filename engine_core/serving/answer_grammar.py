@@ -1,17 +1,15 @@
-"""The grammar of a whole answer: reasoning, then text, a JSON value, or calls of tools."""
+"""The grammar of a whole answer: reasoning, then text, a value of a form, or calls of tools."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from engine_core.serving.answer_value import AnswerValue
 from engine_core.serving.tools import CheckedTool, quoted
 from engine_core.text.call_formats import (
     AnswerFormat,
-    CallFormat,
     Marker,
     Parts,
     Slot,
@@ -32,8 +30,8 @@ class Calls:
 class AnswerGrammar:
     """Writes the Lark grammar of one kind of answer.
 
-    ``value``: the JSON schema of the answer, None for text, with the options of the grammar library. ``calls``: None
-    without tools; an empty list of tools where none may be called, so that no text begins as a call does.
+    ``value``: the form of the answer, None for text. ``calls``: None without tools; an empty list of tools where none
+    may be called, so that no text begins as a call does.
     ``token_markers``: False has all markers written as text, to try out what a grammar costs with another tokenizer.
     """
 
@@ -41,7 +39,7 @@ class AnswerGrammar:
         self,
         form: AnswerFormat,
         reasoning: Reasoning,
-        value: dict[str, Any] | None,
+        value: AnswerValue | None,
         calls: Calls | None,
         token_markers: bool = True,
     ) -> None:
@@ -52,10 +50,16 @@ class AnswerGrammar:
         self._token_markers = token_markers
         self._rules: list[str] = []
 
-    def lark(self) -> str:
-        """Return the grammar. Raises InvalidSchemaError for a tool that the format of calls cannot be held to."""
+    def text(self) -> str:
+        """Return the grammar, as the grammar library takes it.
+
+        Raises InvalidSchemaError for a tool that the format of calls cannot be held to.
+        """
         self._rules = ["%llguidance {}"]
-        self._rules.append(f"start: {self._begin()}content")
+        begin = self._begin()
+        if self._value is not None and not self._value.is_json:  # white space may be a part of such a value
+            begin = {"thought ": "thought gap? ", "think? ": "(think gap?)? "}.get(begin, begin)
+        self._rules.append(f"start: {begin}content")
         alternatives = []
         if self._calls is not None and self._calls.tools:
             alternatives += self._call_alternatives(self._calls)
@@ -64,7 +68,8 @@ class AnswerGrammar:
         self._rules.append(f"content: {' | '.join(alternatives)}")
         if self._reasoning is not Reasoning.NEVER:
             self._rules.append("gap: /[ \\n]{1,2}/")
-        return "\n".join(self._rules) + "\n"
+        lark = "\n".join(self._rules) + "\n"
+        return lark if self._value is None else self._value.whole(lark)
 
     # --- parts --------------------------------------------------------------------------------------------
 
@@ -90,8 +95,8 @@ class AnswerGrammar:
 
     def _text_alternatives(self) -> list[str]:
         if self._value is not None:
-            self._rules.append(f"value: %json {json.dumps(self._value)}")
-            return [f"{self._gap}value"]
+            self._rules += self._value.rules
+            return [f"{self._gap}value" if self._value.is_json else "value"]
         self._rules.append(f"TEXT: {self._text_pattern()}")
         return ["TEXT?"]
 
@@ -114,7 +119,7 @@ class AnswerGrammar:
         assert form is not None
         for index, tool in enumerate(calls.tools):
             self._rules += tool.rules(form, f"args_{index}", self._marker(form.quote) if form.quote else "")
-        self._rules.append(f"call: {self._any_call(form, form.call, calls)}")
+        self._rules.append(f"call: {self._any_call(form.call, calls)}")
         repeated = f" ({self._join(form.between)} call)*" if calls.several and not self._form.one_call else ""
         rest = f"{repeated} {self._join(form.after)}"
         opening, has_text = form.opening, not calls.required and self._value is None
@@ -130,7 +135,7 @@ class AnswerGrammar:
             self._rules.append(f"opened[lazy]: /(?s:.*){_escaped(opening.text)}/")
             first = f"{self._join(form.before[1:])} call" if form.before else "first_call"
             if not form.before:
-                self._rules.append(f"first_call: {self._any_call(form, form.call[1:], calls)}")
+                self._rules.append(f"first_call: {self._any_call(form.call[1:], calls)}")
             return [f"opened {first}{rest}", *unmarked]
         before = "TEXT? " if has_text else self._gap
         return [f"{before}{self._join(form.before)} call{rest}", *unmarked]
@@ -149,7 +154,7 @@ class AnswerGrammar:
             for index, tool in enumerate(calls.tools)
         ]
 
-    def _any_call(self, form: CallFormat, parts: Parts, calls: Calls) -> str:
+    def _any_call(self, parts: Parts, calls: Calls) -> str:
         return " | ".join(
             f"({self._join(parts, tool.name, f'args_{index}')})" for index, tool in enumerate(calls.tools)
         )

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine_core.errors import InvalidRequestError
-from engine_core.request import GenerationRequest
+from engine_core.errors import InvalidImageError, InvalidRequestError
+from engine_core.models.vision import VisionSpec
+from engine_core.request import ChatMessage, GenerationRequest
 from engine_core.serving.constraint import AnswerConstraint, ConstraintFactory, Demand
 from engine_core.serving.tools import checked_tool
 from engine_core.text.answer import ExpectedAnswer
 from engine_core.text.call_formats import Arguments
 from engine_core.text.tokenizer import Prompt, Reasoning, Tokenizer, common_prefix_length
+from engine_core.vision.prompt import PlacedImage, placed, shown_text
+from engine_core.vision.video import Shown, gather_videos
 
 
 class Answers:
     """The answers of one model. Thread-safe.
 
-    ``kept_ids``: int [n], the full-vocabulary ids that can be sampled, or None when all can.
+    ``kept_ids``: int [n], the full-vocabulary ids that can be sampled, or None when all can. ``vision``: the encoder of
+    a model that sees, within the limits of the engine.
     """
 
-    def __init__(self, tokenizer: Tokenizer, constraints: ConstraintFactory, kept_ids: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        constraints: ConstraintFactory,
+        kept_ids: np.ndarray | None,
+        vision: VisionSpec | None = None,
+    ) -> None:
+        self._vision = vision
         self._tokenizer = tokenizer
         self._constraints = constraints
         self._kept_ids = None if kept_ids is None else frozenset(kept_ids.tolist())
@@ -43,7 +54,7 @@ class Answers:
             )
         for tool in request.tools:
             checked_tool(tool)
-        if request.tools and request.json_schema and form.calls is not None and form.calls.may_be_bare:
+        if request.tools and request.is_json and form.calls is not None and form.calls.may_be_bare:
             raise InvalidRequestError(
                 "Calls of this model are JSON without a marker, which a JSON schema's value cannot be told from; send "
                 "the request without one of them."
@@ -53,15 +64,53 @@ class Answers:
 
     def prompt(self, request: GenerationRequest) -> Prompt:
         """Return what the model reads of a request that ``check`` has passed. Raises InvalidRequestError."""
+        messages, shown = self._shown(request)
+        texts = self._image_texts(shown)
         if not request.messages:
-            return Prompt(self._tokenizer.encode(request.prompt))
+            return Prompt(self._tokenizer.encode(self._tokenizer.with_images(request.prompt, texts)))
         return self._tokenizer.prompt(
-            request.messages,
+            messages,
             tools=request.tools,
             variables=request.parse_template_variables(),
             thinking=request.thinking,
             allow_special=request.allow_special,
+            image_texts=texts,
+            videos=[index for index, each in enumerate(shown) if each.is_video],
         )
+
+    def _shown(self, request: GenerationRequest) -> tuple[tuple[ChatMessage, ...], list[Shown]]:
+        """Return the messages of a request with one place for each image and each video, and what stands there.
+
+        A raw prompt has images alone.
+        """
+        if self._vision is None or not request.images:
+            return request.messages, []
+        if not request.messages:
+            return (), [Shown((image,)) for image in request.images]
+        return gather_videos(request.messages, request.images, self._vision)
+
+    def _image_texts(self, shown: list[Shown]) -> list[str]:
+        """Return what stands for each image. Raises InvalidImageError for a shape that the model does not take."""
+        if not shown:
+            return []
+        assert self._vision is not None
+        placeholders = self._tokenizer.image_token, self._tokenizer.token_text(self._vision.frame_token_id)
+        try:
+            return [shown_text(self._vision, placeholders, each) for each in shown]
+        except ValueError as error:
+            raise InvalidImageError(f"{error}") from None
+
+    def placed_images(self, request: GenerationRequest, prompt: Prompt) -> tuple[PlacedImage, ...]:
+        """Return the images of a request with their places in its prompt. Raises InvalidImageError."""
+        if self._vision is None:
+            return ()
+        found = placed(prompt.token_ids, self._shown(request)[1], self._vision)
+        if found is None:
+            raise InvalidImageError(
+                f"The prompt spells {self._tokenizer.image_token!r}, the token of images, outside of its "
+                f"{len(request.images)} images; leave it out."
+            )
+        return found
 
     def shared_prefix(self, request: GenerationRequest, prompt: Prompt) -> np.ndarray:
         """Return the part of a prompt, int32 [m], that other conversations with its system message and tools share."""
@@ -83,13 +132,13 @@ class Answers:
         if calls is not None and may_call:
             if calls.arguments is Arguments.XML:
                 strings = {tool.name: checked_tool(tool).strings for tool in request.tools}
-            if calls.may_be_unmarked and request.tool_choice == "auto" and not request.json_schema:
+            if calls.may_be_unmarked and request.tool_choice == "auto" and not request.is_json:
                 unmarked = tuple(tool.name for tool in request.tools)
         return ExpectedAnswer(
             self.format,
             begins_reasoning=prompt.reasoning is Reasoning.BEGUN,
             may_call=may_call,
-            is_value=bool(request.json_schema),
+            is_value=request.is_json,
             unmarked=unmarked,
             strings=strings,
         )
@@ -102,7 +151,7 @@ class Answers:
         Raises InvalidSchemaError, DeadlinePassedError or QueueFullError.
         """
         budget = request.thinking_budget if prompt.reasoning is not Reasoning.NEVER else 0
-        if not (request.json_schema or request.tools or budget):
+        if not (request.has_form or request.tools or budget):
             return None
         is_value_alone = not request.tools and prompt.reasoning is Reasoning.NEVER
         demand = Demand.of(request, prompt.reasoning)

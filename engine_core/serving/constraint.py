@@ -1,12 +1,14 @@
-"""Hold an answer to a JSON schema, and its calls to those of their tools: token masks from the ``llguidance`` library.
+"""Hold an answer to its form, and its calls to the schemas of their tools: token masks from ``llguidance``.
 
-At each step the mask holds the tokens that keep the text a prefix of some valid answer; the model chooses among
-them. The library does the grammar; this module bounds what a schema can cost, gives the library only the tokens that
-can be sampled, and turns its errors into ``InvalidSchemaError``, which ends one request and nothing else.
+The form is a JSON schema, a regular expression, choices, or a grammar. At each step the mask holds the tokens that keep
+the text a prefix of some valid answer; the model chooses among them. The library does the grammar; this module bounds
+what a form can cost, gives the library only the tokens that can be sampled, and turns its errors into
+``InvalidSchemaError``, which ends one request and nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -14,16 +16,19 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine_core.errors import DeadlinePassedError, EngineFaultError, InvalidSchemaError, RequestError
-from engine_core.request import TOOL_CHOICES, GenerationRequest, Tool
+from engine_core.request import LIMITS, TOOL_CHOICES, GenerationRequest, Tool
 from engine_core.serving.answer_grammar import AnswerGrammar, Calls
-from engine_core.serving.json_schema import MAX_DIGITS, first_line, parse_schema
+from engine_core.serving.answer_value import AnswerValue
+from engine_core.serving.json_schema import COMPACT, FLEXIBLE, MAX_DIGITS, first_line, parse_schema
 from engine_core.serving.json_text import JsonText
 from engine_core.serving.schema_check import SchemaChecker
 from engine_core.serving.token_table import TokenTable
@@ -39,18 +44,23 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-MAX_SCHEMA_CHARS = 256 * 1024
-_CACHED_SCHEMAS = 64
+CACHED_SCHEMAS = 64
+# Characters of all forms that are kept, the newest apart: a grammar takes about 20 bytes for each, outside of any plan.
+_CACHED_CHARS = 2 << 20
 _TIMED_MASKS = 5
-# One optional space or line break where JSON allows any amount: small models otherwise fill the context with it.
-_WHITE_SPACE = r"[ \n]?"
+MASK_LIMIT = 0.5  # s of the CPU, for one mask, or forced text, in an engine whose other answers wait for it
 
 
 @dataclass(frozen=True)
 class Demand:
     """What a request demands of its answer, apart from what it costs."""
 
-    json_schema: str | None = None  # of the answer where it has no calls; None: it is text
+    json_schema: str | None = None  # of the answer where it has no calls; None: it is no JSON
+    compact_json: bool = False
+    max_string: int = 0
+    regex: str = ""
+    choices: tuple[str, ...] = ()
+    grammar: str = ""
     tools: tuple[Tool, ...] = ()
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
@@ -60,13 +70,46 @@ class Demand:
     def of(cls, request: GenerationRequest, reasoning: Reasoning = Reasoning.NEVER) -> Demand:
         """Return that of ``request``, whose prompt goes on with ``reasoning``."""
         return cls(
-            request.json_schema or None, request.tools, request.tool_choice, request.parallel_tool_calls, reasoning
+            json_schema=request.json_schema or None,
+            compact_json=request.compact_json,
+            max_string=request.max_string,
+            regex=request.regex,
+            choices=request.choices,
+            grammar=request.grammar,
+            tools=request.tools,
+            tool_choice=request.tool_choice,
+            parallel_tool_calls=request.parallel_tool_calls,
+            reasoning=reasoning,
         )
 
     @property
     def subject(self) -> str:
         """The part of the request that is at fault where the grammar is."""
-        return "The parameters of the tools" if self.tools and not self.json_schema else "The JSON schema"
+        if self.json_schema is not None:
+            return "The JSON schema"
+        if self.regex:
+            return "The regular expression"
+        if self.choices:
+            return "The list of choices"
+        if self.grammar:
+            return "The grammar"
+        return "The parameters of the tools" if self.tools else "The JSON schema"
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of the form and of the tools' parameters."""
+        texts = (self.json_schema or "", self.regex, self.grammar, *self.choices)
+        return sum(map(len, texts)) + sum(len(text) for tool in self.tools for text in tool.texts)
+
+    def value(self) -> AnswerValue | None:
+        """Return the form of the answer where it has no calls; None: it is text. Raises InvalidSchemaError."""
+        if self.json_schema is not None:
+            return AnswerValue.json(self.json_schema, self.compact_json, self.max_string)
+        if self.regex:
+            return AnswerValue.regex(self.regex)
+        if self.choices:
+            return AnswerValue.choices(self.choices)
+        return AnswerValue.lark(self.grammar) if self.grammar else None
 
 
 class ConstraintFactory:
@@ -88,13 +131,15 @@ class ConstraintFactory:
         self._why_not = ""
         self._checker = SchemaChecker()
         self._cache: OrderedDict[bytes, LLMatcher | InvalidSchemaError] = OrderedDict()  # by digest
+        self._num_chars: dict[bytes, int] = {}  # of what is in the cache
         self._running: dict[bytes, threading.Event] = {}  # digest → set when it is no longer being compiled
         self._lock = threading.Lock()
         try:
             import llguidance  # noqa: F401
         except ImportError:
             self._why_not = (
-                "A JSON schema needs the Python package 'llguidance', which is not installed: pip install llguidance."
+                "Forms of answers, such as JSON schemas, need the Python package 'llguidance', which is not installed: "
+                "pip install llguidance."
             )
             return
         eos = list(eos_token_ids) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
@@ -105,7 +150,7 @@ class ConstraintFactory:
         except BaseException as error:  # a Rust panic among them; no reason to refuse the whole engine
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            self._why_not = f"This model's tokenizer cannot be held to a JSON schema: {first_line(error)}."
+            self._why_not = f"This model's tokenizer cannot be held to a form: {first_line(error)}."
 
     def close(self) -> None:
         """End the processes that check schemas; may be called twice."""
@@ -129,9 +174,9 @@ class ConstraintFactory:
         if self._ll_tokenizer is None:
             raise InvalidSchemaError(self._why_not)
         demand = Demand(demand) if isinstance(demand, str) else demand
-        if (size := len(demand.json_schema or "")) > MAX_SCHEMA_CHARS:
+        if (size := len(demand.json_schema or "")) > LIMITS.schema_bytes:
             raise InvalidSchemaError(
-                f"The JSON schema has {size} characters, but at most {MAX_SCHEMA_CHARS} are accepted."
+                f"The JSON schema has {size} characters, but at most {LIMITS.schema_bytes} are accepted."
             )
         found = self._find(demand, timeout)
         if isinstance(found, InvalidSchemaError):
@@ -147,8 +192,11 @@ class ConstraintFactory:
             self._tokens,
             expected=expected,
             subject=demand.subject,
+            is_json=demand.json_schema is not None or bool(demand.tools),
+            may_sample=self._tokens.textual if demand.grammar else None,
             closing=closing,
             budget=budget,
+            give_up=partial(self._keep, _digest(demand), _too_slow(demand.subject), demand.num_chars),
         )
 
     def mask_seconds(self) -> float:
@@ -168,11 +216,20 @@ class ConstraintFactory:
 
     def knows(self, request: GenerationRequest) -> bool:
         """Return whether what ``request`` demands has been compiled, so that preparing it takes no time."""
-        if not (request.json_schema or request.tools):
+        if not (request.has_form or request.tools):
             return True
         keys = [_digest(Demand.of(request, reasoning)) for reasoning in Reasoning]
         with self._lock:
             return any(key in self._cache for key in keys)
+
+    def _keep(self, key: bytes, found: LLMatcher | InvalidSchemaError, num_chars: int) -> None:
+        """Take what was compiled into the cache, and drop what was used least recently where that is too much."""
+        with self._lock:
+            self._cache[key], self._num_chars[key] = found, num_chars
+            total = sum(self._num_chars.values())
+            while len(self._cache) > CACHED_SCHEMAS or (total > _CACHED_CHARS and len(self._cache) > 1):
+                oldest, _ = self._cache.popitem(last=False)
+                total -= self._num_chars.pop(oldest)
 
     def _find(self, demand: Demand, timeout: float | None) -> LLMatcher | InvalidSchemaError:
         """Return the LLMatcher or the InvalidSchemaError of ``demand``; who asks meanwhile waits for the first."""
@@ -191,10 +248,7 @@ class ConstraintFactory:
                 raise DeadlinePassedError
         try:
             found = self._compile(demand, deadline)
-            with self._lock:
-                self._cache[key] = found
-                while len(self._cache) > _CACHED_SCHEMAS:
-                    self._cache.popitem(last=False)
+            self._keep(key, found, demand.num_chars)
             return found
         finally:
             with self._lock:
@@ -232,12 +286,12 @@ class ConstraintFactory:
         """
         from llguidance import LLMatcher
 
-        parsed = None if demand.json_schema is None else parse_schema(demand.json_schema)
-        if parsed is not None and not demand.tools and demand.reasoning is Reasoning.NEVER:
-            overrides = {"whitespace_pattern": _WHITE_SPACE}
+        if demand.json_schema is not None and not demand.tools and demand.reasoning is Reasoning.NEVER:
+            parsed = parse_schema(demand.json_schema, demand.max_string)
+            overrides = COMPACT if demand.compact_json else FLEXIBLE
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(parsed), overrides=overrides)
             return grammar, grammar
-        value = None if parsed is None else {**parsed, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+        value = demand.value()
         calls = None
         if demand.tools:
             is_named = demand.tool_choice not in TOOL_CHOICES
@@ -249,10 +303,10 @@ class ConstraintFactory:
             several = demand.parallel_tool_calls and not is_named
             calls = Calls(chosen, required=demand.tool_choice not in ("auto", "none"), several=several)
         written = (
-            AnswerGrammar(self._format, demand.reasoning, value, calls, token_markers).lark()
+            AnswerGrammar(self._format, demand.reasoning, value, calls, token_markers).text()
             for token_markers in (True, False)
         )
-        own, tried = map(LLMatcher.grammar_from_lark, written)
+        own, tried = written
         return own, tried
 
     def _blamed(self, demand: Demand, deadline: float | None) -> InvalidSchemaError | None:
@@ -284,20 +338,32 @@ class AnswerConstraint:
         *,
         expected: ExpectedAnswer | None = None,
         subject: str = "The JSON schema",
+        is_json: bool = True,
+        may_sample: np.ndarray | None = None,
         closing: Sequence[int] = (),
         budget: int = 0,
+        give_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """``expected``: None for an answer that is all a JSON value. ``closing``: the ids that end the reasoning after
-        ``budget`` tokens of it; 0: it ends by itself."""
+        """``expected``: None for an answer that is all one value, of JSON if ``is_json``. ``may_sample``: uint32, as
+        ``mask``, the tokens that may be sampled whatever the grammar says; None: it has no others. ``closing``: the ids
+        that end the reasoning after ``budget`` tokens of it; 0: it ends by itself. ``give_up`` is called when a mask
+        has taken too long, so that no further answer gets there."""
         self._matcher = matcher
         self._subject = subject
         self._scanner = None if expected is None else AnswerScanner(expected)
         self._markers = {} if expected is None else expected.token_markers
         self._expected_value = expected is not None and expected.is_value
+        self._is_json = is_json
+        self._may_sample = None if may_sample is None else may_sample.copy()
+        if self._may_sample is not None:
+            for marker in self._markers:
+                self._may_sample[marker // 32] |= np.uint32(1) << np.uint32(marker % 32)
         self._num_values = 0
         self._closing, self._budget = tuple(closing), budget
+        self._give_up = give_up
         self._num_reasoning = 0
         self._tokens = tokens
+        self._unspelled = tokens.unspelled
         self._mask = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
         self._text = JsonText()
         self._forced: deque[int] = deque()  # ids of forced text that come next
@@ -320,11 +386,15 @@ class AnswerConstraint:
 
     @property
     def forced(self) -> int | None:
-        """The id of the only token that may come next, where the schema forces text; else None."""
+        """The id of the only token that may come next, where the schema forces text; else None.
+
+        Raises InvalidSchemaError if that takes too long.
+        """
         if not self._forced:
             self._end_reasoning()
         if not self._forced:
-            self._forced.extend(self._matcher.compute_ff_tokens())
+            with self._bounded():
+                self._forced.extend(takewhile(self._is_sampled, self._matcher.compute_ff_tokens()))
             if not self._excluded.isdisjoint(self._forced):
                 self._forced.clear()
         return self._forced[0] if self._forced else None
@@ -339,12 +409,16 @@ class AnswerConstraint:
             self._mask.fill(0)
             self._mask[forced // 32] = np.uint32(1) << np.uint32(forced % 32)
             return self._mask
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        with self._bounded():
+            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if self._matcher.is_error():
             raise InvalidSchemaError(f"{self._subject} cannot be used: {first_line(self._matcher.get_error())}.")
+        self._mask[self._unspelled // 32] &= ~(np.uint32(1) << np.uint32(self._unspelled % 32))
+        if self._may_sample is not None:
+            self._mask &= self._may_sample
         if not self._mask.any():
-            raise InvalidSchemaError(f"{self._subject} cannot be met: no token of this model goes on with the value.")
-        if self._scanner is None or self._scanner.in_value:
+            raise InvalidSchemaError(f"{self._subject} cannot be met: no token of this model goes on with the answer.")
+        if self._is_json if self._scanner is None else self._scanner.in_value:
             if not self._text.in_string:
                 self._bound_number()
             self._keep_keys_apart()
@@ -358,7 +432,7 @@ class AnswerConstraint:
         """
         if not self._matcher.consume_token(token_id):
             if not (self._mask[token_id // 32] >> np.uint32(token_id % 32)) & 1:
-                raise EngineFaultError(f"The backend sampled token {token_id}, which the JSON schema did not allow.")
+                raise EngineFaultError(f"The backend sampled token {token_id}, which the mask did not allow.")
             raise InvalidSchemaError(f"{self._subject} cannot be used: {first_line(self._matcher.get_error())}.")
         self._follow(token_id)
         if self._forced and self._forced.popleft() != token_id:
@@ -373,7 +447,8 @@ class AnswerConstraint:
         """Note what a token adds to the JSON value that the answer is in."""
         scanner = self._scanner
         if scanner is None:
-            self._text.feed(self._tokens.bytes_of(token_id))
+            if self._is_json:
+                self._text.feed(self._tokens.bytes_of(token_id))
             return
         if scanner.phase is Phase.REASONING:
             self._num_reasoning += 1
@@ -386,6 +461,21 @@ class AnswerConstraint:
         for phase, data in parts:
             if phase is Phase.CALLS or (phase is Phase.TEXT and is_value):
                 self._text.feed(data)
+
+    @contextlib.contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Raises InvalidSchemaError after work of the library that has taken longer than MASK_LIMIT."""
+        start = time.thread_time()
+        yield
+        if time.thread_time() - start > MASK_LIMIT:
+            self._give_up()
+            raise _too_slow(self._subject)
+
+    def _is_sampled(self, token_id: int) -> bool:
+        if token_id == self._unspelled:
+            return False
+        found = self._may_sample
+        return found is None or bool((found[token_id // 32] >> np.uint32(token_id % 32)) & 1)
 
     def _end_reasoning(self) -> None:
         """Force the end of reasoning that has had its budget, as soon as it can stand there."""
@@ -427,6 +517,10 @@ class AnswerConstraint:
         left = self._mask & ~tokens
         if left.any():
             self._mask[:] = left
+
+
+def _too_slow(subject: str) -> InvalidSchemaError:
+    return InvalidSchemaError(f"{subject} cannot be used: a step of an answer takes too long.")
 
 
 def _digest(demand: Demand) -> bytes:

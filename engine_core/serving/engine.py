@@ -20,16 +20,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 
 from engine_core.backends import Backend, SequenceStep
 from engine_core.backends.capabilities import capabilities_of
-from engine_core.config import EngineConfig
+from engine_core.config import GPU_BACKENDS, EngineConfig
 from engine_core.errors import (
     BackendUnavailableError,
     EmptyPromptError,
     EngineFaultError,
+    InvalidImageError,
     InvalidRequestError,
     InvalidSamplingError,
     InvalidTextError,
@@ -42,6 +44,7 @@ from engine_core.formats.lora import adapter_paths
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.planning.selection import advice, choose
+from engine_core.progress import Progress, portion, untold
 from engine_core.request import (
     LIMITS,
     SAMPLING_OPTIONS,
@@ -55,16 +58,21 @@ from engine_core.request import (
 from engine_core.serving.answers import Answers
 from engine_core.serving.cancellation import CancelToken
 from engine_core.serving.constraint import ConstraintFactory
-from engine_core.serving.conversation import Messages, SessionInfo, Sessions, fit_turns
+from engine_core.serving.energy import EnergyAccount, open_account
+from engine_core.serving.image_keys import ImageKeys
+from engine_core.serving.named_schemas import NamedSchemas
 from engine_core.serving.scheduler import Scheduler
 from engine_core.serving.sequence import PreparedRequest, Sequence
-from engine_core.serving.session_pool import SessionPool
+from engine_core.serving.session_pool import KVKind, SessionPool
+from engine_core.serving.sessions import Messages, SessionInfo, Sessions, fit_turns
 from engine_core.serving.speculation import Speculation
 from engine_core.text.tokenizer import Tokenizer
+from engine_core.vision.limits import image_limits
 
 __all__ = ["CancelToken", "Engine", "PreparedRequest"]
 
 _log = logging.getLogger(__name__)
+_CHECKING = 0.3  # of the progress of opening: the hashes; the rest is the backend's
 
 
 class Engine:
@@ -80,8 +88,10 @@ class Engine:
         load_time: float,
         backend_reason: str = "",
         model_sampling: Mapping[str, float] | None = None,
+        energy: EnergyAccount | None = None,
     ) -> None:
-        """``model_sampling``: what a temperature of NaN stands for, see ``SamplingParams.with_model``."""
+        """``model_sampling``: what a temperature of NaN stands for, see ``SamplingParams.with_model``; ``energy``: of
+        the device, which the engine closes; None where it cannot be read."""
         self.config = config
         self.manifest = manifest
         self.plan = plan
@@ -90,6 +100,7 @@ class Engine:
         self.backend_name = manifest.backend
         self.backend_reason = backend_reason  # why this variant and no other, for people
         self.model_sampling = dict(model_sampling or {})
+        self.energy = energy
         self.max_context = backend.max_context
         self.vocab_size = manifest.model.vocab_size
         self.reduced_vocab_size = backend.reduced_vocab_size
@@ -97,8 +108,12 @@ class Engine:
         self.adapters = tuple(adapter_paths(config.lora_adapters))  # the names that a request may ask for
         self._eos_ids = frozenset(manifest.eos_token_ids)
         self._backend: Backend | None = backend
+        self.schemas = NamedSchemas()  # that requests may name
         self._constraints = ConstraintFactory(tokenizer, self.vocab_size, manifest.eos_token_ids, backend.kept_ids)
-        self.answers = Answers(tokenizer, self._constraints, backend.kept_ids)
+        self.images = image_limits(manifest.model, config, backend.max_context)  # None: it takes no images
+        vision = None if self.images is None else self.images.spec
+        self.answers = Answers(tokenizer, self._constraints, backend.kept_ids, vision)
+        self._image_keys = ImageKeys()
         self.pool = SessionPool(
             backend,
             num_prompts=config.prompt_cache_entries,
@@ -110,38 +125,61 @@ class Engine:
         self.speculation = Speculation(backend, self._constraints.mask_seconds)
         # Of one prompt in a step: other answers wait no longer for their next token.
         self._max_prefill = backend.prefill_chunk if backend.num_slots > 1 else backend.max_context
+        self._encodes_apart = backend.num_slots > 1
+        self._seeing: Sequence | None = None  # whose image is being encoded: another one would begin its tile anew
 
     @classmethod
-    def open(cls, config: EngineConfig, report: Callable[[str], None] = _log.info) -> Engine:
+    def open(
+        cls, config: EngineConfig, report: Callable[[str], None] = _log.info, progress: Progress = untold
+    ) -> Engine:
         """Choose, plan, check, allocate, load, capture, warm up; ``report`` is told why and the plan, before all
-        else, and the notes of the manifest.
+        else, and the notes of the manifest. ``progress`` is told how far this is, in the calling thread.
 
         Raises ConfigurationError, EngineDirectoryError, BackendUnavailableError, InsufficientMemoryError or
         EngineFaultError; nothing stays allocated then.
         """
         start = time.monotonic()
-        choice = choose(config)
+        choice = choose(config, portion(progress, 0.0, _CHECKING))
         report(choice.reason)
         variant_dir, manifest, config, plan = choice.directory, choice.manifest, choice.config, choice.plan
         report(f"Memory plan of {manifest.model_name} ({manifest.quantization}, {manifest.backend}):\n{plan.table()}")
         plan.check(advice(config, plan))
         for note in manifest.notes:
             report(note)
-        tokenizer = Tokenizer(variant_dir)
+        vision = manifest.model.vision
+        tokenizer = Tokenizer(variant_dir, None if vision is None else vision.image_token_id)
         own = model_sampling(variant_dir)
         if tokenizer.folds_system:
             report("The chat template has no system messages; they are put before the first user message.")
         with contextlib.ExitStack() as undo:
-            backend = choice.backend.load(variant_dir, manifest, config)
+            backend = choice.backend.load(variant_dir, manifest, config, progress=portion(progress, _CHECKING, 1.0))
             undo.callback(backend.close)
-            engine = cls(config, manifest, backend, tokenizer, plan, time.monotonic() - start, choice.reason, own)
+            energy = open_account(on_gpu=manifest.backend in GPU_BACKENDS)
+            if energy is not None:
+                undo.callback(energy.close)
+            load_time = time.monotonic() - start
+            engine = cls(config, manifest, backend, tokenizer, plan, load_time, choice.reason, own, energy)
             undo.pop_all()
+            undo.callback(engine.close)
+            engine.read_schemas(report)
+            undo.pop_all()
+        progress(1.0)
         return engine
+
+    def read_schemas(self, report: Callable[[str], None]) -> None:
+        """Read and compile the schemas of ``schema_dir``; ``report`` is told of those that cannot be used.
+
+        Raises ConfigurationError if there is no such directory.
+        """
+        if directory := self.config.schema_dir:
+            self.schemas = NamedSchemas.read(Path(directory).expanduser(), self._constraints, report)
 
     def close(self) -> None:
         """Gives everything back; may be called twice."""
         backend, self._backend = self._backend, None
         self._constraints.close()
+        if self.energy is not None:
+            self.energy.close()
         if backend is not None:
             backend.close()
 
@@ -156,14 +194,17 @@ class Engine:
         with refusing_panics("preparing"), contextlib.ExitStack() as undo:
             end = time.monotonic() + request.timeout
             request.validate()
+            if request.schema_name:
+                request = request.replace(schema_name="", json_schema=self.schemas[request.schema_name])
+            request = request.with_placed_images()
             turn = None
             if request.session:
-                turn = self.sessions.begin(request.session, request.messages, request.default_system)
+                turn = self.sessions.begin(request.session, request.messages, request.default_system, request.images)
                 undo.callback(turn.leave)
-                request = request.replace(messages=turn.messages)
+                request = request.replace(messages=turn.messages, images=turn.images)
             prepared = self._prepare(request, end)
             if turn is not None:
-                turn.messages = prepared.request.messages
+                turn.messages, turn.images = prepared.request.messages, prepared.request.images
                 prepared = dataclasses.replace(prepared, turn=turn)
             undo.pop_all()
             return prepared
@@ -172,15 +213,28 @@ class Engine:
         """``end``: time.monotonic() of its deadline, if it has one."""
         request = request.replace(sampling=request.sampling.with_model(self.model_sampling))
         self._check_sampling(request.sampling)
+        if request.has_form or request.tools:
+            self._check_stop_ids(request.sampling)
         self._check_adapter(request.adapter)
         self.answers.check(request)
+        if request.images:
+            self.require_vision()
+        request.check_answered_calls()
         num_dropped = 0
         if request.context_policy == "drop_oldest":
             messages, num_dropped = self._fitted(request)
-            request = request.replace(messages=messages)
+            request = request.with_messages(messages)
         if request.session or num_dropped:
             request.validate()  # with the history
-        request.check_answered_calls()
+        if num_dropped:
+            try:
+                request.check_answered_calls()
+            except InvalidRequestError:
+                raise PromptTooLongError(
+                    "The tool call that a message of the last turn answers no longer fits into the context with it; "
+                    "ask anew."
+                ) from None
+        self._check_num_images(len(request.images))
         num_chars = len(request.prompt) + request.num_template_chars
         at_least = num_chars // self.tokenizer.max_token_chars
         if at_least >= self.max_context:  # too long to be worth the memory of tokenizing it
@@ -190,6 +244,7 @@ class Engine:
         if len(token_ids) >= self.max_context:
             raise self._too_long(str(len(token_ids)))
         self._check_prompt(token_ids)
+        images = self.answers.placed_images(request, prompt)
         left = max(0.05, end - time.monotonic()) if request.timeout else None
         expected = self.answers.expected(request, prompt)
         constraint = self.answers.constraint(request, prompt, expected, left)
@@ -205,6 +260,8 @@ class Engine:
             constraint=constraint,
             num_dropped=num_dropped,
             expected=expected,
+            images=images,
+            key=self._image_keys.key(token_ids, images) if images else None,
         )
 
     def _fitted(self, request: GenerationRequest) -> tuple[Messages, int]:
@@ -212,7 +269,9 @@ class Engine:
         number of turns that are left out."""
 
         def num_tokens(messages: Messages) -> int | None:
-            part = request.replace(messages=messages)
+            part = request.with_messages(messages)
+            if self.images is not None and len(part.images) > self.images.max_images:
+                return None
             num_chars = part.num_template_chars
             is_large = num_chars > LIMITS.text_bytes or len(messages) > LIMITS.messages
             if is_large or num_chars // self.tokenizer.max_token_chars >= self.max_context:
@@ -256,6 +315,8 @@ class Engine:
     def knows(self, request: GenerationRequest) -> bool:
         """Return whether the schema and the tools of ``request`` have been compiled, so that preparing it takes no
         time."""
+        if request.schema_name:
+            request = request.replace(schema_name="", json_schema=self.schemas.get(request.schema_name))
         return self._constraints.knows(request)
 
     def token_texts(self, ids: Iterable[int]) -> list[str]:
@@ -278,9 +339,11 @@ class Engine:
         if not len(prefix) or not self.config.prompt_cache_entries:
             return 0
         backend = self._backend_or_raise()
-        slot, cached = self.pool.place(prefix, self.scheduler.free_slots)
+        is_long = 0 < backend.rope_switch < len(prefix)
+        slot, cached = self.pool.place(prefix, self.scheduler.free_slots, KVKind(long_rope=is_long))
         backend.begin(slot, SamplingParams(seed=0), prefix)
-        (pending,) = backend.step([SequenceStep(slot, prefix[cached:], cached, samples=False)])
+        steps = [SequenceStep(slot, prefix[cached:], cached, samples=False, marks=True, long_rope=is_long)]
+        (pending,) = backend.step(steps)
         pending.result()
         self.pool.set_live(slot, prefix)
         self.pool.keep_prompt(slot, prefix)
@@ -373,28 +436,42 @@ class Engine:
         sequence.ending = sequence.cancel.reason
         if sequence.ending is not None:
             return
-        backend, prepared, free = self._backend_or_raise(), sequence.prepared, self.scheduler.free_slots
-        if self.config.reproducible and prepared.request.sampling.seed is not None:
-            slot, cached = self.pool.place_fresh(free, prepared.token_ids, sequence.adapter), 0
-        else:
-            slot, cached = self.pool.place(prepared.token_ids, free, sequence.adapter)
-        sequence.place(slot, cached)
-        backend.begin(slot, prepared.sampling, prepared.token_ids, sequence.adapter)
+        sequence.energy = self.energy.begin() if self.energy is not None else None
+        backend, prepared = self._backend_or_raise(), sequence.prepared
+        sequence.rope_switch = backend.rope_switch
+        slot, cached = self._place(sequence, self.scheduler.free_slots)
+        border = None
+        if backend.has_states:
+            border = min(len(prepared.prefix_ids), self.config.prompt_cache_tokens)
+        sequence.place(slot, cached, border)
+        backend.begin(slot, prepared.sampling, prepared.token_ids, sequence.adapter, prepared.images)
         self.speculation.begin(sequence)
         sequence.cancel.attach(partial(backend.interrupt, slot))
 
+    def _place(self, sequence: Sequence, slots: list[int]) -> tuple[int, int]:
+        """Have as much of a sequence's KV as is known in one of ``slots``; return that one, and how many tokens."""
+        ids, kind = sequence.kv_ids, KVKind(sequence.adapter, sequence.long_rope)
+        if self.config.reproducible and sequence.prepared.request.sampling.seed is not None:
+            return self.pool.place_fresh(slots, ids, kind), 0
+        return self.pool.place(ids, slots, kind)
+
     def _queue(self, sequences: list[Sequence]) -> None:
-        """Queue the next step of those that have not ended: all that decode, and one with a part of its prompt."""
-        first = _first_to_prefill(sequences)
+        """Queue the next step of those that have not ended: all that decode, one with a part of its prompt, and one
+        whose images are encoded."""
+        for sequence in sequences:
+            if sequence.ending is None and sequence.outgrows_rope and sequence.slot is not None:
+                sequence.start_anew()
+                sequence.resume(self._place(sequence, [sequence.slot])[1])
+        prefilled = self._to_prefill(sequences)
         owners, steps = [], []
         for sequence in sequences:
             if sequence.ending is not None:
                 continue
-            if sequence is not first and sequence.is_prefilling:
+            if sequence.is_prefilling and sequence not in prefilled:
                 sequence.ending = None if sequence.unread else sequence.cancel.reason
                 continue
             try:
-                step = sequence.next_step(self._max_prefill)
+                step = sequence.next_step(self._max_prefill, encodes_apart=self._encodes_apart)
             except BaseException as error:
                 _blame(sequence, error)
                 continue
@@ -405,6 +482,18 @@ class Engine:
             self.speculation.add_drafts(owners, steps)
             for sequence, step, pending in zip(owners, steps, self._backend_or_raise().step(steps)):
                 sequence.queued(step, pending)
+
+    def _to_prefill(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Return the sequence whose prompt is fed next, and the one whose images are encoded, those of the highest
+        priority; either may be missing. So a text does not wait for the images of a prompt that came before it."""
+        waiting = [sequence for sequence in sequences if sequence.is_prefilling and sequence.ending is None]
+        if not self._encodes_apart:
+            return [max(waiting, key=lambda each: each.priority)] if waiting else []
+        seeing = [sequence for sequence in waiting if sequence.needs_features(self._max_prefill)]
+        feeding = [sequence for sequence in waiting if sequence not in seeing]
+        self._seeing = max(seeing, key=lambda each: (each.priority, each is self._seeing), default=None)
+        first = max(feeding, key=lambda each: each.priority, default=None)
+        return [sequence for sequence in (first, self._seeing) if sequence is not None]
 
     def _read(self, sequence: Sequence) -> None:
         """Read what a sequence's oldest step has sampled into its answer."""
@@ -437,6 +526,9 @@ class Engine:
             self.pool.set_live(sequence.slot, sequence.live_ids())
             sequence.speculation = self.speculation.end(sequence)
         self.scheduler.remove(sequence)
+        self._seeing = None if self._seeing is sequence else self._seeing
+        if self.energy is not None and sequence.energy is not None:
+            sequence.energy_joules = self.energy.end(sequence.energy)
         sequence.finish()
         if sequence.slot is not None:  # nobody waits for this copy
             turn = sequence.prepared.turn
@@ -468,6 +560,32 @@ class Engine:
         if not len(token_ids):
             raise EmptyPromptError("The prompt has no tokens; there is nothing to answer.")
 
+    def require_vision(self) -> None:
+        """Raises InvalidImageError if no request can have images."""
+        if self.images is None:
+            raise InvalidImageError(
+                f"The request has images, but {self.manifest.model_name} has no eyes; load a vision-language model."
+                if self.manifest.model.vision is None
+                else "The request has images, but max_images is 0 in this engine; configure a larger one."
+            )
+
+    def check_images(self, request: GenerationRequest, num_images: int) -> None:
+        """Raises InvalidImageError if ``request`` cannot have ``num_images``, which have not been read yet."""
+        self.require_vision()
+        least = num_images
+        if request.session or request.context_policy == "drop_oldest":  # earlier turns may be left out or known
+            last = max((index for index, each in enumerate(request.messages) if each.role == "user"), default=0)
+            if any(each.images for each in request.messages):
+                least = sum(len(each.images) for each in request.messages[last:])
+        self._check_num_images(least)
+
+    def _check_num_images(self, count: int) -> None:
+        if self.images is not None and count > self.images.max_images:
+            raise InvalidImageError(
+                f"The prompt has {count} images, those of earlier turns included, but this engine takes at most "
+                f"{self.images.max_images} (max_images)."
+            )
+
     def _check_adapter(self, name: str) -> None:
         if name and name not in self.adapters:
             known = f"it has {', '.join(self.adapters)}" if self.adapters else "it has none (lora_adapters)"
@@ -485,11 +603,14 @@ class Engine:
                     f"Token id {token_id} is not in the vocabulary, which has ids from 0 to {self.vocab_size - 1}."
                 )
 
-
-def _first_to_prefill(sequences: list[Sequence]) -> Sequence | None:
-    """Return the one of the highest priority whose prompt is not all queued; None if there is none."""
-    prefilling = [sequence for sequence in sequences if sequence.is_prefilling and sequence.ending is None]
-    return max(prefilling, key=lambda sequence: sequence.priority) if prefilling else None
+    def _check_stop_ids(self, sampling: SamplingParams) -> None:
+        """Raises InvalidSamplingError for a stop token id that is text, which a form or a call may need."""
+        special = self.tokenizer.special_ids if sampling.stop_token_ids else frozenset()
+        if text := sorted(set(sampling.stop_token_ids) - special - self._eos_ids):
+            raise InvalidSamplingError(
+                f"The stop token id {text[0]} is text, and would cut an answer that is held to a form or calls tools; "
+                "leave one of them out."
+            )
 
 
 def _blame(sequence: Sequence, error: BaseException) -> None:

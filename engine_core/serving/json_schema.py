@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from decimal import Decimal
 
 from engine_core.errors import InvalidSchemaError
 from engine_core.request import MAX_NESTING, nesting
 
 MAX_DIGITS = 17  # of a number: what a double can hold
+# Options of the grammar library for the white space of JSON. Flexible: one optional space or line break where JSON
+# allows any amount, since small models otherwise fill the context with it. Compact: as json.dumps writes it, which is
+# how templates write calls; there is one spelling of what is between values, so that it need not be sampled.
+FLEXIBLE = {"whitespace_pattern": r"[ \n]?"}
+COMPACT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 # Keywords that describe a schema and do not constrain a value.
 _ANNOTATIONS = frozenset(
     "$schema $id $anchor $comment $vocabulary $dynamicAnchor id title description default examples readOnly writeOnly "
@@ -29,6 +36,8 @@ _INNER = frozenset(
 )
 _INNER_BY_NAME = frozenset("properties patternProperties dependentSchemas $defs definitions".split())
 _LARGEST_EXACT = 2**53  # a double holds every whole number up to it
+_LARGEST_POWER = 308  # of ten, in a double
+_WITH_NUMBERS = frozenset({"const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
 _LEAST = 1e-15  # the smallest number beside a bound of 0 that is left out
 _YEAR = r"(?:[1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])"
 _DATE = (
@@ -44,8 +53,11 @@ _FORMATS = {
 }
 
 
-def parse_schema(schema: str) -> dict:
-    """Return the schema inside ``schema``, out of OpenAI's wrapper if it is in one. Raises InvalidSchemaError."""
+def parse_schema(schema: str, max_string: int = 0) -> dict:
+    """Return the schema inside ``schema``, out of OpenAI's wrapper if it is in one. Raises InvalidSchemaError.
+
+    ``max_string``: characters of a string that nothing bounds; 0 = no limit.
+    """
 
     def refuse_constant(name: str) -> None:
         raise ValueError(f"{name} is not a JSON value")
@@ -53,7 +65,8 @@ def parse_schema(schema: str) -> dict:
     try:
         parsed = json.loads(schema, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise InvalidSchemaError(f"The JSON schema does not parse as JSON: {first_line(error)}.") from None
+        reason = first_line(error).partition(";")[0]  # behind it, advice for programs in Python
+        raise InvalidSchemaError(f"The JSON schema does not parse as JSON: {reason}.") from None
     if parsed == {"type": "json_object"}:
         return {"type": "object"}
     if isinstance(parsed, dict) and parsed.get("type") == "json_schema" and isinstance(parsed.get("json_schema"), dict):
@@ -81,7 +94,19 @@ def parse_schema(schema: str) -> dict:
                 f"{', '.join(map(repr, unknown[:3]))[:200]}; it would allow every value."
             )
         _mend(inner)
+        if max_string and _is_unbounded_string(inner):
+            inner["maxLength"] = max(max_string, _length(inner.get("minLength")))
     return parsed
+
+
+def _is_unbounded_string(schema: dict) -> bool:
+    kinds = schema.get("type")
+    is_string = kinds == "string" or (isinstance(kinds, list) and "string" in kinds)
+    return is_string and not schema.keys() & {"maxLength", "enum", "const", "pattern", "format"}
+
+
+def _length(value: object) -> int:
+    return value if type(value) is int else 0
 
 
 def _mend(schema: dict) -> None:
@@ -90,12 +115,13 @@ def _mend(schema: dict) -> None:
     others = schema.get("allOf", [])
     if pattern is not None and isinstance(others, list):
         schema["allOf"] = [*others, {"pattern": pattern}]
+    schema.update({name: _with_whole_numbers(schema[name]) for name in _WITH_NUMBERS & schema.keys()})
     _mend_bounds(schema)
     for value in _numbers([schema.get("const"), schema.get("enum")]):
         if not _is_exact(value):
             raise InvalidSchemaError(
-                f"The JSON schema has the constant {str(value)[:40]}, of which a double cannot hold every digit; give "
-                "it as a string."
+                f"The JSON schema has the constant {str(value)[:40]}, of which {_who(value)} cannot hold every digit; "
+                "give it as a string."
             )
 
 
@@ -108,8 +134,8 @@ def _mend_bounds(schema: dict) -> None:
             del schema[name]
         elif not _is_exact(value):
             raise InvalidSchemaError(
-                f"The JSON schema has the bound {str(value)[:40]}, of which a double cannot hold every digit; give "
-                f"one up to {_LARGEST_EXACT}."
+                f"The JSON schema has the bound {str(value)[:40]}, of which {_who(value)} cannot hold every digit; "
+                f"give one up to {_LARGEST_EXACT} of 15 digits at most."
             )
         elif (
             value == 0 and name.startswith("exclusive") and schema.get("type") != "integer"
@@ -121,7 +147,34 @@ def _mend_bounds(schema: dict) -> None:
                 schema[inclusive] = -sign * _LEAST
 
 
+def _who(value: int | float) -> str:
+    return "the grammar" if isinstance(value, float) else "a double"
+
+
+def _with_whole_numbers(value: object) -> object:
+    """Return ``value`` with 5.0 as 5, at any depth: the same number, of which the library keeps every digit."""
+    if isinstance(value, dict):
+        return {name: _with_whole_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _as_read(value: float) -> float:
+    """Return the double that the grammar library reads where the JSON text of ``value`` stands: its digits as a double,
+    times or divided by a power of ten, which rounds twice (serde_json without ``float_roundtrip``)."""
+    sign, digits, exponent = Decimal(repr(value)).as_tuple()
+    assert isinstance(exponent, int)
+    found = float(int("".join(map(str, digits))))
+    while exponent < -_LARGEST_POWER:
+        found, exponent = found / 10.0**_LARGEST_POWER, exponent + _LARGEST_POWER
+    found = found * float(f"1e{exponent}") if exponent >= 0 else found / float(f"1e{-exponent}")
+    return -found if sign else found
+
+
 def _is_exact(value: int | float) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value) and _as_read(value) == value
     size = abs(value)
     return size <= _LARGEST_EXACT or (size < 10**MAX_DIGITS and int(float(value)) == value)
 
@@ -157,7 +210,7 @@ def _schemas(schema: dict) -> Iterator[dict]:
 def first_line(error: object) -> str:
     """Return the first line of a message, without its full stop, at most 300 characters."""
     lines = str(error).strip().splitlines()
-    if lines and lines[0].startswith("regex parse error"):  # the pattern and a mark follow, and then the reason
+    if lines and "regex parse error" in lines[0]:  # the pattern and a mark follow, and then the reason
         reason = next((line for line in lines if line.startswith("error: ")), "")
         lines[0] = f"a pattern does not parse: {reason.removeprefix('error: ')[:200]}" if reason else lines[0]
     line = (lines[0].strip().rstrip(".:")[:300] if lines else "") or type(error).__name__

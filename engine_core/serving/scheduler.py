@@ -66,6 +66,11 @@ class Scheduler:
         return len(self._running) < self.num_slots
 
     @property
+    def is_full(self) -> bool:
+        """Every slot is taken, or will be by those that wait."""
+        return len(self._waiting) + len(self._running) >= self.num_slots
+
+    @property
     def free_slots(self) -> list[int]:
         taken = {sequence.slot for sequence in self.running}
         return [slot for slot in range(self.num_slots) if slot not in taken]
@@ -73,14 +78,40 @@ class Scheduler:
     @property
     def sequences(self) -> list[Sequence]:
         """Those that hold a slot, then those that wait, the next one first."""
+        running, waiting = self.running_and_waiting
+        return [*running, *waiting]
+
+    @property
+    def running_and_waiting(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Those that hold a slot and those that wait at the same moment, the next one first."""
         with self.changed:
-            return [*self._running, *(entry[2] for entry in sorted(self._waiting, key=lambda entry: entry[:2]))]
+            waiting = [entry[2] for entry in sorted(self._waiting, key=lambda entry: entry[:2])]
+            return list(self._running), waiting
 
     @property
     def longest_wait(self) -> float:
         """Seconds that the oldest waiting request has waited; 0 if none waits."""
         with self.changed:
             return max((time.monotonic() - sequence.arrival for _, _, sequence in self._waiting), default=0.0)
+
+    @property
+    def policy(self) -> str:
+        """The settings that decide what may wait, for people."""
+        return f"busy_policy {self._busy_policy} and queue_depth {self._queue_depth}"
+
+    def preempts_up_to(self, priority: int) -> int:
+        """Return the highest priority of what a request of ``priority`` may end; -1: it may end nothing."""
+        return {"preempt": priority, "preempt_lower": priority - 1}.get(self._busy_policy, -1)
+
+    def room(self, priority: int) -> int:
+        """Return how many requests of ``priority`` could be added now, by the busy policy."""
+        with self.changed:
+            limit = self.preempts_up_to(priority)
+            others = [entry[2] for entry in self._waiting] + self._running
+            if limit >= 0:
+                others = [other for other in others if other.priority > limit and other.cancel.reason is None]
+            depth = 0 if self._busy_policy == "reject" else self._queue_depth
+            return max(0, self.num_slots + depth - len(others))
 
     def admit(self, priority: int) -> list[Sequence]:
         """Decide by the busy policy whether a request of ``priority`` may be added; return those that make room.
@@ -93,7 +124,7 @@ class Scheduler:
                 raise QueueFullError("A request is running and busy_policy is reject; try again when it is done.")
             preempted = []
             if len(others) >= self.num_slots and self._busy_policy in ("preempt", "preempt_lower"):
-                limit = priority if self._busy_policy == "preempt" else priority - 1
+                limit = self.preempts_up_to(priority)
                 others = [other for other in others if other.cancel.reason is None]  # the rest leaves already
                 preempted = [other for other in others if other.slot is None and other.priority <= limit]
                 running = [other for other in others if other.slot is not None and other.priority <= limit]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_core.errors import InvalidSessionError
+from engine_core.errors import InvalidSessionError, first_line
 from engine_core.formats.atomic import replaced_file
 from engine_core.request import LIMITS, ROLES, ChatMessage, ToolCall, check_session_name
 
@@ -31,6 +31,8 @@ class SavedSession:
 def save_session(directory: Path, name: str, session: SavedSession, engine_hash: str) -> None:
     """Write ``name``.json in ``directory``, whole or not at all. Raises InvalidSessionError."""
     path = _path(directory, name)
+    if any(message.images for message in session.messages):
+        raise InvalidSessionError(f"The session {name!r} has images, which are not saved; go on with it here.")
     content = {
         "version": _VERSION,
         "engine": engine_hash,
@@ -72,7 +74,7 @@ def load_session(directory: Path, name: str, engine_hash: str) -> SavedSession:
             )
         return SavedSession(_messages(content["messages"]), _count(content["num_turns"]), _count(content["num_tokens"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise InvalidSessionError(f"{path} is not a saved session: {reason[:200]}.") from None
 
 

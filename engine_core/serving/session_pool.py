@@ -1,7 +1,7 @@
 """The choice of the KV to keep and to reuse: the policy over live slots and the KV pool. Storage is the backend's.
 
 A prompt reuses the longest run of leading token ids that either a free slot still holds (the conversation goes on) or
-an entry of the pool holds (a conversation comes back, or a system prompt). Matching is on the ids and the adapter, so a
+an entry of the pool holds (a conversation comes back, or a system prompt). Matching is on the ids and ``KVKind``, so a
 reused position is one that would have been computed. The KV type is the engine's, and so the pool's.
 
 An entry is what one sequence had in its slot when it ended, or a system prompt. It lies in blocks of the pool that
@@ -9,6 +9,10 @@ need not be adjacent; entries share the blocks that were copied from one to the 
 comes back is, bit for bit, what was computed. A conversation that goes on extends its entry: only what is new is
 copied. Full, the pool drops the least recently used entry of the lowest rank (``Rank``), and no entry drops one of a
 higher rank than its own: requests that are asked once, in whatever number, never drop a conversation.
+
+Where layers of the model keep a state (``Backend.has_states``), KV alone is not enough to go on from a position: what
+is reused ends where a state was kept. The slots have those of the end of what prompts share, of the prompt and of the
+last steps; an entry has that of its own end and, of a conversation, that of the end of its prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import enum
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -42,16 +46,27 @@ class Rank(enum.IntEnum):
     PROMPT = 3  # a system prompt, of which there are ``prompt_cache_entries`` at most
 
 
+class KVKind(NamedTuple):
+    """What the KV of tokens depends on beside them."""
+
+    adapter: str = ""  # "" = none
+    long_rope: bool = False  # of a sequence longer than the backend's ``rope_switch``
+
+
+_PLAIN = KVKind()
+
+
 @dataclass(eq=False)
 class _Entry:
     """``ids``, int32 [n], and the blocks that hold their KV; without blocks the KV was dropped."""
 
     ids: np.ndarray
-    adapter: str
+    kind: KVKind
     rank: Rank
     num_prompt: int  # of ``ids``, those that its sequence was given
     session: str = ""
     blocks: list[int] = field(default_factory=list)
+    states: dict[int, int] = field(default_factory=dict)  # position → the place of its states in their pool
 
     def may_be_of(self, session: str) -> bool:
         """Tell whether the entry can become, or is, the KV of ``session``; "" takes what any session has."""
@@ -61,9 +76,13 @@ class _Entry:
         """Tell quickly whether ``ids`` can have the first ``length`` tokens of the entry."""
         return length <= min(len(self.ids), len(ids)) and self.ids[length - 1] == ids[length - 1]
 
-    def common(self, ids: np.ndarray, adapter: str) -> int:
+    def shared(self, ids: np.ndarray, kind: KVKind) -> int:
+        """Return how many leading tokens of ``ids`` the entry has, with the same adapter."""
+        return common_prefix_length(self.ids, ids) if self.kind.adapter == kind.adapter else 0
+
+    def common(self, ids: np.ndarray, kind: KVKind) -> int:
         """Return how many leading tokens of ``ids`` have the KV that the entry has, or had."""
-        return common_prefix_length(self.ids, ids) if self.adapter == adapter else 0
+        return self.shared(ids, kind) if self.kind == kind else 0
 
 
 @dataclass
@@ -71,7 +90,7 @@ class _Live:
     """The contents of a slot from its start. The KV of the first ``num_stored`` is, bit for bit, that of ``entry``."""
 
     ids: np.ndarray
-    adapter: str
+    kind: KVKind = _PLAIN
     entry: _Entry | None = None
     num_stored: int = 0
     continues: bool = False  # the prompt goes on from an earlier request
@@ -89,9 +108,10 @@ class SessionPool:
         self._prompt_tokens = prompt_tokens
         self.keeps_conversations = keeps_conversations
         # Slots and entries, least recently used first.
-        self._live = {slot: _Live(_NOTHING, "") for slot in range(backend.num_slots)}
+        self._live = {slot: _Live(_NOTHING) for slot in range(backend.num_slots)}
         self._entries: list[_Entry] = []
         self._num_users = np.zeros(backend.pool_tokens // BLOCK_TOKENS, dtype=np.int32)  # entries that use a block
+        self._free_states = list(range(backend.state_places if backend.has_states else 0))
         self._forgotten: deque[str] = deque()  # sessions whose entries are to be dropped
 
     # --- figures: any thread --------------------------------------------------------------------------
@@ -118,19 +138,20 @@ class SessionPool:
 
     # --- slots ----------------------------------------------------------------------------------------
 
-    def place(self, prompt: np.ndarray, free_slots: Sequence[int], adapter: str = "") -> tuple[int, int]:
+    def place(self, prompt: np.ndarray, free_slots: Sequence[int], kind: KVKind = _PLAIN) -> tuple[int, int]:
         """Make the KV of the longest known prefix of ``prompt`` (int32 [n]) valid in one of ``free_slots``.
 
         Returns (slot, length of the prefix). It is at most n - 1: the last token is always computed, since its logits
         are needed. The slot is the one that gains most over what is lost there of another conversation.
         """
         self._drop_forgotten()
-        limit = len(prompt) - 1
-        best, saved, continues = self._find(prompt, adapter)
+        limit, has_states = len(prompt) - 1, self._backend.has_states
+        best, saved, continues = self._find(prompt, kind)
         slot, length, most = -1, 0, -(1 << 62)
         for candidate, live in self._live.items():
             if candidate in free_slots:
-                common = common_prefix_length(live.ids, prompt) if live.adapter == adapter else 0
+                common = common_prefix_length(live.ids, prompt) if live.kind == kind else 0
+                common = self._last_state(candidate, min(common, limit)) if has_states else common
                 gain = max(common, saved) - (len(live.ids) - common)
                 if gain > most:
                     slot, length, most = candidate, min(common, limit), gain
@@ -139,17 +160,19 @@ class SessionPool:
         if best is not None and saved > length:
             for position, place, count in _runs(best.blocks, 0, saved):
                 self._backend.load_kv(slot, position, place, count)
+            if has_states:
+                self._backend.load_state(slot, saved, best.states[saved])
             entry, num_stored, length = best, saved, saved
-        self._live[slot] = _Live(prompt[:length], adapter, entry, num_stored, continues)
+        self._live[slot] = _Live(prompt[:length], kind, entry, num_stored, continues)
         return slot, length
 
-    def place_fresh(self, free_slots: Sequence[int], prompt: np.ndarray = _NOTHING, adapter: str = "") -> int:
+    def place_fresh(self, free_slots: Sequence[int], prompt: np.ndarray = _NOTHING, kind: KVKind = _PLAIN) -> int:
         """Return one of ``free_slots``, whose KV is forgotten. ``prompt``: int32 [n], what will be computed there."""
         self._drop_forgotten()
         slot = next(slot for slot in self._live if slot in free_slots)
-        continues = self._find(prompt, adapter)[2]
+        continues = self._find(prompt, kind)[2]
         del self._live[slot]
-        self._live[slot] = _Live(_NOTHING, adapter, continues=continues)
+        self._live[slot] = _Live(_NOTHING, kind, continues=continues)
         return slot
 
     def set_live(self, slot: int, ids: np.ndarray) -> None:
@@ -159,7 +182,7 @@ class SessionPool:
         live.num_stored = min(live.num_stored, len(live.ids))
         self._live[slot] = live
 
-    def _find(self, prompt: np.ndarray, adapter: str) -> tuple[_Entry | None, int, bool]:
+    def _find(self, prompt: np.ndarray, kind: KVKind) -> tuple[_Entry | None, int, bool]:
         """Return the entry that has most of ``prompt``, how much, and whether the prompt goes on from another."""
         limit = len(prompt) - 1
         best, saved, continues = None, 0, False
@@ -167,8 +190,10 @@ class SessionPool:
             asked = entry.rank != Rank.PROMPT and not continues and entry.agrees(prompt, entry.num_prompt)
             if not asked and not (entry.blocks and entry.agrees(prompt, max(saved, _MIN_PREFIX))):
                 continue
-            length = min(entry.common(prompt, adapter), limit)
-            continues |= asked and length >= entry.num_prompt
+            continues |= asked and min(entry.shared(prompt, kind), limit) >= entry.num_prompt
+            length = min(entry.common(prompt, kind), limit)
+            if self._backend.has_states:
+                length = max((position for position in entry.states if position <= length), default=0)
             if entry.blocks and length >= max(saved, _MIN_PREFIX):  # of several, the one used last
                 best, saved = entry, length
         if best is not None:
@@ -184,13 +209,16 @@ class SessionPool:
             return
         prompts = [entry for entry in self._entries if entry.rank == Rank.PROMPT]
         for entry in prompts:
-            if entry.common(prefix, live.adapter) == len(prefix):
+            if entry.common(prefix, live.kind) == len(prefix):
                 self._touch(entry)
                 return
+        if self._backend.has_states and len(prefix) not in self._backend.state_positions(slot, marked=True):
+            return  # the sequence went on from behind it
         if len(prompts) >= self._num_prompts:
             self._remove(prompts[0])
-        entry = _Entry(np.array(prefix, dtype=np.int32), live.adapter, Rank.PROMPT, len(prefix))
-        if self._store(slot, entry) and live.num_stored < len(prefix):
+        entry = _Entry(np.array(prefix, dtype=np.int32), live.kind, Rank.PROMPT, len(prefix))
+        states = {len(prefix)} if self._backend.has_states else set()
+        if self._store(slot, entry, states) and live.num_stored < len(prefix):
             live.entry, live.num_stored = entry, len(prefix)
 
     def keep_conversation(self, slot: int, num_prompt: int, session: str = "") -> None:
@@ -203,15 +231,19 @@ class SessionPool:
         if not self.keeps_conversations or len(live.ids) < _MIN_PREFIX:
             return
         rank = Rank.SESSION if session else Rank.CONVERSATION if live.continues else Rank.ONCE
+        states = self._states_of(slot, num_prompt)
+        if self._backend.has_states and max(states, default=0) < _MIN_PREFIX:
+            return
         for entry in self._entries:
-            has_all = entry.blocks and entry.common(live.ids, live.adapter) == len(live.ids)
+            has_all = entry.blocks and entry.common(live.ids, live.kind) == len(live.ids)
+            has_all = has_all and entry.states.keys() >= states
             if has_all and entry.rank != Rank.PROMPT and entry.may_be_of(session):
                 self._note(entry, rank, session)
                 return
-        kept = self._extended(slot, rank, session)
+        kept = self._extended(slot, rank, session, states)
         if kept is None:
-            kept = _Entry(live.ids.copy(), live.adapter, rank, num_prompt, session)
-            self._store(slot, kept)
+            kept = _Entry(live.ids.copy(), live.kind, rank, num_prompt, session)
+            self._store(slot, kept, states)
         else:
             kept.num_prompt = num_prompt
             self._note(kept, rank, session)
@@ -219,7 +251,8 @@ class SessionPool:
             live.entry, live.num_stored = kept, len(kept.ids)
             self._supersede(kept)
             for entry in self._entries:  # what it had before turns were left out of it
-                if session and entry.session == session and entry.adapter == kept.adapter and entry is not kept:
+                is_same = session and entry.session == session and entry.kind.adapter == kept.kind.adapter
+                if is_same and entry is not kept:
                     entry.rank, entry.session = Rank.ONCE, ""
 
     def _note(self, entry: _Entry, rank: Rank, session: str) -> None:
@@ -231,15 +264,26 @@ class SessionPool:
         """Rank what ``newer`` goes on from lowest; a template may have changed the text of its answer."""
         older = [e for e in self._entries if e is not newer and e.rank != Rank.PROMPT]
         for entry in [e for e in older if e.session in ("", newer.session)]:
-            if entry.num_prompt <= entry.common(newer.ids[: newer.num_prompt], newer.adapter):
-                if len(entry.ids) <= entry.common(newer.ids, newer.adapter):
+            if entry.num_prompt <= entry.shared(newer.ids[: newer.num_prompt], newer.kind):
+                if len(entry.ids) <= entry.common(newer.ids, newer.kind):
                     self._remove(entry)
                 else:
                     entry.rank, entry.session = Rank.ONCE, ""
 
-    def _store(self, slot: int, entry: _Entry) -> bool:
-        """Copy the KV of ``entry`` from ``slot`` to the pool; False if there is no room: its ids are noted all the
-        same."""
+    def _last_state(self, slot: int, length: int) -> int:
+        """Return the last position up to ``length`` whose states ``slot`` has; 0 = the start."""
+        return max((each for each in self._backend.state_positions(slot) if each <= length), default=0)
+
+    def _states_of(self, slot: int, num_prompt: int) -> set[int]:
+        """Return the positions whose states are worth keeping of a sequence that has ended in ``slot``."""
+        if not self._backend.has_states:
+            return set()
+        length = len(self._live[slot].ids)
+        return {self._last_state(slot, length), self._last_state(slot, min(num_prompt, length))} - {0}
+
+    def _store(self, slot: int, entry: _Entry, states: set[int]) -> bool:
+        """Copy the KV of ``entry`` from ``slot`` to the pool, and the states of these positions; False if there is no
+        room: its ids are noted all the same."""
         live = self._live[slot]
         shared: list[int] = []
         if live.entry is not None and live.entry.blocks:
@@ -247,18 +291,19 @@ class SessionPool:
             shared = live.entry.blocks[:num_shared]
         self._num_users[shared] += 1
         num_new = -(-len(entry.ids) // BLOCK_TOKENS) - len(shared)
-        blocks = self._take(num_new, entry.rank, after=shared[-1] if shared else -1)
+        blocks = self._take(num_new, len(states), entry.rank, after=shared[-1] if shared else -1)
         if blocks is None:
             self._num_users[shared] -= 1
         else:
             entry.blocks = shared + blocks
             self._save(slot, entry.blocks, len(shared) * BLOCK_TOKENS, len(entry.ids))
+            self._save_states(slot, entry, states)
         self._entries.append(entry)
         while len(self._entries) > _MAX_ENTRIES:
             self._remove(min(self._entries, key=lambda e: (bool(e.blocks), e.rank)))
         return blocks is not None
 
-    def _extended(self, slot: int, rank: Rank, session: str) -> _Entry | None:
+    def _extended(self, slot: int, rank: Rank, session: str, states: set[int]) -> _Entry | None:
         """Return the entry that the KV of ``slot`` goes on from, with what is new; None: there is none, or no room."""
         live = self._live[slot]
         ids, entry = live.ids, live.entry
@@ -274,17 +319,26 @@ class SessionPool:
         else:
             kept = kept + tail
         num_new = -(-len(ids) // BLOCK_TOKENS) - len(kept)
-        blocks = self._take(num_new, rank, after=kept[-1] if kept else -1, spare=entry)
+        num_states = len(states) - len(entry.states)
+        blocks = self._take(num_new, num_states, rank, after=kept[-1] if kept else -1, spare=entry)
         if blocks is None:
             return None
         self._num_users[entry.blocks[len(kept) :]] -= 1
         entry.ids, entry.blocks = ids.copy(), kept + blocks
         self._save(slot, entry.blocks, start, len(ids))
+        self._save_states(slot, entry, states)
         return entry
 
     def _save(self, slot: int, blocks: list[int], start: int, stop: int) -> None:
         for position, place, count in _runs(blocks, start, stop):
             self._backend.save_kv(slot, position, place, count)
+
+    def _save_states(self, slot: int, entry: _Entry, positions: set[int]) -> None:
+        """Have the entry the states of these positions of ``slot``, and no others. There is room."""
+        self._free_states += entry.states.values()
+        entry.states = {position: self._free_states.pop() for position in sorted(positions)}
+        for position, place in entry.states.items():
+            self._backend.save_state(slot, position, place)
 
     def _touch(self, entry: _Entry) -> None:
         self._entries.remove(entry)
@@ -295,9 +349,10 @@ class SessionPool:
         self._drop(entry)
 
     def _drop(self, entry: _Entry) -> None:
-        """Give back the blocks of an entry, whose ids stay known."""
+        """Give back the blocks and the states of an entry, whose ids stay known."""
         self._num_users[entry.blocks] -= 1
-        entry.blocks = []
+        self._free_states += entry.states.values()
+        entry.blocks, entry.states = [], {}
 
     def _drop_forgotten(self) -> None:
         while self._forgotten:
@@ -307,17 +362,21 @@ class SessionPool:
 
     # --- blocks ---------------------------------------------------------------------------------------
 
-    def _take(self, count: int, rank: Rank, *, after: int, spare: _Entry | None = None) -> list[int] | None:
-        """Return ``count`` blocks, adjacent where there are such, for an entry of ``rank``; None if there is no room.
+    def _take(
+        self, count: int, num_states: int, rank: Rank, *, after: int, spare: _Entry | None = None
+    ) -> list[int] | None:
+        """Return ``count`` blocks, adjacent where there are such, for an entry of ``rank``, and see that so many states
+        are free; None if there is no room.
 
         ``after``: the block that the first one best lies behind. ``spare``: an entry that must not be dropped.
         """
         victims = [e for e in self._entries if e.blocks and e.rank <= rank and e is not spare and e.rank != Rank.PROMPT]
         victims.sort(key=lambda entry: entry.rank)  # stable: of a rank, the least recently used first
-        if count > self._num_free(victims):
+        free_states = len(self._free_states) + sum(len(each.states) for each in victims)
+        if count > self._num_free(victims) or num_states > free_states:
             return None
         for victim in victims:
-            if count <= self._num_free():
+            if count <= self._num_free() and num_states <= len(self._free_states):
                 break
             self._drop(victim)
         taken: list[int] = []

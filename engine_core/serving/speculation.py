@@ -153,11 +153,13 @@ class Speculation:
         return not sequence.adapter and all(getattr(sampling, x) == getattr(default, x) for x in undrafted)
 
     def _room(self, sequence: Sequence, unread: int) -> int:
-        """Return how many tokens can be drafted for the answer to stay within its length."""
+        """Return how many tokens can be drafted for the answer to stay within its length, and within its RoPE's."""
         if not self._of(sequence).takes_drafts:
             return 0
-        left = sequence.prepared.max_new_tokens - sequence.num_sampled - unread - 1
-        return min(self.max_draft, left)
+        left = sequence.prepared.max_new_tokens - sequence.num_sampled
+        if (left_of_rope := sequence.left_of_rope) is not None:
+            left = min(left, left_of_rope)
+        return min(self.max_draft, left - unread - 1)
 
     def _with_draft(
         self, sequence: Sequence, step: SequenceStep, rows: list[int], index: int

@@ -29,7 +29,8 @@ class TokenTable:
 
     Implements what ``llguidance.TokenizerWrapper`` asks for. A text that the grammar forces is spelled as the model's
     own tokenizer does where that gives these very bytes, and otherwise by the longest tokens that fit: normalizers,
-    special tokens and a reduced vocabulary cannot change it.
+    special tokens and a reduced vocabulary cannot change it. What no token writes becomes the id ``unspelled``, a token
+    without text: the library takes a text that lacks some of its bytes for whole.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: list[int], kept_ids: np.ndarray | None) -> None:
@@ -61,6 +62,8 @@ class TokenTable:
         self._fast.no_truncation()
         self._fast.encode_special_tokens = True
         self._by_bytes = {value: i for i, value in reversed(list(enumerate(self._bytes))) if value}
+        silent = [i for i, value in enumerate(self._bytes) if not value and i not in special]
+        self.unspelled = next(iter([*silent, *sorted(special - set(self._eos))]), self.eos_token_id)
         self._longest = max(map(len, self._by_bytes), default=1)
         self._lead = np.zeros(vocab_size, dtype=np.int32)  # digits a token begins with
         self._exponent = np.zeros(vocab_size, dtype=bool)  # it goes on with an exponent
@@ -77,6 +80,8 @@ class TokenTable:
         for value, i in zip(self._sorted, self._sorted_ids):
             if match := _WHOLE_KEY.match(value):
                 self._keys.setdefault(match.group(1), []).append(i)
+        # uint32 mask: tokens that write text, and those that end an answer
+        self.textual = self._mask_of_ids([*(i for i, value in enumerate(self._bytes) if value), *self._eos])
         # uint32 mask: tokens in which a number begins that is too long already, or has an exponent
         self.unbounded = self._mask_of(np.array([_UNBOUNDED.match(value) is not None for value in self._bytes]))
 
@@ -136,5 +141,5 @@ class TokenTable:
                     start = end
                     break
             else:
-                break  # no token has this byte; the mask will be empty and say so
+                return [*ids, self.unspelled]  # no token has this byte
         return ids

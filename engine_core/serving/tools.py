@@ -11,7 +11,7 @@ from typing import Any
 
 from engine_core.errors import InvalidSchemaError
 from engine_core.request import Tool
-from engine_core.serving.json_schema import parse_schema
+from engine_core.serving.json_schema import COMPACT, parse_schema
 from engine_core.text.call_formats import Arguments, CallFormat, bare_order
 
 Schema = dict[str, Any]
@@ -30,8 +30,6 @@ _MAX_REFERENCES = 16  # one behind the other, and of objects and arrays inside e
 _MAX_KEPT_CHARS = 1 << 14
 _XML_NAME = re.compile(r"[^<>\n]+")
 _BARE_NAME = re.compile(r"[^:,{}\[\]\s]+")
-# As json.dumps writes it, which is how templates write calls.
-_SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 def checked_tool(tool: Tool) -> CheckedTool:
@@ -82,7 +80,7 @@ class CheckedTool:
     @property
     def json_grammar(self) -> str:
         """The arguments as JSON, as a part of a Lark grammar."""
-        return "%json " + json.dumps({**self.schema, "x-guidance": _SPELLING})
+        return "%json " + json.dumps({**self.schema, "x-guidance": COMPACT})
 
     @cached_property
     def strings(self) -> frozenset[str]:
@@ -125,7 +123,7 @@ class CheckedTool:
             parts.append(rule if name in self._required else f"{rule}?")
             begin, end = quoted(f"<parameter={name}>\n"), quoted("\n</parameter>\n")
             if not _is_string(resolved):
-                inner = {**self._definitions, **resolved, "x-guidance": _SPELLING}
+                inner = {**self._definitions, **resolved, "x-guidance": COMPACT}
                 yield f"{rule}: {begin} {rule}_v {end}"
                 yield f"{rule}_v: %json {json.dumps(inner)}"
             elif (values := _values(resolved)) is not None:
@@ -201,7 +199,7 @@ class CheckedTool:
             yield f'{rule}: "{{" {rule}_o "}}"'
             yield from self._bare_object(schema, f"{rule}_o", quote, depth)
         elif kind in ("number", "integer", "boolean", "null"):
-            yield f"{rule}: %json {json.dumps({**schema, 'x-guidance': _SPELLING})}"
+            yield f"{rule}: %json {json.dumps({**schema, 'x-guidance': COMPACT})}"
         else:
             raise self._unsupported(next(iter(sorted(schema.keys() - _DESCRIPTIONS)), f"type {kind}"))
 

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from engine_core.errors import DeadlinePassedError, EngineFaultError, NotActiveError, RequestError, as_exception
 from engine_core.request import FinishReason, GenerationRequest, GenerationResult, Piece
 from engine_core.serving.engine import Engine
+from engine_core.serving.scheduler import Scheduler
 from engine_core.serving.sequence import PreparedRequest, Sequence
 
 _CHANGE_INTERVAL = 1.0  # s between two calls of on_change while requests run
-_NO_DEADLINE = 1e8  # s; three years, and less than any platform's threading.TIMEOUT_MAX
+LONGEST_TIMER = 1e8  # s; a longer deadline is none. Three years, and less than any platform's threading.TIMEOUT_MAX
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,10 @@ class Worker:
         return self._scheduler.num_waiting
 
     @property
+    def scheduler(self) -> Scheduler:
+        return self._scheduler
+
+    @property
     def longest_wait(self) -> float:
         """Seconds that the oldest waiting request has waited; 0 if none waits."""
         return self._scheduler.longest_wait
@@ -80,6 +85,12 @@ class Worker:
         """Takes new settings for the requests to come. Raises ConfigurationError."""
         self._scheduler.update(queue_depth=queue_depth, busy_policy=busy_policy)
 
+    def check_admission(self, priority: int) -> None:
+        """Raises QueueFullError or NotActiveError if a request of this priority would not be accepted now."""
+        if self._closed is not None:
+            raise NotActiveError(self._closed)
+        self._scheduler.admit(priority)
+
     def submit(
         self,
         request: GenerationRequest,
@@ -87,25 +98,28 @@ class Worker:
         on_piece: Callable[[Piece], None] | None = None,
         on_done: Callable[[GenerationResult], None],
         arrival: float | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Ticket:
         """Accepts a request, or raises at once: RequestError (invalid), QueueFullError, NotActiveError.
 
         Each accepted request gets exactly one ``on_done``, after its last ``on_piece``. ``arrival``: time.monotonic()
         when the request came, from where its deadline counts; None: now. One whose deadline has passed when it is
-        prepared is answered with TIMEOUT before this returns.
+        prepared is answered with TIMEOUT before this returns. ``check`` is called when it has been prepared, before it
+        is added or preempts anything: what it raises is raised here, and the request is not accepted.
         """
         arrival = time.monotonic() if arrival is None else arrival
-        if self._closed is not None:
-            raise NotActiveError(self._closed)
-        self._scheduler.admit(request.priority)  # a full queue refuses before any work is done
+        self.check_admission(request.priority)  # a full queue refuses before any work is done
         try:
+            if 0 < request.timeout <= time.monotonic() - arrival:
+                raise DeadlinePassedError("The deadline has passed.")
             prepared = self._engine.prepare(request)
         except DeadlinePassedError:
             prepared = PreparedRequest.unread(request)
 
         def done(result: GenerationResult) -> None:
-            if ticket.timer is not None:
-                ticket.timer.cancel()
+            timer, ticket.timer = ticket.timer, None  # it holds the ticket
+            if timer is not None:
+                timer.cancel()
             on_done(result)
 
         tokenizer = self._engine.tokenizer
@@ -119,6 +133,7 @@ class Worker:
                 undo.callback(prepared.turn.leave)
             if self._closed is not None:
                 raise NotActiveError(self._closed)
+            check()
             preempted = self._scheduler.admit(request.priority)
             self._start_timer(ticket)
             self._scheduler.add(sequence)
@@ -130,7 +145,7 @@ class Worker:
 
     def _start_timer(self, ticket: Ticket) -> None:
         deadline = ticket.sequence.deadline
-        if deadline is not None and deadline - ticket.sequence.arrival <= _NO_DEADLINE:
+        if deadline is not None and deadline - ticket.sequence.arrival <= LONGEST_TIMER:
             remaining = deadline - time.monotonic()
             ticket.timer = threading.Timer(remaining, ticket.cancel, (FinishReason.TIMEOUT,))
             ticket.timer.daemon = True

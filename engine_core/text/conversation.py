@@ -7,9 +7,10 @@ piece.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from engine_core.errors import InvalidRequestError
@@ -27,19 +28,30 @@ Conversation = list[dict[str, Any]]
 Cuts = Callable[[str, bool], set[int]]  # (text, whether a model wrote it) → where it is to be split
 
 
-def to_conversation(messages: Sequence[ChatMessage], source: str) -> Conversation:
+def to_conversation(messages: Sequence[ChatMessage], source: str, videos: Collection[int] = ()) -> Conversation:
     """Return the messages as the template whose text is ``source`` reads them.
 
-    A tool's message gets the name of the function, from the call that it answers. Raises InvalidRequestError for a
-    call whose arguments are no JSON object.
+    ``videos``: which of the places of images in the messages, counted through, are those of videos (``with_videos``).
+
+    A tool's message gets the name of the function, from the call that it answers: the last one before it with its id.
+    Raises InvalidRequestError for a call whose arguments are no JSON object.
     """
-    names = {call.id: call.name for message in messages for call in message.tool_calls}
     nothing = None if _ASKS_FOR_NONE.search(source) else ""  # others fail where a content is no text
-    return [_to_template(message, names, nothing, source) for message in messages]
+    kinds = ("video" if place in videos else "image" for place in itertools.count())
+    names: dict[str, str] = {}
+    conversation = []
+    for message in messages:
+        names.update((call.id, call.name) for call in message.tool_calls)
+        conversation.append(_to_template(message, names, nothing, source, kinds))
+    return conversation
 
 
-def _to_template(message: ChatMessage, names: dict[str, str], nothing: str | None, source: str) -> dict[str, Any]:
+def _to_template(
+    message: ChatMessage, names: dict[str, str], nothing: str | None, source: str, kinds: Iterator[str]
+) -> dict[str, Any]:
     values: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.images:
+        values["content"] = _parts(message, kinds)
     if message.tool_calls:
         values["content"] = message.content or nothing
         values["tool_calls"] = [
@@ -57,6 +69,33 @@ def _to_template(message: ChatMessage, names: dict[str, str], nothing: str | Non
     if name := message.name or (names.get(message.tool_call_id, "") if message.role == "tool" else ""):
         values["name"] = name
     return values
+
+
+def _parts(message: ChatMessage, kinds: Iterator[str]) -> list[dict[str, str]]:
+    """Return the content of a message with images: texts and images in their order. ``kinds``: of the images."""
+    parts: list[dict[str, str]] = []
+    start = 0
+    for place in message.images:
+        parts += text_parts(message.content[start:place]) if place > start else []
+        parts.append({"type": next(kinds)})
+        start = place
+    return parts + (text_parts(message.content[start:]) if start < len(message.content) else [])
+
+
+def with_videos(conversation: Conversation, placeholder: str) -> Conversation:
+    """Return the conversation with ``placeholder`` as a text in the place of each video: the text of a video, which
+    takes the placeholder's place, has all markers."""
+    return [
+        {**turn, "content": [text_parts(placeholder)[0] if part == {"type": "video"} else part for part in content]}
+        if isinstance(content := turn["content"], list)
+        else turn
+        for turn in conversation
+    ]
+
+
+def text_parts(text: str) -> list[dict[str, str]]:
+    """Return the content of a message of text alone, for templates that read lists."""
+    return [{"type": "text", "text": text}]
 
 
 def to_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import enum
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,10 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from engine_core.errors import EngineDirectoryError, InvalidRequestError, InvalidTextError, first_line
+from engine_core.errors import (
+    EngineDirectoryError,
+    InvalidImageError,
+    InvalidRequestError,
+    InvalidTextError,
+    first_line,
+)
 from engine_core.request import ChatMessage, Tool
 from engine_core.text.call_formats import TOOL_VARIABLES, AnswerFormat
-from engine_core.text.conversation import Conversation, marked, to_conversation, to_tools
+from engine_core.text.conversation import Conversation, marked, text_parts, to_conversation, to_tools, with_videos
 from engine_core.text.template import ChatTemplate
 
 _CACHED_SYSTEM_PROMPTS = 32
@@ -30,6 +36,8 @@ _MAX_TOKEN_ID = (1 << 24) - 1  # ``tokenizers`` makes tables of the largest id, 
 _LONG = 4096  # characters of a text that takes about a millisecond
 _LONG_NUMBER = re.compile(rb":\s*-?\d{8,}")
 _SYSTEM_PROBE = "edgellm system probe"
+_CONTENT_PROBE = "edgellm content probe"
+_OLD_TEMPLATE = "chat_template.json"  # of a processor, where the tokenizer has no template
 # What a template is given by this module and by what renders it, and so nobody else.
 _OWN_VARIABLES = frozenset(
     {"messages", "documents", "add_generation_prompt", "raise_exception", "strftime_now", *TOOL_VARIABLES}
@@ -55,9 +63,12 @@ class Prompt:
 
 
 class Tokenizer:
-    """Raises EngineDirectoryError if ``directory`` has no usable tokenizer.json."""
+    """Raises EngineDirectoryError if ``directory`` has no usable tokenizer.json.
 
-    def __init__(self, directory: Path) -> None:
+    ``image_token_id``: the token that stands for an image, of a model that sees.
+    """
+
+    def __init__(self, directory: Path, image_token_id: int | None = None) -> None:
         # It would advise installing PyTorch, which nothing here needs.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import PreTrainedTokenizerFast
@@ -70,7 +81,10 @@ class Tokenizer:
         try:
             self._hf = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
         except Exception as error:  # the library raises whatever its parsers raise
-            raise EngineDirectoryError(f"The tokenizer in {directory} cannot be loaded ({error}).") from error
+            reason = first_line(error)
+            raise EngineDirectoryError(f"The tokenizer in {directory} cannot be loaded ({reason}).") from error
+        if not self._hf.chat_template:
+            self._hf.chat_template = _old_template(directory)
         self.fast = self._hf.backend_tokenizer
         self.fast.no_padding()
         self.fast.no_truncation()
@@ -78,7 +92,9 @@ class Tokenizer:
         # No text of n characters can have fewer than n / max_token_chars tokens.
         self.max_token_chars = max(len(token) for token in self.fast.get_vocab(with_added_tokens=True))
         self._system_prefix = lru_cache(maxsize=_CACHED_SYSTEM_PROMPTS)(self._find_system_prefix)
+        self.image_token = "" if image_token_id is None else self.fast.id_to_token(image_token_id) or ""
         self._find_controls()
+        self._takes_parts = self.has_chat_template and self._reads_lists_alone()
         self.folds_system = self.has_chat_template and self._refuses_system()
 
     @property
@@ -145,11 +161,33 @@ class Tokenizer:
             source = self._hf.get_chat_template(None, variables.get("tools"))
             defaults = {"tools": None, "documents": None, **self._hf.special_tokens_map}
             return _compiled_template(source).render(
-                messages=conversation, add_generation_prompt=add_generation_prompt, **{**defaults, **variables}
+                messages=self._in_parts(conversation),
+                add_generation_prompt=add_generation_prompt,
+                **{**defaults, **variables},
             )
         except Exception as error:  # templates call raise_exception, and fail in ways of their own
             reason = first_line(error)[:300]
             raise InvalidRequestError(f"The model's chat template refuses this conversation: {reason}.") from error
+
+    def _in_parts(self, conversation: Conversation) -> Conversation:
+        """Return the conversation with each content as a list of parts, if the template reads no other."""
+        if not self._takes_parts:
+            return conversation
+        return [
+            {**turn, "content": text_parts(turn["content"])} if isinstance(turn.get("content"), str) else turn
+            for turn in conversation
+        ]
+
+    def _reads_lists_alone(self) -> bool:
+        """Return whether the template leaves out a content that is a text, but not one that is a list of parts."""
+        self._takes_parts = False
+        found = []
+        for content in (_CONTENT_PROBE, text_parts(_CONTENT_PROBE)):
+            try:
+                found.append(_CONTENT_PROBE in self.apply_template([{"role": "user", "content": content}]))
+            except InvalidRequestError:
+                found.append(False)
+        return found == [False, True]
 
     def encode_messages(self, messages: Sequence[ChatMessage], *, allow_special: bool = False) -> np.ndarray:
         """Return the templated conversation as int32 [n]. Raises InvalidRequestError as ``render`` does."""
@@ -163,29 +201,53 @@ class Tokenizer:
         variables: dict[str, Any] | None = None,
         thinking: str = "model",
         allow_special: bool = False,
+        image_texts: Sequence[str] = (),
+        videos: Collection[int] = (),
     ) -> Prompt:
         """Return the templated conversation. Raises InvalidRequestError as ``render`` does.
 
         Special tokens spelled in the texts of messages, tools and ``variables`` are plain text, or with
-        ``allow_special`` control tokens. ``thinking``: one of THINKING_MODES.
+        ``allow_special`` control tokens; the placeholder of images is plain text in any case. ``thinking``: one of
+        THINKING_MODES. ``image_texts``: what stands for each image of the messages. ``videos``: the indices of those
+        that are videos.
         """
         variables = self._checked_variables(variables or {}, thinking, bool(tools))
         messages = self._folded(messages)
         source = self.template_source(with_tools=bool(tools)) if self.has_chat_template else ""
-        conversation, definitions, mark = to_conversation(messages, source), to_tools(tools), ""
-        if not allow_special:
+        conversation, definitions, mark = to_conversation(messages, source, videos), to_tools(tools), ""
+        if not allow_special or self.image_token:
             parts = [(turn, turn["role"] == "assistant") for turn in conversation]
             parts += [(definition, False) for definition in definitions]
-            (*values, variables), mark = marked([*parts, (variables, False)], self._cuts)
+            cuts = self._image_cuts if allow_special else self._cuts
+            (*values, variables), mark = marked([*parts, (variables, False)], cuts)
             conversation, definitions = values[: len(conversation)], values[len(conversation) :]
+        conversation = with_videos(conversation, self.image_token) if videos else conversation
         text = self.apply_template(conversation, **self._tool_variables(definitions), **variables)
         text, reasoning = self._with_thinking(text, thinking)
+        text = self.with_images(text, image_texts)
         if not mark:
             return Prompt(self.encode(text, add_special_tokens=False), reasoning)
         escaped = json.dumps(mark)[1:-1]  # where a template writes JSON in ASCII
         pieces = text.replace(escaped, mark).split(mark)
         ids = [self.encode(piece, add_special_tokens=False) for piece in pieces if piece]
         return Prompt(np.concatenate(ids) if ids else np.empty(0, dtype=np.int32), reasoning)
+
+    def token_text(self, token_id: int) -> str:
+        """Return how a token is spelled in a text, "" if there is none of this id."""
+        return self.fast.id_to_token(token_id) or ""
+
+    def with_images(self, text: str, image_texts: Sequence[str]) -> str:
+        """Return ``text`` with those of images in the place of the placeholders. Raises InvalidImageError if it has
+        more or fewer of them."""
+        if not self.image_token:
+            assert not image_texts, "the model has no placeholder"
+            return text
+        first, *rest = text.split(self.image_token)
+        if len(rest) != len(image_texts):
+            raise InvalidImageError(
+                f"The prompt has {len(rest)} placeholders {self.image_token!r} for {len(image_texts)} images."
+            )
+        return "".join([first, *(part for pair in zip(image_texts, rest) for part in pair)])
 
     def _folded(self, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
         return _fold_system(messages) if self.folds_system else messages
@@ -240,8 +302,10 @@ class Tokenizer:
         source = template if isinstance(template, str) else json.dumps(template or "", ensure_ascii=False)
         special = {token.content for token in added.values() if token.special and len(token.content) > 1}
         written = {t.content for t in added.values() if len(t.content) > 1 and t.content in source}
-        self._special = _any_of(special)
-        self._control = _any_of(special | written)
+        images = {self.image_token} - {""}
+        self._special = _any_of(special | images)
+        self._control = _any_of(special | written | images)
+        self._placeholder = _any_of(images)
         # These are found in the normalized text, so their spellings cannot be listed.
         self._normalized_ids = frozenset(
             index for index, t in added.items() if t.normalized and (t.special or t.content in written)
@@ -261,6 +325,11 @@ class Tokenizer:
                 if token_id in self._normalized_ids and end - start > 1:
                     cuts.add(start + 1)
         return cuts
+
+    def _image_cuts(self, text: str, own: bool) -> set[int]:
+        """Return where ``text`` is cut so that it has no placeholder of an image."""
+        assert self._placeholder is not None
+        return {match.start() + 1 for match in self._placeholder.finditer(text)}
 
     def _refuses_system(self) -> bool:
         """Return whether the template refuses or leaves out system messages but takes a user's."""
@@ -335,11 +404,22 @@ def _fold_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         if message.role == "system":
             waiting.append(message.content)
         elif message.role == "user" and waiting:
-            folded.append(dataclasses.replace(message, content="\n\n".join([*waiting, message.content])))
+            before = "".join(f"{text}\n\n" for text in waiting)
+            places = tuple(len(before) + place for place in message.images)
+            folded.append(dataclasses.replace(message, content=before + message.content, images=places))
             waiting = []
         else:
             folded.append(message)
     return [*folded, *([ChatMessage("user", "\n\n".join(waiting))] if waiting else [])]
+
+
+def _old_template(directory: Path) -> str | None:
+    """Return the chat template that a processor keeps beside the tokenizer, or None."""
+    try:
+        found = json.loads((directory / _OLD_TEMPLATE).read_text(encoding="utf-8"))["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str] | None:
@@ -372,7 +452,7 @@ def _check_token_ids(path: Path) -> None:
         ids = [token.get("id") for token in values.get("added_tokens") or []]
         ids += list(vocabulary.values()) if isinstance(vocabulary, dict) else []
     except (ValueError, RecursionError, AttributeError, TypeError) as error:
-        raise EngineDirectoryError(f"{path} is no tokenizer ({first_line(error)}); build the engine again.") from None
+        raise EngineDirectoryError(f"{path} is no tokenizer ({first_line(error)}).") from None
     for token_id in ids:
         if isinstance(token_id, int) and not 0 <= token_id <= _MAX_TOKEN_ID:
             raise EngineDirectoryError(

@@ -73,7 +73,9 @@ class Setting:
         return ExpectedAnswer(self.form, **{"may_call": True, "strings": strings, **fields})
 
     def constraint(self, *, choice="auto", several=True, reasoning=Reasoning.NEVER, schema="", budget=0, **fields):
-        demand = Demand(schema or None, TOOLS, choice, several, reasoning)
+        demand = Demand(
+            schema or None, tools=TOOLS, tool_choice=choice, parallel_tool_calls=several, reasoning=reasoning
+        )
         begun = reasoning is Reasoning.BEGUN
         expected = self.expected(begins_reasoning=begun, is_value=bool(schema), **fields)
         return self.factory.compile(demand, expected=expected, budget=budget)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,16 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from benchmarks.random_checkpoint import write_random_checkpoint
 from engine_core.backends import SequenceStep
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.config import EngineConfig
 from engine_core.errors import EngineFaultError, InvalidSamplingError
+from engine_core.measure.random_checkpoint import write_random_checkpoint
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
 from engine_core.serving.engine import Engine
 from engine_core.serving.worker import Worker
+from ort_backends import opening
 from small_llama import CONFIG, CONTEXT, COUNT, MASK, PROMPTS, REQUESTS, alone, together
 
 
@@ -37,12 +37,7 @@ def variant(request, checkpoint):
 
 @pytest.fixture
 def load(variant):
-    def make(**config):
-        config = {"max_batch": 4, "num_threads": 1, **config}
-        backend = OnnxRuntimeBackend.load(*variant, EngineConfig(variant[0], **config))
-        return opened.enter_context(closing(backend))
-
-    with ExitStack() as opened:
+    with opening(variant, max_batch=4) as make:
         yield make
 
 

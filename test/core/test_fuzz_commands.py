@@ -10,6 +10,7 @@ import shutil
 import sys
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -21,6 +22,9 @@ from hypothesis import strategies as st
 import vocab_checkpoints
 from engine_core import cli
 from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.formats.signatures import SIGNATURE_SUFFIX
+from engine_core.hub.known_models import TASKS, known_models
+from engine_core.planning import recommend
 from fuzzing import any_text, fuzz_slow
 
 # A command's arguments without a name; where OUT is one, that folder is made by the command.
@@ -36,8 +40,10 @@ POSITIONAL = {
     "doctor": (),
     "recommend": (),
     "schema": ("type",),
+    "sign": ("target",),
 }
-ELSEWHERE = {"get", "serve"}  # one may reach a network, one runs until a signal: test_get.py and test_http.py
+# One may reach a network, one takes minutes, one runs until a signal: test_get.py, test_report.py and test_http.py.
+ELSEWHERE = {"get", "report", "serve"}
 # What a command cannot do without, and what keeps it short.
 USUAL = {
     "quantize": ["--method=int8"],
@@ -46,6 +52,7 @@ USUAL = {
     "evaluate": ["--texts=texts.txt"],
     "bench": ["--prompt-tokens=4", "--new-tokens=3", "--repeats=1"],
     "recommend": ["--memory=8", "--bandwidth=50"],
+    "sign": ["--key=key.pem"],
 }
 PATHS = [
     "checkpoint", "engine", "texts.txt", "chats.jsonl", "binary", "empty", "missing", "missing/deeper", "", ".",
@@ -130,10 +137,22 @@ def folder(tmp_path_factory):
     (root / "empty").mkdir()
     os.symlink("loop", root / "loop")
     (root / "locked").mkdir(mode=0o000)
-    before = Path.cwd()
+    with contextlib.suppress(ImportError):  # without it, sign says that it is missing
+        write_key(root / "key.pem")
+    before, known = Path.cwd(), known_models()
+    few = [next(model for model in known if model.does(task)) for task in TASKS]  # all take recommend seconds
     os.chdir(root)
-    yield root
+    with mock.patch.object(recommend, "known_models", lambda: few):
+        yield root
     os.chdir(before)
+
+
+def write_key(path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    path.write_bytes(Ed25519PrivateKey.generate().private_bytes(pem, pkcs8, serialization.NoEncryption()))
 
 
 def listing(root: Path) -> dict[str, tuple[int, int]]:
@@ -146,12 +165,15 @@ def listing(root: Path) -> dict[str, tuple[int, int]]:
 
 
 def check(folder: Path, arguments: list[str], stdin: bytes = b"") -> None:
-    """Run a command: it ends with a known status and one sentence, and writes to OUT alone."""
+    """Run a command: it ends with a known status and one sentence, and writes to OUT alone, or a signature."""
     before = listing(folder)
     code, out, error = run(arguments, stdin)
     after = listing(folder)
     shutil.rmtree(folder / "OUT", ignore_errors=True)
     written = {name for name in after if before.get(name) != after[name]} | (before.keys() - after.keys())
+    for signature in [name for name in written if arguments[0] == "sign" and name.endswith(SIGNATURE_SUFFIX)]:
+        written.remove(signature)
+        (folder / signature).unlink(missing_ok=True)
     assert all(name.startswith("OUT/") for name in written), (arguments, written)
     assert code in (0, 1, 2), (arguments, code, error)
     last = error.rstrip("\n").rpartition("\n")[2]

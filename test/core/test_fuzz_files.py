@@ -4,57 +4,86 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sample_checkpoints
 from engine_core.config import EngineConfig
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.companions import check_tokenizer, eos_token_ids
+from engine_core.formats.companions import check_companions, eos_token_ids
 from engine_core.formats.detect import quantization_of
+from engine_core.formats.lora import LoraAdapter
 from engine_core.formats.manifest import MANIFEST_NAME, read_manifest
-from engine_core.formats.safetensors_file import SafetensorsFile
-from engine_core.formats.vocab_map import tokenizer_fingerprint
+from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
+from engine_core.formats.vocab_map import TENSOR_NAME, read_vocab_map, tokenizer_fingerprint
 from engine_core.models.reader import check_tensors, read_spec
+from engine_core.models.shapes import spec_of
+from engine_core.serving.session_files import load_session
 from fuzzing import fuzz, refusal
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 
-scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8),
-    st.sampled_from([0, -1, 1, 2**31, 2**63, "", "x", "default", "int8", "fp8", "awq", "gptq", "compressed-tensors"]),
-)  # fmt: skip
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)  # fmt: skip
+NUMBERS = (0, -1, 1, 2**31, 2**63, 2**70, -(2**70), 0.5, -0.0, 1e308, 5e-324, math.nan, math.inf, -math.inf)
+WORDS = ("", "x", "default", "int8", "fp8", "awq", "gptq", "compressed-tensors")
+# The first and the last character of ranges that texts are drawn from: all of Unicode, lone surrogates included.
+RANGES = ((0, 127), (0, 31), (97, 122), (128, 0x7FF), (0x2000, 0x206F), (0xD800, 0xDFFF), (0x10000, 0x10FFFF))
 
 
-@st.composite
-def damaged(draw, document: dict):
-    """``document`` with one to three places replaced, removed or added."""
+def text(random: Random, longest: int) -> str:
+    return "".join(chr(random.randint(*random.choice(RANGES))) for _ in range(random.randint(0, longest)))
+
+
+def anything(random: Random, depth: int = 2) -> object:
+    """Return what JSON can hold, lists and objects of ``depth`` levels included."""
+    kind = random.randrange(8 if depth else 6)
+    if kind < 2:
+        return random.choice((None, True, False, *NUMBERS))
+    if kind == 2:
+        return random.randint(-100, 100) if random.random() < 0.5 else random.randint(-(2**70), 2**70)
+    if kind == 3:
+        return random.uniform(-10, 10)
+    if kind < 6:
+        return random.choice(WORDS) if kind == 4 else text(random, 8)
+    if kind == 6:
+        return [anything(random, depth - 1) for _ in range(random.randint(0, 3))]
+    return {text(random, 6): anything(random, depth - 1) for _ in range(random.randint(0, 3))}
+
+
+def damage(document: dict, random: Random) -> dict:
+    """Return ``document`` with one to three places replaced, removed or added."""
     document = copy.deepcopy(document)
-    for _ in range(draw(st.integers(1, 3))):
-        place = document
+    for _ in range(random.randint(1, 3)):
+        place: dict | list = document
         while True:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            key = draw(st.sampled_from(keys)) if keys else None
-            if key is None or not isinstance(place[key], (dict, list)) or draw(st.booleans()):
+            key = random.choice([*place] if isinstance(place, dict) else range(len(place))) if place else None
+            if key is None or not isinstance(place[key], (dict, list)) or random.random() < 0.5:
                 break
             place = place[key]
-        what = draw(st.sampled_from(["replace", "remove", "add"]))
+        what = random.choice(("replace", "remove", "add"))
         if what == "add" and isinstance(place, dict):
-            place[draw(st.text(max_size=6))] = draw(values)
+            place[text(random, 6)] = anything(random)
         elif what == "remove" and key is not None:
             del place[key]
         elif key is not None:
-            place[key] = draw(values)
+            place[key] = anything(random)
     return document
+
+
+# One number drawn by hypothesis seeds a case: a draw for each part of a document takes ten times as long as reading it.
+randoms = st.randoms(use_true_random=True, note_method_calls=False)
+values = randoms.map(anything)
+
+
+def damaged(*documents: dict):
+    """Return a strategy of ``documents`` that are damaged."""
+    return randoms.map(lambda random: damage(random.choice(documents), random))
 
 
 CONFIG = json.loads((DEMO / "config.json").read_text())
@@ -97,7 +126,7 @@ def read_checkpoint(directory: Path) -> None:
 
 
 @fuzz
-@given(config=damaged(CONFIG) | damaged(QUANTIZED))
+@given(config=damaged(CONFIG, QUANTIZED))
 def test_a_damaged_configuration(checkpoint, config):
     (checkpoint / "config.json").write_text(json.dumps(config))
     refusal(read_checkpoint, checkpoint)
@@ -105,6 +134,7 @@ def test_a_damaged_configuration(checkpoint, config):
 
 @fuzz
 @given(manifest=damaged(MANIFEST))
+@example(manifest=MANIFEST | {"builder": {"a\nb": None}})
 def test_a_damaged_manifest(tmp_path_factory, manifest):
     directory = tmp_path_factory.getbasetemp() / "fuzzed_manifest"
     directory.mkdir(exist_ok=True)
@@ -114,7 +144,7 @@ def test_a_damaged_manifest(tmp_path_factory, manifest):
 
 @fuzz
 @given(tokenizer=damaged(TOKENIZER))
-def test_a_damaged_tokenizer(checkpoint, tmp_path_factory, tokenizer):
+def test_a_damaged_tokenizer(tmp_path_factory, tokenizer):
     directory = tmp_path_factory.getbasetemp() / "fuzzed_tokenizer"
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text("{}")
@@ -124,8 +154,8 @@ def test_a_damaged_tokenizer(checkpoint, tmp_path_factory, tokenizer):
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<s>"}))
     refusal(tokenizer_fingerprint, directory / "tokenizer.json")
     opened = Checkpoint(directory)
-    refusal(check_tokenizer, opened, 3)
-    refusal(eos_token_ids, Checkpoint(checkpoint) if not (checkpoint / "config.json").exists() else opened)
+    refusal(check_companions, opened, 3)
+    refusal(eos_token_ids, opened)
 
 
 @fuzz
@@ -145,6 +175,63 @@ def test_a_damaged_safetensors_file(tmp_path_factory, data, at, length):
             file.read(name)
 
     refusal(read)
+
+
+HEADER = {
+    "__metadata__": {"tokenizer": "x"}, TENSOR_NAME: {"dtype": "I32", "shape": [3], "data_offsets": [0, 12]},
+    "scales": {"dtype": "F16", "shape": [1, 2], "data_offsets": [12, 16]},
+}  # fmt: skip
+
+
+@fuzz
+@given(header=damaged(HEADER), data=st.binary(min_size=16, max_size=16) | st.just(np.arange(4, dtype="<i4").tobytes()))
+def test_a_damaged_vocabulary_map(tmp_path_factory, header, data):
+    path = tmp_path_factory.getbasetemp() / "fuzzed_map.safetensors"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    refusal(read_vocab_map, path, 8, DEMO)
+    refusal(lambda: [SafetensorsFile(path).read(name) for name in SafetensorsFile(path).names()])
+
+
+ADAPTER = {
+    "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none", "use_rslora": False,
+    "rank_pattern": {"model.layers.0.self_attn.q_proj": 4}, "alpha_pattern": {}, "layers_to_transform": [0],
+    "layers_pattern": None, "base_model_name_or_path": "x", "modules_to_save": None, "use_dora": False,
+}  # fmt: skip
+
+
+@fuzz
+@given(config=damaged(ADAPTER))
+def test_a_damaged_adapter(tmp_path_factory, config):
+    directory = tmp_path_factory.getbasetemp() / "fuzzed_adapter"
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    if not (directory / "adapter_model.safetensors").exists():
+        weights = {f"{stem}{name}.weight": np.ones(shape, np.float32) for name, shape in LOW_RANK.items()}
+        write_safetensors(directory / "adapter_model.safetensors", weights)
+    spec = spec_of(CONFIG)
+    refusal(lambda: [LoraAdapter("x", directory, spec, 8).dense(0, "qkv", range(8))])
+
+
+LOW_RANK = {"A": (4, CONFIG["hidden_size"]), "B": (CONFIG["num_attention_heads"] * CONFIG["head_dim"], 4)}
+SESSION = {
+    "version": 1, "engine": "e", "num_turns": 1, "num_tokens": 5,
+    "messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "name": "go", "arguments": "{}"}]},
+        {"role": "tool", "content": "b", "tool_call_id": "1", "name": "go"},
+    ],
+}  # fmt: skip
+
+
+@fuzz
+@given(session=damaged(SESSION) | values)
+def test_a_damaged_session(tmp_path_factory, session):
+    directory = tmp_path_factory.getbasetemp() / "fuzzed_sessions"
+    directory.mkdir(exist_ok=True)
+    (directory / "x.json").write_text(json.dumps(session))
+    refusal(load_session, directory, "x", "e")
 
 
 @fuzz

@@ -1,9 +1,10 @@
-"""JSON schemas with anything in them: a refusal in one sentence, or an answer that the schema allows."""
+"""Forms of answers with anything in them: a refusal in one sentence, or an answer that the form allows."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 
 import jsonschema
 import numpy as np
@@ -279,3 +280,35 @@ def test_wrong_types_are_told_in_one_sentence(factory, schema, seed):
 )
 def test_any_text_is_a_schema_or_told_in_one_sentence(factory, text):
     check(factory, text, {"format": "unknown"}, 0)
+
+
+def answer_of(factory, form: dict, seed: int) -> str | None:
+    """Return a random answer of a form; None if it is refused or the answer does not end soon."""
+    answers = []
+    if refusal(GenerationRequest("r", prompt="p", **form).validate) is not None:
+        return None
+    error = refusal(lambda: answers.append(walk(factory.compile(Demand(**form)), seed)))
+    assert error is None or isinstance(error, InvalidSchemaError)
+    return answers[0] if error is None else None
+
+
+@fuzz_slow
+@given(pattern=patterns | st.text("ab(|)[]*+?{1,}.\\/^$\n", max_size=12), seed=st.integers(0, 3))
+def test_an_answer_is_matched_by_its_regular_expression(factory, pattern, seed):
+    answer = answer_of(factory, {"regex": pattern}, seed)
+    if answer is not None and pattern in PATTERNS:
+        assert re.fullmatch(pattern, answer)
+
+
+@fuzz
+@given(texts=st.lists(any_text, min_size=1, max_size=4), seed=st.integers(0, 3))
+def test_an_answer_is_one_of_its_choices(factory, texts, seed):
+    answer = answer_of(factory, {"choices": tuple(texts)}, seed)
+    assert answer is None or answer in texts
+
+
+@fuzz
+@given(text=st.text("ab AB:|()[]{}*+?/\\\"\n%@<>#,1", max_size=30) | any_text, seed=st.integers(0, 3))
+def test_any_text_is_a_grammar_or_told_in_one_sentence(factory, text, seed):
+    for grammar in (text, f"start: {text}", f'start: "a" b\nb: {text}\nA: /x/\nB: "b"\na: A B\n'):
+        answer_of(factory, {"grammar": grammar}, seed)

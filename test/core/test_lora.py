@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from contextlib import ExitStack, closing
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ pytest.importorskip("onnxruntime")
 
 import checkpoints
 from batch_steps import Requests
-from benchmarks.random_checkpoint import write_random_adapter, write_random_checkpoint
 from engine_core.backends import SequenceStep
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.backends.onnxruntime.build import build_engine
@@ -24,8 +22,10 @@ from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.lora import LoraAdapter, adapter_paths
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
+from engine_core.measure.random_checkpoint import write_random_adapter, write_random_checkpoint
 from engine_core.models.reader import read_spec
 from engine_core.request import SamplingParams
+from ort_backends import opening
 from small_llama import CONFIG, VOCAB
 
 CONTEXT = 96
@@ -193,13 +193,8 @@ def load(variant, request, monkeypatch):
     if not request.param:
         monkeypatch.setattr("engine_core.backends.onnxruntime.plan._OWN_GRAPH_BYTES", 0)
 
-    def make(*adapters, **config):
-        config = {"max_batch": 4, "num_threads": 1, "lora_adapters": adapters, **config}
-        backend = OnnxRuntimeBackend.load(*variant, EngineConfig(variant[0], **config))
-        return opened.enter_context(closing(backend))
-
-    with ExitStack() as opened:
-        yield make
+    with opening(variant, max_batch=4) as make:
+        yield lambda *adapters, **config: make(lora_adapters=adapters, **config)
 
 
 def test_each_row_has_its_own_adapter_and_the_tokens_it_has_alone(load, write):

@@ -19,6 +19,7 @@ from engine_core.errors import (
     InvalidTextError,
     PromptTooLongError,
     refusing_panics,
+    sentence_of,
 )
 from engine_core.request import (
     LIMITS,
@@ -28,6 +29,8 @@ from engine_core.request import (
     Piece,
     RequestLimits,
     SamplingParams,
+    ToolCall,
+    parse_arguments,
 )
 from engine_core.sampling import Sampler
 from engine_core.serving.worker import Worker
@@ -282,3 +285,9 @@ def test_a_request_with_a_seed_reuses_no_kv_unless_told(open_engine):
     engine = open_engine(config={"reproducible": False})
     run(engine, seeded)
     assert run(engine, seeded)[1].cached_tokens > 0
+
+
+def test_a_sentence_is_bounded_whatever_it_quotes():
+    with pytest.raises(InvalidRequestError) as refused:
+        parse_arguments(ToolCall("1", "x" * 100_000, "{"))
+    assert len(sentence_of(refused.value)) == 1000 == len(sentence_of(ValueError("y" * 5000)))

@@ -146,6 +146,21 @@ def test_a_number_that_a_double_does_not_hold_is_refused(factory, schema):
         factory.compile(json.dumps(schema))
 
 
+def test_a_constant_is_written_as_it_is_or_refused(factory):
+    """The library reads the digits of 0.7523…, more than a double holds, and rounds the quotient again."""
+    drawn, refused = random.Random(5), 0
+    numbers = [1801439850948199.0, 0.1, 5.0, -3.141592653589793, 1e16, *(drawn.uniform(-10, 10) for _ in range(30))]
+    for number in numbers:
+        try:
+            constraint = factory.compile(json.dumps({"enum": [number]}))
+        except InvalidSchemaError as error:
+            refused += 1
+            assert "the grammar cannot hold every digit" in str(error) and number not in numbers[:5]
+        else:
+            assert json.loads(sample(constraint, random.Random(0))) == number
+    assert 0 < refused < 30
+
+
 def test_bounds_that_no_number_reaches_are_as_none(factory):
     int64 = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
     for schema in (int64, {"type": "number", "minimum": -1.7e308, "maximum": 1.7e308}):

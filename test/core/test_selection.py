@@ -42,7 +42,7 @@ class _Fake(ScriptedBackend):
         return MemoryPlan((MemoryItem("weights", manifest.options.get("bytes", 10)),), 1000, f"a {manifest.backend}")
 
     @classmethod
-    def load(cls, directory, manifest, config) -> ScriptedBackend:
+    def load(cls, directory, manifest, config, *, progress=None) -> ScriptedBackend:
         return cls(max_context=config.max_context)
 
 

@@ -11,7 +11,7 @@ from engine_core.backends.kv_pool import BLOCK_TOKENS, pool_tokens
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
-from engine_core.serving.session_pool import Rank, SessionPool
+from engine_core.serving.session_pool import KVKind, Rank, SessionPool
 from fakes import END, text_ids
 
 SLOT_TOKENS = 512
@@ -19,6 +19,8 @@ SLOT_TOKENS = 512
 
 class Store:
     """Slots and pool whose KV is (token id, number of the computation): two computations never have the same bits."""
+
+    has_states = False
 
     def __init__(self, num_tokens: int, num_slots: int = 1) -> None:
         self.num_slots, self.pool_tokens = num_slots, num_tokens
@@ -42,6 +44,9 @@ class Store:
         self.copied.append(count)
 
 
+PLAIN = KVKind()
+
+
 def make(num_tokens: int, num_slots: int = 1, *, prompts: int = 0) -> tuple[SessionPool, Store]:
     store = Store(num_tokens, num_slots)
     return SessionPool(store, num_prompts=prompts, prompt_tokens=128, keeps_conversations=True), store
@@ -52,10 +57,10 @@ def ids_of(seed: int, count: int) -> np.ndarray:
 
 
 def answer(
-    pool, store, prompt, *, free=None, session="", adapter="", num_answer=9
+    pool, store, prompt, *, free=None, session="", kind=PLAIN, num_answer=9
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """One request from its placing to its end; returns the cached tokens, all ids and their KV at the end."""
-    slot, cached = pool.place(prompt, list(range(store.num_slots)) if free is None else free, adapter)
+    slot, cached = pool.place(prompt, list(range(store.num_slots)) if free is None else free, kind)
     assert (store.slots[slot, :cached, 0] == prompt[:cached]).all()
     ids = np.concatenate([prompt, ids_of(int(prompt.sum()), num_answer)])
     store.compute(slot, cached, ids[cached:])
@@ -144,13 +149,13 @@ def test_the_least_recently_used_conversation_is_dropped_first_and_a_session_aft
     _, ends["a"], _ = answer(pool, store, go_on(ends["a"], 1, 3), num_answer=1)  # used last: in 64 places still
     _, ids, _ = answer(pool, store, ids_of(200, 60))
     _, ids, _ = answer(pool, store, go_on(ids, 201, 30))  # needs more than is free
-    assert {name: pool._find(go_on(end, 9), "")[1] == len(end) for name, end in ends.items()} == {
+    assert {name: pool._find(go_on(end, 9), PLAIN)[1] == len(end) for name, end in ends.items()} == {
         "a": True, "pinned": True, "b": False
     }  # fmt: skip
     assert pool.kept_tokens("anna") == len(ends["pinned"])
     pool.forget("anna")
     answer(pool, store, ids_of(300, 20))
-    assert pool.kept_tokens("anna") == 0 and pool._find(go_on(ends["pinned"], 9), "")[1] == 0
+    assert pool.kept_tokens("anna") == 0 and pool._find(go_on(ends["pinned"], 9), PLAIN)[1] == 0
 
 
 def test_a_fork_goes_on_without_taking_the_kv_of_its_origin():
@@ -169,10 +174,20 @@ def test_a_fork_goes_on_without_taking_the_kv_of_its_origin():
 
 def test_an_adapter_has_entries_and_slots_of_its_own():
     pool, store = make(512)
-    _, first, _ = answer(pool, store, ids_of(1, 100), adapter="house")
+    _, first, _ = answer(pool, store, ids_of(1, 100), kind=KVKind("house"))
     assert answer(pool, store, go_on(first, 2))[0] == 0
-    assert answer(pool, store, go_on(first, 2), adapter="other")[0] == 0
-    assert answer(pool, store, go_on(first, 2), adapter="house")[0] == len(first)
+    assert answer(pool, store, go_on(first, 2), kind=KVKind("other"))[0] == 0
+    assert answer(pool, store, go_on(first, 2), kind=KVKind("house"))[0] == len(first)
+
+
+def test_what_grows_beyond_its_rope_has_other_kv_and_goes_on_as_the_same_conversation():
+    pool, store = make(1024)
+    _, first, _ = answer(pool, store, ids_of(1, 100), session="anna")
+    cached, second, _ = answer(pool, store, go_on(first, 2), session="anna", kind=KVKind(long_rope=True))
+    assert cached == 0 and pool.kept_tokens("anna") == len(second)
+    assert [(entry.rank, entry.session) for entry in pool._entries] == [(Rank.ONCE, ""), (Rank.SESSION, "anna")]
+    assert answer(pool, store, go_on(second, 3), session="anna", kind=KVKind(long_rope=True))[0] == len(second)
+    assert answer(pool, store, go_on(first, 4))[0] == len(first)  # as long as there is room
 
 
 def test_branches_share_the_blocks_they_have_in_common():

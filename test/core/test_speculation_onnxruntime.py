@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,17 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 import fakes
-from benchmarks.random_checkpoint import write_random_checkpoint
 from engine_core.backends import Draft, SequenceStep
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.backends.onnxruntime.session import MAX_DRAFT_ROWS
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError, InvalidSamplingError
+from engine_core.measure.random_checkpoint import write_random_checkpoint
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
 from engine_core.serving.engine import Engine
 from engine_core.serving.worker import Worker
+from ort_backends import opening
 from small_llama import CONFIG, CONTEXT, COUNT, MASK, PROMPTS, REQUESTS, VOCAB, alone
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
@@ -32,7 +32,7 @@ DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 def checkpoint(tmp_path_factory):
     directory = write_random_checkpoint(tmp_path_factory.mktemp("random") / "checkpoint", CONFIG, scale=0.15)
     fakes.write_tokenizer(directory)
-    (directory / "calibration.txt").write_text("\n".join(f"{i} times {i} is {i * i}, isn't it?" for i in range(90)))
+    fakes.write_calibration(directory)
     return directory
 
 
@@ -44,12 +44,7 @@ def variant(request, checkpoint):
 
 @pytest.fixture
 def load(variant):
-    def make(**config):
-        config = {"num_threads": 1, **config}
-        backend = OnnxRuntimeBackend.load(*variant, EngineConfig(variant[0], **config))
-        return opened.enter_context(closing(backend))
-
-    with ExitStack() as opened:
+    with opening(variant) as make:
         yield make
 
 

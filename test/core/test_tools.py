@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 import fakes
-from engine_core.errors import EmptyPromptError, InvalidRequestError, InvalidSchemaError, InvalidTextError
+from engine_core.errors import (
+    EmptyPromptError,
+    InvalidRequestError,
+    InvalidSchemaError,
+    InvalidTextError,
+    PromptTooLongError,
+)
 from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, SamplingParams, Tool, ToolCall
 from engine_core.serving.tools import checked_tool
+from engine_core.text.conversation import to_conversation
 from fakes import EOS, text_ids
 from tool_templates import TEMPLATES, write
 
@@ -154,6 +162,19 @@ def test_a_conversation_with_calls_goes_on(open_engine):
     assert (result.text, result.finish_reason) == ("There.", FinishReason.STOP)
 
 
+def test_an_answer_is_to_the_last_call_with_its_id():
+    """Agents that number their calls begin anew in each turn."""
+
+    def turn(name: str) -> tuple[ChatMessage, ChatMessage]:
+        call = ChatMessage("assistant", "", tool_calls=(ToolCall("1", name, "{}"),))
+        return call, ChatMessage("tool", "done", tool_call_id="1")
+
+    messages = (*QUESTION, *turn("go"), *turn("halt"))
+    GenerationRequest("1", messages=messages).check_answered_calls()
+    GenerationRequest("1", messages=messages).validate()
+    assert [turn.get("name") for turn in to_conversation(messages, "")] == [None, None, "go", None, "halt"]
+
+
 def test_a_session_keeps_calls_and_takes_their_answers(open_engine):
     engine = open_engine([*text_ids(f"{THOUGHT}{GO}"), EOS])
     _, result = run(engine, ask(tools=TOOLS, session="s"))
@@ -181,6 +202,24 @@ def test_the_oldest_turns_leave_with_their_calls(open_engine):
     turns.append(ChatMessage("user", "y"))
     _, result = run(engine, ask(turns, tools=TOOLS, context_policy="drop_oldest", max_new_tokens=50))
     assert 0 < result.dropped_turns < 6 and result.text == "Yes."
+
+
+def test_a_turn_leaves_with_the_one_that_answers_its_calls(open_engine):
+    engine = open_engine([*text_ids("Yes."), EOS], max_context=1024)
+    fields = {"tools": TOOLS, "context_policy": "drop_oldest", "max_new_tokens": 50, "session": "s"}
+    call = ToolCall("late", "go", '{"n": 3}')
+    answer = ChatMessage("tool", "x" * 20, tool_call_id="late")
+    engine.sessions.put("s", (*QUESTION, ChatMessage("assistant", "", tool_calls=(call,)),
+                              ChatMessage("user", "y" * 20), ChatMessage("assistant", "No.")), 2, 99)  # fmt: skip
+    with pytest.raises(PromptTooLongError, match="tool call that a message of the last turn answers"):
+        engine.prepare(ask([dataclasses.replace(answer, content="x" * 500)], **fields))
+    dropped = [run(engine, ask([answer], **fields))[1].dropped_turns]
+    for number in range(6):
+        dropped.append(run(engine, ask([ChatMessage("user", f"{number}" * 60)], **fields))[1].dropped_turns)
+        known = {call.id for message in engine.sessions.info("s").messages for call in message.tool_calls}
+        answered = {message.tool_call_id for message in engine.sessions.info("s").messages} - {""}
+        assert answered <= known
+    assert dropped[0] == 0 and next(filter(None, dropped)) >= 2 and not answered
 
 
 def test_the_same_tools_are_compiled_once_and_their_prompt_is_kept(open_engine, monkeypatch):
@@ -225,7 +264,10 @@ REFUSED += [
         ((*QUESTION, ChatMessage("user", "x", tool_call_id="1")), "which only a tool's message has"),
         ((*QUESTION, ChatMessage("user", "x", tool_calls=CALLING.tool_calls)), "only an assistant has"),
         ((*QUESTION, ChatMessage("user", "x", reasoning="y")), "only an assistant has"),
-        ((*QUESTION, CALLING, CALLING), "Two tool calls in the messages have the id '1'"),
+        (
+            (*QUESTION, ChatMessage("assistant", "", tool_calls=CALLING.tool_calls * 2)),
+            "Two tool calls of a message have the id '1'",
+        ),
         ((*QUESTION, ChatMessage("assistant", "", tool_calls=(ToolCall("1", "go", "[]"),))), "no JSON object"),
         ((*QUESTION, ChatMessage("assistant", "", tool_calls=(ToolCall("1", "go", r'{"a": "\ud800"}'),))), "U.D800"),
         ((*QUESTION, ChatMessage("assistant", "", tool_calls=(ToolCall("1", "go", r'{"\ud800": 1}'),))), "U.D800"),

@@ -23,7 +23,7 @@ from engine_core.errors import (
 )
 from engine_core.request import LIMITS, ChatMessage, FinishReason, GenerationRequest, Piece, SamplingParams
 from engine_core.serving import constraint as constraint_module
-from engine_core.serving.constraint import ConstraintFactory
+from engine_core.serving.constraint import ConstraintFactory, Demand
 from engine_core.serving.json_schema import parse_schema
 from engine_core.serving.worker import Worker
 from engine_core.text.detokenizer import Detokenizer
@@ -112,6 +112,20 @@ def test_a_schema_that_compiles_for_ever_is_abandoned_and_holds_up_nobody(factor
     assert time.monotonic() - start < 0.5
 
 
+def test_a_form_with_a_slow_step_is_refused(factory, monkeypatch):
+    """All answers wait for a mask. Some forms compile in no time and take seconds for each."""
+    for demand in (Demand(grammar="start: /a{800}/{800}"), Demand(json_schema=json.dumps({"const": "x" * 70_000}))):
+        with pytest.raises(InvalidSchemaError, match="cannot be used: it forces a text of more than 65536 bytes"):
+            factory.compile(demand)
+    late = '{"const":"late"}'  # stands for one that is quick at first
+    constraint = factory.compile(late)
+    monkeypatch.setattr(constraint_module, "MASK_LIMIT", -1.0)
+    with pytest.raises(InvalidSchemaError, match="takes too long"):
+        constraint.mask()
+    with pytest.raises(InvalidSchemaError, match="takes too long"):
+        factory.compile(late)
+
+
 def test_the_same_schema_is_compiled_once(factory, monkeypatch):
     schema = json.dumps({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]})
     factory.compile(schema)
@@ -139,7 +153,7 @@ def test_only_tokens_that_can_be_sampled_are_allowed(tokenizer_dir):
     factory = ConstraintFactory(Tokenizer(tokenizer_dir), fakes.VOCAB_SIZE, EOS, kept)
     try:
         assert write(factory.compile('{"const":"battery"}'), min) == '"battery"'
-        with pytest.raises(InvalidSchemaError, match="no value can be written"):
+        with pytest.raises(InvalidSchemaError, match="cannot be met"):
             write(factory.compile('{"const":"zoo"}'), min)
     finally:
         factory.close()
@@ -278,6 +292,16 @@ def test_what_constrains_nothing_is_refused(factory, schema):
 def test_stop_strings_do_not_cut_a_value(open_engine):
     with pytest.raises(InvalidSamplingError, match="stop strings and a JSON schema"):
         open_engine().prepare(ask(json_schema='{"type":"string"}', stop=('"',)))
+
+
+def test_stop_token_ids_do_not_cut_a_value(open_engine):
+    engine, text = open_engine(), SamplingParams(stop_token_ids=(fakes.END, ord("t")))
+    with pytest.raises(InvalidSamplingError, match=f"stop token id {ord('t')} is text"):
+        engine.prepare(ask(json_schema='{"type":"boolean"}', sampling=text))
+    with pytest.raises(InvalidSamplingError, match=f"stop token id {ord('t')} is text"):
+        engine.prepare(ask(choices=("yes", "quiet"), sampling=text))
+    engine.prepare(ask(sampling=text))
+    engine.prepare(ask(json_schema='{"type":"boolean"}', sampling=SamplingParams(stop_token_ids=(fakes.END,))))
 
 
 def test_extreme_biases_are_clamped_and_added_up(open_engine):

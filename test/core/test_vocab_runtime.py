@@ -76,7 +76,7 @@ def tokens(backend, sampling, mask=None, count=40) -> list[int]:
 
 
 @pytest.mark.parametrize("quantization, head_bits", [("fp32", 0), ("int8", 0), ("int4", 0), ("int4", 4)])
-def test_a_cut_head_samples_what_the_full_one_does_among_the_kept_ids(
+def test_a_pruned_head_samples_what_the_full_one_does_among_the_kept_ids(
     checkpoint, random_map, tmp_path, quantization, head_bits
 ):
     path, ids = random_map
@@ -249,7 +249,7 @@ def test_a_constraint_that_needs_a_lost_token_is_an_error_and_the_next_request_i
     opened = Engine.open(EngineConfig(directory / "engine", vocab_map=str(tmp_path / "map.safetensors")))
     try:
         for _ in range(2):
-            with pytest.raises(InvalidSchemaError, match="no value can be written that meets it"):
+            with pytest.raises(InvalidSchemaError, match="no token of this model goes on with the answer"):
                 answer(opened, "stop", schema='{"type": "object", "additionalProperties": false}')
             result = answer(opened, "hello", schema='{"type": "string", "maxLength": 20}')
             assert isinstance(json.loads(result.text), str)

@@ -7,15 +7,24 @@ import os
 import resource
 import threading
 
+import numpy as np
 import pytest
 
 from engine_core.errors import InvalidRequestError, InvalidSessionError, PromptTooLongError, SessionBusyError
-from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams, ToolCall
-from engine_core.serving.conversation import fit_turns, without_oldest
+from engine_core.request import (
+    ChatMessage,
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    SamplingParams,
+    ToolCall,
+)
 from engine_core.serving.engine import CancelToken
 from engine_core.serving.sequence import Sequence
 from engine_core.serving.session_files import SavedSession, load_session, save_session
+from engine_core.serving.sessions import Sessions, fit_turns, without_oldest
 from engine_core.serving.worker import Worker
+from engine_core.vision.images import Image
 from fakes import END, text_ids
 
 SYSTEM = ChatMessage("system", "Be kind.")
@@ -361,3 +370,20 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
         path.mkdir()
     with pytest.raises(InvalidSessionError):
         load_session(tmp_path, "a", "hash")
+
+
+def test_the_images_of_all_sessions_are_limited_also_equal_ones_and_those_of_open_turns(monkeypatch):
+    def see(name):
+        image = Image(np.zeros((2, 2, 3), np.uint8))
+        return sessions.begin(name, (ChatMessage("user", "cup?", images=(0,)),), images=(image,))
+
+    monkeypatch.setattr("engine_core.serving.sessions._MOST_IMAGE_BYTES", 3 * 12)
+    sessions = Sessions(8)
+    anna = see("anna")
+    anna.end(GenerationResult("r", text="red"))
+    sessions.fork("anna", "ben")
+    ben, carl = see("ben"), see("carl")
+    with pytest.raises(InvalidSessionError, match="The images of all sessions take more"):
+        see("dora")
+    carl.leave()
+    assert see("dora").images and ben.images[0] is anna.images[0]

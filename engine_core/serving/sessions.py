@@ -7,6 +7,7 @@ the text alone. Its KV is found by content in the ``SessionPool``; where it was 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import threading
 import time
@@ -16,13 +17,17 @@ from dataclasses import dataclass, field
 
 from engine_core.errors import InvalidSessionError, SessionBusyError
 from engine_core.request import ChatMessage, GenerationResult, check_session_name
+from engine_core.vision.images import Image
 
 Messages = tuple[ChatMessage, ...]
+Images = tuple[Image, ...]
+_MOST_IMAGE_BYTES = 512 << 20  # of the images of all sessions
 
 
 @dataclass
 class _Session:
     messages: Messages = ()
+    images: Images = ()  # those of the messages, in their order
     num_turns: int = 0  # answers in the history or once in it
     num_tokens: int = 0  # of the last prompt and its answer
     used: float = field(default_factory=time.monotonic)  # s, when it was used last
@@ -46,9 +51,10 @@ class Turn:
     It ends with ``end`` or ``leave``, or when nobody holds it any more.
     """
 
-    def __init__(self, sessions: Sessions, name: str, messages: Messages) -> None:
+    def __init__(self, sessions: Sessions, name: str, messages: Messages, images: Images = ()) -> None:
         self._sessions = sessions
         self.name = name
+        self.images = images  # those of the messages, in their order
         self.messages = messages  # the whole conversation up to the question; without what is left out of it
         self.is_kept = False  # the answer is in the history
 
@@ -81,8 +87,10 @@ class Sessions:
         # Of sessions that answer, and of those that begin with this answer. A turn that was dropped is not in it.
         self._open: weakref.WeakValueDictionary[str, Turn] = weakref.WeakValueDictionary()
 
-    def begin(self, name: str, messages: Messages, default_system: str = "") -> Turn:
+    def begin(self, name: str, messages: Messages, default_system: str = "", images: Images = ()) -> Turn:
         """Return the turn of a request with ``messages``: new ones, or the whole conversation, history included.
+
+        ``images``: those of the messages, in their order.
 
         System messages at their beginning take the place of the session's; a session that begins without one gets
         ``default_system``. Raises InvalidSessionError if there are too many sessions, SessionBusyError if the session
@@ -97,11 +105,14 @@ class Sessions:
             history = () if session is None else session.messages
             system, new = _parted(messages)
             past_system, past = _parted(history)
-            new = new[_end_of(past, new) :]
+            past_images = () if session is None else session.images
+            new = new[_end_of(_seen(past, past_images), _seen(new, images)) :]
+            images = past_images + images[len(images) - _num_images(new) :]
+            self._check_image_bytes(name, images)
             if not system:
                 is_first = session is None and default_system
                 system = (ChatMessage("system", default_system),) if is_first else past_system
-            turn = self._open[name] = Turn(self, name, (*system, *past, *new))
+            turn = self._open[name] = Turn(self, name, (*system, *past, *new), images)
             return turn
 
     def __contains__(self, name: str) -> bool:
@@ -146,13 +157,14 @@ class Sessions:
             if not source.messages:
                 raise InvalidSessionError(f"The session {name!r} has no answer yet; fork it once it has one.")
             self._check_new(new_name)
-            self._sessions[new_name] = _Session(source.messages, source.num_turns, source.num_tokens)
+            images = self._sessions[name].images
+            self._sessions[new_name] = _Session(source.messages, images, source.num_turns, source.num_tokens)
 
     def put(self, name: str, messages: Messages, num_turns: int, num_tokens: int) -> None:
         """Make a session of a history that was saved. Raises InvalidSessionError if there is one of this name."""
         with self._lock:
             self._check_new(name)
-            self._sessions[name] = _Session(messages, num_turns, num_tokens)
+            self._sessions[name] = _Session(messages, (), num_turns, num_tokens)
 
     # --- of a turn ------------------------------------------------------------------------------------
 
@@ -165,6 +177,7 @@ class Sessions:
             session = self._sessions.setdefault(turn.name, _Session())
             answer = ChatMessage("assistant", result.text, tool_calls=result.tool_calls, reasoning=result.reasoning)
             session.messages = (*turn.messages, answer)
+            session.images = turn.images
             session.num_tokens = result.prompt_tokens + len(result.token_ids)
             session.num_turns += 1
             session.used = time.monotonic()
@@ -197,6 +210,19 @@ class Sessions:
             raise InvalidSessionError(f"There is a session {name!r} already; reset it first, or take another name.")
         self._check_room()
 
+    def _check_image_bytes(self, name: str, images: Images) -> None:
+        """Raises InvalidSessionError if the images of all sessions take too much memory with these of ``name``."""
+        others: list[_Session | Turn] = [each for key, each in self._sessions.items() if key != name]
+        others += list(self._open.values())  # ``name`` is not among them
+        # A fork shares its images; equal ones that came twice take memory twice.
+        kept = {id(image): image for each in others for image in each.images}
+        kept |= {id(image): image for image in images}
+        if sum(image.pixels.nbytes for image in kept.values()) > _MOST_IMAGE_BYTES:
+            raise InvalidSessionError(
+                f"The images of all sessions take more than {_MOST_IMAGE_BYTES >> 20} MiB; reset a session that has "
+                "some, or send smaller ones."
+            )
+
     def _check_room(self) -> None:
         if len({*self._sessions, *self._open}) >= self.max_sessions:
             raise InvalidSessionError(
@@ -224,8 +250,8 @@ def fit_turns(
 
     ``num_tokens`` returns the length of a conversation, or None if it is far too long to be worth tokenizing. Where
     anything is left out, so much is that the rest has ``target`` tokens at most, so that not every following turn has
-    to be computed from its start. The last turn always stays, even if it is too long. Returns the messages and the
-    number of turns that were left out.
+    to be computed from its start. A turn whose tool calls are answered in a later one leaves with that. The last turn
+    always stays, even if it is too long. Returns the messages and the number of turns that were left out.
     """
 
     def fits(messages: Messages, most: int) -> bool:
@@ -234,14 +260,32 @@ def fit_turns(
 
     if fits(messages, limit):
         return messages, 0
-    low, high = 0, max(0, len(_turn_starts(messages)) - 1)  # the fewest that are enough lie above low, up to high
+    cuts = _cuts(messages)  # the fewest turns that are enough are above cuts[low], up to cuts[high]
+    low, high = 0, len(cuts) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        if fits(without_oldest(messages, middle), target):
+        if fits(without_oldest(messages, cuts[middle]), target):
             high = middle
         else:
             low = middle
-    return without_oldest(messages, high), high
+    return without_oldest(messages, cuts[high]), cuts[high]
+
+
+def _cuts(messages: Messages) -> list[int]:
+    """Return the numbers of oldest turns that may be left out, ascending from 0: no tool's answer loses its call.
+
+    The largest is all turns but the last, where a late answer to a call of another turn may stay alone.
+    """
+    starts = _turn_starts(messages)
+    apart: set[int] = set()  # numbers of turns without which an answer stays and its call does not
+    turns_of_calls: dict[str, int] = {}
+    for index, message in enumerate(messages):
+        turn = bisect.bisect_right(starts, index) - 1
+        turns_of_calls.update((call.id, turn) for call in message.tool_calls)
+        if message.tool_call_id in turns_of_calls:
+            apart.update(range(turns_of_calls[message.tool_call_id] + 1, turn + 1))
+    last = max(0, len(starts) - 1)
+    return [*(count for count in range(last) if count not in apart), last]
 
 
 def _num_system(messages: Sequence[ChatMessage]) -> int:
@@ -255,13 +299,28 @@ def _parted(messages: Messages) -> tuple[Messages, Messages]:
     return messages[:first], messages[first:]
 
 
-def _end_of(past: Messages, messages: Messages) -> int:
+_Seen = tuple[tuple[ChatMessage, Images], ...]  # messages with their images
+
+
+def _num_images(messages: Messages) -> int:
+    return sum(len(message.images) for message in messages)
+
+
+def _seen(messages: Messages, images: Images) -> _Seen:
+    """Return each message, without reasoning, with its images."""
+    found, start = [], 0
+    for message in _without_reasoning(messages):
+        found.append((message, images[start : start + len(message.images)]))
+        start += len(message.images)
+    return tuple(found)
+
+
+def _end_of(past: _Seen, messages: _Seen) -> int:
     """Return the index in ``messages`` behind their last part that is ``past``; 0 if they have none.
 
     A client that sends whole conversations also sends the turns that were left out of the history, and need not send
     what the model thought.
     """
-    past, messages = _without_reasoning(past), _without_reasoning(messages)
     starts = range(len(messages) - len(past), -1, -1) if past else ()
     return next((start + len(past) for start in starts if messages[start : start + len(past)] == past), 0)
 
