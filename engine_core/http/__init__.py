@@ -6,6 +6,7 @@ before ``open_server`` is called.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
     from engine_core.http.server import HttpServer
 
 
-def open_server(intake: Intake, *, host: str, port: int, api_key_file: str = "") -> HttpServer:
+def open_server(
+    intake: Intake, *, host: str, port: int, api_key_file: str = "", body_limit: int | None = None
+) -> HttpServer:
     """Return the endpoint, which answers from now on until it is closed.
 
+    ``body_limit``: bytes that the body of a request may have; None: the default of ``HttpLimits``.
     Raises ConfigurationError saying why it cannot be opened: the port is taken, a package or the key file is missing.
     """
     try:
@@ -29,4 +33,7 @@ def open_server(intake: Intake, *, host: str, port: int, api_key_file: str = "")
             f"The HTTP endpoint needs the Python package {error.name}, which is not installed; see requirements.txt."
         ) from error
     make: Callable[..., HttpServer] = module.HttpServer
-    return make(intake, host=host, port=port, api_key_file=api_key_file)
+    limits = module.DEFAULT_LIMITS
+    if body_limit is not None:
+        limits = dataclasses.replace(limits, body_bytes=body_limit)
+    return make(intake, host=host, port=port, api_key_file=api_key_file, limits=limits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import logging
 from collections import deque
@@ -12,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -23,6 +24,7 @@ from engine_core.http.limits import HttpLimits
 from engine_core.http.metrics import CONTENT_TYPE, Metrics
 from engine_core.http.openai_answers import ChatAnswer, TextAnswer, event
 from engine_core.http.openai_requests import Asked, chat_request, completion_request
+from engine_core.http.status import PAGE, PAGE_HEADERS, StatusFigures
 from engine_core.request import GenerationResult, Piece, RequestDefaults
 from engine_core.serving.engine import Engine
 from engine_core.serving.intake import Intake
@@ -35,21 +37,28 @@ _Reader = Callable[[Fields, RequestDefaults, dict[str, str]], Asked]
 class OpenAIApp:
     """OpenAI's API in front of ``intake``. ``keys``: a client has to send one of them; none = all may ask."""
 
-    def __init__(self, intake: Intake, metrics: Metrics, limits: HttpLimits, keys: tuple[bytes, ...]) -> None:
+    def __init__(
+        self, intake: Intake, metrics: Metrics, figures: StatusFigures, limits: HttpLimits, keys: tuple[bytes, ...]
+    ) -> None:
         self._intake = intake
         self._metrics = metrics
+        self._figures = figures
         self._limits = limits
         self._keys = keys
+        self._receiving = 0  # B, of all bodies that have not come as a whole
         pages: tuple[tuple[str, str, _Page], ...] = (
             ("GET", "/v1/models", self._models),
             ("GET", "/v1/models/{model:path}", self._model),
             ("POST", "/v1/chat/completions", self._chat),
             ("POST", "/v1/completions", self._complete),
             ("GET", "/metrics", self._show_metrics),
+            ("GET", "/status", self._status),
         )
         routes = [Route(path, self._guarded(page), methods=[method]) for method, path, page in pages]
         routes.append(Route("/health", self._health, methods=["GET"]))
+        routes.append(Route("/", self._show_page, methods=["GET"]))
         self.asgi = Starlette(routes=routes, exception_handlers={HTTPException: _no_page})
+        self.asgi.router.redirect_slashes = False  # a redirect would name the host that the client's header names
 
     # --- pages ----------------------------------------------------------------------------------------
 
@@ -82,6 +91,13 @@ class OpenAIApp:
 
     async def _show_metrics(self, request: Request) -> Response:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    async def _status(self, request: Request) -> Response:
+        return JSONResponse(self._figures.as_dict(), headers={"Cache-Control": "no-store"})
+
+    async def _show_page(self, request: Request) -> Response:
+        """Needs no key: it holds no figures, but asks for the key where /status needs one."""
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
     # --- helpers --------------------------------------------------------------------------------------
 
@@ -123,6 +139,10 @@ class OpenAIApp:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":  # which no web page sends elsewhere without being asked first (CORS)
             raise HttpError(415, "The Content-Type is not application/json.", "unsupported_media_type", closes=True)
+        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise HttpError(
+                415, "The body has a Content-Encoding; send it as it is.", "unsupported_media_type", closes=True
+            )
         too_large = HttpError(
             413, f"The body is larger than {self._limits.body_bytes} bytes.", "body_too_large", closes=True
         )
@@ -134,8 +154,14 @@ class OpenAIApp:
         async def read() -> None:
             async for part in request.stream():
                 body.extend(part)
+                self._receiving += len(part)
                 if len(body) > self._limits.body_bytes:
                     raise too_large
+                if len(body) < self._receiving > self._limits.all_body_bytes:
+                    raise HttpError(
+                        503, "Too many large bodies are being received; send it again later.", "too_many_bodies",
+                        closes=True,
+                    )  # fmt: skip
 
         try:
             await asyncio.wait_for(read(), self._limits.body_time)
@@ -143,6 +169,8 @@ class OpenAIApp:
             raise HttpError(
                 408, f"The body was not complete after {self._limits.body_time:g} s.", "timeout", closes=True
             ) from None
+        finally:
+            self._receiving -= len(body)
         return bytes(body)
 
 
@@ -211,7 +239,13 @@ class GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         inbox = _Inbox()
         stream = self._asked.stream
-        opened = self._intake.take(self._asked.request, on_piece=inbox.put if stream else None, on_done=inbox.put)
+        opened = self._intake.take(
+            self._asked.request,
+            on_piece=inbox.put if stream else None,
+            on_done=inbox.put,
+            images=self._asked.images,
+        )
+        self._asked = dataclasses.replace(self._asked, images=None)  # megabytes, which go once they are decoded
         left = asyncio.ensure_future(_until_gone(receive, inbox))
         is_done = False
         try:

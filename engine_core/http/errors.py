@@ -41,6 +41,7 @@ _STATUS: dict[type[Exception], tuple[int, str]] = {
     errors.InvalidSamplingError: (400, "invalid_sampling"),
     errors.InvalidSchemaError: (400, "invalid_schema"),
     errors.InvalidSessionError: (400, "invalid_session"),
+    errors.InvalidImageError: (400, "invalid_image"),
     ModelError: (404, "model_not_found"),
     errors.PromptTooLongError: (400, "context_length_exceeded"),
     errors.QueueFullError: (429, "queue_full"),
@@ -61,13 +62,9 @@ def describe(error: Exception) -> Answer:
     else:
         found = (_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS)
         status, code = next(found, (500, "internal_error"))
-    if isinstance(error, errors.EdgeLLMError):
-        message = str(error)
-    else:
-        message = f"Internal error ({type(error).__name__}: {error}); please report it."
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     param = _encodable(error.param) if isinstance(error, FieldError) else None
-    body = {"message": _encodable(message), "type": kind, "param": param, "code": code}
+    body = {"message": _encodable(errors.sentence_of(error)), "type": kind, "param": param, "code": code}
     return Answer(status, {"error": body}, headers)
 
 

@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 from engine_core.errors import InvalidRequestError
 
 T = TypeVar("T")
+# Values in a body, counted by what separates them, also in texts. Each takes up to 100 bytes, and time of the thread
+# that all clients share.
+_MOST_VALUES = 1 << 19
 _NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
           dict: "an object", type(None): "null"}  # fmt: skip
 
@@ -27,14 +30,25 @@ def parse_object(body: bytes) -> Fields:
     def refuse_constant(name: str) -> None:
         raise ValueError(f"{name} is not a JSON value")
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise InvalidRequestError(f"The body has an object with the key {name[:64]!r} twice; give it once.")
+            found[name] = value
+        return found
+
+    if (count := sum(map(body.count, (b",", b"[", b"{")))) > _MOST_VALUES:
+        raise InvalidRequestError(f"The body has about {count} values, but at most {_MOST_VALUES} are accepted.")
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
+        value = json.loads(body.decode("utf-8"), parse_constant=refuse_constant, object_pairs_hook=unique)
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"The body is not valid UTF-8 (at byte {error.start}).") from None
     except RecursionError:
         raise InvalidRequestError("The body has too many objects and lists inside each other.") from None
     except ValueError as error:
-        raise InvalidRequestError(f"The body does not parse as JSON: {str(error)[:200]}.") from None
+        reason = str(error).partition(";")[0]  # behind it, advice for programs in Python
+        raise InvalidRequestError(f"The body does not parse as JSON: {reason[:200]}.") from None
     return Fields(value)
 
 

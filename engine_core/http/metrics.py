@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -32,6 +33,7 @@ class Metrics:
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
         self._cached = self._counter("cached_tokens", "Tokens of prompts whose KV was reused.")
         self._generated = self._counter("generated_tokens", "Tokens of answers.")
+        self._energy = self._counter("energy_joules", "Energy of requests, where the machine has a reading.")
         self._first = self._histogram("time_to_first_token", "Arrival of a request to its first token.")
         self._queue = self._histogram("queue_time", "Arrival of a request to the start of the work.")
         self._total = self._histogram("request_duration", "Arrival of a request to its end.")
@@ -42,6 +44,8 @@ class Metrics:
         self._prompt.inc(result.prompt_tokens)
         self._cached.inc(result.cached_tokens)
         self._generated.inc(result.generated_tokens)
+        if not math.isnan(result.energy_joules):
+            self._energy.inc(result.energy_joules)
         if result.generated_tokens:
             self._first.observe(result.time_to_first_token)
             self._queue.observe(result.queue_time)

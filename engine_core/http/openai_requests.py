@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from engine_core.errors import InvalidSamplingError
 from engine_core.http.errors import ModelError
@@ -31,7 +33,32 @@ _MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens", _MAX_TOKENS)
 _ROLES = {"developer": "system"}
 _EFFORTS = {"none": "off"} | dict.fromkeys(("minimal", "low", "medium", "high", "xhigh"), "on")
 _BY_REPETITION = "use repetition_penalty instead."
+# Names of vLLM → fields of a GenerationRequest.
+_FORMS = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "grammar"}
 _NO_LOGPROBS = "the backends keep the logits on their device."
+
+
+class UrlImages:
+    """The images of a request, as data URLs that ``read_images`` decodes."""
+
+    def __init__(self, urls: Iterable[str]) -> None:
+        self._urls = list(urls)
+        self.count, self.num_bytes = len(self._urls), sum(map(len, self._urls))
+
+    def read_images(self, request: GenerationRequest, go_on: Callable[[], None] = lambda: None) -> GenerationRequest:
+        """Return ``request`` with its images. To be called once; ``go_on`` is called before each image.
+
+        Raises InvalidImageError, and what ``go_on`` raises.
+        """
+        # Pillow is loaded by the first image.
+        from engine_core.vision.pictures import check_pictures, decode_pictures, open_data_url
+
+        pictures = []
+        while self._urls:  # megabytes, which go one by one
+            go_on()
+            pictures.append(open_data_url(self._urls.pop(0)))
+        check_pictures(pictures)
+        return request.replace(images=decode_pictures(pictures, go_on))
 
 
 @dataclass(frozen=True)
@@ -42,6 +69,7 @@ class Asked:
     model: str
     stream: bool
     include_usage: bool  # as the last event of a stream
+    images: UrlImages | None = None
 
 
 def chat_request(fields: Fields, defaults: RequestDefaults, adapters: dict[str, str]) -> Asked:
@@ -51,8 +79,9 @@ def chat_request(fields: Fields, defaults: RequestDefaults, adapters: dict[str, 
     Raises RequestError.
     """
     LIMITS.check_messages(len(messages := fields.objects("messages")))
+    urls: list[str] = []
     session = fields.take("session", str) or ""
-    schema = _schema(fields.object("response_format"))
+    form = _form(fields, _schema(fields.object("response_format")))
     fields.only("logprobs", False, why=_NO_LOGPROBS)
     fields.only("top_logprobs", 0, why=_NO_LOGPROBS)
     fields.only("store", False, why="nothing is stored here.")
@@ -66,11 +95,11 @@ def chat_request(fields: Fields, defaults: RequestDefaults, adapters: dict[str, 
     parallel = fields.take("parallel_tool_calls", bool)
     thinking, variables = _thinking(fields)
     content = {
-        "messages": defaults.with_system(tuple(_message(message) for message in messages), session),
+        "messages": defaults.with_system(tuple(_message(message, urls) for message in messages), session),
         "session": session,
         "default_system": defaults.system_prompt,
         "context_policy": fields.take("context_policy", str) or "refuse",
-        "json_schema": schema,
+        **form,
         "tools": tuple(_tool(tool) for tool in fields.objects("tools")),
         "tool_choice": _tool_choice(fields),
         "parallel_tool_calls": parallel is not False,
@@ -79,7 +108,9 @@ def chat_request(fields: Fields, defaults: RequestDefaults, adapters: dict[str, 
         "thinking_budget": fields.take("thinking_budget", int) or 0,
         "allow_special": fields.take("allow_special", bool) or False,
     }
-    return _asked("chatcmpl", fields, defaults, adapters, content)
+    LIMITS.check_images(len(urls), sum(map(len, urls)))
+    asked = _asked("chatcmpl", fields, defaults, adapters, content)
+    return dataclasses.replace(asked, images=UrlImages(urls)) if urls else asked
 
 
 def completion_request(fields: Fields, defaults: RequestDefaults, adapters: dict[str, str]) -> Asked:
@@ -93,7 +124,7 @@ def completion_request(fields: Fields, defaults: RequestDefaults, adapters: dict
     fields.only("echo", False, why="put the prompt before the answer yourself.")
     fields.only("suffix", "", why="the models continue a text and fill no gaps.")
     fields.only("best_of", 1, why="one answer is made of each request.")
-    return _asked("cmpl", fields, defaults, adapters, {"prompt": prompt or "", "json_schema": ""})
+    return _asked("cmpl", fields, defaults, adapters, {"prompt": prompt or "", **_form(fields, "")})
 
 
 def _asked(prefix: str, fields: Fields, defaults: RequestDefaults, adapters: dict[str, str], content: dict) -> Asked:
@@ -124,21 +155,22 @@ def _asked(prefix: str, fields: Fields, defaults: RequestDefaults, adapters: dic
     request = GenerationRequest(
         request_id=f"{prefix}-{uuid.uuid4().hex}",
         sampling=sampling,
-        stop=stops or (() if content["json_schema"] else defaults.stop),
+        stop=stops,
         adapter=adapters[model],
         priority=priority,
         timeout=deadline or defaults.request_timeout,
         stream_interval=defaults.stream_interval,
         **content,
     )
-    return Asked(request, model, stream, include_usage)
+    return Asked(defaults.with_stop(request), model, stream, include_usage)
 
 
-def _message(fields: Fields) -> ChatMessage:
+def _message(fields: Fields, urls: list[str]) -> ChatMessage:
+    """``urls``: get those of the message's images."""
     role = fields.take("role", str)
     if role is None:
         raise FieldError(fields.name("role"), f"{fields.path} has no role.")
-    content = _text(fields)
+    content, places = _content(fields, urls if role == "user" else None)
     name = fields.take("name", str) or ""
     more: dict = {}
     if role == "assistant":
@@ -153,7 +185,7 @@ def _message(fields: Fields) -> ChatMessage:
         more["tool_call_id"] = fields.take("tool_call_id", str) or ""
         more["name"] = name  # of who speaks, in the other roles: no template shows it; documented
     fields.finish()
-    return ChatMessage(_ROLES.get(role, role), content, **more)
+    return ChatMessage(_ROLES.get(role, role), content, images=places, **more)
 
 
 def _call(fields: Fields) -> ToolCall:
@@ -253,20 +285,44 @@ def _json(path: str, value: dict | None) -> str:
         raise FieldError(path, f"{path} has too many objects and lists inside each other.") from None
 
 
-def _text(fields: Fields) -> str:
-    """Return the content of a message: a string, or parts of text one after another."""
+def _content(fields: Fields, urls: list[str] | None) -> tuple[str, tuple[int, ...]]:
+    """Return the text of a message, a string or parts one after another, and the places of its images in it.
+
+    ``urls``: get those of the images; None: it may have none.
+    """
     content = fields.take("content", str, list)
     if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
+        return content or "", ()
+    texts: list[str] = []
+    places: list[int] = []
     for index, part in enumerate(content):
         part = Fields(part, f"{fields.name('content')}[{index}]")
         kind = part.take("type", str)
-        if kind != "text":
-            raise FieldError(part.path, f"{part.path} is of type {(kind or '')[:32]!r}, but only text is accepted.")
-        texts.append(part.take("text", str) or "")
+        if kind == "text":
+            texts.append(part.take("text", str) or "")
+        elif kind == "image_url" and urls is not None:
+            urls.append(_image_url(part))
+            places.append(sum(map(len, texts)))
+        else:
+            accepted = "text" if urls is None else "text and image_url"
+            raise FieldError(
+                part.path, f"{part.path} is of type {(kind or '')[:32]!r}, but only {accepted} is accepted here."
+            )
         part.finish()
-    return "".join(texts)
+    return "".join(texts), tuple(places)
+
+
+def _image_url(part: Fields) -> str:
+    value = part.take("image_url", dict, str)
+    url = value if isinstance(value, str) else None
+    if isinstance(value, dict):
+        named = Fields(value, part.name("image_url"))
+        url = named.take("url", str)
+        named.take("detail", str)  # the node's parameters say how many tokens an image has; documented
+        named.finish()
+    if not url:
+        raise FieldError(part.name("image_url"), f"{part.path} has no URL of an image.")
+    return url
 
 
 def _schema(response_format: Fields | None) -> str:
@@ -294,6 +350,39 @@ def _schema(response_format: Fields | None) -> str:
         )
     response_format.finish()
     return schema
+
+
+def _form(fields: Fields, json_schema: str) -> dict:
+    """Return the form of the answer, fields of a GenerationRequest. ``json_schema``: that of a response_format, or "".
+
+    Beside the node's own names, those of vLLM are read: structured_outputs, and guided_* as it was called before.
+    """
+    found: list[tuple[str, str, Any]] = [("response_format", "json_schema", json_schema)] if json_schema else []
+    outputs = fields.object("structured_outputs") or Fields({}, "structured_outputs")
+    for source, prefix in ((outputs, ""), (fields, "guided_")):
+        for name, form in _FORMS.items():
+            kinds = {"json": (str, dict), "choice": (list,)}.get(name, (str,))
+            value = source.take(f"{prefix}{name}", *kinds)
+            path = source.name(f"{prefix}{name}")
+            if isinstance(value, list):
+                if not value or not all(isinstance(each, str) for each in value):
+                    raise FieldError(path, f"{path} must be a list of at least one string.")
+                LIMITS.check_count("choices", len(value), LIMITS.choices)
+                value = tuple(value)
+            elif isinstance(value, dict):
+                value = _json(path, value)
+            if value:
+                found.append((path, form, value))
+    if schema_name := fields.take("schema_name", str):
+        found.append(("schema_name", "schema_name", schema_name))
+    if outputs.take("json_object", bool):
+        found.append((outputs.name("json_object"), "json_schema", '{"type": "object"}'))
+    compact = [fields.take("compact_json", bool), outputs.take("disable_any_whitespace", bool)]
+    outputs.finish()
+    if len(found) > 1:
+        raise FieldError(found[1][0], f"{found[0][0]} and {found[1][0]} are given; an answer has one form, give one.")
+    result = {form: value for _, form, value in found}
+    return {**result, "compact_json": any(compact), "max_string": fields.take("max_string", int) or 0}
 
 
 def _sampling(fields: Fields, defaults: SamplingParams) -> SamplingParams:

@@ -20,7 +20,8 @@ pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 
 from engine_core import http  # noqa: E402
-from engine_core.errors import ConfigurationError  # noqa: E402
+from engine_core.errors import ConfigurationError, InvalidRequestError  # noqa: E402
+from engine_core.http.fields import parse_object  # noqa: E402
 from engine_core.http.limits import HttpLimits  # noqa: E402
 from engine_core.http.server import HttpServer, read_keys  # noqa: E402
 from engine_core.request import RequestDefaults, SamplingParams  # noqa: E402
@@ -142,6 +143,30 @@ class TestOpenAIClient:
                 ask({"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}})
             assert error.value.code == "invalid_schema"
 
+    @pytest.mark.parametrize(
+        "form",
+        [
+            {"structured_outputs": {"choice": ["left", "right"]}},
+            {"guided_choice": ["left", "right"]},
+            {"structured_outputs": {"regex": "left|right"}},
+            {"guided_regex": "left|right"},
+            {"structured_outputs": {"grammar": 'start: "left" | "right"'}},
+            {"guided_json": {"enum": ["left", "right"]}},
+            {"structured_outputs": {"json": '{"enum": ["left", "right"]}', "disable_any_whitespace": True}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["left", "right"]}}},
+             "compact_json": True},
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_an_answer_has_the_form_that_is_asked_for(self, endpoint, form):
+        for body, page in (({"messages": HELLO}, "chat/completions"), ({"prompt": "where?"}, "completions")):
+            if page == "completions" and "response_format" in form:
+                continue
+            status, answer = endpoint.post({**body, **form, "max_tokens": 20}, f"/v1/{page}")
+            choice = answer["choices"][0]
+            text = choice["message"]["content"] if "message" in choice else choice["text"]
+            assert (status, text.strip('"')) in ((200, "left"), (200, "right"))
+
     def test_parts_developer_and_names(self, endpoint):
         with endpoint.client() as client:
 
@@ -195,6 +220,13 @@ BAD_FIELDS = {
         {"type": "xml"},
         "response_format.type is 'xml', but it must be text, json_object or json_schema.",
     ),
+    "structured_outputs": (
+        {"choice": ["a"], "regex": "a"},
+        "structured_outputs.regex and structured_outputs.choice are given; an answer has one form, give one.",
+    ),
+    "guided_choice": ([], "guided_choice must be a list of at least one string."),
+    "guided_regex": ("[", "The regular expression cannot be used: a pattern does not parse: unclosed character class."),
+    "schema_name": ("step", "No schema has the name 'step' in this engine; it has none (schema_dir)."),
     "modalities": (["audio"], "modalities is not supported: answers are text."),
     "messages": ("hi", "messages is a string, but it must be a list."),
     "session": ("a/b", "The session's name is 'a/b', expected 1 to 64 letters, digits, '.', '_' and '-'."),
@@ -209,7 +241,7 @@ class TestRefusals:
         assert (status, body["error"]["message"], body["error"]["type"]) == (400, message, "invalid_request_error")
 
     def test_a_field_inside_an_object_is_refused_with_its_place(self, endpoint):
-        message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
+        message = {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}
         status, body = endpoint.post({"messages": [*HELLO, message]})
         assert (status, body["error"]["param"]) == (400, "messages[1].content[0]")
         status, body = endpoint.post({"messages": [{"role": "user", "content": "a", "weight": 1}]})
@@ -251,8 +283,20 @@ class TestRefusals:
 
 
 class TestLimits:
+    def test_values_and_keys(self):
+        """The event loop, which all clients share, parses bodies."""
+        with pytest.raises(InvalidRequestError, match="about 599999 values, but at most 524288"):
+            parse_object(b'{"messages":[' + b"{}," * 299_998 + b"{}]}")
+        with pytest.raises(InvalidRequestError, match="an object with the key 'role' twice"):
+            parse_object(b'{"messages":[{"role":"user","content":"a","role":"system"}]}')
+
     def test_bodies(self, serve):
         endpoint = serve(limits=LIMITS)
+        gzip = "content-type: application/json\r\ncontent-encoding: gzip\r\n"
+        status, body = endpoint.post(b"\x1f\x8b", headers=gzip)
+        assert status == 415 and "Content-Encoding" in body["error"]["message"]
+        status, body = endpoint.post(b'{"priority":' + b"9" * 5000 + b"}")
+        assert status == 400 and body["error"]["message"].endswith("value has 5000 digits.")
         status, body = endpoint.post({"messages": [{"role": "user", "content": "x" * 30_000}]})
         assert (status, body["error"]["code"]) == (413, "body_too_large")
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -299,20 +343,22 @@ class TestLimits:
             sock.close()
 
 
-def send_chat(sock: socket.socket, fields: dict) -> None:
-    """Send a whole chat request over a socket of the test's own."""
+def send_chat(sock: socket.socket, fields: dict, more: bytes = b"") -> None:
+    """Send a whole chat request over a socket of the test's own, and ``more`` behind it."""
     body = json.dumps(fields).encode()
     sock.sendall(
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n%s" % (len(body), body)
+        b"content-length: %d\r\n\r\n%s%s" % (len(body), body, more)
     )
 
 
-def eventually(true, seconds: float = 10.0) -> None:
+def eventually(true, seconds: float = 10.0):
+    """Return what ``true`` returns, once that is true."""
     end = time.monotonic() + seconds
-    while not true():
+    while not (found := true()):
         assert time.monotonic() < end
         time.sleep(0.01)
+    return found
 
 
 SLOW = {"step_time": 0.01}
@@ -327,6 +373,78 @@ class TestServing:
             eventually(lambda: endpoint.worker.busy)
         eventually(lambda: not endpoint.worker.busy, 1.0)
         assert 'finish_reason="cancelled"} 1.0' in endpoint.get("/metrics")[1]
+
+    @pytest.mark.parametrize("when", ["with it", "later"])
+    def test_a_client_that_leaves_after_stray_bytes_cancels_its_request(self, serve, when):
+        endpoint = serve(backend=SLOW)
+        stray = b"\r\n\r\nGET /health HTTP/1.1\r\nhost: x\r\n\r\nGET"
+        with socket.create_connection(endpoint.address) as sock:
+            send_chat(sock, {"messages": HELLO, "max_tokens": 400}, stray if when == "with it" else b"")
+            eventually(lambda: endpoint.worker.busy)
+            if when == "later":
+                sock.sendall(stray)
+        eventually(lambda: not endpoint.worker.busy, 1.0)
+        assert 'finish_reason="cancelled"} 1.0' in endpoint.get("/metrics")[1]
+
+    def test_requests_sent_at_once_are_answered_one_after_another(self, serve):
+        endpoint = serve(backend=SLOW)
+        get = b"GET %s HTTP/1.1\r\nhost: x\r\n%s\r\n"
+        with socket.create_connection(endpoint.address, timeout=5.0) as sock:
+            send_chat(sock, {"messages": HELLO, "max_tokens": 9}, (get % (b"/health", b""))[:9])
+            eventually(lambda: endpoint.worker.busy)
+            sock.sendall((get % (b"/health", b""))[9:] + get % (b"/v1/models", b"connection: close\r\n"))
+            answers = b"".join(iter(lambda: sock.recv(65536), b""))
+        assert re.findall(rb"HTTP/1.1 (\d+)|(chat.completion\b|status|list)", answers) == [
+            (b"200", b""), (b"", b"chat.completion"), (b"200", b""), (b"", b"status"), (b"200", b""), (b"", b"list"),
+        ]  # fmt: skip
+
+    def test_a_client_that_never_reads_holds_no_connection(self, serve):
+        endpoint = serve(limits=dataclasses.replace(LIMITS, idle_time=0))
+        with socket.create_connection(endpoint.address) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            (protocol,) = eventually(lambda: endpoint.server._server.server_state.connections.copy())
+            protocol.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 12)
+            eventually(lambda: protocol.transport.get_write_buffer_size() > 0)
+            eventually(lambda: not endpoint.server._server.server_state.connections, 3.0)
+
+    def test_no_page_is_a_redirect_to_the_host_that_a_client_names(self, serve):
+        head = "GET /v1/models/fake/ HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n"
+        for path in ("/health/", "/v1/chat/completions/", "/v1/models/"):
+            status, _ = parse(serve().send(head.replace("/v1/models/fake/", path).encode()))
+            assert status == 404
+
+    def test_an_event_does_not_wait_for_the_acknowledgement_of_the_one_before(self, serve, monkeypatch):
+        made, create = [], socket.create_server
+
+        def listen(*arguments, **options):
+            made.append(create(*arguments, **options))
+            return made[-1]
+
+        monkeypatch.setattr(socket, "create_server", listen)
+        serve()
+        assert made and all(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for sock in made)
+
+    def test_every_address_of_a_name_is_listened_on(self, serve, monkeypatch):
+        endpoint = serve()
+
+        def named(*addresses):
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_arguments, **_options: found)
+
+        named("127.0.0.1", "127.0.0.2", "127.0.0.1", "192.0.2.1")  # the last one is no address of this machine
+        server = HttpServer(endpoint.intake, host="robot", port=0)
+        monkeypatch.undo()
+        try:
+            for address in ("127.0.0.1", "127.0.0.2"):
+                with socket.create_connection((address, server.port), timeout=5.0) as sock:
+                    sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                    assert b"200 OK" in sock.recv(65536)
+        finally:
+            assert server.close()
+        named("192.0.2.1")
+        with pytest.raises(ConfigurationError, match="cannot listen on robot"):
+            HttpServer(endpoint.intake, host="robot", port=0)
 
     def test_priority_deadline_and_a_full_queue(self, serve):
         endpoint = serve(backend=SLOW)
@@ -453,7 +571,7 @@ import sys
 sys.path[:0] = {paths!r}
 from engine_core import cli
 from engine_core.backends import registry
-options = cli._parser().parse_args(["serve", {engine!r}, "--port", "0", "--max-new-tokens", "6"])
+options = cli.make_parser().parse_args(["serve", {engine!r}, "--port", "0", "--max-new-tokens", "6"])
 registry.BACKENDS["fake"] = ("fake_backend", "FakeBackend")  # after what can be chosen has been written down
 sys.exit(options.run(options))
 """
@@ -472,7 +590,7 @@ def test_the_command_serves_without_ros(tmp_path):
     )
     try:
         line = process.stdout.readline()
-        url = re.fullmatch(r"OpenAI's API is served at (http://127\.0\.0\.1:\d+/v1)\.\n", line)[1]
+        url = re.match(r"OpenAI's API is served at (http://127\.0\.0\.1:\d+/v1), ", line)[1]
         with openai.OpenAI(base_url=url, api_key="x", max_retries=0) as client:
             answer = client.chat.completions.create(model=MODEL, messages=HELLO)
         assert answer.usage.completion_tokens == 6

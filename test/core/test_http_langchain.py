@@ -11,7 +11,7 @@ pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 langchain_openai = pytest.importorskip("langchain_openai")
 
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage  # noqa: E402
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage  # noqa: E402
 from langchain_core.tools import tool  # noqa: E402
 from pydantic import BaseModel, Field  # noqa: E402
 
@@ -48,7 +48,7 @@ def endpoints(tmp_path_factory):
     """An endpoint for each text that its model says; for "", it says anything."""
     write(directory := tmp_path_factory.mktemp("tokenizer"), TEMPLATES["hermes"][0])
     made = {}
-    for text in ("", "Off I go.", CALL):
+    for text in ("", "Off I go.", CALL, '{"steps": ["go"]}'):
         script = [*text_ids(text), END] if text else None
         made[text] = Endpoint(make_engine(ScriptedBackend(script, max_context=4096), directory))
     yield made
@@ -143,9 +143,70 @@ class TestTools:
         assert model("Off I go.").bind_tools([drive], tool_choice="none").invoke(TALK).content == "Off I go."
 
 
-def test_the_request_of_embodied_agents(endpoints):
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "temperature": 0.7,
-            "max_new_tokens": 5, "stream": False}  # fmt: skip
-    status, answer = endpoints[""].post(body)
-    assert status == 200 and answer["choices"][0]["message"]["content"]
-    assert answer["usage"]["completion_tokens"] == 5 and not answer["choices"][0]["message"].get("tool_calls")
+class TestFrameworks:
+    """The requests of RAI, ROSA and EmbodiedAgents, as their sources of June 2026 make them."""
+
+    class Plan(BaseModel):
+        """Steps."""
+
+        steps: list[Literal["go", "grip"]] = Field(max_length=2)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_rai_asks_a_planner_with_tools_for_a_schema(self, model, streaming):
+        """Its messages are lists of parts; the tools are bound before the schema is asked for."""
+        llm = model('{"steps": ["go"]}')
+        llm.streaming = streaming
+        turns = [SystemMessage("You plan."), HumanMessage([{"type": "text", "text": "Go to the dock."}])]
+        assert llm.bind_tools([drive]).with_structured_output(self.Plan).invoke(turns) == self.Plan(steps=["go"])
+
+    def test_rai_sends_a_tools_answer_as_parts_and_its_image_apart(self, model):
+        asked = model(CALL).bind_tools([drive]).invoke(TALK)
+        part = [{"type": "text", "text": "at the dock"}]
+        told = ToolMessage(part, tool_call_id=asked.tool_calls[0]["id"], name="drive")
+        llm = model("Off I go.").bind_tools([drive])
+        assert llm.invoke([*TALK, asked, told]).content == "Off I go."
+        url = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        with pytest.raises(openai.BadRequestError, match="has no eyes") as refused:
+            llm.invoke([*TALK, asked, told, HumanMessage([*part, url])])
+        assert "\n" not in refused.value.body["message"]
+
+    def test_rosa_sends_back_what_it_has_streamed(self, model):
+        chunks = list(model(CALL).bind_tools([drive]).stream(TALK))
+        asked = chunks[0]
+        for chunk in chunks[1:]:
+            asked += chunk
+        told = ToolMessage("at the dock", tool_call_id=asked.tool_calls[0]["id"])
+        turns = [*TALK, asked, told, asked, told]  # its loop may come to the same call again
+        assert model("Off I go.").bind_tools([drive]).invoke(turns).content == "Off I go."
+
+    def test_embodied_agents_number_their_calls_anew(self, endpoints):
+        """Cortex: exec_0 stands for the first call of each plan. Its components answer calls without an id."""
+
+        def plan(name: str) -> list[dict]:
+            call = {"id": "exec_0", "type": "function", "function": {"name": name, "arguments": "{}"}}
+            told = {"role": "tool", "tool_call_id": "exec_0", "content": "done"}
+            return [{"role": "assistant", "content": "", "tool_calls": [call]}, told]
+
+        turns = [
+            {"role": "system", "content": "Plan."},
+            {"role": "user", "content": "hello"},
+            *plan("go"),
+            *plan("grip"),
+        ]
+        tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("go", "grip")]
+        body = {"model": MODEL, "messages": turns, "tools": tools, "temperature": 0.7, "max_tokens": 300,
+                "stream": False}  # fmt: skip
+        status, answer = endpoints["Off I go."].post(body)
+        assert status == 200 and answer["choices"][0]["message"]["content"] == "Off I go."
+        loose = [*turns[:2], {"role": "assistant", "content": ""}, {"role": "tool", "content": "done"}]
+        status, answer = endpoints["Off I go."].post(body | {"messages": loose})
+        assert status == 200 and answer["choices"][0]["message"]["content"] == "Off I go."
+        status, answer = endpoints["Off I go."].post(body | {"presence_penalty": 0.5})
+        assert status == 400 and "use repetition_penalty" in answer["error"]["message"]
+
+    def test_a_component_of_embodied_agents(self, endpoints):
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "temperature": 0.7,
+                "max_new_tokens": 5, "stream": False}  # fmt: skip
+        status, answer = endpoints[""].post(body)
+        assert status == 200 and answer["choices"][0]["message"]["content"]
+        assert answer["usage"]["completion_tokens"] == 5 and not answer["choices"][0]["message"].get("tool_calls")

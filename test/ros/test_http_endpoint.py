@@ -18,7 +18,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: E402
 
 from edgellm_ros.msg import FinishReason, Sentence  # noqa: E402
 from edgellm_ros.srv import Cancel  # noqa: E402
-from llm_client import ACTIVATE, ACTIVE, DEACTIVATE, GREEDY_LONG, STREAM, Nodes  # noqa: E402
+from llm_client import ACTIVATE, ACTIVE, DEACTIVATE, GREEDY_LONG, LIMIT, STREAM, Nodes  # noqa: E402
 
 
 def free_port() -> int:
@@ -37,7 +37,7 @@ class Asked(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=LIMIT)
         headers = {"content-type": "application/json"}
         connection.request("POST", "/v1/chat/completions", json.dumps(self._body), headers)
         response = connection.getresponse()
@@ -76,6 +76,7 @@ def test_both_fronts_give_the_same_answer_and_http_is_on_the_topics(served):
 def test_one_queue_priorities_and_cancel_by_ros(served):
     port, llm = served
     goal = llm.goal("long", sampling={"max_new_tokens": GREEDY_LONG, "ignore_eos": True})
+    llm.status(lambda status: any(request.running for request in status.requests))
     # It is long itself, so that the cancel finds it however late it comes.
     low, high = Asked(port, "low", max_tokens=GREEDY_LONG, ignore_eos=True), Asked(port, "high", priority=9)
     status = llm.status(lambda status: status.queued == 2)
@@ -151,13 +152,13 @@ def test_64_slow_clients_do_not_slow_ros(served):
     thread = threading.Thread(target=trickle)
     thread.start()
     try:
-        during = max(rate() for _ in range(2))
+        as_fast = any(rate() > 0.8 * before for _ in range(6))  # something else may slow a few of them
     finally:
         stop.set()
         thread.join()
         for sock in slow:
             sock.close()
-    assert during > 0.8 * before
+    assert as_fast
 
 
 def test_nothing_of_it_is_imported_without_a_port(tmp_path):
