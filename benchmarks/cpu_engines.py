@@ -106,14 +106,16 @@ def _ours(weights: str, **options) -> Engine:
         manifest = read_manifest(directory / folder, verify_hashes=False)
         backend = OnnxRuntimeBackend.load(directory / folder, manifest, config)
         try:
-            yield _OursRunner(backend)
+            yield OursRunner(backend)
         finally:
             backend.close()
 
     return Engine(weights, ("onnxruntime", "numpy"), make, open_)
 
 
-class _OursRunner:
+class OursRunner:
+    """Implements ``Runner`` with the CPU backend; the prompt is prefilled from its start."""
+
     def __init__(self, backend) -> None:
         self._backend = backend
 
@@ -150,7 +152,7 @@ def _llama_cpp(weights: str) -> Engine:
 
     @contextlib.contextmanager
     def open_(directory: Path, threads: int, max_context: int) -> Iterator[Runner]:
-        yield _LlamaCppRunner(LlamaCpp(directory / f"{weights}.gguf", threads, max_context))
+        yield LlamaCppRunner(LlamaCpp(directory / f"{weights}.gguf", threads, max_context))
 
     return Engine(weights, ("llama_cpp_python", "gguf"), make, open_)
 
@@ -186,7 +188,9 @@ def _write_gguf(gguf, path: Path, checkpoint: Path, config: dict, kind) -> None:
     writer.close()
 
 
-class _LlamaCppRunner:
+class LlamaCppRunner:
+    """Implements ``Runner`` with llama.cpp."""
+
     def __init__(self, model: LlamaCpp) -> None:
         self._model = model
 

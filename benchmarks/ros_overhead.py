@@ -1,6 +1,6 @@
 """Measure what ROS and HTTP add: the same request in process and through each front, from another process.
 
-    python3 benchmarks/ros_overhead.py ENGINE_DIR [--tokens 200] [--rounds 15] [--starts 1] [--out FILE]
+    tools/start run benchmarks/ros_overhead.py ENGINE_DIR [--tokens 200] [--rounds 15] [--starts 1] [--out FILE]
 
 The paths take turns within each round, so that a slow moment of the machine meets all of them; figures are medians over
 the rounds, what is added is the median over the rounds of what each adds to the baseline of its own round. All paths
@@ -13,7 +13,8 @@ times run from before it sends the request to when its callback has the first pi
   worked. Nobody listens to the topics then;
 - action: feedback;
 - topic: ~/tokens, of a request made through the service;
-- http: the server-sent events of /v1/chat/completions, over a connection that is kept open.
+- http: the server-sent events of /v1/chat/completions, over a connection that is kept open. It is also compared with
+  each way of ROS, again within each round.
 
 The decode step is what the node's results say. A client in Python takes the better part of a millisecond of a core for
 each message, as much as the model for a token; with two cores it would starve the node it measures. So after the
@@ -257,6 +258,7 @@ class OverRos:
             "messages": [{"role": "user", "content": PROMPT}], "max_tokens": self._num_tokens, "ignore_eos": True,
             "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
+        self._connect()
         start = time.perf_counter()
         headers = {"content-type": "application/json"}
         self._connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
@@ -271,6 +273,17 @@ class OverRos:
         assert usage["completion_tokens"] == self._num_tokens, "tokens were lost"
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return make_row(began, SimpleNamespace(tokens_per_second=figures["tokens_per_second"], cached_tokens=cached))
+
+    def _connect(self) -> None:
+        """Make sure that the connection is open: the server closes one that was idle for seconds."""
+        for _ in range(2):
+            try:
+                self._connection.request("GET", "/health")
+                self._connection.getresponse().read()
+                return
+            except (OSError, http.client.HTTPException):
+                self._connection.close()
+        raise RuntimeError("the node's HTTP endpoint does not answer")
 
     def _rest_after_first(self, times: Times) -> None:
         end = time.monotonic() + LIMIT
@@ -306,9 +319,9 @@ class Found:
         firsts, steps, _ = zip(*self.rows[path])
         return statistics.median(firsts) * 1e3, statistics.median(steps) * 1e3
 
-    def added(self, path: str) -> tuple[float, float]:
+    def added(self, path: str, to: str = PATHS[0]) -> tuple[float, float]:
         """ms to the first token and per cent to the decode step: medians over the rounds, each against its own."""
-        pairs = list(zip(self.rows[path], self.rows[PATHS[0]]))
+        pairs = list(zip(self.rows[path], self.rows[to]))
         return (
             statistics.median(row.first - base.first for row, base in pairs) * 1e3,
             statistics.median(row.step / base.step - 1.0 for row, base in pairs) * 1e2,
@@ -355,7 +368,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="the client reads each piece at once, on the node's cores")
     parser.add_argument("--out", type=Path, help="file to append the JSON lines to")
     arguments = parser.parse_args()
-    found = Found()
+    found, load = Found(), os.getloadavg()[0]
     isolation.isolate()
     rclpy.init()
     try:
@@ -376,6 +389,10 @@ def main() -> None:
     for path, (first, step) in medians.items():
         added_first, added_step = found.added(path)
         print(f"{path:<11}{first:>10.2f} ms{added_first:>+9.2f} ms{step:>11.3f} ms{added_step:>+8.1f}%")
+    over = {}  # path of ROS → ms to the first token and per cent to the decode step that HTTP adds to it
+    for path in PATHS[1:-1]:
+        over[path] = [round(value, 3) for value in found.added("http", path)]
+        print("http over {:<7}: first token {:+.2f} ms, decode step {:+.1f} %".format(path, *over[path]))
     median, most = latency.values()
     empty = statistics.median(found.empty) * 1e3
     print(f"an empty service call (get_state) takes {empty:.2f} ms")
@@ -393,6 +410,8 @@ def main() -> None:
             "added_ttft_ms": round(found.added(path)[0], 3), "added_percent": round(found.added(path)[1], 2),
             "eager_client": arguments.eager, "empty_call_ms": round(empty, 3),
             **(latency if path == "topic" else {}),
+            **({"over_ros": over} if path == "http" else {}),
+            "load_before": round(load, 2), "load_after": round(os.getloadavg()[0], 2),
             "in_process_ttft_ms": round(base_first, 3), "in_process_ms_per_token": round(base_step, 4),
         })
         for path, (first, step) in medians.items()

@@ -27,7 +27,7 @@ from ros_overhead import DISCOVERY, OverRos
 
 from edgellm_ros import latency
 
-SETTINGS = ("head start", "switch interval", "freeze")
+SETTINGS = ("head start", "freeze")
 PATHS = ("service", "action")
 
 
@@ -35,8 +35,6 @@ def switch(name: str, on: bool) -> float:
     """Switch a setting in this process, the node's; return the seconds that a full collection takes then."""
     if name == "head start":
         latency.HEAD_START = 0.005 if on else 0.0
-    elif name == "switch interval":
-        sys.setswitchinterval(latency.SWITCH_INTERVAL if on else 0.005)
     elif on:
         latency.freeze()
     else:

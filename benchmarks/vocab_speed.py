@@ -26,11 +26,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.random_checkpoint import write_random_checkpoint  # noqa: E402
 from engine_core.backends.onnxruntime.build import build_engine  # noqa: E402
 from engine_core.config import EngineConfig  # noqa: E402
 from engine_core.formats.vocab_map import write_vocab_map  # noqa: E402
 from engine_core.measure.bench import Benchmark  # noqa: E402
+from engine_core.measure.random_checkpoint import write_random_checkpoint  # noqa: E402
 
 SHAPE = dict(
     architectures=["Qwen3ForCausalLM"],

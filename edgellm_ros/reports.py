@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import platform
 from functools import lru_cache
 
@@ -21,7 +22,7 @@ from engine_core import __version__
 from engine_core.errors import NotActiveError
 from engine_core.memory import format_bytes
 from engine_core.serving.engine import Engine
-from engine_core.serving.sequence import Sequence
+from engine_core.serving.snapshot import EngineSnapshot
 
 _PACKAGES = ("rclpy", "numpy", "onnxruntime", "tensorrt", "tokenizers", "transformers", "llguidance")
 _STATE_NAMES = {
@@ -36,36 +37,17 @@ def make_status(state: NodeState) -> EngineStatus:
     """Return ~/status without its time."""
     error = state.error
     status = EngineStatus(state=state.lifecycle, error_code=error_code(error), error_message=error_message(error))
-    if (worker := state.worker) is not None:
-        status.busy, status.queued = worker.busy, worker.queued
+    status.configuring, status.load_progress = state.is_configuring, state.load_progress
     if (engine := state.engine) is not None:
-        status.model_name = engine.manifest.model_name
-        status.backend = engine.backend_name
-        status.quantization = engine.manifest.quantization
-        status.max_context = engine.max_context
-        status.memory_total = engine.plan.total
-        sequences = engine.scheduler.sequences
-        status.requests = [_to_status(sequence) for sequence in sequences]
-        status.kv_tokens = sum(sequence.num_kv_tokens for sequence in sequences)
-        status.pool_tokens, status.pool_tokens_used = engine.pool.num_tokens, engine.pool.num_used
+        found = vars(EngineSnapshot.of(engine))
+        requests = [RequestStatus(**vars(request)) for request in found.pop("requests")]
+        for name, value in found.items():
+            setattr(status, name, value)
+        status.requests = requests
     return status
 
 
-def _to_status(sequence: Sequence) -> RequestStatus:
-    request = sequence.prepared.request
-    return RequestStatus(
-        request_id=request.request_id,
-        priority=request.priority,
-        session=request.session,
-        adapter=request.adapter,
-        running=sequence.slot is not None,
-        prompt_tokens=len(sequence.prepared.token_ids),
-        generated_tokens=sequence.num_sampled,
-        wait=sequence.wait,
-    )
-
-
-def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response:
+def fill_info(info: GetInfo.Response, engine: Engine | None, image_topics: list[str]) -> GetInfo.Response:
     info.versions = list(_versions())
     if engine is None:
         error = NotActiveError("Nothing is configured; configure the node first.")
@@ -79,7 +61,11 @@ def fill_info(info: GetInfo.Response, engine: Engine | None) -> GetInfo.Response
     info.quantization = manifest.quantization
     info.kv_cache_type = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
     info.tool_format, info.thinks = engine.answers.format.tools, engine.answers.format.thinks
+    if engine.images is not None:
+        info.max_images, info.max_image_tokens = engine.images.max_images, engine.images.most_tokens
+    info.image_topics = image_topics
     info.adapters = list(engine.adapters)
+    info.schemas = engine.schemas.names
     info.device = engine.device
     info.cuda_graph = config.use_cuda_graph and manifest.use_cuda_graph
     info.max_context, info.max_batch = engine.max_context, engine.config.max_batch
@@ -106,6 +92,8 @@ def make_health(state: NodeState, topics: Topics, num_refused: int, http: HttpEn
         values["backend"] = engine.backend_name
         values["quantization"] = engine.manifest.quantization
         values["memory"] = format_bytes(engine.plan.total)
+        if engine.energy is not None and not math.isnan(engine.energy.watts):
+            values["power while answering"] = f"{engine.energy.watts:.1f} W ({engine.energy.source})"
         if engine.speculation.enabled:
             for key, count in dataclasses.asdict(topics.speculation_total).items():
                 values[f"speculation, {key}"] = str(count)

@@ -1,1 +1,1 @@
-"""``edgellm bench`` and ``edgellm evaluate``: how fast an engine is and how good its tokens are."""
+"""``edgellm bench``, ``evaluate`` and ``report``: how fast an engine is, how good its tokens are, what a machine is."""

@@ -9,15 +9,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from engine_core.backends import Backend
+from engine_core.backends.capabilities import capabilities_of
 from engine_core.backends.toolkit import toolkit_of
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError
 from engine_core.formats.manifest import Manifest
-from engine_core.measure.steps import begin, decode, prefill
+from engine_core.measure.power import open_meter
+from engine_core.measure.steps import begin, decode, prefill, seconds_per_step
 from engine_core.memory import MemoryPlan
 from engine_core.planning.selection import advice, choose
 from engine_core.request import SamplingParams
@@ -40,6 +43,16 @@ class Timing:
         return 1 / self.per_token
 
 
+@dataclass(frozen=True)
+class Energy:
+    """The energy of decoding for some seconds: of the device, with whatever else runs there."""
+
+    source: str  # see ``power.Meter``
+    joules_per_token: float
+    watts: float  # mean
+    tokens: int
+
+
 class Benchmark:
     """One loaded engine. A context manager.
 
@@ -48,7 +61,7 @@ class Benchmark:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        choice = choose(dataclasses.replace(config, verify_files=False))
+        choice = choose(dataclasses.replace(config, verify_files=bool(config.trusted_keys)))
         config, self.manifest, self.plan = choice.config, choice.manifest, choice.plan
         self.plan.check(advice(config, self.plan))
         self.reason = choice.reason
@@ -97,6 +110,27 @@ class Benchmark:
             per_token_p95=float(np.percentile(steps, 95)),
         )
 
+    def measure_energy(self, prompt_tokens: int, new_tokens: int, seconds: float = 2.0) -> Energy | None:
+        """Decode again and again for ``seconds``, prompts apart; None where the machine's energy cannot be read."""
+        meter = open_meter(on_gpu=capabilities_of(self.manifest.backend).on_gpu)
+        if meter is None:
+            return None
+        ids = np.random.default_rng(1).integers(0, self.backend.vocab_size, prompt_tokens).astype(np.int32)
+        joules = spent = 0.0
+        tokens = 0
+        try:
+            while spent < seconds:
+                begin(self.backend, _GREEDY, ids)
+                prefill(self.backend, ids).result()
+                before, start = meter.joules(), time.perf_counter()
+                seconds_per_step(self.backend, [0], new_tokens - 2)
+                spent += time.perf_counter() - start
+                joules += meter.joules() - before
+                tokens += new_tokens - 1
+        finally:
+            meter.close()
+        return Energy(meter.source, joules / tokens, joules / spent, tokens)
+
     def _run(self, ids: np.ndarray, count: int) -> tuple[float, np.ndarray]:
         """(time to first token, times between the tokens after it [count - 1])."""
         backend = self.backend
@@ -110,6 +144,31 @@ class Benchmark:
             times[index] = time.perf_counter()
             pending = ahead
         return times[0] - start, np.diff(times)
+
+
+def figures(bench: Benchmark, timing: Timing, energy: Energy | None = None) -> dict[str, Any]:
+    """Return what was measured, with the names of benchmarks/results/*.jsonl; None for energy without ``energy``."""
+    per_token = timing.per_token
+    return {
+        "engine": bench.manifest.backend,
+        "weights": bench.manifest.quantization,
+        "vocab_size": bench.backend.reduced_vocab_size,
+        "threads": bench.threads,
+        "prompt_tokens": timing.prompt_tokens,
+        "generated_tokens": timing.new_tokens,
+        "ttft_ms": round(1e3 * timing.first_token, 3),
+        "ms_per_token": round(1e3 * per_token, 4),
+        "p95_ms_per_token": round(1e3 * timing.per_token_p95, 4),
+        "tok_s": round(timing.tokens_per_second, 1),
+        "bytes_per_step": bench.bytes_per_step,
+        "gb_s": round(bench.bytes_per_step / per_token / 1e9, 2),
+        "load_s": round(bench.load_time, 3),
+        "planned_bytes": bench.plan.total,
+        "resident_bytes": bench.peak_resident,
+        "joules_per_token": round(energy.joules_per_token, 4) if energy else None,
+        "watts": round(energy.watts, 2) if energy else None,
+        "energy_source": energy.source if energy else None,
+    }
 
 
 def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:

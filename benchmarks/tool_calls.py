@@ -1,6 +1,7 @@
 """Count right tools and arguments: 60 spoken commands for four robot tools, by a real model.
 
-    python3 benchmarks/tools.py ENGINE_DIR [--choice auto required] [--threads 2] [--commands 60] [--server URL]
+    python3 benchmarks/tool_calls.py ENGINE_DIR [--choice auto required] [--threads 2] [--commands 60]
+    python3 benchmarks/tool_calls.py --server URL --name "llama.cpp b1234, Q4_K_M" [--choice auto required]
 
 Asks an engine through ``Engine.generate``, without ROS, greedily, one command at a time, and judges each answer:
 
@@ -9,9 +10,11 @@ Asks an engine through ``Engine.generate``, without ROS, greedily, one command a
 - malformed: a call of no tool, or whose arguments do not fit the tool's schema by the library ``jsonschema``.
 - cuts: after each token of the answer, what was handed out by then is a beginning of the whole, and no call is half.
 
-``--server``: asks an OpenAI-compatible server instead, for comparison; there are no cuts then. Prints a line for each
-wrong answer and appends a row for each choice to benchmarks/results/tools.jsonl. Exit status 1 if an answer was
-malformed or cut wrongly. Needs the package ``jsonschema``.
+``--server``: asks an OpenAI-compatible server instead, for comparison; there are no cuts then. ``--name`` is what the
+row calls it, with its version and the file of its model. llama.cpp's: ``llama-server -m FILE.gguf --jinja -c 4096``.
+
+Prints a line for each wrong answer and appends a row for each choice to benchmarks/results/tools.jsonl. Exit status 1
+if an answer was malformed or cut wrongly. Needs the package ``jsonschema``.
 """
 
 from __future__ import annotations
@@ -154,7 +157,7 @@ Calls = list[tuple[str, Any]]
 def main() -> int:
     arguments = parse()
     if arguments.server:
-        ask, name = Server(arguments.server), "server"
+        ask, name = Server(arguments.server), arguments.name
     else:
         config = EngineConfig(arguments.engine, num_threads=arguments.threads, speculation=arguments.speculation)
         engine = Engine.open(config, report=lambda _: None)
@@ -292,6 +295,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Count right tools and arguments of spoken commands.")
     parser.add_argument("engine", nargs="?", type=Path, help="engine directory of a model whose template has tools")
     parser.add_argument("--server", default="", metavar="URL", help="ask this OpenAI-compatible server instead")
+    parser.add_argument("--name", default="server", help="of the server, for the row")
     parser.add_argument("--choice", nargs="+", choices=("auto", "required"), default=["auto", "required"])
     parser.add_argument("--commands", type=int, default=len(COMMANDS), help="how many of the commands")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = the backend's choice")

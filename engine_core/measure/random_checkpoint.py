@@ -1,4 +1,4 @@
-"""Checkpoints and LoRA adapters with random weights, written with numpy alone: for machines without torch."""
+"""Write checkpoints and LoRA adapters with random weights, with numpy alone: to measure, and for tests."""
 
 from __future__ import annotations
 
@@ -20,19 +20,13 @@ _BLOCK = 1 << 24  # values drawn; larger tensors repeat them, from another place
 
 
 def write_random_checkpoint(directory: Path, config: dict, *, scale: float = 0.02, seed: int = 0) -> Path:
-    """``config``: what config.json holds. Weights are normal with deviation ``scale``, norms are near one.
-
-    A checkpoint for Qwen2ForCausalLM gets the biases of Q, K and V.
-    """
+    """``config``: what config.json holds. Weights are normal with deviation ``scale``, norms are near one."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    # Which optional tensors there are decides what the reader makes of the model, so they come first, empty.
-    optional = [] if config.get("tie_word_embeddings") else ["lm_head.weight"]
-    if config["architectures"] == ["Qwen2ForCausalLM"]:
-        layers = range(config["num_hidden_layers"])
-        optional += [f"model.layers.{i}.self_attn.{kind}_proj.bias" for i in layers for kind in "qkv"]
+    # Whether there is a head decides what the reader makes of the model, so that it comes first, empty.
+    head = [] if config.get("tie_word_embeddings") else ["lm_head.weight"]
     path = directory / "model.safetensors"
-    write_safetensors(path, {name: np.zeros(0, dtype=np.float16) for name in optional})
+    write_safetensors(path, {name: np.zeros(0, dtype=np.float16) for name in head})
     spec = read_spec(Checkpoint(directory))
     shapes = spec.shapes()
     random = np.random.default_rng(seed)
@@ -41,7 +35,7 @@ def write_random_checkpoint(directory: Path, config: dict, *, scale: float = 0.0
     with SafetensorsWriter(path, {name: ("F16", shape) for name, shape in shapes.items()}) as writer:
         for name, shape in shapes.items():
             values = np.resize(np.roll(block, -int(random.integers(count))), shape)
-            if "norm" in name:
+            if "norm" in name and not name.endswith("bias"):
                 values = (1.0 - spec.norm_offset + values).astype(np.float16)
             writer.write(name, values)
     return directory
