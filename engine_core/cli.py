@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+import engine_core
 from engine_core.errors import EdgeLLMError
 
 # In the order of a model's way, as --help shows them; modules of engine_core.commands.
@@ -25,6 +26,7 @@ COMMANDS = (
     "quantize",
     "reduce_vocab",
     "build",
+    "sign",
     "inspect",
     "plan",
     "generate",
@@ -33,6 +35,7 @@ COMMANDS = (
     "evaluate",
     "bench",
     "doctor",
+    "report",
 )
 
 
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # the C locale has ASCII only, and a path need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _parser()
+    parser = make_parser()
     if odd := next((text for text in arguments if text.startswith("--") and text.endswith("=--")), None):
         parser.error(f"argument {odd[:-3]}: '--' is no value")  # argparse before 3.13 makes an empty list of it
     options = parser.parse_args(arguments)
@@ -87,8 +90,10 @@ def _failed(reason: str) -> int:
     return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, with all commands."""
     parser = argparse.ArgumentParser(prog="edgellm", description="Builds, inspects and tries engines without ROS.")
+    parser.add_argument("--version", action="version", version=f"edgellm {engine_core.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"engine_core.commands.{name}").add(commands)

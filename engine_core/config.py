@@ -6,12 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_core.backends.capabilities import all_kv_cache_types
+from engine_core.backends.capabilities import all_capabilities, all_kv_cache_types
 from engine_core.backends.registry import backend_names
 from engine_core.errors import ConfigurationError
 from engine_core.formats import weight_formats
 
 BACKENDS = ("auto", *backend_names())
+GPU_BACKENDS = frozenset(each.backend for each in all_capabilities() if each.on_gpu)
 QUANTIZATIONS = ("auto", *weight_formats.NAMES)
 # auto: where it changes no answer; on: also where several tokens at once are rounded otherwise than one, so that an
 # answer may differ from the one without, but is always the same.
@@ -26,6 +27,7 @@ CHOICES = {
 MINIMUMS = {
     "max_context": 0, "max_batch": 1, "prefill_chunk": 0, "prompt_cache_entries": 0, "prompt_cache_tokens": 1,
     "session_memory": 0, "max_sessions": 1, "num_threads": 0, "lora_max_rank": 1,
+    "max_images": 0, "max_image_tokens": 0, "image_frames_memory": 0,
 }  # fmt: skip
 
 
@@ -45,6 +47,9 @@ class EngineConfig:
     # keeps them in the kernel cache. False: the table's rules, extrapolated.
     tune_kernels: bool = True
     speculation: str = "auto"  # steps that feed guessed tokens too and keep those that would have been sampled
+    max_images: int = 4  # of a prompt, those of earlier turns included, where the model sees; 0 = no encoder is loaded
+    max_image_tokens: int = 0  # of an image, which is scaled down to it; 0 = see vision/limits.py
+    image_frames_memory: int = 0  # MiB of the memory plan in which a node keeps frames of topics, where the model sees
     prefill_chunk: int = 0  # tokens per prefill step; 0 = the backend's choice
     prompt_cache_entries: int = 2  # saved prefixes (system prompts); their memory is part of the plan
     prompt_cache_tokens: int = 512  # tokens each saved prefix can hold
@@ -58,8 +63,12 @@ class EngineConfig:
     # A request with a seed of its own computes its whole prompt: KV reused from other requests was computed in other
     # chunks, whose rounding (most of all int8's) can change a sampled token. Without it, seeds repeat only mostly.
     reproducible: bool = True
+    schema_dir: str = ""  # directory of JSON schemas that requests may name; "" = none
     num_threads: int = 0  # CPU threads; 0 = the backend's choice
     verify_files: bool = True  # check the SHA-256 of every file, not only its size
+    # File or directory of public keys, one of which has to have signed the engine; "" = none is asked for. See
+    # formats/signatures.py.
+    trusted_keys: str = ""
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
@@ -80,6 +89,10 @@ class EngineConfig:
         for name, minimum in MINIMUMS.items():
             if getattr(self, name) < minimum:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, expected {minimum} or more.")
+        if self.trusted_keys and not self.verify_files:
+            raise ConfigurationError(
+                "trusted_keys needs verify_files: a signature is of the SHA-256 of the files; set verify_files to true."
+            )
 
     @classmethod
     def from_dict(cls, values: dict) -> EngineConfig:

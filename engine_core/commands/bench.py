@@ -9,21 +9,29 @@ import sys
 from pathlib import Path
 
 from engine_core.backends.capabilities import capabilities_of
-from engine_core.commands.arguments import add_engine, add_opening, engine_config
-from engine_core.commands.tables import print_notes, print_table
+from engine_core.commands.arguments import add_command, add_engine, add_opening, engine_config
+from engine_core.commands.tables import print_notes, print_table, print_verdict
 from engine_core.memory import format_bytes
+
+_ENERGY = (("joules_per_token", 3), ("watts", 1))  # figures and their decimals
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
-        "bench", help="measure time to first token and tokens per second", description="Random prompts, greedy."
+    parser = add_command(
+        commands,
+        "bench",
+        help="measure time to first token and tokens per second",
+        description="Measures time to first token and tokens per second, of random prompts and greedy sampling.",
+        example="edgellm bench ~/engines/demo --prompt-tokens 32 512",
     )
     add_engine(parser)
     add_opening(parser)
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 128, 512])
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    parser.add_argument(
+        "--prompt-tokens", type=int, nargs="+", default=[32, 128, 512], help="lengths of prompts (default: 32 128 512)"
+    )
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of each answer (default: 128)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each length, whose median is told (default: 5)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, and nothing else")
     parser.set_defaults(run=run)
 
 
@@ -44,8 +52,10 @@ def run(options: argparse.Namespace) -> int:
         timings = []
         for count in options.prompt_tokens:
             timings.append(bench.measure(count, options.new_tokens, options.repeats, report))
+        report("energy")
+        energies = [bench.measure_energy(count, options.new_tokens) for count in options.prompt_tokens]
         report("")
-        lines = [_line(options, bench, timing) for timing in timings]
+        lines = [_line(options, bench, timing, energy) for timing, energy in zip(timings, energies)]
     if options.json:
         print(json.dumps({"kind": "bench", "results": lines}, indent=2))
         return 0
@@ -53,37 +63,29 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _line(options: argparse.Namespace, bench, timing) -> dict:
-    """With the names of benchmarks/results/*.jsonl."""
-    manifest, backend = bench.manifest, bench.backend
+def _line(options: argparse.Namespace, bench, timing, energy) -> dict:
+    from engine_core.measure.bench import figures
+
+    manifest = bench.manifest
     return {
         "date": datetime.date.today().isoformat(),
         "versions": _versions(manifest.backend),
         "device": bench.plan.device if capabilities_of(manifest.backend).on_gpu else _cpu_name(),
         "shape": manifest.model_name,
-        "engine": manifest.backend,
-        "weights": manifest.quantization,
         "kv_cache_type": options.kv_cache_type if options.kv_cache_type != "auto" else manifest.kv_cache_type,
-        "vocab_size": backend.reduced_vocab_size,
-        "threads": bench.threads,
-        "prompt_tokens": timing.prompt_tokens,
-        "generated_tokens": timing.new_tokens,
         "repeats": options.repeats,
-        "ttft_ms": round(1e3 * timing.first_token, 3),
-        "ms_per_token": round(1e3 * timing.per_token, 4),
-        "p95_ms_per_token": round(1e3 * timing.per_token_p95, 4),
-        "tok_s": round(timing.tokens_per_second, 1),
-        "bytes_per_step": bench.bytes_per_step,
-        "gb_s": round(bench.bytes_per_step / timing.per_token / 1e9, 2),
-        "load_s": round(bench.load_time, 3),
-        "planned_bytes": bench.plan.total,
-        "resident_bytes": bench.peak_resident,
+        **figures(bench, timing, energy),
     }
 
 
 def _print(bench, lines: list[dict]) -> None:
     first = lines[0]
-    header = ["prompt", "first token ms", "ms/token", "p95", "tokens/s", "GB/s"]
+    print_verdict(
+        f"{first['shape']}, {first['weights']} on {first['engine']}: {first['tok_s']:.1f} tokens/s, first token after "
+        f"{first['ttft_ms']:.1f} ms ({first['prompt_tokens']} prompt tokens)."
+    )
+    print()
+    header = ["prompt", "first token ms", "ms/token", "p95", "tokens/s", "GB/s", "J/token", "W"]
     rows = [
         [
             str(line["prompt_tokens"]),
@@ -92,6 +94,7 @@ def _print(bench, lines: list[dict]) -> None:
             f"{line['p95_ms_per_token']:.3f}",
             f"{line['tok_s']:.1f}",
             f"{line['gb_s']:.1f}",
+            *("–" if line[name] is None else f"{line[name]:.{digits}f}" for name, digits in _ENERGY),
         ]
         for line in lines
     ]
@@ -105,14 +108,12 @@ def _print(bench, lines: list[dict]) -> None:
     print_notes(
         [
             bench.reason,
+            f"Energy of decoding: {first['energy_source'] or 'it cannot be read here'}.",
             f"A step reads {format_bytes(first['bytes_per_step'])} of weights; GB/s is that over the time of a step.",
             f"Loaded in {first['load_s']:.2f} s. Memory: {format_bytes(first['planned_bytes'])} planned, the process "
             f"grew by {format_bytes(bench.peak_resident)}.",
         ]
     )
-    print()
-    for line in lines:
-        print(json.dumps(line))
 
 
 def _versions(backend: str) -> dict[str, str]:

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine_core.backends.capabilities import all_capabilities, capabilities_of
 from engine_core.backends.registry import backend_names
 from engine_core.backends.toolkit import BuildRequest, toolkit_of
+from engine_core.commands.arguments import add_command, add_force, check_output
+from engine_core.commands.progress import shown
+from engine_core.commands.tables import print_verdict
 from engine_core.config import KV_CACHE_TYPES, QUANTIZATIONS
 from engine_core.errors import BuildError
+from engine_core.memory import format_bytes
+
+if TYPE_CHECKING:
+    from engine_core.formats.manifest import Manifest
 
 
 def add(commands) -> None:
-    parser = commands.add_parser("build", help="make an engine from a Hugging Face checkpoint or a GGUF file")
+    parser = add_command(
+        commands,
+        "build",
+        help="make an engine from a Hugging Face checkpoint or a GGUF file",
+        example="edgellm build models/demo ~/engines/demo --quantization int4 --max-context 2048",
+    )
     parser.add_argument("checkpoint", type=Path, help="directory with config.json and safetensors, or a GGUF file")
     parser.add_argument("engine_dir", type=Path, help="where to write; several variants go to its subdirectories")
-    parser.add_argument("--backend", choices=backend_names(), default="onnxruntime")
+    parser.add_argument(
+        "--backend",
+        choices=backend_names(),
+        default="onnxruntime",
+        help="which backend is to run it (default: onnxruntime)",
+    )
     parser.add_argument(
         "--quantization",
         default="",
@@ -64,6 +83,7 @@ def add(commands) -> None:
         "calibration.jsonl or .txt)",
     )
     parser.add_argument("--name", default="", help="the model's name in the manifest")
+    add_force(parser, "engine directory")
     parser.set_defaults(run=run)
 
 
@@ -100,11 +120,14 @@ def run(options: argparse.Namespace) -> int:
         found = default_quantization(options.checkpoint)
         kinds = [capabilities.format_for(found)]
         if (notice := capabilities.rounding_notice(found)) is not None:
-            print(notice)
-    for kind in kinds:
+            print(notice, file=sys.stderr)
+    directories = {kind: options.engine_dir / kind if len(kinds) > 1 else options.engine_dir for kind in kinds}
+    for directory in directories.values():
+        check_output(directory, options.force)
+    for kind, directory in directories.items():
         request = BuildRequest(
             checkpoint=options.checkpoint,
-            engine_dir=options.engine_dir / kind if len(kinds) > 1 else options.engine_dir,
+            engine_dir=directory,
             weight_format=kind,
             max_context=options.max_context,
             kv_cache_type=options.kv_cache_type,
@@ -117,7 +140,18 @@ def run(options: argparse.Namespace) -> int:
             exporter=options.exporter,
         )
         try:
-            toolkit.build(request, print)
+            with shown(f"Building {kind}") as (report, progress):
+                manifest = toolkit.build(request, report, progress)
         except ImportError as error:
             raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
+        print_verdict(built(directory, manifest))
     return 0
+
+
+def built(directory: Path, manifest: Manifest) -> str:
+    """Return the verdict on an engine that has been built."""
+    size = format_bytes(sum(record.size for record in manifest.files.values()))
+    return (
+        f"Built {directory}: {manifest.model_name} as {manifest.quantization} for {manifest.backend}, {size}, "
+        f"max_context {manifest.max_context}."
+    )

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 
-from engine_core.commands.tables import print_notes, print_table
+from engine_core.commands.arguments import add_command
+from engine_core.commands.tables import print_notes, print_table, print_verdict
 from engine_core.memory import format_bytes
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "doctor",
         help="what is installed, which backends and variants can run here, why not, and what to install",
-        description="Exit status 1 if no backend can run here.",
+        description="Shows what is installed, which backends and variants can run here, why not, and what to install. "
+        "Exit status 1 if no backend can run here.",
+        example="edgellm doctor",
     )
     parser.add_argument("--json", action="store_true", help="one JSON document, bytes")
     parser.set_defaults(run=run)
@@ -30,7 +34,19 @@ def run(options: argparse.Namespace) -> int:
     return 0 if found["healthy"] else 1
 
 
+def _verdict(found: dict) -> str:
+    backends = dict.fromkeys(check["backend"] for check in found["backends"])
+    run = dict.fromkeys(check["backend"] for check in found["backends"] if check["runs"])
+    if found["missing"]:
+        return f"The node cannot run here: it lacks {', '.join(found['missing'])}."
+    if not run:
+        return f"None of the {len(backends)} backends can run here; the table below says why."
+    return f"{len(run)} of {len(backends)} backends can run here: {', '.join(run)}."
+
+
 def _print(found: dict) -> None:
+    print_verdict(_verdict(found), good=found["healthy"])
+    print()
     print_table(["machine", ""], _machine(found), left=2)
     print()
     packages = [[name, version or "not installed"] for name, version in found["packages"].items()]

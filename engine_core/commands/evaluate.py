@@ -9,16 +9,18 @@ import math
 import sys
 from pathlib import Path
 
-from engine_core.commands.arguments import add_engine, add_opening, engine_config
+from engine_core.commands.arguments import add_command, add_engine, add_opening, engine_config
 from engine_core.commands.tables import print_notes, print_table
 from engine_core.errors import BackendUnavailableError, InsufficientMemoryError
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "evaluate",
         help="measure the perplexity of an engine's variants on your texts",
         description="Scores the answers of chats, and all of a plain text. Lower is better.",
+        example="edgellm evaluate ~/engines/mine --texts held_out.jsonl",
     )
     add_engine(parser)
     add_opening(parser)
@@ -75,8 +77,10 @@ def run(options: argparse.Namespace) -> int:
 def _variants(options: argparse.Namespace) -> list[tuple[str, str]]:
     """Return (backend, quantization) of every variant that the options leave, in order."""
     from engine_core.formats.manifest import find_variants
+    from engine_core.formats.signatures import read_trusted_keys
 
-    found = [(manifest.backend, manifest.quantization) for _, manifest in find_variants(options.engine_dir)]
+    variants = find_variants(options.engine_dir, read_trusted_keys(options.trusted_keys))
+    found = [(manifest.backend, manifest.quantization) for _, manifest in variants]
     kept = sorted(
         (backend, quantization)
         for backend, quantization in found

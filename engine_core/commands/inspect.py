@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from engine_core.backends.capabilities import capabilities_of
-from engine_core.commands.tables import print_notes, print_table
+from engine_core.commands.arguments import add_command, add_trusted_keys, refuse_trusted_keys
+from engine_core.commands.tables import print_notes, print_table, print_verdict
 from engine_core.config import QUANTIZATIONS
-from engine_core.memory import format_bytes
+from engine_core.memory import MemoryPlan, format_bytes
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
-        "inspect", help="check an engine's files and say what it is; or say what a checkpoint is and what runs it"
+    parser = add_command(
+        commands,
+        "inspect",
+        help="check an engine's files and say what it is; or say what a checkpoint is and what runs it",
+        example="edgellm inspect ~/engines/demo",
     )
     parser.add_argument("target", type=Path, help="engine or checkpoint directory, or a GGUF file")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="one variant (default: all)")
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="check the SHA-256 of every file"
     )
+    add_trusted_keys(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document, bytes")
     parser.set_defaults(run=run)
 
@@ -31,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from engine_core.models.shapes import is_checkpoint
 
     if is_checkpoint(options.target):
+        refuse_trusted_keys(options)
         return _checkpoint(options)
     return _engine(options)
 
@@ -41,20 +47,29 @@ def run(options: argparse.Namespace) -> int:
 def _engine(options: argparse.Namespace) -> int:
     from engine_core.config import EngineConfig
     from engine_core.formats.manifest import list_variants, read_manifest, select_variant
+    from engine_core.formats.signatures import read_trusted_keys
     from engine_core.planning.describe import answer_format
     from engine_core.planning.plan import plan_engine
 
-    directories = list_variants(options.target)
+    config = EngineConfig(options.target, verify_files=options.verify, trusted_keys=options.trusted_keys)
+    trusted = read_trusted_keys(config.trusted_keys)
+    directories = list_variants(options.target, trusted)
     if options.quantization != "auto":
-        directories = {options.quantization: select_variant(options.target, options.quantization)}
-    manifests = {kind: read_manifest(path, verify_hashes=options.verify) for kind, path in directories.items()}
-    rows = {kind: plan_engine(path, EngineConfig(engine_dir=path), None)[0] for kind, path in directories.items()}
+        directories = {options.quantization: select_variant(options.target, options.quantization, trusted)}
+    manifests = {
+        kind: read_manifest(path, verify_hashes=options.verify, trusted=trusted) for kind, path in directories.items()
+    }
+    rows = {
+        kind: plan_engine(path, dataclasses.replace(config, engine_dir=path), None)[0]
+        for kind, path in directories.items()
+    }
     if options.json:
         variants = [
             {
                 "path": str(directories[kind]),
                 "manifest": dataclasses.asdict(manifest),
                 "verified": options.verify,
+                "signed_by_trusted_key": trusted is not None,
                 "plan": rows[kind].as_dict(),
                 **answer_format(directories[kind]),
             }
@@ -62,6 +77,14 @@ def _engine(options: argparse.Namespace) -> int:
         ]
         print(json.dumps({"kind": "engine", "variants": variants}, indent=2))
         return 0
+    model = next(iter(manifests.values())).model_name
+    checked = "SHA-256" if options.verify else "size alone"
+    whole = "whole" if trusted is None else "whole and signed by a trusted key"
+    print_verdict(
+        f"{options.target} is {whole}: {model} as {', '.join(manifests)}; every file has been checked ({checked}).",
+        warning=not options.verify,
+    )
+    print()
     _print_variants(manifests, rows, answer_format(next(iter(directories.values()))))
     for kind, manifest in manifests.items():
         print()
@@ -86,7 +109,7 @@ def _print_variants(manifests: dict, rows: dict, answers: dict[str, Any]) -> Non
         line("GPU", [m.gpu_arch or "any" if capabilities_of(m.backend).on_gpu else "-" for m in found]),
         line("on disk", [format_bytes(sum(record.size for record in m.files.values())) for m in found]),
     ]
-    for name in ("weights", "kv_cache", "prefix_cache", "scratch", "rope", "io", "runtime"):
+    for name in MemoryPlan.names(row.plan for row in rows.values()):
         lines.append(line(f"memory: {name}", [_amount(rows[kind], name) for kind in manifests]))
     lines.append(line("memory: total", [_amount(rows[kind], "") for kind in manifests]))
     print_table([first.model_name, *manifests], lines)
@@ -113,8 +136,8 @@ def _amount(row, name: str) -> str:
 
 def _print_files(title: str, manifest, verified: bool) -> None:
     verdict = "ok" if verified else "size ok"
-    rows = [(name, f"{r.size:,}", r.sha256[:12], verdict) for name, r in manifest.files.items()]
-    print_table(["file", "bytes", "SHA-256", "check"], rows, title=title)
+    rows = [(name, format_bytes(r.size), r.sha256[:12], verdict) for name, r in manifest.files.items()]
+    print_table(["file", "size", "SHA-256", "check"], rows, title=title)
 
 
 # --- checkpoint -------------------------------------------------------------------------------------------
@@ -129,6 +152,8 @@ def _checkpoint(options: argparse.Namespace) -> int:
         return 0 if found["supported"] else 1
     backends, kv_cache_types = found.pop("backends"), found.pop("kv_cache_types")
     why_not = found.pop("why_not")
+    print_verdict(_checkpoint_verdict(found, backends, why_not), good=found["supported"])
+    print()
     shown = _shown(found)
     rows = [(name.replace("_", " "), _number(value)) for name, value in shown.items() if value not in ("", None)]
     print_table([str(options.target), ""], rows)
@@ -139,6 +164,15 @@ def _checkpoint(options: argparse.Namespace) -> int:
         print()
     print_notes([f"{name}: {reason}" for name, reason in why_not.items()])
     return 0 if found["supported"] else 1
+
+
+def _checkpoint_verdict(found: dict, backends: dict, why_not: dict) -> str:
+    if not found["supported"]:
+        return f"{found['architecture']} cannot be built: {why_not['checkpoint']}"
+    run = [name for name, kinds in backends.items() if kinds]
+    can = "can be planned" if "weights" in why_not else "can be built"
+    by = f"{can} for {', '.join(run)}" if run else "is run by no backend"
+    return f"{found['architecture']} with {found['parameters']:,} parameters {by}."
 
 
 def _backend_lines(name: str, kv_cache_types: dict[str, list[str]]) -> list[tuple[str, str, str]]:

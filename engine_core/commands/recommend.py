@@ -7,25 +7,32 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine_core.commands.arguments import add_device, device_of
-from engine_core.commands.tables import print_notes, print_table
+from engine_core.commands.arguments import add_command, add_device, device_of
+from engine_core.commands.tables import print_notes, print_table, print_verdict
 
 if TYPE_CHECKING:
     from engine_core.planning.recommend import Offer
 
-_TASKS = ("chat", "tools")
+_TASKS = ("chat", "tools", "vision")
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "recommend",
         help="known public models, what each takes on a device, and which one to get",
         description="Marks the largest model that fits and is estimated to answer fluently. Nothing is downloaded. "
-        "Exit status 1 if none fits. Example: edgellm recommend --device orin-nx-16gb --task tools",
+        "Exit status 1 if none fits.",
+        example="edgellm recommend --device orin-nx-16gb --task tools",
     )
     add_device(parser)
     parser.add_argument("--bandwidth", type=_bandwidth, help="GB/s of the device's memory, for the rates")
-    parser.add_argument("--task", choices=_TASKS, default="chat", help="tools: models whose template has tool calls")
+    parser.add_argument(
+        "--task",
+        choices=_TASKS,
+        default="chat",
+        help="tools: models whose template has tool calls; vision: models that see images (default: chat)",
+    )
     parser.add_argument("--max-context", type=int, default=0, help="tokens (default: 4096, or the model's if shorter)")
     parser.add_argument("--json", action="store_true", help="one JSON document, bytes")
     parser.set_defaults(run=run)
@@ -86,19 +93,30 @@ def _print(found: Sequence[Offer], best: Offer | None, device) -> None:
 
     reasons: dict[str, int] = {}
     header = ["", "model", "licence", "tools", "variant", "verdict", "parameters", "context", "memory", "tokens/s"]
-    rows = [_row(offer, offer is best, reasons) for offer in found]
+    rows = [_row(offer, offer is best, device, reasons) for offer in found]
+    if best is None:
+        print_verdict(f"None of these models fits {device.title}; a shorter --max-context may help.", good=False)
+    else:
+        variant = best.variant
+        rate = f", about {variant.tokens_per_second:.0f} tokens/s" if variant.tokens_per_second else ""
+        print_verdict(
+            f"{best.model.name} as {variant.quantization} is the best that fits {device.title}{rate}; "
+            f"get it with: edgellm get {best.model.name}",
+            warning=not variant.is_fluent,
+        )
+    print()
     title = f"{device.title}: {format_bytes(device.free)} for the engine ({device.note})"
-    print_table(header, rows, title=title, left=6)
+    print_table(header, rows, title=title, left=6, marked="*")
     print()
     notes = [*recommend.notes(device, found), *(f"[{number}] {text}" for text, number in reasons.items())]
-    if best is None:
-        notes.append(f"None of these models fits {device.title}; a shorter --max-context may help.")
-    else:
-        notes.append(f"* {best.model.id} is the best that fits; get it with: edgellm get {best.model.name}")
+    if best is not None:
+        notes.append(f"* {best.model.id}, recommended: the largest that fits and is estimated to answer fluently.")
     print_notes(notes)
 
 
-def _row(offer: Offer, is_best: bool, reasons: dict[str, int]) -> list[str]:
+def _row(offer: Offer, is_best: bool, device, reasons: dict[str, int]) -> list[str]:
+    from engine_core.planning.recommend import is_for_cpu
+
     model, variant = offer.model, offer.variant
     verdict = "fits" if variant.fits else "too large"
     if variant.why_not:
@@ -110,7 +128,7 @@ def _row(offer: Offer, is_best: bool, reasons: dict[str, int]) -> list[str]:
         model.name,
         model.licence + (", gated" if model.gated else ""),
         model.tools or "-",
-        variant.quantization,
+        variant.quantization + (" on CPU" if is_for_cpu(variant, device) else ""),
         verdict,
         _parameters(model.spec.num_parameters),
         str(model.context),

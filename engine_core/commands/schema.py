@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 
+from engine_core.commands.arguments import add_command
 from engine_core.message_types import MAX_ITEMS, MAX_STRING
 
 
 def add(commands) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "schema",
         help="the JSON schema of a ROS message type, so that an answer is a message",
-        description="Needs the Python package of the message: source its ROS workspace first. "
-        "Example: edgellm schema geometry_msgs/msg/PoseStamped --fields pose.position,header.frame_id",
+        description="Prints the JSON schema of a ROS message type, so that an answer is a message. Needs the Python "
+        "package of the message: source its ROS workspace first.",
+        example="edgellm schema geometry_msgs/msg/PoseStamped --fields pose.position,header.frame_id",
     )
     parser.add_argument(
         "type", help="such as geometry_msgs/msg/PoseStamped; of a service its request, of an action its goal"

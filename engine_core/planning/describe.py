@@ -106,6 +106,8 @@ def sizes(spec: ModelSpec) -> dict:
         "num_layers": len(spec.layers),
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,
+        "experts": f"{spec.num_experts}, {spec.experts_per_token} for a token" if spec.num_experts else "",
+        "short_convolutions": _convolutions(spec),
         "num_heads": spec.num_heads,
         "num_kv_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
@@ -114,7 +116,13 @@ def sizes(spec: ModelSpec) -> dict:
         "tied_head": spec.tied,
         "rope": ", ".join(_rope(rope) for rope in spec.ropes),
         "sliding_window": windows[0] if windows else "",
+        "sees": "" if spec.vision is None else f"{spec.vision.kind}, up to {spec.vision.most_tokens} tokens an image",
     }
+
+
+def _convolutions(spec: ModelSpec) -> str:
+    kernels = [layer.conv_kernel for layer in spec.layers if layer.conv_kernel]
+    return f"in {len(kernels)} layers, of {max(kernels)} tokens" if kernels else ""
 
 
 def _rope(rope: RopeSpec) -> str:

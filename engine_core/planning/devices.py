@@ -111,6 +111,16 @@ def with_bandwidth(profile: DeviceProfile, gb_per_second: float) -> DeviceProfil
     return replace(profile, bandwidth=gb_per_second * 1e9, bandwidth_note="as given with --bandwidth")
 
 
+def cpu_of(profile: DeviceProfile) -> DeviceProfile:
+    """Return the CPU beside the GPU of a device: with the same memory where they share it, else that of this machine.
+
+    It is assumed to get half of a shared memory's bandwidth.
+    """
+    if not profile.shared_memory:
+        return this_cpu(measure=True)
+    return replace(profile, title=f"the CPU of {profile.title}", num_sms=0, bandwidth=profile.bandwidth / 2)
+
+
 def this_cpu(*, measure: bool = False) -> DeviceProfile:
     """Return the main memory of this machine: what is free now (within its cgroup), so nothing is held back.
 

@@ -31,9 +31,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("tokenizers",),
     "llguidance": ("llguidance",),
     "jinja2": ("jinja2",),
+    "pillow": ("pillow",),
+    "cryptography (signed engines)": ("cryptography",),
     "torch (build machine)": ("torch",),
 }
-REQUIRED = ("numpy", "tokenizers", "transformers", "jinja2", "llguidance")
+REQUIRED = ("numpy", "tokenizers", "transformers", "jinja2", "llguidance", "pillow")
 _CPU_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve", "bf16")
 # NVIDIA L4T release → JetPack.
 _JETPACKS = {"35": "5", "36.2": "6.0 DP", "36.3": "6.0", "36.4": "6.1 or 6.2", "38.2": "7.0", "38.4": "7.1"}

@@ -120,7 +120,7 @@ class CheckpointEstimate:
         spec = self.spec
         before, after = (
             kv_cache_bytes(
-                num_layers=len(spec.layers), num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+                num_layers=max(1, len(spec.kv_layers)), num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
                 max_context=size.max_context, kv_cache_type=kind,
             )
             for kind in (own_size.kv_cache_type, wanted)
@@ -136,9 +136,10 @@ class CheckpointEstimate:
 
 def format_bytes_of(spec: ModelSpec, stored: WeightFormat, head_rows: int) -> int:
     """Return the bytes of the weights with the layers' matrices in the format ``stored`` and the rest in 16 bits."""
-    matrices = sum(map(stored.nbytes, spec.layer_matrices.values())) * len(spec.layers)
-    large = {spec.embedding, spec.head}
-    small = sum(math.prod(shape) for name, shape in spec.shapes().items() if len(shape) == 1 and name not in large)
+    shapes = [shape for layer in spec.layers for shape in spec.matrices_of(layer).values()]
+    matrices, in_matrices = sum(map(stored.nbytes, shapes)), sum(map(math.prod, shapes))
+    tables = (1 if spec.tied else 2) * spec.vocab_size * spec.hidden_size
+    others = spec.num_parameters - in_matrices - tables
     whole = spec.tied and head_rows == spec.vocab_size
     rows = spec.vocab_size + (0 if whole else head_rows)
-    return matrices + 2 * (small + rows * spec.hidden_size)
+    return matrices + 2 * (others + rows * spec.hidden_size)

@@ -13,16 +13,19 @@ from pathlib import Path
 
 from engine_core.backends import backend_class
 from engine_core.backends.capabilities import capabilities_of
+from engine_core.backends.registry import backend_names
 from engine_core.backends.toolkit import Size, toolkit_of
 from engine_core.config import EngineConfig
 from engine_core.errors import EdgeLLMError
-from engine_core.formats.manifest import Manifest, list_variants, read_manifest
+from engine_core.formats.manifest import Manifest, list_variants, read_manifest, select_variant
+from engine_core.formats.signatures import TrustedKeys, read_trusted_keys
+from engine_core.formats.weight_formats import preference
 from engine_core.memory import MemoryPlan, format_bytes
 from engine_core.planning.devices import DeviceProfile
 from engine_core.planning.estimates import CheckpointEstimate
+from engine_core.planning.recommend import context_of
 
 _GRAIN = 64  # tokens a suggested context is a multiple of
-_DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Row:
     # (batch, KV type) → most tokens that fit, 0 = none; only of KV types the device computes with
     longest: dict[tuple[int, str], int] = field(default_factory=dict)
     only_planned: frozenset[str] = frozenset()  # KV types of ``longest`` that this version's backend does not have
+    notes: tuple[str, ...] = ()  # what its user should know, a sentence each
 
     @property
     def fits(self) -> bool:
@@ -68,6 +72,7 @@ class Row:
             "fits": self.fits,
             "runs": not self.why_not,
             "why_not": self.why_not,
+            "notes": list(self.notes),
             "longest_context": [
                 {"max_batch": batch, "kv_cache_type": kv, "max_context": count, "runs": kv not in self.only_planned}
                 for (batch, kv), count in self.longest.items()
@@ -91,7 +96,7 @@ def plan_checkpoint(estimate: CheckpointEstimate, device: DeviceProfile, asked: 
     """Return every variant of the device's backends, at every context and batch, in that order of nesting: batch,
     context."""
     kinds = estimate.variants(asked.backend, on_gpu=device.has_gpu)
-    contexts = asked.contexts or (min(_DEFAULT_CONTEXT, estimate.spec.max_position),)
+    contexts = asked.contexts or (context_of(estimate.spec.max_position),)
     return [
         _estimated(estimate, kind, device, asked, context, batch)
         for batch in asked.batches
@@ -126,7 +131,10 @@ def _estimated(
     small = [Size(_GRAIN, kv_cache_type=kv) for kv in kv_types]
     refused = {each.kv_cache_type for each in small if estimate.why_not(*kind, each, device)}
     only_planned = frozenset(refused) if len(refused) < len(kv_types) else frozenset()
-    return Row(quantization, backend, size.kv_cache_type, context, batch, plan, why_not, longest, only_planned)
+    return Row(
+        quantization, backend, size.kv_cache_type, context, batch, plan, why_not, longest, only_planned,
+        notes=capabilities_of(backend).notes(estimate.spec, context),
+    )  # fmt: skip
 
 
 def longest_context(fits: Callable[[int], bool], limit: int) -> int:
@@ -143,22 +151,17 @@ def longest_context(fits: Callable[[int], bool], limit: int) -> int:
 def plan_engine(engine_dir: Path, config: EngineConfig, device: DeviceProfile | None) -> list[Row]:
     """Return a row for each variant (or the one ``config`` names), by its backend's own plan.
 
-    ``device``: None = this machine. Raises EngineDirectoryError.
+    ``device``: None = this machine. Raises EngineDirectoryError, ConfigurationError.
     """
-    variants = list_variants(engine_dir)
-    if config.quantization != "auto":
-        variants = {config.quantization: _only(engine_dir, config.quantization, variants)}
-    return [_planned(directory, config, device) for directory in variants.values()]
+    trusted = read_trusted_keys(config.trusted_keys)
+    variants = list_variants(engine_dir, trusted)
+    if (only := config.quantization) != "auto":
+        variants = {only: variants.get(only) or select_variant(engine_dir, only, trusted)}
+    return [_planned(directory, config, device, trusted) for directory in variants.values()]
 
 
-def _only(engine_dir: Path, quantization: str, variants: dict[str, Path]) -> Path:
-    from engine_core.formats.manifest import select_variant
-
-    return variants.get(quantization) or select_variant(engine_dir, quantization)
-
-
-def _planned(directory: Path, config: EngineConfig, device: DeviceProfile | None) -> Row:
-    manifest = read_manifest(directory, verify_hashes=False)
+def _planned(directory: Path, config: EngineConfig, device: DeviceProfile | None, trusted: TrustedKeys | None) -> Row:
+    manifest = read_manifest(directory, verify_hashes=False, trusted=trusted)
     context = config.max_context or manifest.max_context
     kv = manifest.kv_cache_type if config.kv_cache_type == "auto" else config.kv_cache_type
     row = Row(manifest.quantization, manifest.backend, kv, context, config.max_batch, None)
@@ -176,7 +179,7 @@ def _planned(directory: Path, config: EngineConfig, device: DeviceProfile | None
     if device is not None and device.has_gpu:
         capabilities = capabilities_of(manifest.backend)
         why_not = capabilities.device_refusal(manifest.quantization, kv, device.capability) or ""
-    return dataclasses.replace(row, plan=plan, why_not=why_not, longest=longest)
+    return dataclasses.replace(row, plan=plan, why_not=why_not, longest=longest, notes=manifest.notes)
 
 
 def engine_plan(directory: Path, manifest: Manifest, config: EngineConfig, device: DeviceProfile | None) -> MemoryPlan:
@@ -195,6 +198,38 @@ def is_possible(rows: list[Row], quantization: str = "") -> bool:
     sizes = {(row.max_context, row.max_batch) for row in rows}
     usable = {(row.max_context, row.max_batch) for row in rows if row.usable and quantization in ("", row.quantization)}
     return sizes == usable
+
+
+def opened_by_auto(rows: list[Row]) -> str:
+    """Return the variant of an engine that ``quantization: auto`` opens of those that run and fit; "" if none does."""
+    fastest_first = backend_names()
+    usable = [row for row in rows if row.usable]
+    best = min(usable, key=lambda row: (fastest_first.index(row.backend), preference(row.quantization)), default=None)
+    return "" if best is None else best.quantization
+
+
+def verdict(name: str, rows: list[Row], where: str, quantization: str = "", recommended: str = "") -> str:
+    """Return one sentence: whether ``name`` fits ``where``, of the variant asked for or of the recommended one."""
+    asked = [row for row in rows if quantization in ("", row.quantization)]
+    usable = [row for row in asked if row.usable]
+    planned = [row for row in asked if row.plan is not None]
+    subject = f"{name} as {quantization}" if quantization else name
+    if not usable:
+        if not planned:
+            return f"{subject} does not run on {where}."
+        least = min(planned, key=lambda row: row.total)
+        if least.fits:
+            return f"{subject} would fit {where}, but does not run there."
+        assert least.plan is not None
+        return (
+            f"{subject} does not fit {where}: {least.quantization} needs {format_bytes(least.total)}, "
+            f"{format_bytes(least.plan.available)} are free."
+        )
+    if not is_possible(rows, quantization):
+        return f"{subject} fits {where} at some of the sizes asked for."
+    shown = next((row for row in usable if row.quantization == (recommended or quantization)), usable[0])
+    what = f"{shown.quantization} is recommended and" if recommended else f"{shown.quantization}"
+    return f"{name} fits {where}: {what} takes {format_bytes(shown.total)} with max_context {shown.max_context}."
 
 
 def advice(rows: list[Row], quantization: str = "", saved_by_vocab: Callable[[str], int] | None = None) -> list[str]:

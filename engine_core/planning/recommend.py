@@ -6,8 +6,9 @@ and nearly doubles the rate. So int8 is taken where it fits and answers fluently
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from engine_core.backends.capabilities import capabilities_of
 from engine_core.backends.toolkit import Size
@@ -15,10 +16,10 @@ from engine_core.errors import ConfigurationError, EdgeLLMError
 from engine_core.formats.weight_formats import weight_format
 from engine_core.hub.known_models import KnownModel, known_models
 from engine_core.memory import MemoryPlan
-from engine_core.planning.devices import DeviceProfile
+from engine_core.planning.devices import DeviceProfile, cpu_of
 from engine_core.planning.estimates import CheckpointEstimate
 
-DEFAULT_CONTEXT = 4096  # tokens
+_DEFAULT_CONTEXT = 4096  # tokens
 FLUENT = 20.0  # tokens/s: several times as fast as speech, with room for thinking and for tool calls
 _RECIPES = ("int8", "int4")  # the better one first
 _BANDWIDTH_SHARE = 0.6  # what decoding reaches of a device's bandwidth; small models stay below, large ones above
@@ -59,7 +60,7 @@ class Offer:
 
 def context_of(max_position: int, asked: int = 0) -> int:
     """Return the tokens to plan and build for: what is asked for, at most what the model was made for."""
-    return min(asked or DEFAULT_CONTEXT, max_position)
+    return min(asked or _DEFAULT_CONTEXT, max_position)
 
 
 def check_rounded(quantization: str) -> None:
@@ -109,19 +110,29 @@ def _variant(
 
 
 def offers(device: DeviceProfile, task: str = "chat", max_context: int = 0) -> list[Offer]:
-    """Return every known model for ``task`` with its variant for ``device``, the largest model first."""
+    """Return every known model for ``task`` with its variant for ``device``, the largest model first.
+
+    A model that no backend of the device's GPU runs is offered for its CPU, as ``edgellm get`` builds it.
+    """
     models = sorted(
         (model for model in known_models() if model.does(task)), key=lambda model: -model.spec.num_parameters
     )
-    return [
-        Offer(
-            model,
-            choose_variant(
-                CheckpointEstimate.of_config(model.config, model.name), device, context_of(model.context, max_context)
-            ),
-        )
-        for model in models
-    ]
+    cpu = cache(lambda: cpu_of(device))  # which may measure its bandwidth
+    return [Offer(model, _offered(model, device, cpu, context_of(model.context, max_context))) for model in models]
+
+
+def _offered(model: KnownModel, device: DeviceProfile, cpu: Callable[[], DeviceProfile], max_context: int) -> Variant:
+    estimate = CheckpointEstimate.of_config(model.config, model.name)
+    variant = choose_variant(estimate, device, max_context)
+    if variant.why_not and device.has_gpu:
+        on_cpu = choose_variant(estimate, cpu(), max_context)
+        return variant if on_cpu.why_not else on_cpu
+    return variant
+
+
+def is_for_cpu(variant: Variant, device: DeviceProfile) -> bool:
+    """Return whether the variant runs on the CPU of a device that has a GPU."""
+    return device.has_gpu and not capabilities_of(variant.backend).on_gpu
 
 
 def best_of(found: Sequence[Offer]) -> Offer | None:
@@ -146,5 +157,8 @@ def notes(device: DeviceProfile, found: Sequence[Offer]) -> Iterator[str]:
         )
     else:
         yield "tokens/s: unknown without the device's memory bandwidth; give it with --bandwidth, in GB/s."
+    if any(is_for_cpu(offer.variant, device) for offer in found):
+        rate = "it is assumed to get half of the bandwidth" if device.shared_memory else "its bandwidth is measured now"
+        yield f"on CPU: no backend of the GPU runs this model, so it is planned for the CPU beside it; {rate}."
     if any(offer.model.gated for offer in found):
         yield "gated: the hub asks you to accept the model's licence first; such a model is never marked."

@@ -14,9 +14,11 @@ from engine_core.backends import Backend, backend_class
 from engine_core.backends.registry import backend_names
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError, ConfigurationError, EdgeLLMError, EngineDirectoryError
-from engine_core.formats.manifest import Manifest, find_variants, read_manifest
+from engine_core.formats.manifest import Manifest, check_files, find_variants
+from engine_core.formats.signatures import read_trusted_keys
 from engine_core.formats.weight_formats import preference
 from engine_core.memory import MemoryPlan
+from engine_core.progress import Progress, untold
 
 
 @dataclass(frozen=True)
@@ -31,29 +33,30 @@ class Choice:
     reason: str
 
 
-def choose(config: EngineConfig) -> Choice:
-    """Return the best variant by ``config``. Allocates nothing.
+def choose(config: EngineConfig, progress: Progress = untold) -> Choice:
+    """Return the best variant by ``config``. Allocates nothing. ``progress``: of checking its files.
 
     Where only one variant comes into question, it is returned whether it fits or not; why it cannot run is raised as it
-    is. Raises EngineDirectoryError (IntegrityError), ConfigurationError, BackendUnavailableError or
+    is. Raises EngineDirectoryError (IntegrityError, SignatureError), ConfigurationError, BackendUnavailableError or
     InsufficientMemoryError, with the reason against every variant where there are several.
     """
+    signed = bool(config.trusted_keys)
     candidates = _candidates(config)
     if len(candidates) == 1:
         directory, manifest = candidates[0]
-        read_manifest(directory, verify_hashes=config.verify_files)
+        check_files(directory, manifest, verify_hashes=config.verify_files, progress=progress, signed=signed)
         return _examine(directory, manifest, config, _reason_for_one(config, manifest))
     refused: list[tuple[Manifest, EdgeLLMError]] = []
     for directory, manifest in candidates:
         try:
-            read_manifest(directory, verify_hashes=False)
+            check_files(directory, manifest, verify_hashes=False, signed=signed)
             choice = _examine(directory, manifest, config, "")
             choice.plan.check(advice(choice.config, choice.plan))
         except EdgeLLMError as error:
             refused.append((manifest, error))
             continue
         if config.verify_files:  # damage is raised: taking another variant would hide it
-            read_manifest(directory)
+            check_files(directory, manifest, progress=progress, signed=signed)
         return dataclasses.replace(choice, reason=_reason(manifest, candidates, refused))
     reasons = "; ".join(f"{_title(manifest)}: {_clause(error)}" for manifest, error in refused)
     raise type(refused[0][1])(f"None of the {len(refused)} variants of {config.engine_dir} can be opened. {reasons}.")
@@ -72,9 +75,9 @@ def advice(config: EngineConfig, plan: MemoryPlan) -> str:
 def _candidates(config: EngineConfig) -> list[tuple[Path, Manifest]]:
     """Return the variants that the parameters leave, best first; never empty.
 
-    Raises EngineDirectoryError or BackendUnavailableError.
+    Raises EngineDirectoryError, ConfigurationError or BackendUnavailableError.
     """
-    found = find_variants(config.engine_dir)
+    found = find_variants(config.engine_dir, read_trusted_keys(config.trusted_keys))
     kept = [pair for pair in found if config.quantization in ("auto", pair[1].quantization)]
     if not kept:
         names = ", ".join(sorted({manifest.quantization for _, manifest in found}))
