@@ -2,8 +2,8 @@
 
 The answer appears as it is generated; while the model thinks first, a line says so. Ctrl-C cancels it; a second one, or
 one at the prompt, leaves. ``/reset`` forgets the conversation, ``/system TEXT`` sets the system prompt and forgets it,
-``/quit`` leaves. Lines can also come from a pipe. With ``--session`` the node keeps the conversation, so that a later
-chat goes on with it.
+``/image FILE`` shows the model a picture with the next line, ``/quit`` leaves. Lines can also come from a pipe. With
+``--session`` the node keeps the conversation, so that a later chat goes on with it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,21 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rclpy.utilities import remove_ros_args
+from sensor_msgs.msg import CompressedImage
 
-from edgellm_ros.client import LLM, InvalidSessionError, LLMError, PromptTooLongError, UnavailableError
+from edgellm_ros.client import (
+    LLM,
+    InvalidImageError,
+    InvalidSessionError,
+    LLMError,
+    PromptTooLongError,
+    UnavailableError,
+)
+from edgellm_ros.client_images import to_image_messages
 from edgellm_ros.msg import FinishReason, GenerationResult
 from edgellm_ros.sampling_options import OPTION_TYPES
 
@@ -25,7 +35,17 @@ _ENDINGS = {FinishReason.CANCELLED: "cancelled", FinishReason.TIMEOUT: "timeout"
             FinishReason.LENGTH: "length limit"}  # fmt: skip
 
 
-_HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit leaves; Ctrl-C ends an answer."
+_HELP = (
+    "/reset forgets the conversation, /system TEXT sets the system prompt, /image FILE shows the model a picture with "
+    "the next line, /quit leaves; Ctrl-C ends an answer."
+)
+
+
+class Turn(NamedTuple):
+    """A message, and its images as they were when they were named."""
+
+    message: dict[str, Any]
+    images: tuple[CompressedImage, ...] = ()
 
 
 class Interrupts:
@@ -86,7 +106,8 @@ class Chat:
         self._system_prompt = system_prompt
         self._options = options
         self._session = session
-        self._turns: list[dict[str, str]] = []
+        self._turns: list[Turn] = []
+        self._images: list[CompressedImage] = []  # for the next line
 
     def line(self, line: str) -> bool:
         """Takes one line of input; False: the user wants to leave."""
@@ -98,6 +119,8 @@ class Chat:
         elif command == "/system":
             self._forget()
             self._system_prompt = rest.strip()
+        elif command == "/image":
+            self._add_image(Path(rest.strip()).expanduser())
         elif command == "/help":
             print(_HELP, file=sys.stderr)
         elif command.startswith("/"):
@@ -106,26 +129,35 @@ class Chat:
             self._say(line)
         return True
 
+    def _add_image(self, path: Path) -> None:
+        try:
+            self._images += to_image_messages([path])[1]
+        except OSError as error:
+            print(f"{path} cannot be read ({error.strerror}).", file=sys.stderr)
+
     def _forget(self) -> None:
         self._turns.clear()
+        self._images.clear()
         if self._session:
             with contextlib.suppress(InvalidSessionError):  # it has not begun
                 self._llm.sessions.reset(self._session)
 
     def _say(self, text: str) -> None:
-        system = [{"role": "system", "content": self._system_prompt}] if self._system_prompt else []
-        question = {"role": "user", "content": text}
+        system = [Turn({"role": "system", "content": self._system_prompt})] if self._system_prompt else []
+        images = tuple(self._images)
+        self._images.clear()
+        question = Turn({"role": "user", "content": text, "image_offsets": [0] * len(images)}, images)
         if self._session:
             result = self._show([*system, question], session=self._session, context_policy="drop_oldest")
             forgotten = f"{result.dropped_turns} turns" if result.dropped_turns else ""
         else:
             result, forgotten = self._say_all(system, question)
         if forgotten:
-            print(f"[the context was full: the oldest {forgotten} are forgotten; /reset forgets all]", file=sys.stderr)
+            print(f"[there was no room: the oldest {forgotten} are forgotten; /reset forgets all]", file=sys.stderr)
         if ending := _ENDINGS.get(result.finish_reason):
             print(f"[{ending}]", file=sys.stderr)
 
-    def _say_all(self, system: list[dict[str, str]], question: dict[str, str]) -> tuple[GenerationResult, str]:
+    def _say_all(self, system: list[Turn], question: Turn) -> tuple[GenerationResult, str]:
         """Send the whole conversation; return the result and what was forgotten of it, for people."""
         turns = list(self._turns)  # forgotten only if the question fits without them
         while True:
@@ -135,19 +167,25 @@ class Chat:
             except PromptTooLongError:
                 if not turns:
                     raise
-            # Half of the turns, so that the next lines do not wait for the same again; in pairs, question and answer.
-            del turns[: max(2, len(turns) // 4 * 2)]
+                # Half of the turns, in pairs, so that the next lines do not wait for the same again.
+                del turns[: max(2, len(turns) // 4 * 2)]
+            except InvalidImageError:  # there may be too many: max_images counts those of earlier turns, too
+                with_images = [index for index, turn in enumerate(turns) if turn.images]
+                if not with_images:
+                    raise
+                del turns[: with_images[0] + 2]
         dropped = len(self._turns) - len(turns)
         forgotten = f"{dropped} of {len(self._turns)} messages" if dropped else ""
         self._turns = turns
         if result.text:
-            self._turns += [question, {"role": "assistant", "content": result.text}]
+            self._turns += [question, Turn({"role": "assistant", "content": result.text})]
         return result, forgotten
 
-    def _show(self, messages: list[dict[str, str]], **fields: str) -> GenerationResult:
+    def _show(self, turns: list[Turn], **fields: str) -> GenerationResult:
         """Print the answer as it comes, and return its result."""
         thinking = ThinkingLine()
-        pieces = self._llm.pieces(messages, on_reasoning=thinking.add, **fields, **self._options)
+        messages, images = [turn.message for turn in turns], [image for turn in turns for image in turn.images]
+        pieces = self._llm.pieces(messages, images=images, on_reasoning=thinking.add, **fields, **self._options)
         with self._interrupts.during_answer(pieces.cancel):
             try:
                 for piece in pieces:

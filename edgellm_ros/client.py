@@ -13,6 +13,11 @@ and in asyncio::
         async for piece in llm.stream(messages=[{"role": "user", "content": "hello"}], deadline=10.0):
             print(piece, end="", flush=True)
 
+A model that sees takes images: files, arrays, messages, or the newest frame of a camera that the node listens to::
+
+    print(llm.ask("what is on the table?", images=["table.jpg"]).text)
+    print(llm.ask("what do you see?", image_topics=["camera/image_raw"]).text)
+
 An answer can be a message of any type, held to its fields while it is generated::
 
     pose = llm.ask_for(PoseStamped, "two metres ahead", fields=["pose.position"], deadline=10.0)
@@ -31,7 +36,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,9 +54,11 @@ from edgellm_ros import qos
 from edgellm_ros.action import Generate
 from edgellm_ros.client_errors import (
     EngineError,
+    InvalidImageError,
     InvalidRequestError,
     InvalidSessionError,
     LLMError,
+    NoFrameError,
     NoMessageError,
     NotActiveError,
     PromptTooLongError,
@@ -60,15 +67,16 @@ from edgellm_ros.client_errors import (
     UnavailableError,
     error_of,
 )
+from edgellm_ros.client_images import to_image_messages
 from edgellm_ros.client_sessions import AsyncSessions, Sessions, SessionService
 from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason, GenerationRequest, GenerationResult, Tool, ToolCall
 from edgellm_ros.sampling_options import OPTION_TYPES
 from engine_core.message_types import MessageValueError, message_of, schema_of
 
 __all__ = [
-    "LLM", "EngineError", "InvalidRequestError", "InvalidSessionError", "LLMError", "NoMessageError", "NotActiveError",
-    "PieceText", "Pieces", "PromptTooLongError", "QueueFullError", "SessionBusyError", "Stream", "UnavailableError",
-    "error_of", "make_goal",
+    "LLM", "EngineError", "InvalidImageError", "InvalidRequestError", "InvalidSessionError", "LLMError",
+    "NoFrameError", "NoMessageError", "NotActiveError", "PieceText", "Pieces", "PromptTooLongError", "QueueFullError",
+    "SessionBusyError", "Stream", "UnavailableError", "error_of", "make_goal",
 ]  # fmt: skip
 
 _CHECK_INTERVAL = 0.5  # s between two looks whether the node is still there
@@ -130,6 +138,28 @@ def _give_back(context: Context) -> None:
             context.try_shutdown()
 
 
+class _ActionClient(ActionClient):
+    """An ActionClient that may be destroyed while a thread of the executor is about to take what has arrived for it.
+
+    An executor of several threads chooses what is ready in one of them and takes it in another; rclpy's own ends such
+    an executor with "action client pointer is invalid".
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._taking = threading.Lock()
+        self._is_gone = False
+        super().__init__(*arguments, **options)
+
+    def take_data(self) -> Any:
+        with self._taking:
+            return {} if self._is_gone else super().take_data()
+
+    def destroy(self) -> None:
+        with self._taking:
+            self._is_gone = True
+            super().destroy()
+
+
 class _Action:
     """The action's client, whose calls may be made from any thread.
 
@@ -145,7 +175,7 @@ class _Action:
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._guard = node.create_guard_condition(self._run_calls, callback_group=group)
         # All clients' responses arrive at every client, so that rclpy's depth of 10 is not enough for many of them.
-        self.client = ActionClient(
+        self.client = _ActionClient(
             node, Generate, name, callback_group=group, feedback_sub_qos_profile=qos.STREAM,
             goal_service_qos_profile=qos.SERVICE, result_service_qos_profile=qos.SERVICE,
             cancel_service_qos_profile=qos.SERVICE,
@@ -414,10 +444,13 @@ class LLM:
     such clients of one process share a context of rclpy.
 
     With ``node``, an executor has to spin that node in another thread than the one that waits here. A request takes:
-    ``messages`` (a text, or turns of role and content) or ``prompt``, ``json_schema``, ``tools``, ``tool_choice``,
+    ``messages`` (a text, or turns of role and content) or ``prompt``, one of ``json_schema``, ``schema_name``,
+    ``regex``, ``choices`` and ``grammar``, for JSON ``compact_json`` and ``max_string``, ``tools``, ``tool_choice``,
     ``parallel_tool_calls``, ``template_variables``, ``thinking``, ``thinking_budget``, ``adapter``, ``session``
-    (``messages`` are then the new ones, the node has the others), ``context_policy``, ``stop``, ``priority``,
-    ``deadline`` (s), ``request_id``, ``allow_special``, and the options of msg/SamplingOptions that have one value.
+    (``messages`` are then the new ones, the node has the others), ``context_policy``, ``images`` (paths of files,
+    arrays, pictures of Pillow, messages), ``image_topics`` with ``frames_per_topic``, ``frames_span`` (s) and
+    ``max_image_age`` (s), ``stop``, ``priority``, ``deadline`` (s), ``request_id``, ``allow_special``, and the options
+    of msg/SamplingOptions that have one value. A turn may say where its images stand, in ``image_offsets``.
     Pieces are those of the text; a result has the reasoning and the tool calls, too. ``on_reasoning`` is called with
     each part of the reasoning, where the pieces are iterated; a part may be lost, the result has the whole.
     ``sessions`` lists, resets, forks, saves and loads the node's sessions, ``async_sessions`` does it in asyncio.
@@ -433,7 +466,8 @@ class LLM:
         self._closing = False
         if node is None:
             self._context = _take_context()
-            node = Node("llm_client", context=self._context, start_parameter_services=False)
+            # It logs nothing; a second client with this name would make rcl warn of its topic /rosout.
+            node = Node("llm_client", context=self._context, start_parameter_services=False, enable_rosout=False)
             self._executor = SingleThreadedExecutor(context=self._context)
             self._executor.add_node(node)
         self._node = node
@@ -509,8 +543,7 @@ class LLM:
         self, message_type: type, messages: Messages = (), *, fields: Sequence[str] = (), **options: Any
     ) -> Any:
         """Return the answer as a message, as ``ask_for`` does."""
-        options["json_schema"] = json.dumps(schema_of(message_type, fields))
-        return _message_in(await self.generate(messages, **options), message_type)
+        return _message_in(await self.generate(messages, **_form_of(message_type, fields), **options), message_type)
 
     # --- without asyncio ------------------------------------------------------------------------------
 
@@ -537,8 +570,7 @@ class LLM:
         defaults. Without it, it fills in all. The model is not told what the fields are: say it in ``messages``.
         Raises LLMError; NoMessageError if the answer was cut; engine_core's MessageTypeError for an unknown field.
         """
-        options["json_schema"] = json.dumps(schema_of(message_type, fields))
-        return _message_in(self.ask(messages, **options), message_type)
+        return _message_in(self.ask(messages, **_form_of(message_type, fields), **options), message_type)
 
     # --- helpers --------------------------------------------------------------------------------------
 
@@ -560,6 +592,10 @@ class LLM:
         call.check()
 
 
+def _form_of(message_type: type, fields: Sequence[str]) -> dict[str, Any]:
+    return {"json_schema": json.dumps(schema_of(message_type, fields)), "compact_json": True}
+
+
 def _message_in(result: GenerationResult, message_type: type) -> Any:
     if result.finish_reason != FinishReason.STOP:
         raise NoMessageError(f"The answer ended before it was whole (finish reason {result.finish_reason}).", result)
@@ -573,7 +609,13 @@ def make_goal(
     messages: Messages = (),
     *,
     prompt: str = "",
-    json_schema: str = "",
+    json_schema: str | dict[str, Any] = "",
+    schema_name: str = "",
+    regex: str = "",
+    choices: Sequence[str] = (),
+    grammar: str = "",
+    compact_json: bool = False,
+    max_string: int = 0,
     tools: Sequence[dict[str, Any] | Tool] = (),
     tool_choice: str = "",
     parallel_tool_calls: bool = True,
@@ -583,6 +625,11 @@ def make_goal(
     adapter: str = "",
     session: str = "",
     context_policy: str = "",
+    images: Iterable[Any] = (),
+    image_topics: Sequence[str] = (),
+    frames_per_topic: int = 0,
+    frames_span: float = 0.0,
+    max_image_age: float = 0.0,
     stop: Sequence[str] = (),
     priority: int = 0,
     deadline: float = 0.0,
@@ -593,19 +640,24 @@ def make_goal(
     """Return the action's goal. Raises TypeError for an option that is not known.
 
     ``messages`` may be dicts, with ``tool_calls`` as dicts of msg/ToolCall's fields; ``tools`` dicts of msg/Tool's
-    fields, where ``parameters`` may be a dict, too.
+    fields, where ``parameters`` may be a dict, too, and so may ``json_schema``. ``images`` and what they raise: see
+    ``client_images.to_image_messages``.
     """
     if unknown := sorted(sampling.keys() - OPTION_TYPES.keys()):
         raise TypeError(f"{unknown[0]!r} is no option of a request; sampling options are {', '.join(OPTION_TYPES)}.")
+    raw, compressed = to_image_messages(images)
     turns: Sequence[Any] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     request = GenerationRequest(
         messages=[turn if isinstance(turn, ChatMessage) else _to_message(turn) for turn in turns],
-        prompt=prompt, json_schema=json_schema, tools=[_to_tool(tool) for tool in tools], tool_choice=tool_choice,
+        prompt=prompt, json_schema=json.dumps(json_schema) if isinstance(json_schema, dict) else json_schema,
+        schema_name=schema_name, regex=regex, choices=list(choices), grammar=grammar, compact_json=compact_json,
+        max_string=max_string, tools=[_to_tool(tool) for tool in tools], tool_choice=tool_choice,
         parallel_tool_calls=[] if parallel_tool_calls else [False],
         template_variables=json.dumps(template_variables) if template_variables else "", thinking=thinking,
         thinking_budget=thinking_budget, adapter=adapter, session=session, context_policy=context_policy,
-        stop=list(stop), priority=priority, deadline=float(deadline), request_id=request_id,
-        allow_special=allow_special,
+        images=raw, compressed_images=compressed, image_topics=list(image_topics), frames_per_topic=frames_per_topic,
+        frames_span=float(frames_span), max_image_age=float(max_image_age), stop=list(stop), priority=priority,
+        deadline=float(deadline), request_id=request_id, allow_special=allow_special,
     )  # fmt: skip
     for name, value in sampling.items():
         setattr(request.sampling, name, [OPTION_TYPES[name](value)])

@@ -29,6 +29,14 @@ class InvalidSessionError(InvalidRequestError):
     """There is no session of this name, or there is one already, or the name, the file or their number is at fault."""
 
 
+class InvalidImageError(InvalidRequestError):
+    """An image cannot be decoded, there are too many, or the model does not see."""
+
+
+class NoFrameError(LLMError):
+    """A topic of image_topics has no frame that is new enough; the same request may succeed later."""
+
+
 class NotActiveError(LLMError):
     """The node is not active; the same request may succeed later."""
 
@@ -58,6 +66,8 @@ def error_of(code: int, message: str) -> LLMError:
     exact = {
         ErrorCode.PROMPT_TOO_LONG: PromptTooLongError,
         ErrorCode.INVALID_SESSION: InvalidSessionError,
+        ErrorCode.INVALID_IMAGE: InvalidImageError,
+        ErrorCode.NO_FRAME: NoFrameError,
         ErrorCode.NOT_ACTIVE: NotActiveError,
         ErrorCode.QUEUE_FULL: QueueFullError,
         ErrorCode.SESSION_BUSY: SessionBusyError,

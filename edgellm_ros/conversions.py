@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from std_msgs.msg import Header
 
 from edgellm_ros import msg
 from edgellm_ros.msg import ErrorCode
@@ -15,6 +17,7 @@ from edgellm_ros.sampling_options import OPTION_TYPES
 from engine_core import errors
 from engine_core.errors import InvalidSamplingError
 from engine_core.memory import MemoryPlan
+from engine_core.message_types import MessageTypeError
 from engine_core.request import (
     LIMITS,
     ChatMessage,
@@ -30,15 +33,18 @@ from engine_core.request import (
 # Class → code. The nearest base class counts; what is not in the table is a defect of ours.
 _ERROR_CODES: dict[type[Exception], int] = {
     errors.InvalidRequestError: ErrorCode.INVALID_REQUEST,
+    MessageTypeError: ErrorCode.INVALID_REQUEST,
     errors.EmptyPromptError: ErrorCode.EMPTY_PROMPT,
     errors.InvalidTextError: ErrorCode.INVALID_TEXT,
     errors.InvalidSamplingError: ErrorCode.INVALID_SAMPLING,
     errors.InvalidSchemaError: ErrorCode.INVALID_SCHEMA,
     errors.InvalidSessionError: ErrorCode.INVALID_SESSION,
+    errors.InvalidImageError: ErrorCode.INVALID_IMAGE,
     errors.PromptTooLongError: ErrorCode.PROMPT_TOO_LONG,
     errors.NotActiveError: ErrorCode.NOT_ACTIVE,
     errors.QueueFullError: ErrorCode.QUEUE_FULL,
     errors.SessionBusyError: ErrorCode.SESSION_BUSY,
+    errors.NoFrameError: ErrorCode.NO_FRAME,
     errors.ConfigurationError: ErrorCode.CONFIGURATION,
     errors.CheckpointError: ErrorCode.CONFIGURATION,  # at run time, of a vocab map named by a parameter
     errors.EngineDirectoryError: ErrorCode.ENGINE_DIRECTORY,
@@ -74,12 +80,8 @@ def error_code(error: Exception | None) -> int:
 
 
 def error_message(error: Exception | None) -> str:
-    """Return one sentence for a person; the class is named where the error is not one of ours."""
-    if error is None:
-        return ""
-    if isinstance(error, errors.EdgeLLMError):
-        return str(error)
-    return f"Internal error ({type(error).__name__}: {error}); please report it."
+    """Return one sentence for a person; "" where there is no error."""
+    return "" if error is None else errors.sentence_of(error)
 
 
 def wire_text(text: str) -> str:
@@ -101,6 +103,7 @@ def to_messages(messages: Any) -> tuple[ChatMessage, ...]:
             tool_call_id=message.tool_call_id,
             name=message.name,
             reasoning=message.reasoning,
+            images=tuple(message.image_offsets),
         )
         for message in messages
     )
@@ -114,6 +117,7 @@ def to_message(message: ChatMessage) -> msg.ChatMessage:
         tool_call_id=message.tool_call_id,
         name=message.name,
         reasoning=wire_text(message.reasoning),
+        image_offsets=list(message.images),
     )
 
 
@@ -122,17 +126,24 @@ def to_tool_calls(calls: Iterable[ToolCall]) -> list[msg.ToolCall]:
 
 
 def to_request(message: msg.GenerationRequest, settings: Settings) -> GenerationRequest:
-    """Return the core's request of a message; what it leaves open comes from ``settings``.
+    """Return the core's request of a message, without images; what it leaves open comes from ``settings``.
 
     Raises InvalidRequestError for too many parts, InvalidSamplingError if the logit bias has no value for each id.
     """
-    return GenerationRequest(
+    LIMITS.check_count("choices", len(message.choices), LIMITS.choices)
+    request = GenerationRequest(
         request_id=message.request_id or uuid.uuid4().hex,
         messages=settings.with_system(to_messages(message.messages), message.session),
         prompt=message.prompt,
         sampling=_to_sampling(message.sampling, settings.sampling),
-        stop=tuple(message.stop) or (() if message.json_schema else settings.stop),
+        stop=tuple(message.stop),
         json_schema=message.json_schema,
+        schema_name=message.schema_name,
+        regex=message.regex,
+        choices=tuple(message.choices),
+        grammar=message.grammar,
+        compact_json=message.compact_json,
+        max_string=message.max_string,
         session=message.session,
         default_system=settings.system_prompt,
         context_policy=message.context_policy or "refuse",
@@ -148,6 +159,7 @@ def to_request(message: msg.GenerationRequest, settings: Settings) -> Generation
         stream_interval=settings.stream_interval,
         allow_special=message.allow_special,
     )
+    return settings.with_stop(request)
 
 
 def _to_tools(tools: Any) -> tuple[Tool, ...]:
@@ -174,7 +186,7 @@ def _to_sampling(options: msg.SamplingOptions, defaults: SamplingParams) -> Samp
     )
 
 
-def to_result(result: GenerationResult) -> msg.GenerationResult:
+def to_result(result: GenerationResult, image_headers: Sequence[Header] = ()) -> msg.GenerationResult:
     return msg.GenerationResult(
         request_id=result.request_id,
         text=wire_text(result.text),
@@ -186,6 +198,7 @@ def to_result(result: GenerationResult) -> msg.GenerationResult:
         error_message=error_message(result.error),
         dropped_turns=result.dropped_turns,
         session_turns=result.session_turns,
+        image_headers=list(image_headers),
         metrics=_to_metrics(result),
     )
 

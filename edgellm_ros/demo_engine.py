@@ -1,6 +1,6 @@
-"""The directory in which the engine of the demo model is cached, and the command that builds it.
+"""The directories in which the engines of the demo models are cached, and the command that builds one.
 
-Used where nobody has named an engine: by the launch file and by ``make demo``. The directory's name has a hash of the
+Used where nobody has named an engine: by the launch file and by ``make demo``. A directory's name has a hash of the
 checkpoint and of the builder, so that neither a new model nor a new version of this package meets an old engine.
 """
 
@@ -18,11 +18,14 @@ from engine_core.formats.manifest import list_variants
 _BUILDER = ("backends", "formats", "models", "quantize")
 
 
-def checkpoint_dir() -> Path:
-    """Return the demo checkpoint of this package. Raises EngineDirectoryError if it was not installed."""
+def checkpoint_dir(name: str = "demo") -> Path:
+    """Return a demo checkpoint of this package: ``demo``, or ``demo_vision``, which sees.
+
+    Raises EngineDirectoryError if it was not installed.
+    """
     from ament_index_python.packages import get_package_share_directory
 
-    path = Path(get_package_share_directory("edgellm_ros")) / "models" / "demo"
+    path = Path(get_package_share_directory("edgellm_ros")) / "models" / name
     if not (path / "config.json").is_file():
         raise EngineDirectoryError(f"{path} has no demo model; give engine_dir an engine that 'edgellm build' made.")
     return path
@@ -41,7 +44,7 @@ def engine_dir(checkpoint: Path, backend: str = "auto", quantization: str = "aut
     for path in sorted([*checkpoint.iterdir(), *builder]):
         if path.is_file():
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return cache_dir() / f"demo-{digest.hexdigest()[:12]}"
+    return cache_dir() / f"{checkpoint.name}-{digest.hexdigest()[:12]}"
 
 
 def is_built(directory: Path) -> bool:
@@ -53,7 +56,7 @@ def is_built(directory: Path) -> bool:
 
 def build_command(checkpoint: Path, directory: Path, backend: str = "auto", quantization: str = "auto") -> list[str]:
     """Return the command to run. ``python3`` is the one the node will run on, which the caller's own need not be."""
-    command = ["python3", "-m", "engine_core.cli", "build", str(checkpoint), str(directory)]
+    command = ["python3", "-m", "engine_core.cli", "build", "--force", str(checkpoint), str(directory)]
     if backend != "auto":
         command += ["--backend", backend]
     if quantization != "auto":

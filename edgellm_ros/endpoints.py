@@ -14,12 +14,12 @@ from std_msgs.msg import String
 from edgellm_ros import qos
 from edgellm_ros.action import Generate as GenerateAction
 from edgellm_ros.conversions import error_code, error_message, to_result, to_tool_calls, wire_text
-from edgellm_ros.intake import RosIntake
+from edgellm_ros.intake import Answer, RosIntake
 from edgellm_ros.msg import ChatMessage, GenerationRequest
 from edgellm_ros.srv import Cancel, Generate, Tokenize
 from edgellm_ros.streams import ENDED_BY_ITSELF
 from edgellm_ros.threads import Started
-from engine_core.request import GenerationResult, Piece
+from engine_core.request import Piece
 from engine_core.serving.intake import OpenRequest
 
 # Seconds a finished goal's result is kept for a client that has not asked for it yet. rclpy's default of 15 minutes
@@ -39,7 +39,7 @@ class GenerateService:
         node.create_service(Cancel, "~/cancel", self._cancel, **options)
 
     async def _generate(self, request: Generate.Request, response: Generate.Response) -> Generate.Response:
-        response.result = to_result(await self._intake.answer(request.request))
+        response.result = to_result(*await self._intake.answer(request.request))
         return response
 
     def _cancel(self, request: Cancel.Request, response: Cancel.Response) -> Cancel.Response:
@@ -96,18 +96,18 @@ class GenerateActionServer:
     async def _execute(self, goal: ServerGoalHandle) -> GenerateAction.Result:
         goal_id = bytes(goal.goal_id.uuid)
         try:
-            result = await self._answers.pop(goal_id)
+            answer = await self._answers.pop(goal_id)
         finally:
             self._open.pop(goal_id, None)
-        if result.finish_reason in ENDED_BY_ITSELF:
+        if answer.result.finish_reason in ENDED_BY_ITSELF:
             goal.succeed()
         elif goal.is_cancel_requested:
             goal.canceled()
         else:
             goal.abort()
-        return GenerateAction.Result(result=to_result(result))
+        return GenerateAction.Result(result=to_result(*answer))
 
-    async def _answer(self, goal: ServerGoalHandle) -> GenerationResult:
+    async def _answer(self, goal: ServerGoalHandle) -> Answer:
         feedback = GenerateAction.Feedback()
 
         def on_piece(piece: Piece) -> None:
@@ -139,6 +139,6 @@ class PromptTopic:
 
     async def _prompt(self, prompt: String) -> None:
         message = GenerationRequest(messages=[ChatMessage(role="user", content=prompt.data)])
-        result = await self._intake.answer(message)
+        result = (await self._intake.answer(message)).result
         text = wire_text(result.text) if result.error is None else f"Error: {error_message(result.error)}"
         self._responses.publish(String(data=text))

@@ -32,8 +32,9 @@ class HttpEndpoint:
             return
         try:
             self._server = http.open_server(
-                self._intake, host=settings.http_host, port=settings.http_port, api_key_file=settings.http_api_key_file
-            )
+                self._intake, host=settings.http_host, port=settings.http_port,
+                api_key_file=settings.http_api_key_file, body_limit=settings.http_body_limit << 20,
+            )  # fmt: skip
         except ConfigurationError as error:
             self.problem = str(error)
             self._get_logger().error(f"{self.problem} The node is active without it.")

@@ -7,12 +7,15 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from rclpy.node import Node
+from std_msgs.msg import Header
 
 from edgellm_ros import latency
 from edgellm_ros.conversions import error_message, to_messages, to_request
+from edgellm_ros.frames import FrameTopics
+from edgellm_ros.images import gather_images
 from edgellm_ros.msg import GenerationRequest as GenerationRequestMessage
 from edgellm_ros.state import NodeState
 from edgellm_ros.streams import RequestStream, Topics
@@ -24,16 +27,26 @@ from engine_core.serving.intake import DuplicateRequestError, Intake, OpenReques
 _WARNING_INTERVAL = 1.0  # s
 
 
+class Answer(NamedTuple):
+    """The answer to a request of ROS."""
+
+    result: GenerationResult
+    image_headers: Sequence[Header] = ()  # of the images that were decoded for it
+
+
 class RosIntake:
     """Hands messages to ``requests``, the intake of all fronts, and publishes every answer.
 
     Used from the executor's thread only, where nothing else is said.
     """
 
-    def __init__(self, node: Node, topics: Topics, state: NodeState, before_request: Callable[[], None]) -> None:
+    def __init__(
+        self, node: Node, topics: Topics, frames: FrameTopics, state: NodeState, before_request: Callable[[], None]
+    ) -> None:
         """``before_request`` is called first of all for each request: the settings have to be the newest then."""
         self._node = node
         self._topics = topics
+        self._frames = frames
         self._before_request = before_request
         self._state = state
         self.requests = Intake(state, listen=self._listen, on_refused=self._on_refused)
@@ -48,8 +61,8 @@ class RosIntake:
         *,
         on_taken: Callable[[OpenRequest], None] | None = None,
         on_piece: Callable[[Piece], None] | None = None,
-    ) -> GenerationResult:
-        """Return the result of a request; what cannot be accepted is answered with its error.
+    ) -> Answer:
+        """Return the answer to a request; what cannot be accepted is answered with its error.
 
         ``on_taken`` gets the open request, for cancelling; ``on_piece`` each piece, in the worker's thread.
         """
@@ -58,18 +71,24 @@ class RosIntake:
         try:
             self._before_request()
             self.requests.worker_or_raise()
-            request = to_request(message, self._state.settings)
+            settings = self._state.settings
+            request = to_request(message, settings)
+            images = gather_images(message, self._frames, settings.max_image_age, self._node.get_clock())
         except Exception as error:
             self.num_open -= 1
-            return self.requests.refuse(message.request_id, error)
+            return Answer(self.requests.refuse(message.request_id, error))
+        message.images, message.compressed_images = [], []  # they are let go when they have been decoded
         try:
             done = new_future(self._node)
-            opened = self.requests.take(request, on_piece=on_piece, on_done=partial(complete, self._node, done))
+            opened = self.requests.take(
+                request, on_piece=on_piece, on_done=partial(complete, self._node, done), images=images
+            )
             if on_taken is not None:
                 on_taken(opened)
-            if self.requests.num_open == 1:
+            if self.requests.num_open == 1 and images is None:
                 opened.begun.wait(latency.HEAD_START)
-            return await done
+            result = await done
+            return Answer(result, () if images is None else images.headers)
         finally:
             self.num_open -= 1
 
@@ -88,8 +107,11 @@ class RosIntake:
         if engine is None:
             raise NotActiveError("Nothing is configured; configure the node first.")
 
+        request = GenerationRequest("", to_messages(messages), text)
+        request.check_sizes()  # it may have to wait
+
         def work() -> tuple[list[int], list[str]]:
-            ids = engine.tokenize(text, to_messages(messages))
+            ids = engine.tokenize(request.prompt, request.messages)
             return ids, engine.token_texts(ids)
 
         return await run_in(self.requests.pool, self._node, work)
@@ -100,7 +122,7 @@ class RosIntake:
     # --- any thread -----------------------------------------------------------------------------------
 
     def _listen(self, request: GenerationRequest) -> RequestStream:
-        return RequestStream(self._topics, request.request_id, spoken=not request.json_schema)
+        return RequestStream(self._topics, request.request_id, spoken=not request.is_json)
 
     def _on_refused(self, result: GenerationResult, error: Exception) -> None:
         """Log a refusal and end it on every topic, also while the node is not active.

@@ -18,8 +18,10 @@ from edgellm_ros.bond import make_bond
 from edgellm_ros.conversions import error_message
 from edgellm_ros.diagnostics import Diagnostics, Health
 from edgellm_ros.endpoints import GenerateActionServer, GenerateService, PromptTopic
+from edgellm_ros.frames import FrameTopics
 from edgellm_ros.http_endpoint import HttpEndpoint
 from edgellm_ros.intake import RosIntake
+from edgellm_ros.message_schema import MessageSchemaService
 from edgellm_ros.msg import EngineStatus
 from edgellm_ros.parameters import (
     check_declared,
@@ -46,6 +48,7 @@ SUCCESS, FAILURE, ERROR = (
     TransitionCallbackReturn.ERROR,
 )
 _STATUS_DELAY = 0.02  # s from a change to ~/status
+_PROGRESS_STEP = 0.01  # of configure, which ~/status tells
 
 
 class LlmNode(LifecycleNodeMixin, Node):
@@ -67,7 +70,10 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._state = NodeState(read_settings(self))
         self._topics = Topics(self)
         self._parameters_changed = False
-        self._intake = RosIntake(self, self._topics, self._state, before_request=self._take_over_parameters)
+        self._frames = FrameTopics(self)
+        self._intake = RosIntake(
+            self, self._topics, self._frames, self._state, before_request=self._take_over_parameters
+        )
         self._http = HttpEndpoint(self._intake.requests, self.get_logger)
         self._transitions = Transitions(self, after=self._publish_status)
         self._transitions.take_over(self._hand_over_to_manager)
@@ -80,12 +86,14 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._status_report = Soon("edgellm-status", self._publish_status, _STATUS_DELAY)
         self._parameters_set = self.create_guard_condition(self._take_over_parameters)
         self.create_service(
-            GetInfo, "~/get_info", lambda _, response: fill_info(response, self._state.engine),
+            GetInfo, "~/get_info",
+            lambda _, response: fill_info(response, self._state.engine, self._frames.topics),
             callback_group=ReentrantCallbackGroup(),
         )  # fmt: skip
         self._service = GenerateService(self, self._intake)
         self._action = GenerateActionServer(self, self._intake)
         self._prompt = PromptTopic(self, self._intake)
+        self._message_schemas = MessageSchemaService(self, self._intake.requests.pool)
         self._sessions = SessionService(self, self._state, self.get_parameter("sessions_dir").value)
         self._diagnostics = Diagnostics(self, self._health)
         self.add_on_set_parameters_callback(self._on_set_parameters)
@@ -100,14 +108,20 @@ class LlmNode(LifecycleNodeMixin, Node):
         """FAILURE leads back to unconfigured, with nothing left allocated and the reason in ~/status."""
         self._state.error, self._state.is_configuring = None, True
         try:
-            self._state.engine = Engine.open(read_engine_config(self), report=self.get_logger().info)
+            config = read_engine_config(self)
+            self._state.engine = Engine.open(config, report=self.get_logger().info, progress=self._on_progress)
         except Exception as error:
             self._fail("configure", error)
             return FAILURE
         finally:
-            self._state.is_configuring = False
+            self._state.is_configuring, self._state.load_progress = False, 0.0
         latency.freeze()
         return super().on_configure(state)
+
+    def _on_progress(self, share: float) -> None:
+        if share - self._state.load_progress >= _PROGRESS_STEP or not self._state.load_progress:
+            self._state.load_progress = share
+            self._refresh()
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         settings = read_settings(self)
@@ -119,6 +133,13 @@ class LlmNode(LifecycleNodeMixin, Node):
             on_change=self._refresh, on_fault=self._on_fault,
         )  # fmt: skip
         worker.warm_system_prompt(settings.system_prompt)
+        if engine.images is not None:
+            self._frames.open(
+                settings.image_topics, settings.image_frames, settings.image_frame_interval,
+                engine.config.image_frames_memory << 20,
+            )  # fmt: skip
+        elif settings.image_topics:
+            self.get_logger().warning(f"image_topics has no effect: {engine.manifest.model_name} takes no images.")
         result = super().on_activate(state)
         self._state.worker = worker
         self._http.open(settings)
@@ -163,7 +184,9 @@ class LlmNode(LifecycleNodeMixin, Node):
         worker, self._state.worker = self._state.worker, None
         # One second of the worker's limit is for cancelling what has not finished by then.
         is_stopped = worker is None or worker.close(drain=drain, timeout=timeout + 1.0)
+        self._intake.requests.cancel("")  # those that the worker has not seen yet
         self._http.close()  # with every answer handed to it
+        self._frames.close()
         if is_stopped:
             return True
         self._state.engine = None
@@ -254,8 +277,6 @@ class LlmNode(LifecycleNodeMixin, Node):
         self._status_report.ask()
 
     def _publish_status(self) -> None:
-        if self._state.is_configuring:
-            return  # what comes of it is said when it is over
         try:
             with self._status_lock:  # the last message is the newest
                 status = make_status(self._state)

@@ -1,7 +1,7 @@
 """The table of the node's parameters: the one place that says what each is.
 
 From it come their declaration and validation (``parameters.py``), the launch arguments (``llm.launch.py``), and, by
-``tools/write_generated.py``, config/llm.yaml and the README's table. It needs neither ROS nor other packages: launch
+``tools/write_generated.py``, config/llm.yaml and docs/parameters.md. It needs neither ROS nor other packages: launch
 runs on the system's Python. generate_parameter_library exists in Python for Humble and Jazzy, but is not used: its YAML
 cannot take defaults, ranges and choices from the engine's classes, knows no parameter that is fixed only while the node
 is configured, and writes no launch arguments.
@@ -17,7 +17,7 @@ from typing import Any
 
 from engine_core.backends.capabilities import all_capabilities
 from engine_core.config import BUSY_POLICIES, CHOICES, MINIMUMS, EngineConfig
-from engine_core.request import SAMPLING_OPTIONS, Range, SamplingOption
+from engine_core.request import LIMITS, SAMPLING_OPTIONS, Range, SamplingOption
 
 DEACTIVATE_POLICIES = ("finish", "cancel")
 BOND_MODES = ("auto", "always", "never")  # not on and off, which YAML takes for booleans
@@ -156,6 +156,22 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
             "Tokens per prefill step, 0 = the backend's choice; with max_batch above 1, the next token of the other "
             "requests waits for one such step at most.",
         ),
+        _engine(
+            "max_images",
+            "Images of a prompt, those of earlier turns included, for models that see; 0 = the encoder is not loaded.",
+            LIMITS.images,
+        ),
+        _engine(
+            "max_image_tokens",
+            "Tokens of an image, which is scaled down to have no more; fewer are faster. 0 = the model's own limit, at "
+            "most half of max_context, and 256 where an image has as many as its pixels ask for (Qwen3-VL).",
+        ),
+        ParameterSpec(
+            "image_frames_memory", Kind.FIXED, 64,
+            "MiB of the memory plan for the frames of image_topics that are kept, where the model sees: of all topics "
+            "in equal parts, as they came; the oldest are dropped.",
+            range=Range(0, 1 << 14),
+        ),
         _engine("prompt_cache_entries", "System prompts whose KV is kept beside the cache.", 64),
         _engine("prompt_cache_tokens", "Tokens each kept system prompt can have."),
         _engine(
@@ -172,12 +188,20 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
             "LoRA adapters that requests may name, each 'name:directory' as peft saves it; empty ones are ignored.",
         ),
         _engine("lora_max_rank", "Adapters of a higher rank are refused."),
+        _engine(
+            "schema_dir", "Directory of JSON schemas, a file NAME.json each, that requests may name; empty = none."
+        ),
         _engine("num_threads", "CPU threads; 0 = the backend's choice.", 1024),
         _engine(
             "reproducible",
             "A request with a seed of its own reuses no KV, so that it gives the same text whatever is cached.",
         ),
         _engine("verify_files", "Check the SHA-256 of every file of the engine, not only its size."),
+        _engine(
+            "trusted_keys",
+            "File or directory of Ed25519 public keys (PEM or OpenSSH), one of which has to have signed the engine: "
+            "see 'edgellm sign'; empty = none is asked for.",
+        ),
     ),
     "Defaults of requests": (
         *map(_sampling, SAMPLING_OPTIONS.values()),
@@ -195,11 +219,29 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
         ),
         _dynamic("queue_depth", 8, "Requests that may wait; further ones are refused at once.", 0, 1024),
         _dynamic("request_timeout", 0.0, "Seconds until a request without a deadline ends; 0 = never.", 0.0, 86400.0),
+        _dynamic(
+            "max_image_age", 1.0,
+            "Seconds since the stamp of a topic's newest frame after which a request that asks for it is refused; 0 = "
+            "any.",
+            0.0, 86400.0,
+        ),
         _dynamic("warn_wait", 5.0, "Seconds a request may wait before /diagnostics warns; 0 = never.", 0.0, 86400.0),
         _dynamic(
             "deactivate_policy", "finish", "How deactivate ends the running request.", choices=DEACTIVATE_POLICIES
         ),
         _dynamic("deactivate_timeout", 5.0, "Seconds the running request may go on in deactivate.", 0.0, 300.0),
+    ),
+    "Images of topics": (
+        # An empty list has no type in a parameter file, so "no topics" is a list of one empty string.
+        _at_activate(
+            "image_topics", [""],
+            "Topics of cameras whose newest frames requests may ask for by these names: sensor_msgs/Image, or "
+            "CompressedImage where the name ends in /compressed; empty ones are ignored.",
+        ),
+        _at_activate("image_frames", 1, "Frames of each topic that a request may ask for; they are kept.", 1, 32),
+        _at_activate(
+            "image_frame_interval", 0.5, "Least seconds between the frames that are kept, by their stamps.", 0.0, 3600.0
+        ),
     ),
     "The OpenAI-compatible endpoint": (
         _at_activate(
@@ -213,6 +255,9 @@ SECTIONS: dict[str, tuple[ParameterSpec, ...]] = {
         _at_activate(
             "http_api_key_file", "",
             "File with one API key a line, of which a client has to send one; empty = none is asked for.",
+        ),
+        _at_activate(
+            "http_body_limit", 16, "MiB that the body of a request may have, with its images as base64.", 1, 512
         ),
     ),
     "The process": (

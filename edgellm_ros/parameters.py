@@ -18,10 +18,13 @@ from rcl_interfaces.msg import (
     ParameterType,
     SetParametersResult,
 )
-from rclpy.exceptions import InvalidParameterTypeException
+from rclpy.exceptions import InvalidParameterTypeException, InvalidTopicNameException
+from rclpy.expand_topic_name import expand_topic_name
 from rclpy.node import Node
 from rclpy.parameter import Parameter
+from rclpy.validate_full_topic_name import validate_full_topic_name
 
+from edgellm_ros.frames import topic_problem
 from edgellm_ros.parameter_table import RANDOM_SEED, SPECS, Kind, ParameterSpec
 from edgellm_ros.sampling_options import OPTION_TYPES
 from engine_core.config import EngineConfig
@@ -53,9 +56,14 @@ class Settings(RequestDefaults):
     warn_wait: float  # s; 0 = never
     deactivate_policy: str
     deactivate_timeout: float  # s
-    http_port: int  # 0 = no endpoint; these three are taken at activate
+    image_topics: tuple[str, ...]  # these three are taken at activate
+    image_frames: int
+    image_frame_interval: float  # s
+    max_image_age: float  # s; 0 = any
+    http_port: int  # 0 = no endpoint; these four are taken at activate
     http_host: str
     http_api_key_file: str  # "" = no key is asked for
+    http_body_limit: int  # MiB
 
 
 def describe(spec: ParameterSpec) -> ParameterDescriptor:
@@ -135,6 +143,8 @@ def check_parameters(
             reason = f"{spec.name} is read when the node starts; start it with another value."
         else:
             reason = spec.problem(parameter.value) or _text_problem(spec.name, parameter.value)
+            if spec.name == "image_topics":
+                reason = _topics_problem(parameter.value)
         if reason:
             return SetParametersResult(successful=False, reason=reason)
     return SetParametersResult(successful=True)
@@ -152,6 +162,21 @@ def _text_problem(name: str, value: Any) -> str:
         request.validate()
     except RequestError as error:
         return f"{name} is refused as in a request: {error}"
+    return ""
+
+
+def _topics_problem(topics: Sequence[str]) -> str:
+    """Return why the node cannot subscribe to these topics; "" if it can."""
+    names = [topic for topic in topics if topic]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        return f"image_topics has {twice} twice."
+    for name in names:
+        try:
+            validate_full_topic_name(expand_topic_name(name, "node", "/"))
+        except (InvalidTopicNameException, ValueError) as error:
+            return f"image_topics has {name!r}, which is no topic's name: {str(error).splitlines()[0]}"
+        if problem := topic_problem(name):
+            return f"image_topics is refused: {problem}"
     return ""
 
 
@@ -179,6 +204,7 @@ def read_settings(node: Node) -> Settings:
     sampling = {name: values.pop(name) for name in OPTION_TYPES}
     if sampling["seed"] == RANDOM_SEED:
         sampling["seed"] = None
-    values["stop"] = tuple(text for text in values["stop"] if text)
+    for name in ("stop", "image_topics"):
+        values[name] = tuple(text for text in values[name] if text)
     values["stream_interval"] /= 1000.0
     return Settings(sampling=SamplingParams(**sampling), **values)

@@ -17,7 +17,6 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.logging import get_logger
 from rclpy.signals import SignalHandlerOptions
 
-from edgellm_ros import latency
 from edgellm_ros.threads import StopSignal
 from engine_core.errors import ConfigurationError
 
@@ -47,7 +46,6 @@ def run_node(make_node: Callable[[], object], args: list[str] | None) -> int:
     lives until the running request has been answered. The executor has a thread of its own because Python runs
     signal handlers in the main thread, which waits for them. One thread is enough for it: no callback waits for long.
     """
-    latency.switch_often()
     stop = StopSignal(_STOP_SIGNALS)
     core_log = logging.getLogger("engine_core")
     core_log.addHandler(_RosHandler())

@@ -22,6 +22,8 @@ LATCHED = QoSProfile(
     history=HistoryPolicy.KEEP_LAST, depth=1, reliability=ReliabilityPolicy.RELIABLE,
     durability=DurabilityPolicy.TRANSIENT_LOCAL,
 )  # fmt: skip
+# The newest image of a camera, whether it sends reliably or not.
+FRAMES = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 # The default depth of 10 is shared by all clients: of 16 requests that arrive while the executor is busy, 6 would be
 # overwritten and never answered.
 SERVICE = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1024, reliability=ReliabilityPolicy.RELIABLE)

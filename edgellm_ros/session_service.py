@@ -16,9 +16,9 @@ from edgellm_ros.srv import Sessions as SessionsService
 from edgellm_ros.state import NodeState
 from edgellm_ros.threads import SerialThread
 from engine_core.errors import InvalidRequestError, InvalidSessionError, NotActiveError
-from engine_core.serving.conversation import SessionInfo
 from engine_core.serving.engine import Engine
 from engine_core.serving.session_files import SavedSession, load_session, save_session
+from engine_core.serving.sessions import SessionInfo
 
 
 class SessionService:
@@ -51,7 +51,7 @@ class SessionService:
         self, request: SessionsService.Request, response: SessionsService.Response
     ) -> SessionsService.Response:
         try:
-            response.sessions = await self._thread.run(partial(self._run, request))
+            response.sessions = await self._thread.run_for_client(partial(self._run, request))
         except Exception as error:
             response.error_code, response.error_message = error_code(error), error_message(error)
         return response

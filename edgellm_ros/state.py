@@ -21,6 +21,7 @@ class NodeState:
         self.worker: Worker | None = None  # while active
         self.error: Exception | None = None  # of the last failed configure, or the engine's fault
         self.is_configuring = False
+        self.load_progress = 0.0  # of the configure that is at work, 0 to 1
         self.is_finalized = False
 
     @property

@@ -20,7 +20,10 @@ from typing import Any
 from rclpy.node import Node
 from rclpy.task import Future
 
-from engine_core.serving.work_pool import WorkPool
+from engine_core.errors import QueueFullError
+from engine_core.serving.work_pool import Work, WorkPool
+
+_MOST_CALLS = 64  # of clients, that wait for a thread
 
 
 def new_future(node: Node) -> Future:
@@ -79,6 +82,11 @@ class SerialThread:
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
+    def run_for_client(self, call: Callable[[], Any]) -> Future:
+        """As ``run``. Raises QueueFullError if too many calls wait."""
+        _check_waiting(self._calls.qsize())
+        return self.run(call)
+
     def run(self, call: Callable[[], Any]) -> Future:
         """Has ``call`` run; its result or exception becomes the future's. From any thread."""
         future = new_future(self._node)
@@ -99,10 +107,19 @@ class SerialThread:
 
 
 def run_in(pool: WorkPool, node: Node, call: Callable[[], Any]) -> Future:
-    """Has ``call`` run in a thread of ``pool``; its result or exception becomes the future's. From any thread."""
+    """Has ``call`` run in a thread of ``pool``; its result or exception becomes the future's. From any thread.
+
+    Raises QueueFullError if too much waits for a thread.
+    """
+    _check_waiting(pool.num_waiting)
     future = new_future(node)
-    pool.start(partial(_answer, node, call, future))
+    pool.start(Work(partial(_answer, node, call, future)))
     return future
+
+
+def _check_waiting(count: int) -> None:
+    if count >= _MOST_CALLS:
+        raise QueueFullError(f"{count} requests wait for a thread that answers them; try again later.")
 
 
 def _answer(node: Node, call: Callable[[], Any], future: Future) -> None:

@@ -2,21 +2,25 @@
 
 ``Manifest.options``: ``script`` (text it says; else text that depends on the whole KV cache and never ends),
 ``answers`` (text → what it says instead to a prompt that holds it; of several the one that stands last),
-``step_time`` (s), ``fault_file`` (while this file exists, every step fails), ``fail_load``, ``max_draft`` (tokens).
+``step_time`` (s), ``load_time`` (s), ``fault_file`` (while this file exists, every step fails), ``fail_load``,
+``max_draft`` (tokens).
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from engine_core.backends.kv_pool import pool_tokens
 from engine_core.errors import EngineFaultError
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.memory import MemoryItem, MemoryPlan
+from engine_core.progress import untold
 from fakes import BOS, END, EOS, ScriptedBackend, fake_model, write_tokenizer
 
 MAX_CONTEXT = 2048
 TOKEN_BYTES = 256  # of its KV, as it says
+_LOAD_PARTS = 5
 
 
 class FakeBackend(ScriptedBackend):
@@ -27,10 +31,13 @@ class FakeBackend(ScriptedBackend):
         return MemoryPlan((MemoryItem("kv_cache", config.max_context * 4),), 1 << 30, "fake device")
 
     @classmethod
-    def load(cls, variant_dir, manifest, config) -> FakeBackend:
+    def load(cls, variant_dir, manifest, config, *, progress=untold) -> FakeBackend:
         options = manifest.options
         if options.get("fail_load"):
             raise EngineFaultError("The fake device did not answer.")
+        for part in range(1, _LOAD_PARTS + 1):
+            time.sleep(options.get("load_time", 0.0) / _LOAD_PARTS)
+            progress(part / _LOAD_PARTS)
         script = options.get("script")
         backend = cls(
             None if script is None else [*script.encode("utf-8"), EOS],
@@ -42,12 +49,12 @@ class FakeBackend(ScriptedBackend):
         backend.fault_file = Path(options["fault_file"]) if "fault_file" in options else None
         return backend
 
-    def begin(self, slot, sampling, history, adapter="") -> None:
+    def begin(self, slot, sampling, history, adapter="", images=()) -> None:
         prompt = bytes(token for token in history.tolist() if token < BOS)
         said = max(self.answers, key=prompt.rfind, default=b"")
         if said and said in prompt:
             self.script = [*self.answers[said].encode("utf-8"), EOS]
-        super().begin(slot, sampling, history, adapter)
+        super().begin(slot, sampling, history, adapter, images)
 
     def check_device(self) -> None:
         super().check_device()

@@ -120,6 +120,17 @@ def test_closing_it_does_not_disturb_the_application(llm, make):
     assert alive
 
 
+def test_what_has_arrived_for_a_closed_client_is_not_taken(llm, monkeypatch):
+    """A thread of an executor may have chosen the client before it is closed, and take from it afterwards."""
+    taken = []
+    monkeypatch.setattr(module.ActionClient, "take_data", lambda self: taken.append(self) or {"status": None})
+    with rclpy_node("application") as node:
+        client = module._Action(node, f"/{llm.name}/generate").client
+        assert client.take_data() == {"status": None} and taken == [client]
+        client.destroy()
+        assert client.take_data() == {} and taken == [client]
+
+
 def test_a_node_that_nobody_spins_is_told(llm, monkeypatch):
     monkeypatch.setattr(module, "_SEND_LIMIT", 0.5)
     with (

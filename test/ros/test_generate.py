@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray
 from std_msgs.msg import String
 
+from edgellm_ros.conversions import to_result, to_stats
 from edgellm_ros.msg import ChatMessage, ErrorCode, FinishReason, GenerationStats, Sentence, SpeculationCounts
+from engine_core.request import GenerationResult
 from llm_client import ABORTED, CANCELED, GREEDY_LONG, STREAM, SUCCEEDED, LlmClient
 
 LONG = {"sampling": {"max_new_tokens": GREEDY_LONG}}
@@ -210,6 +213,13 @@ def test_system_prompt_is_put_first_and_its_kv_is_reused(llm):
     assert first.text == llm.generate(messages=explicit).text
     own = [ChatMessage(role="system", content="Mine."), ChatMessage(role="user", content="hi")]
     assert llm.generate(messages=own).text != first.text
+
+
+def test_the_energy_of_a_request_is_in_its_result_and_in_stats():
+    for joules in (2.5, math.nan):  # NaN: the machine has no reading
+        result = GenerationResult("1", energy_joules=joules)
+        for message in (to_result(result), to_stats(result)):
+            assert message.metrics.energy_joules == pytest.approx(joules, nan_ok=True)
 
 
 def test_sentences_and_stats(nodes, tmp_path):

@@ -64,7 +64,6 @@ def test_everything_else_is_answered_within_50_ms(llm, num_waiting):
     assert all(llm.wait(answer).error_code == 0 for answer in waiting)
 
 
-@pytest.mark.alone
 def test_a_waiting_client_costs_no_cpu(nodes, tmp_path):
     from fake_backend import write_engine
 
@@ -78,8 +77,8 @@ def test_a_waiting_client_costs_no_cpu(nodes, tmp_path):
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     before = cpu_time()
-    time.sleep(2.0)
-    assert cpu_time() - before < 0.4
+    time.sleep(1.0)
+    assert cpu_time() - before < 0.2
     assert not goal.done and not any(answer.done() for answer in waiting)
 
 

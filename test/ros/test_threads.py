@@ -42,7 +42,7 @@ def test_soon_hears_who_asks_while_the_call_is_made():
 
     soon = Soon("test-soon", call, delay=0.0)
     soon.ask()
-    assert started.acquire(timeout=5)
+    assert started.acquire(timeout=60)
     soon.ask()
     go_on.release(2)
     wait_until(lambda: len(calls) == 2)
@@ -66,7 +66,7 @@ def test_soon_makes_the_last_call_at_once_when_it_is_closed():
     soon.ask()
     start = time.monotonic()
     assert soon.close()
-    assert calls == [1] and time.monotonic() - start < 1.0
+    assert calls == [1] and time.monotonic() - start < 30.0
 
 
 def run(coroutine, at_wait=lambda: None):
@@ -130,7 +130,7 @@ stop.wait()
 print("woken")
 """
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=15)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "woken\n")
 
 
@@ -149,7 +149,7 @@ print("stopped in order", flush=True)
     for _ in range(3):
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
-    assert process.communicate(timeout=10)[0] == "stopped in order\n" and process.returncode == 0
+    assert process.communicate(timeout=60)[0] == "stopped in order\n" and process.returncode == 0
 
 
 def test_a_later_signal_ends_the_process_at_once():
