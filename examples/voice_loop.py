@@ -191,13 +191,21 @@ def main(args: list[str] | None = None) -> int:
     node = Node("voice_loop")
     executor = SingleThreadedExecutor()
     executor.add_node(node)
-    spinner = threading.Thread(target=executor.spin, name="executor", daemon=True)
+    ended = threading.Event()
+
+    def spin() -> None:
+        while not ended.is_set():
+            executor.spin_once(timeout_sec=0.5)
+
+    spinner = threading.Thread(target=spin, name="executor", daemon=True)
     spinner.start()
     try:
         return talk(node, options.node, options.topic)
     finally:
-        executor.shutdown()
+        ended.set()
+        executor.wake()
         spinner.join()
+        executor.shutdown()  # after the thread: one that still waits would raise
         node.destroy_node()
         rclpy.shutdown()
 
