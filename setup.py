@@ -27,16 +27,19 @@ torch = named(("torch",), requirements("tools/requirements-reference.txt"))
 
 setup(
     name="edgellm",
-    version=re.search(r'^__version__ = "(.+)"', (ROOT / "engine_core" / "__init__.py").read_text(), re.M).group(1),
+    version=re.search(r"<version>(.+)</version>", (ROOT / "package.xml").read_text(encoding="utf-8")).group(1),
     description="The inference core of edgellm_ros: language models on robots, as a library and on the command line",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=("engine_core", "engine_core.*")),
-    package_data={"engine_core": ["cuda/kernels/*.cu", "cuda/kernels/*.cuh", "hub/*.json"]},
+    package_data={
+        "engine_core": ["cuda/kernels/*.cu", "cuda/kernels/*.cuh", "hub/*.json", "http/*.html", "measure/*.json"]
+    },
     install_requires=[line for line in every if line not in cpu],
     extras_require={
         "cpu": cpu,
         "gpu": ["cuda-bindings>=12.8", "cuda-pathfinder>=1.0"],
+        "sign": ["cryptography>=3.4.8"],  # engine directories, and the parameter trusted_keys
         "build": cpu + torch,
         "quantize": torch,  # what calibration runs the layers with
         "test": requirements("tools/requirements-test.txt") + requirements("tools/requirements-reference.txt"),

@@ -38,13 +38,16 @@ def oldest(requirement: str) -> str:
 
 
 def requirements() -> list[str]:
-    """Return what the node needs and what the GPU backends need, as setup.py says them."""
+    """Return what the node needs, what the GPU backends need and what signatures need, as setup.py says them."""
     lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines())
     setup = (ROOT / "setup.py").read_text("utf-8")
-    gpu = re.search(r'"gpu": \[(.*?)\]', setup)
-    if gpu is None:
-        raise ValueError("setup.py has no extra 'gpu'.")
-    return [*(line for line in lines if line), *re.findall(r'"([^"]+)"', gpu[1])]
+    found = [line for line in lines if line]
+    for name in ("gpu", "sign"):
+        extra = re.search(rf'"{name}": \[(.*?)\]', setup)
+        if extra is None:
+            raise ValueError(f"setup.py has no extra {name!r}.")
+        found += re.findall(r'"([^"]+)"', extra[1])
+    return found
 
 
 def contents() -> str:

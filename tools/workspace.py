@@ -44,9 +44,10 @@ FAST = tuple(
 # A long run tries this many cases in each fuzz test, every value of every field of a model's configuration, and every
 # variant of a kernel for every architecture.
 LONG = {"EDGELLM_FUZZ_EXAMPLES": "2000", "EDGELLM_ALL_CONFIG_FIELDS": "1", "EDGELLM_ALL_ARCHITECTURES": "1"}
-# Two workers, whatever the machine: each holds torch and a ROS node. A worker that has nothing left to do takes tests
-# of the other, so that most fixtures of a module are made once.
-WORKERS = ("-p", "xdist.plugin", "-n", "2", "--dist", "worksteal")
+# Three workers, whatever the machine: each holds torch and a ROS node, and waits for nodes a quarter of the time, so
+# that they keep two cores busy. A worker that has nothing left to do takes tests of the others, so that most fixtures
+# of a module are made once.
+WORKERS = ("-p", "xdist.plugin", "-n", "3", "--dist", "worksteal")
 LINTED = ("benchmarks", "edgellm_ros", "engine_core", "examples", "launch", "setup.py", "test", "tools")
 # Of a ROS that was sourced in this shell or of an outer virtual environment: neither may leak into the wheels.
 FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "_ROS_WHEELS_BOOTSTRAP_COMPLETE", "AMENT_PREFIX_PATH")
@@ -217,7 +218,9 @@ def numpy_constraint(workspace: Workspace) -> list[str]:
 
 def remove_environment(venv: Path) -> None:
     """Removes what an earlier run made, and refuses to remove what does not look like it."""
-    if venv.exists():
+    if venv.is_symlink():  # what it leads to belongs to another folder
+        venv.unlink()
+    elif venv.exists():
         if not (venv / "pyvenv.cfg").exists() and any(venv.iterdir()):
             raise SetupError(f"{venv} is in the way and is no virtual environment; move it away.")
         shutil.rmtree(venv)
@@ -283,13 +286,20 @@ def run_environment(workspace: Workspace) -> dict[str, str]:
 
 
 def pytest_arguments(arguments: list[str]) -> list[str]:
-    """Return pytest's arguments: all tests on two workers, or those whose paths are named in one process.
+    """Return pytest's arguments: all tests on several workers, or those whose paths are named in one process.
 
     Paths are meant from the root.
     """
     paths = [argument for argument in arguments if (ROOT / argument.partition("::")[0]).exists()]
     absolute = [str(ROOT / argument) if argument in paths else argument for argument in arguments]
     return absolute if paths else [*WORKERS, str(ROOT / "test"), *arguments]
+
+
+def run_arguments(arguments: list[str]) -> list[str]:
+    """Return the arguments of the task ``run`` with the path of its script, which is meant from here, made absolute."""
+    if arguments and Path(arguments[0]).is_file():
+        return [str(Path(arguments[0]).absolute()), *arguments[1:]]
+    return arguments
 
 
 def task_environment(workspace: Workspace, builds: bool) -> dict[str, str]:
@@ -329,13 +339,13 @@ def wait_for(process: subprocess.Popen) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=("setup", "demo", "test", "test-long", "test-fast", "lint", "run"))
+    parser.add_argument("task", choices=("setup", "demo", "test", "test-long", "test-fast", "fuzz", "lint", "run"))
     parser.add_argument("--no-reference", action="store_true", help="without torch and the tests that need it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed on to the task")
     options = parser.parse_args()
     workspace = open_workspace(reference=not options.no_reference)
-    testing = options.task in ("test", "test-long", "test-fast", "lint")
-    builds = options.task != "test-fast"  # what it runs needs no ROS, and colcon takes longer than the tests
+    testing = options.task in ("test", "test-long", "test-fast", "fuzz", "lint")
+    builds = options.task not in ("test-fast", "fuzz")  # they need no ROS, and colcon takes longer than the tests
     lint = ["-m", "ruff", "check", *(str(ROOT / name) for name in LINTED if (ROOT / name).exists())]
     types = ["-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *(str(ROOT / name) for name in TYPED)]
     commands = {
@@ -345,7 +355,8 @@ def main() -> int:
         "test": [lint, types, ["-m", "pytest", *pytest_arguments(options.arguments)]],
         "test-long": [["-m", "pytest", "-o", "faulthandler_timeout=0", *pytest_arguments(options.arguments)]],
         "test-fast": [lint, ["-m", "pytest", "-q", *(str(ROOT / name) for name in FAST), *options.arguments]],
-        "run": [options.arguments],
+        "fuzz": [[str(TOOLS / "fuzz.py"), *options.arguments]],
+        "run": [run_arguments(options.arguments)],
     }[options.task]
     steps = Steps(total=2 + builds + len(commands))
     try:
@@ -361,7 +372,8 @@ def main() -> int:
         env = LONG | env
     status = 0
     for command in commands:  # all of them: a finding of the linter does not hide the tests' results
-        steps.start(" ".join(Path(part).name for part in command[:2] if part != "-m"))
+        named = command[:2] if command[:1] == ["-m"] else command[:1]
+        steps.start(" ".join(Path(part).name for part in named if part != "-m"))
         # In test/: the working directory comes first on sys.path, and the source folder edgellm_ros would hide the
         # installed package, which alone has the generated msg, srv and action.
         code = wait_for(subprocess.Popen([str(workspace.python), *command], env=env, cwd=ROOT / "test"))
