@@ -1,6 +1,7 @@
 """Set up every test run: threads, a ROS domain of its own, the installed package, and turns among its workers.
 
-A test marked ``alone`` measures time or memory: it runs while no other worker runs a test.
+A test marked ``alone`` measures time or memory: it runs while no other worker runs a test, a set-up or a tear-down. Its
+own set-up and tear-down run beside others.
 """
 
 from __future__ import annotations
@@ -73,17 +74,65 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(why_no_ros())
 
 
+class Turns:
+    """The locks of a run with several workers, which hold ``running`` shared or one of them exclusively."""
+
+    def __init__(self, directory: Path) -> None:
+        self._next = open(directory / "next", "w")  # so that a test that waits to be alone is the next to start
+        self._running = open(directory / "running", "w")
+
+    def take(self, kind: int) -> None:
+        """Give up what is held and wait for ``kind``, LOCK_SH or LOCK_EX."""
+        self.give_up()  # two that wait for each other's shared lock would wait for ever
+        fcntl.flock(self._next, fcntl.LOCK_EX)
+        fcntl.flock(self._running, kind)
+        fcntl.flock(self._next, fcntl.LOCK_UN)
+
+    def give_up(self) -> None:
+        fcntl.flock(self._running, fcntl.LOCK_UN)
+
+
+turns = Turns(Path(TURNS)) if TURNS else None
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Hold the run's lock while a test runs: exclusively if it is marked ``alone``, else shared."""
-    if TURNS is None:
+    """Hold the run's lock, shared, while a test runs."""
+    if turns is None:
         return (yield)
-    alone = item.get_closest_marker("alone") is not None
-    with open(Path(TURNS, "next"), "w") as turn, open(Path(TURNS, "running"), "w") as running:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # so that a test that waits to be alone is the next to start
-        fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
+    turns.take(fcntl.LOCK_SH)
+    try:
         return (yield)
+    finally:
+        turns.give_up()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Hold the run's lock exclusively while a test runs that is marked ``alone``, but not while it is set up."""
+    if turns is None or item.get_closest_marker("alone") is None:
+        return (yield)
+    turns.take(fcntl.LOCK_EX)
+    try:
+        return (yield)
+    finally:
+        turns.take(fcntl.LOCK_SH)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Collect the tests that need a GPU only where there is one: they are thousands."""
+    if module_path.is_relative_to(ROOT / "test" / "gpu") and why_no_gpu():
+        return Uncollected.from_parent(parent, path=module_path)
+    return None
+
+
+class Uncollected(pytest.Module):
+    """A module of which no test can run: that it can be imported is all that is tried."""
+
+    def collect(self) -> list:
+        assert self.obj
+        pytest.skip(f"needs a GPU: {why_no_gpu()}", allow_module_level=True)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -91,13 +140,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
     reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count:4d} {reason}")
-    if reason := why_no_ros():
-        terminalreporter.write_line(f"test/ros was not run: {reason}")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if reason := why_no_gpu():
-        skip = pytest.mark.skip(reason=f"needs a GPU: {reason}")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+    for directory, reason in (("ros", why_no_ros()), ("gpu", why_no_gpu())):
+        if reason:
+            terminalreporter.write_line(f"test/{directory} was not run: {reason}")

@@ -1,7 +1,7 @@
-"""The demo: a lifecycle node loads the demo model and answers robot commands, token by token, over ROS 2.
+"""The demo: a lifecycle node answers robot commands, token by token, over ROS 2, and then questions about a picture.
 
-Run by "make demo", which sets up what it needs. The node is a process of its own; this one is a client that knows it
-only by its lifecycle services and through edgellm_ros.client. Ctrl-C stops both.
+Run by "make demo", which sets up what it needs. There is one demo model for each. The node is a process of its own;
+this one is a client that knows it only by its lifecycle services and through edgellm_ros.client. Ctrl-C stops both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import rclpy
@@ -22,6 +23,7 @@ from rclpy.signals import SignalHandlerOptions
 
 import isolation
 from demo_model.conversations import CONVERSATIONS
+from demo_vision.conversation import PICTURE, QUESTIONS
 from edgellm_ros import demo_engine
 from edgellm_ros.client import LLM, LLMError
 from edgellm_ros.msg import GenerationResult
@@ -118,13 +120,15 @@ class Client:
     def info(self) -> GetInfo.Response:
         return self._wait(self._info.call_async(GetInfo.Request()), "get_info", 10.0)
 
+    def close(self) -> None:
+        self._node.destroy_node()
 
-def build_engine(log: Path, stop: StopRequest) -> Path:
-    """The demo engine, built on the first run."""
-    checkpoint = demo_engine.checkpoint_dir()
+
+def build_engine(checkpoint: Path, log: Path, stop: StopRequest) -> Path:
+    """The engine of a demo model, built on the first run."""
     directory = demo_engine.engine_dir(checkpoint)
     if not demo_engine.is_built(directory):
-        print(f"building the engine of the demo model into {directory}", flush=True)
+        print(f"building the engine of {checkpoint.name} into {directory}", flush=True)
         with open(log, "wb") as output:
             command = demo_engine.build_command(checkpoint, directory)
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
@@ -141,9 +145,10 @@ def build_engine(log: Path, stop: StopRequest) -> Path:
     return directory
 
 
-def ask(llm: LLM, messages: list[dict[str, str]], stop: StopRequest) -> GenerationResult:
-    """Print the answer as it is generated and return it with its figures."""
-    pieces = llm.pieces(messages, deadline=60.0)
+def ask(llm: LLM, messages: list[dict[str, str]], stop: StopRequest, images: Sequence[Path] = ()) -> GenerationResult:
+    """Print the last message, the answer as it is generated, and its figures; return the result."""
+    print(f"\nyou    {messages[-1]['content']}\nrobot  ", end="", flush=True)
+    pieces = llm.pieces(messages, images=images, deadline=60.0)
     try:
         for piece in pieces:
             stop.check()
@@ -152,37 +157,49 @@ def ask(llm: LLM, messages: list[dict[str, str]], stop: StopRequest) -> Generati
         raise DemoError(f"The node answered with error {error.code}: {error}") from None
     finally:
         pieces.close()
+    metrics = pieces.result.metrics
+    print(f"\n       time to first token {metrics.time_to_first_token * 1e3:.1f} ms, "
+          f"{metrics.generated_tokens} tokens at {metrics.tokens_per_second:.0f} tokens/s")  # fmt: skip
     return pieces.result
 
 
-def talk(client: Client, stop: StopRequest) -> None:
-    info = client.info()
+def show_model(info: GetInfo.Response) -> None:
     print(f"{info.model_name}: {info.parameters / 1e6:.1f} M parameters, {info.backend}, {info.quantization}, "
           f"{info.memory.total / 2**20:.0f} MiB planned, loaded in {info.load_time:.2f} s")  # fmt: skip
-    with LLM("/llm") as llm:
-        for commands in CONVERSATIONS:
-            messages: list[dict[str, str]] = []
-            for command in commands:
-                messages.append({"role": "user", "content": command})
-                print(f"\nyou    {command}\nrobot  ", end="", flush=True)
-                result = ask(llm, messages, stop)
-                messages.append({"role": "assistant", "content": result.text})
-                metrics = result.metrics
-                print(f"\n       time to first token {metrics.time_to_first_token * 1e3:.1f} ms, "
-                      f"{metrics.generated_tokens} tokens at {metrics.tokens_per_second:.0f} tokens/s")  # fmt: skip
+
+
+def talk(llm: LLM, stop: StopRequest) -> None:
+    """Hold the conversations with the model of commands."""
+    for commands in CONVERSATIONS:
+        messages: list[dict[str, str]] = []
+        for command in commands:
+            messages.append({"role": "user", "content": command})
+            messages.append({"role": "assistant", "content": ask(llm, messages, stop).text})
+
+
+def look(llm: LLM, stop: StopRequest) -> None:
+    """Ask the model that sees about its picture. The node encodes the picture once."""
+    picture = demo_engine.checkpoint_dir("demo_vision") / PICTURE
+    print(f"asking about {picture}", flush=True)
+    for question in QUESTIONS:
+        ask(llm, [{"role": "user", "content": question}], stop, [picture])
 
 
 def run(work: Path, stop: StopRequest) -> None:
-    engine = build_engine(work / "build.log", stop)
-    print(f"starting the node (its log: {work / 'node.log'})", flush=True)
-    with NodeProcess(engine, work / "node.log", stop) as process:
-        client = Client(process)
-        client.change_state(Transition.TRANSITION_CONFIGURE, "configure")
-        client.change_state(Transition.TRANSITION_ACTIVATE, "activate")
-        talk(client, stop)
-        client.change_state(Transition.TRANSITION_DEACTIVATE, "deactivate")
-        client.change_state(Transition.TRANSITION_CLEANUP, "clean up")
-    print("\nThe node has stopped.")
+    for name, converse in (("demo", talk), ("demo_vision", look)):
+        engine = build_engine(demo_engine.checkpoint_dir(name), work / "build.log", stop)
+        print(f"starting the node (its log: {work / 'node.log'})", flush=True)
+        with NodeProcess(engine, work / "node.log", stop) as process:
+            client = Client(process)
+            client.change_state(Transition.TRANSITION_CONFIGURE, "configure")
+            client.change_state(Transition.TRANSITION_ACTIVATE, "activate")
+            show_model(client.info())
+            with LLM("/llm") as llm:
+                converse(llm, stop)
+            client.change_state(Transition.TRANSITION_DEACTIVATE, "deactivate")
+            client.change_state(Transition.TRANSITION_CLEANUP, "clean up")
+            client.close()
+        print("\nThe node has stopped.")
 
 
 def show_log(work: Path) -> None:

@@ -12,11 +12,7 @@ Exit status: pytest's; 1 where no GPU was found.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
-import json
-import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from result_rows import commit, now, read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_tests.jsonl"
@@ -57,14 +55,6 @@ class Recorder:
             entry["reason"] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)[:300]
 
 
-def commit() -> str:
-    """Return the commit the tests run on: EDGELLM_COMMIT where it is set, as for a copy without .git."""
-    if value := os.environ.get("EDGELLM_COMMIT"):
-        return value
-    found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
 def versions() -> dict[str, str]:
     """Return the installed version of each package of PACKAGES that is there, and Python's."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
@@ -82,12 +72,6 @@ def merge(old: list[dict], new: list[dict]) -> list[dict]:
     return [lines[key] for key in sorted(lines)]
 
 
-def read(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to write (default: %(default)s)")
@@ -100,19 +84,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: no GPU to test on: {report.why_none}", file=sys.stderr)
         return 1
     head = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "date": now(),
         "commit": commit(),
         "gpu": report.gpus[0].name,
         "driver_cuda": report.cuda_version,
         "versions": versions(),
     }
-    old = read(options.results)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
+    old = read_rows(options.results)
 
     def save(outcomes: dict[str, dict]) -> None:
         new = [head | {"test": test} | outcome for test, outcome in outcomes.items()]
-        lines = "".join(json.dumps(line) + "\n" for line in merge(old, new))
-        options.results.write_text(lines, encoding="utf-8")
+        write_rows(options.results, merge(old, new))
 
     recorder = Recorder(save)
     paths = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments)

@@ -1,6 +1,6 @@
-"""Write what is generated from the parameter table: config/llm.yaml and the README's table of parameters.
+"""Write what is generated: config/llm.yaml, and the reference pages docs/parameters.md, interfaces.md and cli.md.
 
-python3 tools/write_generated.py           # after a change of edgellm_ros/parameter_table.py
+python3 tools/write_generated.py           # after a change of parameters, interfaces or options
 python3 tools/write_generated.py --check   # exit status 1 and the names of the files that are not up to date
 """
 
@@ -13,8 +13,9 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import docs_reference  # noqa: E402
 from edgellm_ros.parameter_table import SECTIONS, Kind, ParameterSpec  # noqa: E402
 
 _WIDTH = 118
@@ -27,7 +28,7 @@ _KINDS = {
 
 
 def shown(value: object) -> str:
-    """Return a default as YAML and the README spell it."""
+    """Return a default as YAML and the pages spell it."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -45,7 +46,7 @@ def config_file() -> str:
 
 
 def parameter_table() -> str:
-    """Return the README's table of parameters."""
+    """Return the table of parameters."""
 
     def row(spec: ParameterSpec) -> str:
         default = spec.default if isinstance(spec.default, str) and spec.default else shown(spec.default)
@@ -67,11 +68,17 @@ def between_marks(text: str, name: str, content: str) -> str:
 
 def generated() -> dict[Path, str]:
     """Return file → what it has to hold."""
-    readme = ROOT / "README.md"
-    return {
-        ROOT / "config" / "llm.yaml": config_file(),
-        readme: between_marks(readme.read_text(encoding="utf-8"), "parameters", parameter_table()),
+    parts = {
+        "parameters": parameter_table(),
+        "interfaces": docs_reference.interfaces(),
+        "commands": docs_reference.commands(),
     }
+    pages = {"parameters": "parameters.md", "interfaces": "interfaces.md", "commands": "cli.md"}
+    found = {ROOT / "config" / "llm.yaml": config_file()}
+    for name, content in parts.items():
+        page = ROOT / "docs" / pages[name]
+        found[page] = between_marks(page.read_text(encoding="utf-8"), name, content)
+    return found
 
 
 def main() -> int:

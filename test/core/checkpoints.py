@@ -128,6 +128,115 @@ CASES: dict[str, tuple[str, str, dict]] = {
             ),
         ),
     ),
+    "smollm3": (
+        "SmolLM3ForCausalLM",
+        "SmolLM3Config",
+        dict(
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            no_rope_layers=[1, 0, 1],
+            use_sliding_window=True,
+            sliding_window=12,
+            attention_bias=True,
+        ),
+    ),
+    "olmo2": (
+        "Olmo2ForCausalLM",
+        "Olmo2Config",
+        dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=_rope(theta=5e5)),
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        "GraniteConfig",
+        dict(
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            embedding_multiplier=12.0,
+            attention_multiplier=0.3,
+            residual_multiplier=0.22,
+            logits_scaling=0.7,
+            mlp_bias=True,
+        ),
+    ),
+    "exaone4": (
+        "Exaone4ForCausalLM",
+        "Exaone4Config",
+        dict(num_attention_heads=6, num_key_value_heads=3, sliding_window=10, sliding_window_pattern=2),
+    ),
+    "exaone": (
+        "LlamaForCausalLM",
+        "ExaoneConfig",
+        dict(num_attention_heads=6, num_key_value_heads=2, rope_parameters=_rope("llama3", 500.0, **_LLAMA3)),
+    ),
+    "ministral": (
+        "MinistralForCausalLM",
+        "MinistralConfig",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            sliding_window=9,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ),
+    ),
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        "Ministral3Config",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            tie_word_embeddings=True,
+            rope_parameters=_rope(
+                "yarn",
+                1e6,
+                factor=4.0,
+                original_max_position_embeddings=64,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.1,
+            ),
+        ),
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        dict(
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            moe_intermediate_size=48,
+        ),
+    ),
+    "lfm2": (
+        "Lfm2ForCausalLM",
+        "Lfm2Config",
+        dict(
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention", "conv"],
+            rope_parameters=_rope(theta=5e5),
+        ),
+    ),
+    "lfm2-odd": (
+        "Lfm2ForCausalLM",
+        "Lfm2Config",
+        dict(
+            hidden_size=90,
+            intermediate_size=150,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            layer_types=["conv", "conv", "full_attention"],
+            block_multiple_of=7,
+            block_ffn_dim_multiplier=1.3,
+            conv_L_cache=5,
+            conv_bias=True,
+            tie_word_embeddings=False,
+        ),
+    ),
     "llama-odd": (  # nothing is a multiple of what kernels read at once
         "LlamaForCausalLM",
         "LlamaConfig",
@@ -145,6 +254,18 @@ CASES: dict[str, tuple[str, str, dict]] = {
         ),
     ),
 }
+
+try:
+    import transformers
+except ImportError:
+    pass
+else:  # those of families that this version has
+    CASES = {name: case for name, case in CASES.items() if hasattr(transformers, case[1])}
+
+# Cases whose traits others have, too: where each case costs much, these add nothing.
+ALIKE = frozenset({"exaone", "exaone4", "smollm3", "ministral", "ministral3"})
+DISTINCT = sorted(CASES.keys() - ALIKE - {"qwen3-moe"})
+ALL_ATTENTION = [name for name in DISTINCT if CASES[name][0] != "Lfm2ForCausalLM"]  # no other kind of layer
 
 
 def write(directory: Path, name: str, *, shard_size: str = "1GB", dtype: str = "float32", **overrides) -> Path:

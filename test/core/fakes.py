@@ -22,6 +22,7 @@ from engine_core.text.tokenizer import Tokenizer
 
 BOS, EOS, END = 256, 257, 258
 VOCAB_SIZE = 260
+_LONG = 1 << 28  # what marks the KV of long sequences
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}"
     "{% endif %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
@@ -29,8 +30,8 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(directory) -> None:
-    """Ids 0..255 are bytes, 256 <s>, 257 </s>, 258 <end>."""
+def write_tokenizer(directory, *, more_tokens=(), template=TEMPLATE) -> None:
+    """Ids 0..255 are bytes, 256 <s>, 257 </s>, 258 <end>, and then special tokens ``more_tokens``."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Fast
     from transformers import PreTrainedTokenizerFast
@@ -43,10 +44,24 @@ def write_tokenizer(directory) -> None:
     fast = Fast(models.BPE(vocab={by_byte[byte]: byte for byte in range(256)}, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<s>", "</s>", "<end>")])
+    fast.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in ("<s>", "</s>", "<end>", *more_tokens)]
+    )
     hf = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
-    hf.chat_template = TEMPLATE
+    hf.chat_template = template
     hf.save_pretrained(str(directory))
+
+
+def write_calibration(directory) -> None:
+    """Write texts that this tokenizer takes, where ``build`` looks for those of a checkpoint."""
+    (directory / "calibration.txt").write_text("\n".join(f"{i} times {i} is {i * i}, isn't it?" for i in range(90)))
+
+
+def write_small_tokenizer(directory) -> None:
+    """tokenizer.json alone, of two tokens."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(directory / "tokenizer.json"))
 
 
 class _Slot:
@@ -60,6 +75,7 @@ class _Slot:
         self.length = self.num_sampled = 0
         self.last = -1
         self.adapter = ""
+        self.long_rope = False
 
     def cut(self, length: int) -> None:
         """Forget what a draft has left beyond ``length``; its KV stays there, as on a device."""
@@ -70,6 +86,7 @@ class ScriptedBackend:
     """Says ``script`` (ids) after any prompt, or, without one, tokens that depend on the whole KV of the sequence.
 
     Works in a thread of its own, as a device would; ``step_time`` seconds a step. ``fail_at``: the step that fails.
+    ``rope_switch``: as of a backend; a sequence's KV must be all of its own length's kind.
     ``steps``: the slots of each step that was queued; ``prompts``: the tokens of prompts in it. ``memory``: the tokens
     before the next one that it depends on; 0: all of them. ``row_cost``: of a token of a step beyond the first.
     """
@@ -78,9 +95,12 @@ class ScriptedBackend:
     kept_ids = None
     sampler_options = frozenset(SAMPLING_OPTIONS)
     undrafted_options: frozenset[str] = frozenset()
+    has_states, state_places = False, 0
 
     def __init__(self, script=None, *, max_context=512, step_time=0.0, fail_at=None, pool_tokens=1024, num_slots=1,
-                 prefill_chunk=512, max_draft=0, exact_drafts=True, memory=0, row_cost=0.01):  # fmt: skip
+                 prefill_chunk=512, max_draft=0, exact_drafts=True, memory=0, row_cost=0.01,
+                 rope_switch=0):  # fmt: skip
+        self.rope_switch = rope_switch
         self.max_draft, self.exact_drafts, self.step_seconds = max_draft, exact_drafts, 0.0
         self.memory, self.row_cost = memory, row_cost
         self.script, self.step_time, self.fail_at = script, step_time, fail_at
@@ -102,7 +122,7 @@ class ScriptedBackend:
     def check_here(cls, manifest) -> None:
         pass
 
-    def begin(self, slot, sampling, history, adapter="") -> None:
+    def begin(self, slot, sampling, history, adapter="", images=()) -> None:
         def work():
             state.sampler.begin(sampling, history)
             state.sampling, state.ended, state.num_sampled = sampling, False, 0
@@ -169,7 +189,7 @@ class ScriptedBackend:
         start, found = state.length, []
         end = start + 1 + len(ids)
         assert end <= self.max_context
-        state.kv[start:end] = [state.last, *ids]
+        state.kv[start:end] = self._kv(state, [state.last, *ids])
         for i in range(len(ids) + 1):
             state.cut(start + i + 1)
             mask = step.mask if i == 0 else None if step.draft.masks is None else step.draft.masks[i - 1]
@@ -195,7 +215,9 @@ class ScriptedBackend:
             token_ids, position = np.array([state.last], dtype=np.int32), state.length
         state.length = position + len(token_ids)
         assert state.length <= self.max_context
-        state.kv[position : state.length] = token_ids + (zlib.crc32(state.adapter.encode()) & 0xFFFF) * VOCAB_SIZE
+        if step.token_ids is not None:
+            state.long_rope = step.long_rope
+        state.kv[position : state.length] = self._kv(state, token_ids)
         if not step.samples:
             return None
         state.last = state.sampler.sample(self.logits(state), step.mask)
@@ -203,7 +225,13 @@ class ScriptedBackend:
         state.ended = state.last in state.sampling.stop_token_ids
         return state.last
 
+    def _kv(self, state: _Slot, token_ids) -> np.ndarray:
+        adapter = (zlib.crc32(state.adapter.encode()) & 0xFFFF) * VOCAB_SIZE
+        return np.array(token_ids, dtype=np.int32) + adapter + state.long_rope * _LONG
+
     def logits(self, state: _Slot) -> np.ndarray:
+        is_long = 0 < self.rope_switch < state.length
+        assert not self.rope_switch or ((state.kv[: state.length] >= _LONG) == is_long).all(), "KV of another length"
         if self.script is not None and state.num_sampled < len(self.script):
             logits = np.zeros(VOCAB_SIZE, dtype=np.float32)
             logits[self.script[state.num_sampled]] = 10.0

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+import fakes
 from engine_core.formats.number_formats import E4M3, to_16_bit, to_minifloat
 from engine_core.formats.safetensors_file import SafetensorsWriter
 from engine_core.formats.weight_formats import weight_format
 from engine_core.formats.weight_formats.base import Rounding
+from engine_core.models.shapes import spec_of
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"],
@@ -110,27 +112,6 @@ KINDS: dict[str, tuple[Callable[[np.ndarray], Tensors], dict, str]] = {
 }
 
 
-def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a Llama."""
-    hidden, inner, width = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    heads, kv_heads, vocab = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"))
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    shapes["lm_head.weight"] = (vocab, hidden)
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}."
-        shapes |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-        shapes |= {
-            f"{layer}self_attn.q_proj.weight": (heads * width, hidden),
-            f"{layer}self_attn.k_proj.weight": (kv_heads * width, hidden),
-            f"{layer}self_attn.v_proj.weight": (kv_heads * width, hidden),
-            f"{layer}self_attn.o_proj.weight": (hidden, heads * width),
-            f"{layer}mlp.gate_proj.weight": (inner, hidden),
-            f"{layer}mlp.up_proj.weight": (inner, hidden),
-            f"{layer}mlp.down_proj.weight": (hidden, inner),
-        }
-    return shapes
-
-
 def write(directory: Path, kind: str, *, side_file: bool = False, **changes) -> Path:
     """Writes a checkpoint of ``kind``; the weights and scales of every linear differ.
 
@@ -140,7 +121,7 @@ def write(directory: Path, kind: str, *, side_file: bool = False, **changes) -> 
     config = {**CONFIG, **changes}
     random = np.random.default_rng(0)
     tensors: Tensors = {}
-    for name, shape in shapes_of(config).items():
+    for name, shape in spec_of(config).shapes().items():
         deviation = 0.1 if len(shape) == 1 else 1.5 * shape[-1] ** -0.5
         values = (random.standard_normal(shape) * deviation * random.uniform(0.7, 1.4)).astype(np.float32)
         if "proj" in name:
@@ -155,7 +136,7 @@ def write(directory: Path, kind: str, *, side_file: bool = False, **changes) -> 
     else:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer.json").write_text("{}")
+    fakes.write_small_tokenizer(directory)
     with SafetensorsWriter(
         directory / "model.safetensors", {name: (dtype, values.shape) for name, (dtype, values) in tensors.items()}
     ) as writer:

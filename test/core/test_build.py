@@ -120,7 +120,9 @@ def test_damaged_weights_are_refused(checkpoint, tmp_path, damage):
         build_engine(tmp_path, tmp_path / "engine")
 
 
-@pytest.mark.parametrize("options", [{"quantization": "fp16"}, {"max_context": 257}, {"group_size": 32}])
+@pytest.mark.parametrize(
+    "options", [{"quantization": "fp16"}, {"max_context": 257}, {"max_context": 1}, {"group_size": 32}]
+)
 def test_options_that_make_no_engine_are_refused(checkpoint, tmp_path, options):
     with pytest.raises(BuildError):
         build_engine(checkpoint, tmp_path / "engine", **options)

@@ -9,8 +9,12 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 
+import onnxruntime as ort
+
 import checkpoints
 from engine_core.backends.onnxruntime.build import build_engine
+from engine_core.backends.onnxruntime.files import graph_name
+from engine_core.backends.onnxruntime.loaded_graph import LoadedGraph
 from engine_core.backends.onnxruntime.session import OrtSession
 
 MAX_ERROR = 1e-4
@@ -63,3 +67,14 @@ def test_greedy_tokens_are_those_of_transformers(case):
         session.decode(tokens[-1], 30 + len(tokens) - 1)
         tokens.append(int(session.logits.argmax()))
     assert tokens == expected
+
+
+@pytest.mark.skipif("qwen3-moe" not in checkpoints.CASES, reason="this transformers has no such model")
+def test_weights_of_experts_stay_where_a_graph_is_edited(tmp_path):
+    """They are read in the branches of conditions."""
+    build_engine(checkpoints.write(tmp_path, "qwen3-moe"), tmp_path / "engine", max_context=MAX_CONTEXT)
+    loaded = LoadedGraph(tmp_path / "engine" / graph_name("fp32"), "This test")
+    before = {tensor.name for tensor in loaded.graph.initializer}
+    loaded.serialized(ort.SessionOptions())
+    assert {tensor.name for tensor in loaded.graph.initializer} == before
+    assert sum("/experts/" in name for name in before) == 3 * 6 * 2

@@ -20,8 +20,9 @@ from engine_core.formats.safetensors_file import write_safetensors
 from engine_core.formats.vocab_map import TENSOR_NAME
 from engine_core.formats.weight_formats import NAMES, weight_format
 from engine_core.memory import kv_cache_bytes
+from engine_core.models.shapes import spec_of
 from engine_core.planning import devices
-from engine_core.planning.estimates import CheckpointEstimate, Size
+from engine_core.planning.estimates import CheckpointEstimate, Size, format_bytes_of
 from engine_core.planning.plan import Asked, advice, is_possible, longest_context, plan_checkpoint, plan_engine
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
@@ -122,6 +123,18 @@ def test_number_formats():
     assert sizes["fp16"] == 2 * values and sizes["fp8"] == values + 2 * 4096
     assert sizes["int4_awq"] == values // 2 + 2 * values // 128
     assert sizes["nvfp4"] == values // 2 + values // 16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("experts", [0, 8])
+def test_weights_in_16_bits_are_two_bytes_of_every_parameter(experts, tied):
+    more = dict(architectures=["Qwen3MoeForCausalLM"], num_experts=experts, moe_intermediate_size=768)
+    spec = spec_of(LLAMA2_7B | (more if experts else {}) | {"tie_word_embeddings": tied})
+    stored = weight_format("fp16")
+    assert spec.num_experts == experts and spec.tied == tied
+    assert format_bytes_of(spec, stored, spec.vocab_size) == 2 * spec.num_parameters
+    cut = 2 * (spec.num_parameters + (1000 - (0 if tied else spec.vocab_size)) * spec.hidden_size)
+    assert format_bytes_of(spec, stored, 1000) == cut
 
 
 # --- agreement with what is built -------------------------------------------------------------------------

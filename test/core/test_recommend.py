@@ -38,6 +38,10 @@ PARAMETERS = {
     "google/gemma-2-2b-it": 2_614_341_888,
     "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "Qwen/Qwen3-VL-2B-Instruct": 2_127_532_032,
+    "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": 256_484_928,
+    "HuggingFaceTB/SmolVLM-500M-Instruct": 507_482_304,
 }
 
 
@@ -50,7 +54,9 @@ def test_the_sizes_are_those_of_the_model_cards():
 
 def test_every_model_is_of_a_family_and_most_families_have_one():
     found = {model.spec.architecture for model in known_models()}
-    assert {family.architecture for family in FAMILIES} - found == {"MistralForCausalLM"}
+    without = "Mistral SmolLM3 Olmo2 Granite Exaone Exaone4 Ministral Ministral3 Qwen3Moe Lfm2".split()
+    blind = {family.architecture for family in FAMILIES if not family.text_type}
+    assert blind - found == {f"{name}ForCausalLM" for name in without}
 
 
 @pytest.mark.parametrize("model", known_models(), ids=lambda model: model.name)
@@ -91,6 +97,22 @@ def test_a_step_of_the_gpu_reads_the_weights_without_the_lookup(kind):
         lookup = 2 * model.spec.vocab_size * model.spec.hidden_size
         read = estimate.step_bytes(kind, "cuda", Size(4096), device)
         assert read == pytest.approx(weights - lookup, rel=0.02)
+
+
+@pytest.mark.parametrize("backend, kind", [("cuda", "fp16"), ("cuda", "int4"), ("onnxruntime", "int8")])
+def test_a_step_reads_the_experts_of_one_token(backend, kind):
+    """Experts beyond those that a token is given add their rows of the router alone."""
+    config = dict(
+        architectures=["Qwen3MoeForCausalLM"], num_hidden_layers=2, hidden_size=256, moe_intermediate_size=256,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=512, num_experts_per_tok=2,
+    )  # fmt: skip
+    device = devices.named("agx-orin-64gb")
+    few, many = (CheckpointEstimate.of_config(config | {"num_experts": count}, "moe") for count in (2, 64))
+    read = [estimate.step_bytes(kind, backend, Size(256), device) for estimate in (few, many)]
+    routers = 2 * (64 - 2) * 256 * (4 if backend == "onnxruntime" else 2)
+    assert read[1] - read[0] == pytest.approx(routers, abs=0.01 * read[0])
+    planned = [estimate.plan(kind, backend, Size(256), device).item("weights") for estimate in (few, many)]
+    assert planned[1] > 8 * planned[0]
 
 
 def test_int8_is_taken_unless_it_is_slow_or_too_large():
@@ -155,6 +177,28 @@ def test_devices_with_more_memory_get_larger_models():
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
+@pytest.mark.parametrize("device", [devices.named("orin-nx-16gb"), devices.of_memory(8 * GIB, gpu=False)])
+def test_models_that_see_are_for_vision_alone(device):
+    seeing = recommend.offers(device, "vision")
+    assert seeing and all(offer.model.spec.vision is not None for offer in seeing)
+    assert all(offer.variant.backend == "onnxruntime" and offer.variant.plan.item("images") for offer in seeing)
+    assert recommend.best_of(seeing).variant.usable
+    assert {recommend.is_for_cpu(offer.variant, device) for offer in seeing} == {device.has_gpu}
+    assert any("on CPU" in note for note in recommend.notes(device, seeing)) == device.has_gpu
+    others = {offer.model.id for task in ("chat", "tools") for offer in recommend.offers(device, task)}
+    assert others == {model.id for model in known_models()} - {offer.model.id for offer in seeing}
+
+
+def test_a_gpu_with_memory_of_its_own_leaves_models_that_see_to_this_cpu(monkeypatch):
+    measured = []
+    cpu = dataclasses.replace(devices.of_memory(8 * GIB, gpu=False), bandwidth=40e9)
+    monkeypatch.setattr(devices, "this_cpu", lambda measure: measured.append(measure) or cpu)
+    gpu = dataclasses.replace(devices.of_memory(2 * GIB, gpu=True), shared_memory=False, bandwidth=900e9)
+    seeing = recommend.offers(gpu, "vision")
+    assert measured == [True] and all(offer.variant.plan.available == 8 * GIB for offer in seeing)
+    assert any("its bandwidth is measured" in note for note in recommend.notes(gpu, seeing))
+
+
 # --- the command ------------------------------------------------------------------------------------------
 
 
@@ -172,7 +216,7 @@ def test_json_has_the_same(capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["device"]["bandwidth"] == 68e9 and document["device"]["free"] == 8 * GIB
     entries = {entry["id"]: entry for entry in document["models"]}
-    assert entries.keys() == {model.id for model in known_models()}
+    assert entries.keys() == {model.id for model in known_models() if model.does("chat")}
     assert all(entry["max_context"] == 2048 for entry in entries.values())
     best = entries[document["best"]]
     assert best["fits"] and best["total"] <= 8 * GIB and best["tokens_per_second"] >= recommend.FLUENT

@@ -54,8 +54,8 @@ def test_answers_every_command_with_its_figures(work):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     figures = r"time to first token [\d.]+ ms, \d+ tokens at \d+ tokens/s"
-    answers = re.findall(rf"^you    .+\nrobot  \{{.+\}}\n +{figures}$", output, re.M)
-    assert len(answers) == output.count("\nyou    ") >= 5
+    answers = re.findall(rf"^you    .+\nrobot  .+\n +{figures}$", output, re.M)
+    assert len(answers) == output.count("\nyou    ") >= 10
     assert output.rstrip().endswith("The node has stopped.")
     assert nodes_of(work) == []
 
