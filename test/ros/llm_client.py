@@ -142,6 +142,7 @@ class LlmClient:
     def __init__(self, name: str, process: NodeProcess | None = None) -> None:
         self.name, self.node_process = name, process
         self.may_end = False  # the node's end is no failure while something is waited for
+        self._met = process is None  # it has answered us; a node that was not started here is there already
         self.node = rclpy.create_node(f"client_{next(_numbers)}_of_{name}")
         self._clients = {}
         self.action = ActionClient(self.node, GenerateAction, f"/{name}/generate")
@@ -191,6 +192,8 @@ class LlmClient:
             # The default depth of 10 would drop the oldest of many requests sent at once by this one client.
             self._clients[service] = self.node.create_client(kind, f"/{self.name}/{service}", qos_profile=STREAM)
             self.until(self._clients[service].service_is_ready)
+        if not self._met and service != "get_state":
+            self.state()
         return self._clients[service].call_async(request)
 
     def call(self, kind, service: str, request, limit: float = LIMIT):
@@ -204,7 +207,8 @@ class LlmClient:
 
     def state(self) -> int:
         """Asks again after 3 s: rmw_fastrtps drops a response ("client will not receive response") if the node takes
-        more than 0.1 s to discover a client that has discovered it already, as happens while both are starting."""
+        more than 0.1 s to discover a client that has discovered it already, as happens while both are starting. So this is
+        also the first that a node started here is asked."""
         start, futures = time.monotonic(), []
 
         def answered() -> bool:
@@ -213,6 +217,7 @@ class LlmClient:
             return any(future.done() for future in futures)
 
         self.until(answered)
+        self._met = True
         return next(future for future in futures if future.done()).result().current_state.id
 
     def bring_up(self) -> LlmClient:
