@@ -1,6 +1,7 @@
 """Trains the demo model that sees from nothing and writes a checkpoint in the layout of SmolVLM.
 
     python -m tools.demo_vision.train --out models/demo_vision --minutes 5 --compile     # one GPU; all of it ends within 5 minutes
+    python -m tools.demo_vision.train --out /tmp/more --start models/demo_vision --lr 5e-4 --compile   # trains a checkpoint further
     python -m tools.demo_vision.train --out /tmp/tiny --tiny                    # a few steps on the CPU: does it run?
 
 ``--workers`` processes draw scenes and questions; pictures are rendered on the device that trains. A row is one picture and as many
@@ -203,6 +204,8 @@ class Trainee(nn.Module):
 
 
 def build_model(tokenizer: Tokenizer, args: argparse.Namespace) -> SmolVLMForConditionalGeneration:
+    if args.start:
+        return SmolVLMForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
     start, pad, end = (tokenizer.token_to_id(token) for token in (START, PAD, END))
     text = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=args.layers,
@@ -426,6 +429,7 @@ def train(tokenizer: Tokenizer, held: HeldOut, renderer: Renderer, device: torch
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a checkpoint to train further, with its sizes and its tokenizer; not with --tiny")
     parser.add_argument("--minutes", type=float, default=5.0, help="limit of the whole program")
     parser.add_argument("--reserve", type=float, default=12.0, help="seconds of it for the last evaluation and the export")
     parser.add_argument("--steps", type=int, default=0, help="0: until the time is over")
@@ -453,11 +457,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a few steps of a tiny model, to see that all of it runs")
     args = parser.parse_args()
+    if args.start:
+        config = SmolVLMConfig.from_pretrained(args.start)
+        args.image_size, args.patch = config.vision_config.image_size, config.vision_config.patch_size
+        args.scale = config.scale_factor
     if args.tiny:
         args.steps, args.rows, args.workers, args.hidden, args.layers, args.vision_hidden, args.vision_layers = 20, 8, 1, 128, 2, 64, 2
         args.tokenizer_scenes, args.held_out, args.log_every, args.chunk, args.image_size = 300, 1, 5, 8, 64
     args.image_tokens = (args.image_size // args.patch // args.scale) ** 2
     return args
+
+
+def tokenizer_of_scenes(args: argparse.Namespace) -> Tokenizer:
+    rng = Random(HELD_OUT_SEED - 1)
+    scenes = (random_scene(rng) for _ in range(args.tokenizer_scenes))
+    texts = (
+        text
+        for scene in scenes
+        for turn in (t for _ in range(6) for t in dialogue(Asker(rng, scene, new_kinds=True)))
+        for text in (turn.question, turn.answer)
+    )
+    return train_tokenizer(texts, args.vocab)
 
 
 def main() -> None:
@@ -467,15 +487,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rng = Random(HELD_OUT_SEED - 1)
-    scenes = (random_scene(rng) for _ in range(args.tokenizer_scenes))
-    texts = (
-        text
-        for scene in scenes
-        for turn in (t for _ in range(6) for t in dialogue(Asker(rng, scene, new_kinds=True)))
-        for text in (turn.question, turn.answer)
-    )
-    tokenizer = train_tokenizer(texts, args.vocab)
+    tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json")) if args.start else tokenizer_of_scenes(args)
     renderer = Renderer(args.image_size, args.patch, args.chunk, args.compile)
     print(f"tokenizer ready after {time.monotonic() - started:.0f} s", flush=True)
     held = HeldOut(held_out_examples(args.held_out), tokenizer, renderer, device, args)
