@@ -75,8 +75,9 @@ def test_both_fronts_give_the_same_answer_and_http_is_on_the_topics(served):
 
 def test_one_queue_priorities_and_cancel_by_ros(served):
     port, llm = served
-    goal = llm.goal("long", sampling={"max_new_tokens": GREEDY_LONG, "ignore_eos": True})
-    llm.status(lambda status: any(request.running for request in status.requests))
+    goal = llm.goal("long", request_id="long", sampling={"max_new_tokens": GREEDY_LONG, "ignore_eos": True})
+    # By its name: the last status may still be that of the test before.
+    llm.status(lambda status: any(request.running and request.request_id == "long" for request in status.requests))
     # It is long itself, so that the cancel finds it however late it comes.
     low, high = Asked(port, "low", max_tokens=GREEDY_LONG, ignore_eos=True), Asked(port, "high", priority=9)
     status = llm.status(lambda status: status.queued == 2)
