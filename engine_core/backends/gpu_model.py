@@ -22,6 +22,7 @@ from engine_core.backends.cuda.layout import (
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
 from engine_core.cuda.kernels import CHUNK_WORDS, Kernels, attention, linear, linear_packed, sampling, source_hash
 from engine_core.cuda.kernels.launch_configs import PrefillAttentionProblem, Problem
+from engine_core.cuda.kernels.log_probability import LogProbability
 from engine_core.cuda.kernels.nvrtc import kernel_cache_dir
 from engine_core.cuda.kernels.tuning import ConfigFile, EventTimer, Tuner
 
@@ -34,6 +35,31 @@ _TUNED_CONTEXT = 1024  # tokens in the KV cache when it does
 # A weight as the GEMV kernels take it: 16-bit [rows, cols], or packed.
 Matrix = DeviceArray | linear_packed.PackedWeight
 Layer = TypeVar("Layer")  # what a subclass prepares for one layer's prefill
+
+
+class RowScores:
+    """The probability of a given token after each row of a chunk: the LM head of a decode step on one after another."""
+
+    def __init__(self, head: list[Work], rows: list[DeviceArray], log_probability: LogProbability) -> None:
+        """``head``: work from the first of ``rows`` to the logits that ``log_probability`` reads."""
+        self._head = head
+        self._rows = rows
+        self._log_probability = log_probability
+
+    def __call__(self, stream: Stream, row: int, target: int) -> None:
+        """Queue what writes the logarithm for ``target``, a row of the LM head or -1, after row ``row`` to place
+        ``row`` of the output. Rows come in ascending order: the first one's place is used for all."""
+        for array in self._rows if row else ():
+            width = array.nbytes // array.shape[0]
+            stream.copy_rows(array.address, width, array.at(row).address, width, width, 1)
+        for work in self._head:
+            work(stream)
+        self._log_probability(stream, target, row)
+
+    @property
+    def output(self) -> DeviceArray:
+        """float32 [rows of a chunk], of each scored row."""
+        return self._log_probability.output
 
 
 class DeviceModel(Generic[Layer]):
@@ -139,12 +165,17 @@ class DeviceModel(Generic[Layer]):
         sample = sampling.sample(self._kernels, **arrays, vocab_map=w.get("vocab_map"), host_tokens=host_tokens)
         return [*self._head(), *sample]
 
+    @property
+    def _logits(self) -> DeviceArray:
+        """The logits of the first slot."""
+        return DeviceArray(self.work["logits"].address, (self.spec.head_rows,), "fp32")
+
     def _head(self) -> list[Work]:
         w, weights = self.work, self.weights
         head = self.matrix("head" if self.spec.has_head else "embed")
         return [
             self._gemv(
-                *(head, w["hidden"].at(0), w["logits"], linear.LOGITS),
+                *(head, w["hidden"].at(0), self._logits, linear.LOGITS),
                 norm_weight=weights["norm"],
                 norm_eps=self.spec.norm_eps,
                 norm_size=self.spec.model.hidden_size,
@@ -248,12 +279,12 @@ class DeviceModel(Generic[Layer]):
         """Return ``layer`` for a sequence with a LoRA adapter; only a model with adapters needs it."""
         raise NotImplementedError
 
-    def prefill_chunk(self, rows: int, *, adapted: bool = False) -> None:
+    def prefill_chunk(self, rows: int, *, adapted: bool = False, keep: bool = True) -> None:
         """Queues the forward pass of the chunk in ``prompt``, which has at most ``rows`` tokens.
 
         Nothing else of the chunk is in the launches, so that a graph can hold them. Leaves the last token's state in
         the first row of ``hidden``, where the head reads it. Rows that are no tokens are computed, too, and never read.
-        ``adapted``: for a sequence with a LoRA adapter.
+        ``adapted``: for a sequence with a LoRA adapter. ``keep``: False leaves every token's state in its own row.
         """
         assert 1 <= rows <= self.spec.chunk
         self._begin_chunk(rows)
@@ -261,8 +292,17 @@ class DeviceModel(Generic[Layer]):
         self._embed(self._stream)
         for layer in self._adapted_layers if adapted else self._layers:
             self._run_layer(layer, rows)
-        for launch in self._keep:
+        for launch in self._keep if keep else ():
             launch(self._stream)
+
+    def scores(self) -> RowScores:
+        """Return what scores the rows that ``prefill_chunk`` leaves with ``keep`` False. Compiles its kernels."""
+        qkv = self.work["qkv"]  # which is not read after a chunk
+        return RowScores(
+            self._head(),
+            [self.work[name] for name in self._kept],
+            LogProbability(self._kernels, self._logits, DeviceArray(qkv.address, (self.spec.chunk,), "fp32")),
+        )
 
     def _begin_chunk(self, rows: int) -> None:
         """Sets what the launches of all layers have to know of a chunk."""

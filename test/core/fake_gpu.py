@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import fake_kernels
-from engine_core.cuda.kernels import sampling
+from engine_core.cuda.kernels import reference, sampling
 from engine_core.cuda.kernels.sampling import FAULT_EMPTY, FAULT_NAN, PARAMS, RING, STATE
 from fake_kernels import address_of, array_at
 
@@ -44,6 +44,7 @@ class FakeDriver:
             "sample_scan": sample_scan,
             "sample_pick": sample_pick,
             "kv_append": kv_append,
+            "log_probability": log_probability,
             **fake_kernels.KERNELS,
         }
         self.log: list[str] = []
@@ -268,6 +269,13 @@ def _scan(
         words = array_at(mask, (int(ids.max()) // 32 + 1,), np.uint32)
         values[(words[ids // 32] >> (ids % 32).astype(np.uint32) & 1) == 0] = -np.inf
     array_at(scores, (rows,), np.float32)[:] = values
+
+
+def log_probability(defines: dict, args) -> None:
+    """See log_probability.cu."""
+    row, place = (ctypes.c_int.from_address(args[i]).value for i in (1, 2))
+    logits = array_at(address_of(args, 0), (defines["ROWS"],), np.float32).astype(np.float64)
+    array_at(address_of(args, 3), (place + 1,), np.float32)[place] = reference.log_probability(logits, row)
 
 
 def sample_pick(defines: dict, args) -> None:

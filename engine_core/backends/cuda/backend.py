@@ -42,10 +42,12 @@ from engine_core.cuda.graphs import GraphKey, GraphRunner
 from engine_core.cuda.kernels import Kernels
 from engine_core.cuda.kernels.sampling import RING
 from engine_core.cuda.kernels.tuning import EventTimer
+from engine_core.errors import EngineFaultError
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
 from engine_core.progress import Progress, untold
 from engine_core.request import SamplingParams
+from engine_core.sampling import NAN_LOGITS
 
 if TYPE_CHECKING:
     from engine_core.vision.prompt import PlacedImage
@@ -265,6 +267,26 @@ class CudaBackend(DeviceBackend):
         if single:
             seconds += self._decode_seconds[next(size for size in self._spec.batch_sizes if single <= size)]
         return seconds / self.step_seconds
+
+    def log_probabilities(self, token_ids: np.ndarray, first: int) -> np.ndarray:
+        """Prefill, and the LM head of a decode step on every row. Its kernels are compiled by the first call."""
+        self.begin(0, SamplingParams(seed=0), token_ids)
+        self._slots[0].ended = True  # no sequence that a step could go on with
+        self._stream.wait()  # the pinned buffers are free
+        scores, targets = self._model.scores(), token_ids if self._row_of is None else self._row_of[token_ids]
+        found = []
+        for start in range(0, len(token_ids) - 1, self.prefill_chunk):
+            part = token_ids[start : min(start + self.prefill_chunk, len(token_ids) - 1)]
+            self._upload_chunk(0, 0, part, start)
+            self._model.prefill_chunk(rows_of_chunk(len(part), self.prefill_chunk), keep=False)
+            asked = range(max(0, first - 1 - start), len(part))
+            for row in asked:
+                scores(self._stream, row, int(targets[start + row + 1]))
+            found.append(self._device.download(scores.output)[asked.start : asked.stop])
+        logs = np.concatenate(found).astype(np.float64)
+        if np.isnan(logs).any():
+            raise EngineFaultError(NAN_LOGITS)
+        return logs
 
     # --- hooks of DeviceBackend -------------------------------------------------------------------------
 

@@ -80,6 +80,7 @@ CAPABILITIES = Capabilities(
     longest_default=8192,
     lora=True,
     drafts=True,
+    log_probabilities=True,
     max_batch=16,  # MAX_SEQUENCES of cuda/kernels/launch_configs.py
     plans_others=True,
     planned_kv_cache_types=("fp8",),

@@ -44,6 +44,12 @@ def route(scores: np.ndarray, count: int, norm_shares: bool) -> tuple[np.ndarray
     return picked, shares / shares.sum(axis=-1, keepdims=True) if norm_shares else shares
 
 
+def log_probability(logits: np.ndarray, row: int) -> float:
+    """Return the natural logarithm of the probability of ``row`` under the softmax of logits [rows]; -inf for -1."""
+    peak = logits.max()
+    return -np.inf if row < 0 else float(logits[row] - peak - np.log(np.exp(logits - peak).sum()))
+
+
 def lora_expand(sums: np.ndarray, b: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """Return what a LoRA adapter adds to a matrix's output [n, rows].
 
