@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import to_tiles
-from engine_core.backends.cuda.layout import CudaSpec, packed_shapes, round_rows, weight_arrays
+from engine_core.backends.cuda.layout import PREFILL_CHUNK, CudaSpec, packed_shapes, round_rows, weight_arrays
 from engine_core.cuda.bandwidth import read_bandwidth
 from engine_core.cuda.driver import Device, DeviceArray
 from engine_core.cuda.kernels.linear_packed import FLOAT_LAYOUTS
@@ -93,11 +93,12 @@ def model_of(shape: Shape) -> ModelSpec:
 def make_spec(
     shape: Shape,
     max_context: int,
-    chunk: int,
+    chunk: int = 0,
     weights: str = "fp16",
     kv_cache_type: str = "fp16",
     max_batch: int = 1,
 ) -> CudaSpec:
+    """Return the spec of an engine; ``chunk``: 0 = what the backend chooses on the GPU."""
     return CudaSpec(
         model=model_of(shape),
         kv_int8=kv_cache_type == "int8",
@@ -105,15 +106,17 @@ def make_spec(
         head_rows=shape.vocab,
         dtype="fp16",
         weight_format=weight_format(weights),
-        chunk=round_rows(chunk),
+        chunk=round_rows(min(chunk or PREFILL_CHUNK, max_context)),
         pool_tokens=0,
         max_batch=max_batch,
+        chooses_chunk=not chunk,
     )
 
 
 def open_backend(spec: CudaSpec) -> CudaBackend:
     """Return a backend of random weights."""
     device, head_dim = Device(), spec.attention.head_dim
+    spec = spec.on(device)
     angles = np.arange(spec.max_context)[:, None] * 500000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
     rope = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
     return CudaBackend(device, spec, RandomWeights(device, spec), rope)
@@ -196,7 +199,7 @@ def median_of(runs: list[tuple[float, float]]) -> tuple[float, float]:
 
 def bench_ours(name: str, weights: str, kv_cache_type: str, contexts: list[int], bandwidth: float) -> list[dict]:
     shape = SHAPES[name]
-    spec = make_spec(shape, max(contexts) + GENERATED + 2, 512, weights, kv_cache_type)
+    spec = make_spec(shape, max(contexts) + GENERATED + 2, weights=weights, kv_cache_type=kv_cache_type)
     start = time.perf_counter()
     backend = open_backend(spec)
     load = time.perf_counter() - start
@@ -238,7 +241,7 @@ def bench_transformers(name: str, contexts: list[int], bandwidth: float) -> list
         model = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(torch.float32)
     step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    spec = make_spec(shape, max(contexts) + GENERATED + 2, 512)
+    spec = make_spec(shape, max(contexts) + GENERATED + 2)
     rows = []
     for context in contexts:
         runs = []

@@ -151,8 +151,9 @@ class DeviceModel(Generic[Layer]):
     def _work_of(self, problem: Problem[Any], host_tokens: int) -> list[Work]:
         """Return the launches that a step queues for ``problem``, of a few layers."""
         if isinstance(problem, PrefillAttentionProblem):
-            self._place_chunk(problem.rows)
-            return [partial(self._attend(i), rows=problem.rows) for i in self._tuned_layers()]
+            rows = min(problem.rows, self.spec.chunk)
+            self._place_chunk(rows)
+            return [partial(self._attend(i), rows=rows) for i in self._tuned_layers()]
         launches = self.decode_launches(host_tokens, len(self._tuned_layers()))
         return [launch for launch in launches if isinstance(launch, Launch) and launch.problem == problem]
 
@@ -279,8 +280,10 @@ class DeviceModel(Generic[Layer]):
         """Return ``layer`` for a sequence with a LoRA adapter; only a model with adapters needs it."""
         raise NotImplementedError
 
-    def prefill_chunk(self, rows: int, *, adapted: bool = False, keep: bool = True) -> None:
-        """Queues the forward pass of the chunk in ``prompt``, which has at most ``rows`` tokens.
+    def prefill_chunk(
+        self, rows: int, *, adapted: bool = False, keep: bool = True, num_layers: int | None = None
+    ) -> None:
+        """Queues the forward pass of the chunk in ``prompt``, which has at most ``rows`` tokens, or its first layers.
 
         Nothing else of the chunk is in the launches, so that a graph can hold them. Leaves the last token's state in
         the first row of ``hidden``, where the head reads it. Rows that are no tokens are computed, too, and never read.
@@ -290,7 +293,7 @@ class DeviceModel(Generic[Layer]):
         self._begin_chunk(rows)
         self._embed.set_grid(rows)
         self._embed(self._stream)
-        for layer in self._adapted_layers if adapted else self._layers:
+        for layer in (self._adapted_layers if adapted else self._layers)[:num_layers]:
             self._run_layer(layer, rows)
         for launch in self._keep if keep else ():
             launch(self._stream)

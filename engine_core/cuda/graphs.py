@@ -33,13 +33,22 @@ class GraphRunner:
         self._launches: dict[GraphKey, tuple[Callable[[Stream], None], ...]] = {}
         self._graphs: dict[GraphKey, Graph] = {}
 
-    def add(self, key: GraphKey, launches: Sequence[Callable[[Stream], None]], capture: bool = True) -> None:
+    def add(
+        self,
+        key: GraphKey,
+        launches: Sequence[Callable[[Stream], None]],
+        capture: bool = True,
+        trial: Sequence[Callable[[Stream], None]] | None = None,
+    ) -> None:
         """Notes the launches of ``key``, runs them once (modules load, errors show) and captures them.
 
-        Without ``capture`` they are always queued one by one. Raises DeviceError.
+        Without ``capture`` they are always queued one by one, and ``trial`` may be run here in their place. Raises
+        DeviceError.
         """
+        assert trial is None or not capture, "a graph is captured of what has run"
         self._launches[key] = tuple(launches)
-        self._run_eagerly(key)
+        for launch in launches if trial is None else trial:
+            launch(self._stream)
         self._stream.wait()
         if self._enabled and capture:
             self._graphs[key] = Graph(self._stream, lambda: self._run_eagerly(key))

@@ -218,14 +218,15 @@ class CudaBackend(DeviceBackend):
             self._graphs.add(self._decode_key(size, adapted), step(size, adapted))
         self._model.prepare_prefill()
 
-        def prefill(_stream: Stream, rows: int, adapted: bool) -> None:
-            model.prefill_chunk(rows, adapted=adapted)
+        def prefill(_stream: Stream, rows: int, adapted: bool, num_layers: int | None = None) -> None:
+            model.prefill_chunk(rows, adapted=adapted, num_layers=num_layers)
 
         for adapted, rows in itertools.product(kinds, prefill_rows(self._spec.chunk)):
             self._upload_chunk(0, 0, np.zeros(min(rows, self.max_context), dtype=np.int32), 0)
-            capture = self._model.captures_prefill and rows <= MAX_GRAPH_ROWS
-            launches = [partial(prefill, rows=rows, adapted=adapted)]
-            self._graphs.add(self._prefill_key(rows, adapted), launches, capture)
+            launch, is_short = partial(prefill, rows=rows, adapted=adapted), rows <= MAX_GRAPH_ROWS
+            trial = None if is_short else [partial(launch, num_layers=1)]  # all layers have the same GEMMs
+            capture = self._model.captures_prefill and is_short
+            self._graphs.add(self._prefill_key(rows, adapted), [launch], capture, trial)
 
         if self._drafts is not None and isinstance(model, RowsModel):
             place = lambda size, position: self._upload_chunk(0, 0, np.zeros(size, dtype=np.int32), position)  # noqa: E731

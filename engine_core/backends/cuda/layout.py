@@ -33,6 +33,9 @@ from engine_core.models.spec import ModelSpec
 
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
 PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
+# The same of one sequence on a GPU of at least so many SMs, which takes no longer for them: weights are dequantized
+# once a step, and a GEMM of more rows leaves fewer SMs idle.
+LARGE_CHUNK, LARGE_CHUNK_SMS = 2048, 48
 # Modules, graphs and cuBLAS's own code, as measured (test/gpu/test_memory_plan.py); the context itself is taken before
 # the plan is made.
 RUNTIME_BYTES = 76 << 20
@@ -85,6 +88,7 @@ class CudaSpec:
     pool_on_host: bool = False  # the KV pool is in pinned memory, unless the GPU's memory is the host's: see ``on``
     adapters: tuple[LoraAdapter, ...] = ()  # by their numbers on the device
     drafts: bool = False  # whether there are steps that check drafts
+    chooses_chunk: bool = False  # whether ``chunk`` is this backend's choice, by the GPU: see ``with_sms``
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -243,13 +247,24 @@ class CudaSpec:
             pool_on_host=config.session_memory > 0,
             adapters=adapters,
             drafts=able.drafts and config.speculation == "on" and max_context > DRAFT_SIZES[-1],
+            chooses_chunk=not config.prefill_chunk,
         )
         token_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in _pool_shapes(spec, 1).values())
         return dataclasses.replace(spec, pool_tokens=pool_tokens(config, max_context, token_bytes))
 
     def on(self, device: Device) -> CudaSpec:
         """Return the same as it runs on ``device``."""
-        return dataclasses.replace(self, pool_on_host=self.pool_on_host and not device.is_integrated)
+        chosen = self.with_sms(device.num_sms)
+        return dataclasses.replace(chosen, pool_on_host=self.pool_on_host and not device.is_integrated)
+
+    def with_sms(self, num_sms: int) -> CudaSpec:
+        """Return the same with the chunk for a GPU of ``num_sms`` SMs, where no parameter says another one.
+
+        Several sequences keep short chunks, for which the others wait. Experts gain nothing by long ones.
+        """
+        if not self.chooses_chunk or num_sms < LARGE_CHUNK_SMS or self.max_batch > 1 or self.model.num_experts:
+            return self
+        return dataclasses.replace(self, chunk=round_rows(min(LARGE_CHUNK, self.max_context)))
 
 
 def round_rows(tokens: int) -> int:
@@ -490,6 +505,7 @@ def _weight_format(manifest: Manifest) -> WeightFormat:
 
 def planned_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:
     """Everything ``load`` takes of the GPU's memory, by purpose, where it has so many SMs."""
+    spec = spec.with_sms(num_sms)
     totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, num_sms))
     totals["runtime"] = RUNTIME_BYTES
     return totals

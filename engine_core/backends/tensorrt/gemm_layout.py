@@ -34,7 +34,8 @@ def with_chunk(spec: CudaSpec, manifest: Manifest, config: EngineConfig) -> Cuda
     """Return ``spec`` with the chunk of prefill the plans allow. Raises ConfigurationError or EngineDirectoryError."""
     max_prefill = read_options(manifest, TrtOptions).max_prefill
     check_chunk(config, max_prefill)
-    return dataclasses.replace(spec, chunk=round_rows(min(config.prefill_chunk or max_prefill, spec.max_context)))
+    chunk = round_rows(min(config.prefill_chunk or max_prefill, spec.max_context))
+    return dataclasses.replace(spec, chunk=chunk, chooses_chunk=False)
 
 
 def gemm_work_arrays(spec: CudaSpec, num_sms: int, scratch_bytes: int) -> dict[str, ArraySpec]:

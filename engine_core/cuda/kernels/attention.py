@@ -23,6 +23,8 @@ from engine_core.cuda.kernels.sampling import STATE
 _MAX_GROUP = 16  # query heads of a KV head
 _MAX_BUNDLE = 8  # of a CTA: the columns of a tensor core multiplication in attention_decode.cu
 _SCALE_GROUP = 8  # fp16 scales in 16 bytes
+# Chunks of more rows than this have one launch configuration for every so many, so that tuning ends.
+_LONG_ROWS, _LONG_GRAIN = 512, 256
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class AttentionShape:
         return dataclasses.replace(self.decode_problem, sequences=SPLIT_SEQUENCES)
 
     def prefill_problem(self, rows: int) -> PrefillAttentionProblem:
+        """The problem of a chunk of so many rows. Long ones share one with those of almost the same length."""
+        rows = rows if rows <= _LONG_ROWS else -(-rows // _LONG_GRAIN) * _LONG_GRAIN
         return PrefillAttentionProblem(self.num_heads, self.num_kv_heads, self.head_dim, self.kv_int8, rows)
 
     def validate(self) -> None:
