@@ -6,6 +6,8 @@ from pathlib import Path
 
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.weight_formats import NAMES, weight_format
+from engine_core.formats.weight_formats.base import WeightFormat
+from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.models.reader import read_spec
 from engine_core.models.spec import ModelSpec
 
@@ -45,6 +47,20 @@ def conversion_refusal(quantization: str, found: str) -> str | None:
         f"{quantization} takes the quantized values of a checkpoint in {wanted.kind}, but this one {what}; make one "
         f"with 'edgellm quantize --method {quantization}', or build {wanted.kind}, which rounds to nearest."
     )
+
+
+def group_size_refusal(wanted: WeightFormat, found: str, group_size: int) -> str | None:
+    """Say why a checkpoint that is ``found`` is not built as ``wanted`` in groups of ``group_size``; 0 = not asked."""
+    if not group_size:
+        return None
+    if not isinstance(wanted, IntegerFormat) and not wanted.has_fixed_group:
+        return f"{wanted.name} weights have no groups; leave the group size out."
+    if wanted.has_fixed_group:
+        return f"{wanted.name} has groups of {wanted.group_size}; leave the group size out."
+    # Without a group size of its own (int8) a format is by the row in most checkpoints, which any group size divides.
+    if wanted.group_size and found and weight_format(found).kind == wanted.kind:
+        return f"The checkpoint is in {wanted.kind} groups of its own; leave the group size out."
+    return None
 
 
 def default_quantization(checkpoint_dir: Path) -> str:

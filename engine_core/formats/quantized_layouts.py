@@ -161,6 +161,7 @@ class _Reader:
                 raise CheckpointError(
                     f"{stem}weight_zero_point has {list(zeros.shape)} zero points for {list(scales.shape)} scales."
                 )
+        zeros = _told_apart(zeros, bits)
         order, group_size = self._order(stem + "weight_g_idx", columns, scales.shape[1])
 
         def read(which: Rows) -> QuantizedTensor:
@@ -177,6 +178,7 @@ class _Reader:
         if stem + "weight_zero_point" in self._files:
             found = self._raw(stem + "weight_zero_point").astype(np.int16) + 128
             zeros = np.broadcast_to(found.reshape(-1, scales.shape[1]), scales.shape).astype(np.uint8)
+        zeros = _told_apart(zeros, 8)
         order, group_size = self._order(stem + "weight_g_idx", values.shape[1], scales.shape[1])
 
         def read(which: Rows) -> QuantizedTensor:
@@ -259,7 +261,7 @@ class _Reader:
 
         zeros = None
         if self._config.get("zero_point", True):
-            zeros = np.ascontiguousarray(unpack(self._raw(stem + "qzeros")).T)
+            zeros = _told_apart(np.ascontiguousarray(unpack(self._raw(stem + "qzeros")).T), 4)
         order, group_size = self._order("", columns, scales.shape[1])
 
         def read(which: Rows) -> QuantizedTensor:
@@ -280,8 +282,7 @@ class _Reader:
         zeros = np.ascontiguousarray(unpack_int32(self._raw(stem + "qzeros"), bits, rows).T)
         if self._config.get("checkpoint_format", "gptq") == "gptq":
             zeros = zeros + np.uint8(1) & np.uint8((1 << bits) - 1)
-        if (zeros == 1 << (bits - 1)).all():
-            zeros = None
+        zeros = _told_apart(zeros, bits)
         order, group_size = self._order(stem + "g_idx", columns, scales.shape[1])
 
         def read(which: Rows) -> QuantizedTensor:
@@ -333,6 +334,11 @@ class _Reader:
         if not np.array_equal(np.bincount(indices, minlength=groups), np.full(groups, group_size)):
             raise CheckpointError(f"{name} does not give each of {groups} groups {group_size} columns.")
         return np.argsort(indices, kind="stable"), group_size
+
+
+def _told_apart(zeros: np.ndarray | None, bits: int) -> np.ndarray | None:
+    """Return None in the place of zeros that are all what they are without any."""
+    return None if zeros is None or (zeros == 1 << (bits - 1)).all() else zeros
 
 
 def _integers(

@@ -12,8 +12,9 @@ import math
 import numpy as np
 
 from engine_core.cuda.kernels import CHUNK_WORDS, linear, lora, reference
-from engine_core.cuda.kernels.linear_packed import LAYOUTS
+from engine_core.cuda.kernels.linear_packed import LAYOUTS, layout_of
 from engine_core.cuda.kernels.sampling import STATE
+from engine_core.formats.weight_formats import weight_format
 
 F16, F32, F64 = np.float16, np.float32, np.float64
 
@@ -78,6 +79,10 @@ def _matrix(defines: dict, address: int) -> np.ndarray:
     kinds = {(4, 0): "int4", (8, 0): "int8", (8, 1): "fp8", (4, 1): "nvfp4"}
     if defines.get("BITS", 16) == 16:
         return array_at(address, shape, F16).astype(F64)
+    if "GROUP_SIZE" in defines:
+        integers = weight_format(kinds[defines["BITS"], 0]).in_groups(defines["GROUP_SIZE"], bool(defines["ZEROS"]))
+        tiles = array_at(address, layout_of(integers).tiles_shape(*shape), np.uint8)
+        return reference.packed_weight(tiles, integers, shape, "fp16")
     kind = "fp8_blocks" if defines.get("GROUP_SCALES") else kinds[defines["BITS"], defines.get("FLOATS", 0)]
     return reference.packed_weight(array_at(address, LAYOUTS[kind].tiles_shape(*shape), np.uint8), kind, shape, "fp16")
 

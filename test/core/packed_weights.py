@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine_core.cuda.kernels.integer_layout import GROUP_SIZES
 from engine_core.cuda.kernels.linear_packed import LAYOUTS
 from engine_core.formats.number_formats import to_16_bit
 from engine_core.formats.weight_formats import fp8, weight_format
 from engine_core.formats.weight_formats.base import WeightFormat
+from engine_core.formats.weight_formats.integers import IntegerFormat
 
 KINDS = tuple(LAYOUTS)
 
@@ -38,3 +40,31 @@ def random_parts(random: np.random.Generator, kind: str, rows: int, cols: int, d
 def random_tiles(random: np.random.Generator, kind: str, rows: int, cols: int, dtype: str) -> np.ndarray:
     """uint8, as the layout of ``kind`` stores a matrix [rows, cols]."""
     return LAYOUTS[kind].pack(*random_parts(random, kind, rows, cols, dtype))
+
+
+def integer_formats(*kinds: str) -> dict[str, IntegerFormat]:
+    """Name → format of integers in every group that the kernels read, with zero points and without.
+
+    ``kinds``: int4 and int8 unless others are named. The formats of LAYOUTS are left out.
+    """
+    found = {}
+    for kind in kinds or ("int4", "int8"):
+        for group_size in GROUP_SIZES:
+            for asymmetric in (False, True):
+                if asymmetric or group_size != 128:
+                    name = f"{kind}-g{group_size}{'-zeros' if asymmetric else ''}"
+                    made = weight_format(kind).in_groups(group_size, asymmetric)
+                    assert isinstance(made, IntegerFormat)
+                    found[name] = made
+    return found
+
+
+def random_integers(
+    random: np.random.Generator, stored_as: IntegerFormat, rows: int, cols: int, dtype: str
+) -> tuple[np.ndarray, ...]:
+    """Return what ``pack`` of the layout of ``stored_as`` takes: every value, scale and zero point."""
+    groups = -(-cols // stored_as.group_size)
+    values = random.integers(0, stored_as.top + 1, (rows, cols)).astype(np.uint8)
+    scales = random.standard_normal((rows, groups)) * (1.6 / stored_as.zero) * cols**-0.5
+    zeros = random.integers(0, stored_as.top + 1, (rows, groups)).astype(np.uint8)
+    return values, to_16_bit(scales.astype(np.float32), dtype), *([zeros] if stored_as.asymmetric else [])

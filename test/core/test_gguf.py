@@ -16,6 +16,7 @@ import gguf
 import checkpoints
 import gguf_files
 from engine_core import cli
+from engine_core.backends.cuda.build import build_cuda
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.config import EngineConfig
@@ -24,6 +25,7 @@ from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import default_quantization
 from engine_core.formats.manifest import read_manifest
 from engine_core.models.reader import check_tensors, read_spec
+from test_padding import built
 
 SIZES = dict(intermediate_size=256, hidden_size=128, num_attention_heads=4, num_key_value_heads=2)  # whole blocks
 CASES = {
@@ -107,6 +109,11 @@ def test_blocks_of_32_keep_their_own_values(made, tmp_path, kind, weight_format)
     assert set(manifest.options["rounding_errors"]) == {"embedding", "head"}
     if kind == "Q8_0":
         assert max(manifest.options["rounding_errors"].values()) < 1e-6
+    on_gpu = build_cuda(path, tmp_path / "on_gpu", quantization=weight_format, max_context=64)
+    assert on_gpu.group_size == 32 and on_gpu.options["requantized"] == 0  # the head's are kept there, too
+    spec, arrays, _ = built(tmp_path / "on_gpu", on_gpu, EngineConfig(tmp_path / "on_gpu"))
+    assert np.array_equal(arrays["layers.2.down"], checkpoint.read("model.layers.2.mlp.down_proj.weight"))
+    assert np.array_equal(arrays["head"], checkpoint.read(spec.model.head))
 
 
 def kind_of(name: str) -> gguf.GGMLQuantizationType:

@@ -131,6 +131,16 @@ def test_8_bit_gemms_compile(arch):
 
 
 @for_each(BESIDE_BORDERS)
+@pytest.mark.parametrize("group_size, zeros", [(32, 0), (64, 1), (128, 1)])
+def test_gemms_of_integers_in_groups_compile(arch, group_size, zeros):
+    for bf16 in _types(arch, zeros):
+        groups = dict(GROUP_SIZE=group_size, ZEROS=zeros, BF16=bf16, BITS=8 if group_size == 64 else 4)
+        _compile_all(arch, ("gemv_packed", "gemm_packed"), **groups)
+        _compile_all(arch, ("gemv_packed",), **groups, NORM=0, TOKENS=5)
+        _compile_all(arch, ("gemm_packed",), **{**groups, "TOKENS": 8, "EPILOGUE": 1})
+
+
+@for_each(BESIDE_BORDERS)
 @pytest.mark.parametrize("bits, group_scales", [(8, 0), (8, 1), (4, 0)])
 def test_gemms_of_small_floats_compile(arch, bits, group_scales):
     """With the type's own instructions from sm_89 on, without them before."""

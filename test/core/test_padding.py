@@ -79,8 +79,8 @@ def built(engine_dir: Path, manifest, config: EngineConfig) -> tuple[CudaSpec, d
         if array.dtype != "uint8":
             arrays[name] = from_16_bit(stored).astype(np.float64)
             continue
-        kind = resolved.spec.weight_format.kind
-        arrays[name] = reference.packed_weight(stored, kind, packed[name.split(".")[-1]], "fp16")
+        stored_as = resolved.spec.weight_format
+        arrays[name] = reference.packed_weight(stored, stored_as, packed[name.split(".")[-1]], "fp16")
     return resolved.spec, arrays, weights.rope().astype(np.float64)
 
 

@@ -17,6 +17,7 @@ from engine_core.cuda.kernels import reference
 from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.vocab_map import write_vocab_map
+from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.measure.steps import begin, decode, extend, prefill
 from engine_core.request import SamplingParams
 
@@ -240,8 +241,8 @@ def test_logits_with_an_int8_kv_cache(model, engine_dir):
     assert max(map(error, rows, expected[first:-1])) < TOLERANCE * allowed + 1.5 * effect
 
 
-def use_weights_of(engine_dir, model, kind: str) -> None:
-    """Gives the model in transformers what the engine's packed weights, of the format ``kind``, stand for."""
+def use_weights_of(engine_dir, model, kind: str | WeightFormat) -> None:
+    """Gives the model in transformers what the engine's packed weights stand for; ``kind``: see ``packed_weight``."""
     stored = SafetensorsFile(engine_dir / "weights.safetensors")
     config, dtype = model.config, read_manifest(engine_dir).options["dtype"]
 

@@ -18,14 +18,15 @@ from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, pair_rows, w
 from engine_core.backends.cuda.padding import Padding, padded_rope
 from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.config import EngineConfig
-from engine_core.cuda.kernels.int4_layout import GROUP, TILE
-from engine_core.cuda.kernels.linear_packed import LAYOUTS, stored_group
+from engine_core.cuda.kernels.integer_layout import GROUP, GROUP_SIZES, TILE
+from engine_core.cuda.kernels.linear_packed import LAYOUTS, layout_of, stored_group
 from engine_core.errors import BuildError
 from engine_core.formats import companions
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.detect import conversion_refusal, quantization_of
+from engine_core.formats.detect import conversion_refusal, group_size_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.number_formats import QuantizedTensor, ScaledFloat, from_16_bit, to_16_bit
+from engine_core.formats.quantized_layouts import Stored
 from engine_core.formats.rounding_errors import RoundingErrors
 from engine_core.formats.safetensors_file import SafetensorsWriter
 from engine_core.formats.weight_formats import weight_format
@@ -52,15 +53,18 @@ def build_cuda(
     vocab_map: Path | None = None,
     kv_cache_type: str = "auto",
     model_name: str = "",
+    group_size: int = 0,
     progress: Progress = untold,
 ) -> Manifest:
     """Writes the variant ``engine_dir`` from a Hugging Face checkpoint directory.
 
     ``quantization``: fp16 (16-bit weights of either type), int8 or int4 (rounded to nearest, groups of 128, the LM head
     too), int4_awq, which is int4 from a checkpoint in int4, fp8 (a scale for each row) or nvfp4. A checkpoint's own
-    symmetric quantized values of as many bits are kept with their scales, in groups of 128 or a multiple of that, such
-    as a row; so are its own fp8 values with scales of tensors, rows or blocks of 128 columns, and its own nvfp4 values.
-    Others are dequantized first, and the manifest's option ``rounding_errors`` has the loss of each.
+    quantized values of as many bits are kept with their scales and zero points, in groups of 32 columns or a multiple
+    of that, or of a row; all matrices then have the smallest of these groups. So are its own fp8 values with scales of
+    tensors, rows or blocks of 128 columns, and its own nvfp4 values. Others are dequantized first, and the manifest's
+    option ``rounding_errors`` has the loss of each. ``group_size``: columns that share a scale of int8 or int4 where
+    the checkpoint has none; 0 = 128.
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
     ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps; a file of that name in the
     checkpoint is used by itself.
@@ -75,14 +79,21 @@ def build_cuda(
         dtype = "bf16" if stored == "bfloat16" else "fp16"
     if dtype not in ("fp16", "bf16"):
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
-    if (reason := conversion_refusal(quantization, quantization_of(checkpoint, spec))) is not None:
-        raise BuildError(reason)
+    found = quantization_of(checkpoint, spec)
+    for reason in (
+        conversion_refusal(quantization, found),
+        CAPABILITIES.group_refusal(group_size),
+        group_size_refusal(weight_format(quantization), found, group_size),
+    ):
+        if reason is not None:
+            raise BuildError(reason)
     companions.check_companions(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     check_tensors(spec, checkpoint)
-    stored_as = engine_format(checkpoint, spec, weight_format(quantization))
+    stored_as = engine_format(checkpoint, spec, weight_format(quantization), group_size)
+    options = CudaOptions(dtype, zero_points=isinstance(stored_as, IntegerFormat) and stored_as.asymmetric)
     manifest = Manifest(
         model_name=model_name or companions.model_name(checkpoint),
         model=spec,
@@ -97,7 +108,7 @@ def build_cuda(
         use_cuda_graph=True,
         builder=companions.versions(()),
         notes=companions.notes(CAPABILITIES, spec, max_context),
-        options=dataclasses.asdict(CudaOptions(dtype)),
+        options=dataclasses.asdict(options),
     )
     with write_variant(Path(engine_dir)) as directory:
         companions.copy_companions(checkpoint, directory)
@@ -108,7 +119,7 @@ def build_cuda(
         if errors:
             sentence = errors.sentence(checkpoint.path.name, quantization)
             _log.warning("%s The cuda backend holds %s only; %s.", sentence, _held(stored_as), _otherwise(stored_as))
-            options = CudaOptions(dtype, len(errors), errors.relative())
+            options = dataclasses.replace(options, requantized=len(errors), rounding_errors=errors.relative())
             manifest = dataclasses.replace(
                 manifest, notes=(*manifest.notes, sentence), options=dataclasses.asdict(options)
             )
@@ -162,32 +173,55 @@ def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator
         yield "mlp_out_norm", norm(layer.post_mlp_norm)
 
 
-def engine_format(checkpoint: Checkpoint, spec: ModelSpec, wanted: WeightFormat) -> WeightFormat:
-    """Return how an engine holds weights in ``wanted``: in fp8 with scales of groups if the checkpoint has such."""
+def engine_format(checkpoint: Checkpoint, spec: ModelSpec, wanted: WeightFormat, group_size: int = 0) -> WeightFormat:
+    """Return how an engine holds weights in ``wanted``.
+
+    In fp8 with scales of groups if the checkpoint has such. Integers are in the smallest of the checkpoint's groups
+    that are kept, with zero points if any of them has, or in groups of ``group_size``; 0 = 128.
+    """
     linears = (each for layer in spec.layers for each in (layer.qkv, layer.output, layer.gate_up, layer.down))
     stored = [checkpoint.stored(part) for linear in linears for part in linear.parts]
     own = [each for each in stored if each is not None and each.format.kind == wanted.kind]
+    if isinstance(wanted, IntegerFormat):
+        kept = [(size, each.has_zeros) for each in own if (size := _kept_group(each, wanted))]
+        size = min((size for size, _ in kept), default=group_size or stored_group(wanted))
+        return wanted.in_groups(size, any(has_zeros for _, has_zeros in kept))
     has_groups = any(each.group_size < each.shape[1] and each.group_size % GROUP == 0 for each in own)
     return wanted.in_groups(GROUP if has_groups else 0)
 
 
+def _kept_group(stored: Stored, wanted: WeightFormat) -> int:
+    """Return the columns that share a scale where the kernels read integers of a checkpoint as they are; 0 = they do
+    not."""
+    if stored.order is not None or not isinstance(wanted, IntegerFormat):
+        return 0
+    if not wanted.keeps(stored.format, stored.group_size):
+        return 0
+    is_row = stored.group_size >= stored.shape[1]
+    return max((size for size in GROUP_SIZES if is_row or stored.group_size % size == 0), default=0)
+
+
 def own_values(
-    checkpoint: Checkpoint, spec: ModelSpec, name: str, wanted: WeightFormat, dtype: str, padding: Padding
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    name: str,
+    wanted: WeightFormat,
+    dtype: str,
+    padding: Padding,
+    kept: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """Return packed tiles with the checkpoint's own quantized values and scales, of the fused tensor ``name``.
 
-    None unless all its parts are of the kind of ``wanted``, with scales of columns that the kernels read, and no
-    columns are added between those of a group. Integers are symmetric, and ``dtype`` holds their scales exactly.
-    Raises BuildError for values that are not finite.
+    ``kept``: the rows of the LM head, None = all. None unless all its parts are of the kind of ``wanted``, with scales
+    of columns that the kernels read, and no columns are added between those of a group. ``dtype`` holds the scales of
+    integers exactly. Raises BuildError for values that are not finite.
     """
-    if not name.startswith("layers."):
-        return None
     kind = name.split(".")[-1]
     rows, columns = padding.rows(kind), padding.columns(kind)
-    assert rows is not None and columns is not None
+    assert columns is not None and (rows is not None or kind == "head")
     if kind == "o" and not columns.is_whole:
         return None
-    parts = _linear_of(spec, name).parts
+    parts = (spec.head,) if kind == "head" else _linear_of(spec, name).parts
     if isinstance(wanted, IntegerFormat):
         own, zero = _own_integers(checkpoint, parts, wanted, dtype), wanted.zero
     else:
@@ -196,31 +230,38 @@ def own_values(
         return None
     if name.endswith(".gate_up"):
         own = [np.concatenate([pair_rows(part) for part in np.split(array, max(1, spec.num_experts))]) for array in own]
+    if kind == "head" and kept is not None:
+        own = [array[kept] for array in own]
     values, *scales = own
-    values = columns.spread(rows.spread(values, 0, zero), 1, zero)
-    return LAYOUTS[wanted.kind].pack(values, *(rows.spread(array, 0) for array in scales))
+    if rows is not None:
+        values, scales = rows.spread(values, 0, zero), [rows.spread(array, 0) for array in scales]
+    return layout_of(wanted).pack(columns.spread(values, 1, zero), *scales)
 
 
 def _own_integers(
     checkpoint: Checkpoint, parts: tuple[str, ...], wanted: IntegerFormat, dtype: str
 ) -> list[np.ndarray] | None:
-    """Return (values, scales of ``dtype`` in groups of 128) of all parts, or None; see ``own_values``."""
+    """Return (values, scales of ``dtype`` in groups of ``wanted``, zeros if it has any) of all parts, or None; see
+    ``own_values``."""
+    group_size = stored_group(wanted)
     for part in parts:
         stored = checkpoint.stored(part)
-        if stored is None or not wanted.keeps(stored.format, stored.group_size):
-            return None
-        if stored.group_size % GROUP and stored.group_size < stored.shape[1]:
+        if stored is None or _kept_group(stored, weight_format(wanted.name)) < group_size:
             return None
     found = []
     for part in parts:
         quantized = checkpoint.quantized(part)
-        if quantized is None or (quantized.zeros is not None and (quantized.zeros != wanted.zero).any()):
-            return None
-        found.append(quantized.regrouped(GROUP))
+        assert quantized is not None
+        found.append(quantized.regrouped(group_size))
     values, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("values", "scales"))
     if not np.array_equal(from_16_bit(to_16_bit(scales, dtype)), scales):
         return None
-    return [values, to_16_bit(scales, dtype)]
+    own = [values, to_16_bit(scales, dtype)]
+    if not wanted.asymmetric:
+        return own
+    middle = np.uint8(wanted.zero)
+    zeros = [np.full_like(part.scales, middle, np.uint8) if part.zeros is None else part.zeros for part in found]
+    return [*own, np.concatenate(zeros)]
 
 
 def _own_floats(checkpoint: Checkpoint, parts: tuple[str, ...], wanted: WeightFormat) -> list[np.ndarray] | None:
@@ -246,7 +287,7 @@ def _own_floats(checkpoint: Checkpoint, parts: tuple[str, ...], wanted: WeightFo
 def _held(wanted: WeightFormat) -> str:
     """Return which values of a checkpoint an engine keeps."""
     if isinstance(wanted, IntegerFormat):
-        return f"symmetric values in groups of {GROUP}"
+        return f"values whose groups of consecutive columns are of {GROUP_SIZES[0]} or a multiple of that, or of a row"
     if wanted.bits == 8:
         return f"values with scales of rows or of {GROUP} columns"
     return f"{wanted.name} values"
@@ -284,10 +325,9 @@ def to_tiles(
     What a row becomes does not depend on the others. Integers have scales of ``dtype``; raises BuildError for a scale
     that fp16 cannot hold. ``on_rounded`` gets blocks of rows before and after it, float32.
     """
-    layout = LAYOUTS[wanted.kind]
+    layout = layout_of(wanted)
     if isinstance(wanted, IntegerFormat):
-        group_size = wanted.group_size if wanted.has_fixed_group else GROUP
-        quantized = wanted.quantize(values, Rounding(group_size, dtype)).regrouped(GROUP)
+        quantized = wanted.quantize(values, Rounding(stored_group(wanted), dtype)).regrouped(layout.group_size)
         if on_rounded is not None:
             _compare(values, quantized, on_rounded)
         return layout.pack(quantized.values, to_16_bit(quantized.scales, dtype))
@@ -342,7 +382,7 @@ def write_weights(
     total, done = sum(array.nbytes for array in arrays.values()), 0
 
     def tiles(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
-        own = own_values(checkpoint, spec, name, wanted, dtype, padding)
+        own = own_values(checkpoint, spec, name, wanted, dtype, padding, kept)
         if own is not None:
             return own
         listener = partial(errors.add, name) if _is_quantized(checkpoint, spec, name) else None

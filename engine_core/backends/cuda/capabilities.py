@@ -35,12 +35,13 @@ TRAITS = (
 
 
 def _is_packed(kind: WeightFormat) -> bool:
-    """Return whether the kernels multiply by packed tiles of the format: integers have a scale for 128 columns."""
-    from engine_core.cuda.kernels.int4_layout import GROUP
+    """Return whether the kernels multiply by packed tiles of the format: integers have a scale for 32 columns or
+    more."""
+    from engine_core.cuda.kernels.integer_layout import GROUP_SIZES
     from engine_core.cuda.kernels.linear_packed import INTEGER_LAYOUTS, LAYOUTS
 
     if kind.kind in INTEGER_LAYOUTS:
-        return not (kind.has_fixed_group and kind.group_size % GROUP)
+        return not (kind.has_fixed_group and kind.group_size % GROUP_SIZES[0])
     return kind.kind in LAYOUTS
 
 
@@ -85,7 +86,7 @@ CAPABILITIES = Capabilities(
     plans_others=True,
     planned_kv_cache_types=("fp8",),
     traits=TRAITS,
-    group_sizes=(128,),
+    group_sizes=(32, 64, 128),  # GROUP_SIZES of cuda/kernels/integer_layout.py
     least_capability=80,  # the kernels copy asynchronously and use the matrix units of Ampere
     cuda_graphs=True,
     declined_options={

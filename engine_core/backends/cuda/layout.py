@@ -18,9 +18,10 @@ from engine_core.backends.kv_pool import pool_tokens
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, Device, aligned
 from engine_core.cuda.kernels.attention import AttentionShape
+from engine_core.cuda.kernels.integer_layout import GROUP_SIZES
 from engine_core.cuda.kernels.launch_configs import MAX_VECTORS, PACKED_ROWS, PackedRowsProblem
 from engine_core.cuda.kernels.linear_batch import batch_scratch
-from engine_core.cuda.kernels.linear_packed import LAYOUTS, packed_scratch, stored_group
+from engine_core.cuda.kernels.linear_packed import INTEGER_LAYOUTS, LAYOUTS, layout_of, packed_scratch, stored_group
 from engine_core.cuda.kernels.lora import MAX_RANK, RANK_GRAIN
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
 from engine_core.errors import ConfigurationError, EngineDirectoryError
@@ -66,6 +67,7 @@ class CudaOptions:
     dtype: str  # fp16 or bf16: of the weights that are not quantized, and of scales
     requantized: int = 0  # quantized matrices that were dequantized and rounded anew
     rounding_errors: dict[str, float] = field(default_factory=dict)  # of each of them, relative
+    zero_points: bool = False  # whether groups of integers have zero points
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp16", "bf16"):
@@ -316,7 +318,7 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
     packed = packed_shapes(spec)
     return {
-        name: ArraySpec("weights", LAYOUTS[spec.weight_format.kind].tiles_shape(*shape), "uint8")
+        name: ArraySpec("weights", layout_of(spec.weight_format).tiles_shape(*shape), "uint8")
         if name.split(".")[-1] in packed
         else ArraySpec("weights", shape, dtype)
         for name, shape in shapes.items()
@@ -494,8 +496,10 @@ def _weight_format(manifest: Manifest) -> WeightFormat:
     """Raises EngineDirectoryError."""
     known = capabilities_of(manifest.backend).weight_formats
     if manifest.quantization in known:
-        found = weight_format(manifest.quantization).in_groups(manifest.group_size)
-        if manifest.group_size == stored_group(found):
+        has_zeros = read_options(manifest, CudaOptions).zero_points
+        found = weight_format(manifest.quantization).in_groups(manifest.group_size, has_zeros)
+        is_read = found.kind not in INTEGER_LAYOUTS or manifest.group_size in GROUP_SIZES
+        if is_read and manifest.group_size == stored_group(found):
             return found
     raise EngineDirectoryError(
         f"The variant is {manifest.quantization} with groups of {manifest.group_size}, which the {manifest.backend} "

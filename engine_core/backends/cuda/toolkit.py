@@ -29,6 +29,7 @@ def build(request: BuildRequest, report: Callable[[str], None], progress: Progre
         vocab_map=request.vocab_map,
         kv_cache_type=request.kv_cache_type,
         model_name=request.model_name,
+        group_size=request.group_size,
         progress=progress,
     )
 

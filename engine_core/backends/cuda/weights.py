@@ -9,8 +9,8 @@ import numpy as np
 
 from engine_core.backends.cuda.layout import CudaSpec, weight_arrays
 from engine_core.config import EngineConfig
-from engine_core.cuda.kernels.int4_layout import TILE
-from engine_core.cuda.kernels.linear_packed import LAYOUTS
+from engine_core.cuda.kernels.integer_layout import TILE
+from engine_core.cuda.kernels.linear_packed import LAYOUTS, layout_of
 from engine_core.errors import EngineDirectoryError
 from engine_core.formats.manifest import Manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
@@ -86,7 +86,7 @@ def kept_rows(stored: np.ndarray, kept: np.ndarray, weight_format: WeightFormat)
     """
     if weight_format.kind not in LAYOUTS:
         return stored[kept]
-    layout = LAYOUTS[weight_format.kind]
+    layout = layout_of(weight_format)
     cut = np.empty((-(-len(kept) // TILE), *stored.shape[1:]), dtype=np.uint8)
     for start in range(0, len(cut), _BLOCK):
         rows = kept[start * TILE : (start + _BLOCK) * TILE]

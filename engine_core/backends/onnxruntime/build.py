@@ -17,7 +17,7 @@ from engine_core.backends.onnxruntime.weight_writer import own_block_size
 from engine_core.errors import BuildError
 from engine_core.formats import companions
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.detect import conversion_refusal, quantization_of
+from engine_core.formats.detect import conversion_refusal, group_size_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.onnx_graph import write_decoder
 from engine_core.formats.onnx_writer import GraphWriter
@@ -154,13 +154,8 @@ def engine_options(precision: Precision, packing: Packing, *, shares_head: bool,
 
 def _check_group_size(wanted: WeightFormat, found: str, group_size: int) -> None:
     """Raises BuildError for a group size that the format or the checkpoint's own groups do not allow."""
-    if not group_size:
-        return
-    if wanted.has_fixed_group:
-        raise BuildError(f"{wanted.name} has groups of {wanted.group_size}; leave the group size out.")
-    # Without a group size of its own (int8) a format is by the row in most checkpoints, which any group size divides.
-    if wanted.group_size and found and weight_format(found).kind == wanted.kind:
-        raise BuildError(f"The checkpoint is in {wanted.kind} groups of its own; leave the group size out.")
+    if (reason := group_size_refusal(wanted, found, group_size)) is not None:
+        raise BuildError(reason)
 
 
 def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> Precision:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from engine_core.cuda.driver import DeviceArray, Launch
 from engine_core.cuda.kernels import KernelArgumentError, Kernels, check, float_define
-from engine_core.cuda.kernels.int4_layout import TILE
+from engine_core.cuda.kernels.integer_layout import TILE
 from engine_core.cuda.kernels.launch_configs import (
     DEQUANTIZE_WARPS,
     ELEMENTWISE_THREADS,
     GemvConfig,
     GemvProblem,
     PackedGemvConfig,
-    PackedGemvProblem,
     Problem,
 )
 from engine_core.cuda.kernels.linear import GATED, LOGITS
-from engine_core.cuda.kernels.linear_packed import LAYOUTS, PackedWeight
+from engine_core.cuda.kernels.linear_packed import PackedWeight
 
 MAX_PICKED = 32  # experts of a token: a lane keeps each
 
@@ -101,14 +100,13 @@ def gemv_experts(
     }
     num_sms = kernels.gpu.num_sms
     if isinstance(weight, PackedWeight):
-        layout = LAYOUTS[weight.format.kind]
-        tiles, groups, tile_bytes = layout.tiles_shape(rows, cols)[0], weight.sizes[1], weight.sizes[2]
         if rows % TILE:
             raise KernelArgumentError(f"An expert has {rows} rows; the kernel reads a multiple of {TILE}.")
-        problem: Problem = PackedGemvProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, False)
-        config: PackedGemvConfig = kernels.config(problem)
-        shared = max(config.shared(groups, tile_bytes), kernels.gpu.shared_budget)
-        defines |= {**weight.format.kernel_defines, "DEQUANTIZE_WARPS": DEQUANTIZE_WARPS}
+        packed = weight.gemv_problem(rows, epilogue)
+        problem: Problem = packed
+        config: PackedGemvConfig = kernels.config(packed)
+        shared = max(packed.shared(config), kernels.gpu.shared_budget)
+        defines |= {**weight.defines, "DEQUANTIZE_WARPS": DEQUANTIZE_WARPS}
         defines |= {"K_WARPS": config.k_warps, "ROW_WARPS": config.row_warps, "DEPTH": config.depth}
         function, array = kernels.function("gemv_packed", "gemv_packed", defines, shared), weight.tiles
         ctas, threads = config.ctas_per_sm, config.threads

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine_core.cuda.kernels.int4_layout import GROUP, TILE
+from engine_core.cuda.kernels.integer_layout import GROUP, TILE
 
 ROW_SCALES = 128  # bytes at the end of a strip for the scales of its rows: 16 float32 values, and as many zeros
 

@@ -20,7 +20,7 @@ from engine_core.cuda.kernels.float_layout import (
     split_strips,
     strips,
 )
-from engine_core.cuda.kernels.int4_layout import GROUP, TILE
+from engine_core.cuda.kernels.integer_layout import GROUP, TILE
 from engine_core.formats.number_formats import ScaledFloat
 
 _VALUES = TILE * GROUP  # bytes of a tile's codes
@@ -59,7 +59,7 @@ class Fp8Layout:
         tiles, groups = num_tiles(*codes.shape)
         codes = padded(codes, tiles * TILE, groups * GROUP)
         scales = padded(scales, tiles * TILE, scales.shape[1])
-        values = int8_layout.pack_values(codes)
+        values = int8_layout.LAYOUT.pack_values(codes)
         return np.concatenate([values, side_by_side(scales)], axis=2) if self.has_groups else strips(values, scales)
 
     def unpack(self, stored: np.ndarray, shape: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +71,7 @@ class Fp8Layout:
             values, scales = stored[..., :_VALUES], apart(stored[..., _VALUES:])
         else:
             values, scales = split_strips(stored, self.TILE_BYTES)
-        codes = int8_layout.unpack_values(values)
+        codes = int8_layout.LAYOUT.unpack_values(values)
         return (codes, scales) if shape is None else (codes[: shape[0], : shape[1]], scales[: shape[0]])
 
 

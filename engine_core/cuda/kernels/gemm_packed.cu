@@ -22,6 +22,8 @@ constexpr int BAND = 2, BANDS = (TILES + BAND - 1) / BAND;     // tiles of a war
 constexpr int SHARE = STAGE / K_WARPS;                         // groups of a stage that a warp has
 constexpr int EIGHTS_OF_TOKENS = TOKENS / 8;
 constexpr int SLOT = BAND * TILE_BYTES;
+constexpr int SUMS = 1 + ZEROS;                                // of a part and token: see sum_offsets
+constexpr bool HAS_SUMS = BITS < 16 && !FLOATS && (ZEROS || BITS == 4 || !BF16);  // else OFFSETS are 0
 #ifndef BIAS
 #define BIAS 0
 #endif
@@ -39,7 +41,7 @@ __device__ __forceinline__ void load_input(uint4* x, const half_t* input, int gr
     for (int token = threadIdx.x / 32 * 2 + odd; token < TOKENS; token += 2 * WARPS) {
         const bool inside = token < tokens;  // else zeros, but copied from somewhere
         const half_t* source = input + (inside ? token * COLS : 0) + 8 * unit;
-        const int eight = BITS == 16 ? unit / 4 : unit % 4, t = BITS == 16 ? unit % 4 : unit / 4;  // see packed.cuh
+        const int eight = IN_ORDER ? unit / 4 : unit % 4, t = IN_ORDER ? unit % 4 : unit / 4;  // see packed.cuh
         const u32 target = shared_address(x + token * UNITS + unit_place(odd, eight, t)), bytes = inside ? 16 : 0;
 #pragma unroll
         for (int group = 0; group < STAGE; ++group) {
@@ -54,20 +56,31 @@ __device__ __forceinline__ uint4 read_input(const uint4* x, int group, int n, in
     return x[(group * TOKENS + 8 * n + g) * UNITS + unit_place(g, eight, t)];
 }
 
-// Minus what OFFSETS add to each token's sum over a group: OFFSETS take the place of the rows of a tile.
+// Minus what OFFSETS add to each token's sum over a group or a part of it, [groups][PARTS][SUMS][TOKENS]: OFFSETS take the place of
+// the rows of a tile. With ZEROS the sum of the token's values follows, which ones make.
 __device__ __forceinline__ void sum_offsets(float* offsets, const uint4* x, int groups) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const u32 even = pack2(-OFFSETS[0], -OFFSETS[0]), odd = pack2(-OFFSETS[1], -OFFSETS[1]);
-    for (int i = threadIdx.x / 32; i < groups * EIGHTS_OF_TOKENS; i += WARPS) {
-        const int group = i / EIGHTS_OF_TOKENS, n = i % EIGHTS_OF_TOKENS;
-        float sums[4] = {};
+    for (int i = threadIdx.x / 32; i < groups * PARTS * EIGHTS_OF_TOKENS; i += WARPS) {
+        const int part = i / EIGHTS_OF_TOKENS, n = i % EIGHTS_OF_TOKENS;  // part: of all groups
+        float sums[4] = {}, totals[4] = {};
 #pragma unroll
-        for (int eight = 0; eight < 4; ++eight) {
-            const uint4 v = read_input(x, group, n, eight, g, t);
-            multiply(sums, even, even, odd, odd, v.x, v.y);
-            multiply(sums, even, even, odd, odd, v.z, v.w);
+        for (int eight = 0; eight < PART_EIGHTS; ++eight) {
+            const uint4 v = read_input(x, part / PARTS, n, part % PARTS * PART_EIGHTS + eight, g, t);
+            if (OFFSETS[0] != 0.f) {
+                multiply(sums, even, even, odd, odd, v.x, v.y);
+                multiply(sums, even, even, odd, odd, v.z, v.w);
+            }
+#if ZEROS
+            const u32 ones = pack2(1.f, 1.f);
+            multiply(totals, ones, ones, ones, ones, v.x, v.y);
+            multiply(totals, ones, ones, ones, ones, v.z, v.w);
+#endif
         }
-        if (g == 0) *(float2*)(offsets + group * TOKENS + 8 * n + 2 * t) = make_float2(sums[0], sums[1]);
+        if (g != 0) continue;
+        float* own = offsets + part * SUMS * TOKENS + 8 * n + 2 * t;
+        *(float2*)own = make_float2(sums[0], sums[1]);
+        if (ZEROS) *(float2*)(own + TOKENS) = make_float2(totals[0], totals[1]);
     }
     __syncthreads();
 }
@@ -154,7 +167,7 @@ __device__ __forceinline__ void finish(int first, float (&sums)[BAND][EIGHTS_OF_
 extern "C" __global__ void __launch_bounds__(THREADS)
     gemm_packed(const unsigned char* weights, const half_t* input, void* output, const Chunk* chunk, float* partial, u32* counters,
                 const half_t* bias LORA_PARAMETERS) {
-    extern __shared__ uint4 shared[];  // stages of X, minus the offsets [BUFFERS][STAGE][TOKENS], the rings; afterwards the sums
+    extern __shared__ uint4 shared[];  // stages of X, sum_offsets of each, the rings; afterwards the sums
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
     const int count = load_chunk(chunk).count, first_token = blockIdx.x * TOKENS, tokens = min(count - first_token, TOKENS);
@@ -164,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const bool works = row_warp < bands;
     uint4* x = shared;
     float* offsets = (float*)(x + BUFFERS * STAGE * TOKENS * UNITS);
-    unsigned char* ring = (unsigned char*)(offsets + BUFFERS * STAGE * TOKENS) + warp * DEPTH * SLOT;
+    unsigned char* ring = (unsigned char*)(offsets + BUFFERS * STAGE * PARTS * SUMS * TOKENS) + warp * DEPTH * SLOT;
 
     // CTAs take the stages from another one on, or all would want the same part of X from the same part of the L2 cache.
     const int stages = (groups + STAGE - 1) / STAGE, turn = blockIdx.z % stages;
@@ -251,9 +264,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         __syncthreads();  // this stage is there, the one before is read
         if (BUFFERS > 1 && stage > 0) load_stage(stage - 1 + BUFFERS);  // with the next tiles
         const uint4* stage_x = x + stage % BUFFERS * (STAGE * TOKENS * UNITS);
-        float* stage_offsets = offsets + stage % BUFFERS * (STAGE * TOKENS);
+        float* stage_offsets = offsets + stage % BUFFERS * (STAGE * PARTS * SUMS * TOKENS);
         const int start = stage_start(stage);
-        if (OFFSETS[0] != 0.f) sum_offsets(stage_offsets, stage_x, min(STAGE, groups - start));
+        if (HAS_SUMS) sum_offsets(stage_offsets, stage_x, min(STAGE, groups - start));
         for (int share = 0; share < SHARE; ++share) {
             const int group = share * K_WARPS + k_warp;
             wait_copies<DEPTH - 1>();
@@ -265,18 +278,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             uint4 top[BAND][PIECES], bottom[BAND][PIECES];
             const BlockScales blocks[BAND] = {{slot, lane}, {slot + TILE_BYTES, lane}};
             float group_sums[BAND][EIGHTS_OF_TOKENS][4];
-#pragma unroll
-            for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
-                float2 start = make_float2(0.f, 0.f);
-                if (OFFSETS[0] != 0.f) start = *(const float2*)(stage_offsets + group * TOKENS + 8 * n + 2 * t);
-#pragma unroll
-                for (int b = 0; b < BAND; ++b) {
-                    group_sums[b][n][0] = group_sums[b][n][2] = start.x;
-                    group_sums[b][n][1] = group_sums[b][n][3] = start.y;
-                }
-            }
+            const auto sums_at = [&](int part, int number, int n) {  // of sum_offsets
+                return *(const float2*)(stage_offsets + ((group * PARTS + part) * SUMS + number) * TOKENS + 8 * n + 2 * t);
+            };
 #pragma unroll
             for (int eight = 0; eight < 4; ++eight) {
+                const int part = eight / PART_EIGHTS;
+#pragma unroll
+                for (int n = 0; n < EIGHTS_OF_TOKENS && eight % PART_EIGHTS == 0; ++n) {
+                    float2 start = make_float2(0.f, 0.f);
+                    if (HAS_SUMS) start = sums_at(part, 0, n);
+#pragma unroll
+                    for (int b = 0; b < BAND; ++b) {
+                        group_sums[b][n][0] = group_sums[b][n][2] = start.x;
+                        group_sums[b][n][1] = group_sums[b][n][3] = start.y;
+                    }
+                }
                 u32 u[BAND][4], w[BAND][4];  // of rows g and g + 8
 #pragma unroll
                 for (int b = 0; b < BAND; ++b) {
@@ -296,14 +313,26 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                     for (int b = 0; b < BAND; ++b) multiply(group_sums[b][n], u[b][2], w[b][2], u[b][3], w[b][3], v.z, v.w);
                 }
-            }
+                if (eight % PART_EIGHTS != PART_EIGHTS - 1) continue;
 #pragma unroll
-            for (int b = 0; b < BAND; ++b) {
-                const float2 scale = group_scales(slot + b * TILE_BYTES, g);
+                for (int b = 0; b < BAND; ++b) {
+#if PARTED
+                    const PartScales scales(slot + b * TILE_BYTES, g);
+                    const float2 scale = scales.scale(part);
+#else
+                    const float2 scale = group_scales(slot + b * TILE_BYTES, g);
+#endif
 #pragma unroll
-                for (int n = 0; n < EIGHTS_OF_TOKENS; ++n)
+                    for (int n = 0; n < EIGHTS_OF_TOKENS; ++n) {
+#if ZEROS
+                        const float2 zero = scales.zero(part), total = sums_at(part, 1, n);
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) sums[b][n][j] += (j < 2 ? scale.x : scale.y) * group_sums[b][n][j];
+                        for (int j = 0; j < 4; ++j) group_sums[b][n][j] -= (j < 2 ? zero.x : zero.y) * (j % 2 ? total.y : total.x);
+#endif
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) sums[b][n][j] += (j < 2 ? scale.x : scale.y) * group_sums[b][n][j];
+                    }
+                }
             }
             __syncwarp();
             refill();

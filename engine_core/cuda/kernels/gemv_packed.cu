@@ -42,7 +42,17 @@ struct NormWeights {  // this thread's; nothing without NORM
 };
 
 // Where eight columns of x lie in shared memory.
-__device__ __forceinline__ int input_place(int piece) { return piece / 16 * 16 + piece % 4 * 4 + piece % 16 / 4; }
+__device__ __forceinline__ int input_place(int piece) {
+    return IN_ORDER ? piece : piece / 16 * 16 + piece % 4 * 4 + piece % 16 / 4;
+}
+
+constexpr int PART_UNITS = UNITS / PARTS;  // of the columns that share a scale
+constexpr int SUMS = GROUPS * PARTS * (1 + ZEROS);  // of a vector: what OFFSETS add in each part, and with ZEROS its values' sum
+#if PARTED  // too many for static shared memory
+constexpr int SUM_UNITS = (TOKENS * SUMS + 3) / 4;
+#else
+constexpr int SUM_UNITS = 0;
+#endif
 
 // This thread's part of the rows of A whose sums its CTA makes.
 struct LoraColumns {
@@ -98,12 +108,21 @@ __device__ __forceinline__ float offset_of(uint4 values) {
     return offset;
 }
 
+__device__ __forceinline__ float sum_of(uint4 values) {
+    float v[8], sum = 0.f;
+    unpack8(values, v);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += v[j];
+    return sum;
+}
+
 // Where four lanes meet no bank that those of the next vector meet.
 __device__ __forceinline__ int turned(int place, int token) { return place ^ (token & 1) << 2; }
 
 // x to shared memory in the order the multiplications read it, [TOKENS][GROUPS][4 eights][4 lanes t][8], zeros beyond COLS, and what
-// OFFSETS add to each group's sum, [TOKENS][GROUPS]. As many vectors at once as registers allow, none of whose loads waits for another.
-__device__ __forceinline__ void load_input(uint4* x, float (*offsets)[GROUPS], const void* input, const NormWeights& norm) {
+// OFFSETS add to the sum of each group and part, [TOKENS][SUMS]. As many vectors at once as registers allow, none of whose loads waits
+// for another.
+__device__ __forceinline__ void load_input(uint4* x, float (*offsets)[SUMS], const void* input, const NormWeights& norm) {
     constexpr int MOST = 8 / OWN, AT_ONCE = MOST > TOKENS ? TOKENS : MOST > 1 ? MOST : 1;
 #pragma unroll 1
     for (int first = 0; first < TOKENS; first += AT_ONCE) {
@@ -155,8 +174,12 @@ __device__ __forceinline__ void load_input(uint4* x, float (*offsets)[GROUPS], c
                 const int piece = threadIdx.x + i * THREADS, token = first + n;
                 const bool has_place = token < TOKENS && (OWN * THREADS == PLACES || piece < PLACES);
                 if (has_place) x[token * PLACES + turned(input_place(piece), token)] = packed[n][i];
-                const float offset = group_sum<16>(offset_of(packed[n][i]));  // the 16 pieces of a group
-                if (has_place && piece % 16 == 0) offsets[token][piece / 16] = offset;
+                const float offset = group_sum<PART_UNITS>(offset_of(packed[n][i]));
+                if (has_place && piece % PART_UNITS == 0) offsets[token][piece / PART_UNITS * (1 + ZEROS)] = offset;
+#if ZEROS
+                const float sum = group_sum<PART_UNITS>(sum_of(packed[n][i]));
+                if (has_place && piece % PART_UNITS == 0) offsets[token][piece / PART_UNITS * 2 + 1] = sum;
+#endif
             }
     }
     __syncthreads();
@@ -166,8 +189,13 @@ __device__ __forceinline__ void load_input(uint4* x, float (*offsets)[GROUPS], c
 extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     gemv_packed(const unsigned char* tiles, const void* input, const half_t* norm_weight, const half_t* bias, void* output
                     GEMV_LORA_PARAMETERS EXPERT_PARAMETERS) {
-    extern __shared__ uint4 shared[];  // x [TOKENS][PLACES], then the rings [WARPS][DEPTH][TILE_BYTES / 16]
-    __shared__ float partial[2][TOKENS * K_WARPS][SEGMENT], offsets[TOKENS][GROUPS];
+    extern __shared__ uint4 shared[];  // x [TOKENS][PLACES], SUM_UNITS, then the rings [WARPS][DEPTH][TILE_BYTES / 16]
+#if PARTED
+    __shared__ float partial[2][TOKENS * K_WARPS][SEGMENT];
+    float(*offsets)[SUMS] = (float(*)[SUMS])(shared + TOKENS * PLACES);
+#else
+    __shared__ float partial[2][TOKENS * K_WARPS][SEGMENT], offsets[TOKENS][SUMS];
+#endif
     using Terms = LoraTerms<SEGMENT, THREADS, TILE>;
     __shared__ float lora_terms[Terms::SEGMENTS][Terms::SIZE];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k_warp = warp % K_WARPS, row_warp = warp / K_WARPS;
@@ -178,7 +206,7 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     const int num_tiles = (int)((u64)TILES * (CTA + 1) / CTAS) - first_tile;
     const int first_group = k_warp * WARP_GROUPS;
     uint4* x = shared;
-    uint4* ring = shared + TOKENS * PLACES + warp * DEPTH * (TILE_BYTES / 16);
+    uint4* ring = shared + TOKENS * PLACES + SUM_UNITS + warp * DEPTH * (TILE_BYTES / 16);
 
     // The tiles of this warp: its groups of each of its rows of tiles, one after the other.
     const int own_groups = min(WARP_GROUPS, GROUPS - first_group);
@@ -229,11 +257,22 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
                 uint4 top[PIECES], bottom[PIECES];
 #pragma unroll
                 for (int p = 0; p < PIECES; ++p) top[p] = slot[32 * p + lane], bottom[p] = slot[32 * (PIECES + p) + lane];
+#if PARTED
+                const PartScales scales(slot, lane / 4);
+                const BlockScales blocks(slot, lane);
+                // Of one of this lane's vectors; number 0 is what OFFSETS add, number 1 the values' sum.
+                const auto sum_at = [&](int part, int number, int n) {
+                    const int place = ((first_group + i) * PARTS + part) * (1 + ZEROS) + number;
+                    return offsets[TOKENS == 1 ? 0 : min(lane % 4 * 2 + n, TOKENS - 1)][place];
+                };
+                float offset, next_offset;
+#else
                 const float2 scale = group_scales(slot, lane / 4);
                 const BlockScales blocks(slot, lane);
                 const auto offset_at = [&](int n) { return offsets[min(lane % 4 * 2 + n, TOKENS - 1)][first_group + i]; };
                 const float offset = TOKENS == 1 ? offsets[0][first_group + i] : offset_at(0);
                 const float next_offset = TOKENS == 1 ? offset : offset_at(1);
+#endif
                 float even[4], odd[4];
 #pragma unroll
                 for (int eight = 0; eight < 4; ++eight) {
@@ -242,19 +281,35 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
                     widen(u, top, eight);
                     widen(w, bottom, eight);
                     blocks.apply(u, 0, eight), blocks.apply(w, 1, eight);
-                    if (eight == 0) {
+                    if (eight % PART_EIGHTS == 0) {
+#if PARTED
+                        offset = sum_at(eight / PART_EIGHTS, 0, 0);
+                        next_offset = TOKENS == 1 ? offset : sum_at(eight / PART_EIGHTS, 0, 1);
+#endif
                         multiply_first(even, u[0], w[0], u[1], w[1], v.x, v.y, -offset, -next_offset);
                         multiply_first(odd, u[2], w[2], u[3], w[3], v.z, v.w, 0.f, 0.f);
                     } else {
                         multiply(even, u[0], w[0], u[1], w[1], v.x, v.y);
                         multiply(odd, u[2], w[2], u[3], w[3], v.z, v.w);
                     }
+#if PARTED
+                    if (eight % PART_EIGHTS != PART_EIGHTS - 1) continue;
+                    const float2 scale = scales.scale(eight / PART_EIGHTS), zero = scales.zero(eight / PART_EIGHTS);
+#pragma unroll
+                    for (int j = 0; j < COLUMNS; ++j) {
+                        const float sum = ZEROS ? sum_at(eight / PART_EIGHTS, ZEROS, j) : 0.f;
+                        low[j] += scale.x * (even[j] + odd[j] - zero.x * sum);
+                        high[j] += scale.y * (even[2 + j] + odd[2 + j] - zero.y * sum);
+                    }
+#endif
                 }
+#if !PARTED
 #pragma unroll
                 for (int j = 0; j < COLUMNS; ++j) {
                     low[j] += scale.x * (even[j] + odd[j]);
                     high[j] += scale.y * (even[2 + j] + odd[2 + j]);
                 }
+#endif
                 __syncwarp();
                 load(slot);
                 slot = slot == ring + (DEPTH - 1) * (TILE_BYTES / 16) ? ring : slot + TILE_BYTES / 16;
@@ -285,14 +340,22 @@ extern "C" __global__ void __launch_bounds__(32 * DEQUANTIZE_WARPS) dequantize_p
     const int lane = threadIdx.x % 32;
     const uint4* source = tiles + (tile / GROUPS * STRIP_BYTES + tile % GROUPS * TILE_BYTES) / 16;
     uint4* rows = shared[threadIdx.x / 32];
+#if PARTED
+    const PartScales parts(source, lane / 4);
+#else
     const float2 group = group_scales(source, lane / 4), whole = row_scales((const unsigned char*)tiles, (int)(tile / GROUPS), lane / 4);
+#endif
     const BlockScales blocks(source, lane);
     // Where a row's units lie: eight lanes meet no bank twice.
-    const auto place = [](int row, int unit) { return row * UNITS + (unit ^ (unit / 8 + 2 * (row % 2))); };
+    const auto place = [](int row, int unit) {
+        return row * UNITS + (unit ^ (IN_ORDER ? 4 * (row % 2) : unit / 8 + 2 * (row % 2)));
+    };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = lane / 4 + 8 * half;
+#if !PARTED
         const float scale = half ? group.y * whole.y : group.x * whole.x;
+#endif
         uint4 pieces[PIECES];
 #pragma unroll
         for (int p = 0; p < PIECES; ++p) pieces[p] = source[32 * (PIECES * half + p) + lane];
@@ -305,9 +368,15 @@ extern "C" __global__ void __launch_bounds__(32 * DEQUANTIZE_WARPS) dequantize_p
 #pragma unroll
             for (int pair = 0; pair < 4; ++pair) {
                 const float2 f = unpack2(pairs[pair]);
+#if PARTED
+                const float2 scales = parts.scale(eight / PART_EIGHTS), zeros = parts.zero(eight / PART_EIGHTS);
+                const float scale = half ? scales.y : scales.x, zero = half ? zeros.y : zeros.x;
+                v[2 * pair] = (f.x - OFFSETS[pair] - zero) * scale, v[2 * pair + 1] = (f.y - OFFSETS[pair] - zero) * scale;
+#else
                 v[2 * pair] = (f.x - OFFSETS[pair]) * scale, v[2 * pair + 1] = (f.y - OFFSETS[pair]) * scale;
+#endif
             }
-            rows[place(row, lane % 4 * 4 + eight)] = pack8(v);
+            rows[place(row, IN_ORDER ? 4 * eight + lane % 4 : lane % 4 * 4 + eight)] = pack8(v);
         }
     }
     __syncwarp();

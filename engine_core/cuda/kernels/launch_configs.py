@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-from engine_core.cuda.kernels.int4_layout import GROUP, TILE
+from engine_core.cuda.kernels.integer_layout import GROUP, TILE
 
 # Threads of a CTA of the kernels whose work per thread does not depend on the GPU; passed to them as macros.
 ELEMENTWISE_THREADS = 256
@@ -307,24 +307,31 @@ class PackedGemvConfig:
     def threads(self) -> int:
         return 32 * self.k_warps * self.row_warps
 
-    def shared(self, groups: int, tile_bytes: int, vectors: int = 1) -> int:
-        """Return the bytes of the vectors in 16 bits and the rings."""
-        return vectors * 2 * groups * GROUP + self.k_warps * self.row_warps * self.depth * tile_bytes
+    def shared(self, groups: int, tile_bytes: int, vectors: int = 1, sums: int = 0) -> int:
+        """Return the bytes of the vectors in 16 bits, their ``sums`` for each group in float32, and the rings."""
+        held = vectors * 2 * groups * GROUP + -(-vectors * groups * sums // 4) * 16
+        return held + self.k_warps * self.row_warps * self.depth * tile_bytes
 
-    def for_vectors(self, groups: int, tile_bytes: int, vectors: int, gpu: Gpu) -> tuple[PackedGemvConfig, int]:
+    def for_vectors(
+        self, groups: int, tile_bytes: int, vectors: int, gpu: Gpu, sums: int = 0
+    ) -> tuple[PackedGemvConfig, int]:
         """Return the same division of the sums for several vectors, and the bytes of dynamic shared memory to ask for.
 
         The rings have as many stages as fit. The bytes are more than the GPU has where not even one does.
         """
-        stage, held = dataclasses.replace(self, depth=1).shared(0, tile_bytes), vectors * 2 * groups * GROUP
+        stage = dataclasses.replace(self, depth=1).shared(0, tile_bytes)
+        held = dataclasses.replace(self, depth=0).shared(groups, tile_bytes, vectors, sums)
         depth = (gpu.max_shared - _ROWS_STATIC_SHARED - held) // stage
         config = dataclasses.replace(self, depth=max(1, min(self.depth, depth)), ctas_per_sm=1)
-        return config, max(config.shared(groups, tile_bytes, vectors), gpu.alone_shared)
+        return config, max(config.shared(groups, tile_bytes, vectors, sums), gpu.alone_shared)
 
 
 @dataclass(frozen=True)
 class PackedGemvProblem(Problem[PackedGemvConfig]):
-    """A matrix of packed tiles [tiles, groups] times one vector; ``bits`` of a weight, ``tile_bytes`` of a tile."""
+    """A matrix of packed tiles [tiles, groups] times one vector; ``bits`` of a weight, ``tile_bytes`` of a tile.
+
+    ``sums``: float32 values in dynamic shared memory of a vector for each group.
+    """
 
     tiles: int
     groups: int
@@ -332,6 +339,7 @@ class PackedGemvProblem(Problem[PackedGemvConfig]):
     bits: int
     epilogue: int = 0
     normed: bool = False
+    sums: int = 0
 
     config_type = PackedGemvConfig
     order = 0
@@ -348,7 +356,7 @@ class PackedGemvProblem(Problem[PackedGemvConfig]):
         narrow, row_warps = self.bits == 4, 1
         warps = numbers.packed_gemv_warps_4 if narrow else numbers.packed_gemv_warps_8
         max_depth = numbers.packed_gemv_depth_4 if narrow else numbers.packed_gemv_depth_8
-        ring = numbers.shared_budget(gpu) - 2 * self.groups * GROUP
+        ring = numbers.shared_budget(gpu) - self.shared(PackedGemvConfig(1, 1, depth=0))
         if narrow:
             ctas = gpu.num_sms * numbers.packed_gemv_ctas
             while row_warps * ctas < self.tiles and row_warps < numbers.packed_gemv_row_warps:
@@ -377,7 +385,15 @@ class PackedGemvProblem(Problem[PackedGemvConfig]):
         return [config for config in self._rules(gpu, *changes) if self._fits(config, gpu)]
 
     def _fits(self, config: PackedGemvConfig, gpu: Gpu) -> bool:
-        return config.shared(self.groups, self.tile_bytes) <= gpu.max_shared - _STATIC_SHARED
+        return self.shared(config) <= gpu.max_shared - _STATIC_SHARED
+
+    def shared(self, config: PackedGemvConfig) -> int:
+        """Return the bytes of dynamic shared memory that ``config`` needs."""
+        return config.shared(self.groups, self.tile_bytes, sums=self.sums)
+
+    def for_vectors(self, config: PackedGemvConfig, vectors: int, gpu: Gpu) -> tuple[PackedGemvConfig, int]:
+        """See ``PackedGemvConfig.for_vectors``."""
+        return config.for_vectors(self.groups, self.tile_bytes, vectors, gpu, self.sums)
 
 
 # --- GEMM of packed tiles ---------------------------------------------------------------------------------
@@ -402,12 +418,13 @@ class PackedGemmConfig:
         """CTAs along the rows."""
         return -(-tiles // (_GEMM_BAND * self.row_warps))
 
-    def shared(self, tile_bytes: int, tokens: int = GEMM_TOKENS) -> int:
-        """Return the bytes of the stages of X, their offsets and the rings, or of the sums that come after them."""
+    def shared(self, tile_bytes: int, tokens: int = GEMM_TOKENS, sums: int = 1) -> int:
+        """Return the bytes of the stages of X with ``sums`` float32 values for each group of columns, and the rings, or
+        of the sums that come after them."""
         warps = self.row_warps * self.k_warps
-        stages = self.buffers * self.stage * tokens * (GROUP * 2 + 4)
-        sums = warps * _GEMM_BAND * TILE * tokens * 4 if self.k_warps > 1 else 0
-        return max(stages + warps * self.depth * _GEMM_BAND * tile_bytes, sums)
+        stages = self.buffers * self.stage * tokens * (GROUP * 2 + 4 * sums)
+        of_warps = warps * _GEMM_BAND * TILE * tokens * 4 if self.k_warps > 1 else 0
+        return max(stages + warps * self.depth * _GEMM_BAND * tile_bytes, of_warps)
 
 
 def gemm_splits(tiles: int, groups: int, num_sms: int, numbers: Numbers = FALLBACK) -> int:
@@ -438,7 +455,10 @@ _GEMM_CHANGES: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class PackedGemmProblem(Problem[PackedGemmConfig]):
-    """A matrix of tiles [tiles, groups], packed or of 16 bits, times a few tokens, ``tokens`` of them in a CTA."""
+    """A matrix of tiles [tiles, groups], packed or of 16 bits, times a few tokens, ``tokens`` of them in a CTA.
+
+    ``sums``: float32 values in shared memory of a token for each group.
+    """
 
     tiles: int
     groups: int
@@ -446,6 +466,7 @@ class PackedGemmProblem(Problem[PackedGemmConfig]):
     bits: int
     epilogue: int = 0
     tokens: int = GEMM_TOKENS
+    sums: int = 1
 
     config_type = PackedGemmConfig
     order = 2
@@ -466,7 +487,7 @@ class PackedGemmProblem(Problem[PackedGemmConfig]):
             stage = min(numbers.gemm_stage, 1 << (own_groups - 1).bit_length())
             while stage >= max(k_warps, min(2, own_groups)):
                 config = PackedGemmConfig(row_warps, k_warps, splits, stage, 1 if own_groups <= stage else 2)
-                if config.shared(self.tile_bytes, self.tokens) <= gpu.max_shared - _GEMM_STATIC_SHARED:
+                if config.shared(self.tile_bytes, self.tokens, self.sums) <= gpu.max_shared - _GEMM_STATIC_SHARED:
                     return config
                 stage //= 2
             if k_warps > 1:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from engine_core.cuda.driver import DeviceArray, Launch
 from engine_core.cuda.kernels import CHUNK_WORDS, KernelArgumentError, Kernels, check
-from engine_core.cuda.kernels.int4_layout import GROUP, TILE
+from engine_core.cuda.kernels.integer_layout import GROUP, TILE
 from engine_core.cuda.kernels.launch_configs import BATCH_TOKENS, MAX_SEQUENCES, PackedGemmConfig, PackedGemmProblem
 from engine_core.cuda.kernels.linear import GATED, check_output, logits_defines
 from engine_core.cuda.kernels.linear_packed import PackedWeight, packed_scratch
@@ -39,7 +39,7 @@ def gemm_problem(weight: DeviceArray | PackedWeight, epilogue: int) -> PackedGem
     tokens = MAX_SEQUENCES
     if isinstance(weight, PackedWeight):
         tiles, groups, tile_bytes = weight.sizes
-        return PackedGemmProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, tokens)
+        return PackedGemmProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, tokens, weight.sums)
     rows, cols = weight.shape
     return PackedGemmProblem(-(-rows // TILE), -(-cols // GROUP), _TILE_BYTES, 16, epilogue, tokens)
 
@@ -73,7 +73,7 @@ def gemm_batch(
     if not 1 <= sequences <= MAX_SEQUENCES:
         raise KernelArgumentError(f"{sequences} sequences; a decode step has 1 to {MAX_SEQUENCES}.")
     if isinstance(weight, PackedWeight):
-        array, rows, cols, sizes = weight.tiles, weight.rows, weight.cols, weight.format.kernel_defines
+        array, rows, cols, sizes = weight.tiles, weight.rows, weight.cols, weight.defines
     else:
         array, (rows, cols), sizes = weight, weight.shape, {"BITS": 16}
         check("weight", weight, (rows, cols), kernels.dtype)
@@ -91,7 +91,7 @@ def gemm_batch(
     if lora is not None:
         lora.check(kernels, rows, cols, sequences)
     config = config or kernels.config(problem)
-    shared = config.shared(problem.tile_bytes, tokens)
+    shared = config.shared(problem.tile_bytes, tokens, problem.sums)
     if config.splits * config.ctas(problem.tiles) <= kernels.gpu.num_sms:
         shared = max(shared, kernels.gpu.alone_shared)
     if config.splits > 1 and partial.shape[0] < config.splits * problem.tiles * TILE * tokens:

@@ -22,7 +22,7 @@ from engine_core.cuda.kernels import (
     int8_layout,
     nvfp4_layout,
 )
-from engine_core.cuda.kernels.int4_layout import GROUP, TILE
+from engine_core.cuda.kernels.integer_layout import GROUP, TILE, IntegerLayout
 from engine_core.cuda.kernels.launch_configs import (
     DEQUANTIZE_WARPS,
     FALLBACK,
@@ -37,9 +37,11 @@ from engine_core.cuda.kernels.launch_configs import (
 from engine_core.cuda.kernels.linear import LOGITS, check_output, logits_defines
 from engine_core.cuda.kernels.lora import LoraTerm
 from engine_core.formats.weight_formats.base import WeightFormat
+from engine_core.formats.weight_formats.integers import IntegerFormat
 
-# Kind of a weight format → how the kernels store a matrix of it. The kernels read no others.
-INTEGER_LAYOUTS = {"int4": int4_layout, "int8": int8_layout}
+# Kind of a weight format → how the kernels store a matrix of it. The kernels read no others. Integers in smaller groups
+# or with zero points have layouts of their own: see ``layout_of``.
+INTEGER_LAYOUTS = {"int4": int4_layout.LAYOUT, "int8": int8_layout.LAYOUT}
 FLOAT_LAYOUTS = {"fp8": fp8_layout.ROWS, "fp8_blocks": fp8_layout.GROUPS, "nvfp4": nvfp4_layout}
 LAYOUTS: dict[str, Any] = {**INTEGER_LAYOUTS, **FLOAT_LAYOUTS}
 
@@ -49,6 +51,13 @@ def stored_group(weight_format: WeightFormat) -> int:
     if weight_format.kind not in LAYOUTS or weight_format.has_fixed_group:
         return weight_format.group_size
     return GROUP
+
+
+def layout_of(weight_format: WeightFormat) -> Any:
+    """Return how the kernels store a matrix of a format whose kind is in LAYOUTS."""
+    if not isinstance(weight_format, IntegerFormat):
+        return LAYOUTS[weight_format.kind]
+    return IntegerLayout(weight_format.bits, min(GROUP, stored_group(weight_format)), weight_format.asymmetric)
 
 
 @dataclass(frozen=True)
@@ -64,17 +73,39 @@ class PackedWeight:
         """Raises KernelArgumentError."""
         if self.cols % 8:
             raise KernelArgumentError(f"A packed weight has {self.cols} columns; the kernels read a multiple of 8.")
-        shape = LAYOUTS[self.format.kind].tiles_shape(self.rows, self.cols)
-        check("tiles", self.tiles, shape, "uint8")
+        check("tiles", self.tiles, layout_of(self.format).tiles_shape(self.rows, self.cols), "uint8")
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Return the tiles along the rows, those along the columns, and the bytes of one."""
-        return -(-self.rows // TILE), -(-self.cols // GROUP), LAYOUTS[self.format.kind].TILE_BYTES
+        return -(-self.rows // TILE), -(-self.cols // GROUP), layout_of(self.format).TILE_BYTES
+
+    @property
+    def sums(self) -> int:
+        """Float32 values that gemm_packed.cu keeps of a token for a tile's columns; see ``IntegerLayout``."""
+        layout = layout_of(self.format)
+        return layout.sums if isinstance(layout, IntegerLayout) else 1
+
+    @property
+    def vector_sums(self) -> int:
+        """The same of gemv_packed.cu, beside one that it always has room for."""
+        return self.sums if self.sums > 1 else 0
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Macros that specialise the kernels for the tiles."""
+        layout = layout_of(self.format)
+        return {**self.format.kernel_defines, **(layout.defines if isinstance(layout, IntegerLayout) else {})}
+
+    def gemv_problem(self, rows: int, epilogue: int = 0, normed: bool = False) -> PackedGemvProblem:
+        """Return what ``gemv_packed.cu`` computes with ``rows`` of it."""
+        _, groups, tile_bytes = self.sizes
+        bits, sums = self.format.bits, self.vector_sums
+        return PackedGemvProblem(-(-rows // TILE), groups, tile_bytes, bits, epilogue, normed, sums)
 
 
 def _defines(weight: PackedWeight, k_warps: int, row_warps: int, depth: int) -> dict[str, int | str]:
-    sizes = {"ROWS": weight.rows, "COLS": weight.cols, **weight.format.kernel_defines}
+    sizes = {"ROWS": weight.rows, "COLS": weight.cols, **weight.defines}
     return {**sizes, "K_WARPS": k_warps, "ROW_WARPS": row_warps, "DEPTH": depth}
 
 
@@ -114,12 +145,11 @@ def gemv_packed(
         check("bias", bias, (rows,), kernels.dtype)
     if lora is not None:
         lora.check(kernels, rows, cols, 1)
-    tiles, groups, tile_bytes = weight.sizes
-    problem = PackedGemvProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue, norm_weight is not None)
+    problem = weight.gemv_problem(rows, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
-    shared = max(config.shared(groups, tile_bytes), kernels.gpu.shared_budget)
+    shared = max(problem.shared(config), kernels.gpu.shared_budget)
     if count > 1:
-        config, shared = config.for_vectors(groups, tile_bytes, count, kernels.gpu)
+        config, shared = problem.for_vectors(config, count, kernels.gpu)
     if shared > kernels.gpu.max_shared:
         raise KernelArgumentError(
             f"{count} rows of {cols} values do not fit the shared memory of {kernels.gpu.name}: see vectors_fit."
@@ -145,9 +175,9 @@ def gemv_packed(
 
 def vectors_fit(kernels: Kernels, weight: PackedWeight, vectors: int) -> bool:
     """Return whether so many vectors fit in shared memory for ``gemv_packed``, beside two stages of the weights."""
-    tiles, groups, tile_bytes = weight.sizes
-    rule = PackedGemvProblem(tiles, groups, tile_bytes, weight.format.bits).rule(kernels.gpu, FALLBACK)
-    return vectors <= MAX_VECTORS and rule.for_vectors(groups, tile_bytes, vectors, kernels.gpu)[0].depth > 1
+    problem = weight.gemv_problem(weight.rows)
+    rule = problem.rule(kernels.gpu, FALLBACK)
+    return vectors <= MAX_VECTORS and problem.for_vectors(rule, vectors, kernels.gpu)[0].depth > 1
 
 
 def packed_scratch(
@@ -197,9 +227,10 @@ class PackedGemm:
         check("partial", partial, partial.shape, "fp32")
         check("counters", counters, counters.shape, "uint32")
         check("chunk", chunk, (CHUNK_WORDS,), "int32")
-        self.problem = PackedGemmProblem(tiles, groups, tile_bytes, weight.format.bits, epilogue)
+        bits, sums = weight.format.bits, weight.sums
+        self.problem = PackedGemmProblem(tiles, groups, tile_bytes, bits, epilogue, sums=sums)
         config = config or kernels.config(self.problem)
-        shared = config.shared(tile_bytes)
+        shared = config.shared(tile_bytes, sums=sums)
         defines = {
             **_defines(weight, config.k_warps, config.row_warps, config.depth),
             "SPLITS": config.splits,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine_core.cuda.kernels.float_layout import ROW_SCALES, num_tiles, padded, split_strips, strips
-from engine_core.cuda.kernels.int4_layout import GROUP, TILE
+from engine_core.cuda.kernels.integer_layout import GROUP, TILE
 from engine_core.formats.number_formats import ScaledFloat
 
 BLOCK = 16  # columns that share an E4M3 scale

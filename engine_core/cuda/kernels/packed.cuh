@@ -3,10 +3,13 @@
 // A packed tile has 16 rows and 128 columns, a group: 1024 or 2048 bytes of values, then its scales. One tile is the A operand of eight
 // m16n8k16 multiplications: lane 4 g + t holds columns 32 t … 32 t + 31 of rows g and g + 8. The order of the columns is free as long as
 // B has the same. Tiles at the edges are filled up: columns beyond COLS meet zeros in B, rows beyond ROWS are not written.
+// With GROUP_SIZE 32 or 64 a tile's columns are PARTS with a scale each. Lane 4 g + t then holds columns 32 e + 8 t on as its eight
+// number e, so that two multiplications have 32 consecutive columns.
 //
 // W is [ROWS / 16] strips of [COLS / 128] tiles, both rounded up. FLOATS says what the values are and what scales they have:
-//   0, 4 or 8 bits   integers, (value - 8) * scale or (value - 128) * scale; a 16-bit scale for each row of a tile, those of rows g and
-//                    g + 8 side by side (int4_layout.py, int8_layout.py)
+//   0, 4 or 8 bits   integers, (value - 8) * scale or (value - 128) * scale; a 16-bit scale for each row and part of a tile, [g][PARTS],
+//                    those of rows g and g + 8 side by side. ZEROS: (value - zero) * scale, with zeros of a byte in the same order
+//                    after the scales (integer_layout.py)
 //   1, 8 bits        E4M3. GROUP_SCALES 1: a float32 scale for each row of a tile, side by side as above; 0: one for each row of W
 //                    (fp8_layout.py)
 //   1, 4 bits        E2M1. An E4M3 scale for every 16 columns, four to a lane, and a float32 scale for each row of W (nvfp4_layout.py)
@@ -23,12 +26,21 @@
 #ifndef GROUP_SCALES
 #define GROUP_SCALES 0
 #endif
+#ifndef GROUP_SIZE
+#define GROUP_SIZE 128  // columns that share a scale of integers
+#endif
+#ifndef ZEROS
+#define ZEROS 0
+#endif
+#define PARTED (GROUP_SIZE < 128 || ZEROS)  // a tile has more than a scale for each row
 
 constexpr int TILE = 16, GROUP = 128;
 constexpr int UNITS = GROUP / 8;  // of 8 columns
+constexpr int PARTS = GROUP / GROUP_SIZE, PART_EIGHTS = 4 / PARTS;  // of a lane's four eights
+constexpr bool IN_ORDER = BITS == 16 || PARTS > 1;                  // of the two orders of columns above
 constexpr int PIECES = BITS / 4;  // uint4 a lane has of one row of a tile; of row g + 8 as many follow
 constexpr int SCALES = 2 * PIECES * 32;  // the first uint4 of the scales
-constexpr int SCALE_UNITS = BITS == 16 ? 0 : !FLOATS ? 2 : BITS == 4 ? 8 : GROUP_SCALES ? 4 : 0;  // uint4 of a tile's scales
+constexpr int SCALE_UNITS = BITS == 16 ? 0 : !FLOATS ? (2 + ZEROS) * PARTS : BITS == 4 ? 8 : GROUP_SCALES ? 4 : 0;  // uint4 of a tile's scales
 constexpr int TILE_BYTES = (SCALES + SCALE_UNITS) * 16;
 constexpr bool HAS_ROW_SCALES = FLOATS && (BITS == 4 || !GROUP_SCALES);
 constexpr int STRIP_END = HAS_ROW_SCALES ? 128 : 0;
@@ -36,6 +48,8 @@ constexpr int GROUPS = (COLS + GROUP - 1) / GROUP, TILES = (ROWS + TILE - 1) / T
 constexpr u64 STRIP_BYTES = (u64)GROUPS * TILE_BYTES + STRIP_END;
 static_assert(BITS == 4 || BITS == 8 || BITS == 16, "4, 8 or 16 bits");
 static_assert(COLS % 8 == 0, "unsupported shape");  // input is read in 16 bytes
+static_assert(PARTS == 1 || PARTS == 2 || PARTS == 4, "groups of 32, 64 or 128");
+static_assert(GROUP_SIZE * PARTS == GROUP && (!FLOATS || (PARTS == 1 && !ZEROS)), "unsupported");
 
 __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {  // exactly, two 16-bit values at a time
     u32 product;
@@ -187,6 +201,44 @@ __device__ __forceinline__ float2 group_scales(const void* tile, int g) {
     return unpack2(((const u32*)scales)[g]);
 #endif
 }
+
+#if PARTED
+// The same for each part of the columns, and with ZEROS what stands for 0 in each, less what does without them.
+struct PartScales {
+    u32 pairs[4], zeros[2];  // of PARTS: two scales, and two bytes
+
+    __device__ __forceinline__ PartScales(const void* tile, int g) {
+        const u32* scales = (const u32*)((const uint4*)tile + SCALES) + g * PARTS;
+        if (PARTS == 4) {
+            const uint4 v = *(const uint4*)scales;
+            pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
+        } else if (PARTS == 2) {
+            const uint2 v = *(const uint2*)scales;
+            pairs[0] = v.x, pairs[1] = v.y;
+        } else {
+            pairs[0] = scales[0];
+        }
+        if (!ZEROS) return;
+        const unsigned char* bytes = (const unsigned char*)((const uint4*)tile + SCALES + 2 * PARTS) + g * 2 * PARTS;
+        if (PARTS == 4) {
+            const uint2 v = *(const uint2*)bytes;
+            zeros[0] = v.x, zeros[1] = v.y;
+        } else {
+            zeros[0] = PARTS == 2 ? *(const u32*)bytes : *(const u16*)bytes;
+        }
+    }
+
+    __device__ __forceinline__ float2 scale(int part) const { return unpack2(pairs[part]); }
+
+    __device__ __forceinline__ float2 zero(int part) const {
+        if (!ZEROS) return make_float2(0.f, 0.f);
+        constexpr float MIDDLE = 8388608.f + (1 << (BITS - 1));  // 2^23, in whose lowest byte a zero is put
+        const u32 both = zeros[part / 2] >> 16 * (part % 2);
+        return make_float2(__uint_as_float(__byte_perm(both, 0x4b000000u, 0x7650)) - MIDDLE,
+                           __uint_as_float(__byte_perm(both, 0x4b000000u, 0x7651)) - MIDDLE);
+    }
+};
+#endif
 
 // The scales of rows g and g + 8 of W in the strip of ``tile``, for all of their columns. weights: the first strip.
 __device__ __forceinline__ float2 row_scales(const unsigned char* weights, int tile, int g) {

@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from engine_core.cuda.kernels import nvfp4_layout
-from engine_core.cuda.kernels.int4_layout import GROUP
-from engine_core.cuda.kernels.linear_packed import FLOAT_LAYOUTS, LAYOUTS
+from engine_core.cuda.kernels.integer_layout import GROUP, IntegerLayout
+from engine_core.cuda.kernels.linear_packed import LAYOUTS, layout_of
 from engine_core.formats.number_formats import E2M1, E4M3, from_16_bit
-from engine_core.formats.weight_formats import weight_format
+from engine_core.formats.weight_formats.base import WeightFormat
 
 
 def rms_norm(rows: np.ndarray, weight: np.ndarray, eps: float, size: int = 0) -> np.ndarray:
@@ -113,25 +113,30 @@ def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(scales[..., None] == 0, 0, np.clip(np.rint(vectors / steps), -127, 127)), scales
 
 
-def dequantize(values: np.ndarray, scales: np.ndarray, group: int, zero: int) -> np.ndarray:
+def dequantize(values: np.ndarray, scales: np.ndarray, group: int, zero: int | np.ndarray) -> np.ndarray:
     """Return weights [rows, cols] of values [rows, cols] (whole numbers) and scales [rows, groups].
 
-    A group is ``group`` columns, the last one what is left.
+    A group is ``group`` columns, the last one what is left. ``zero``: the value of 0, or [rows, groups] of them.
     """
-    return (values.astype(np.float64) - zero) * np.repeat(scales, group, axis=1)[:, : values.shape[1]]
+    cols = values.shape[1]
+    if isinstance(zero, np.ndarray):
+        zero = np.repeat(zero.astype(np.float64), group, axis=1)[:, :cols]
+    return (values.astype(np.float64) - zero) * np.repeat(scales, group, axis=1)[:, :cols]
 
 
-def packed_weight(tiles: np.ndarray, kind: str, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """Return the weights [rows, cols] that packed ``tiles`` of a kind in ``linear_packed.LAYOUTS`` stand for.
+def packed_weight(tiles: np.ndarray, kind: str | WeightFormat, shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """Return the weights [rows, cols] that packed ``tiles`` stand for.
 
-    ``dtype``: fp16 or bf16, of the scales of integers.
+    ``kind``: in ``linear_packed.LAYOUTS``, or the format, which also says the groups of integers. ``dtype``: fp16 or
+    bf16, of the scales of integers.
     """
-    found, *scales = LAYOUTS[kind].unpack(tiles, shape)
-    if kind == "nvfp4":
+    layout = LAYOUTS[kind] if isinstance(kind, str) else layout_of(kind)
+    found, *scales = layout.unpack(tiles, shape)
+    if isinstance(layout, IntegerLayout):
+        wide = from_16_bit(scales[0] if dtype == "bf16" else scales[0].view(np.float16)).astype(np.float64)
+        return dequantize(found, wide, layout.group_size, scales[1] if layout.has_zeros else 1 << (layout.bits - 1))
+    if layout is nvfp4_layout:
         blocks, of_rows = (E4M3[scales[0]].astype(np.float64), scales[1].astype(np.float64))
         return E2M1[found].astype(np.float64) * np.repeat(blocks, nvfp4_layout.BLOCK, axis=1)[:, : shape[1]] * of_rows
-    if kind in FLOAT_LAYOUTS:
-        groups = np.repeat(scales[0].astype(np.float64), shape[1] if scales[0].shape[1] == 1 else GROUP, axis=1)
-        return E4M3[found].astype(np.float64) * groups[:, : shape[1]]
-    wide = from_16_bit(scales[0] if dtype == "bf16" else scales[0].view(np.float16))
-    return dequantize(found, wide.astype(np.float64), GROUP, 1 << (weight_format(kind).bits - 1))
+    groups = np.repeat(scales[0].astype(np.float64), shape[1] if scales[0].shape[1] == 1 else GROUP, axis=1)
+    return E4M3[found].astype(np.float64) * groups[:, : shape[1]]

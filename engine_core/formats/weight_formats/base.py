@@ -69,8 +69,11 @@ class WeightFormat(ABC):
         """Macros that specialise the packed kernels (cuda/kernels/packed.cuh) for the format."""
         return {"BITS": self.bits}
 
-    def in_groups(self, group_size: int) -> WeightFormat:
-        """Return the format of an engine whose manifest says ``group_size``, where that changes how weights lie."""
+    def in_groups(self, group_size: int, asymmetric: bool = False) -> WeightFormat:
+        """Return the format of an engine whose manifest says ``group_size``, where that changes how weights lie.
+
+        ``asymmetric``: whether its groups have zero points.
+        """
         return self
 
     # --- values ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ class IntegerFormat(QuantizedFormat[QuantizedTensor]):
     scale_bytes: int = 2
     layout: str = "pack-quantized"
     has_zero_points: bool = False  # whether 'edgellm quantize' writes it asymmetric, too
+    asymmetric: bool = False  # whether an engine's groups have zero points
     lowest: int = 0  # the least value that rounding gives where it is symmetric
 
     @property
@@ -45,6 +47,11 @@ class IntegerFormat(QuantizedFormat[QuantizedTensor]):
     def top(self) -> int:
         """The highest quantized value."""
         return (1 << self.bits) - 1
+
+    def in_groups(self, group_size: int, asymmetric: bool = False) -> IntegerFormat:
+        if group_size in (0, self.group_size) and not asymmetric:
+            return self
+        return dataclasses.replace(self, group_size=group_size, has_fixed_group=True, asymmetric=asymmetric)
 
     def keeps(self, stored: WeightFormat, group_size: int) -> bool:
         """Return True if values ``stored`` in groups of ``group_size`` columns are this format's as they are."""

@@ -1,0 +1,179 @@
+"""Integers in groups of 32, 64 and 128, symmetric and with zero points, on the CUDA backend.
+
+What the kernels read of a tile is computed here as packed.cuh does it, value by value; test/gpu/test_packed_groups.py
+runs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+import quantized_checkpoints
+import small_llama
+from batch_steps import Requests
+from engine_core.backends.cuda.backend import CudaBackend
+from engine_core.backends.cuda.build import build_cuda
+from engine_core.backends.cuda.layout import CudaSpec, pair_rows, weight_arrays
+from engine_core.backends.cuda.weights import kept_rows
+from engine_core.config import EngineConfig
+from engine_core.cuda.kernels import reference
+from engine_core.cuda.kernels.integer_layout import GROUP, TILE, IntegerLayout
+from engine_core.cuda.kernels.linear_packed import layout_of
+from engine_core.errors import EngineDirectoryError
+from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.weight_formats import weight_format
+from engine_core.measure.random_checkpoint import write_random_adapter, write_random_checkpoint
+from engine_core.models.reader import read_spec
+from engine_core.request import SamplingParams
+from packed_weights import integer_formats, random_integers
+from quantized_checkpoints import Scheme
+from test_padding import built
+
+FORMATS = integer_formats()
+LAYOUTS = {name: layout_of(found) for name, found in FORMATS.items()}
+LAYOUTS |= {"int4": IntegerLayout(4), "int8": IntegerLayout(8)}
+
+
+def lanes_weight(tile: np.ndarray, layout: IntegerLayout, lane: int, half: int, eight: int) -> list[int]:
+    """Return the eight values that ``widen`` makes for a lane of row g (``half`` 0) or g + 8."""
+    size = 16 * layout.bits // 4  # bytes that a lane has of a row: PIECES units of 16, 512 bytes apart
+    pieces = [tile[512 * (size // 16 * half + p) + 16 * lane :][:16] for p in range(size // 16)]
+    if layout.bits == 8:
+        return pieces[eight // 2][8 * (eight % 2) :][:8].tolist()
+    (word,) = pieces[0][4 * eight :][:4].view("<u4")
+    return [int(word) >> 4 * (pair + 4 * parity) & 15 for pair in range(4) for parity in range(2)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_lane_finds_the_columns_that_its_part_of_x_has(layout):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 1 << layout.bits, (TILE, GROUP)).astype(np.uint8)
+    scales = rng.integers(0, 1 << 16, (TILE, layout.parts)).astype(np.uint16)
+    zeros = rng.integers(0, 1 << layout.bits, scales.shape).astype(np.uint8)
+    tile = layout.pack(values, scales, zeros if layout.has_zeros else None)[0, 0]
+    assert len(tile) == layout.TILE_BYTES and len(tile) % 16 == 0
+    scales_from = TILE * GROUP * layout.bits // 8
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for half in range(2):
+            for eight in range(4):
+                column = 32 * eight + 8 * t if layout.parts > 1 else 32 * t + 8 * eight
+                part = eight // (4 // layout.parts)
+                assert column // layout.group_size == part, "a multiplication has the columns of one group"
+                found = lanes_weight(tile, layout, lane, half, eight)
+                assert found == values[g + 8 * half, column : column + 8].tolist()
+                place = scales_from + 2 * (2 * (g * layout.parts + part) + half)
+                assert tile[place : place + 2].view("<u2") == scales[g + 8 * half, part]
+                if layout.has_zeros:
+                    place = scales_from + 32 * layout.parts + 2 * (g * layout.parts + part) + half
+                    assert tile[place] == zeros[g + 8 * half, part]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows, cols", [(64, 512), (16, 576), (331, 1000), (1, 8)])
+def test_packing_is_its_own_inverse(name, rows, cols):
+    stored_as, layout = FORMATS[name], LAYOUTS[name]
+    rng = np.random.default_rng(1)
+    parts = random_integers(rng, stored_as, rows, cols, "fp16")
+    tiles = layout.pack(*parts)
+    assert tiles.shape == layout.tiles_shape(rows, cols) and tiles.dtype == np.uint8
+    for before, after in zip(parts, layout.unpack(tiles, (rows, cols)), strict=True):
+        assert np.array_equal(before, after.view(before.dtype))
+    kept = np.sort(rng.choice(rows, -(-rows // 3), replace=False)).astype(np.int32)
+    assert (kept_rows(tiles, kept, stored_as) == layout.pack(*(part[kept] for part in parts))).all()
+    values, scales = parts[0].astype(np.float64), parts[1].astype(np.float64)
+    zeros = parts[2].astype(np.float64) if stored_as.asymmetric else np.full(scales.shape, float(stored_as.zero))
+    column = np.arange(cols) // stored_as.group_size
+    expected = (values - zeros[:, column]) * scales[:, column]
+    assert np.array_equal(reference.packed_weight(tiles, stored_as, (rows, cols), "fp16"), expected)
+
+
+def test_no_zeros_are_those_of_symmetric_values():
+    layout = IntegerLayout(4, 32, True)
+    values, scales = random_integers(np.random.default_rng(2), weight_format("int4").in_groups(32), 16, 128, "fp16")
+    tiles = layout.pack(values, scales)
+    assert (layout.unpack(tiles)[2] == 8).all()
+
+
+@pytest.mark.parametrize("group_size", [16, 48, 256])
+def test_other_groups_have_no_layout(group_size):
+    with pytest.raises(AssertionError):
+        IntegerLayout(4, group_size)
+
+
+# --- engines of checkpoints that others quantized ---------------------------------------------------------
+
+CONFIG = small_llama.CONFIG | dict(intermediate_size=192, dtype="float16")
+SCHEMES = {
+    "awq": Scheme("awq", group_size=64, asymmetric=True),
+    "gptq in groups of 32": Scheme("gptq", group_size=32),
+    "gptq asymmetric by the row": Scheme("gptq", group_size=0, asymmetric=True),
+    "gptq int8": Scheme("gptq", bits=8, group_size=32, asymmetric=True),
+}
+PROMPTS = [np.random.default_rng(i).integers(3, small_llama.VOCAB, 5 + 30 * i).astype(np.int32) for i in range(4)]
+requests = Requests(PROMPTS, [(SamplingParams(seed=i), None) for i in range(4)], 6, ["", "one", "", "one"])
+
+
+@pytest.fixture(scope="module", params=SCHEMES.values(), ids=SCHEMES)
+def made(request, tmp_path_factory):
+    """(the checkpoint, its engine, the manifest, an adapter of all matrices)."""
+    directory, scheme = tmp_path_factory.mktemp("quantized"), request.param
+    plain = write_random_checkpoint(directory / "plain", CONFIG, scale=0.15)
+    checkpoint = quantized_checkpoints.quantize(plain, directory / "checkpoint", scheme)
+    kind = "int8" if scheme.bits == 8 else "int4_awq"
+    manifest = build_cuda(checkpoint, directory / "engine", quantization=kind, max_context=128)
+    modules = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    adapter = write_random_adapter(directory / "one", read_spec(Checkpoint(plain)), *modules)
+    return Checkpoint(checkpoint), directory / "engine", manifest, f"one:{adapter}"
+
+
+def test_an_engine_has_the_weights_that_the_checkpoint_stands_for(made):
+    checkpoint, engine, manifest, _ = made
+    assert manifest.options["requantized"] == 0 and manifest.options["zero_points"] in (True, False)
+    spec, arrays, _ = built(engine, manifest, EngineConfig(engine))
+    for i, layer in enumerate(spec.model.layers):
+        for name, linear in (("qkv", layer.qkv), ("o", layer.output), ("gate_up", layer.gate_up), ("down", layer.down)):
+            expected = np.concatenate([checkpoint.read(part) for part in linear.parts])
+            expected = pair_rows(expected) if name == "gate_up" else expected
+            assert np.array_equal(arrays[f"layers.{i}.{name}"], expected.astype(np.float64)), name
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_sequences_of_a_batch_have_the_tokens_that_they_have_alone(made, driver, adapted):
+    """By GEMVs, and by GEMMs where there are adapters; a prompt of 95 tokens is dequantized for, others are not."""
+    _, engine, manifest, adapter = made
+    own = requests if adapted else dataclasses.replace(requests, adapters=None)
+
+    def load(**options) -> CudaBackend:
+        config = EngineConfig(engine, lora_adapters=(adapter,) if adapted else (), tune_kernels=False, **options)
+        return CudaBackend.load(engine, manifest, config)
+
+    one = load()
+    alone = {index: own.alone(one, index) for index in range(4)}
+    one.close()
+    several = load(max_batch=4)
+    assert own.together(several, {index: index for index in range(4)}) == alone
+    several.close()
+    assert len({tuple(tokens) for tokens in alone.values()}) == 4
+
+
+def test_an_engine_takes_what_its_plan_says(made, driver):
+    _, engine, manifest, _ = made
+    config = EngineConfig(engine, tune_kernels=False)
+    planned = CudaBackend.plan(engine, manifest, config).item("weights")
+    spec = CudaSpec.create(manifest, config)
+    assert planned == sum(array.nbytes for array in weight_arrays(spec).values())
+    held = sum(file.stat().st_size for file in engine.glob("weights.safetensors"))
+    rope = 4 * math.prod(spec.rope_shape)
+    assert abs(held - rope - planned) < 256 * len(weight_arrays(spec))  # what fills arrays up, and the file's header
+
+
+def test_groups_that_the_kernels_do_not_read_are_refused(made):
+    _, engine, manifest, _ = made
+    for size in (16, 48, 256):
+        with pytest.raises(EngineDirectoryError, match=f"groups of {size}"):
+            CudaSpec.create(dataclasses.replace(manifest, group_size=size), EngineConfig(engine))

@@ -1,0 +1,124 @@
+"""Integers in groups of 32, 64 and 128, symmetric and with zero points: the kernels and the cuda backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gpu_bench import epilogue_cases, error, from_bits, to_bits
+
+from engine_core.cuda.driver import DeviceArray
+from engine_core.cuda.kernels import linear, linear_batch, linear_packed, reference
+from engine_core.cuda.kernels.linear_packed import layout_of
+from packed_weights import integer_formats, random_integers
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {"fp16": 1e-3, "bf16": 6e-3, "fp32": 2e-4}  # of outputs rounded to the type; see test_kernels
+EPS = 1e-5
+FORMATS = integer_formats()
+# The last groups are not full; several stages and splits, tiles that warps do not divide.
+SHAPES = [(272, 1000), (1008, 2048), (4096, 4864)]
+
+
+class _Matrix:
+    def __init__(self, bench, name: str, rows: int, cols: int, dtype: str) -> None:
+        stored_as = FORMATS[name]
+        tiles = layout_of(stored_as).pack(*random_integers(bench.random, stored_as, rows, cols, dtype))
+        self.matrix = linear_packed.PackedWeight(bench.put(tiles, "uint8"), stored_as, rows, cols)
+        self.weight = reference.packed_weight(tiles, stored_as, (rows, cols), dtype)
+
+
+def _dtype(name: str, rows: int) -> str:
+    """Return the type of a case: all kinds meet both."""
+    return ("fp16", "bf16")[(list(FORMATS).index(name) + rows // 16) % 2]
+
+
+@pytest.mark.parametrize("rows, cols", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_gemv_of_one_to_eight_vectors_and_dequantize(bench, name, rows, cols):
+    dtype = _dtype(name, rows)
+    kernels, packed = bench.kernels(dtype), _Matrix(bench, name, rows, cols, dtype)
+    matrix, w = packed.matrix, packed.weight
+    vectors, x = bench.normal((8, cols), dtype, 3.0)
+    for count in (1, 3, 8):
+        if not linear_packed.vectors_fit(kernels, matrix, count):
+            assert count * cols * 2 > 60 << 10
+            continue
+        some = DeviceArray(vectors.address, (count, cols), dtype)
+        cases = epilogue_cases(bench, x[:count] @ w.T, dtype)
+        for epilogue in (linear.STORE, linear.SILU) if count == 3 else (linear.RESIDUAL, linear.LOGITS):
+            output, more, expected = cases[epilogue]
+            before, guard = bench.get(output), bench.poisoned((64,), "fp32")
+            linear_packed.gemv_packed(kernels, matrix, some, output, epilogue, **more)(bench.stream)
+            found = bench.get(output)
+            assert error(found, expected) < TOLERANCE[output.dtype], (epilogue, count)
+            assert np.isnan(bench.get(guard)).all()
+            own = bench.put(to_bits(before[count - 1].astype(np.float32), output.dtype), output.dtype)
+            launch = linear_packed.gemv_packed(kernels, matrix, vectors.at(count - 1), own, epilogue, **more)
+            launch(bench.stream)
+            assert (bench.get(own) == found[count - 1]).all(), "a row has the bits that it has alone"
+    weight = bench.poisoned((rows, cols), dtype)
+    linear_packed.dequantize_packed(kernels, matrix, weight)(bench.stream)
+    assert (bench.get(weight) == from_bits(to_bits(w.astype(np.float32), dtype), dtype)).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gemv_with_a_norm(bench, name):
+    rows, cols, dtype = 528, 2568, _dtype(name, 0)
+    packed = _Matrix(bench, name, rows, cols, dtype)
+    vector, x = bench.normal((cols,), "fp32", 3.0)
+    norm_weight, g = bench.normal((cols,), dtype)
+    output = bench.poisoned((rows,), "fp32")
+    norm = {"norm_weight": norm_weight, "norm_eps": EPS}
+    arrays = (packed.matrix, vector, output, linear.LOGITS)
+    linear_packed.gemv_packed(bench.kernels(dtype), *arrays, **norm)(bench.stream)
+    rounded = from_bits(to_bits(reference.rms_norm(x, g, EPS), dtype), dtype)
+    assert error(bench.get(output), packed.weight @ rounded) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows, cols", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_gemm_of_a_batch_and_of_a_prompt(bench, name, rows, cols):
+    dtype = _dtype(name, rows)
+    kernels, packed = bench.kernels(dtype), _Matrix(bench, name, rows, cols, dtype)
+    vectors, x = bench.normal((70, cols), dtype, 3.0)
+    shape, num_sms = [(rows, cols)], bench.device.num_sms
+    for count, epilogue in ((2, linear.LOGITS), (7, linear.SILU), (16, linear.RESIDUAL), (9, linear.STORE)):
+        some = DeviceArray(vectors.address, (count, cols), dtype)
+        output, more, expected = epilogue_cases(bench, x[:count] @ packed.weight.T, dtype)[epilogue]
+        num_sums, num_counters = linear_batch.batch_scratch(shape, count, num_sms)
+        counters = bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
+        scratch = (bench.chunk(0, count), bench.poisoned((num_sums,), "fp32"), counters)
+        linear_batch.gemm_batch(kernels, packed.matrix, some, output, epilogue, *scratch, **more)(bench.stream)
+        assert error(bench.get(output), expected) < TOLERANCE[output.dtype], (epilogue, count)
+    num_sums, num_counters = linear_packed.packed_scratch(shape, 70, num_sms)
+    partial, counters = bench.poisoned((num_sums,), "fp32"), bench.put(np.zeros(num_counters, np.uint32), "uint32")
+    for count in (1, 70):
+        output, chunk = bench.poisoned((70, rows), dtype), bench.chunk(5, count)
+        arrays = (packed.matrix, vectors, output, linear.STORE, chunk, partial, counters)
+        linear_packed.PackedGemm(kernels, *arrays)(bench.stream, count)
+        found = bench.get(output)
+        assert error(found[:count], x[:count] @ packed.weight.T) < TOLERANCE[dtype]
+        assert np.isnan(found[count:]).all()
+    assert (bench.get(counters) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g128-zeros", "int8-g32-zeros"])
+def test_every_candidate(bench, name):
+    """Launch configurations of GPUs that are measured; a long matrix, of which the sums take the most room."""
+    rows, cols = 528, 4864
+    kernels, packed = bench.kernels("fp16"), _Matrix(bench, name, rows, cols, "fp16")
+    vectors, x = bench.normal((12, cols), "fp16")
+    vector, sums = DeviceArray(vectors.address, (cols,), "fp16"), x @ packed.weight.T
+    for config in packed.matrix.gemv_problem(rows, linear.LOGITS).candidates(kernels.gpu):
+        output = bench.poisoned((rows,), "fp32")
+        linear_packed.gemv_packed(kernels, packed.matrix, vector, output, linear.LOGITS, config=config)(bench.stream)
+        assert error(bench.get(output), sums[0]) < TOLERANCE["fp32"], config
+    num_sums, num_counters = linear_batch.batch_scratch([(rows, cols)], 12, bench.device.num_sms)
+    counters = bench.put(np.zeros(num_counters, dtype=np.uint32), "uint32")
+    scratch = (bench.chunk(0, 12), bench.poisoned((num_sums,), "fp32"), counters)
+    for config in linear_batch.gemm_problem(packed.matrix, linear.LOGITS).candidates(kernels.gpu):
+        output = bench.poisoned((12, rows), "fp32")
+        arrays = (packed.matrix, vectors, output, linear.LOGITS)
+        linear_batch.gemm_batch(kernels, *arrays, *scratch, config=config)(bench.stream)
+        assert error(bench.get(output), sums) < TOLERANCE["fp32"], config
