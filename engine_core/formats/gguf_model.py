@@ -112,7 +112,7 @@ class GgufModel:
                 quantized = values ^ np.uint8(0x80)
             return QuantizedTensor(quantized.reshape(len(found), columns), scales, None, kept.bits, _GROUP)
 
-        return Stored(kept, (rows, columns), _GROUP, False, read)
+        return Stored(kept, (rows, columns), _GROUP, False, read, scale_type="F16")
 
 
 class _Source:

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine_core.errors import BuildError
 
-FP8_MAX, FP4_MAX = np.float32(448), np.float32(6)
+FP16_MAX, FP8_MAX, FP4_MAX = np.float32(65504), np.float32(448), np.float32(6)
 
 
 def _minifloats(exponent_bits: int, mantissa_bits: int) -> np.ndarray:

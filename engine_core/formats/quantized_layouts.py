@@ -44,6 +44,7 @@ class Stored:
     read: Callable[[Rows], QuantizedTensor | ScaledFloat]
     # int64 [columns]: columns in the order in which groups are consecutive (GPTQ's desc_act); None: as they are.
     order: np.ndarray | None = None
+    scale_type: str = ""  # of the scales of integers, as safetensors spells it
 
     def dequantize(self, rows: Rows = slice(None)) -> np.ndarray:
         """Return float32 [n, columns]."""
@@ -168,7 +169,9 @@ class _Reader:
             values = unpack_int32(packed[which], bits, columns)
             return _integers(values, scales, zeros, bits, group_size, which, order)
 
-        return Stored(weight_format(f"int{bits}"), (rows, columns), group_size, zeros is not None, read, order)
+        scale_type = self._type(stem + "weight_scale")
+        kept = weight_format(f"int{bits}")
+        return Stored(kept, (rows, columns), group_size, zeros is not None, read, order, scale_type)
 
     def _int8(self, stem: str) -> Stored:
         """int-quantized: signed bytes."""
@@ -184,7 +187,8 @@ class _Reader:
         def read(which: Rows) -> QuantizedTensor:
             return _integers(values[which].view(np.uint8) ^ 0x80, scales, zeros, 8, group_size, which, order)
 
-        return Stored(weight_format("int8"), values.shape, group_size, zeros is not None, read, order)
+        scale_type = self._type(stem + "weight_scale")
+        return Stored(weight_format("int8"), values.shape, group_size, zeros is not None, read, order, scale_type)
 
     def _fp8(self, stem: str) -> Stored:
         """float-quantized, and fp8 with ``weight_scale_inv``, which is multiplied by, too: per tensor, row or block."""
@@ -269,7 +273,8 @@ class _Reader:
             values = unpack(words[:, first // 8 : -(-last // 8)]).T[inside]
             return _integers(np.ascontiguousarray(values), scales, zeros, 4, group_size, which, None)
 
-        return Stored(weight_format("int4"), (rows, columns), group_size, zeros is not None, read, order)
+        scale_type = self._type(stem + "scales")
+        return Stored(weight_format("int4"), (rows, columns), group_size, zeros is not None, read, order, scale_type)
 
     def _gptq(self, stem: str) -> Stored:
         """qweight [in / 8, out], qzeros [groups, out / 8], scales [groups, out], g_idx [in]."""
@@ -289,7 +294,8 @@ class _Reader:
             values = unpack_int32(np.ascontiguousarray(words[:, which].T), bits, columns)
             return _integers(values, scales, zeros, bits, group_size, which, order)
 
-        return Stored(weight_format(f"int{bits}"), (rows, columns), group_size, zeros is not None, read, order)
+        kept, scale_type = weight_format(f"int{bits}"), self._type(stem + "scales")
+        return Stored(kept, (rows, columns), group_size, zeros is not None, read, order, scale_type)
 
     # --- parts ----------------------------------------------------------------------------------------
 
@@ -300,6 +306,9 @@ class _Reader:
         if name not in self._files:
             raise CheckpointError(f"The quantized checkpoint lacks the tensor {name!r}; fetch it again.")
         return self._files[name].raw(name)
+
+    def _type(self, name: str) -> str:
+        return self._files[name].dtype(name)
 
     def _float(self, name: str) -> np.ndarray:
         self._raw(name)

@@ -67,4 +67,5 @@ def random_integers(
     values = random.integers(0, stored_as.top + 1, (rows, cols)).astype(np.uint8)
     scales = random.standard_normal((rows, groups)) * (1.6 / stored_as.zero) * cols**-0.5
     zeros = random.integers(0, stored_as.top + 1, (rows, groups)).astype(np.uint8)
-    return values, to_16_bit(scales.astype(np.float32), dtype), *([zeros] if stored_as.asymmetric else [])
+    stored_scales = to_16_bit(scales.astype(np.float32), stored_as.scale_type(dtype))
+    return (values, stored_scales, zeros) if stored_as.asymmetric else (values, stored_scales)

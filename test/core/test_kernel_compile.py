@@ -138,6 +138,8 @@ def test_gemms_of_integers_in_groups_compile(arch, group_size, zeros):
         _compile_all(arch, ("gemv_packed", "gemm_packed"), **groups)
         _compile_all(arch, ("gemv_packed",), **groups, NORM=0, TOKENS=5)
         _compile_all(arch, ("gemm_packed",), **{**groups, "TOKENS": 8, "EPILOGUE": 1})
+        if bf16:
+            _compile_all(arch, ("gemv_packed", "gemm_packed"), **groups, HALF_SCALES=1)
 
 
 @for_each(BESIDE_BORDERS)

@@ -11,15 +11,16 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import checkpoints
+import quantized_checkpoints
 from engine_core import cli
 from engine_core.backends.cuda.build import build_cuda
-from engine_core.backends.cuda.layout import CudaSpec, weight_arrays
+from engine_core.backends.cuda.layout import CudaSpec, packed_shapes, weight_arrays
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import aligned
 from engine_core.cuda.kernels import int4_layout
 from engine_core.cuda.kernels.integer_layout import IntegerLayout
 from engine_core.cuda.kernels.linear_packed import layout_of
-from engine_core.cuda.kernels.reference import dequantize
+from engine_core.cuda.kernels.reference import dequantize, packed_weight
 from engine_core.errors import BuildError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.manifest import read_manifest
@@ -28,6 +29,7 @@ from engine_core.formats.weight_formats import weight_format
 from engine_core.formats.weight_formats.base import Rounding
 from engine_core.models.reader import read_spec
 from engine_core.quantize import quantize_checkpoint
+from quantized_checkpoints import Scheme
 
 SIZES = dict(vocab_size=320, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
 
@@ -131,11 +133,24 @@ def test_groups_that_are_asked_for_are_refused_where_there_are_own_ones_or_none(
         build_cuda(original, tmp_path / "engine", quantization="int4", group_size=16)
 
 
-def test_scales_that_the_engines_type_does_not_hold_are_rounded_anew_and_told(original, tmp_path, caplog):
-    if Checkpoint(original).config["dtype"] == "bfloat16":
-        pytest.skip("fp16 holds these scales")
-    quantize_checkpoint(original, tmp_path / "out", method="int4")
-    build_cuda(tmp_path / "out", tmp_path / "engine", quantization="int4_awq", dtype="bf16")
+@pytest.mark.parametrize("scheme", [Scheme("gptq"), Scheme("awq", group_size=32, asymmetric=True)])
+def test_fp16_scales_are_kept_beside_weights_in_bf16(original, tmp_path, scheme):
+    """GPTQ and AutoAWQ store them so, whatever the type of the model."""
+    checkpoint = Checkpoint(quantized_checkpoints.quantize(original, tmp_path / "out", scheme))
+    manifest = build_cuda(tmp_path / "out", tmp_path / "engine", quantization="int4", dtype="bf16")
+    assert manifest.options["half_scales"] and not manifest.options["requantized"]
+    spec = CudaSpec.create(manifest, EngineConfig(tmp_path / "engine"))
+    for name, part in (("o", "self_attn.o_proj"), ("down", "mlp.down_proj")):
+        tiles = SafetensorsFile(tmp_path / "engine" / "weights.safetensors").raw(f"layers.1.{name}")
+        shape = packed_shapes(spec)[name]
+        found = packed_weight(tiles, spec.weight_format, shape, "bf16")
+        np.testing.assert_array_equal(found, checkpoint.read(f"model.layers.1.{part}.weight"))
+    assert not build_cuda(tmp_path / "out", tmp_path / "fp16", quantization="int4", dtype="fp16").options["half_scales"]
+
+
+def test_groups_of_other_sizes_are_rounded_anew_and_told(original, tmp_path, caplog):
+    quantized_checkpoints.quantize(original, tmp_path / "out", Scheme("gptq", group_size=16))
+    build_cuda(tmp_path / "out", tmp_path / "engine", quantization="int4_awq")
     manifest = read_manifest(tmp_path / "engine")
     assert manifest.quantization == "int4_awq"
     assert manifest.options["requantized"] == 4 * manifest.model.num_layers

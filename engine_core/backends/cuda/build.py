@@ -25,7 +25,7 @@ from engine_core.formats import companions
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import conversion_refusal, group_size_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
-from engine_core.formats.number_formats import QuantizedTensor, ScaledFloat, from_16_bit, to_16_bit
+from engine_core.formats.number_formats import FP16_MAX, QuantizedTensor, ScaledFloat, from_16_bit, to_16_bit
 from engine_core.formats.quantized_layouts import Stored
 from engine_core.formats.rounding_errors import RoundingErrors
 from engine_core.formats.safetensors_file import SafetensorsWriter
@@ -92,8 +92,10 @@ def build_cuda(
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     check_tensors(spec, checkpoint)
-    stored_as = engine_format(checkpoint, spec, weight_format(quantization), group_size)
-    options = CudaOptions(dtype, zero_points=isinstance(stored_as, IntegerFormat) and stored_as.asymmetric)
+    stored_as = engine_format(checkpoint, spec, weight_format(quantization), dtype, group_size)
+    options = CudaOptions(dtype)
+    if isinstance(stored_as, IntegerFormat):
+        options = CudaOptions(dtype, zero_points=stored_as.asymmetric, half_scales=stored_as.half_scales)
     manifest = Manifest(
         model_name=model_name or companions.model_name(checkpoint),
         model=spec,
@@ -173,19 +175,23 @@ def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator
         yield "mlp_out_norm", norm(layer.post_mlp_norm)
 
 
-def engine_format(checkpoint: Checkpoint, spec: ModelSpec, wanted: WeightFormat, group_size: int = 0) -> WeightFormat:
-    """Return how an engine holds weights in ``wanted``.
+def engine_format(
+    checkpoint: Checkpoint, spec: ModelSpec, wanted: WeightFormat, dtype: str, group_size: int = 0
+) -> WeightFormat:
+    """Return how an engine of type ``dtype`` holds weights in ``wanted``.
 
     In fp8 with scales of groups if the checkpoint has such. Integers are in the smallest of the checkpoint's groups
-    that are kept, with zero points if any of them has, or in groups of ``group_size``; 0 = 128.
+    that are kept, with zero points if any of them has, or in groups of ``group_size``; 0 = 128. Their scales are fp16
+    if any of those that are kept is, as bf16 would round them.
     """
     linears = (each for layer in spec.layers for each in (layer.qkv, layer.output, layer.gate_up, layer.down))
     stored = [checkpoint.stored(part) for linear in linears for part in linear.parts]
     own = [each for each in stored if each is not None and each.format.kind == wanted.kind]
     if isinstance(wanted, IntegerFormat):
-        kept = [(size, each.has_zeros) for each in own if (size := _kept_group(each, wanted))]
-        size = min((size for size, _ in kept), default=group_size or stored_group(wanted))
-        return wanted.in_groups(size, any(has_zeros for _, has_zeros in kept))
+        kept = [each for each in own if _kept_group(each, wanted)]
+        size = min((_kept_group(each, wanted) for each in kept), default=group_size or stored_group(wanted))
+        has_halves = dtype == "bf16" and any(each.scale_type == "F16" for each in kept)
+        return wanted.in_groups(size, any(each.has_zeros for each in kept), has_halves)
     has_groups = any(each.group_size < each.shape[1] and each.group_size % GROUP == 0 for each in own)
     return wanted.in_groups(GROUP if has_groups else 0)
 
@@ -241,9 +247,9 @@ def own_values(
 def _own_integers(
     checkpoint: Checkpoint, parts: tuple[str, ...], wanted: IntegerFormat, dtype: str
 ) -> list[np.ndarray] | None:
-    """Return (values, scales of ``dtype`` in groups of ``wanted``, zeros if it has any) of all parts, or None; see
+    """Return (values, 16-bit scales in groups of ``wanted``, zeros if it has any) of all parts, or None; see
     ``own_values``."""
-    group_size = stored_group(wanted)
+    group_size, scale_type = stored_group(wanted), wanted.scale_type(dtype)
     for part in parts:
         stored = checkpoint.stored(part)
         if stored is None or _kept_group(stored, weight_format(wanted.name)) < group_size:
@@ -254,9 +260,12 @@ def _own_integers(
         assert quantized is not None
         found.append(quantized.regrouped(group_size))
     values, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("values", "scales"))
-    if not np.array_equal(from_16_bit(to_16_bit(scales, dtype)), scales):
+    if scale_type == "fp16" and np.abs(scales).max() > FP16_MAX:
         return None
-    own = [values, to_16_bit(scales, dtype)]
+    stored_scales = to_16_bit(scales, scale_type)
+    if not np.array_equal(from_16_bit(stored_scales), scales):
+        return None
+    own = [values, stored_scales]
     if not wanted.asymmetric:
         return own
     middle = np.uint8(wanted.zero)
@@ -327,10 +336,11 @@ def to_tiles(
     """
     layout = layout_of(wanted)
     if isinstance(wanted, IntegerFormat):
-        quantized = wanted.quantize(values, Rounding(stored_group(wanted), dtype)).regrouped(layout.group_size)
+        scale_type = wanted.scale_type(dtype)
+        quantized = wanted.quantize(values, Rounding(stored_group(wanted), scale_type)).regrouped(layout.group_size)
         if on_rounded is not None:
             _compare(values, quantized, on_rounded)
-        return layout.pack(quantized.values, to_16_bit(quantized.scales, dtype))
+        return layout.pack(quantized.values, to_16_bit(quantized.scales, scale_type))
     assert isinstance(wanted, QuantizedFormat)
     step = max(1, _ROUNDED // (TILE * values.shape[1])) * TILE
     packed = []

@@ -68,6 +68,7 @@ class CudaOptions:
     requantized: int = 0  # quantized matrices that were dequantized and rounded anew
     rounding_errors: dict[str, float] = field(default_factory=dict)  # of each of them, relative
     zero_points: bool = False  # whether groups of integers have zero points
+    half_scales: bool = False  # whether scales of integers are fp16 though ``dtype`` is bf16
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp16", "bf16"):
@@ -496,8 +497,9 @@ def _weight_format(manifest: Manifest) -> WeightFormat:
     """Raises EngineDirectoryError."""
     known = capabilities_of(manifest.backend).weight_formats
     if manifest.quantization in known:
-        has_zeros = read_options(manifest, CudaOptions).zero_points
-        found = weight_format(manifest.quantization).in_groups(manifest.group_size, has_zeros)
+        options = read_options(manifest, CudaOptions)
+        own = (options.zero_points, options.half_scales)
+        found = weight_format(manifest.quantization).in_groups(manifest.group_size, *own)
         is_read = found.kind not in INTEGER_LAYOUTS or manifest.group_size in GROUP_SIZES
         if is_read and manifest.group_size == stored_group(found):
             return found

@@ -72,15 +72,18 @@ __device__ __forceinline__ void wait_for_previous() {
 
 // --- 16-bit values ------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float2 unpack2(u32 v) {
+__device__ __forceinline__ float2 unpack_fp16(u32 v) {
     float2 f;
-#if BF16
-    f.x = __uint_as_float(v << 16);
-    f.y = __uint_as_float(v & 0xffff0000u);
-#else
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(f.x), "=f"(f.y) : "r"(v));
-#endif
     return f;
+}
+
+__device__ __forceinline__ float2 unpack2(u32 v) {
+#if BF16
+    return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+#else
+    return unpack_fp16(v);
+#endif
 }
 
 __device__ __forceinline__ u32 pack2(float low, float high) {

@@ -95,7 +95,9 @@ class PackedWeight:
     def defines(self) -> dict[str, int]:
         """Macros that specialise the kernels for the tiles."""
         layout = layout_of(self.format)
-        return {**self.format.kernel_defines, **(layout.defines if isinstance(layout, IntegerLayout) else {})}
+        defines = {**self.format.kernel_defines, **(layout.defines if isinstance(layout, IntegerLayout) else {})}
+        has_halves = isinstance(self.format, IntegerFormat) and self.format.half_scales
+        return defines | ({"HALF_SCALES": 1} if has_halves else {})
 
     def gemv_problem(self, rows: int, epilogue: int = 0, normed: bool = False) -> PackedGemvProblem:
         """Return what ``gemv_packed.cu`` computes with ``rows`` of it."""

@@ -8,7 +8,7 @@
 //
 // W is [ROWS / 16] strips of [COLS / 128] tiles, both rounded up. FLOATS says what the values are and what scales they have:
 //   0, 4 or 8 bits   integers, (value - 8) * scale or (value - 128) * scale; a 16-bit scale for each row and part of a tile, [g][PARTS],
-//                    those of rows g and g + 8 side by side. ZEROS: (value - zero) * scale, with zeros of a byte in the same order
+//                    those of rows g and g + 8 side by side, of the type of weights or, with HALF_SCALES, fp16. ZEROS: (value - zero) * scale, with zeros of a byte in the same order
 //                    after the scales (integer_layout.py)
 //   1, 8 bits        E4M3. GROUP_SCALES 1: a float32 scale for each row of a tile, side by side as above; 0: one for each row of W
 //                    (fp8_layout.py)
@@ -31,6 +31,9 @@
 #endif
 #ifndef ZEROS
 #define ZEROS 0
+#endif
+#ifndef HALF_SCALES
+#define HALF_SCALES 0  // scales of integers are fp16 though BF16 is 1
 #endif
 #define PARTED (GROUP_SIZE < 128 || ZEROS)  // a tile has more than a scale for each row
 
@@ -190,6 +193,8 @@ __device__ __forceinline__ void widen(u32 (&v)[4], const uint4 (&pieces)[2], int
 #define E4M3_UNIT 1.f  // what the values of ``widen`` are to be multiplied by
 #endif
 
+__device__ __forceinline__ float2 unpack_scales(u32 v) { return HALF_SCALES ? unpack_fp16(v) : unpack2(v); }
+
 // The scales of rows g and g + 8 of a tile, for all of its columns.
 __device__ __forceinline__ float2 group_scales(const void* tile, int g) {
     const uint4* scales = (const uint4*)tile + SCALES;
@@ -198,7 +203,7 @@ __device__ __forceinline__ float2 group_scales(const void* tile, int g) {
     const float2 both = ((const float2*)scales)[g];
     return make_float2(both.x * E4M3_UNIT, both.y * E4M3_UNIT);
 #else
-    return unpack2(((const u32*)scales)[g]);
+    return unpack_scales(((const u32*)scales)[g]);
 #endif
 }
 
@@ -228,7 +233,7 @@ struct PartScales {
         }
     }
 
-    __device__ __forceinline__ float2 scale(int part) const { return unpack2(pairs[part]); }
+    __device__ __forceinline__ float2 scale(int part) const { return unpack_scales(pairs[part]); }
 
     __device__ __forceinline__ float2 zero(int part) const {
         if (!ZEROS) return make_float2(0.f, 0.f);

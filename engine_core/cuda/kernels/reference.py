@@ -12,6 +12,7 @@ from engine_core.cuda.kernels.integer_layout import GROUP, IntegerLayout
 from engine_core.cuda.kernels.linear_packed import LAYOUTS, layout_of
 from engine_core.formats.number_formats import E2M1, E4M3, from_16_bit
 from engine_core.formats.weight_formats.base import WeightFormat
+from engine_core.formats.weight_formats.integers import IntegerFormat
 
 
 def rms_norm(rows: np.ndarray, weight: np.ndarray, eps: float, size: int = 0) -> np.ndarray:
@@ -133,7 +134,8 @@ def packed_weight(tiles: np.ndarray, kind: str | WeightFormat, shape: tuple[int,
     layout = LAYOUTS[kind] if isinstance(kind, str) else layout_of(kind)
     found, *scales = layout.unpack(tiles, shape)
     if isinstance(layout, IntegerLayout):
-        wide = from_16_bit(scales[0] if dtype == "bf16" else scales[0].view(np.float16)).astype(np.float64)
+        is_bf16 = dtype == "bf16" and not (isinstance(kind, IntegerFormat) and kind.half_scales)
+        wide = from_16_bit(scales[0] if is_bf16 else scales[0].view(np.float16)).astype(np.float64)
         return dequantize(found, wide, layout.group_size, scales[1] if layout.has_zeros else 1 << (layout.bits - 1))
     if layout is nvfp4_layout:
         blocks, of_rows = (E4M3[scales[0]].astype(np.float64), scales[1].astype(np.float64))

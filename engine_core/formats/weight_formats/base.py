@@ -69,10 +69,10 @@ class WeightFormat(ABC):
         """Macros that specialise the packed kernels (cuda/kernels/packed.cuh) for the format."""
         return {"BITS": self.bits}
 
-    def in_groups(self, group_size: int, asymmetric: bool = False) -> WeightFormat:
+    def in_groups(self, group_size: int, asymmetric: bool = False, half_scales: bool = False) -> WeightFormat:
         """Return the format of an engine whose manifest says ``group_size``, where that changes how weights lie.
 
-        ``asymmetric``: whether its groups have zero points.
+        ``asymmetric``: whether its groups have zero points; ``half_scales``: whether its scales are fp16 beside bf16.
         """
         return self
 

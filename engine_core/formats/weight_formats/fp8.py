@@ -39,7 +39,7 @@ class Fp8(QuantizedFormat[ScaledFloat]):
     def kernel_defines(self) -> dict[str, int]:
         return {"BITS": 8, "FLOATS": 1, "GROUP_SCALES": int(self.group_size > 0)}
 
-    def in_groups(self, group_size: int, asymmetric: bool = False) -> WeightFormat:
+    def in_groups(self, group_size: int, asymmetric: bool = False, half_scales: bool = False) -> WeightFormat:
         return BLOCKS if group_size else FORMAT
 
     def quantize(self, weights: np.ndarray, rounding: Rounding) -> ScaledFloat:

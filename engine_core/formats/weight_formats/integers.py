@@ -36,6 +36,7 @@ class IntegerFormat(QuantizedFormat[QuantizedTensor]):
     layout: str = "pack-quantized"
     has_zero_points: bool = False  # whether 'edgellm quantize' writes it asymmetric, too
     asymmetric: bool = False  # whether an engine's groups have zero points
+    half_scales: bool = False  # whether an engine in bf16 has scales in fp16
     lowest: int = 0  # the least value that rounding gives where it is symmetric
 
     @property
@@ -48,10 +49,15 @@ class IntegerFormat(QuantizedFormat[QuantizedTensor]):
         """The highest quantized value."""
         return (1 << self.bits) - 1
 
-    def in_groups(self, group_size: int, asymmetric: bool = False) -> IntegerFormat:
-        if group_size in (0, self.group_size) and not asymmetric:
+    def in_groups(self, group_size: int, asymmetric: bool = False, half_scales: bool = False) -> IntegerFormat:
+        if group_size in (0, self.group_size) and not asymmetric and not half_scales:
             return self
-        return dataclasses.replace(self, group_size=group_size, has_fixed_group=True, asymmetric=asymmetric)
+        held = dataclasses.replace(self, asymmetric=asymmetric, half_scales=half_scales)
+        return dataclasses.replace(held, group_size=group_size, has_fixed_group=True)
+
+    def scale_type(self, dtype: str) -> str:
+        """Return the type of an engine's scales, whose other weights are ``dtype``, fp16 or bf16."""
+        return "fp16" if self.half_scales else dtype
 
     def keeps(self, stored: WeightFormat, group_size: int) -> bool:
         """Return True if values ``stored`` in groups of ``group_size`` columns are this format's as they are."""
