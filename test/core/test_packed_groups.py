@@ -20,9 +20,11 @@ from engine_core.backends.cuda.build import build_cuda
 from engine_core.backends.cuda.layout import CudaSpec, pair_rows, weight_arrays
 from engine_core.backends.cuda.weights import kept_rows
 from engine_core.config import EngineConfig
-from engine_core.cuda.kernels import reference
+from engine_core.cuda.driver import DeviceArray
+from engine_core.cuda.kernels import linear_batch, reference
 from engine_core.cuda.kernels.integer_layout import GROUP, TILE, IntegerLayout
-from engine_core.cuda.kernels.linear_packed import layout_of
+from engine_core.cuda.kernels.launch_configs import FALLBACK
+from engine_core.cuda.kernels.linear_packed import PackedWeight, layout_of
 from engine_core.errors import EngineDirectoryError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.weight_formats import weight_format
@@ -31,8 +33,10 @@ from engine_core.models.reader import read_spec
 from engine_core.request import SamplingParams
 from packed_weights import integer_formats, random_integers
 from quantized_checkpoints import Scheme
+from test_launch_configs import GPUS, MATRICES, STATIC_SHARED
 from test_padding import built
 
+ROWS_STATIC_SHARED = 20 * 1024  # bytes that gemv_packed.cu declares itself with several vectors, at most
 FORMATS = integer_formats()
 LAYOUTS = {name: layout_of(found) for name, found in FORMATS.items()}
 LAYOUTS |= {"int4": IntegerLayout(4), "int8": IntegerLayout(8)}
@@ -177,3 +181,32 @@ def test_groups_that_the_kernels_do_not_read_are_refused(made):
     for size in (16, 48, 256):
         with pytest.raises(EngineDirectoryError, match=f"groups of {size}"):
             CudaSpec.create(dataclasses.replace(manifest, group_size=size), EngineConfig(engine))
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("name", FORMATS)
+def test_launches_fit_the_gpu(name, gpu):
+    """The sums of each group are in dynamic shared memory, of one vector and of eight, and in every stage of X."""
+    stored_as, layout = FORMATS[name], LAYOUTS[name]
+    for rows, cols in MATRICES:
+        weight = PackedWeight(DeviceArray(1 << 20, layout.tiles_shape(rows, cols), "uint8"), stored_as, rows, cols)
+        assert weight.sums == weight.vector_sums == layout.parts * (1 + layout.has_zeros)
+        problem = weight.gemv_problem(rows)
+        for config in problem.candidates(gpu):
+            assert problem.shared(config) + STATIC_SHARED <= gpu.max_shared
+            assert problem.shared(config) - config.shared(problem.groups, problem.tile_bytes) >= 4 * (
+                problem.groups * weight.sums
+            )
+        for count in (2, 8):
+            config, shared = problem.for_vectors(problem.rule(gpu, FALLBACK), count, gpu)
+            if config.depth > 1:
+                assert shared + ROWS_STATIC_SHARED <= gpu.max_shared
+        for tokens in (8, 16, 32):
+            gemm = dataclasses.replace(linear_batch.gemm_problem(weight, 0), tokens=tokens)
+            assert gemm.sums == weight.sums
+            for gemm_config in gemm.candidates(gpu):
+                shared = gemm_config.shared(gemm.tile_bytes, tokens, gemm.sums)
+                assert shared + 1024 <= gpu.max_shared
+                stages = gemm_config.buffers * gemm_config.stage * tokens * (256 + 4 * weight.sums)
+                warps = gemm_config.row_warps * gemm_config.k_warps
+                assert shared >= stages + warps * gemm_config.depth * 2 * gemm.tile_bytes
