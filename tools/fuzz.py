@@ -5,8 +5,9 @@
 
 A fuzz test is a test of test/core/test_fuzz_*.py that hypothesis calls; what is parametrized shares the cases. They are
 tried in parts of ``--part`` cases, each in a process of its own with a seed of its own, in turn over the tests, so that
-every test gets as far as any when ``--limit`` ends the run. A part that fails says how to run it again, and so does one
-that is not done after ``--part-limit`` seconds.
+every test gets as far as any when ``--limit`` ends the run. Each process runs on one core: an engine in it would
+otherwise start a thread for every core. A part that fails says how to run it again, and so does one that is not done
+after ``--part-limit`` seconds.
 
 ``--results`` (benchmarks/results/fuzz.jsonl) gets a row for each fuzz test of the run, written anew with every part
 that is done: date, commit, cases asked and tried (what hypothesis calls invalid is not counted), parts that failed,
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import os
 import re
 import subprocess
@@ -130,13 +132,13 @@ def again(part: Part, what: str, output: bytes) -> None:
 
 
 def main() -> int:
-    cores = len(os.sched_getaffinity(0))
+    num_cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=20000, help="of each fuzz test (default: %(default)s)")
     parser.add_argument("--part", type=int, default=500, help="cases of one process (default: %(default)s)")
     parser.add_argument("--part-limit", type=float, default=900.0, help="s for a part (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=0.0, help="s; no part begins later; 0 = none (default)")
-    parser.add_argument("--jobs", type=int, default=cores, help="processes at a time (default: the cores)")
+    parser.add_argument("--jobs", type=int, default=num_cores, help="processes at a time (default: the cores)")
     parser.add_argument("--seed", type=int, default=1, help="of the first part (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the rows (default: %(default)s)")
     options, selection = parser.parse_known_args()
@@ -158,8 +160,13 @@ def main() -> int:
         late = options.limit and time.monotonic() - started > options.limit
         return None if late else run(part, options.part_limit)
 
+    cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+
+    def pin() -> None:
+        os.sched_setaffinity(0, {next(cores)})  # of this thread, and of the processes that it starts
+
     write()
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(options.jobs, initializer=pin) as pool:
         done = 0
         for future in concurrent.futures.as_completed([pool.submit(begin, part) for part in parts]):
             if (result := future.result()) is None:
