@@ -22,6 +22,7 @@ from engine_core.host_memory import available_memory
 from engine_core.memory import MemoryPlan
 from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 from engine_core.sampling import NAN_LOGITS, NO_TOKEN_LEFT
+from engine_core.vision.part_encoder import PartEncoder, images_within
 
 if TYPE_CHECKING:
     from engine_core.backends.cuda.layout import ArraySpec, CudaSpec
@@ -39,6 +40,7 @@ class _Slot:
         self.step = 0  # tokens sampled, or being sampled
         self.position = 0  # of the token that is fed next
         self.stop_ids: Collection[int] = frozenset()
+        self.images: Sequence[PlacedImage] = ()  # of its prompt
         self.ended = False
         self.interrupted = False
         self.num_uploads = 0
@@ -85,14 +87,17 @@ class _PendingDraft:
 
 
 class _Fed:
-    """A part of a prompt whose end is ``mark``, and that samples nothing."""
+    """A part of a prompt whose end is ``mark``, and that samples nothing; or a piece of the work on its images."""
 
-    def __init__(self, backend: DeviceBackend, mark: int) -> None:
+    def __init__(self, backend: DeviceBackend, mark: int, left: int | None = None) -> None:
+        """``left``: of images, the pieces that are known to be left."""
         self._backend = backend
         self._mark = mark
+        self._left = left
 
-    def result(self) -> None:
+    def result(self) -> int | None:
         self._backend._wait(self._mark)
+        return self._left
 
 
 class _NoToken:
@@ -146,6 +151,7 @@ class DeviceBackend:
     exact_drafts = False
     has_states, state_places = False, 0
     step_seconds = 0.0
+    encoder: PartEncoder | None = None  # of images
     undrafted_options = frozenset({"repetition_penalty", "logit_bias"})
     sampler_options = frozenset(SAMPLING_OPTIONS) & frozenset(PARAMS.names)
 
@@ -161,7 +167,9 @@ class DeviceBackend:
     # --- hooks ----------------------------------------------------------------------------------------
 
     def _queue_chunk(self, buffer: int, slot: int, token_ids: np.ndarray, position: int) -> None:
-        """Queues the forward pass of at most ``chunk`` tokens. The pinned buffers ``buffer``, 0 or 1, are free."""
+        """Queues the forward pass of at most ``chunk`` tokens. The pinned buffers ``buffer``, 0 or 1, are free.
+
+        A token ``vocab_size`` + i stands for row i of the features of images."""
         raise NotImplementedError
 
     def _run_sampler(self, slot: int) -> None:
@@ -210,7 +218,7 @@ class DeviceBackend:
         self._seen = own(PinnedArray(device, (n, -(-limits.head_rows // 32) * 4), "uint8"))
         self._bias = own(PinnedArray(device, (n, limits.head_rows), "float32"))
         self._begun = [own(Event(device)) for _ in range(n)]
-        self._events = [own(Event(device)) for _ in range(2 * RING)]  # a step of the engine has two ends at most
+        self._events = [own(Event(device)) for _ in range(3 * RING)]  # a step of the engine has three ends at most
         self._num_marks = 0
 
     def _of(self, name: str, slot: int) -> DeviceArray:
@@ -244,7 +252,7 @@ class DeviceBackend:
         adapter: str = "",
         images: Sequence[PlacedImage] = (),
     ) -> None:
-        assert not images, "the backend runs no model that sees"
+        assert not images or self.encoder is not None, "the engine has no encoder"
         self._device.make_current()
         state = self._slots[slot]
         if self.num_slots == 1:
@@ -254,6 +262,7 @@ class DeviceBackend:
             self._wait(max(state.marks))
         state.reset()
         state.stop_ids = sampling.stop_token_ids
+        state.images = images
         self._set_params(slot, sampling)
         self._stream.zero(self._of("state", slot))
         if sampling.repetition_penalty != 1.0:
@@ -278,7 +287,7 @@ class DeviceBackend:
         found = self._decode(decoding)
         for step in steps:
             if step.token_ids is not None:
-                found[step.slot] = self._prefill(step)
+                found[step.slot] = self._encode(step) if step.encodes else self._prefill(step)
             elif step.draft is not None:
                 found[step.slot] = self._check_draft(step, step.draft)
         return [found[step.slot] for step in steps]
@@ -319,6 +328,19 @@ class DeviceBackend:
         self._use_mask(step.slot, step.mask)
         self._run_sampler(step.slot)
         return self._sampled([step.slot])[step.slot]
+
+    def _encode(self, step: SequenceStep) -> PendingToken:
+        """Queues one piece of the work on the features that a part of a prompt needs."""
+        assert self.encoder is not None and step.token_ids is not None
+        slot = self._slots[step.slot]
+        if slot.ended or slot.interrupted:
+            return _NoToken()
+        images = list(images_within(slot.images, step.position, len(step.token_ids)))
+        for each in images:
+            if not self.encoder.encode(*each):
+                break
+        is_done = all(self.encoder.has(*each) for each in images)
+        return _Fed(self, self._mark(), 0 if is_done else 1)
 
     def _decode(self, steps: list[SequenceStep]) -> dict[int, PendingToken]:
         """Queues one step of those that go on; returns what each gives, by slot."""
@@ -376,14 +398,31 @@ class DeviceBackend:
             part = token_ids[start : start + chunk]
             buffer = self._num_chunks % 2
             self._chunk_done[buffer].wait()
-            if state.interrupted:
+            seen = None if state.interrupted else self._with_features(state, part, position + start)
+            if seen is None:
                 self._stream.wait()
                 return False
-            self._queue_chunk(buffer, slot, part, position + start)
+            self._queue_chunk(buffer, slot, seen, position + start)
             self._chunk_done[buffer].record(self._stream)
             self._num_chunks += 1
         state.position = position + len(token_ids)
         return True
+
+    def _with_features(self, slot: _Slot, token_ids: np.ndarray, position: int) -> np.ndarray | None:
+        """Returns the tokens with those of images as ``_queue_chunk`` takes them, once all work on these is queued.
+
+        None: the sequence was interrupted meanwhile.
+        """
+        found = token_ids
+        for placed, start, stop in images_within(slot.images, position, len(token_ids)):
+            assert self.encoder is not None
+            found = token_ids.copy() if found is token_ids else found
+            while not self.encoder.encode(placed, start, stop):
+                if slot.interrupted:
+                    return None
+            for first, last, rows in self.encoder.rows(placed, start, stop):
+                found[placed.positions[first:last] - position] = self._limits.vocab_size + rows
+        return found
 
     def _sampled(self, slots: list[int]) -> dict[int, PendingToken]:
         """Marks the end of a step that sampled the next tokens of ``slots``."""

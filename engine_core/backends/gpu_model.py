@@ -199,12 +199,15 @@ class DeviceModel(Generic[Layer]):
             launches += self._adapted_decode_layer(i) if adapted else self._decode_layer(i)
         return launches + self.sampling_launches(host_tokens)
 
-    def _embedding(self, tokens: DeviceArray, output: DeviceArray, token_stride: int = 1) -> Launch:
+    def _embedding(
+        self, tokens: DeviceArray, output: DeviceArray, token_stride: int = 1, features: DeviceArray | None = None
+    ) -> Launch:
         scale, rounded = self.spec.model.embedding_scale, None
         if not self.spec.pre_norms:  # the first layer reads it as it is
             normed = self.work["normed"]
             rounded = DeviceArray(normed.address, (*tokens.shape, self.spec.hidden), normed.dtype)
-        return linear.embed(self._kernels, self.weights["embed"], tokens, output, token_stride, scale, rounded)
+        arrays = (self.weights["embed"], tokens, output)
+        return linear.embed(self._kernels, *arrays, token_stride, scale, rounded, features)
 
     def _decode_layer(self, i: int) -> list[Work]:
         raise NotImplementedError
@@ -267,7 +270,7 @@ class DeviceModel(Generic[Layer]):
 
     def prepare_prefill(self) -> None:
         """Makes the launches of a prefill chunk. Raises KernelCompileError or DeviceError."""
-        self._embed = self._embedding(self._tokens, self.work["hidden"])
+        self._embed = self._embedding(self._tokens, self.work["hidden"], features=self.work.get("features"))
         self._keep = [linear.keep_last_row(self._kernels, self.work[name], self._chunk) for name in self._kept]
         self._layers = [self._prefill_layer(i) for i in range(self.spec.num_layers)]
         has_adapters = bool(self.spec.adapters)

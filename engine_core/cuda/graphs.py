@@ -21,7 +21,8 @@ class GraphKey:
     output_address: int  # of the logits, or of what a chunk leaves for the head
     adapted: bool = False  # whether it has the kernels of LoRA adapters, which read on the device whose
     kv_bucket: int = 0  # tokens the grid was chosen for; 0 = any
-    rows: int = 1  # tokens of a step; of a chunk, at most
+    rows: int = 1  # tokens of a step; of a chunk, at most; patches of an encoder
+    layers: tuple[int, int] = (0, 0)  # of an encoder, from the first one to the second
 
 
 class GraphRunner:

@@ -39,8 +39,15 @@ def embed(defines: dict, args) -> None:
     stride = defines["TOKEN_STRIDE"]
     ids = array_at(tokens, ((count - 1) * stride + 1,), np.int32)[::stride]
     ids = np.maximum(ids, 0)  # below 0: a failed step's token, which is none
-    rows = array_at(table, (int(ids.max()) + 1, cols), F16)[ids].astype(F32)
-    rows *= F32(_float(defines["EMBEDDING_SCALE"]))
+    vocab = defines.get("FEATURES") or int(ids.max()) + 1
+    is_text = ids < vocab
+    rows = np.empty((count, cols), F32)
+    rows[is_text] = array_at(table, (vocab, cols), F16)[ids[is_text]]
+    rows[is_text] *= F32(_float(defines["EMBEDDING_SCALE"]))
+    if not is_text.all():
+        features = address_of(args, 3 + bool(defines.get("ROUNDED")))
+        places = ids[~is_text] - vocab
+        rows[~is_text] = array_at(features, (int(places.max()) + 1, cols), F32)[places]
     array_at(output, (count, cols), F32)[:] = rows
     if defines.get("ROUNDED"):
         array_at(address_of(args, 3), (count, cols), F16)[:] = rows
@@ -259,6 +266,34 @@ def add_bias(defines: dict, args) -> None:
     array_at(values, (rows, width), F32 if defines["FLOAT_VALUES"] else F16)[:] += array_at(bias, (width,), F16)
 
 
+def bias_gelu(defines: dict, args) -> None:
+    rows = array_at(address_of(args, 0), (defines["GRID"], defines["COLS"]), F16)
+    bias = array_at(address_of(args, 1), (defines["COLS"],), F16).astype(F64)
+    rows[:] = reference.bias_gelu(rows.astype(F64), bias, exact=bool(defines["ERF"]))
+
+
+def layer_norm(defines: dict, args) -> None:
+    rows, params, output = (address_of(args, i) for i in range(3))
+    shape = (defines["GRID"], defines["COLS"])
+    values = array_at(params, (3, shape[1]), F32).astype(F64)
+    normed = reference.layer_norm(array_at(rows, shape, F32).astype(F64), values, _float(defines["NORM_EPS"]))
+    if merge := defines.get("MERGE", 0):
+        normed = reference.merge_patches(normed, merge, defines["SIDE"])
+    array_at(output, normed.shape, F16)[:] = normed
+
+
+def patches(defines: dict, args) -> None:
+    count, cols, values, size = defines["GRID"], defines["COLS"], defines["VALUES"], defines.get("TILE", 0)
+    if size:
+        channels = values // defines["PATCH"] ** 2
+        pixels = array_at(address_of(args, 0), (channels, size, size), F32)
+        found = reference.cut_patches(pixels, defines["PATCH"])
+    else:
+        found = array_at(address_of(args, 0), (count, values), F32)
+    rows = array_at(address_of(args, 1), (count, cols), F16)
+    rows[:, :values], rows[:, values:] = found, 0
+
+
 def keep_last_row(defines: dict, args) -> None:
     rows, (_, count) = address_of(args, 0), _chunk(args, 1)
     values = array_at(rows, (count, 16 * defines["COLS"]), np.uint8)
@@ -297,6 +332,7 @@ class _Attention:
         self.heads, self.kv_heads, dim = (defines[key] for key in ("HEADS", "KV_HEADS", "HEAD_DIM"))
         self.scale = _float(defines["SCALE_LOG2E"]) * np.log(2)
         self.window, self.softcap = defines["WINDOW"], _float(defines["SOFTCAP"])
+        self.causal = bool(defines.get("CAUSAL", 1))
         assert not defines["KV_INT8"]
         rows = array_at(qkv, (count, self.heads + 2 * self.kv_heads, dim), F16)
         self.queries, self.keys, self.values = np.split(rows, [self.heads, self.heads + self.kv_heads], axis=1)
@@ -319,9 +355,17 @@ class _Attention:
         self.cache[1, :, place] = self.values.swapaxes(0, 1)
         return rotated[0]
 
+    def add(self, bias: int) -> None:
+        """Add a bias, which has the parts of a token's row."""
+        parts = (self.queries, self.keys, self.values)
+        heads, dim = sum(part.shape[1] for part in parts), self.queries.shape[2]
+        added = array_at(bias, (heads, dim), F16)
+        for part, own in zip(parts, np.split(added, [self.heads, self.heads + self.kv_heads]), strict=True):
+            part += own
+
     def attend(self, queries: np.ndarray, start: int, output: int) -> None:
         keys, values = self.cache[:, :, : start + len(queries)].astype(F64)
-        options = (self.scale, self.window, self.softcap)
+        options = (self.scale, self.window, self.softcap, self.causal)
         result = reference.attention(queries.astype(F64), keys, values, start, *options)
         array_at(output, result.shape, F16)[:] = result
 
@@ -336,6 +380,8 @@ def rope_append(defines: dict, args) -> None:
     qkv, cache, rope, *norms = (address_of(args, i) for i in range(5))
     position, count = _chunk(args, 5)
     layer = _Attention(defines, qkv, cache, count, _slot(defines, args, 5))
+    if defines.get("BIAS"):
+        layer.add(address_of(args, 7))
     rotated = layer.rotate(defines, rope, tuple(norms), position)
     if not defines["KV_ONLY"]:
         layer.queries[:] = rotated
@@ -364,6 +410,7 @@ def attention_decode(defines: dict, args) -> None:
 
 _ALL = (
     *(embed, rms_norm, qk_norm, gemv, gemv_packed, dequantize_packed, gemm_packed, gate_multiply, add_bias),
+    *(bias_gelu, layer_norm, patches),
     *(keep_last_row, rope_append, attention_prefill, attention_decode, lora_shrink, lora_shrink_chunk),
     *(lora_expand_chunk, route, combine),
 )

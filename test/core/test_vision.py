@@ -16,40 +16,16 @@ import onnxruntime as ort
 import vision_checkpoints
 from engine_core import cli
 from engine_core.backends.onnxruntime.build import build_engine
-from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError, InvalidImageError, InvalidSessionError
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams
-from engine_core.serving.engine import CancelToken, Engine
-from engine_core.serving.sequence import Sequence
+from engine_core.serving.engine import CancelToken
 from engine_core.serving.session_files import SavedSession, save_session
 from engine_core.vision.encoder_inputs import tile_positions
 from engine_core.vision.prompt import PlacedImage
+from vision_cases import ANSWER, CONVERSATIONS, HUGE, SMALL, TALL, USER, WIDE, add, open_engine, request_of
 from vision_checkpoints import IMAGE_TOKEN, QwenReference, Reference, picture
 
 MAX_ERROR = 1e-4
-TALL, WIDE, SMALL, HUGE = picture(160, 90, 1), picture(60, 170, 2), picture(20, 20, 3), picture(500, 400, 4)
-USER, ANSWER = "user", ChatMessage("assistant", "Two cubes.")
-CONVERSATIONS = {
-    "one": ([ChatMessage(USER, "What is this?", images=(0,))], [SMALL]),
-    "tiles": ([ChatMessage(USER, "What is this?", images=(0,))], [TALL]),
-    "behind": ([ChatMessage(USER, "Look: ", images=(6,))], [HUGE]),
-    "two": ([ChatMessage(USER, "A and B. Which?", images=(1, 7))], [WIDE, SMALL]),
-    "together": ([ChatMessage(USER, "Compare.", images=(0, 0))], [SMALL, TALL]),
-    "turns": (
-        [ChatMessage(USER, "And this?", images=(0,)), ANSWER, ChatMessage(USER, "Now?", images=(0,))],
-        [SMALL, picture(25, 70, 5)],
-    ),
-    "text": ([ChatMessage(USER, "Hello.")], []),
-}
-
-
-def request_of(messages, images, count=1, **changes) -> GenerationRequest:
-    sampling = SamplingParams(max_new_tokens=count, ignore_eos=True)
-    return GenerationRequest("1", messages=tuple(messages), images=tuple(images), sampling=sampling, **changes)
-
-
-def open_engine(directory, **config) -> Engine:
-    return Engine.open(EngineConfig(directory, **config), report=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -121,22 +97,15 @@ def shared(case):
 class TestBesideOthers:
     """A text is answered in one slot while an image of ten tiles is seen in the other."""
 
-    @staticmethod
-    def add(engine, request) -> tuple[Sequence, list]:
-        results: list = []
-        sequence = Sequence(engine.prepare(request), engine.tokenizer, on_piece=None, on_done=results.append)
-        engine.scheduler.add(sequence)
-        return sequence, results
-
     def test_a_running_answer_waits_for_one_layer_at_most(self, shared, case, monkeypatch):
         encoder, layers = shared._backend.encoder, []
         run = encoder._run_layer
         monkeypatch.setattr(encoder, "_run_layer", lambda *given: (layers.append(given), run(*given)))
-        text, answer = self.add(shared, request_of(*CONVERSATIONS["text"], 400))
+        text, answer = add(shared, request_of(*CONVERSATIONS["text"], 400))
         while not text.num_sampled:
             shared.step()
         messages, images = [ChatMessage(USER, "What?", images=(0,))], [picture(500, 400, 21)]
-        image, seen = self.add(shared, request_of(messages, images, 3))
+        image, seen = add(shared, request_of(messages, images, 3))
         while not image.num_sampled:
             before, tokens = len(layers), text.num_sampled
             shared.step()
@@ -154,15 +123,15 @@ class TestBesideOthers:
         """Nor do two images: their tiles are encoded in turns, none of them twice."""
         encoder = shared._backend.encoder
         messages, images = [ChatMessage(USER, "What?", images=(0,))], [picture(500, 400, 23)]
-        first, seen = self.add(shared, request_of(messages, images, 3))
+        first, seen = add(shared, request_of(messages, images, 3))
         for _ in range(4):
             shared.step()
-        text, answer = self.add(shared, request_of(*CONVERSATIONS["text"], 2))
+        text, answer = add(shared, request_of(*CONVERSATIONS["text"], 2))
         while not answer:
             shared.step()
         assert not first.num_sampled and not seen
         runs, others = encoder.runs, [picture(500, 400, 24)]
-        second, also = self.add(shared, request_of(messages, others, 3))
+        second, also = add(shared, request_of(messages, others, 3))
         while not (seen and also):
             shared.step()
         assert encoder.runs - runs <= 20
@@ -171,7 +140,7 @@ class TestBesideOthers:
 
     def test_an_image_that_is_cancelled_between_its_layers(self, shared, case):
         messages, images = [ChatMessage(USER, "What?", images=(0,))], [picture(500, 400, 22)]
-        sequence, results = self.add(shared, request_of(messages, images, 3))
+        sequence, results = add(shared, request_of(messages, images, 3))
         for _ in range(5):
             shared.step()
         sequence.cancel.cancel(FinishReason.TIMEOUT)

@@ -20,6 +20,8 @@ import numpy as np
 from engine_core.backends import SequenceStep
 from engine_core.backends.cuda.batch_model import BatchModel, RowsModel
 from engine_core.backends.cuda.drafts import DraftSteps
+from engine_core.backends.cuda.encoder import DeviceEncoder, EncoderModel
+from engine_core.backends.cuda.encoder_layout import DTYPE
 from engine_core.backends.cuda.layout import (
     PROMPT_HEADER,
     ArraySpec,
@@ -175,6 +177,8 @@ class CudaBackend(DeviceBackend):
             pool_arrays(spec) if spec.pool_on_host else None,
         )
         self._prompt = [own(PinnedArray(device, (PROMPT_HEADER + spec.chunk,), "int32")) for _ in range(2)]
+        if spec.encoder is not None:
+            self._make_encoder(own, kernels)
         self._drafts = None
         if spec.drafts:
             self._drafts = DraftSteps(own, device, self._stream, self._work, spec.max_batch)
@@ -187,6 +191,13 @@ class CudaBackend(DeviceBackend):
         self._row_marks = [0] * RING  # of the end of the step before which they were copied
         self._num_rows = 0
         self._rows_there: list[int] = []  # the slots on the device
+
+    def _make_encoder(self, own: Callable[[Any], Any], kernels: Kernels) -> None:
+        device, spec, model = self._device, self._spec, self._model
+        assert isinstance(model, CudaModel) and spec.encoder is not None
+        self._encoder_kernels = kernels if kernels.dtype == DTYPE else own(Kernels(device, DTYPE))
+        encoder = EncoderModel(self._encoder_kernels, model.blas, spec.encoder, model.weights, model.work)
+        self.encoder = DeviceEncoder(own, device, self._stream, encoder, model.work, spec)
 
     def _work_arrays(self) -> dict[str, ArraySpec]:
         return work_arrays(self._spec, self._device.num_sms)
@@ -227,6 +238,9 @@ class CudaBackend(DeviceBackend):
             trial = None if is_short else [partial(launch, num_layers=1)]  # all layers have the same GEMMs
             capture = self._model.captures_prefill and is_short
             self._graphs.add(self._prefill_key(rows, adapted), [launch], capture, trial)
+
+        if isinstance(self.encoder, DeviceEncoder):
+            self.encoder.capture(self._encoder_kernels, self._graphs)
 
         if self._drafts is not None and isinstance(model, RowsModel):
             place = lambda size, position: self._upload_chunk(0, 0, np.zeros(size, dtype=np.int32), position)  # noqa: E731

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from engine_core.backends.cuda.capabilities import CAPABILITIES
+from engine_core.backends.cuda.encoder_build import encoder_tensors
 from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, pair_rows, weight_arrays
 from engine_core.backends.cuda.padding import Padding, padded_rope
 from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
@@ -405,6 +406,10 @@ def write_weights(
                 writer.write(name, tiles(name, blocks))
             else:
                 writer.write_blocks(name, (to_16_bit(block, dtype) for block in blocks))
+            done += arrays[name].nbytes
+            progress(min(1.0, done / total))
+        for name, values in () if cuda_spec.encoder is None else encoder_tensors(checkpoint, cuda_spec.encoder):
+            writer.write(name, values)
             done += arrays[name].nbytes
             progress(min(1.0, done / total))
         writer.write(ROPE_NAME, table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine_core.backends.capabilities import CONVOLUTIONS, SCALED_QUERIES, VISION_ENCODER, Capabilities, Trait
+from engine_core.backends.capabilities import CONVOLUTIONS, SCALED_QUERIES, Capabilities, Trait
 
 if TYPE_CHECKING:
     from engine_core.backends.machine import Machine, Missing
@@ -18,9 +18,17 @@ def _padded_head(spec: ModelSpec) -> int:
     return padded_head(spec)
 
 
+def _has_odd_encoder(spec: ModelSpec) -> bool:
+    return spec.vision is not None and (spec.vision.hidden_size % 8 > 0 or spec.vision.head_dim > 256)
+
+
 # What the kernels lack.
 TRAITS = (
-    VISION_ENCODER,
+    Trait("positions of three axes (M-RoPE)", lambda spec, _: bool(spec.mrope)),
+    Trait(
+        "an encoder whose hidden size is no multiple of 8 or whose heads are above 256",
+        lambda spec, _: _has_odd_encoder(spec),
+    ),
     CONVOLUTIONS,
     Trait("RoPE tables of different sizes", lambda spec, _: len({rope.dim for rope in spec.ropes}) > 1),
     Trait("a head size above 256", lambda spec, _: _padded_head(spec) > 256),

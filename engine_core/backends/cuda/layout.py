@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from engine_core.backends.capabilities import capabilities_of
+from engine_core.backends.cuda.encoder_layout import Arrays, EncoderLayout
 from engine_core.backends.cuda.padding import padded_head, padded_rope, padded_size
 from engine_core.backends.kv_pool import pool_tokens
 from engine_core.config import EngineConfig
@@ -31,6 +32,8 @@ from engine_core.formats.weight_formats import weight_format
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.models.padding import round_up
 from engine_core.models.spec import ModelSpec
+from engine_core.models.vision import SIGLIP
+from engine_core.vision.limits import ImageLimits, image_limits
 
 BLAS_WORKSPACE = 32 << 20  # bytes; what its documentation recommends for Hopper, more than for others
 PREFILL_CHUNK = 512  # tokens per prefill step unless configured; an interrupt takes effect after at most two
@@ -40,6 +43,7 @@ LARGE_CHUNK, LARGE_CHUNK_SMS = 2048, 48
 # Modules, graphs and cuBLAS's own code, as measured (test/gpu/test_memory_plan.py); the context itself is taken before
 # the plan is made.
 RUNTIME_BYTES = 76 << 20
+_ENCODER_RUNTIME_BYTES = 4 << 20  # the same of an encoder's modules and graphs
 ROW_GRAIN = 64  # see round_rows
 PROMPT_HEADER = 4  # int32 before the tokens of a chunk: position, tokens, KV slot, and the adapter's number or -1
 BATCH_SIZES = (1, 2, 4, 8, 16)  # sequences of a decode step for which there is a CUDA graph
@@ -92,6 +96,23 @@ class CudaSpec:
     adapters: tuple[LoraAdapter, ...] = ()  # by their numbers on the device
     drafts: bool = False  # whether there are steps that check drafts
     chooses_chunk: bool = False  # whether ``chunk`` is this backend's choice, by the GPU: see ``with_sms``
+    images: ImageLimits | None = None  # None: no encoder is loaded
+    frame_bytes: int = 0  # for frames of topics, which the node keeps in the host's memory
+
+    @cached_property
+    def encoder(self) -> EncoderLayout | None:
+        """The arrays of the vision encoder, if there is one that runs."""
+        if self.images is None or self.images.spec.kind != SIGLIP:
+            return None
+        return EncoderLayout(self.images.spec, self.images.max_images, self.hidden)
+
+    @property
+    def encoder_layers(self) -> int:
+        """The layers of the encoder that a piece of its work computes: no more multiplications than a chunk has."""
+        assert self.encoder is not None
+        matrices = sum(math.prod(shape) for shape in matrix_shapes(self).values())
+        chunk = self.chunk * self.num_layers * matrices
+        return max(1, min(chunk // self.encoder.multiplications, self.encoder.spec.num_layers))
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -237,6 +258,7 @@ class CudaSpec:
                 )
         max_context = config.max_context or manifest.max_context
         chunk = min(config.prefill_chunk or PREFILL_CHUNK, max_context)
+        images = image_limits(manifest.model, config, max_context)
         spec = cls(
             model=manifest.model,
             head_rows=manifest.reduced_vocab_size or manifest.model.vocab_size,
@@ -251,6 +273,8 @@ class CudaSpec:
             adapters=adapters,
             drafts=able.drafts and config.speculation == "on" and max_context > DRAFT_SIZES[-1],
             chooses_chunk=not config.prefill_chunk,
+            images=images,
+            frame_bytes=0 if images is None else config.image_frames_memory << 20,
         )
         token_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in _pool_shapes(spec, 1).values())
         return dataclasses.replace(spec, pool_tokens=pool_tokens(config, max_context, token_bytes))
@@ -318,12 +342,17 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
             layer["attention_out_norm"] = layer["mlp_out_norm"] = (spec.hidden,)
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
     packed = packed_shapes(spec)
+    encoder = {} if spec.encoder is None else spec.encoder.weights()
     return {
         name: ArraySpec("weights", layout_of(spec.weight_format).tiles_shape(*shape), "uint8")
         if name.split(".")[-1] in packed
         else ArraySpec("weights", shape, dtype)
         for name, shape in shapes.items()
-    }
+    } | _image_arrays(encoder)
+
+
+def _image_arrays(arrays: Arrays) -> dict[str, ArraySpec]:
+    return {name: ArraySpec("images", *array) for name, array in arrays.items()}
 
 
 def packed_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
@@ -400,11 +429,8 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
         "kv_cache": ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, spec.max_context, head_dim), kv_dtype),
         "rope": ("rope", spec.rope_shape, "fp32"),
-        "hidden": ("scratch", (chunk, spec.hidden), "fp32"),
-        "normed": ("scratch", (chunk, spec.hidden), dtype),
-        "qkv": ("scratch", (chunk, attention.qkv_width), dtype),
-        "attended": ("scratch", (chunk, attention.num_heads * head_dim), dtype),
-        **_mlp_arrays(spec),
+        **_prefill_scratch(spec),
+        **_encoder_scratch(spec),
         "partial": ("scratch", (attention.partial_floats(num_sms, *slots),), "fp32"),
         "counters": ("scratch", (*slots, attention.bundles), "uint32"),
         "blas": ("scratch", (BLAS_WORKSPACE,), "uint8"),
@@ -448,7 +474,33 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["dequantized"] = ("scratch", (max(2 * sums, *map(math.prod, shapes)),), dtype)
         arrays["packed_counters"] = ("scratch", (counters,), "uint32")
     pool = {} if spec.pool_on_host else pool_arrays(spec)
-    return {name: ArraySpec(*values) for name, values in arrays.items()} | pool | lora_arrays(spec)
+    images = {} if spec.encoder is None else _image_arrays(spec.encoder.work())
+    return {name: ArraySpec(*values) for name, values in arrays.items()} | pool | lora_arrays(spec) | images
+
+
+def _prefill_scratch(spec: CudaSpec) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Return the scratch of a chunk that nothing is kept in between two chunks; it lies side by side."""
+    attention, chunk = spec.attention, spec.chunk
+    return {
+        "hidden": ("scratch", (chunk, spec.hidden), "fp32"),
+        "normed": ("scratch", (chunk, spec.hidden), spec.dtype),
+        "qkv": ("scratch", (chunk, attention.qkv_width), spec.dtype),
+        "attended": ("scratch", (chunk, attention.num_heads * attention.head_dim), spec.dtype),
+        **_mlp_arrays(spec),
+    }
+
+
+def _encoder_scratch(spec: CudaSpec) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Return what an encoder needs behind the scratch of a chunk, which it shares, beside it."""
+    if spec.encoder is None:
+        return {}
+    more = spec.encoder.scratch_bytes - shared_scratch_bytes(spec)
+    return {"vision_scratch": ("images", (max(more, 0),), "uint8")}
+
+
+def shared_scratch_bytes(spec: CudaSpec) -> int:
+    """Return the bytes of the scratch of a chunk, from "hidden" on, that an encoder shares."""
+    return sum(ArraySpec(*values).nbytes for values in _prefill_scratch(spec).values())
 
 
 def _mlp_arrays(spec: CudaSpec) -> dict[str, tuple[str, tuple[int, ...], str]]:
@@ -513,13 +565,16 @@ def planned_bytes(spec: CudaSpec, num_sms: int) -> dict[str, int]:
     """Everything ``load`` takes of the GPU's memory, by purpose, where it has so many SMs."""
     spec = spec.with_sms(num_sms)
     totals = bytes_by_purpose(weight_arrays(spec), work_arrays(spec, num_sms))
-    totals["runtime"] = RUNTIME_BYTES
+    totals["runtime"] = RUNTIME_BYTES + (0 if spec.encoder is None else _ENCODER_RUNTIME_BYTES)
     return totals
 
 
 def host_bytes(spec: CudaSpec) -> dict[str, int]:
-    """Return what ``load`` takes of the host's memory for the KV pool, by purpose."""
-    return bytes_by_purpose(pool_arrays(spec)) if spec.pool_on_host else {}
+    """Return what ``load`` takes of the host's memory for the KV pool, images and frames, by purpose."""
+    totals = bytes_by_purpose(pool_arrays(spec)) if spec.pool_on_host else {}
+    if spec.encoder is not None:
+        totals["images"] = spec.encoder.host_bytes
+    return totals | ({"frames": spec.frame_bytes} if spec.frame_bytes else {})
 
 
 def bytes_by_purpose(*groups: dict[str, ArraySpec]) -> dict[str, int]:

@@ -26,7 +26,12 @@ def padded_size(size: int) -> int:
 
 def head_axis(spec: ModelSpec) -> Axis:
     """Return the elements of a head as the kernels have them, those that RoPE rotates first."""
-    return Axis.of_head(spec.head_dim, spec.ropes[0].dim, _HEAD_GRAIN)
+    return head_axis_of(spec.head_dim, spec.ropes[0].dim)
+
+
+def head_axis_of(head_dim: int, rotated: int) -> Axis:
+    """Return the same of a head whose first ``rotated`` elements RoPE rotates."""
+    return Axis.of_head(head_dim, rotated, _HEAD_GRAIN)
 
 
 def padded_head(spec: ModelSpec) -> int:

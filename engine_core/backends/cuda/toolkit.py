@@ -57,8 +57,9 @@ def engine_bytes(variant_dir: Path, manifest: Manifest, config: EngineConfig, nu
 
 
 def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_rows: int) -> int:
-    """Return the bytes of all weights but those that are only looked up and those of experts that a token has not."""
-    spec = dataclasses.replace(CudaSpec.create(manifest, config), head_rows=head_rows)
+    """Return the bytes of all weights but those that are only looked up, those of experts that a token has not, and
+    those of an encoder."""
+    spec = dataclasses.replace(CudaSpec.create(manifest, config), head_rows=head_rows, images=None)
     arrays, model = weight_arrays(spec), spec.model
     read = sum(array.nbytes for name, array in arrays.items() if name != "embed" or not spec.has_head)
     if not model.idle_experts:

@@ -30,6 +30,7 @@ from engine_core.memory import MemoryPlan
 from engine_core.progress import Progress, portion, untold
 from engine_core.request import SAMPLING_OPTIONS, SamplingParams
 from engine_core.sampling import NAN_LOGITS, Sampler
+from engine_core.vision.part_encoder import images_within
 from engine_core.vision.positions import mrope_positions
 from engine_core.vision.prompt import PlacedImage
 
@@ -78,13 +79,6 @@ class _Slot:
         self.length = 0  # tokens in the cache
         self.last = 0  # the token sampled last
         self.images: Sequence[PlacedImage] = ()  # of its prompt
-
-    def images_within(self, position: int, count: int) -> Iterator[tuple[PlacedImage, int, int]]:
-        """Yield the images of ``count`` tokens from ``position`` on: (image, first of its tokens there, their end)."""
-        for placed in self.images:
-            start, stop = np.searchsorted(placed.positions, (position, position + count)).tolist()
-            if start < stop:
-                yield placed, start, stop
 
 
 _Work = tuple[SequenceStep, _Pending]  # a step of a sequence and what it gives
@@ -418,7 +412,7 @@ class OnnxRuntimeBackend:
         if slot.ended or slot.interrupted:
             return None
         try:
-            for placed, start, stop in slot.images_within(step.position, len(step.token_ids)):
+            for placed, start, stop in images_within(slot.images, step.position, len(step.token_ids)):
                 if not self.encoder.encode(placed, start, stop, options):
                     return 1
         except Exception:
@@ -449,7 +443,7 @@ class OnnxRuntimeBackend:
         """Have the features of the tokens of images among the next ``count`` ready in the session; return their
         indices, int32 [n]."""
         found, places = 0, []
-        for placed, start, stop in self._slots[index].images_within(position, count):
+        for placed, start, stop in images_within(self._slots[index].images, position, count):
             assert self.encoder is not None
             out = self._session.image_features[found : found + stop - start]
             self.encoder.take(placed, start, stop, out, self._session.prefill_options(index))

@@ -12,7 +12,6 @@ import numpy as np
 from engine_core.backends.kv_pool import pool_tokens, state_places
 from engine_core.backends.onnxruntime.adapters import num_bytes, sites
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
-from engine_core.backends.onnxruntime.encoder import BLOCK_TOKENS, cache_blocks
 from engine_core.backends.onnxruntime.files import DATA_NAME, ENCODER_DATA_NAME, held_types
 from engine_core.backends.onnxruntime.heads import head_axes, turned_size
 from engine_core.backends.onnxruntime.session import MAX_DRAFT_ROWS, has_flash_attention
@@ -29,6 +28,7 @@ from engine_core.host_memory import available_memory
 from engine_core.memory import MemoryItem, MemoryPlan, kv_cache_bytes
 from engine_core.models.spec import ModelSpec
 from engine_core.vision.limits import ImageLimits, image_limits
+from engine_core.vision.part_encoder import BLOCK_TOKENS, cache_blocks
 
 _log = logging.getLogger(__name__)
 

@@ -235,19 +235,24 @@ def rope_append(
     norms: tuple[DeviceArray, DeviceArray] | None = None,
     scales: DeviceArray | None = None,
     kv_only: bool = False,
+    bias: DeviceArray | None = None,
 ) -> Launch:
     """Return the launch that rotates q of ``qkv``, 16-bit [n, width], in place and writes K and V into ``cache``.
 
     ``chunk``: int32 [CHUNK_WORDS], the position of the first row and how many rows are tokens. ``kv_only``: q stays
-    as it is. Raises KernelArgumentError.
+    as it is. ``bias``: 16-bit [width], added to q, k and v first. Raises KernelArgumentError.
     """
     _check(kernels, shape, cache, scales, rope, norms or ())
     check("chunk", chunk, (shape.chunk_words,), "int32")
     check("qkv", qkv, (qkv.shape[0], shape.qkv_width), kernels.dtype)
     defines = {**shape.defines(), "THREADS": ROPE_THREADS, "KV_ONLY": int(kv_only)}
-    function = kernels.function("rope_append", "rope_append", defines)
     q_norm, k_norm = norms or (0, 0)
     args = [qkv, cache, rope, q_norm, k_norm, chunk, scales or 0]
+    if bias is not None:
+        check("bias", bias, (shape.qkv_width,), kernels.dtype)
+        defines["BIAS"] = 1
+        args.append(bias)
+    function = kernels.function("rope_append", "rope_append", defines)
     grid = (rope_append_blocks(shape, qkv.shape[0], kv_only=kv_only),)
     return Launch(kernels.device, function, grid, ROPE_THREADS, args)
 
@@ -282,11 +287,13 @@ def attention_prefill(
     row_counts: Iterable[int],
     scales: DeviceArray | None = None,
     config: PrefillAttentionConfig | None = None,
+    causal: bool = True,
 ) -> AttentionPrefill:
-    """Return the causal attention of the rows of ``chunk`` in ``qkv`` [n, width]; ``output``: [n, heads × head_dim].
+    """Return the attention of the rows of ``chunk`` in ``qkv`` [n, width]; ``output``: [n, heads × head_dim].
 
-    ``row_counts``: every number of rows it will be queued for; ``config``: one launch configuration for all of them
-    instead of the chosen ones. Raises KernelArgumentError.
+    ``causal``: a query sees the keys up to its own; else those of all rows. ``row_counts``: every number of rows it
+    will be queued for; ``config``: one launch configuration for all of them instead of the chosen ones. Raises
+    KernelArgumentError.
     """
     shape.validate()
     rows = qkv.shape[0]
@@ -295,11 +302,12 @@ def attention_prefill(
     check("output", output, (rows, shape.num_heads * shape.head_dim), kernels.dtype)
     check("chunk", chunk, (shape.chunk_words,), "int32")
     args = [qkv, cache, output, chunk, scales or 0]
+    seen = {} if causal else {"CAUSAL": 0}
 
     def launch(config: PrefillAttentionConfig) -> Launch:
         shared = config.shared(shape.head_dim, shape.kv_int8)
         function = kernels.function(
-            "attention_prefill", "attention_prefill", {**shape.defines(), **config.defines()}, shared
+            "attention_prefill", "attention_prefill", {**shape.defines(), **config.defines(), **seen}, shared
         )
         return Launch(kernels.device, function, (1, shape.num_heads), config.threads, args, shared)
 

@@ -6,10 +6,15 @@
 // HEADS). WARPS warps make a tile of queries. With more GROUPS of warps each group takes TILE_K keys of every stage, and the sums are
 // merged at the end. launch_configs.py chooses these sizes.
 //
+// Without CAUSAL every query sees all keys, those of the chunk: the attention of an encoder.
+//
 // With KV_INT8 the cache holds quantized values and ``scales`` (kv_int8.cuh). A stage is copied as it is and dequantized to 16 bits
 // in shared memory before it is multiplied: as precise as a 16-bit cache would be.
 #include "mma.cuh"
 #include "scores.cuh"
+#ifndef CAUSAL
+#define CAUSAL 1
+#endif
 #if KV_INT8
 #include "kv_int8.cuh"
 #endif
@@ -152,7 +157,8 @@ __device__ __forceinline__ void make_scores(Scores& scores, const Queries& q, co
     }
 }
 
-// ``seen``: of the tile's keys, those that the lane's first row sees; row r below it sees r more. With WINDOW it sees the last of them.
+// ``seen``: of the tile's keys, those that the lane's first row sees; row r below it sees r more, but without CAUSAL. With WINDOW it
+// sees the last of them.
 __device__ __forceinline__ void mask(Scores& scores, int seen, int lane) {
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m)
@@ -160,7 +166,7 @@ __device__ __forceinline__ void mask(Scores& scores, int seen, int lane) {
         for (int n = 0; n < KEY_TILES; ++n)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int key = n * 8 + lane % 4 * 2 + j % 2, end = seen + m * 16 + j / 2 * 8;
+                const int key = n * 8 + lane % 4 * 2 + j % 2, end = seen + (CAUSAL ? m * 16 + j / 2 * 8 : 0);
                 if (key >= end || (WINDOW > 0 && key < end - WINDOW)) scores[m][n][j] = MASKED;
             }
 }
@@ -292,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int first_q = (gridDim.x - 1 - blockIdx.x) * TILE_Q;  // the longest work first
     const item_t* keys = cache + load_slot(chunk) * (u64)SLOT_STRIDE + (u64)kv_head * CONTEXT * HEAD_DIM;
     const auto [start, count] = load_chunk(chunk);
-    const int total = start + min(count, first_q + TILE_Q);
+    const int total = start + (CAUSAL ? min(count, first_q + TILE_Q) : count);
     // The first one has the first key that a query of the tile sees.
     const int first_stage = WINDOW > 0 ? max(0, start + first_q + 1 - WINDOW) / STAGE_K : 0, num_stages = (total + STAGE_K - 1) / STAGE_K;
     const int first_there = first_stage * STAGE_K;
@@ -334,8 +340,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int i = 0; i < 4 * DIM_TILES; ++i) sums.acc[m][i / 4][i % 4] = 0.f;
     }
-    const int seen_by_all = start + first_row + 1;                              // keys, by every row of this warp
-    const int seen_by_any = first_row < count ? start + first_row + WARP_Q : 0;  // and by its last row
+    const int seen_by_all = CAUSAL ? start + first_row + 1 : total;                                  // keys, by every row of this warp
+    const int seen_by_any = first_row < count ? (CAUSAL ? start + first_row + WARP_Q : total) : 0;  // and by its last row
 
     for (int stage = first_stage; stage < num_stages; ++stage) {
         wait_copies<0>();
@@ -363,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         make_scores(scores, q, k_tile, lane);
         if (CAPPED) cap(scores);
         if (first_key + TILE_K > seen_by_all || (WINDOW > 0 && first_key < seen_by_all + WARP_Q - 1 - WINDOW))
-            mask(scores, start + row + 1 - first_key, lane);
+            mask(scores, (CAUSAL ? start + row + 1 : total) - first_key, lane);
         weigh(sums, scores);
         add_values(sums, scores, k_tile + TILE, lane);
     }

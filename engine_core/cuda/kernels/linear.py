@@ -170,10 +170,12 @@ def embed(
     token_stride: int = 1,
     scale: float = 1.0,
     rounded: DeviceArray | None = None,
+    features: DeviceArray | None = None,
 ) -> Launch:
     """output [n, cols] float32 ← ``scale`` times rows of table [vocab, cols] named by tokens, int32 [n]; the grid is n.
 
-    ``rounded``, 16-bit [n, cols], gets the same.
+    ``rounded``, 16-bit [n, cols], gets the same. ``features``, float32 [rows, cols]: the token vocab + i stands for its
+    row i, which is not scaled.
     ``token_stride``: int32 from one token to the next one, such as those of sampler states side by side.
     It does not start before the kernel before it has ended: attention_decode relies on that.
     """
@@ -189,6 +191,10 @@ def embed(
         check("rounded", rounded, (*tokens.shape, cols), kernels.dtype)
         defines["ROUNDED"] = 1
         args.append(rounded)
+    if features is not None:
+        check("features", features, (features.shape[0], cols), "fp32")
+        defines["FEATURES"] = vocab
+        args.append(features)
     function = kernels.function("elementwise", "embed", defines)
     return Launch(kernels.device, function, (tokens.shape[0],), ELEMENTWISE_THREADS, args, overlap=False)
 
@@ -216,6 +222,22 @@ def add_bias(kernels: Kernels, values: DeviceArray, bias: DeviceArray) -> Launch
     defines: dict[str, int | str] = {"COLS": width, "THREADS": ELEMENTWISE_THREADS, "FLOAT_VALUES": int(is_float)}
     function = kernels.function("elementwise", "add_bias", defines)
     return Launch(kernels.device, function, (rows,), ELEMENTWISE_THREADS, [values, bias])
+
+
+def bias_gelu(kernels: Kernels, values: DeviceArray, bias: DeviceArray, *, exact: bool = False) -> Launch:
+    """values [n, width] ← gelu(values + bias [width]), both 16-bit; the grid is n first.
+
+    By the approximation with tanh, or ``exact``. Raises KernelArgumentError.
+    """
+    rows, width = values.shape
+    if width % 8:
+        raise KernelArgumentError(f"Rows of {width} values; the kernel reads a multiple of 8.")
+    check("values", values, (rows, width), kernels.dtype)
+    check("bias", bias, (width,), kernels.dtype)
+    defines: dict[str, int | str] = {"COLS": width, "THREADS": ELEMENTWISE_THREADS, "ERF": int(exact)}
+    function = kernels.function("elementwise", "bias_gelu", defines)
+    grid = (rows, -(-width // (8 * ELEMENTWISE_THREADS)))
+    return Launch(kernels.device, function, grid, ELEMENTWISE_THREADS, [values, bias])
 
 
 def keep_last_row(kernels: Kernels, rows: DeviceArray, chunk: DeviceArray) -> Launch:

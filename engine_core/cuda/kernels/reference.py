@@ -5,6 +5,8 @@ Arrays are float64 whose values are exact in the kernel's input type. Tests comp
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from engine_core.cuda.kernels import nvfp4_layout
@@ -33,7 +35,38 @@ def silu_multiply(gate_up: np.ndarray) -> np.ndarray:
 def gelu_multiply(gate_up: np.ndarray) -> np.ndarray:
     """Return gelu(gate) * up, by tanh, [..., width], of [..., 2 width] whose values are (gate, up) in turn."""
     gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
-    return gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2 * up
+    return bias_gelu(gate, np.zeros(1)) * up
+
+
+def layer_norm(rows: np.ndarray, params: np.ndarray, eps: float) -> np.ndarray:
+    """Return LayerNorm along the last axis of rows [..., cols]; ``params`` [3, cols]: see ``vision.layer_norm``."""
+    weight, bias, added = params
+    rows = rows + added
+    rows = rows - rows.mean(axis=-1, keepdims=True)
+    return rows / np.sqrt((rows**2).mean(axis=-1, keepdims=True) + eps) * weight + bias
+
+
+def merge_patches(rows: np.ndarray, merge: int, side: int) -> np.ndarray:
+    """Return [side² / merge², merge² cols] of the patches [side², cols] of a tile: neighbours in a row."""
+    cols, count = rows.shape[1], side // merge
+    apart = rows.reshape(count, merge, count, merge, cols).swapaxes(1, 2)
+    return apart.reshape(count**2, merge**2 * cols)
+
+
+def cut_patches(pixels: np.ndarray, patch: int) -> np.ndarray:
+    """Return [patches, channels * patch²] of a tile's pixels [channels, size, size], row by row."""
+    channels, size, _ = pixels.shape
+    side = size // patch
+    whole = pixels[:, : side * patch, : side * patch].reshape(channels, side, patch, side, patch)
+    return whole.transpose(1, 3, 0, 2, 4).reshape(side**2, channels * patch**2)
+
+
+def bias_gelu(values: np.ndarray, bias: np.ndarray, *, exact: bool = False) -> np.ndarray:
+    """Return gelu(values + bias), by tanh or ``exact``."""
+    x = values + bias
+    if exact:
+        return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
+    return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
 
 
 def route(scores: np.ndarray, count: int, norm_shares: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -78,8 +111,9 @@ def attention(
     scale: float = 0.0,
     window: int = 0,
     softcap: float = 0.0,
+    causal: bool = True,
 ) -> np.ndarray:
-    """Return [n, heads, head_dim] of causal attention.
+    """Return [n, heads, head_dim] of causal attention, or of one in which every query sees every key.
 
     ``queries``: [n, heads, head_dim] at positions ``start`` …; ``keys`` and ``values``: [kv_heads, start + n,
     head_dim]. ``scale``: of scores; 0 = head_dim^-1/2. ``window``: keys that a query sees, its own included; 0 = all.
@@ -90,7 +124,7 @@ def attention(
     first = max(0, start + 1 - window) if window else 0  # the first key that any query sees
     last = start + np.arange(num_queries)[:, None]
     position = np.arange(first, start + num_queries)
-    seen = (position <= last) & (position > last - window if window else True)
+    seen = (position <= last) & (position > last - window if window else True) | (not causal)
     output = np.empty_like(queries)
     for h in range(heads):
         k, v = keys[h // group, first:], values[h // group, first:]

@@ -40,6 +40,23 @@ struct HeadVector {  // this lane's 8 elements of a head vector and their partne
         return d >= ROTATED ? d : d < ROTATED / 2 ? d + ROTATED / 2 : d - ROTATED / 2;
     }
 
+    // bias: [HEAD_DIM] of the head.
+    __device__ __forceinline__ void add(const half_t* bias, int part) {
+        const int d = 8 * part;
+        if (d >= HEAD_DIM) return;
+        own = sum8(own, *(const uint4*)(bias + d));
+        other = sum8(other, *(const uint4*)(bias + partner(d)));
+    }
+
+    static __device__ __forceinline__ uint4 sum8(uint4 values, uint4 added) {
+        float a[8], b[8];
+        unpack8(values, a);
+        unpack8(added, b);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) a[j] += b[j];
+        return pack8(a);
+    }
+
     // weight: [HEAD_DIM] of the head norm. All lanes of a warp call it.
     __device__ __forceinline__ void rotate(float* out, const half_t* weight, const Angles& angles, int part) const {
         const int d = 8 * part;

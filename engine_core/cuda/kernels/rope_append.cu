@@ -1,6 +1,6 @@
 // Prefill: rotates q in place, but with KV_ONLY, and writes the rotated K and the V of the chunk's tokens into the linear KV cache.
 // qkv: [tokens][(HEADS + 2 KV_HEADS) HEAD_DIM]; cache, rope and scales are as in attention_decode.cu. LANES_PER_HEAD lanes hold one
-// head vector.
+// head vector. With BIAS, ``bias`` [(HEADS + 2 KV_HEADS) HEAD_DIM] is added to q, k and v first.
 #include "rope.cuh"
 #if KV_INT8
 #include "kv_int8.cuh"
@@ -9,11 +9,19 @@
 #ifndef KV_ONLY
 #define KV_ONLY 0
 #endif
+
+#ifndef BIAS
+#define BIAS 0
+#endif
 constexpr int ALL_HEADS = HEADS + 2 * KV_HEADS, FIRST_HEAD = KV_ONLY ? HEADS : 0, OWN_HEADS = ALL_HEADS - FIRST_HEAD;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     rope_append(half_t* qkv, item_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm, const Chunk* chunk,
-                half_t* scales) {
+                half_t* scales
+#if BIAS
+                , const half_t* bias
+#endif
+    ) {
     const int lane = threadIdx.x % 32, part = lane % LANES_PER_HEAD, d = 8 * part;
     const int index = ((blockIdx.x * THREADS + threadIdx.x) / 32) * HEAD_SLOTS + lane / LANES_PER_HEAD;
     const auto [position, count] = load_chunk(chunk);
@@ -29,6 +37,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     lane_angles.load(angles, part);
     wait_for_previous();
     raw.load(vector, part);
+#if BIAS
+    raw.add(bias + head * HEAD_DIM, part);
+#endif
     float rotated[8];
     raw.rotate(rotated, head < HEADS ? q_norm : k_norm, lane_angles, part);
 #if KV_INT8
