@@ -102,6 +102,10 @@ def limits(backends: Sequence[Capabilities]) -> str:
         labels = labels.replace("the activation {spec.activation}", "another activation than silu")
         return labels.replace("position {spec.query_scale_position}", "a position")
 
+    def ordered(each: Capabilities) -> str:
+        kept = [each.keeps_order(spec) for spec in specs() if each.model_refusal(spec, CONTEXT) is None]
+        return "yes" if all(kept) else "in most models" if any(kept) else "no"
+
     rows = {
         "runs on": lambda each: "an NVIDIA GPU" if each.on_gpu else "the CPU",
         "oldest GPU": lambda each: f"sm_{each.least_capability}" if each.least_capability else "–",
@@ -109,6 +113,7 @@ def limits(backends: Sequence[Capabilities]) -> str:
         "`max_context` is a multiple of": lambda each: str(each.context_step),
         "`max_batch`, at most": lambda each: str(each.max_batch),
         "`--group-size` of integers": lambda each: ", ".join(map(str, each.group_sizes)) or "–",
+        "own values of GPTQ with act-order (`desc_act`)": ordered,
         "LoRA adapters at run time": lambda each: "yes" if each.lora else "no",
         "speculation": lambda each: "yes" if each.drafts else "not yet",
         "perplexity (`edgellm evaluate`)": lambda each: "yes" if each.log_probabilities else "no",

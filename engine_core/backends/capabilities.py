@@ -67,6 +67,7 @@ class Capabilities:
     traits: tuple[Trait, ...] = ()  # what no model that runs may have
     kv_cache_types_of: Callable[[ModelSpec | None, str, int], tuple[str, ...]] | None = None  # where they depend on it
     group_sizes: tuple[int, ...] = ()  # integers that share a scale, as ``build --group-size`` takes
+    keeps_order: Callable[[ModelSpec], bool] = lambda spec: False  # integers in groups of any columns (GPTQ's desc_act)
     context_step: int = 1  # max_context is a multiple of it
     least_capability: int = 0  # of the GPU; 80 = sm_80
     cuda_graphs: bool = False

@@ -244,7 +244,12 @@ class DeviceModel(Generic[Layer]):
             w["attended"].at(0),
             norms=self._head_norms(i),
             scales=self._scales(i),
+            places=self._places(i, "o"),
         )
+
+    def _places(self, i: int, name: str) -> DeviceArray | None:
+        """Return where a layer's matrix has each column of its input; None: as they are."""
+        return self.weights.get(f"layers.{i}.{name}_places")
 
     def _head_norms(self, i: int) -> tuple[DeviceArray, DeviceArray] | None:
         if not self.spec.attention.qk_norm:
@@ -329,9 +334,8 @@ class DeviceModel(Generic[Layer]):
     def _attend(self, i: int) -> attention.AttentionPrefill:
         w = self.work
         arrays = (w["qkv"], self._cache(i), w["attended"], self._slot_chunk)
-        return attention.attention_prefill(
-            self._kernels, self.spec.attention_of(i), *arrays, self._row_counts, scales=self._scales(i)
-        )
+        more: dict[str, Any] = {"scales": self._scales(i), "places": self._places(i, "o")}
+        return attention.attention_prefill(self._kernels, self.spec.attention_of(i), *arrays, self._row_counts, **more)
 
     def _run_attention(self, rope_append: Launch, attend: attention.AttentionPrefill, rows: int) -> None:
         rope_append.set_grid(attention.rope_append_blocks(self.spec.attention, rows))

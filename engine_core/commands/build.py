@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
         raise BuildError(f"Building needs the Python package {error.name!r}: pip install it.") from error
     kinds = [kind.strip() for kind in options.quantization.split(",") if kind.strip()]
     if not kinds:
-        found = default_quantization(options.checkpoint)
+        found = default_quantization(options.checkpoint, capabilities.keeps_order)
         kinds = [capabilities.format_for(found)]
         if (notice := capabilities.rounding_notice(found)) is not None:
             print(notice, file=sys.stderr)

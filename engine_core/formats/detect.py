@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from engine_core.formats.checkpoint import Checkpoint
@@ -14,16 +15,18 @@ from engine_core.models.spec import ModelSpec
 MARK = "edgellm_quantization"  # in config.json: the method, which the layout alone does not tell
 
 
-def quantization_of(checkpoint: Checkpoint, spec: ModelSpec) -> str:
+def quantization_of(checkpoint: Checkpoint, spec: ModelSpec, *, ordered: bool = False) -> str:
     """Return the format of the checkpoint's linears; "" if they are plain or of several formats.
 
+    ``ordered``: whether that is the format of groups whose columns are not consecutive, too (GPTQ's desc_act).
     'edgellm quantize' marks what it wrote. Others calibrate (AWQ, GPTQ, llm-compressor): their int4 is int4_awq. GGUF's
     Q4_0 is rounded to nearest.
     """
     layers = spec.layers
     linears = (linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
     stored = [checkpoint.stored(part) for linear in linears for part in linear.parts]
-    kinds = {"" if each is None or each.order is not None else each.format.kind for each in stored}
+    own = [None if each is None or (each.order is not None and not ordered) else each for each in stored]
+    kinds = {"" if each is None else each.format.kind for each in own}
     kind = kinds.pop() if len(kinds) == 1 else ""
     of_kind = [name for name in NAMES if weight_format(name).kind == kind]
     mark = checkpoint.config.get(MARK)
@@ -63,7 +66,11 @@ def group_size_refusal(wanted: WeightFormat, found: str, group_size: int) -> str
     return None
 
 
-def default_quantization(checkpoint_dir: Path) -> str:
-    """Return ``quantization_of`` a checkpoint. Raises CheckpointError or UnsupportedModelError."""
+def default_quantization(checkpoint_dir: Path, keeps_order: Callable[[ModelSpec], bool] = lambda spec: False) -> str:
+    """Return ``quantization_of`` a checkpoint, ``ordered`` for models that ``keeps_order`` of.
+
+    Raises CheckpointError or UnsupportedModelError.
+    """
     checkpoint = Checkpoint(checkpoint_dir)
-    return quantization_of(checkpoint, read_spec(checkpoint))
+    spec = read_spec(checkpoint)
+    return quantization_of(checkpoint, spec, ordered=keeps_order(spec))

@@ -250,7 +250,7 @@ def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
     if origin in (types.UnionType, typing.Union):
         return _typed_as_one_of(typing.get_args(kind), value, name)
     if origin is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             raise ValueError(f"{label} is not a list")
         return tuple(_typed(typing.get_args(kind)[0], item, name) for item in value)
     if origin is dict:

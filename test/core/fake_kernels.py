@@ -53,6 +53,13 @@ def embed(defines: dict, args) -> None:
         array_at(address_of(args, 3), (count, cols), F16)[:] = rows
 
 
+def _places(defines: dict, args, index: int, columns: int) -> np.ndarray:
+    """Return where the columns are, of the argument ``index`` with ORDERED."""
+    if not defines.get("ORDERED"):
+        return np.arange(columns)
+    return array_at(address_of(args, index), (columns,), np.int32)
+
+
 def rms_norm(defines: dict, args) -> None:
     rows, weight, output, delta = (address_of(args, i) for i in range(4))
     shape = (defines["GRID"], defines["COLS"])
@@ -68,7 +75,7 @@ def rms_norm(defines: dict, args) -> None:
         if defines.get("ROUNDED"):
             array_at(address_of(args, 4), shape, F16)[:] = total
     else:
-        array_at(output, shape, F16)[:] = normed
+        array_at(output, shape, F16)[:, _places(defines, args, 4, shape[1])] = normed
 
 
 def qk_norm(defines: dict, args) -> None:
@@ -113,6 +120,7 @@ def gemv(defines: dict, args) -> None:
     if defines["NORM"]:
         scale = array_at(norm, (cols,), F16).astype(F64) + _float(defines["NORM_OFFSET"])
         values = reference.rms_norm(values, scale, _float(defines["NORM_EPS"]), defines["NORM_SIZE"])
+    values = values[:, np.argsort(_places(defines, args, 9 if defines.get("LORA_RANK") else 5, cols))]
     if defines.get("LORA_RANK"):
         _make_lora_sums(defines, args, values[0])
     matrix = _matrix(defines, weight)
@@ -363,11 +371,12 @@ class _Attention:
         for part, own in zip(parts, np.split(added, [self.heads, self.heads + self.kv_heads]), strict=True):
             part += own
 
-    def attend(self, queries: np.ndarray, start: int, output: int) -> None:
+    def attend(self, queries: np.ndarray, start: int, output: int, places: np.ndarray) -> None:
         keys, values = self.cache[:, :, : start + len(queries)].astype(F64)
         options = (self.scale, self.window, self.softcap, self.causal)
         result = reference.attention(queries.astype(F64), keys, values, start, *options)
-        array_at(output, result.shape, F16)[:] = result
+        columns = result.reshape(len(result), -1)
+        array_at(output, columns.shape, F16)[:, places] = columns
 
 
 def _slot(defines: dict, args, index: int) -> int:
@@ -391,7 +400,7 @@ def attention_prefill(defines: dict, args) -> None:
     qkv, cache, output = (address_of(args, i) for i in range(3))
     start, count = _chunk(args, 3)
     layer = _Attention(defines, qkv, cache, count, _slot(defines, args, 3))
-    layer.attend(layer.queries, start, output)
+    layer.attend(layer.queries, start, output, _places(defines, args, 5, layer.heads * defines["HEAD_DIM"]))
 
 
 def attention_decode(defines: dict, args) -> None:
@@ -405,7 +414,8 @@ def attention_decode(defines: dict, args) -> None:
             continue
         layer = _Attention(defines, qkv + 2 * row * (heads + 2 * kv_heads) * dim, cache, 1, int(slot))
         target = output + 2 * row * heads * dim
-        layer.attend(layer.rotate(defines, rope, (q_norm, k_norm), position), position, target)
+        places = _places(defines, args, 11, heads * dim)
+        layer.attend(layer.rotate(defines, rope, (q_norm, k_norm), position), position, target, places)
 
 
 _ALL = (

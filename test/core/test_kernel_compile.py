@@ -142,6 +142,15 @@ def test_gemms_of_integers_in_groups_compile(arch, group_size, zeros):
             _compile_all(arch, ("gemv_packed", "gemm_packed"), **groups, HALF_SCALES=1)
 
 
+@for_each(BESIDE_BORDERS[-1:])
+def test_kernels_that_put_columns_in_order_compile(arch):
+    _compile_all(arch, ("rms_norm",), ORDERED=1, ADD=0, BF16=1)
+    _compile_all(arch, ("gemv_packed",), ORDERED=1, GROUP_SIZE=32, ZEROS=1, BF16=0)
+    _compile_all(arch, ("gemv_packed",), ORDERED=1, **LORA)
+    _compile_all(arch, ("attention_decode", "attention_prefill"), ORDERED=1, KV_INT8=1, BLOCKS=1, BATCHED=1)
+    _compile_all(arch, ("attention_decode", "attention_prefill"), ORDERED=1, BF16=1)
+
+
 @for_each(BESIDE_BORDERS)
 @pytest.mark.parametrize("bits, group_scales", [(8, 0), (8, 1), (4, 0)])
 def test_gemms_of_small_floats_compile(arch, bits, group_scales):

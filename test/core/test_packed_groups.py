@@ -14,10 +14,13 @@ import pytest
 
 import quantized_checkpoints
 import small_llama
+import test_padding
 from batch_steps import Requests
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda
-from engine_core.backends.cuda.layout import CudaSpec, pair_rows, weight_arrays
+from engine_core.backends.cuda.capabilities import CAPABILITIES
+from engine_core.backends.cuda.layout import CudaSpec, pair_rows, stacked_rows, weight_arrays
+from engine_core.backends.cuda.orders import linears_of
 from engine_core.backends.cuda.weights import kept_rows
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import DeviceArray
@@ -25,11 +28,14 @@ from engine_core.cuda.kernels import linear_batch, reference
 from engine_core.cuda.kernels.integer_layout import GROUP, TILE, IntegerLayout
 from engine_core.cuda.kernels.launch_configs import FALLBACK
 from engine_core.cuda.kernels.linear_packed import PackedWeight, layout_of
-from engine_core.errors import EngineDirectoryError
+from engine_core.errors import BuildError, EngineDirectoryError
 from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.detect import default_quantization
+from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
 from engine_core.formats.weight_formats import weight_format
 from engine_core.measure.random_checkpoint import write_random_adapter, write_random_checkpoint
 from engine_core.models.reader import read_spec
+from engine_core.models.spec import LayerSpec
 from engine_core.request import SamplingParams
 from packed_weights import integer_formats, random_integers
 from quantized_checkpoints import Scheme
@@ -117,6 +123,10 @@ SCHEMES = {
     "gptq in groups of 32": Scheme("gptq", group_size=32),
     "gptq asymmetric by the row": Scheme("gptq", group_size=0, asymmetric=True),
     "gptq int8": Scheme("gptq", bits=8, group_size=32, asymmetric=True),
+    "gptq act-order": Scheme("gptq", group_size=32, act_order=True),
+    "gptq act-order asymmetric": Scheme("gptq", group_size=32, asymmetric=True, act_order=True),
+    "gptq act-order of down alone": Scheme("gptq", group_size=64, act_order=True),  # the others have one group
+    "gptq int8 act-order": Scheme("gptq", bits=8, group_size=32, act_order=True),
 }
 PROMPTS = [np.random.default_rng(i).integers(3, small_llama.VOCAB, 5 + 30 * i).astype(np.int32) for i in range(4)]
 requests = Requests(PROMPTS, [(SamplingParams(seed=i), None) for i in range(4)], 6, ["", "one", "", "one"])
@@ -135,15 +145,56 @@ def made(request, tmp_path_factory):
     return Checkpoint(checkpoint), directory / "engine", manifest, f"one:{adapter}"
 
 
+def natural(checkpoint: Checkpoint, layer: LayerSpec) -> dict[str, np.ndarray]:
+    """Return the matrices of a layer as the checkpoint has them, fused, float64."""
+    found = {name: np.concatenate([checkpoint.read(p) for p in each.parts]) for name, each in linears_of(layer).items()}
+    return {name: (pair_rows(w) if name == "gate_up" else w).astype(np.float64) for name, w in found.items()}
+
+
 def test_an_engine_has_the_weights_that_the_checkpoint_stands_for(made):
     checkpoint, engine, manifest, _ = made
     assert manifest.options["requantized"] == 0 and manifest.options["zero_points"] in (True, False)
     spec, arrays, _ = built(engine, manifest, EngineConfig(engine))
     for i, layer in enumerate(spec.model.layers):
-        for name, linear in (("qkv", layer.qkv), ("o", layer.output), ("gate_up", layer.gate_up), ("down", layer.down)):
-            expected = np.concatenate([checkpoint.read(part) for part in linear.parts])
-            expected = pair_rows(expected) if name == "gate_up" else expected
-            assert np.array_equal(arrays[f"layers.{i}.{name}"], expected.astype(np.float64)), name
+        for name, expected in natural(checkpoint, layer).items():
+            has_order = checkpoint.stored(linears_of(layer)[name].parts[0]).order is not None
+            assert (name in spec.ordered) == has_order, "only matrices whose groups are not consecutive"
+            if has_order:
+                expected = expected[:, np.argsort(arrays[f"layers.{i}.{name}_places"])]
+            if name == "gate_up" and "down" in spec.ordered:
+                order = np.argsort(arrays[f"layers.{i}.down_places"])
+                expected = expected.reshape(len(order), 2, -1)[order].reshape(expected.shape)
+            assert np.array_equal(arrays[f"layers.{i}.{name}"], expected), name
+
+
+def added(spec: CudaSpec, layer: int, name: str) -> np.ndarray:
+    """Return what the first adapter adds to a matrix, as ``natural`` has that."""
+    total = np.zeros(spec.model.layer_matrices[name])
+    for part in stacked_rows(spec.model)[name]:
+        low = spec.adapters[0].dense(layer, name, part)
+        total[part.start : part.stop] = low.b @ low.a
+    return pair_rows(total) if name == "gate_up" else total
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_engine_computes_what_the_checkpoint_does(made, driver, monkeypatch, adapted):
+    """Tokens by prefill and by decode, of the checkpoint's own matrices and order in float64."""
+    checkpoint, engine, manifest, adapter = made
+    config = EngineConfig(engine, tune_kernels=False, lora_adapters=(adapter,) if adapted else ())
+    spec, arrays, rope = built(engine, manifest, config)
+    for i, layer in enumerate(spec.model.layers):
+        for name, matrix in natural(checkpoint, layer).items():
+            arrays[f"layers.{i}.{name}"] = matrix + added(spec, i, name) if adapted else matrix
+    backend = CudaBackend.load(engine, manifest, config)
+    of_all = dataclasses.replace(requests, adapters=["one"] * 4 if adapted else None)
+    for index, prompt in enumerate(PROMPTS):
+        ids = prompt.tolist()
+        for token in of_all.alone(backend, index):
+            monkeypatch.setattr(test_padding, "IDS", np.array(ids))
+            logits = test_padding.logits(arrays, rope, spec.model, 0, 0)[-1]
+            assert logits[token] > logits.max() - 0.01 * np.ptp(logits)
+            ids.append(token)
+    backend.close()
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -210,3 +261,40 @@ def test_launches_fit_the_gpu(name, gpu):
                 stages = gemm_config.buffers * gemm_config.stage * tokens * (256 + 4 * weight.sums)
                 warps = gemm_config.row_warps * gemm_config.k_warps
                 assert shared >= stages + warps * gemm_config.depth * 2 * gemm.tile_bytes
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Olmo2ForCausalLM"])
+def test_act_order_is_kept_where_norms_come_first_and_else_told(tmp_path, caplog, architecture):
+    """As the format to build unless told otherwise, and in the manifest."""
+    config = CONFIG | dict(architectures=[architecture], model_type="olmo2" if "Olmo2" in architecture else "llama")
+    plain = write_random_checkpoint(tmp_path / "plain", config, scale=0.15)
+    scheme = Scheme("gptq", group_size=32, act_order=True)
+    checkpoint = quantized_checkpoints.quantize(plain, tmp_path / "checkpoint", scheme)
+    keeps = architecture == "LlamaForCausalLM"
+    assert default_quantization(checkpoint, CAPABILITIES.keeps_order) == ("int4_awq" if keeps else "")
+    assert default_quantization(checkpoint) == "", "onnxruntime keeps none"
+    manifest = build_cuda(checkpoint, tmp_path / "engine", quantization="int4", max_context=64)
+    assert manifest.options["requantized"] == (0 if keeps else 8)
+    assert ("rounded anew" in caplog.text) == (not keeps) and bool(manifest.options["ordered"]) == keeps
+    if not keeps:
+        with pytest.raises(BuildError, match="not in consecutive groups"):
+            build_cuda(checkpoint, tmp_path / "engine", quantization="int4_awq", max_context=64)
+
+
+def test_parts_in_different_orders_are_rounded_anew(tmp_path, caplog):
+    plain = write_random_checkpoint(tmp_path / "plain", CONFIG, scale=0.15)
+    scheme = Scheme("gptq", group_size=32, act_order=True)
+    directory = quantized_checkpoints.quantize(plain, tmp_path / "checkpoint", scheme)
+    file = SafetensorsFile(directory / "model.safetensors")
+    tensors = {name: np.array(file.raw(name)) for name in file.names()}
+    name = "model.layers.1.self_attn.k_proj.g_idx"
+    tensors[name] = np.roll(tensors[name], 1)
+    write_safetensors(directory / "model.safetensors", tensors)
+    manifest = build_cuda(directory, tmp_path / "engine", quantization="int4_awq", max_context=64)
+    assert list(manifest.options["rounding_errors"]) == ["layers.1.qkv"] and "rounded anew" in caplog.text
+    _, arrays, _ = built(tmp_path / "engine", manifest, EngineConfig(tmp_path / "engine"))
+    assert (arrays["layers.1.qkv_places"] == np.arange(64)).all()
+    assert (arrays["layers.0.qkv_places"] != np.arange(64)).any()
+    parts = [Checkpoint(directory).read(f"model.layers.1.self_attn.{part}_proj.weight") for part in "qkv"]
+    expected = np.concatenate(parts)
+    assert 0 < np.linalg.norm(arrays["layers.1.qkv"] - expected) / np.linalg.norm(expected) < 0.12

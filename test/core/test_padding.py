@@ -76,6 +76,9 @@ def built(engine_dir: Path, manifest, config: EngineConfig) -> tuple[CudaSpec, d
     for name, array in weight_arrays(resolved.spec).items():
         stored = weights.read(name)
         assert stored.shape == array.shape and stored.nbytes <= array.nbytes
+        if array.dtype == "int32":
+            arrays[name] = stored
+            continue
         if array.dtype != "uint8":
             arrays[name] = from_16_bit(stored).astype(np.float64)
             continue

@@ -41,6 +41,8 @@ SCHEMES = {
     "awq asymmetric": Scheme("awq", asymmetric=True),
     "awq asymmetric groups of 32": Scheme("awq", group_size=32, asymmetric=True),
     "gptq int8": Scheme("gptq", bits=8),
+    "gptq act-order": Scheme("gptq", act_order=True),
+    "gptq act-order asymmetric": Scheme("gptq", group_size=32, asymmetric=True, act_order=True),
     "gptq int8 asymmetric groups of 32": Scheme("gptq", bits=8, group_size=32, asymmetric=True),
 }
 
@@ -76,6 +78,7 @@ def test_logits_are_those_of_the_dequantized_model(tmp_path, name, dtype):
     for name, parameter in model.named_parameters():
         if name.endswith("_proj.weight"):
             np.testing.assert_array_equal(parameter.detach().numpy(), checkpoint.read(name))
+    assert manifest.options["requantized"] == 0 and len(manifest.options["ordered"]) == (4 if scheme.act_order else 0)
     check_greedy(tmp_path / "engine", model)
 
 

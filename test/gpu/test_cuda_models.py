@@ -247,7 +247,13 @@ def use_weights_of(engine_dir, model, kind: str | WeightFormat) -> None:
     config, dtype = model.config, read_manifest(engine_dir).options["dtype"]
 
     def restored(name: str) -> torch.Tensor:
-        return torch.tensor(reference.packed_weight(stored.raw(name), kind, shapes[name.split(".")[-1]], dtype))
+        found = reference.packed_weight(stored.raw(name), kind, shapes[name.split(".")[-1]], dtype)
+        if f"{name}_places" in stored.names():  # of columns in the order of their groups
+            found = found[:, stored.raw(f"{name}_places")]
+        below = f"{name.removesuffix('gate_up')}down_places"
+        if name.endswith(".gate_up") and below in stored.names():
+            found = found.reshape(-1, 2, found.shape[1])[stored.raw(below)].reshape(found.shape)
+        return torch.tensor(found)
 
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     hidden, inner = config.hidden_size, config.intermediate_size

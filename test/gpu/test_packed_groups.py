@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import test_kernels
 from gpu_bench import epilogue_cases, error, from_bits, to_bits
 
 from engine_core.cuda.driver import DeviceArray
-from engine_core.cuda.kernels import linear, linear_batch, linear_packed, reference
+from engine_core.cuda.kernels import attention, linear, linear_batch, linear_packed, reference, sampling
 from engine_core.cuda.kernels.linear_packed import layout_of
 from engine_core.formats.weight_formats import weight_format
 from packed_weights import integer_formats, random_integers
@@ -125,3 +126,66 @@ def test_every_candidate(bench, name):
         arrays = (packed.matrix, vectors, output, linear.LOGITS)
         linear_batch.gemm_batch(kernels, *arrays, *scratch, config=config)(bench.stream)
         assert error(bench.get(output), sums) < TOLERANCE["fp32"], config
+
+
+# --- columns in the order of a matrix's groups ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("cols", [96, 2568, 4096])
+def test_norms_put_columns_in_order(bench, cols, dtype):
+    """The norm of several rows, and that of a GEMV, whose sums of groups are those of the order."""
+    kernels, places = bench.kernels(dtype), bench.random.permutation(cols).astype(np.int32)
+    on_device = bench.put(places, "int32")
+    hidden, x = bench.normal((3, cols), "fp32", 3.0)
+    weight, g = bench.normal((cols,), dtype)
+    plain, ordered = bench.poisoned((3, cols), dtype), bench.poisoned((3, cols), dtype)
+    linear.rms_norm(kernels, hidden, weight, plain, EPS)(bench.stream)
+    linear.rms_norm(kernels, hidden, weight, ordered, EPS, places=on_device)(bench.stream)
+    assert (bench.get(ordered)[:, places] == bench.get(plain)).all()
+    for name in ("int4-g32-zeros", "int8-g64"):
+        packed = _Matrix(bench, name, 528, cols, dtype)
+        output = bench.poisoned((528,), "fp32")
+        more = {"norm_weight": weight, "norm_eps": EPS, "places": on_device}
+        arrays = (packed.matrix, hidden.at(0), output, linear.LOGITS)
+        linear_packed.gemv_packed(kernels, *arrays, **more)(bench.stream)
+        normed = from_bits(to_bits(reference.rms_norm(x[0], g, EPS), dtype), dtype)
+        assert error(bench.get(output), packed.weight[:, places] @ normed) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(32, 8, 128), (14, 2, 64), (24, 2, 48)])
+def test_attention_puts_columns_in_order(bench, heads, kv_heads, head_dim, kv_int8):
+    """Of one token, merged by one CTA and by several, and of a prompt."""
+    places = bench.random.permutation(heads * head_dim).astype(np.int32)
+    on_device = bench.put(places, "int32")
+    for position, count in ((5, 1), (1400, 1), (20, 70)):
+        case = test_kernels._Attention(bench, heads, kv_heads, head_dim, False, "fp16", count, 1500, kv_int8)
+        found = []
+        for given in (None, on_device):
+            output = bench.poisoned((count, heads * head_dim), "fp16")
+            if count > 1:
+                chunk = bench.chunk(position, count)
+                attention.rope_append(
+                    *(case.kernels, case.shape, case.qkv, case.cache, case.rope, chunk),
+                    scales=case.scales,
+                    kv_only=True,
+                )(bench.stream)
+                arrays = (case.kernels, case.shape, case.qkv, case.cache, output, chunk, [count])
+                attention.attention_prefill(*arrays, case.scales, places=given)(bench.stream, count)
+            else:
+                state = np.zeros((), dtype=sampling.STATE)
+                state["position"] = position
+                scratch = (
+                    bench.put(np.frombuffer(state.tobytes(), dtype=np.uint8), "uint8"),
+                    bench.poisoned((case.shape.partial_floats(bench.device.num_sms),), "fp32"),
+                    bench.put(np.zeros(case.shape.bundles, dtype=np.uint32), "uint32"),
+                )
+                attention.attention_decode(
+                    *(case.kernels, case.shape, case.qkv.reshape(case.shape.qkv_width), case.cache, case.rope),
+                    *(*scratch, output.reshape(heads * head_dim)),
+                    scales=case.scales,
+                    places=given,
+                )(bench.stream)
+            found.append(bench.get(output))
+        assert np.isfinite(found[0]).all() and (found[1][:, places] == found[0]).all(), (position, count)

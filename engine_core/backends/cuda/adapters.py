@@ -8,19 +8,26 @@ from __future__ import annotations
 import numpy as np
 
 from engine_core.backends.cuda.layout import CudaSpec, pair_rows, stacked_rows
+from engine_core.backends.cuda.orders import pairs_in_order
 from engine_core.backends.cuda.padding import Padding
 from engine_core.errors import AdapterError, BuildError
 from engine_core.formats.lora import LoraAdapter
 from engine_core.formats.number_formats import to_16_bit
 
 
-def adapter_matrices(spec: CudaSpec, layer: int, matrix: str) -> tuple[np.ndarray, np.ndarray]:
+def adapter_matrices(
+    spec: CudaSpec, layer: int, matrix: str, order: np.ndarray | None = None, order_below: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return what the arrays lora_a and lora_b of a layer's matrix hold; see ``layout.lora_arrays``.
 
-    Raises AdapterError if a value is not finite or too large for the model's 16-bit type.
+    ``order``: the order of the matrix's columns, int64, None = as they are; ``order_below``: that of the columns of
+    ``down``, for ``gate_up``. Raises AdapterError if a value is not finite or too large for the model's 16-bit type.
     """
     pairs = [_of_adapter(spec, adapter, layer, matrix) for adapter in spec.adapters]
-    return np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
+    a, b = np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
+    if order_below is not None:
+        b = np.stack([pairs_in_order(each, order_below) for each in b])
+    return a if order is None else np.ascontiguousarray(a[..., order]), b
 
 
 def _of_adapter(spec: CudaSpec, adapter: LoraAdapter, layer: int, matrix: str) -> tuple[np.ndarray, np.ndarray]:

@@ -70,6 +70,7 @@ class RowsModel(CudaModel):
             scales=scales,
             slots=rows[2],
             appended=True,
+            places=self._places(i, "o"),
         )
         return [append, attend]
 
@@ -221,6 +222,7 @@ class BatchModel(RowsModel):
             norms=self._head_norms(i),
             scales=self._scales(i),
             slots=slots,
+            places=self._places(i, "o"),
         )
         return self._layer_of_rows(i, size, [attend], terms)
 

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from engine_core.backends.cuda.capabilities import CAPABILITIES
 from engine_core.backends.cuda.encoder_build import encoder_tensors
 from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, pair_rows, weight_arrays
+from engine_core.backends.cuda.orders import (
+    MATRICES,
+    filled_up,
+    kept_group,
+    kept_linears,
+    linear_of,
+    orders_of,
+    pairs_in_order,
+    places_of,
+)
 from engine_core.backends.cuda.padding import Padding, padded_rope
 from engine_core.backends.cuda.weights import ROPE_NAME, STORED_TYPES, WEIGHTS_NAME
 from engine_core.config import EngineConfig
@@ -27,7 +38,6 @@ from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.detect import conversion_refusal, group_size_refusal, quantization_of
 from engine_core.formats.manifest import Manifest, seal, write_variant
 from engine_core.formats.number_formats import FP16_MAX, QuantizedTensor, ScaledFloat, from_16_bit, to_16_bit
-from engine_core.formats.quantized_layouts import Stored
 from engine_core.formats.rounding_errors import RoundingErrors
 from engine_core.formats.safetensors_file import SafetensorsWriter
 from engine_core.formats.weight_formats import weight_format
@@ -35,7 +45,7 @@ from engine_core.formats.weight_formats.base import QuantizedFormat, Rounding, W
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
 from engine_core.models.reader import check_tensors, read_spec
-from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
+from engine_core.models.spec import LayerSpec, ModelSpec
 from engine_core.progress import Progress, portion, untold
 
 _log = logging.getLogger(__name__)
@@ -80,7 +90,7 @@ def build_cuda(
         dtype = "bf16" if stored == "bfloat16" else "fp16"
     if dtype not in ("fp16", "bf16"):
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
-    found = quantization_of(checkpoint, spec)
+    found = quantization_of(checkpoint, spec, ordered=CAPABILITIES.keeps_order(spec))
     for reason in (
         conversion_refusal(quantization, found),
         CAPABILITIES.group_refusal(group_size),
@@ -96,7 +106,13 @@ def build_cuda(
     stored_as = engine_format(checkpoint, spec, weight_format(quantization), dtype, group_size)
     options = CudaOptions(dtype)
     if isinstance(stored_as, IntegerFormat):
-        options = CudaOptions(dtype, zero_points=stored_as.asymmetric, half_scales=stored_as.half_scales)
+        ordered = {name.split(".")[-1] for name in orders_of(checkpoint, spec, weight_format(quantization))}
+        options = CudaOptions(
+            dtype,
+            zero_points=stored_as.asymmetric,
+            half_scales=stored_as.half_scales,
+            ordered=tuple(name for name in MATRICES if name in ordered),
+        )
     manifest = Manifest(
         model_name=model_name or companions.model_name(checkpoint),
         model=spec,
@@ -185,27 +201,16 @@ def engine_format(
     that are kept, with zero points if any of them has, or in groups of ``group_size``; 0 = 128. Their scales are fp16
     if any of those that are kept is, as bf16 would round them.
     """
+    if isinstance(wanted, IntegerFormat):
+        kept = [part for _, parts, _ in kept_linears(checkpoint, spec, wanted) for part in parts]
+        size = min((kept_group(each, wanted) for each in kept), default=group_size or stored_group(wanted))
+        has_halves = dtype == "bf16" and any(each.scale_type == "F16" for each in kept)
+        return wanted.in_groups(size, any(each.has_zeros for each in kept), has_halves)
     linears = (each for layer in spec.layers for each in (layer.qkv, layer.output, layer.gate_up, layer.down))
     stored = [checkpoint.stored(part) for linear in linears for part in linear.parts]
     own = [each for each in stored if each is not None and each.format.kind == wanted.kind]
-    if isinstance(wanted, IntegerFormat):
-        kept = [each for each in own if _kept_group(each, wanted)]
-        size = min((_kept_group(each, wanted) for each in kept), default=group_size or stored_group(wanted))
-        has_halves = dtype == "bf16" and any(each.scale_type == "F16" for each in kept)
-        return wanted.in_groups(size, any(each.has_zeros for each in kept), has_halves)
     has_groups = any(each.group_size < each.shape[1] and each.group_size % GROUP == 0 for each in own)
     return wanted.in_groups(GROUP if has_groups else 0)
-
-
-def _kept_group(stored: Stored, wanted: WeightFormat) -> int:
-    """Return the columns that share a scale where the kernels read integers of a checkpoint as they are; 0 = they do
-    not."""
-    if stored.order is not None or not isinstance(wanted, IntegerFormat):
-        return 0
-    if not wanted.keeps(stored.format, stored.group_size):
-        return 0
-    is_row = stored.group_size >= stored.shape[1]
-    return max((size for size in GROUP_SIZES if is_row or stored.group_size % size == 0), default=0)
 
 
 def own_values(
@@ -216,27 +221,30 @@ def own_values(
     dtype: str,
     padding: Padding,
     kept: np.ndarray | None = None,
+    orders: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> np.ndarray | None:
     """Return packed tiles with the checkpoint's own quantized values and scales, of the fused tensor ``name``.
 
-    ``kept``: the rows of the LM head, None = all. None unless all its parts are of the kind of ``wanted``, with scales
-    of columns that the kernels read, and no columns are added between those of a group. ``dtype`` holds the scales of
-    integers exactly. Raises BuildError for values that are not finite.
+    ``kept``: the rows of the LM head, None = all; ``orders``: see ``orders_of``. None unless all its parts are of the
+    kind of ``wanted``, with scales of columns that the kernels read, and no columns are added between those of a group.
+    ``dtype`` holds the scales of integers exactly. Raises BuildError for values that are not finite.
     """
     kind = name.split(".")[-1]
     rows, columns = padding.rows(kind), padding.columns(kind)
     assert columns is not None and (rows is not None or kind == "head")
     if kind == "o" and not columns.is_whole:
         return None
-    parts = (spec.head,) if kind == "head" else _linear_of(spec, name).parts
+    parts = (spec.head,) if kind == "head" else linear_of(spec, name).parts
     if isinstance(wanted, IntegerFormat):
-        own, zero = _own_integers(checkpoint, parts, wanted, dtype), wanted.zero
+        own, zero = _own_integers(checkpoint, parts, wanted, dtype, name in orders), wanted.zero
     else:
         own, zero = _own_floats(checkpoint, parts, wanted), 0
     if own is None:
         return None
     if name.endswith(".gate_up"):
         own = [np.concatenate([pair_rows(part) for part in np.split(array, max(1, spec.num_experts))]) for array in own]
+        if (order := orders.get(_down_of(name))) is not None:
+            own = [pairs_in_order(array, order) for array in own]
     if kind == "head" and kept is not None:
         own = [array[kept] for array in own]
     values, *scales = own
@@ -245,20 +253,25 @@ def own_values(
     return layout_of(wanted).pack(columns.spread(values, 1, zero), *scales)
 
 
+def _down_of(gate_up: str) -> str:
+    """Return the name of the matrix that reads what the rows of ``gate_up``, layers.N.gate_up, make."""
+    return f"{gate_up.rpartition('.')[0]}.down"
+
+
 def _own_integers(
-    checkpoint: Checkpoint, parts: tuple[str, ...], wanted: IntegerFormat, dtype: str
+    checkpoint: Checkpoint, parts: tuple[str, ...], wanted: IntegerFormat, dtype: str, is_ordered: bool
 ) -> list[np.ndarray] | None:
     """Return (values, 16-bit scales in groups of ``wanted``, zeros if it has any) of all parts, or None; see
-    ``own_values``."""
-    group_size, scale_type = stored_group(wanted), wanted.scale_type(dtype)
+    ``own_values``. Columns are in the order of the groups."""
+    group_size, scale_type, found = stored_group(wanted), wanted.scale_type(dtype), []
     for part in parts:
         stored = checkpoint.stored(part)
-        if stored is None or _kept_group(stored, weight_format(wanted.name)) < group_size:
+        if stored is None or kept_group(stored, weight_format(wanted.name)) < group_size:
             return None
-    found = []
-    for part in parts:
-        quantized = checkpoint.quantized(part)
-        assert quantized is not None
+        if stored.order is not None and not is_ordered:
+            return None
+        quantized = stored.read(slice(None))
+        assert isinstance(quantized, QuantizedTensor)
         found.append(quantized.regrouped(group_size))
     values, scales = (np.concatenate([getattr(part, name) for part in found]) for name in ("values", "scales"))
     if scale_type == "fp16" and np.abs(scales).max() > FP16_MAX:
@@ -297,7 +310,7 @@ def _own_floats(checkpoint: Checkpoint, parts: tuple[str, ...], wanted: WeightFo
 def _held(wanted: WeightFormat) -> str:
     """Return which values of a checkpoint an engine keeps."""
     if isinstance(wanted, IntegerFormat):
-        return f"values whose groups of consecutive columns are of {GROUP_SIZES[0]} or a multiple of that, or of a row"
+        return f"values in groups of {GROUP_SIZES[0]} columns or a multiple of that, or of a row"
     if wanted.bits == 8:
         return f"values with scales of rows or of {GROUP} columns"
     return f"{wanted.name} values"
@@ -308,13 +321,6 @@ def _otherwise(wanted: WeightFormat) -> str:
     if isinstance(wanted, IntegerFormat):
         return "the backend onnxruntime keeps them as they are"
     return "build fp16 to keep what they stand for"
-
-
-def _linear_of(spec: ModelSpec, name: str) -> LinearSpec:
-    """Return the linear of a fused tensor such as ``layers.3.qkv``."""
-    _, index, which = name.split(".")
-    layer = spec.layers[int(index)]
-    return {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}[which]
 
 
 def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
@@ -389,15 +395,24 @@ def write_weights(
     wanted = cuda_spec.weight_format
 
     padding = Padding(spec, paired=paired)
+    orders = orders_of(checkpoint, spec, weight_format(wanted.name)) if cuda_spec.ordered else {}
+    full_orders = {name: filled_up(order, cuda_spec.columns_of(name)) for name, order in orders.items()}
     errors = RoundingErrors()
     total, done = sum(array.nbytes for array in arrays.values()), 0
 
     def tiles(name: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
-        own = own_values(checkpoint, spec, name, wanted, dtype, padding, kept)
+        own = own_values(checkpoint, spec, name, wanted, dtype, padding, kept, orders)
         if own is not None:
             return own
         listener = partial(errors.add, name) if _is_quantized(checkpoint, spec, name) else None
-        return to_tiles(np.concatenate(list(blocks)), wanted, dtype, listener)
+        whole = in_order(name, np.concatenate(list(blocks)))
+        return to_tiles(whole[:, full_orders[name]] if name in full_orders else whole, wanted, dtype, listener)
+
+    def in_order(name: str, values: np.ndarray) -> np.ndarray:
+        """Return rows of gate_up or its bias as the columns of down are."""
+        stem = name.removesuffix("_bias")
+        order = full_orders.get(_down_of(stem)) if stem.endswith(".gate_up") else None
+        return values if order is None else pairs_in_order(values, order)
 
     with SafetensorsWriter(path, {**tensors, ROPE_NAME: ("F32", table.shape)}) as writer:
         for name, blocks in fused_tensors(Weights(checkpoint, spec, kept), cuda_spec.has_head, paired=paired):
@@ -405,6 +420,7 @@ def write_weights(
             if arrays[name].dtype == "uint8":
                 writer.write(name, tiles(name, blocks))
             else:
+                blocks = (in_order(name, block) for block in blocks) if name.endswith("_bias") else blocks
                 writer.write_blocks(name, (to_16_bit(block, dtype) for block in blocks))
             done += arrays[name].nbytes
             progress(min(1.0, done / total))
@@ -412,11 +428,17 @@ def write_weights(
             writer.write(name, values)
             done += arrays[name].nbytes
             progress(min(1.0, done / total))
+        for i in range(spec.num_layers):
+            for name in cuda_spec.ordered:
+                matrix = f"layers.{i}.{name}"
+                order = full_orders.get(matrix)
+                as_it_is = np.arange(cuda_spec.columns_of(matrix))
+                writer.write(f"{matrix}_places", places_of(as_it_is if order is None else order))
         writer.write(ROPE_NAME, table)
     return errors
 
 
 def _is_quantized(checkpoint: Checkpoint, spec: ModelSpec, name: str) -> bool:
     """Return True if any part of the fused tensor ``name`` is stored quantized."""
-    parts = _linear_of(spec, name).parts if name.startswith("layers.") else (spec.head,)
+    parts = linear_of(spec, name).parts if name.startswith("layers.") else (spec.head,)
     return any(checkpoint.is_rounded(part) for part in parts)

@@ -53,6 +53,12 @@ def _is_packed(kind: WeightFormat) -> bool:
     return kind.kind in LAYOUTS
 
 
+def _keeps_order(spec: ModelSpec) -> bool:
+    from engine_core.backends.cuda.orders import keeps_order
+
+    return keeps_order(spec)
+
+
 def _missing(machine: Machine) -> Missing | None:
     """Return what is missing of the driver, NVRTC and cuBLAS, the last two asked as the kernels ask for them."""
     from engine_core.backends.machine import Missing, missing_driver
@@ -94,6 +100,7 @@ CAPABILITIES = Capabilities(
     plans_others=True,
     planned_kv_cache_types=("fp8",),
     traits=TRAITS,
+    keeps_order=_keeps_order,
     group_sizes=(32, 64, 128),  # GROUP_SIZES of cuda/kernels/integer_layout.py
     least_capability=80,  # the kernels copy asynchronously and use the matrix units of Ampere
     cuda_graphs=True,

@@ -73,6 +73,7 @@ class CudaOptions:
     rounding_errors: dict[str, float] = field(default_factory=dict)  # of each of them, relative
     zero_points: bool = False  # whether groups of integers have zero points
     half_scales: bool = False  # whether scales of integers are fp16 though ``dtype`` is bf16
+    ordered: tuple[str, ...] = ()  # matrices of a layer whose columns are in the order of their groups: see ``orders``
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp16", "bf16"):
@@ -96,6 +97,7 @@ class CudaSpec:
     adapters: tuple[LoraAdapter, ...] = ()  # by their numbers on the device
     drafts: bool = False  # whether there are steps that check drafts
     chooses_chunk: bool = False  # whether ``chunk`` is this backend's choice, by the GPU: see ``with_sms``
+    ordered: tuple[str, ...] = ()  # see ``CudaOptions``
     images: ImageLimits | None = None  # None: no encoder is loaded
     frame_bytes: int = 0  # for frames of topics, which the node keeps in the host's memory
 
@@ -230,6 +232,10 @@ class CudaSpec:
         count = len(self.model.ropes)
         return (*((count,) if count > 1 else ()), self.max_context, self.attention.rope_width, 2)
 
+    def columns_of(self, matrix: str) -> int:
+        """Return the columns of a layer's matrix, such as layers.3.qkv."""
+        return matrix_shapes(self)[matrix.split(".")[-1]][1]
+
     @property
     def is_packed(self) -> bool:
         """True if the layers' matrices and the head are in packed tiles of LAYOUTS."""
@@ -263,6 +269,7 @@ class CudaSpec:
             model=manifest.model,
             head_rows=manifest.reduced_vocab_size or manifest.model.vocab_size,
             dtype=read_options(manifest, CudaOptions).dtype,
+            ordered=read_options(manifest, CudaOptions).ordered,
             weight_format=_weight_format(manifest),
             kv_int8=_kv_cache_type(manifest, config) == "int8",
             max_context=max_context,
@@ -343,12 +350,17 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
         shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
     packed = packed_shapes(spec)
     encoder = {} if spec.encoder is None else spec.encoder.weights()
+    places = {
+        f"layers.{i}.{name}_places": ArraySpec("weights", matrices[name][1:], "int32")
+        for i in range(spec.num_layers)
+        for name in spec.ordered
+    }
     return {
         name: ArraySpec("weights", layout_of(spec.weight_format).tiles_shape(*shape), "uint8")
         if name.split(".")[-1] in packed
         else ArraySpec("weights", shape, dtype)
         for name, shape in shapes.items()
-    } | _image_arrays(encoder)
+    } | places | _image_arrays(encoder)
 
 
 def _image_arrays(arrays: Arrays) -> dict[str, ArraySpec]:

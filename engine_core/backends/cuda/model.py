@@ -81,10 +81,16 @@ class CudaModel(DeviceModel[_Layer]):
         for layer in range(self.spec.num_layers):
             for name in self._matrices:
                 if self.spec.has_lora(layer, name):
-                    for half, values in zip("ab", adapter_matrices(self.spec, layer, name), strict=True):
+                    orders = self._order_of(layer, name), self._order_of(layer, "down") if name == "gate_up" else None
+                    for half, values in zip("ab", adapter_matrices(self.spec, layer, name, *orders), strict=True):
                         self._device.upload(self.work[f"layers.{layer}.{name}.lora_{half}"], values)
         if self.spec.adapters:
             self._device.upload(self.work["slot_adapters"], np.full(self.spec.max_batch, -1, dtype=np.int32))
+
+    def _order_of(self, i: int, name: str) -> np.ndarray | None:
+        """Return int64 [columns], the column at each place of a layer's matrix; None: columns are as they are."""
+        places = self._places(i, name)
+        return None if places is None else np.argsort(self._device.download(places))
 
     def _prepare(self, host_tokens: int) -> None:
         super()._prepare(host_tokens)
@@ -116,6 +122,8 @@ class CudaModel(DeviceModel[_Layer]):
             if is_normed := name in IN_NORMS and spec.pre_norms:
                 more |= {"norm_weight": self.weights[f"layers.{i}.{IN_NORMS[name]}"], "norm_eps": spec.norm_eps}
                 more |= {"norm_size": spec.model.hidden_size, "norm_offset": spec.model.norm_offset}
+                if (places := self._places(i, name)) is not None:
+                    more["places"] = places
             vector = w["hidden" if is_normed else source].at(0)
             output = w["activated" if epilogue in linear.GATED else target].at(0)
             return self._gemv(matrices[name], vector, output, epilogue, **more)
@@ -164,7 +172,8 @@ class CudaModel(DeviceModel[_Layer]):
     def _in_norm(self, i: int, name: str, size: int) -> list[Launch]:
         """Return what norms ``size`` rows of the residual stream for attention or MLP, if anything."""
         weight = self.weights.get(f"layers.{i}.{name}")
-        return [] if weight is None else [self._norm(weight, size)]
+        reader = next(matrix for matrix, norm in IN_NORMS.items() if norm == name)
+        return [] if weight is None else [self._norm(weight, size, places=self._places(i, reader))]
 
     def _norm(
         self,
@@ -173,6 +182,7 @@ class CudaModel(DeviceModel[_Layer]):
         source: str = "hidden",
         target: str = "normed",
         rounded: DeviceArray | None = None,
+        places: DeviceArray | None = None,
     ) -> Launch:
         model = self.spec.model
         return linear.rms_norm(
@@ -180,6 +190,7 @@ class CudaModel(DeviceModel[_Layer]):
             norm_size=model.hidden_size,
             norm_offset=model.norm_offset,
             rounded=rounded,
+            places=places,
         )
 
     def _wide_qk_norm(self, i: int, size: int) -> list[Launch]:

@@ -20,7 +20,7 @@ from engine_core.formats.weight_formats.base import WeightFormat
 WEIGHTS_NAME = "weights.safetensors"
 ROPE_NAME = "rope"  # float32, CudaSpec.rope_shape with the manifest's max_context
 # dtype of an array → as safetensors spells it
-STORED_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "uint8": "U8"}
+STORED_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "uint8": "U8", "int32": "I32"}
 _BLOCK = 16  # tiles along the rows that are cut at a time: 256 rows, from as many tiles at most
 
 

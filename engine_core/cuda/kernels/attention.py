@@ -180,6 +180,7 @@ def attention_decode(
     config: DecodeAttentionConfig | None = None,
     slots: DeviceArray | None = None,
     appended: bool = False,
+    places: DeviceArray | None = None,
 ) -> Launch:
     """Attention of one token of each sequence: rotates q and k, appends K and V to the cache and attends.
 
@@ -191,7 +192,8 @@ def attention_decode(
     ``cache`` and ``scales`` are one layer's of the first slot: [2, kv_heads, max_context, head_dim] and, of an int8
     cache, fp16 [2, kv_heads, scale_pitch]. ``rope``: float32 [max_context, rope_width, 2]. ``norms``: weights of the
     query and key norms. ``appended``: ``rope_append`` has put K and V of all rows into the cache, where each row then
-    sees the earlier ones of its slot, too. ``config``: another launch configuration than the chosen one. Raises
+    sees the earlier ones of its slot, too. ``places``: where ``output`` has each column, int32 [heads × head_dim].
+    ``config``: another launch configuration than the chosen one. Raises
     KernelArgumentError.
     """
     num_sms, rows = kernels.gpu.num_sms, slots.shape if slots is not None else ()
@@ -216,9 +218,11 @@ def attention_decode(
         "DEPTH": config.depth,
         "BATCHED": int(slots is not None),
         "APPENDED": int(appended),
+        **_order(shape, places),
     }
     function = kernels.function("attention_decode", "attention_decode", defines, shared)
     args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output, scales or 0, slots or 0]
+    args += [] if places is None else [places]
     # As many CTAs as every other kernel of a step has on each SM, though some have nothing to do: with a gap somewhere
     # the next kernel, which may start early, would be placed unevenly, and the one after it, too.
     grid = (max(-(-num_sms // sequences), shape.bundles * config.splits), sequences)
@@ -263,6 +267,14 @@ def rope_append_blocks(shape: AttentionShape, count: int, *, kv_only: bool = Fal
     return -(-vectors * shape.lanes // ROPE_THREADS)
 
 
+def _order(shape: AttentionShape, places: DeviceArray | None) -> dict[str, int | str]:
+    """Return the define of an output whose columns are at ``places``. Raises KernelArgumentError."""
+    if places is None:
+        return {}
+    check("places", places, (shape.num_heads * shape.head_dim,), "int32")
+    return {"ORDERED": 1}
+
+
 class AttentionPrefill:
     """Attention of a chunk of tokens, by the launch that suits their number."""
 
@@ -288,12 +300,13 @@ def attention_prefill(
     scales: DeviceArray | None = None,
     config: PrefillAttentionConfig | None = None,
     causal: bool = True,
+    places: DeviceArray | None = None,
 ) -> AttentionPrefill:
     """Return the attention of the rows of ``chunk`` in ``qkv`` [n, width]; ``output``: [n, heads × head_dim].
 
     ``causal``: a query sees the keys up to its own; else those of all rows. ``row_counts``: every number of rows it
-    will be queued for; ``config``: one launch configuration for all of them instead of the chosen ones. Raises
-    KernelArgumentError.
+    will be queued for; ``config``: one launch configuration for all of them instead of the chosen ones; ``places``:
+    see ``attention_decode``. Raises KernelArgumentError.
     """
     shape.validate()
     rows = qkv.shape[0]
@@ -301,13 +314,13 @@ def attention_prefill(
     _check_cache(kernels, shape, cache, scales)
     check("output", output, (rows, shape.num_heads * shape.head_dim), kernels.dtype)
     check("chunk", chunk, (shape.chunk_words,), "int32")
-    args = [qkv, cache, output, chunk, scales or 0]
-    seen = {} if causal else {"CAUSAL": 0}
+    args = [qkv, cache, output, chunk, scales or 0, *([] if places is None else [places])]
+    variant = {**_order(shape, places), **({} if causal else {"CAUSAL": 0})}
 
     def launch(config: PrefillAttentionConfig) -> Launch:
         shared = config.shared(shape.head_dim, shape.kv_int8)
         function = kernels.function(
-            "attention_prefill", "attention_prefill", {**shape.defines(), **config.defines(), **seen}, shared
+            "attention_prefill", "attention_prefill", {**shape.defines(), **config.defines(), **variant}, shared
         )
         return Launch(kernels.device, function, (1, shape.num_heads), config.threads, args, shared)
 

@@ -164,7 +164,8 @@ struct Running {  // online softmax of a warp's keys for heads 2 t and 2 t + 1
 
 extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  // leaves registers for the next kernel
     attention_decode(const half_t* qkv, item_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm,
-                     const State* state, float* partial, u32* counters, half_t* output, half_t* scales, const int* slots) {
+                     const State* state, float* partial, u32* counters, half_t* output, half_t* scales,
+                     const int* slots PLACES_PARAMETER) {
     extern __shared__ uint4 shared[];  // the rings; afterwards the warps' values to be merged
     __shared__ alignas(16) half_t queries[GROUP][HEAD_DIM];
     __shared__ NewToken fresh;
@@ -195,6 +196,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
     partial += (u64)blockIdx.y * SPLITS * HEADS * (HEAD_DIM + 2), counters += blockIdx.y * BUNDLES;
     cache += slot * (u64)SLOT_STRIDE;
     if (KV_INT8) scales += slot * (u64)SCALE_SLOT_STRIDE;
+#endif
+#if ORDERED
+    for (int i = 8 * threadIdx.x; i < VALUES; i += 8 * THREADS) prefetch(places + bundle * VALUES + i);
 #endif
     const int begin = base + split * share, end = min(position + 1, begin + share);
     const bool has_new = !APPENDED && split == active - 1;  // this share ends with the new token
@@ -307,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
             value.x += weight * v.x, value.y += weight * v.y;
         }
         if (active == 1) {
-            *(u32*)(output + bundle * VALUES + i) = pack2(value.x / total, value.y / total);
+            STORE_PAIR(output, bundle * VALUES + i, pack2(value.x / total, value.y / total));
         } else {
             *(float2*)(partial + own * VALUES + i) = value;
             if (i % HEAD_DIM == 0) partial_merges[own * GROUP + head] = {top, total};
@@ -338,6 +342,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
                 value.x += weight * __uint_as_float(v[b].x), value.y += weight * __uint_as_float(v[b].y);
             }
         }
-        *(u32*)(output + bundle * VALUES + i) = pack2(value.x / total, value.y / total);
+        STORE_PAIR(output, bundle * VALUES + i, pack2(value.x / total, value.y / total));
     }
 }

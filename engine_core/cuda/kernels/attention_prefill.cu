@@ -289,7 +289,8 @@ __device__ __forceinline__ void merge_groups(Sums& sums, float* shared, int grou
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_prefill(const half_t* qkv, const item_t* cache, half_t* output, const Chunk* chunk, const half_t* scales) {
+    attention_prefill(const half_t* qkv, const item_t* cache, half_t* output, const Chunk* chunk, const half_t* scales
+                      PLACES_PARAMETER) {
     // [2 stages][K, V][STAGE_K][PITCH], then q if it is shared; with KV_INT8 one stage in 16 bits, q, 2 Stages
     extern __shared__ half_t tiles[];
     constexpr int TILE = STAGE_K * PITCH, WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
@@ -387,10 +388,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             const int r = row + m * 16 + h * 8;
             if (r >= count) continue;
+#if ORDERED
+            half_t* out = output + (u64)r * HEADS * HEAD_DIM;
+#else
             u32* out = (u32*)(output + ((u64)r * HEADS + head) * HEAD_DIM + column);
+#endif
             const float scale = 1.f / sum;
 #pragma unroll
-            for (int n = 0; n < DIM_TILES; ++n)
-                out[n * 4] = pack2(sums.acc[m][n][2 * h] * scale, sums.acc[m][n][2 * h + 1] * scale);
+            for (int n = 0; n < DIM_TILES; ++n) {
+                const u32 pair = pack2(sums.acc[m][n][2 * h] * scale, sums.acc[m][n][2 * h + 1] * scale);
+#if ORDERED
+                store_apart(out, places + head * HEAD_DIM + column + 8 * n, pair);
+#else
+                out[n * 4] = pair;
+#endif
+            }
         }
 }

@@ -24,6 +24,17 @@ typedef u16 half_t;  // the bits of an fp16 or bf16 value
 #define LOGITS_SOFTCAP 0.f  // that the LM head's sums stay below in magnitude; 0 = they are the logits
 #endif
 
+#ifndef ORDERED
+#define ORDERED 0  // columns are put in the order that a matrix has them in: column c is at places[c]
+#endif
+#if ORDERED
+#define PLACES_PARAMETER , const int* places
+#define STORE_PAIR(row, column, pair) store_apart(row, places + (column), pair)
+#else
+#define PLACES_PARAMETER
+#define STORE_PAIR(row, column, pair) (*(u32*)(row + column) = (pair))
+#endif
+
 #ifndef KV_INT8
 #define KV_INT8 0
 #endif
@@ -177,6 +188,15 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Brings 32 bytes to the L1 cache, of memory that no kernel writes.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+
+// Two 16-bit values of neighbouring columns to where ``places`` has these.
+__device__ __forceinline__ void store_apart(half_t* row, const int* places, u32 pair) {
+    const int2 own = *(const int2*)places;
+    row[own.x] = (half_t)pair, row[own.y] = (half_t)(pair >> 16);
 }
 
 // --- CTAs that share a result --------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@
 //
 // As in gemv.cu, K_WARPS warps divide the columns and each warp copies its tiles through its own ring of DEPTH stages in shared
 // memory, filled before the kernel waits for the kernel that computes x. NORM: x is one float32 vector and RMS-normalised
-// first, then rounded to 16 bits.
+// first, then rounded to 16 bits. ORDERED: column c of x meets column places[c] of W, int32 [COLS].
 #include "epilogue.cuh"
 #include "experts.cuh"
 #include "packed.cuh"
 
+static_assert(!ORDERED || TOKENS == 1, "unsupported");
 static_assert(TOKENS == 1 || (TOKENS <= 8 && !NORM && !LORA_RANK), "unsupported");
 
 constexpr int WARPS = K_WARPS * ROW_WARPS, THREADS = 32 * WARPS;
@@ -122,7 +123,8 @@ __device__ __forceinline__ int turned(int place, int token) { return place ^ (to
 // x to shared memory in the order the multiplications read it, [TOKENS][GROUPS][4 eights][4 lanes t][8], zeros beyond COLS, and what
 // OFFSETS add to the sum of each group and part, [TOKENS][SUMS]. As many vectors at once as registers allow, none of whose loads waits
 // for another.
-__device__ __forceinline__ void load_input(uint4* x, float (*offsets)[SUMS], const void* input, const NormWeights& norm) {
+__device__ __forceinline__ void load_input(uint4* x, float (*offsets)[SUMS], const void* input, const NormWeights& norm
+                                           PLACES_PARAMETER) {
     constexpr int MOST = 8 / OWN, AT_ONCE = MOST > TOKENS ? TOKENS : MOST > 1 ? MOST : 1;
 #pragma unroll 1
     for (int first = 0; first < TOKENS; first += AT_ONCE) {
@@ -167,6 +169,25 @@ __device__ __forceinline__ void load_input(uint4* x, float (*offsets)[SUMS], con
                 packed[n][i] = inside ? load16((const half_t*)input + (u64)(first + n) * COLS + 8 * piece) : make_uint4(0, 0, 0, 0);
             }
 #endif
+#if ORDERED  // of one vector: each value goes to its place, then every thread takes up what it would have had
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            const int piece = threadIdx.x + i * THREADS;
+            if (piece >= EIGHTS) continue;
+            const int4 a = *(const int4*)(places + 8 * piece), b = *(const int4*)(places + 8 * piece + 4);
+            const int own[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+            const u32 pairs[4] = {packed[0][i].x, packed[0][i].y, packed[0][i].z, packed[0][i].w};
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                ((half_t*)(x + input_place(own[j] / 8)))[own[j] % 8] = (half_t)(pairs[j / 2] >> 16 * (j % 2));
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            const int piece = threadIdx.x + i * THREADS;
+            if (piece < EIGHTS) packed[0][i] = x[input_place(piece)];
+        }
+#endif
 #pragma unroll
         for (int n = 0; n < AT_ONCE; ++n)
 #pragma unroll
@@ -188,7 +209,7 @@ __device__ __forceinline__ void load_input(uint4* x, float (*offsets)[SUMS], con
 // At most half of the registers of each of the four schedulers, or the next kernel would not fit beside it.
 extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     gemv_packed(const unsigned char* tiles, const void* input, const half_t* norm_weight, const half_t* bias, void* output
-                    GEMV_LORA_PARAMETERS EXPERT_PARAMETERS) {
+                    GEMV_LORA_PARAMETERS EXPERT_PARAMETERS PLACES_PARAMETER) {
     extern __shared__ uint4 shared[];  // x [TOKENS][PLACES], SUM_UNITS, then the rings [WARPS][DEPTH][TILE_BYTES / 16]
 #if PARTED
     __shared__ float partial[2][TOKENS * K_WARPS][SEGMENT];
@@ -231,13 +252,20 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, 2)
     norm.load(norm_weight);
     LoraColumns columns;
     columns.load(lora);
+#if ORDERED
+    for (int piece = threadIdx.x; piece < EIGHTS; piece += THREADS) prefetch(places + 8 * piece);
+#endif
     const int num_rows = ROWS % TILE == 0 ? num_tiles * TILE : min(num_tiles * TILE, ROWS - first_tile * TILE);
     Terms terms;
     terms.fetch(lora, first_tile * TILE, num_rows);
     wait_for_previous();
     Segment<SEGMENT, THREADS> rows;
     rows.begin(first_tile * TILE, num_rows, bias, output);
+#if ORDERED
+    load_input(x, offsets, input, norm, places);
+#else
     load_input(x, offsets, input, norm);
+#endif
     columns.make_sums(lora, x);
 
     uint4* slot = ring;

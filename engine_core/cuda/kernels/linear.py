@@ -102,11 +102,13 @@ def rms_norm(
     norm_size: int = 0,
     norm_offset: float = 0.0,
     rounded: DeviceArray | None = None,
+    places: DeviceArray | None = None,
 ) -> Launch:
     """output [max_rows, cols] ← RMSNorm of rows [max_rows, cols] float32; the grid is the number of rows.
 
     ``output``: 16-bit, or float32 and added to; then ``rounded``, 16-bit [max_rows, cols], gets the sum, too.
     ``delta``, 16-bit [max_rows, cols], is added to ``rows`` before. ``norm_size`` and ``norm_offset``: see ``gemv``.
+    ``places``, int32 [cols]: where a 16-bit output has each column.
     Raises KernelArgumentError.
     """
     num_rows, cols = rows.shape
@@ -127,6 +129,12 @@ def rms_norm(
             raise KernelArgumentError("Only a float32 output is rounded once more.")
         defines["ROUNDED"] = 1
         args.append(rounded)
+    if places is not None:
+        check("places", places, (cols,), "int32")
+        if output.dtype == "fp32":
+            raise KernelArgumentError("Only a 16-bit output is put in order.")
+        defines["ORDERED"] = 1
+        args.append(places)
     function = kernels.function("rms_norm", "rms_norm", defines)
     return Launch(kernels.device, function, (num_rows,), RMS_NORM_THREADS, args)
 

@@ -126,10 +126,12 @@ def gemv_packed(
     softcap: float = 0.0,
     logits_scale: float = 1.0,
     lora: LoraTerm | None = None,
+    places: DeviceArray | None = None,
     config: PackedGemvConfig | None = None,
 ) -> Launch:
     """Return the launch of ``linear.gemv`` with a packed weight, for one vector [cols] or up to MAX_VECTORS, [n, cols].
 
+    ``places``, int32 [cols]: the column of ``weight`` that each column of one vector meets.
     The output of several has n in front, too, and they have neither a norm nor a LoRA term. The sums of each are
     added in the same order however many there are.
     """
@@ -147,6 +149,10 @@ def gemv_packed(
         check("bias", bias, (rows,), kernels.dtype)
     if lora is not None:
         lora.check(kernels, rows, cols, 1)
+    if places is not None:
+        check("places", places, (cols,), "int32")
+        if count > 1:
+            raise KernelArgumentError("Only one vector is put in order.")
     problem = weight.gemv_problem(rows, epilogue, norm_weight is not None)
     config = config or kernels.config(problem)
     shared = max(problem.shared(config), kernels.gpu.shared_budget)
@@ -167,11 +173,13 @@ def gemv_packed(
         **logits_defines(softcap, logits_scale),
         **(lora.gemv_defines(kernels) if lora is not None else {}),
         **({"TOKENS": count} if count > 1 else {}),
+        **({"ORDERED": 1} if places is not None else {}),
         "DEQUANTIZE_WARPS": DEQUANTIZE_WARPS,
     }
     function = kernels.function("gemv_packed", "gemv_packed", defines, shared)
     grid = kernels.gpu.num_sms * config.ctas_per_sm  # some may have nothing to do; see attention_decode
     args = [weight.tiles, vector, norm_weight or 0, bias or 0, output, *(lora.gemv_args if lora is not None else [])]
+    args += [] if places is None else [places]
     return Launch(kernels.device, function, (grid,), config.threads, args, shared, problem=problem)
 
 

@@ -1,6 +1,7 @@
 // RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) of ``gridDim.x`` rows: float32 [rows][COLS] to 16-bit [rows][COLS].
 // With ADD the 16-bit ``delta`` [rows][COLS] is added to the rows first, which keep the sum. With RESIDUAL the output is float32 and
-// added to; with ROUNDED the sum goes to ``rounded``, 16-bit [rows][COLS], too.
+// added to; with ROUNDED the sum goes to ``rounded``, 16-bit [rows][COLS], too. With ORDERED a 16-bit output has column c at
+// places[c], int32 [COLS].
 #include "common.cuh"
 
 #ifndef RESIDUAL
@@ -18,11 +19,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, cons
 #if ROUNDED
                                                                , half_t* rounded
 #endif
-) {
+                                                               PLACES_PARAMETER) {
     __shared__ float sums[THREADS / 32];
     const u64 start = (u64)blockIdx.x * COLS;
     const int first = threadIdx.x * 4;
     uint2 weights[PARTS];
+#if ORDERED
+    int4 own_places[PARTS];
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p)
+        if (first + p * STEP < COLS) own_places[p] = *(const int4*)(places + first + p * STEP);
+#endif
     let_next_start();
 #pragma unroll
     for (int p = 0; p < PARTS; ++p)
@@ -67,6 +74,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, cons
 #if ROUNDED
         *(uint2*)(rounded + start + c) = make_uint2(pack2(after.x, after.y), pack2(after.z, after.w));
 #endif
+#elif ORDERED
+        half_t* row = (half_t*)output + start;
+        row[own_places[p].x] = to_half(x), row[own_places[p].y] = to_half(y);
+        row[own_places[p].z] = to_half(z), row[own_places[p].w] = to_half(w);
 #else
         *(uint2*)((half_t*)output + start + c) = make_uint2(pack2(x, y), pack2(z, w));
 #endif
