@@ -34,6 +34,7 @@ import onnxruntime as ort
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.vision_template import TEMPLATE  # noqa: E402
 from engine_core.backends.onnxruntime.build import build_engine  # noqa: E402
 from engine_core.backends.onnxruntime.encoder import Encoder, encoder_options  # noqa: E402
 from engine_core.config import EngineConfig  # noqa: E402
@@ -47,13 +48,6 @@ from engine_core.vision.prompt import PlacedImage  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "vision.jsonl"
 CONTEXT, TILE, TILE_TOKENS = 2048, 512, 64
 QUESTIONS = ("What is on the table?", "Which of them is closest to the edge?")
-TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
-    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
-    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
-    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
 SPECIAL = (
     "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>",
     *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),

@@ -110,9 +110,9 @@ class MemoryPlan:
     def check(self, advice: str = "") -> None:
         """Raises InsufficientMemoryError with the numbers, and ``advice`` on what would fit, if it does not fit."""
         if self.host_total > self.host_available:
-            parts = {item.name: item.bytes for item in self.items if item.on_host}
-            series = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items())
-            lower = "session_memory or image_frames_memory" if "frames" in parts else "session_memory"
+            on_host = {item.name: item.bytes for item in self.items if item.on_host}
+            series = ", ".join(f"{name} {format_bytes(count)}" for name, count in on_host.items())
+            lower = "session_memory or image_frames_memory" if "frames" in on_host else "session_memory"
             raise InsufficientMemoryError(
                 f"The engine needs {format_bytes(self.host_total)} of the host's memory ({series}), but "
                 f"{format_bytes(self.host_available)} are free; lower {lower}."

@@ -65,6 +65,8 @@ KERNELS = {
     "attention_prefill": {**ATTENTION, "WARPS": 4, "BLOCKS": 2, "GROUPS": 2, "TILE_K": 64},
     "rope_append": {**ATTENTION, "THREADS": 128},
     "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f", ADD=1, THREADS=512),
+    "layer_norm": dict(COLS=1152, NORM_EPS="1e-6f", THREADS=512, MERGE=3, SIDE=27),
+    "patches": dict(COLS=592, VALUES=588, TILE=60, PATCH=14, SIDE=4, THREADS=256),
     "qk_norm": dict(ROW_COLS=1536, Q_COLS=1024, K_COLS=256, Q_SIZE=1000, K_SIZE=250, THREADS=512, NORM_EPS="1e-5f"),
     "experts": dict(COLS=1024, EXPERTS=128, EXPERTS_PER_TOKEN=8, NORM_SHARES=1, THREADS=256),
     "elementwise": dict(COLS=1024, THREADS=256, TOKEN_STRIDE=8),
@@ -195,6 +197,13 @@ def test_what_single_families_need_compiles(arch):
     _compile_all(arch, ("gemv", "gemv_packed", "gemm_packed"), EPILOGUE=3, LOGITS_SCALE="0.125f", NORM=0)
     _compile_all(arch, ("rms_norm", "elementwise"), ADD=0, RESIDUAL=1, ROUNDED=1)
     _compile_all(arch, ("rms_norm", "elementwise"), ADD=0, RESIDUAL=1, NORM_OFFSET="1.f", GELU=1, FLOAT_VALUES=1)
+
+
+@for_each(BESIDE_BORDERS[-1:])
+def test_what_encoders_need_compiles(arch):
+    shape = dict(HEADS=16, KV_HEADS=16, HEAD_DIM=80, HEAD_SIZE=72, ROTATED=0, QK_NORM=0, CONTEXT=729)
+    _compile_all(arch, ("attention_prefill", "rope_append"), **shape, CAUSAL=0, BIAS=1)
+    _compile_all(arch, ("elementwise", "layer_norm", "patches"), FEATURES=1000, ERF=1, ROUNDED=1, MERGE=0, TILE=0)
 
 
 @pytest.mark.skipif(not ARCHITECTURES, reason="needs NVRTC")

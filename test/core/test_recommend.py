@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine_core import cli
+from engine_core.backends.capabilities import capabilities_of
 from engine_core.backends.onnxruntime.build import build_engine
 from engine_core.backends.toolkit import Size
 from engine_core.config import EngineConfig
@@ -181,21 +182,25 @@ def test_devices_with_more_memory_get_larger_models():
 def test_models_that_see_are_for_vision_alone(device):
     seeing = recommend.offers(device, "vision")
     assert seeing and all(offer.model.spec.vision is not None for offer in seeing)
-    assert all(offer.variant.backend == "onnxruntime" and offer.variant.plan.item("images") for offer in seeing)
+    for offer in seeing:
+        on_gpu = device.has_gpu and capabilities_of("cuda").model_refusal(offer.model.spec) is None
+        assert offer.variant.backend == ("cuda" if on_gpu else "onnxruntime") and offer.variant.plan.item("images")
+        assert recommend.is_for_cpu(offer.variant, device) == (device.has_gpu and not on_gpu)
     assert recommend.best_of(seeing).variant.usable
-    assert {recommend.is_for_cpu(offer.variant, device) for offer in seeing} == {device.has_gpu}
-    assert any("on CPU" in note for note in recommend.notes(device, seeing)) == device.has_gpu
+    for_cpu = any(recommend.is_for_cpu(offer.variant, device) for offer in seeing)
+    assert any("on CPU" in note for note in recommend.notes(device, seeing)) == for_cpu
     others = {offer.model.id for task in ("chat", "tools") for offer in recommend.offers(device, task)}
     assert others == {model.id for model in known_models()} - {offer.model.id for offer in seeing}
 
 
-def test_a_gpu_with_memory_of_its_own_leaves_models_that_see_to_this_cpu(monkeypatch):
+def test_a_gpu_with_memory_of_its_own_leaves_models_that_it_does_not_run_to_this_cpu(monkeypatch):
     measured = []
     cpu = dataclasses.replace(devices.of_memory(8 * GIB, gpu=False), bandwidth=40e9)
     monkeypatch.setattr(devices, "this_cpu", lambda measure: measured.append(measure) or cpu)
     gpu = dataclasses.replace(devices.of_memory(2 * GIB, gpu=True), shared_memory=False, bandwidth=900e9)
     seeing = recommend.offers(gpu, "vision")
-    assert measured == [True] and all(offer.variant.plan.available == 8 * GIB for offer in seeing)
+    for_cpu = [offer for offer in seeing if recommend.is_for_cpu(offer.variant, gpu)]
+    assert measured == [True] and for_cpu and all(offer.variant.plan.available == 8 * GIB for offer in for_cpu)
     assert any("its bandwidth is measured" in note for note in recommend.notes(gpu, seeing))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import fakes
-from benchmarks.vision import TEMPLATE
+from benchmarks.vision_template import TEMPLATE
 from engine_core.request import ChatMessage
 from engine_core.vision import Image
 
@@ -159,6 +159,17 @@ class Reference:
 
         with torch.no_grad():
             return self.model(**self.inputs(messages, images)).logits[0, -1].numpy()
+
+    def logits_of(self, messages, images, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [n, vocab], before each of ``token_ids`` of an answer."""
+        import torch
+
+        inputs = self.inputs(messages, images)
+        added = torch.tensor([list(token_ids)[:-1]], dtype=torch.long)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], added], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            return self.model(**inputs).logits[0, -len(token_ids) :].numpy()
 
     def greedy(self, messages, images, count: int) -> list[int]:
         import torch
