@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
@@ -11,6 +12,7 @@ from edgellm_ros.msg import ErrorCode, FinishReason, GenerationStats, Sentence
 from edgellm_ros.srv import Cancel
 from fake_backend import write_engine
 from llm_client import ACTIVATE, CONFIGURE, DEACTIVATE, GREEDY_LONG, STREAM
+from test_bad_input import TABLE
 
 
 @pytest.fixture
@@ -54,6 +56,56 @@ def test_a_refused_request_ends_on_every_topic(llm, heard):
     [piece], [sentence], [stats] = endings(llm, heard, "refused")
     assert piece.error_code == stats.error_code == ErrorCode.INVALID_SAMPLING
     assert sentence.text == "" and sentence.finish_reason == FinishReason.ERROR
+
+
+def num_endings(llm, heard) -> dict[str, tuple[int, int, int]]:
+    """Return how often each request that was heard of has ended on ~/tokens, ~/sentences and ~/stats."""
+    streams = (
+        [piece for piece in llm.pieces if piece.done],
+        [sentence for sentence in heard[0] if sentence.done],
+        heard[1],
+    )
+    counts = [Counter(message.request_id for message in messages) for messages in streams]
+    return {name: tuple(count[name] for count in counts) for name in set().union(*counts)}
+
+
+def test_all_kinds_of_bad_input_end_once_on_every_topic(llm, heard):
+    """By service and by action, all at once, among requests that are answered."""
+    llm.must_set(queue_depth=100)
+    futures, goals = {}, {}
+    for kind, fields, code, _ in TABLE:
+        futures[f"{kind} by service"] = code, llm.generate_async(request_id=f"{kind} by service", **fields)
+        futures[f"beside {kind}"] = ErrorCode.NONE, llm.generate_async(request_id=f"beside {kind}")
+        goals[f"{kind} by action"] = code, llm.goal(request_id=f"{kind} by action", **fields)
+    for code, future in futures.values():
+        assert llm.wait(future).error_code == code
+    for code, goal in goals.values():
+        assert goal.accepted and goal.result()[1].error_code == code
+    names = futures.keys() | goals.keys()
+    llm.until(lambda: len(num_endings(llm, heard)) == len(names))
+    llm.spin(0.5)
+    assert num_endings(llm, heard) == {name: (1, 1, 1) for name in names}
+
+
+def test_what_the_queue_ends_ends_once_on_every_topic(llm, heard):
+    """A deadline that passes in the queue, a full queue, a preempted request and the one that takes its place."""
+    long = {"max_new_tokens": 1900, "ignore_eos": True}  # 8 s
+    llm.must_set(queue_depth=1)
+    futures = {"running": llm.generate_async(request_id="running", sampling=long)}
+    llm.until(lambda: llm.pieces_of("running"))
+    futures["late"] = llm.generate_async(request_id="late", deadline=1.5)
+    llm.status(lambda status: status.queued == 1)
+    futures["refused"] = llm.generate_async(request_id="refused by the queue")
+    assert llm.wait(futures["refused"]).error_code == ErrorCode.QUEUE_FULL
+    assert llm.wait(futures["late"]).finish_reason == FinishReason.TIMEOUT
+    llm.must_set(busy_policy="preempt")
+    futures["next"] = llm.generate_async(request_id="next")
+    assert llm.wait(futures["running"]).finish_reason == FinishReason.PREEMPTED
+    assert llm.wait(futures["next"]).error_code == ErrorCode.NONE
+    names = ("running", "late", "refused by the queue", "next")
+    llm.until(lambda: len(num_endings(llm, heard)) == len(names))
+    llm.spin(0.5)
+    assert num_endings(llm, heard) == {name: (1, 1, 1) for name in names}
 
 
 def test_requests_to_a_node_that_is_not_active_end_on_every_topic(nodes, engine_dir):
