@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import fakes
-from benchmarks.vision_template import TEMPLATE
+from benchmarks.vision_template import QWEN_TEMPLATE, TEMPLATE
 from engine_core.request import ChatMessage
 from engine_core.vision import Image
 
@@ -33,13 +33,7 @@ VISION = dict(
 TILES = dict(size={"longest_edge": 168}, max_image_size={"longest_edge": 60})
 TILE_TOKENS = 4
 CLASSES = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}
-# Qwen3-VL: a short form of its template, and its processor.
-QWEN_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+# Qwen3-VL, and its processor.
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 QWEN_IMAGE_TOKEN = 259 + QWEN_TOKENS.index("<|image_pad|>")
 QWEN_VIDEO_TOKEN = 259 + QWEN_TOKENS.index("<|video_pad|>")
@@ -151,7 +145,8 @@ class Reference:
         inputs = self.inputs([ChatMessage("user", "", images=(0,))], [image])
         with torch.no_grad():
             found = self.model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"])
-        return torch.cat(found.pooler_output).numpy()
+        # A tensor [tiles, tokens, hidden], or a tuple of one for each image: transformers 5.17 and 5.24 differ.
+        return torch.cat(tuple(found.pooler_output)).numpy()
 
     def logits(self, messages, images) -> np.ndarray:
         """float32 [vocab], after the prompt."""
