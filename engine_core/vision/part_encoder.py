@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine_core.vision.preprocess import ProcessedImage, preprocess
 from engine_core.vision.prompt import PlacedImage
 
 BLOCK_TOKENS = 16  # of the features of a part; the last block may be filled in part
+_PREPARE_WAIT = 1e-3  # seconds that a piece of work waits for an image that is being prepared
 _Key = tuple[bytes, int]  # digest of the image, part of it
 
 
@@ -51,8 +53,9 @@ class PartEncoder:
     """Gives the features of images, part by part: only those of the tokens that are asked for are computed.
 
     A part is what the encoder works on at once, a tile or a whole image. Features are kept by the hash of the image,
-    in rows of a table of the backend's; the least recently used are dropped. For one thread. ``runs`` and ``seconds``
-    count the parts since the start and the host's time on them.
+    in rows of a table of the backend's; the least recently used are dropped. For one thread, beside which another one
+    prepares an image: scales, cuts and normalizes it. ``runs`` and ``seconds`` count the parts since the start and the
+    host's time on them.
 
     A subclass has the hooks ``_start``, ``_advance`` and ``_store``.
     """
@@ -64,7 +67,9 @@ class PartEncoder:
         self.spec = spec
         self._free = list(range(cache_blocks(spec, max_images)))
         self._kept: OrderedDict[_Key, list[int]] = OrderedDict()  # blocks of a part, least recently used first
-        self._prepared: tuple[bytes, ProcessedImage] | None = None  # the image whose parts are being encoded
+        # The image whose parts are being encoded; there is one at a time.
+        self._prepared: tuple[bytes, Future[ProcessedImage]] | None = None
+        self._preparer = ThreadPoolExecutor(1, "prepare_images")
         self._progress: Part | None = None
         self.runs = 0
         self.seconds = 0.0
@@ -85,7 +90,8 @@ class PartEncoder:
     # --- use ------------------------------------------------------------------------------------------
 
     def encode(self, placed: PlacedImage, start: int, stop: int, options: Any = None) -> bool:
-        """Do one piece of the work on the features of tokens ``start`` to ``stop``: prepare the image, or compute.
+        """Do one piece of the work on the features of tokens ``start`` to ``stop``: wait a little while for the image
+        to be prepared, or compute.
 
         Returns whether all of them are there: then nothing was done. Another part begins anew what is under way.
         ``options``: for the hooks.
@@ -100,6 +106,15 @@ class PartEncoder:
     def has(self, placed: PlacedImage, start: int, stop: int) -> bool:
         """Return whether the features of tokens ``start`` to ``stop`` are there."""
         return all((placed.image.digest, part) in self._kept for part in self._parts(placed, start, stop))
+
+    def is_prepared(self, image: Image | Clip) -> bool:
+        """Return whether ``image`` is the one that was prepared last, and some of its parts are not encoded yet."""
+        return self._prepared is not None and self._prepared[0] == image.digest and self._prepared[1].done()
+
+    def close(self) -> None:
+        """End the thread that prepares images."""
+        self._drop_prepared()
+        self._preparer.shutdown()
 
     def rows(
         self, placed: PlacedImage, start: int, stop: int, options: Any = None
@@ -132,8 +147,12 @@ class PartEncoder:
         progress, count, pauses = self._progress, self.spec.part_tokens(placed.num_tokens), False
         if progress is None or progress.key != key:
             self._progress = None  # before the next image is made
-            pauses = self.pauses_at_parts or not self._is_prepared(placed.image)
-            inputs = encoder_inputs(self.spec, self._processed(placed.image), part)
+            pauses = self.pauses_at_parts or not self.is_prepared(placed.image)
+            processed = self._processed(placed.image)
+            if processed is None:
+                self.seconds += time.perf_counter() - begin
+                return False
+            inputs = encoder_inputs(self.spec, processed, part)
             progress = Part(key, count, {name: np.ascontiguousarray(array) for name, array in inputs.items()})
             self._start(progress)
             self._progress = progress
@@ -148,14 +167,27 @@ class PartEncoder:
         self.seconds += time.perf_counter() - begin
         return key in self._kept
 
-    def _is_prepared(self, image: Image | Clip) -> bool:
-        return self._prepared is not None and self._prepared[0] == image.digest
+    def _processed(self, image: Image | Clip) -> ProcessedImage | None:
+        """Return an image as the encoder takes it; None: it is still being prepared.
 
-    def _processed(self, image: Image | Clip) -> ProcessedImage:
-        if self._prepared is None or not self._is_prepared(image):
-            self._prepared = None  # before the next one is made
-            self._prepared = (image.digest, preprocess(image, self.spec.processor))
-        return self._prepared[1]
+        Raises what ``preprocess`` raises.
+        """
+        if self._prepared is None or self._prepared[0] != image.digest:
+            self._drop_prepared()  # before the next one is made
+            self._prepared = (image.digest, self._preparer.submit(preprocess, image, self.spec.processor))
+        future = self._prepared[1]
+        if not wait([future], _PREPARE_WAIT).done:
+            return None
+        try:
+            return future.result()
+        except BaseException:
+            self._prepared = None
+            raise
+
+    def _drop_prepared(self) -> None:
+        if self._prepared is not None:
+            self._prepared[1].cancel()
+        self._prepared = None
 
     def _keep(self, part: Part) -> None:
         """Keep the features of a part whose layers have been computed."""

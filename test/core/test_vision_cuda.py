@@ -5,6 +5,8 @@ That the kernels are right, and how fast, only test/gpu can show.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,7 @@ from engine_core.config import EngineConfig
 from engine_core.formats.manifest import read_manifest
 from engine_core.request import ChatMessage, FinishReason
 from engine_core.serving.engine import CancelToken
+from engine_core.vision.preprocess import preprocess
 from engine_core.vision.prompt import PlacedImage
 from vision_cases import CONVERSATIONS, HUGE, SMALL, TALL, USER, add, open_engine, request_of
 from vision_checkpoints import IMAGE_TOKEN, Reference, picture
@@ -197,6 +200,32 @@ class TestBesideOthers:
         while not all(others):
             engine.step()
         assert all(list(each[0].token_ids) == built[1].greedy(*CONVERSATIONS["text"], 2) for each in others)
+
+    def test_a_running_answer_goes_on_while_an_image_is_prepared(self, built, load, monkeypatch):
+        engine, may_end, threads = load(max_batch=2), threading.Event(), []
+
+        def slow(image, settings):
+            threads.append(threading.current_thread())
+            assert may_end.wait(60)
+            return preprocess(image, settings)
+
+        monkeypatch.setattr("engine_core.vision.part_encoder.preprocess", slow)
+        text, answer = add(engine, request_of(*CONVERSATIONS["text"], 200))
+        messages, images = [ChatMessage(USER, "What?", images=(0,))], [picture(500, 400, 25)]
+        _, seen = add(engine, request_of(messages, images, 3))
+        while text.num_sampled < 20:
+            engine.step()
+        assert len(threads) == 1 and threads[0] is not threading.current_thread()
+        assert engine._backend.encoder.runs == 0 and not seen
+        may_end.set()
+        while not seen:
+            engine.step()
+        assert len(threads) == 1 and list(seen[0].token_ids) == built[1].greedy(messages, images, 3)
+        text.cancel.cancel(FinishReason.CANCELLED)
+        while not answer:
+            engine.step()
+        engine.close()
+        assert not threads[0].is_alive()
 
     def test_an_image_that_is_cancelled_between_its_layers(self, built, load):
         engine = load(max_batch=2)

@@ -129,6 +129,7 @@ class DeviceEncoder(PartEncoder):
         """``own`` takes what has to be closed."""
         assert spec.images is not None
         super().__init__(spec.images.spec, spec.images.max_images)
+        own(self)
         self._device, self._stream, self._model, self._work = device, stream, model, work
         self._layers = spec.encoder_layers  # of a piece
         self._pixels = [own(PinnedArray(device, model.pixels.shape, "float32")) for _ in range(2)]

@@ -254,6 +254,8 @@ class OnnxRuntimeBackend:
         self._thread.join()
         self._closed = True
         del self._session
+        if self.encoder is not None:
+            self.encoder.close()
         self.encoder = None
         self._pool = np.empty(0, dtype=np.float32)
 
