@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -329,7 +330,11 @@ def only_one() -> Iterator[None]:
 
 
 def wait_for(process: subprocess.Popen) -> int:
-    """Ctrl-C reaches the process too: it ends in its own good order, and is waited for as long as that takes."""
+    """Ctrl-C reaches the process too: it ends in its own good order, and is waited for as long as that takes.
+
+    SIGTERM is sent to this process alone, by service managers and containers, and is handed on.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
         try:
             return process.wait()
