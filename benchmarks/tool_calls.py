@@ -12,6 +12,8 @@ Asks an engine through ``Engine.generate``, without ROS, greedily, one command a
 
 ``--server``: asks an OpenAI-compatible server instead, for comparison; there are no cuts then. ``--name`` is what the
 row calls it, with its version and the file of its model. llama.cpp's: ``llama-server -m FILE.gguf --jinja -c 4096``.
+``--read-text``: in an answer without a call, the first JSON object of the text counts as one, as for a client that
+parses calls itself.
 
 Prints a line for each wrong answer and appends a row for each choice to benchmarks/results/tools.jsonl. Exit status 1
 if an answer was malformed or cut wrongly. Needs the package ``jsonschema``.
@@ -157,7 +159,7 @@ Calls = list[tuple[str, Any]]
 def main() -> int:
     arguments = parse()
     if arguments.server:
-        ask, name = Server(arguments.server), arguments.name
+        ask, name = Server(arguments.server, arguments.read_text), arguments.name
     else:
         config = EngineConfig(arguments.engine, num_threads=arguments.threads, speculation=arguments.speculation)
         engine = Engine.open(config, report=lambda _: None)
@@ -173,6 +175,7 @@ def main() -> int:
             "cpus": os.cpu_count(),
             "engine": name,
             "choice": choice,
+            **({"read_text": True} if arguments.read_text else {}),
             **{key: round(value, 1) for key, value in vars(counts).items()},
         }
         print(json.dumps(row), flush=True)
@@ -260,8 +263,9 @@ class Local:
 class Server:
     """Asks an OpenAI-compatible server."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, reads_text: bool) -> None:
         self._url = url.rstrip("/") + "/v1/chat/completions"
+        self._reads_text = reads_text
 
     def __call__(self, text: str, choice: str) -> tuple[Calls, str, int, bool]:
         """Return the calls, the text, the number of tokens and False."""
@@ -281,7 +285,10 @@ class Server:
             answer = json.load(response)
         message = answer["choices"][0]["message"]
         calls = [_call_of(call["function"]) for call in message.get("tool_calls") or ()]
-        return calls, message.get("content") or "", answer.get("usage", {}).get("completion_tokens", 0), False
+        text = message.get("content") or ""
+        if self._reads_text and not calls:
+            calls = calls_in(text)
+        return calls, text, answer.get("usage", {}).get("completion_tokens", 0), False
 
 
 def _call_of(function: dict[str, str]) -> tuple[str, Any]:
@@ -291,11 +298,22 @@ def _call_of(function: dict[str, str]) -> tuple[str, Any]:
         return function["name"], None  # fits no schema
 
 
+def calls_in(text: str) -> Calls:
+    """Return the call that the first JSON object of a text spells, else none."""
+    start = text.find("{")
+    try:
+        value = json.JSONDecoder().raw_decode(text, start)[0] if start >= 0 else {}
+    except ValueError:
+        return []
+    return [(str(value["name"]), value.get("arguments"))] if "name" in value else []
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Count right tools and arguments of spoken commands.")
     parser.add_argument("engine", nargs="?", type=Path, help="engine directory of a model whose template has tools")
     parser.add_argument("--server", default="", metavar="URL", help="ask this OpenAI-compatible server instead")
     parser.add_argument("--name", default="server", help="of the server, for the row")
+    parser.add_argument("--read-text", action="store_true", help="of the server: take JSON in the text as a call")
     parser.add_argument("--choice", nargs="+", choices=("auto", "required"), default=["auto", "required"])
     parser.add_argument("--commands", type=int, default=len(COMMANDS), help="how many of the commands")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = the backend's choice")
