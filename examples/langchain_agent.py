@@ -16,7 +16,7 @@ try:
     from langchain_openai import ChatOpenAI
     from openai import OpenAIError
 except ImportError:
-    sys.exit("LangChain is not installed; install it with: pip install langchain-openai.")
+    sys.exit(f"LangChain is not installed; install it with: {sys.executable} -m pip install langchain-openai.")
 
 SYSTEM = "You control a robot at home. Use the tools to find out and to act, then answer in one sentence."
 MAX_ROUNDS = 8  # small models may go on for ever

@@ -2,6 +2,8 @@
 
 ros2 launch edgellm_ros llm.launch.py http_port:=8000    # or: edgellm serve ENGINE_DIR
 python3 examples/openai_client.py bring me the red cup
+
+The demo model has learned neither skills nor points: its last two answers have the right form and no meaning.
 """
 
 import argparse
@@ -11,11 +13,11 @@ import sys
 try:
     from openai import OpenAI, OpenAIError
 except ImportError:
-    sys.exit("OpenAI's client is not installed; install it with: pip install openai.")
+    sys.exit(f"OpenAI's client is not installed; install it with: {sys.executable} -m pip install openai.")
 
 POSE = {
     "type": "object",
-    "properties": {"x": {"type": "number"}, "y": {"type": "number"}},
+    "properties": {axis: {"type": "number", "minimum": -10, "maximum": 10} for axis in "xy"},  # m
     "required": ["x", "y"],
     "additionalProperties": False,
 }

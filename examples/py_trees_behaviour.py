@@ -19,7 +19,8 @@ try:
     import py_trees
     from py_trees.common import Access, Status
 except ImportError:
-    sys.exit("py_trees is not installed; install it with: pip install py_trees (ROS: ros-$ROS_DISTRO-py-trees).")
+    pip = f"{sys.executable} -m pip install py_trees"
+    sys.exit(f"py_trees is not installed; install it with: {pip} (ROS: ros-$ROS_DISTRO-py-trees).")
 
 
 class AskModel(py_trees.behaviour.Behaviour):
