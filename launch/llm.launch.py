@@ -11,6 +11,7 @@ PushROSNamespace, SetRemap, SetParameter and the environment.
 
 from __future__ import annotations
 
+import difflib
 import sys
 from pathlib import Path
 
@@ -93,12 +94,26 @@ def is_launched_directly(command_line: list[str]) -> bool:
     return False
 
 
+def refuse_unknown(command_line: list[str]) -> None:
+    """Raise RuntimeError if the command line gives an argument that this file has not: launch itself drops it."""
+    known = [prefix + name for prefix in ("", PREFIX) for name in ARGUMENTS]
+    for word in command_line:
+        name, sign, _ = word.partition(":=")
+        if sign and name.isidentifier() and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "-s lists them."
+            raise RuntimeError(f"llm.launch.py has no argument {name}; {hint}")
+
+
 def read_arguments(context: LaunchContext) -> tuple[dict[str, str], list[str]]:
     """Return the value of each of ARGUMENTS, and the names whose values are left to an including file.
 
-    A value is the one with the prefix, else the one without it, else the default.
+    A value is the one with the prefix, else the one without it, else the default. Raises RuntimeError if the command
+    line names this file and an argument that it has not.
     """
     given, foreign, direct = {}, [], is_launched_directly(sys.argv)
+    if direct:
+        refuse_unknown(sys.argv)
     for name, (default, _) in ARGUMENTS.items():
         prefixed = context.launch_configurations[PREFIX + name]
         value = "" if hasattr(prefixed, "is_used_llm_argument") else prefixed.strip()

@@ -176,6 +176,8 @@ def test_without_autostart_the_node_waits(home, client, tmp_path, engine):
         ("autostart:=perhaps", "autostart is 'perhaps'"),
         ("params_file:=/nowhere.yaml", "/nowhere.yaml cannot be read"),
         ("quantization:=int3", "demo engine could not be built"),
+        ("engin_dir:=/x", "has no argument engin_dir; did you mean engine_dir?"),
+        ("zzz:=1", "has no argument zzz; -s lists them."),
     ],
 )
 def test_bad_arguments_end_the_launch_with_a_reason(home, argument, says):
