@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from engine_core.errors import InvalidRequestError
+from engine_core.text.strict_json import json_kind, json_kind_name, parse_json
 
 T = TypeVar("T")
 # Values in a body, counted by what separates them, also in texts. Each takes up to 100 bytes, and time of the thread
 # that all clients share.
 _MOST_VALUES = 1 << 19
-_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
-          dict: "an object", type(None): "null"}  # fmt: skip
 
 
 class FieldError(InvalidRequestError):
@@ -27,28 +25,16 @@ class FieldError(InvalidRequestError):
 def parse_object(body: bytes) -> Fields:
     """Return the fields of the JSON object in ``body``. Raises InvalidRequestError."""
 
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not a JSON value")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise InvalidRequestError(f"The body has an object with the key {name[:64]!r} twice; give it once.")
-            found[name] = value
-        return found
-
     if (count := sum(map(body.count, (b",", b"[", b"{")))) > _MOST_VALUES:
         raise InvalidRequestError(f"The body has about {count} values, but at most {_MOST_VALUES} are accepted.")
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=refuse_constant, object_pairs_hook=unique)
+        value = parse_json(body.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"The body is not valid UTF-8 (at byte {error.start}).") from None
     except RecursionError:
         raise InvalidRequestError("The body has too many objects and lists inside each other.") from None
     except ValueError as error:
-        reason = str(error).partition(";")[0]  # behind it, advice for programs in Python
-        raise InvalidRequestError(f"The body does not parse as JSON: {reason[:200]}.") from None
+        raise InvalidRequestError(f"The body does not parse as JSON: {str(error)[:200]}.") from None
     return Fields(value)
 
 
@@ -63,7 +49,7 @@ class Fields:
         self.path = path
         if not isinstance(value, dict):
             where = f"{path} is" if path else "The body is"
-            raise FieldError(path, f"{where} {_kind(value)}, but it must be an object.")
+            raise FieldError(path, f"{where} {json_kind(value)}, but it must be an object.")
         self._left: dict[str, Any] = dict(value)
 
     def name(self, field: str) -> str:
@@ -76,9 +62,11 @@ class Fields:
             return None
         if float in kinds and type(value) is int and abs(value) < 1 << 1000:
             value = float(value)
+        if float in kinds and type(value) is int:
+            raise FieldError(self.name(field), f"{self.name(field)} is {str(value)[:20]}…, which no double can hold.")
         if type(value) not in kinds:  # exactly: true is no number
-            expected = " or ".join(_NAMES[kind] for kind in kinds)
-            raise FieldError(self.name(field), f"{self.name(field)} is {_kind(value)}, but it must be {expected}.")
+            expected = " or ".join(json_kind_name(kind) for kind in kinds)
+            raise FieldError(self.name(field), f"{self.name(field)} is {json_kind(value)}, but it must be {expected}.")
         return value
 
     def object(self, field: str) -> Fields | None:
@@ -110,7 +98,3 @@ class Fields:
                 self.name(unknown)[:200],
                 f"The field {unknown[:64]!r}{known} is not supported by this endpoint; leave it out.",
             )
-
-
-def _kind(value: Any) -> str:
-    return _NAMES.get(type(value), type(value).__name__)

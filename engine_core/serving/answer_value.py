@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine_core.errors import InvalidSchemaError
-from engine_core.serving.json_schema import COMPACT, FLEXIBLE, parse_schema
-from engine_core.serving.tools import quoted
+from engine_core.serving.json_schema import COMPACT, FLEXIBLE, ends_escaped, parse_schema
+from engine_core.serving.tools import json_rule, quoted
 
 # Of a Lark grammar, what is no syntax: texts, regular expressions and comments.
 _LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|\#[^\n]*|/(?:\\.|[^/\\])+/', re.DOTALL)
@@ -29,15 +29,15 @@ class AnswerValue:
         """Return the values of a JSON schema; see ``GenerationRequest``. Raises InvalidSchemaError."""
         options = COMPACT if compact else FLEXIBLE
         value = {**parse_schema(schema, max_string), "x-guidance": options}
-        return cls((f"value: %json {json.dumps(value)}",), is_json=True)
+        return cls((f"value: {json_rule(value)}",), is_json=True)
 
     @classmethod
     def regex(cls, pattern: str) -> AnswerValue:
         """Return the texts that ``pattern`` matches as a whole. Raises InvalidSchemaError."""
         anchored = pattern.removeprefix("^")
-        if anchored.endswith("$") and not _ends_escaped(anchored[:-1]):
+        if anchored.endswith("$") and not ends_escaped(anchored[:-1]):
             anchored = anchored[:-1]
-        if _ends_escaped(anchored):
+        if ends_escaped(anchored):
             raise InvalidSchemaError("The regular expression ends with a single backslash.")
         if not anchored:
             raise InvalidSchemaError("The regular expression matches no text; leave it out.")
@@ -66,8 +66,3 @@ class AnswerValue:
             return lark
         grammars = [{"lark_grammar": lark}, {"name": _OWN_GRAMMAR, "lark_grammar": self.grammar}]
         return json.dumps({"grammars": grammars})
-
-
-def _ends_escaped(pattern: str) -> bool:
-    """Return whether a backslash at the end of ``pattern`` escapes what would follow."""
-    return (len(pattern) - len(pattern.rstrip("\\"))) % 2 == 1

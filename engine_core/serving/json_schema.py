@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from decimal import Decimal
 
 from engine_core.errors import InvalidSchemaError
 from engine_core.request import MAX_NESTING, nesting
+from engine_core.text.strict_json import json_kind, parse_json
 
 MAX_DIGITS = 17  # of a number: what a double can hold
 # Options of the grammar library for the white space of JSON. Flexible: one optional space or line break where JSON
@@ -38,7 +38,15 @@ _INNER_BY_NAME = frozenset("properties patternProperties dependentSchemas $defs 
 _LARGEST_EXACT = 2**53  # a double holds every whole number up to it
 _LARGEST_POWER = 308  # of ten, in a double
 _WITH_NUMBERS = frozenset({"const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
+_MULTIPLE_END = 2**53  # a multiple that nothing bounds lies between this and its negative: any parser keeps its digits
+_LONGEST = 2**32 - 1  # characters; the grammar library counts no further
 _LEAST = 1e-15  # the smallest number beside a bound of 0 that is left out
+# What the library says of some schemas, and what clients are told.
+_SAID = (
+    ("NoExtension", "no value can be written that meets it"),
+    ("Regex is empty", "no string can meet all that it asks of one"),
+    ("oneOf constraints are not supported", "the schemas of a oneOf may allow the same value; use anyOf"),
+)
 _YEAR = r"(?:[1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])"
 _DATE = (
     rf"(?:{_YEAR}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
@@ -59,14 +67,10 @@ def parse_schema(schema: str, max_string: int = 0) -> dict:
     ``max_string``: characters of a string that nothing bounds; 0 = no limit.
     """
 
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not a JSON value")
-
     try:
-        parsed = json.loads(schema, parse_constant=refuse_constant)
+        parsed = parse_json(schema)
     except (ValueError, RecursionError) as error:
-        reason = first_line(error).partition(";")[0]  # behind it, advice for programs in Python
-        raise InvalidSchemaError(f"The JSON schema does not parse as JSON: {reason}.") from None
+        raise InvalidSchemaError(f"The JSON schema does not parse as JSON: {first_line(error)}.") from None
     if parsed == {"type": "json_object"}:
         return {"type": "object"}
     if isinstance(parsed, dict) and parsed.get("type") == "json_schema" and isinstance(parsed.get("json_schema"), dict):
@@ -79,7 +83,7 @@ def parse_schema(schema: str, max_string: int = 0) -> dict:
     if parsed is True:
         return {}
     if not isinstance(parsed, dict):
-        raise InvalidSchemaError(f"The JSON schema is a {type(parsed).__name__}, but it must be an object.")
+        raise InvalidSchemaError(f"The JSON schema is {json_kind(parsed)}, but it must be an object.")
     if (depth := nesting(parsed)) > MAX_NESTING:
         raise InvalidSchemaError(
             f"The JSON schema has {depth} levels of objects and arrays, but at most {MAX_NESTING} are accepted."
@@ -117,6 +121,10 @@ def _mend(schema: dict) -> None:
         schema["allOf"] = [*others, {"pattern": pattern}]
     schema.update({name: _with_whole_numbers(schema[name]) for name in _WITH_NUMBERS & schema.keys()})
     _mend_bounds(schema)
+    _mend_lengths(schema)
+    _check_patterns(schema)
+    if endless := next((name for name, value in schema.items() if isinstance(value, float) and math.isinf(value)), ""):
+        raise InvalidSchemaError(f"The JSON schema has {endless[:64]!r} with a number beyond a double; leave it out.")
     for value in _numbers([schema.get("const"), schema.get("enum")]):
         if not _is_exact(value):
             raise InvalidSchemaError(
@@ -145,6 +153,38 @@ def _mend_bounds(schema: dict) -> None:
             if not isinstance(own, (int, float)) or own * sign >= 0:
                 del schema[name]
                 schema[inclusive] = -sign * _LEAST
+
+    if _is_number(schema.get("multipleOf")):  # whose digits the grammar alone ends
+        for name, end in (("minimum", -_MULTIPLE_END), ("maximum", _MULTIPLE_END)):
+            if not _is_number(schema.get(name)) and not _is_number(schema.get(f"exclusive{name.capitalize()}")):
+                schema[name] = end
+
+
+def _mend_lengths(schema: dict) -> None:
+    for name in ("minLength", "maxLength"):
+        value = schema.get(name)
+        if type(value) is not int or value <= _LONGEST:
+            continue
+        if name == "minLength":
+            raise InvalidSchemaError(f"The JSON schema has minLength {str(value)[:40]}; no answer is as long.")
+        del schema[name]
+
+
+def _check_patterns(schema: dict) -> None:
+    """Raises InvalidSchemaError for what the library takes as no pattern at all."""
+    by_name = schema.get("patternProperties")
+    for pattern in (schema.get("pattern"), *(by_name if isinstance(by_name, dict) else ())):
+        if isinstance(pattern, str) and ends_escaped(pattern):
+            raise InvalidSchemaError(f"The JSON schema has the pattern {pattern[:64]!r}, which ends with a backslash.")
+
+
+def ends_escaped(pattern: str) -> bool:
+    """Return whether a backslash at the end of ``pattern`` escapes what would follow."""
+    return (len(pattern) - len(pattern.rstrip("\\"))) % 2 == 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _who(value: int | float) -> str:
@@ -214,5 +254,4 @@ def first_line(error: object) -> str:
         reason = next((line for line in lines if line.startswith("error: ")), "")
         lines[0] = f"a pattern does not parse: {reason.removeprefix('error: ')[:200]}" if reason else lines[0]
     line = (lines[0].strip().rstrip(".:")[:300] if lines else "") or type(error).__name__
-    # llguidance's names for a grammar without a continuation.
-    return "no value can be written that meets it" if line.startswith("NoExtension") else line
+    return next((said for found, said in _SAID if found in line), line).replace("Expected f64", "Expected a number")

@@ -80,7 +80,7 @@ class CheckedTool:
     @property
     def json_grammar(self) -> str:
         """The arguments as JSON, as a part of a Lark grammar."""
-        return "%json " + json.dumps({**self.schema, "x-guidance": COMPACT})
+        return json_rule({**self.schema, "x-guidance": COMPACT})
 
     @cached_property
     def strings(self) -> frozenset[str]:
@@ -125,7 +125,7 @@ class CheckedTool:
             if not _is_string(resolved):
                 inner = {**self._definitions, **resolved, "x-guidance": COMPACT}
                 yield f"{rule}: {begin} {rule}_v {end}"
-                yield f"{rule}_v: %json {json.dumps(inner)}"
+                yield f"{rule}_v: {json_rule(inner)}"
             elif (values := _values(resolved)) is not None:
                 yield f"{rule}: {begin} ({' | '.join(map(quoted, values))}) {end}"
             else:
@@ -199,7 +199,7 @@ class CheckedTool:
             yield f'{rule}: "{{" {rule}_o "}}"'
             yield from self._bare_object(schema, f"{rule}_o", quote, depth)
         elif kind in ("number", "integer", "boolean", "null"):
-            yield f"{rule}: %json {json.dumps({**schema, 'x-guidance': COMPACT})}"
+            yield f"{rule}: {json_rule({**schema, 'x-guidance': COMPACT})}"
         else:
             raise self._unsupported(next(iter(sorted(schema.keys() - _DESCRIPTIONS)), f"type {kind}"))
 
@@ -230,7 +230,17 @@ class CheckedTool:
 
 def quoted(text: str) -> str:
     """Return ``text`` as a string of a Lark grammar."""
-    return json.dumps(text, ensure_ascii=False)
+    return _as_lark(json.dumps(text, ensure_ascii=False))
+
+
+def json_rule(schema: Schema) -> str:
+    """Return the values of ``schema`` as a part of a Lark grammar."""
+    return f"%json {_as_lark(json.dumps(schema))}"
+
+
+def _as_lark(text: str) -> str:
+    """Return ``text``, which is JSON, for a Lark grammar: the library's lexer takes no delete character in a string."""
+    return text.replace("\x7f", "\\u007f")
 
 
 def _is_string(schema: Schema) -> bool:

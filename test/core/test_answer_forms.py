@@ -37,6 +37,7 @@ TABLE = [
     ({"regex": "x*"}, ["", "xx"], ["y"]),
     ({"choices": ("kitchen", "kitchen table", 'the "dock"\n')}, ["kitchen", "kitchen table", 'the "dock"\n'], ["hall"]),
     ({"choices": ("été", "-1e9999")}, ["été", "-1e9999"], ["ete"]),
+    ({"choices": ("\x7f\x80", "\\\x7f")}, ["\x7f\x80", "\\\x7f"], ["\x80", "\\u007f"]),
     ({"grammar": GRAMMAR}, ["go to hall", "bring cup"], ["go hall", "bring 3"]),
     ({"grammar": 'start: "[" [INT ("," INT)*] "]"\n%import common.INT'}, ["[]", "[1,22]"], ["[,"]),
     ({"grammar": 'start: "p=" pose\npose: %json {"type": "object", "properties": {"<x>": {"type": "integer"}}}'},

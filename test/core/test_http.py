@@ -207,6 +207,7 @@ BAD_FIELDS = {
     "frequency_penalty": (0.5, "frequency_penalty is not supported: use repetition_penalty instead."),
     "store": (True, "store is not supported: nothing is stored here."),
     "temperature": ("hot", "temperature is a string, but it must be a number."),
+    "min_p": (10**400, f"min_p is 1{'0' * 19}…, which no double can hold."),
     "top_p": (2, "top_p is 2.0, but it must be above 0.0 and at most 1.0."),
     "max_tokens": (0, "max_new_tokens is 0, but it must be from 1 to 2147483647."),
     "seed": (True, "seed is true or false, but it must be a whole number."),

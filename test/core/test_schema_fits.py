@@ -168,6 +168,46 @@ def test_bounds_that_no_number_reaches_are_as_none(factory):
         assert all(re.fullmatch(r"-?\d+(\.\d+)?", answer) for answer in answers if answer is not None)
 
 
+@pytest.mark.parametrize("multiple", [7, 0.25, 100])
+@pytest.mark.parametrize("kind", ["integer", "number"])
+def test_a_multiple_has_digits_that_every_parser_keeps(factory, kind, multiple):
+    schema = json.dumps({"type": kind, "multipleOf": multiple})
+    for seed in range(20):
+        constraint, rng, text = factory.compile(schema), random.Random(seed), ""
+        while not constraint.complete:  # digits as long as there may be any
+            allowed = np.flatnonzero(np.unpackbits(constraint.mask().view(np.uint8), bitorder="little"))
+            digits = [token for token in allowed.tolist() if 48 <= token <= 57]
+            if not digits:
+                break
+            text += chr(rng.choice(digits))
+            constraint.accept(ord(text[-1]))
+        value = Decimal(text)
+        assert value % Decimal(str(multiple)) == 0 and abs(value) <= 2**53 and float(value) == value
+
+
+@pytest.mark.parametrize(("schema", "words"), [
+    ('{"type":"string","type":"integer"}', "there is an object with the key 'type' twice"),
+    ("[1]", "is a list, but it must be an object"), ("null", "is null, but it must be an object"),
+    ('{"type":"string","pattern":"\\\\"}', "which ends with a backslash"),
+    ('{"type":"object","patternProperties":{"a\\\\":{}}}', "which ends with a backslash"),
+    ('{"type":"number","multipleOf":1e400}', "'multipleOf' with a number beyond a double"),
+    ('{"type":"array","items":{"type":"array","minItems":1e400}}', "'minItems' with a number beyond a double"),
+    ('{"type":"string","minLength":4294967296}', "minLength 4294967296; no answer is as long"),
+    ('{"oneOf":[{"type":"integer"},{"const":5}]}', "the schemas of a oneOf may allow the same value; use anyOf"),
+    ('{"type":"string","pattern":"^a$","format":"ipv4"}', "no string can meet all that it asks of one"),
+    ('{"type":"integer","minimum":"5"}', "Expected a number for 'minimum'"),
+    ("\ufeff{}", "Unexpected UTF-8 BOM: line 1 column 1"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_schema_is_said_in_json_words(factory, schema, words):
+    with pytest.raises(InvalidSchemaError) as error:
+        factory.compile(schema)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_string_may_have_any_greatest_length(factory):
+    assert takes(factory, {"type": "string", "maxLength": 2**64}, '"abc"')
+
+
 @pytest.mark.parametrize(("form", "value", "good"), [
     ("date", "2023-02-28", True), ("date", "2024-02-29", True), ("date", "2000-02-29", True),
     ("date", "2023-02-29", False), ("date", "1900-02-29", False), ("date", "2023-04-31", False),
