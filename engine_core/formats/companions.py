@@ -72,26 +72,42 @@ def model_sampling(directory: Path) -> dict[str, float]:
         config = read_json(directory / "generation_config.json", required=False)
     except CheckpointError as error:
         raise EngineDirectoryError(str(error)) from None
+    return {name: value for name, value in _sampling_values(config).items() if value is not None}
+
+
+def _sampling_values(config: dict) -> dict[str, float | None]:
+    """Return option → value of a generation_config.json; None for a value that is no number of the option's range."""
     names: tuple[str, ...] = ("repetition_penalty",)
     if config.get("do_sample") is True:
         names += ("temperature", "top_p", "top_k", "min_p")
         config = {"temperature": 1.0, **config}
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     for name in names:
         option, value = SAMPLING_OPTIONS[name], config.get(name)
+        if value is None:  # as if it were left out
+            continue
+        if option.kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
         kinds = (int,) if option.kind is int else (int, float)
-        if isinstance(value, kinds) and not isinstance(value, bool) and value == value and value in option.range:
-            found[name] = option.kind(value)
+        is_good = isinstance(value, kinds) and not isinstance(value, bool) and value == value and value in option.range
+        found[name] = option.kind(value) if is_good else None
     return found
 
 
 def check_companions(checkpoint: Checkpoint, vocab_size: int) -> None:
     """Try what requests will need: the ids that end an answer, the tokenizer, and the chat template on one message.
 
-    Warn of a missing tokenizer and of tokens that the model does not have. Raises CheckpointError for what no engine
-    could load, and for a chat template that would refuse every request.
+    Warn of a missing tokenizer, of tokens that the model does not have and of sampling that is left out. Raises
+    CheckpointError for what no engine could load, and for a chat template that would refuse every request.
     """
     eos_token_ids(checkpoint)
+    settings = checkpoint.directory / "generation_config.json"
+    asked = read_json(settings, required=False)
+    for name in (name for name, value in _sampling_values(asked).items() if value is None):
+        _log.warning(
+            "%s has %s=%.40r, but it must be %s; it is left out.", settings, name, asked[name],
+            SAMPLING_OPTIONS[name].range,
+        )  # fmt: skip
     path = checkpoint.directory / "tokenizer.json"
     if not path.is_file():
         if (checkpoint.directory / "tokenizer.model").is_file():

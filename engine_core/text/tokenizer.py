@@ -85,6 +85,7 @@ class Tokenizer:
             raise EngineDirectoryError(f"The tokenizer in {directory} cannot be loaded ({reason}).") from error
         if not self._hf.chat_template:
             self._hf.chat_template = _old_template(directory)
+        _check_templates(directory, self._hf.chat_template)
         self.fast = self._hf.backend_tokenizer
         self.fast.no_padding()
         self.fast.no_truncation()
@@ -420,6 +421,17 @@ def _old_template(directory: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if isinstance(found, str) else None
+
+
+def _check_templates(directory: Path, found: object) -> None:
+    """Raises EngineDirectoryError if ``found`` is neither a chat template nor several by name with a default."""
+    templates = found if isinstance(found, dict) else {"default": found}
+    if not found or ("default" in templates and all(isinstance(text, str) for text in templates.values())):
+        return
+    raise EngineDirectoryError(
+        f"The chat template in {directory} is neither a text nor several texts with one named 'default'; correct it in "
+        "tokenizer_config.json, or put it into chat_template.jinja."
+    )
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str] | None:

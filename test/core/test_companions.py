@@ -9,7 +9,7 @@ import pytest
 import fake_hub
 from engine_core.errors import CheckpointError
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.companions import check_companions
+from engine_core.formats.companions import check_companions, model_sampling
 from engine_core.quantize.calibration_texts import read_sequences
 from fakes import VOCAB_SIZE
 
@@ -74,3 +74,23 @@ def test_an_end_that_no_answer_can_have_is_refused(checkpoint, file, value):
     change(checkpoint / file, eos_token_id=value)
     with pytest.raises(CheckpointError, match="eos_token_id"):
         check(checkpoint)
+
+
+@pytest.mark.parametrize("found", [5, [], [{"name": "robot", "template": "a"}], [{"name": "default", "template": 5}]])
+def test_chat_templates_of_another_form_are_refused(checkpoint, found):
+    """The library fails on some when they are used, with errors of its own."""
+    (checkpoint / "chat_template.jinja").unlink()
+    change(checkpoint / "tokenizer_config.json", chat_template=found)
+    if not found:  # none
+        return check(checkpoint)
+    with pytest.raises(CheckpointError, match="cannot be asked: The chat template in .* one named 'default'"):
+        check(checkpoint)
+
+
+@pytest.mark.parametrize("value", ["hot", [0.5], -1, True, float("inf")])
+def test_sampling_that_is_left_out_is_told(checkpoint, caplog, value):
+    change(checkpoint / "generation_config.json", do_sample=True, temperature=value, top_k=50.0, top_p=None)
+    check(checkpoint)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "temperature" in caplog.text and "from 0.0 to 100.0; it is left out" in caplog.text
+    assert model_sampling(checkpoint) == {"top_k": 50}
