@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import json
 import math
+import numbers
 import re
 import secrets
 from collections.abc import Collection, Mapping
@@ -240,11 +241,15 @@ class SamplingParams:
         for option in SAMPLING_OPTIONS.values():
             value = getattr(self, option.name)
             is_unset = value is None and option.default is None
-            if not is_unset and (value is None or value not in option.range):
-                raise InvalidSamplingError(f"{option.name} is {value!r}, but it must be {option.range}.")
+            if not is_unset and not (_is_number(value, option.kind) and value in option.range):
+                kind = "a whole number " if option.kind is int and not _is_number(value, int) else ""
+                raise InvalidSamplingError(f"{option.name} is {value!r}, but it must be {kind}{option.range}.")
         for token_id, bias in self.logit_bias:
-            if math.isnan(bias) or bias == math.inf:
-                raise InvalidSamplingError(f"The logit bias of token {token_id} is {bias}, but it must be a number.")
+            if not _is_number(bias, float) or math.isnan(bias) or bias == math.inf:
+                raise InvalidSamplingError(f"The logit bias of token {token_id} is {bias!r}, but it must be a number.")
+        for token_id in (*self.stop_token_ids, *(token_id for token_id, _ in self.logit_bias)):
+            if not _is_number(token_id, int):
+                raise InvalidSamplingError(f"The token id {token_id!r} is no whole number.")
 
     def with_model(self, own: Mapping[str, float]) -> SamplingParams:
         """Return these options, or where ``temperature`` is NaN the model's.
@@ -373,8 +378,12 @@ class GenerationRequest:
         if any(not text for text in self.stop):
             raise InvalidSamplingError("A stop string is empty; leave it out instead.")
         self._check_form()
-        if not (math.isfinite(self.timeout) and self.timeout >= 0):
+        if not (_is_number(self.timeout, float) and math.isfinite(self.timeout) and self.timeout >= 0):
             raise InvalidRequestError(f"The deadline is {self.timeout} s, but it must be 0 (none) or more seconds.")
+        if not (_is_number(self.stream_interval, float) and self.stream_interval >= 0):
+            raise InvalidRequestError(
+                f"The stream interval is {self.stream_interval} s, but it must be 0 (each step) or more seconds."
+            )
         self.sampling.validate()
 
     @property
@@ -655,6 +664,11 @@ def _parse_object(text: str, what: str) -> dict[str, Any]:
             f"The {what} are no JSON object of at most {MAX_NESTING} levels of objects and arrays."
         )
     return found
+
+
+def _is_number(value: object, kind: type[int] | type[float]) -> bool:
+    """Return whether ``value``, also one of numpy, is a number that an option of ``kind`` takes."""
+    return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
 
 
 def _num_bytes(texts: tuple[str, ...], limit: int) -> int:

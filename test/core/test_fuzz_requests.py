@@ -132,3 +132,23 @@ def test_a_worker_answers_each_accepted_request_once_and_lives_on(engine, sent, 
     assert worker.close(drain=True, timeout=60.0)
     assert sorted(result.request_id for result in done) == sorted(accepted)
     assert not faults
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"top_k": 1.5}, "top_k is 1.5, but it must be a whole number from 0"), ({"seed": "a"}, "seed is 'a'"),
+    ({"max_new_tokens": True}, "max_new_tokens is True, but it must be a whole number from 1"),
+    ({"temperature": "1"}, "temperature is '1', but it must be from 0.0"),
+    ({"stop_token_ids": (1.5,)}, "The token id 1.5 is no whole number"),
+    ({"logit_bias": ((2.0, 1.0),)}, "The token id 2.0 is no whole number"),
+    ({"logit_bias": ((2, None),)}, "The logit bias of token 2 is None, but it must be a number"),
+])  # fmt: skip
+def test_a_sampling_option_of_another_type_is_refused(engine, options, words):
+    """It would be cut to a whole number without a word, or end the worker's thread."""
+    error = refusal(engine.prepare, GenerationRequest("r", prompt="p", sampling=SamplingParams(**options)))
+    assert words in str(error)
+
+
+@pytest.mark.parametrize("interval", [-1.0, math.nan, "a"])
+def test_a_stream_interval_is_seconds(engine, interval):
+    error = refusal(engine.prepare, GenerationRequest("r", prompt="p", stream_interval=interval))
+    assert "The stream interval is" in str(error)
