@@ -25,6 +25,7 @@ from engine_core.formats.signatures import SigningKey, TrustedKeys, signature_of
 from engine_core.formats.weight_formats import preference
 from engine_core.models.spec import ModelSpec
 from engine_core.progress import Progress, untold
+from engine_core.text.strict_json import json_kind_name
 
 SCHEMA_VERSION = 2  # 1 had the model's sizes alone and left its traits to each backend
 MANIFEST_NAME = "engine.json"
@@ -230,10 +231,10 @@ def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
 
     Raises ValueError naming the field that is missing, unknown or of another type.
     """
-    origin = typing.get_origin(kind)
+    origin, label = typing.get_origin(kind), name.rstrip(".")
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ValueError(f"{name or 'it'} is not an object")
+            raise ValueError(f"{label or 'it'} is not an object")
         kinds = typing.get_type_hints(kind)
         if unknown := sorted(value.keys() - kinds.keys()):
             raise ValueError(f"{name}{unknown[0]!r} is not known")
@@ -246,7 +247,6 @@ def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
         if missing := [key for key in needed if key not in given]:
             raise ValueError(f"{name}{missing[0]} is missing")
         return kind(**given)
-    label = name.rstrip(".")
     if origin in (types.UnionType, typing.Union):
         return _typed_as_one_of(typing.get_args(kind), value, name)
     if origin is tuple:
@@ -260,7 +260,7 @@ def _typed(kind: typing.Any, value: typing.Any, name: str) -> typing.Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{label} is {json.dumps(value)[:60]}, which is no {kind.__name__}")
+        raise ValueError(f"{label} is {json.dumps(value)[:60]}, which is not {json_kind_name(kind)}")
     if kind is int and not 0 <= value < 1 << 63:
         raise ValueError(f"{label} is {value}, which is out of range")
     if kind is float and not math.isfinite(value):

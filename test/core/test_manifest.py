@@ -224,6 +224,17 @@ def test_a_model_that_cannot_be_is_refused_with_one_sentence(tmp_path, change):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("backend", None, "backend is null, which is not a string"), ("options", 5, "options is 5, which is not an object"),
+    ("max_context", "x", 'max_context is "x", which is not a whole number'), ("model", 5, "model is not an object"),
+])  # fmt: skip
+def test_a_field_of_another_type_is_named_in_json_words(tmp_path, field, value, words):
+    write(tmp_path / "engine")
+    edit(tmp_path / "engine", lambda values: values.update({field: value}))
+    with pytest.raises(EngineDirectoryError, match=words):
+        read_manifest(tmp_path / "engine")
+
+
 def test_an_engine_of_the_first_schema_is_refused_with_the_command_that_builds_it_again(tmp_path):
     directory = write(tmp_path / "engine")
     edit(directory, lambda v: v.update(schema_version=1, geometry=v.pop("model")))
