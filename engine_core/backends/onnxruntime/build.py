@@ -89,18 +89,14 @@ def build_engine(
         f"Building {spec.architecture} with {spec.num_parameters / 1e6:.1f} M parameters as {quantization} in {out_dir}"
     )
     with write_variant(Path(out_dir)) as directory:
-        with GraphWriter(directory, spec.architecture) as writer:
-            exporter = OrtExporter(writer, weights, precision, max_context)
-            write_decoder(spec, exporter, portion(progress, 0.0, _EXPORTING))
-            if calibration is not None:
-                sequences = read_sequences(calibration, checkpoint, max_context, spec.vocab_size)
-                report(f"Calibrating the int8 KV cache on {sum(map(len, sequences))} tokens of {calibration}")
-                exporter.add_int8_cache(int8_scales(measure_peaks(directory, spec, weights.head_rows, sequences)))
+        exporter = _write_decoder(directory, checkpoint, weights, precision, max_context, calibration, report, progress)
         if spec.vision is not None:
             with GraphWriter(directory, f"{spec.architecture}.encoder", ENCODER_DATA_NAME) as writer:
                 write_encoder(writer, checkpoint, spec.vision, int8=has_int8_encoder(precision))
         companions.copy_companions(checkpoint, directory)
         companions.copy_vocab_map(vocab_map, kept, directory)
+        shares_head = spec.tied and kept is None
+        options = engine_options(precision, exporter.packing, shares_head=shares_head, rope_switch=exporter.rope_switch)
         manifest = Manifest(
             model_name=model_name or companions.model_name(checkpoint),
             model=spec,
@@ -114,24 +110,46 @@ def build_engine(
             group_size=_group_size(weights, precision),
             builder=companions.versions(),
             notes=companions.notes(CAPABILITIES, spec, max_context),
-            options=asdict(
-                engine_options(
-                    precision,
-                    exporter.packing,
-                    shares_head=spec.tied and kept is None,
-                    rope_switch=exporter.rope_switch,
-                )
-            ),
+            options=asdict(options),
         )
-        if exporter.rounding_errors:
-            sentence = exporter.rounding_errors.sentence(checkpoint.path.name, quantization)
-            report(sentence)
-            manifest = replace(manifest, notes=(*manifest.notes, sentence))
-            manifest.options["requantized"] = len(exporter.rounding_errors)
-            manifest.options["rounding_errors"] = exporter.rounding_errors.relative()
-        manifest = seal(directory, manifest)
+        manifest = seal(directory, _with_losses(manifest, checkpoint, exporter, report))
     progress(1.0)
     return manifest
+
+
+def _write_decoder(
+    directory: Path,
+    checkpoint: Checkpoint,
+    weights: Weights,
+    precision: Precision,
+    max_context: int,
+    calibration: Path | None,
+    report: Callable[[str], None],
+    progress: Progress,
+) -> OrtExporter:
+    """Write the graph of the decoder and its weights; with text for ``calibration``, that of an int8 KV cache, too."""
+    spec = weights.spec
+    with GraphWriter(directory, spec.architecture) as writer:
+        exporter = OrtExporter(writer, weights, precision, max_context)
+        write_decoder(spec, exporter, portion(progress, 0.0, _EXPORTING))
+        if calibration is not None:
+            sequences = read_sequences(calibration, checkpoint, max_context, spec.vocab_size)
+            report(f"Calibrating the int8 KV cache on {sum(map(len, sequences))} tokens of {calibration}")
+            exporter.add_int8_cache(int8_scales(measure_peaks(directory, spec, weights.head_rows, sequences)))
+    return exporter
+
+
+def _with_losses(
+    manifest: Manifest, checkpoint: Checkpoint, exporter: OrtExporter, report: Callable[[str], None]
+) -> Manifest:
+    """Return ``manifest`` with the loss of the weights that were rounded anew, if there are any; report it."""
+    errors = exporter.rounding_errors
+    if not errors:
+        return manifest
+    sentence = errors.sentence(checkpoint.path.name, manifest.quantization)
+    report(sentence)
+    options = {**manifest.options, "requantized": len(errors), "rounding_errors": errors.relative()}
+    return replace(manifest, notes=(*manifest.notes, sentence), options=options)
 
 
 def has_int8_encoder(precision: Precision) -> bool:

@@ -77,76 +77,88 @@ class OrtSession:
         self.max_context = max_context
         self.chunk = chunk
         self.num_slots = num_slots
-        path, data = _model_path(variant_dir, kv_cache_type), variant_dir / DATA_NAME
         self._heads: list[ort.OrtValue] = []  # rows that sessions read
+        path, data = _model_path(variant_dir, kv_cache_type), variant_dir / DATA_NAME
         places = sites(model, adapters)
         with held_still(data) as fd:
             without = [] if own_graph else places
-            self._session = self._open(path, session_options(threads, packed), kept, without)
-            has_own = own_graph and bool(places)
-            adapted = self._open(path, session_options(threads, packed), kept, places) if has_own else self._session
+            self._session = adapted = self._open(path, session_options(threads, packed), kept, without)
+            if own_graph and places:
+                adapted = self._open(path, session_options(threads, packed), kept, places)
             copy_mapped(data, fd)
         self._matrices = {"": matrices(None, places)}  # by the adapter's name
         self._matrices |= {adapter.name: matrices(adapter, places) for adapter in adapters}
-        head_dim = head_axes(model)[0].size
+        inputs = {each.name: each for each in self._session.get_inputs()}
+        self._has_rows = "rows" in inputs  # graphs of older builds give the last token's logits alone
+        self._switches_rope = "rope_row" in inputs
+        self._sees = "image_rows" in inputs
+        self.verifies = verifies and self._has_rows
         self._kv_layers = model.kv_layers
-        shape = (len(self._kv_layers), 2, num_slots, model.num_kv_heads, max_context, head_dim)
+        shape = (len(self._kv_layers), 2, num_slots, model.num_kv_heads, max_context, head_axes(model)[0].size)
         self.kv_cache = np.empty(shape, dtype=DTYPES[kv_cache_type])
         self.kv_cache.fill(0)  # takes the pages now rather than token by token
         self.states = LayerStates(model.states, num_slots, state_places)
         self.logits = np.zeros((num_slots, rows), dtype=np.float32)
+        self.draft_logits = np.zeros((MAX_DRAFT_ROWS if self.verifies else 0, rows), dtype=np.float32)
+        self._allocate_inputs(model)
+        self._make_ropes(model, np.float16 if kv_cache_type == "fp16" else np.float32)
+        self._bind_slots(adapted)
+        # A graph with a fixed batch dimension takes one sequence at a time.
+        takes_several = num_slots > 1 and not isinstance(inputs["input_ids"].shape[0], int)
+        self._bind_batches(num_slots if takes_several else 1)
+
+    def _allocate_inputs(self, model: ModelSpec) -> None:
+        """Allocate what runs read beside the KV cache."""
+        num_slots, chunk = self.num_slots, self.chunk
         self._last_positions = np.zeros(num_slots, dtype=np.int32)
         self._length = np.zeros((), dtype=np.int32)
         self._rope_rows = np.zeros(num_slots, dtype=np.int64)  # of each slot's position 0
         self._long_rope_row = model.rope_switch
-        inputs = {each.name: each for each in self._session.get_inputs()}
-        self._has_rows = "rows" in inputs  # graphs of older builds give the last token's logits alone
-        self._switches_rope = "rope_row" in inputs
         # (sequence, token) of each row of the logits: of a step of several slots, of a prompt, of drafts
         self._batch_rows = np.stack([np.arange(num_slots), np.zeros(num_slots, dtype=np.int64)], axis=1)
         self._last_row = np.zeros((1, 2), dtype=np.int64)
         self._draft_rows = np.zeros((MAX_DRAFT_ROWS, 2), dtype=np.int64)
-        self.verifies = verifies and self._has_rows
-        self.draft_logits = np.zeros((MAX_DRAFT_ROWS if self.verifies else 0, rows), dtype=np.float32)
         self._step_tokens = np.zeros((num_slots, 1), dtype=np.int64)
+        self._draft_tokens = np.zeros((1, MAX_DRAFT_ROWS), dtype=np.int64)
         self._tokens = np.zeros(chunk, dtype=np.int64)
-        self._sees = "image_rows" in inputs
         # The tokens of images in a part of a prompt: (sequence, token) of each, and its features.
         self._image_rows = np.zeros((chunk if self._sees else 0, 2), dtype=np.int64)
         width = 0 if model.vision is None else model.vision.feature_size
         self.image_features = np.zeros((chunk if self._sees else 0, width), dtype=np.float32)
-        # The RoPE of each slot, by the place in its cache, where positions depend on the images before: cos and sin,
-        # float32 or as the cache [2, max_context, half a head].
+
+    def _make_ropes(self, model: ModelSpec, dtype: type) -> None:
+        """Make the RoPE of each slot, by the place in its cache, where positions depend on the images before.
+
+        Cos and sin, [2, max_context, half a head] of ``dtype``.
+        """
         self._rope, self._slot_ropes = np.empty((2, 0, 0), dtype=np.float32), []
-        if model.vision is not None and model.mrope:
-            self._rope = np.stack(model.ropes[0].table(max_context)).astype(
-                np.float16 if kv_cache_type == "fp16" else np.float32
-            )
-            self._slot_ropes = [self._rope.copy() for _ in range(num_slots)]
-            self._axes = mrope_axes(model.vision, self._rope.shape[2])
-        self._plain = [self._bind_slot(self._session, slot) for slot in range(num_slots)]
-        self._adapted = [self._bind_slot(adapted, slot) for slot in range(num_slots)] if has_own else self._plain
+        if model.vision is None or not model.mrope:
+            return
+        self._rope = np.stack(model.ropes[0].table(self.max_context)).astype(dtype)
+        self._slot_ropes = [self._rope.copy() for _ in range(self.num_slots)]
+        self._axes = mrope_axes(model.vision, self._rope.shape[2])
+
+    def _bind_slots(self, adapted: ort.InferenceSession) -> None:
+        """Bind the runs of each slot alone; ``adapted``: the session of those that use an adapter."""
+        slots = range(self.num_slots)
+        self._plain = [self._bind_slot(self._session, slot) for slot in slots]
+        self._adapted = self._plain if adapted is self._session else [self._bind_slot(adapted, slot) for slot in slots]
         self._runs = list(self._plain)  # of each slot, with the adapter that it uses
-        self._used = [""] * num_slots
+        self._used = [""] * self.num_slots
         self._decode_options = ort.RunOptions()
-        self._prefill_options = [ort.RunOptions() for _ in range(num_slots)]
+        self._prefill_options = [ort.RunOptions() for _ in slots]
         for each in self._prefill_options:
             each.log_severity_level = _FATAL  # being ended by ``terminate`` is no error worth a line
-        # (first slot, number of slots) → a step of slots that lie side by side, without adapters.
-        self._batches: dict[tuple[int, int], ort.IOBinding] = {}
-        # A graph with a fixed batch dimension takes one sequence at a time.
-        if num_slots > 1 and not isinstance(inputs["input_ids"].shape[0], int):
-            for count in range(2, num_slots + 1):
-                for slot in range(num_slots - count + 1):
-                    binding = self._bind(self._session, self._step_tokens[:count], slot, self._batch_rows[:count])
-                    self._batches[slot, count] = binding
-        self._draft_tokens = np.zeros((1, MAX_DRAFT_ROWS), dtype=np.int64)
-        self._verify = []
-        if self.verifies:
-            every_slot = range(num_slots)
-            self._verify = [
-                self._bind(self._session, self._draft_tokens, slot, self._draft_rows) for slot in every_slot
-            ]
+        drafts = slots if self.verifies else ()
+        self._verify = [self._bind(self._session, self._draft_tokens, slot, self._draft_rows) for slot in drafts]
+
+    def _bind_batches(self, most: int) -> None:
+        """Bind the steps of up to ``most`` slots that lie side by side, without adapters."""
+        self._batches: dict[tuple[int, int], ort.IOBinding] = {}  # by (first slot, number of slots)
+        for count in range(2, most + 1):
+            for slot in range(self.num_slots - count + 1):
+                binding = self._bind(self._session, self._step_tokens[:count], slot, self._batch_rows[:count])
+                self._batches[slot, count] = binding
 
     def _open(
         self, path: Path, options: ort.SessionOptions, kept: np.ndarray | None, places: Sequence[Site]

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine_core.backends.cuda.build import write_weights
 from engine_core.backends.cuda.layout import CudaSpec, matrix_shapes
 from engine_core.backends.cuda.weights import WEIGHTS_NAME
@@ -122,17 +124,10 @@ def build_tensorrt(
         with write_variant(Path(engine_dir)) as directory:
             companions.copy_companions(checkpoint, directory)
             companions.copy_vocab_map(vocab_map, kept, directory)
-            cache_path = timing_cache_path(Path(engine_dir), api, device)
-            tools = _Tools(api, device, cache_path, level, report)
-            if exporter == "gemm":
-                write_weights(
-                    directory / WEIGHTS_NAME, checkpoint, spec, manifest, kept, paired=False,
-                    progress=portion(progress, 0.0, _WRITING),
-                )  # fmt: skip
-                scratch = _write_gemm_plans(tools, manifest, directory)
-            else:
-                scratch = _write_plan(tools, manifest, Weights(checkpoint, spec, kept), directory)
-            manifest.options["scratch_bytes"] = scratch
+            tools = _Tools(api, device, timing_cache_path(Path(engine_dir), api, device), level, report)
+            manifest.options["scratch_bytes"] = _write_plans(
+                tools, manifest, checkpoint, kept, directory, portion(progress, 0.0, _WRITING)
+            )
             manifest = seal(directory, manifest)
         progress(1.0)
         return manifest
@@ -189,8 +184,27 @@ class _Tools:
     report: Callable[[str], None]
 
 
+def _write_plans(
+    tools: _Tools,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    kept: np.ndarray | None,
+    directory: Path,
+    progress: Progress,
+) -> int:
+    """Write the plans of the manifest's exporter, and the weights that are not in them; return their scratch, bytes.
+
+    ``progress`` is told of the weights alone.
+    """
+    if read_options(manifest, TrtOptions).exporter != "gemm":
+        return _write_plan(tools, manifest, Weights(checkpoint, manifest.model, kept), directory)
+    path = directory / WEIGHTS_NAME
+    write_weights(path, checkpoint, manifest.model, manifest, kept, paired=False, progress=progress)
+    return _write_gemm_plans(tools, manifest, directory)
+
+
 def _write_plan(tools: _Tools, manifest: Manifest, weights: Weights, directory: Path) -> int:
-    """Writes the one plan of a whole decoder into ``directory``; the bytes of scratch its contexts need."""
+    """Write the one plan of a whole decoder into ``directory``; return the scratch that a context needs, bytes."""
     options, device = read_options(manifest, TrtOptions), tools.device
     spec = TrtSpec.create(manifest, EngineConfig(directory))
     # On the disk of the output: the ONNX model is as large as the plan.
@@ -225,7 +239,7 @@ def _write_gemm_plans(tools: _Tools, manifest: Manifest, directory: Path) -> int
 
 
 def _save_plan(tools: _Tools, plan: memoryview, path: Path) -> int:
-    """The bytes of scratch its contexts need."""
+    """Write ``plan``; return the scratch that a context of it needs, bytes."""
     path.write_bytes(plan)
     # Loaded once, so that a plan that does not load is never written, and for the memory plan of ``load``.
     runtime, engine = tools.api.deserialize(plan)
