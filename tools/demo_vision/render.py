@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def _dot(a: _Ray, b: _Ray) -> Tensor:
 
 
 def _columns(primitives: Tensor) -> list[Tensor]:
-    """[batch, count, numbers] → a list of [batch, count, 1]."""
+    """Return primitives [batch, count, numbers] as a list of [batch, count, 1]."""
     return [column.unsqueeze(-1) for column in primitives.unbind(-1)]
 
 
@@ -59,7 +60,10 @@ def _box_distances(o: _Ray, d: _Ray, boxes: list[Tensor]) -> Tensor:
 
 
 def _side_roots(origin: _Ray, d: _Ray, radius: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the ray crosses the cone radius + slope · y, the two distances (FAR if it does not); ``origin`` is from its base."""
+    """Return the two distances at which the ray crosses the cone radius + slope · y, FAR if it does not.
+
+    ``origin`` is from the cone's base.
+    """
     a = d[0] * d[0] + d[2] * d[2] - (slope * d[1]) ** 2
     a = torch.where(a.abs() < 1e-7, 1e-7, a)
     wide = radius + slope * origin[1]
@@ -83,7 +87,7 @@ def _frustum_distances(o: _Ray, d: _Ray, frusta: list[Tensor]) -> Tensor:
 
 
 def _picked(primitives: Tensor, index: Tensor) -> list[Tensor]:
-    """The numbers of primitive ``index`` [batch, pixels] for every pixel: a list of [batch, pixels]."""
+    """Return the numbers of primitive ``index`` [batch, pixels] for every pixel: a list of [batch, pixels]."""
     return [column.gather(1, index) for column in primitives.unbind(-1)]
 
 
@@ -97,44 +101,33 @@ def _table_colour(x: Tensor, z: Tensor, s: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(first + (second - first) * mix for first, second in zip(s[11:14], s[14:17]))
 
 
-def render_rows(rows: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
-    """Pictures float32 [batch, 3, height, width] in 0 to 1, and the index of the object at each pixel (-1: none).
-
-    ``rows`` are float32 [batch, ROW], as scene.row_of makes them.
-    """
-    sizes = [layout.CAMERA, layout.SURROUNDINGS, layout.MAX_SPHERES * layout.SPHERE, layout.MAX_BOXES * layout.BOX,
-             layout.MAX_FRUSTA * layout.FRUSTUM, layout.MAX_OBJECTS * layout.OBJECT]  # fmt: skip
-    camera, surroundings, spheres, boxes, frusta, objects = rows.split(sizes, 1)
-    spheres = spheres.unflatten(1, (layout.MAX_SPHERES, layout.SPHERE))
-    boxes = boxes.unflatten(1, (layout.MAX_BOXES, layout.BOX))
-    frusta = frusta.unflatten(1, (layout.MAX_FRUSTA, layout.FRUSTUM))
-    objects = objects.unflatten(1, (layout.MAX_OBJECTS, layout.OBJECT))
-    s = list(surroundings.unsqueeze(-1).unbind(1))  # each [batch, 1]
-    c = list(camera.unsqueeze(-1).unbind(1))
-    pixels = torch.arange(width * height, device=rows.device)
-    sx = ((2 * (pixels % width) + 1) / width - 1) * c[12]
-    sy = (1 - (2 * (pixels // width) + 1) / height) * c[13]
-    d = tuple(c[9 + i] + sx * c[3 + i] + sy * c[6 + i] for i in range(3))  # each [batch, pixels]
+def _rays(camera: list[Tensor], width: int, height: int) -> tuple[_Ray, _Ray]:
+    """Return the origin, each [batch, 1], and the directions of length 1, each [batch, pixels], of the pixels' rays."""
+    pixels = torch.arange(width * height, device=camera[0].device)
+    sx = ((2 * (pixels % width) + 1) / width - 1) * camera[12]
+    sy = (1 - (2 * (pixels // width) + 1) / height) * camera[13]
+    d = tuple(camera[9 + i] + sx * camera[3 + i] + sy * camera[6 + i] for i in range(3))
     length = _dot(d, d).rsqrt()
-    d = d[0] * length, d[1] * length, d[2] * length
-    o = c[0], c[1], c[2]
+    return (camera[0], camera[1], camera[2]), (d[0] * length, d[1] * length, d[2] * length)
 
-    wide_o, wide_d = tuple(v.unsqueeze(1) for v in o), tuple(v.unsqueeze(1) for v in d)
-    listed = _columns(spheres), _columns(boxes), _columns(frusta)
-    casts = _sphere_distances, _box_distances, _frustum_distances
-    (t_sphere, i_sphere), (t_box, i_box), (t_frustum, i_frustum) = (
-        distances(wide_o, wide_d, some).min(1) for distances, some in zip(casts, listed)
-    )
-    t_table = torch.where(d[1] < -1e-4, -o[1] / torch.where(d[1] < -1e-4, d[1], -1e-4), FAR)
-    tx, tz = o[0] + t_table * d[0], o[2] + t_table * d[2]
-    t_table = torch.where((tx.abs() < s[8]) & (tz > s[9]) & (tz < s[10]), t_table, FAR)
-    t = torch.minimum(torch.minimum(t_sphere, t_box), torch.minimum(t_frustum, t_table))
-    is_sphere, is_box, is_frustum = ((some <= t) & (some < FAR) for some in (t_sphere, t_box, t_frustum))
-    is_object = is_sphere | is_box | is_frustum
-    is_table = (t_table <= t) & (t_table < FAR) & ~is_object
 
-    ball, block, cone = _picked(spheres, i_sphere), _picked(boxes, i_box), _picked(frusta, i_frustum)
-    # An open top shows the inside: the ray goes on to the inner wall or the inner bottom.
+def _table_distances(o: _Ray, d: _Ray, s: list[Tensor]) -> Tensor:
+    t = torch.where(d[1] < -1e-4, -o[1] / torch.where(d[1] < -1e-4, d[1], -1e-4), FAR)
+    x, z = o[0] + t * d[0], o[2] + t * d[2]
+    return torch.where((x.abs() < s[8]) & (z > s[9]) & (z < s[10]), t, FAR)
+
+
+class _Vessel(NamedTuple):
+    """The place where rays meet frusta, [batch, pixels] each. Through an open top they go on to the inside."""
+
+    t: Tensor  # distance: on the inner wall or the inner bottom for rays that go on
+    inside: Tensor  # bool
+    lid: Tensor  # bool
+    normal: _Ray
+
+
+def _vessel(o: _Ray, d: _Ray, t: Tensor, cone: list[Tensor], is_frustum: Tensor) -> _Vessel:
+    """``t``: the distance to what is first. ``cone``: the numbers of each pixel's frustum."""
     cx, cz, cy, ch, r0, r1, wall, top = cone[:8]
     slope = (r1 - r0) / ch
     from_base = o[0] - cx, o[1] - cy, o[2] - cz
@@ -154,9 +147,12 @@ def render_rows(rows: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
     outward = hit[0] * radial * lean, -slope * lean, hit[2] * radial * lean
     flip = torch.where(inside, -1.0, 1.0)
     flat = (on_top & ~inside) | (inside & on_floor)
-    n_cone = tuple(torch.where(flat, up, flip * n) for up, n in zip((1e-9, 1.0, 1e-9), outward))
-    point = tuple(p + t * v for p, v in zip(o, d))
-    n_ball = tuple((p - q) / ball[3] for p, q in zip(point, ball[:3]))
+    normal = tuple(torch.where(flat, up, flip * n) for up, n in zip((1e-9, 1.0, 1e-9), outward))
+    return _Vessel(t, inside, lid, normal)
+
+
+def _box_normal(point: _Ray, block: list[Tensor]) -> _Ray:
+    """Return the normal of the face of a box that is nearest to ``point``."""
     bx, by, bz = point[0] - block[0], point[1] - block[1], point[2] - block[2]
     local = (block[6] * bx + block[7] * bz) / block[3], by / block[4], (block[6] * bz - block[7] * bx) / block[5]
     ax, ay, az = (v.abs() for v in local)
@@ -164,21 +160,55 @@ def render_rows(rows: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
     nx = torch.where(face_x, local[0].sign(), 0.0)
     ny = torch.where(face_y, local[1].sign(), 0.0)
     nz = torch.where(face_x | face_y, 0.0, local[2].sign())
-    n_block = block[6] * nx - block[7] * nz, ny, block[7] * nx + block[6] * nz
+    return block[6] * nx - block[7] * nz, ny, block[7] * nx + block[6] * nz
+
+
+def _nearest(o: _Ray, d: _Ray, listed: tuple[list[Tensor], ...]) -> list[tuple[Tensor, Tensor]]:
+    """Return the distance to the nearest of the spheres, boxes and frusta in ``listed``, and its index, [batch, pixels]."""
+    origin, direction = tuple(v.unsqueeze(1) for v in o), tuple(v.unsqueeze(1) for v in d)
+    casts = _sphere_distances, _box_distances, _frustum_distances
+    return [distances(origin, direction, some).min(1) for distances, some in zip(casts, listed)]
+
+
+def _primitives(rows: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """Return camera and surroundings, columns of [batch, 1]; spheres, boxes, frusta; objects; [batch, count, numbers]."""
+    kinds = ((layout.MAX_SPHERES, layout.SPHERE), (layout.MAX_BOXES, layout.BOX), (layout.MAX_FRUSTA, layout.FRUSTUM),
+             (layout.MAX_OBJECTS, layout.OBJECT))  # fmt: skip
+    sizes = [layout.CAMERA, layout.SURROUNDINGS, *(count * numbers for count, numbers in kinds)]
+    camera, surroundings, *others = rows.split(sizes, 1)
+    *solids, objects = (some.unflatten(1, kind) for some, kind in zip(others, kinds))
+    return list(camera.unsqueeze(-1).unbind(1)), list(surroundings.unsqueeze(-1).unbind(1)), solids, objects
+
+
+def render_rows(rows: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
+    """Return pictures float32 [batch, 3, height, width] in 0 to 1, and the index of the object at each pixel (-1: none).
+
+    ``rows`` are float32 [batch, ROW], as scene.row_of makes them.
+    """
+    camera, s, solids, objects = _primitives(rows)
+    o, d = _rays(camera, width, height)
+    listed = tuple(map(_columns, solids))
+    (t_sphere, i_sphere), (t_box, i_box), (t_frustum, i_frustum) = _nearest(o, d, listed)
+    t_table = _table_distances(o, d, s)
+    t = torch.minimum(torch.minimum(t_sphere, t_box), torch.minimum(t_frustum, t_table))
+    is_sphere, is_box, is_frustum = ((some <= t) & (some < FAR) for some in (t_sphere, t_box, t_frustum))
+    is_object = is_sphere | is_box | is_frustum
+    is_table = (t_table <= t) & (t_table < FAR) & ~is_object
+
+    ball, block, cone = (_picked(some, index) for some, index in zip(solids, (i_sphere, i_box, i_frustum)))
+    vessel = _vessel(o, d, t, cone, is_frustum)
+    point = tuple(p + vessel.t * v for p, v in zip(o, d))
+    n_ball = tuple((p - q) / ball[3] for p, q in zip(point, ball[:3]))
     normal = tuple(
         torch.where(is_sphere, a, torch.where(is_box, b, torch.where(is_frustum, f, up)))
-        for a, b, f, up in zip(n_ball, n_block, n_cone, (0.0, 1.0, 0.0))
+        for a, b, f, up in zip(n_ball, _box_normal(point, block), vessel.normal, (0.0, 1.0, 0.0))
     )
     owner = torch.where(is_sphere, ball[4], torch.where(is_box, block[8], torch.where(is_frustum, cone[8], -1.0))).long()
 
     light = tuple(s[i] + torch.zeros_like(t) for i in range(3))
-    start = tuple((p + 2e-2 * n).unsqueeze(1) for p, n in zip(point, normal))
-    towards = tuple(v.unsqueeze(1) for v in light)
-    nearest = torch.full_like(t, FAR)
-    for distances, some in zip(casts, listed):
-        found = distances(start, towards, some).amin(1)
-        nearest = torch.minimum(nearest, found)
-    lit = torch.where((nearest < 100.0) & ~inside, 0.0, 1.0)
+    shadows = _nearest(tuple(p + 2e-2 * n for p, n in zip(point, normal)), light, listed)
+    in_shadow = torch.stack([distance for distance, _ in shadows]).amin(0) < 100.0
+    lit = torch.where(in_shadow & ~vessel.inside, 0.0, 1.0)
 
     thing = _picked(objects, owner.clamp_min(0))
     table = _table_colour(point[0], point[2], s)
@@ -186,10 +216,10 @@ def render_rows(rows: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
     mirror = tuple(2 * _dot(normal, light) * n - v for n, v in zip(normal, light))
     shine = (-_dot(mirror, d)).clamp_min(0) ** 24 * 0.35 * lit * is_object
     shade = s[3] * (0.75 + 0.25 * normal[1]) + s[4] * facing * lit
-    shade = torch.where(inside, shade * (1 - 0.87 * ch).clamp_min(0.6), shade)  # a deep vessel is darker inside
+    shade = torch.where(vessel.inside, shade * (1 - 0.87 * cone[3]).clamp_min(0.6), shade)  # deep vessels are darker inside
     colours = []
     for i in range(3):
-        surface = torch.where(is_object, torch.where(lid, 0.62, thing[i]), table[i])
+        surface = torch.where(is_object, torch.where(vessel.lid, 0.62, thing[i]), table[i])
         seen = (surface * shade + shine) * s[5 + i]
         colours.append(torch.where(is_object | is_table, seen, s[21 + i]))
     picture = torch.stack(colours, 1).clamp(0, 1).unflatten(-1, (height, width))
@@ -197,7 +227,7 @@ def render_rows(rows: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
 
 
 def picture_of(scene: Scene, height: int = 240, finer: int = 2) -> Image.Image:
-    """One scene as a Pillow image with square pixels, rendered ``finer`` times as large and averaged."""
+    """Return one scene as a Pillow image with square pixels, rendered ``finer`` times as large and averaged."""
     width = round(height * scene.camera.tan_x / scene.camera.tan_y)
     with torch.no_grad():
         picture, _ = render_rows(torch.from_numpy(row_of(scene))[None], width * finer, height * finer)
