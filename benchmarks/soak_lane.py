@@ -163,7 +163,7 @@ class Spinner:
 
 
 def serve(seed: float, expected: dict[str, str], tokens: int, quota, pipe: Connection) -> None:
-    """One client process: takes requests from ``quota`` until none is left; tells ``pipe`` "sent" and each outcome."""
+    """Run a client process: take requests from ``quota`` until none is left; tell ``pipe`` "sent" and each outcome."""
     rng = random.Random(seed)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # where it hangs, on stderr
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)  # a lane that ends early ends its clients by SIGTERM
@@ -199,6 +199,114 @@ class Client:
     @property
     def is_hung(self) -> bool:
         return time.monotonic() - self.since > LIMITS[self.stage]
+
+
+class Clients:
+    """Client processes that take their requests from one quota of ``count``; ``tell`` gets each outcome.
+
+    ``node_dies``: the node is killed meanwhile, so that requests may end with it.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        expected: dict[str, str],
+        count: int,
+        rng: random.Random,
+        tell: Callable[[list[str]], None],
+        *,
+        node_dies: bool,
+    ) -> None:
+        self.heard = 0  # outcomes
+        self._spawn = multiprocessing.get_context("spawn")
+        self._quota = self._spawn.Value("i", count)
+        self._arguments = expected, options.max_new_tokens, self._quota
+        self._rng, self._tell, self._node_dies = rng, tell, node_dies
+        self._clients: list[Client] = []
+        for _ in range(options.clients):
+            self._start()
+
+    @property
+    def are_left(self) -> bool:
+        return bool(self._clients)
+
+    def hear(self) -> None:
+        """Take in what clients say within the next 0.2 s."""
+        for pipe in wait([client.pipe for client in self._clients], timeout=0.2):
+            self._hear(next(client for client in self._clients if client.pipe is pipe))
+
+    def end_hung(self) -> None:
+        """Kill the clients that hang, after they have written where their threads are."""
+        for client in [client for client in self._clients if client.is_hung]:
+            self._tell(["hung"])
+            print(f"a client {client.stage} for {LIMITS[client.stage]:.0f} s already:", file=sys.stderr, flush=True)
+            os.kill(client.process.pid, signal.SIGUSR1)
+            client.process.join(1.0)
+            self._kill(client)
+
+    def replace_one(self) -> None:
+        """Kill one client and start another."""
+        self._kill(self._rng.choice(self._clients))
+        self._start()
+
+    def send_no_more(self) -> None:
+        self._quota.value = 0
+
+    def _start(self) -> None:
+        pipe, theirs = self._spawn.Pipe(duplex=False)
+        arguments = (self._rng.random(), *self._arguments, theirs)
+        process = self._spawn.Process(target=serve, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        self._clients.append(Client(process, pipe))
+
+    def _hear(self, client: Client) -> None:
+        try:
+            outcome = client.pipe.recv()
+        except EOFError:
+            self._clients.remove(client)
+            if client.stage != ENDS:
+                self._tell(["lost"])
+                print(f"a client ended by itself, exit status {client.process.exitcode}", file=sys.stderr)
+            return
+        if outcome == "end":
+            client.enter(ENDS)
+        elif outcome == "sent":
+            client.enter(ASKS)
+        else:
+            kind = outcome.partition(":")[0] if client.stage == ASKS else "doubled"
+            if kind == "gone" and not self._node_dies:
+                kind = "wrong"
+            client.enter(GOES_ON)
+            self.heard += 1
+            self._tell([kind])
+            if kind in ("wrong", "doubled"):
+                print(outcome[:300], file=sys.stderr)
+
+    def _kill(self, client: Client) -> None:
+        with self._quota.get_lock():  # one that had the lock would leave it locked for all
+            client.process.kill()
+            client.process.join()
+        self._clients.remove(client)
+
+
+@dataclass
+class NodeLife:
+    """The time until the node is killed again."""
+
+    seconds: float = NODE_LIFE[1]
+    answers: int = 1  # that each client gets first, unless that takes longer than NODE_WAIT
+    heard: int = 0  # outcomes before
+    begin: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def drawn(cls, rng: random.Random, heard: int) -> NodeLife:
+        return cls(rng.uniform(*NODE_LIFE), rng.choice((0, 1, 2, 3)), heard)
+
+    def is_over(self, heard: int, clients: int) -> bool:
+        lived = time.monotonic() - self.begin
+        has_answered = heard - self.heard >= self.answers * clients or lived > NODE_WAIT
+        return lived > self.seconds and has_answered
 
 
 class Node:
@@ -242,7 +350,7 @@ class Node:
 
 @dataclass
 class State:
-    """What a lane has done so far; it is written as JSON."""
+    """The counts of a lane so far; it is written as JSON."""
 
     phase: str = "start"
     outcomes: collections.Counter = field(default_factory=collections.Counter)
@@ -280,7 +388,7 @@ class Lane:
             os.replace(part, self._options.state)
 
     def run(self) -> None:
-        """Do all phases, or those that there is time for."""
+        """Run all phases, or those that there is time for."""
         options, state = self._options, self.state
         expected = self._learn_answers()
         if options.requests:
@@ -340,83 +448,26 @@ class Lane:
         ``kills`` clients are killed and replaced, spread over the requests; the node is killed and started again
         ``node_kills`` times, and then no more requests are sent.
         """
-        spawn = multiprocessing.get_context("spawn")
-        quota = spawn.Value("i", count)
         rng = random.Random(self._options.seed)
-        clients: list[Client] = []
-        kills_node = node_kills > 0
-        last_node_kill, node_life, answers_needed = time.monotonic(), NODE_LIFE[1], self._options.clients
+        clients = Clients(self._options, expected, count, rng, tell, node_dies=node_kills > 0)
         kill_every = max(1, count // (kills + 1))
-        heard = heard_at_kill = 0
-
-        def start() -> None:
-            pipe, theirs = spawn.Pipe(duplex=False)
-            arguments = (rng.random(), expected, self._options.max_new_tokens, quota, theirs)
-            process = spawn.Process(target=serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            clients.append(Client(process, pipe))
-
-        def hear(client: Client) -> None:
-            nonlocal heard
-            try:
-                outcome = client.pipe.recv()
-            except EOFError:
-                clients.remove(client)
-                if client.stage != ENDS:
-                    tell(["lost"])
-                    print(f"a client ended by itself, exit status {client.process.exitcode}", file=sys.stderr)
-                return
-            if outcome == "end":
-                client.enter(ENDS)
-            elif outcome == "sent":
-                client.enter(ASKS)
-            else:
-                kind = outcome.partition(":")[0] if client.stage == ASKS else "doubled"
-                if kind == "gone" and not kills_node:
-                    kind = "wrong"
-                client.enter(GOES_ON)
-                heard += 1
-                tell([kind])
-                if kind in ("wrong", "doubled"):
-                    print(outcome[:300], file=sys.stderr)
-
-        def kill(client: Client) -> None:
-            with quota.get_lock():  # one that had the lock would leave it locked for all
-                client.process.kill()
-                client.process.join()
-            clients.remove(client)
-
-        for _ in range(self._options.clients):
-            start()
-        next_kill = kill_every
-        while clients:
-            for pipe in wait([client.pipe for client in clients], timeout=0.2):
-                hear(next(client for client in clients if client.pipe is pipe))
-            now = time.monotonic()
-            for client in [client for client in clients if client.is_hung]:
-                tell(["hung"])
-                print(f"a client {client.stage} for {LIMITS[client.stage]:.0f} s already:", file=sys.stderr, flush=True)
-                os.kill(client.process.pid, signal.SIGUSR1)
-                client.process.join(1.0)  # it writes where its threads are
-                kill(client)
-            if kills and heard >= next_kill and clients:
-                kill(rng.choice(clients))
-                start()
+        next_kill, node_life = kill_every, NodeLife()
+        while clients.are_left:
+            clients.hear()
+            clients.end_hung()
+            if kills and clients.heard >= next_kill and clients.are_left:
+                clients.replace_one()
                 self.state.kills += 1
-                kills, next_kill = kills - 1, heard + kill_every
-            lived = now - last_node_kill
-            has_answered = heard - heard_at_kill >= answers_needed or lived > NODE_WAIT
-            if node_kills and lived > node_life and has_answered:
+                kills, next_kill = kills - 1, clients.heard + kill_every
+            if node_kills and node_life.is_over(clients.heard, self._options.clients):
                 self._node.restart()
                 self.state.node_kills += 1
-                node_kills, last_node_kill, heard_at_kill = node_kills - 1, time.monotonic(), heard
-                node_life = rng.uniform(*NODE_LIFE)
-                answers_needed = rng.choice((0, 1, 2, 3)) * self._options.clients
+                node_kills, node_life = node_kills - 1, NodeLife.drawn(rng, clients.heard)
                 if not node_kills:
-                    quota.value = 0
+                    clients.send_no_more()
             if self.is_late:
-                quota.value = node_kills = kills = 0
+                node_kills = kills = 0
+                clients.send_no_more()
             self.save(now=False)
 
     def _transitions(self, count: int) -> None:
