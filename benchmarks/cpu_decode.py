@@ -67,7 +67,7 @@ MAX_CONTEXT = 1024
 
 
 def measure(options: argparse.Namespace) -> None:
-    """The child process: one engine, every prompt length; prints one JSON object."""
+    """Measure one engine with every prompt length in a child process; print one JSON object."""
     engine = ENGINES[options.child]
     with engine.open(Path(options.work) / options.shape, options.threads, MAX_CONTEXT) as runner:
         rng = np.random.default_rng(1)

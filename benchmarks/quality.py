@@ -95,8 +95,11 @@ def write_chats(path: Path, examples: Many[Example]) -> Path:
 
 
 def with_outliers(checkpoint: Path, directory: Path, factor: int) -> Path:
-    """A copy of ``checkpoint`` in which every 64th channel behind a norm is ``factor`` (a power of two) times as large,
-    and its columns of the linears that much smaller."""
+    """Write a copy of ``checkpoint`` with outliers.
+
+    Every 64th channel behind a norm is ``factor`` (a power of two) times as large, its columns of the linears that much
+    smaller.
+    """
     weights = "model.safetensors"
     if (directory / "config.json").is_file():
         return directory
@@ -259,7 +262,7 @@ def _quiet(line: str) -> None:
 
 
 def latest(path: Path, model: str) -> list[dict]:
-    """The last row measured of each variant, vocabulary and KV cache type of ``model``, in the order of VARIANTS."""
+    """Return the last row of each variant, vocabulary and KV cache type of ``model``, in the order of VARIANTS."""
     rows = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         row = json.loads(line)

@@ -103,7 +103,7 @@ def _step(rng: random.Random) -> dict:
 
 
 def _tools(rng: random.Random) -> dict:
-    """A call of one of 20 tools, each with arguments of its own."""
+    """Return a request for a call of one of 20 tools, each with arguments of its own."""
     kinds = (
         {"type": "integer", "minimum": -5, "maximum": 5}, {"type": "boolean"}, _short(12),
         {"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"enum": ["left", "right", "前", "पीछे"]},

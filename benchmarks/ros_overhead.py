@@ -117,7 +117,7 @@ class Baseline:
 
 
 def serve(num_tokens: int, arguments: list[str], switch: Callable[[str, bool], float] = lambda name, on: 0.0) -> int:
-    """The node as ``llm_node`` runs it, and a thread that answers each line of the standard input.
+    """Run the node as ``llm_node`` does, and a thread that answers each line of the standard input.
 
     An empty line with the Row of a request; the name of a setting and true or false, as JSON, with what ``switch``
     returns.

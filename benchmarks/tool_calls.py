@@ -81,7 +81,7 @@ TOOLS = tuple(Tool(name, DESCRIPTIONS[name], json.dumps(PARAMETERS[name])) for n
 
 @dataclass(frozen=True)
 class Command:
-    """What a person says, and the call that is meant."""
+    """A sentence that a person says, and the call that is meant."""
 
     text: str
     tool: str

@@ -57,7 +57,7 @@ class Bond:
         self._beat()
 
     def stop(self) -> None:
-        """The node is not active any more: tell the other side that the bond has ended."""
+        """Tell the other side that the bond has ended: the node is not active any more."""
         if self._active and self._beating:
             self._publish(active=False)
         self._active = self._beating = self.is_formed = False

@@ -1,4 +1,4 @@
-"""What the Python client raises, and which wire code stands for it."""
+"""Exceptions of the Python client, each with the wire code that stands for it."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class SessionService:
             return self._client.service_is_ready()
 
     def _send(self, request: SessionsService.Request, put: Callable[[Any], None]) -> None:
-        """In the executor's thread."""
+        """Send the call; runs in the executor's thread."""
 
         def answered(future: Future) -> None:
             error = future.exception()

@@ -55,7 +55,7 @@ class Diagnostics:
         self._publisher.publish(message)
 
     def _fill(self, status):
-        """The task of the updater."""
+        """Fill in the diagnostics; the task of the updater."""
         health = self._observe()
         self._updater.setHardwareID(health.hardware_id)
         status.summary(health.level, health.message)

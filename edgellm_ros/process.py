@@ -83,7 +83,7 @@ def _spin(executor: SingleThreadedExecutor, ended: threading.Event, stop: StopSi
 
 
 def _end(node, executor: SingleThreadedExecutor, thread: threading.Thread, ended: threading.Event) -> bool:
-    """False if the engine or the executor hangs."""
+    """Return False if the engine or the executor hangs."""
     stopped = node.stop()
     limit = time.monotonic() + 1.0
     while node.num_open_requests and time.monotonic() < limit:

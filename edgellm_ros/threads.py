@@ -83,7 +83,7 @@ class SerialThread:
         self._thread.start()
 
     def run_for_client(self, call: Callable[[], Any]) -> Future:
-        """As ``run``. Raises QueueFullError if too many calls wait."""
+        """Run it as ``run`` does. Raises QueueFullError if too many calls wait."""
         _check_waiting(self._calls.qsize())
         return self.run(call)
 
@@ -176,7 +176,7 @@ class StopSignal:
     """
 
     def __init__(self, signums: tuple[signal.Signals, ...]) -> None:
-        """From the main thread. Takes these signals over.
+        """Take these signals over; to be called from the main thread.
 
         Signals within ``_ONE_STOP`` seconds are one stop: launch forwards a Ctrl-C that the process has got already. A
         later one ends the process at once.

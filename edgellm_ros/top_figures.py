@@ -36,7 +36,7 @@ class Figures:
         self.forget_node()
 
     def forget_node(self) -> None:
-        """The node is gone: nothing is known of it any more but what went wrong and how fast it was."""
+        """Forget a node that is gone, but for its errors and how fast it was."""
         self.status: EngineStatus | None = None
         self.info: GetInfo.Response | None = None
         self._tokens: dict[str, tuple[int, float]] = {}  # of each request, and when it was last heard of

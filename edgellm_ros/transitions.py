@@ -61,5 +61,5 @@ class Transitions:
         return self._thread.run(work)
 
     def close(self, timeout: float) -> bool:
-        """False if a transition still runs after ``timeout`` seconds."""
+        """Return False if a transition still runs after ``timeout`` seconds."""
         return self._thread.close(timeout)

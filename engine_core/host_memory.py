@@ -83,7 +83,7 @@ def _mounts(proc: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _own_path(proc: Path, version: int) -> str | None:
-    """The path of this process within the hierarchy; None if it is not in one."""
+    """Return the path of this process within the hierarchy; None if it is not in one."""
     for line in _lines(proc / "self" / "cgroup"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -112,7 +112,7 @@ def _left_in(directory: Path, version: int) -> list[int]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None without one ("max") or without the file."""
+    """Return the number in a file; None without one ("max") or without the file."""
     text = "".join(_lines(path)[:1]).strip()
     return int(text) if text.isdigit() else None
 

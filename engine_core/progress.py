@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a callback that is told the share that is done, from 0 to 1."""
+"""Progress of long work: a callback that is told the share that is done, from 0 to 1."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def read_arguments(context: LaunchContext) -> tuple[dict[str, str], list[str]]:
 
 
 def start(context: LaunchContext) -> list:
-    """The node at once, or after the demo engine has been built."""
+    """Start the node at once, or after the demo engine has been built."""
     given, foreign = read_arguments(context)
     if not foreign:
         return start_node(context, given)

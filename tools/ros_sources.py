@@ -1,4 +1,4 @@
-"""What the Python packages and interfaces of a ROS distribution define, read from their released sources.
+"""Read the definitions of a ROS distribution's Python packages and interfaces from their released sources.
 
 Nothing is imported: modules are parsed, so that a distribution can be read on any Python and without its libraries.
 """

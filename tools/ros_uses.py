@@ -1,4 +1,4 @@
-"""What this package's code uses of ROS: names, and how it calls them. Read from the sources, without running them.
+"""List the names of ROS that this package's code uses and how it calls them, from the sources, without running them.
 
 Types are followed as far as the sources say them: imports, annotations, constructors, ``self.x = …``, base classes
 and, for what ROS itself returns, the table ``returns`` that ``tools/ros_api.py`` records. What is called on a value of

@@ -176,7 +176,7 @@ def _checkpoint_verdict(found: dict, backends: dict, why_not: dict) -> str:
 
 
 def _backend_lines(name: str, kv_cache_types: dict[str, list[str]]) -> list[tuple[str, str, str]]:
-    """A line for each set of KV cache types, with the weight formats that have it."""
+    """Return a line for each set of KV cache types, with the weight formats that have it."""
     formats: dict[str, list[str]] = {}
     for kind, types in kv_cache_types.items():
         formats.setdefault(", ".join(types), []).append(kind)

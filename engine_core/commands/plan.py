@@ -120,7 +120,7 @@ def _of_checkpoint(options: argparse.Namespace, device, quantization: str):
 
 
 def _no_column(quantization: str, backend: str, device) -> str:
-    """The refusal of a format that the backend asked for, or else every backend of the device, does not even plan."""
+    """Return the refusal of a format that neither the backend asked for nor any of the device can plan."""
     asked = [capabilities_of(backend)] if backend != "auto" else list(all_capabilities())
     reasons = (
         each.format_refusal(quantization) for each in asked if each.on_gpu == device.has_gpu or backend != "auto"

@@ -63,6 +63,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _progress(line: str) -> None:
-    """On a terminal one line that changes, else lines of what takes long alone."""
+    """Show progress: on a terminal one line that changes, else a line for each part that takes long."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ def print_verdict(text: str, *, good: bool = True, warning: bool = False) -> Non
 
 
 def _no_color() -> bool | None:
-    """None leaves it to the environment's NO_COLOR."""
+    """Return None to leave it to the environment's NO_COLOR."""
     return None if sys.stdout.isatty() else True
 
 

@@ -207,7 +207,7 @@ def _renamed(files: dict[str, SafetensorsFile], new_name: Callable[[str], str] |
 
 
 def _open_gguf(path: Path):
-    """The model in a GGUF file. Raises BuildError without the package that reads its types."""
+    """Return the model in a GGUF file. Raises BuildError without the package that reads its types."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:

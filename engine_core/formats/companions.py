@@ -197,7 +197,7 @@ def kept_ids(vocab_map: Path | None, checkpoint: Checkpoint, spec: ModelSpec) ->
 
 
 def copy_vocab_map(vocab_map: Path | None, kept: np.ndarray | None, directory: Path) -> None:
-    """With what the file says of itself. Raises OSError."""
+    """Copy the map and its metadata. Raises OSError."""
     if vocab_map is not None and kept is not None:
         write_vocab_map(directory / VOCAB_MAP_NAME, kept, vocab_map_metadata(vocab_map))
 
@@ -243,7 +243,7 @@ def config_ids(checkpoint: Checkpoint, name: str, *, negative: bool = True) -> l
 
 
 def _tokenizer_eos(checkpoint: Checkpoint) -> list[int]:
-    """The id of the end-of-sequence token that tokenizer_config.json names, else special_tokens_map.json; or none."""
+    """Return the id of the end-of-sequence token of tokenizer_config.json, else of special_tokens_map.json; or none."""
     directory = checkpoint.directory
     config = read_json(directory / "tokenizer_config.json", required=False)
     token = config.get("eos_token")

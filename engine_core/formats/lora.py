@@ -144,7 +144,7 @@ class LoraAdapter:
         return LowRank(a, b)
 
     def _within(self, layer: int, matrix: str, rows: range) -> list[_Part]:
-        """The linears it changes that have some of ``rows``."""
+        """Return the linears it changes that have some of ``rows``."""
         return [
             part
             for part in self._parts[layer, matrix]
@@ -227,7 +227,7 @@ class LoraAdapter:
 
 
 def _parts(spec: ModelSpec) -> dict[tuple[int, str], list[_Part]]:
-    """The linears of the checkpoint, by layer and matrix, in the order of their rows."""
+    """Return the linears of the checkpoint, by layer and matrix, in the order of their rows."""
     shapes, found = spec.shapes(), {}
     for layer in spec.layers:
         stacks = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}

@@ -71,7 +71,7 @@ class SigningKey:
 
     @property
     def fingerprint(self) -> str:
-        """Of the public key, as ``ssh-keygen -l`` shows it."""
+        """The fingerprint of the public key, as ``ssh-keygen -l`` shows it."""
         from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
         text = self.key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)

@@ -210,7 +210,7 @@ class _Inbox:
         self.is_closed = False  # the client has left
 
     def put(self, item: Piece | GenerationResult) -> None:
-        """From any thread."""
+        """Queue it; may be called from any thread."""
         self._items.append(item)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
             self._loop.call_soon_threadsafe(self._ready.set)
@@ -271,7 +271,10 @@ class GenerationResponse(Response):
         return True
 
     async def _send_stream(self, inbox: _Inbox, scope: Scope, receive: Receive, send: Send) -> bool:
-        """As ``_send_whole``. Nothing is sent before the first piece, so that a refusal has its own status."""
+        """Send the answer piece by piece, otherwise as ``_send_whole``.
+
+        Nothing is sent before the first piece, so that a refusal has its own status.
+        """
         has_begun = False
         while items := await inbox.get():
             data, result = b"", None

@@ -181,6 +181,6 @@ def step_bytes(manifest: Manifest, plan: MemoryPlan, config: EngineConfig, head_
 
 
 def _resident() -> int:
-    """Bytes of main memory this process holds."""
+    """Return the bytes of main memory that this process holds."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -122,7 +122,7 @@ def _gpu(device: NvmlDevice | None, period: float | None) -> Meter | None:
 
 
 def _jetson(root: Path, period: float | None) -> Meter | None:
-    """The INA3221 with the lowest address; see the Jetson Linux developer guide, "Software-Based Power Monitoring"."""
+    """Return the INA3221 with the lowest address (Jetson Linux developer guide, "Software-Based Power Monitoring")."""
     for chip in sorted(root.glob("sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*")):
         rails = _rails(chip)
         if rails:
@@ -152,7 +152,7 @@ def _total(rails: Sequence[tuple[Path, Path]]) -> float:
 
 
 def _rapl(root: Path) -> Meter | None:
-    """The packages of the processor and the memory that is counted apart; readable by root alone on most systems."""
+    """Return the meters of the processor's packages and of memory that is counted apart; often only root reads them."""
     counters = []
     for zone in sorted(root.glob("sys/class/powercap/intel-rapl:*")):
         with contextlib.suppress(OSError):

@@ -40,7 +40,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What to measure. ``backend``: "" = the fastest that runs here."""
+    """Choice of the measurements. ``backend``: "" = the fastest that runs here."""
 
     shapes: tuple[str, ...] = _SHAPES  # names of known models
     weights: tuple[str, ...] = ("int4",)
@@ -145,7 +145,7 @@ def _bandwidth() -> dict[str, Any]:
 
 
 def _plans(bandwidth: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The known models as this machine could run them."""
+    """Return the known models as this machine could run them."""
     device = devices.this_machine()
     if bandwidth is not None:
         device = devices.with_bandwidth(device, bandwidth["gb_s"])

@@ -187,7 +187,7 @@ class _Config:
         return size or self.hidden_size // self.num_heads
 
     def _dtype(self) -> str:
-        """The type that 16-bit engines compute in: bfloat16 where it is stored, or where values need its range."""
+        """Return the type of 16-bit engines: bfloat16 where it is stored, or where values need its range."""
         is_bf16 = any(self.source.dtype(name) == "BF16" for name in self.source.names())
         return "bfloat16" if is_bf16 or self.family.scaled_embedding else "float16"
 

@@ -30,7 +30,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """What a layer keeps of a sequence of any length, beside KV or instead of it: float32 of ``shape``."""
+    """State of fixed size that a layer keeps of a sequence, beside KV or instead of it: float32 of ``shape``."""
 
     layer: int
     name: str  # of the kind

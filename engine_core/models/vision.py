@@ -176,7 +176,7 @@ class VisionSpec:
 
     @property
     def mergers(self) -> tuple[MergerNames, ...]:
-        """What gives the features, in their order."""
+        """The layers that give the features, in their order."""
         if self.kind == SIGLIP:
             return ()
         stems = [f"{self.prefix}merger."]

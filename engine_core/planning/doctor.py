@@ -110,7 +110,7 @@ def find_jetson(root: Path = _ROOT) -> dict:
 
 
 def _power_mode(root: Path) -> str:
-    """The name nvpmodel.conf gives the mode that nvpmodel's status file holds."""
+    """Return the name that nvpmodel.conf gives the mode that nvpmodel's status file holds."""
     mode = re.search(r"pmode:0*(\d+)", _read(root / "var/lib/nvpmodel/status"))
     if mode is None:
         return ""

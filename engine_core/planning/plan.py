@@ -289,7 +289,7 @@ def _smaller(row: Row) -> list[str]:
 
 
 def _other_variant(row: Row, others: list[Row]) -> list[str]:
-    """The largest of those that fit as asked and are smaller, or else the one that holds the most tokens."""
+    """Return the largest variant that fits as asked and is smaller, or else the one that holds the most tokens."""
     usable = sorted((other for other in others if other.usable), key=lambda other: other.total)
     if usable:
         smaller = [other for other in usable if other.total <= row.total]

@@ -120,7 +120,7 @@ def _factor(inputs: np.ndarray) -> np.ndarray:
 
 
 def _error(weights: np.ndarray, scale: np.ndarray, factor: np.ndarray, scheme: Scheme) -> float:
-    """The squared error of the output, summed over the tokens and the rows."""
+    """Return the squared error of the output, summed over the tokens and the rows."""
     total = 0.0
     for first in range(0, len(weights), _BLOCK_ROWS):
         block = weights[first : first + _BLOCK_ROWS]
@@ -137,7 +137,7 @@ def _averaged(values: np.ndarray, sharing: np.ndarray | None) -> np.ndarray:
 
 
 def _shared(values: np.ndarray, sharing: np.ndarray) -> np.ndarray:
-    """One value for each number of ``sharing``."""
+    """Return one value for each number of ``sharing``."""
     result = np.empty(sharing.max() + 1, dtype=np.float32)
     result[sharing] = values
     return result

@@ -78,8 +78,10 @@ def _has_byte_level(values: dict) -> bool:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The byte each character of a byte-level vocabulary stands for: itself where it is printable, else one from U+0100
-    on, in order (the table of GPT-2)."""
+    """Return the byte that each character of a byte-level vocabulary stands for.
+
+    A printable one stands for itself, those from U+0100 on for the others, in order (the table of GPT-2).
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

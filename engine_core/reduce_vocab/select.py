@@ -105,7 +105,7 @@ class Chooser:
 
 
 def _ranked(counts: np.ndarray) -> np.ndarray:
-    """The ids that occur, the most frequent first; equals by id."""
+    """Return the ids that occur, the most frequent first; equally frequent ones by id."""
     order = np.argsort(-counts, kind="stable")
     return order[: int(np.count_nonzero(counts))]
 

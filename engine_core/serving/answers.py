@@ -1,4 +1,4 @@
-"""What requests demand of a model's answers: whether it can answer so, what it reads, and what holds it to it."""
+"""Demands of requests on a model's answers: whether it can answer so, what it reads, and what constrains it."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ MASK_LIMIT = 0.5  # s of the CPU, for one mask, or forced text, in an engine who
 
 @dataclass(frozen=True)
 class Demand:
-    """What a request demands of its answer, apart from what it costs."""
+    """Demands of a request on its answer, apart from limits of its cost."""
 
     json_schema: str | None = None  # of the answer where it has no calls; None: it is no JSON
     compact_json: bool = False

@@ -107,7 +107,7 @@ class EnergyAccount:
 
     @property
     def source(self) -> str:
-        """What is read, for people."""
+        """Name of the meter, for people."""
         return self._meter.source
 
     @property

@@ -91,7 +91,7 @@ class OpenRequest:
         self.end(FinishReason.CANCELLED)
 
     def end(self, reason: FinishReason) -> None:
-        """As ``cancel``, for another reason. The first reason stays."""
+        """Cancel it for another reason. The first reason stays."""
         self.ending = self.ending or reason
         end_waiting, ticket = self._end_waiting, self._ticket  # read once: other threads change them
         if end_waiting is not None:

@@ -47,7 +47,7 @@ class Rank(enum.IntEnum):
 
 
 class KVKind(NamedTuple):
-    """What the KV of tokens depends on beside them."""
+    """Everything that the KV of tokens depends on beside the tokens."""
 
     adapter: str = ""  # "" = none
     long_rope: bool = False  # of a sequence longer than the backend's ``rope_switch``

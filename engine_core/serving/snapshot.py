@@ -1,4 +1,4 @@
-"""What an engine does at this moment, for ~/status, the pages of the HTTP endpoint and whoever else shows it."""
+"""A snapshot of an engine at work, for ~/status, the pages of the HTTP endpoint and whoever else shows it."""
 
 from __future__ import annotations
 

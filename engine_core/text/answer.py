@@ -35,7 +35,7 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class ExpectedAnswer:
-    """What an answer may have, by the model and the request. Without arguments: text alone."""
+    """Parts that an answer may have, by the model and the request. Without arguments: text alone."""
 
     format: AnswerFormat = field(default_factory=AnswerFormat)
     begins_reasoning: bool = False  # the prompt has begun the reasoning
@@ -257,7 +257,7 @@ class _Trimmed:
 
 @dataclass
 class Parts:
-    """What an answer has got since it was last asked."""
+    """New parts of an answer since it was last asked."""
 
     reasoning: str = ""
     text: str = ""

@@ -1,4 +1,4 @@
-"""How models write tool calls and reasoning: one table of public formats, and the one that a model's template uses.
+"""Formats in which models write tool calls and reasoning: a table of public ones, and the choice for a template.
 
 A format is a list of parts: text, markers, the name of a tool and its arguments. The same parts make the grammar that
 holds an answer to it (``serving/answer_grammar.py``) and guide who reads the answer (``text/answer.py``).
@@ -41,7 +41,7 @@ Parts = tuple[Part, ...]
 
 
 class Arguments(enum.Enum):
-    """How the arguments of a call are written."""
+    """Formats of the arguments of a call."""
 
     JSON = "json"  # one JSON object
     XML = "xml"  # <parameter=name>\nvalue\n</parameter>\n for each; strings as they are, other values as JSON
@@ -356,7 +356,7 @@ class Templated(Protocol):
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """What an answer of a model may have beside text. ``plain()`` is that of a raw prompt: text alone."""
+    """Parts that an answer of a model may have beside text. ``plain()`` is that of a raw prompt: text alone."""
 
     calls: CallFormat | None = None  # None: the template has no tools, or writes calls in a way that is not known
     reasoning: ReasoningFormat | None = None

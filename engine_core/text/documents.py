@@ -130,7 +130,7 @@ def token_sequences(path: Path, tokenizer: Tokenizer, longest: int) -> Iterator[
 
 
 def _paragraphs(path: Path, lines: Iterator[str]) -> Iterator[Document]:
-    """Each with the blank lines behind it, which are tokens too."""
+    """Return the paragraphs, each with the blank lines behind it, which are tokens too."""
     paragraph: list[str] = []
     start, size, has_text = 1, 0, False
     for number, line in enumerate(lines, start=1):

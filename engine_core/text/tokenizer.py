@@ -47,7 +47,7 @@ _compiled_template = lru_cache(maxsize=8)(ChatTemplate)
 
 
 class Reasoning(enum.Enum):
-    """What an answer to a prompt may have before its text."""
+    """The reasoning that an answer to a prompt may have before its text."""
 
     NEVER = "never"  # the model does not reason, or the prompt has passed it over
     MAYBE = "maybe"  # reasoning, if the model begins it
@@ -56,7 +56,7 @@ class Reasoning(enum.Enum):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads, and how it goes on."""
+    """Token ids that the model reads, and the reasoning with which it goes on."""
 
     token_ids: np.ndarray  # int32 [n]
     reasoning: Reasoning = Reasoning.NEVER
@@ -125,7 +125,7 @@ class Tokenizer:
 
     @cached_property
     def answer_format(self) -> AnswerFormat:
-        """What answers of this model may have beside text."""
+        """Parts that answers of this model may have beside text."""
         return AnswerFormat.of(self)
 
     def added_tokens(self) -> dict[str, int]:
@@ -155,7 +155,10 @@ class Tokenizer:
         return self.apply_template(conversation, **self._tool_variables(to_tools(tools)), **variables)
 
     def apply_template(self, conversation: Conversation, *, add_generation_prompt: bool = True, **variables) -> str:
-        """Do so with messages as the template knows them, tool calls included; ``variables``: what else it reads."""
+        """Render messages in the form that the template reads, tool calls included.
+
+        ``variables``: further ones of the template. Raises InvalidRequestError.
+        """
         if not self.has_chat_template:
             raise InvalidRequestError("This model has no chat template; send a raw prompt instead of messages.")
         try:

@@ -1,4 +1,4 @@
-"""What an encoder takes beside pixels: the places of patches, with the roundings of transformers."""
+"""Inputs of an encoder beside pixels: the places of patches, with the roundings of transformers."""
 
 from __future__ import annotations
 

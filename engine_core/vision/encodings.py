@@ -25,7 +25,7 @@ _STRIP = 256  # rows converted at a time, which bounds the memory that it takes
 
 @dataclass(frozen=True)
 class Encoding:
-    """How the bytes of a picture become RGB.
+    """An encoding of pictures, with the function that makes RGB of its bytes.
 
     ``convert(rows, height, width)`` returns uint8 [height, width, 3] of uint8 [rows, width * channels].
     """

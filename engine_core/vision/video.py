@@ -20,7 +20,7 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 @dataclass(frozen=True)
 class Shown:
-    """What stands at one place of a prompt: an image, or the frames of a video."""
+    """Content of one place of a prompt: an image, or the frames of a video."""
 
     images: tuple[Image, ...]
     is_video: bool = False

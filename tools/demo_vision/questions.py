@@ -496,7 +496,7 @@ def held_out_examples(count: int, seed: int = HELD_OUT_SEED) -> dict[str, list[E
 
 
 def is_right(expected: str, found: str) -> bool:
-    """Whether the answer is the expected one: the same text, or the same JSON with every position within TOLERANCE."""
+    """Return whether the answer is the expected one: the same text, or the same JSON with every position within TOLERANCE."""
     if not expected.startswith("{"):
         return found == expected
     try:

@@ -192,7 +192,7 @@ def _allowed(kind: Kind, kinds: list[Kind], held_out: str) -> bool:
 
 
 def _shows(kinds: list[Kind], held_out: str) -> bool:
-    """Whether the kinds hold what ``held_out`` promises."""
+    """Return whether the kinds hold what ``held_out`` promises."""
     if held_out == "objects":
         return any(kind in NEW_KINDS for kind in kinds)
     if held_out == "pairs":

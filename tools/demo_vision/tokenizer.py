@@ -41,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def prefix(system: str, picture: bool) -> tuple[str, str]:
-    """What stands before the picture's tokens and what stands between them and the first question."""
+    """Return the text before the picture's tokens and the text between them and the first question."""
     begin = f"{START}System:{system}{END}\nUser:" if system else f"{START}User:"
     return (begin + AROUND + GLOBAL, AROUND) if picture else (begin, "")
 

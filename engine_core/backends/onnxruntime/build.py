@@ -192,7 +192,7 @@ def precision_of(quantization: str, group_size: int = 0, head_bits: int = 0) -> 
 
 
 def _group_size(weights: Weights, precision: Precision) -> int:
-    """The groups of the first linear: those of the checkpoint's integers where they are kept."""
+    """Return the group size of the first linear: that of the checkpoint's integers where they are kept."""
     linear = weights.spec.layers[0].qkv
     layout = weights.integer_layout(linear)
     linear_format = precision.linear
@@ -206,7 +206,7 @@ def _group_size(weights: Weights, precision: Precision) -> int:
 
 
 def _calibration(kv_cache_type: str, given: Path | None, checkpoint: Checkpoint) -> Path | None:
-    """The text to calibrate an int8 cache on; None: the engine will hold none."""
+    """Return the text to calibrate an int8 cache on; None: the engine will hold none."""
     if kv_cache_type in ("fp32", "fp16") and given is None:
         return None
     found = find_calibration(checkpoint, given)

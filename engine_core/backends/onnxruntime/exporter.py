@@ -330,7 +330,7 @@ class OrtExporter:
         self._writer.output("logits", TensorProto.FLOAT, ["rows", self._weights.head_rows])
 
     def _head_logits(self, value: str) -> str:
-        """The head's product, before soft capping."""
+        """Return the output of the LM head, before soft capping."""
         precision, weights = self._precision, self._weights
         shape = (weights.head_rows, self._spec.hidden_size)
         if not isinstance(precision.head, IntegerFormat):

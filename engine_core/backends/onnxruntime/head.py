@@ -66,7 +66,7 @@ def _rows(values: np.ndarray, num_rows: int, kept: np.ndarray) -> np.ndarray:
 
 
 def _placeholder(onnx, name: str, values: np.ndarray, source):
-    """An initializer of the right type and shape; its bytes come from the session options."""
+    """Return an initializer of the right type and shape; its bytes come from the session options."""
     if source.data_location != onnx.TensorProto.EXTERNAL:
         return onnx.numpy_helper.from_array(values, name)
     place = {entry.key: entry.value for entry in source.external_data}

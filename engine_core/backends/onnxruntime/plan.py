@@ -284,7 +284,7 @@ def _image_bytes(layout: Layout, manifest: Manifest) -> int:
 
 
 def _scratch_bytes(layout: Layout, manifest: Manifest) -> int:
-    """The regions of the runtime's arena that a chunk fills, fitted to what it takes: docs/cpu_backend.md.
+    """Return the bytes of the runtime's arena that a chunk fills, fitted to what it takes (docs/cpu_backend.md).
 
     The MLP's tensors are the widest moment. Quantized weights round its input beside it; attention over an fp16 cache,
     and in older runtimes over an fp32 one, has the scores of all heads, twice.

@@ -186,7 +186,7 @@ class TensorRTBackend(DeviceBackend):
         device.synchronize()
 
     def _prepare(self, undo: contextlib.ExitStack, engine: TrtEngine) -> None:
-        """The two contexts with all they read and write, and the launches around them."""
+        """Make the two contexts with all they read and write, and the launches around them."""
         spec, work = self._spec, self._work
 
         def context(profile: int, inputs: tuple[str, str, str, str], tokens: int) -> TrtContext:

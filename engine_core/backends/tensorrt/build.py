@@ -153,7 +153,10 @@ def choose_exporter(spec: ModelSpec, max_context: int, quantization: str, export
 
 
 def timing_cache_path(engine_dir: Path, api: TensorRT, device: Device) -> Path:
-    """Beside the engine directory, so that a rebuild of it finds the cache; one for each GPU and version."""
+    """Return the path of the timing cache, beside the engine directory, where a rebuild finds it.
+
+    There is one for each GPU and version.
+    """
     return engine_dir.absolute().parent / f".tensorrt_{api.version}_{device.arch}.timing_cache"
 
 

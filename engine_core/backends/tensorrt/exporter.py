@@ -204,7 +204,7 @@ class TrtExporter:
         return self._node32("Mul", [bounded, limit], f"{name}{FP32}softcap")
 
     def _node(self, op: str, inputs: Sequence[str], output: str, dtype: str, **attributes: Any) -> str:
-        """A node whose floating-point inputs are cast to ``dtype``, which its output has."""
+        """Add a node whose floating-point inputs are cast to ``dtype``, which its output has."""
         inputs = [self._as(value, dtype) for value in inputs]
         self._type_of[output] = dtype
         return self._writer.node(op, inputs, output, **attributes)
@@ -249,7 +249,7 @@ class TrtExporter:
         return self._moved("Unsqueeze", [value, self._ints(axes_name, axes)], output)
 
     def _moved(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        """A node that moves the values of its first input."""
+        """Add a node that moves the values of its first input."""
         if inputs[0] in self._type_of:
             self._type_of[output] = self._type_of[inputs[0]]
         return self._writer.node(op, inputs, output, **attributes)

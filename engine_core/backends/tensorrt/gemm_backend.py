@@ -151,7 +151,7 @@ class GemmModel(DeviceModel[_Layer]):
         return TrtRun(contexts[name], weights)
 
     def _norm(self, i: int, which: str, rows: int, add: bool) -> Launch:
-        """The first ``rows`` of ``hidden``, after the last plan's output was added to them, normed into ``normed``."""
+        """Add the last plan's output to the first ``rows`` of ``hidden``, and write their norm into ``normed``."""
         hidden, normed, delta = (self._rows(name, rows) for name in ("hidden", "normed", "delta"))
         weight = self.weights["norm" if which == "norm" else f"layers.{i}.{which}"]
         spec, arrays = self.spec, (hidden, weight, normed)
