@@ -16,6 +16,7 @@ from engine_core.errors import ConfigurationError, InvalidRequestError, InvalidS
 from engine_core.request import ChatMessage, FinishReason, GenerationRequest, SamplingParams, Tool
 from engine_core.serving.answer_value import AnswerValue
 from engine_core.serving.constraint import ConstraintFactory, Demand
+from engine_core.serving.tools import checked_tool
 from engine_core.serving.worker import Worker
 from engine_core.text.answer import ExpectedAnswer
 from engine_core.text.tokenizer import Reasoning, Tokenizer
@@ -162,6 +163,17 @@ def test_reasoning_comes_before_an_answer_of_a_form(tmp_path, form, tokens):
     assert length(begun, "b", reasoning.end, "b") == -1
     assert length(maybe, "b") == -1
     factory.close()
+
+
+def test_any_character_can_stand_in_json_beside_calls(factory):
+    """The grammar library's lexer takes no delete character, which json.dumps leaves as it is."""
+    schema = json.dumps({"const": {"\x7f": "\x7f\x80\u2028\\"}})
+    tool = Tool("a", "", json.dumps({"type": "object", "properties": {"b": {"enum": ["\x7f"]}}}))
+    for demand in (Demand(json_schema=schema, reasoning=Reasoning.MAYBE), Demand(tools=(tool,), tool_choice="none")):
+        factory.compile(demand)
+    (rule,) = AnswerValue.json(schema).rules
+    assert "\x7f" not in rule and "\x7f" not in checked_tool(tool).json_grammar
+    assert json.loads(rule.removeprefix("value: %json "))["const"] == {"\x7f": "\x7f\x80\u2028\\"}
 
 
 def test_json_is_written_on_one_line_and_its_strings_end(factory):
