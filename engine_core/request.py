@@ -25,6 +25,7 @@ from engine_core.errors import (
     InvalidSessionError,
     InvalidTextError,
     PromptTooLongError,
+    RequestError,
 )
 
 if TYPE_CHECKING:
@@ -66,34 +67,48 @@ class Range:
         return f"{low} and {high}"
 
 
+def _limit(most: int, what: str, error: type[RequestError] = InvalidRequestError) -> Any:
+    """Return a field of ``RequestLimits``. ``what``: its row in docs/errors.md, ``error``: what is raised beyond it."""
+    return field(default=most, metadata={"what": what, "error": error})
+
+
 @dataclass(frozen=True)
 class RequestLimits:
-    """The sizes that the parts of one request may have. They are checked before any work is done with the parts."""
+    """The sizes that the parts of one request may have. They are checked before any work is done with the parts.
 
-    text_bytes: int = 1 << 20  # UTF-8, of the prompt or of all messages together
-    schema_bytes: int = 1 << 18  # UTF-8, of a JSON schema, a regular expression, a grammar or all choices together
-    choices: int = 1024
-    schema_name_chars: int = 64
-    messages: int = 1024
-    stop_strings: int = 16
-    stop_chars: int = 256  # of each stop string
-    logit_biases: int = 1024
-    stop_token_ids: int = 1024
-    request_id_chars: int = 256
-    adapter_chars: int = 64
-    tokens_listed: int = 1 << 16  # by ~/tokenize, or max_context if that is more
-    priority: int = 255  # from 0
-    tools: int = 128
-    tool_bytes: int = 1 << 18  # UTF-8, of all tools together
-    tool_calls: int = 128  # of a message
-    tool_call_id_chars: int = 256
-    template_variable_bytes: int = 1 << 14  # UTF-8
-    images: int = 64
-    image_pixels: int = 1 << 25  # of each; one of 8K has 33,177,600
-    image_edge: int = 1 << 16  # pixels; scaling takes 48 bytes for each pixel of an edge
-    image_scans: int = 32  # of a JPEG file; each takes a pass over all pixels, and encoders write 18 at most
-    image_parts: int = 1 << 16  # segments of a JPEG file, chunks of a PNG file
-    image_bytes: int = 1 << 28  # of all together, as they come
+    Sizes in bytes are those of UTF-8. docs/errors.md has a table that is made of these fields.
+    """
+
+    text_bytes: int = _limit(1 << 20, "text of the prompt, or of all messages together", PromptTooLongError)
+    schema_bytes: int = _limit(
+        1 << 18, "a JSON schema, a regular expression, a grammar, or all choices together", InvalidSchemaError
+    )
+    choices: int = _limit(1024, "choices")
+    schema_name_chars: int = _limit(64, "characters of a schema's name")
+    messages: int = _limit(1024, "messages")
+    stop_strings: int = _limit(16, "stop strings")
+    stop_chars: int = _limit(256, "characters of a stop string")
+    logit_biases: int = _limit(1024, "logit biases")
+    stop_token_ids: int = _limit(1024, "stop token ids")
+    request_id_chars: int = _limit(256, "characters of a request id")
+    adapter_chars: int = _limit(64, "characters of an adapter's name")
+    tokens_listed: int = _limit(
+        1 << 16, "tokens that `~/tokenize` lists (max_context, if that is more)", PromptTooLongError
+    )
+    priority: int = _limit(255, "priority")  # from 0
+    tools: int = _limit(128, "tools")
+    tool_bytes: int = _limit(1 << 18, "all tools together")
+    tool_calls: int = _limit(128, "tool calls of a message")
+    tool_call_id_chars: int = _limit(256, "characters of the id of a tool call")
+    template_variable_bytes: int = _limit(1 << 14, "template variables")
+    images: int = _limit(64, "images", InvalidImageError)
+    image_pixels: int = _limit(1 << 25, "pixels of an image", InvalidImageError)  # one of 8K has 33,177,600
+    # Scaling takes 48 bytes for each pixel of an edge.
+    image_edge: int = _limit(1 << 16, "pixels of an image's edge", InvalidImageError)
+    # Each scan takes a pass over all pixels, and encoders write 18 at most.
+    image_scans: int = _limit(32, "scans of a JPEG file", InvalidImageError)
+    image_parts: int = _limit(1 << 16, "segments of a JPEG file, chunks of a PNG file", InvalidImageError)
+    image_bytes: int = _limit(1 << 28, "all images together, as they come", InvalidImageError)
 
     def check_count(self, name: str, count: int, limit: int) -> None:
         """Raises InvalidRequestError if ``count`` is above ``limit``."""

@@ -1,11 +1,12 @@
-"""Markdown of the reference pages: the interfaces, from their files, and the commands, from their parsers.
+"""Markdown of the reference pages: interfaces from their files, commands from their parsers, limits from their fields.
 
-``tools/write_generated.py`` puts it between the marks of docs/interfaces.md and docs/cli.md.
+``tools/write_generated.py`` puts it between the marks of docs/interfaces.md, cli.md and errors.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine_core import cli  # noqa: E402
+from engine_core.memory import format_bytes  # noqa: E402
+from engine_core.request import LIMITS  # noqa: E402
 
 _PARTS = {"msg": ("",), "srv": ("Request", "Response"), "action": ("Goal", "Result", "Feedback")}
 _FIELD = re.compile(r"([\w/]+(?:\[[<=\d]*\])?)\s+(\w+)\s*(=\s*\S+)?\s*(?:#\s*(.*))?$")
@@ -96,3 +99,18 @@ def _option(action: argparse.Action) -> str:
         if not all(choice in meaning for choice in choices):
             meaning += f". One of {', '.join(choices)}"
     return f"| `{name}` | {cell(meaning)} |\n"
+
+
+# --- limits -----------------------------------------------------------------------------------------------
+
+
+def limits() -> str:
+    """Return the table of the sizes that the parts of a request may have, with the code of a larger one."""
+    rows = []
+    for each in dataclasses.fields(LIMITS):
+        most = getattr(LIMITS, each.name)
+        shown = format_bytes(most).replace(".00", "") if each.name.endswith("_bytes") else f"{most:,}"
+        # The constants of ErrorCode are named like the exceptions.
+        code = re.sub(r"(?<!^)(?=[A-Z])", "_", each.metadata["error"].__name__.removesuffix("Error")).upper()
+        rows.append(f"| {each.metadata['what']} | {shown} | `{code}` |")
+    return "\n".join(["| part of a request | most | code |", "|---|---|---|", *rows]) + "\n"

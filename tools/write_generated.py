@@ -1,4 +1,4 @@
-"""Write what is generated: config/llm.yaml, and the reference pages docs/parameters.md, interfaces.md and cli.md.
+"""Write what is generated: config/llm.yaml, and parts of docs/parameters.md, interfaces.md, cli.md and errors.md.
 
 python3 tools/write_generated.py           # after a change of parameters, interfaces or options
 python3 tools/write_generated.py --check   # exit status 1 and the names of the files that are not up to date
@@ -72,8 +72,10 @@ def generated() -> dict[Path, str]:
         "parameters": parameter_table(),
         "interfaces": docs_reference.interfaces(),
         "commands": docs_reference.commands(),
+        "limits": docs_reference.limits(),
     }
-    pages = {"parameters": "parameters.md", "interfaces": "interfaces.md", "commands": "cli.md"}
+    pages = {"parameters": "parameters.md", "interfaces": "interfaces.md", "commands": "cli.md",
+             "limits": "errors.md"}  # fmt: skip
     found = {ROOT / "config" / "llm.yaml": config_file()}
     for name, content in parts.items():
         page = ROOT / "docs" / pages[name]

@@ -19,6 +19,14 @@ def test_generated_files_are_up_to_date():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python3 tools/write_generated.py"
 
 
+def test_the_limits_have_codes_of_the_interface():
+    constants = (ROOT / "msg" / "ErrorCode.msg").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in write_generated.docs_reference.limits().splitlines()[2:]]
+    assert len(rows) > 20 and len({row[1] for row in rows}) == len(rows)
+    for row in rows:
+        assert f"uint8 {row[3].strip(' `')}=" in constants or f" {row[3].strip(' `')} =" in constants, row
+
+
 def test_the_parameter_file_has_every_parameter_with_its_default():
     values = yaml.safe_load(write_generated.config_file())["/**"]["ros__parameters"]
     specs = [spec for specs in write_generated.SECTIONS.values() for spec in specs]
