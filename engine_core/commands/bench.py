@@ -30,7 +30,9 @@ def add(commands) -> None:
         "--prompt-tokens", type=int, nargs="+", default=[32, 128, 512], help="lengths of prompts (default: 32 128 512)"
     )
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens of each answer (default: 128)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each length, whose median is told (default: 5)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="runs of each length; their median is printed (default: 5)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, and nothing else")
     parser.set_defaults(run=run)
 

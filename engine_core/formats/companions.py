@@ -115,7 +115,9 @@ def check_companions(checkpoint: Checkpoint, vocab_size: int) -> None:
                 f"{checkpoint.directory} has a tokenizer.model but no tokenizer.json, which is read; convert it: "
                 "AutoTokenizer.from_pretrained(DIR, use_fast=True).save_pretrained(DIR)."
             )
-        _log.warning("%s has no tokenizer.json: the engine can be measured, not asked.", checkpoint.directory)
+        _log.warning(
+            "%s has no tokenizer.json: its engine runs benchmarks, but answers no requests.", checkpoint.directory
+        )
         return
     tokens = _token_ids(read_json(path))
     bad = [token for token, token_id in tokens.items() if not 0 <= token_id < 1 << 31]
@@ -163,7 +165,7 @@ def _try_tokenizer(checkpoint: Checkpoint) -> None:
     except BuildError:
         raise
     except EdgeLLMError as error:
-        raise CheckpointError(f"{checkpoint.path} cannot be asked: {first_line(error)}.") from error
+        raise CheckpointError(f"{checkpoint.path} cannot answer requests: {first_line(error)}.") from error
 
 
 def _token_ids(tokenizer: dict) -> dict[str, int]:

@@ -564,7 +564,7 @@ class Engine:
         """Raises InvalidImageError if no request can have images."""
         if self.images is None:
             raise InvalidImageError(
-                f"The request has images, but {self.manifest.model_name} has no eyes; load a vision-language model."
+                f"The request has images, but {self.manifest.model_name} takes no images; load a vision-language model."
                 if self.manifest.model.vision is None
                 else "The request has images, but max_images is 0 in this engine; configure a larger one."
             )

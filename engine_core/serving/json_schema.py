@@ -44,7 +44,7 @@ _LEAST = 1e-15  # the smallest number beside a bound of 0 that is left out
 # What the library says of some schemas, and what clients are told.
 _SAID = (
     ("NoExtension", "no value can be written that meets it"),
-    ("Regex is empty", "no string can meet all that it asks of one"),
+    ("Regex is empty", "no string meets all that it requires"),
     ("oneOf constraints are not supported", "the schemas of a oneOf may allow the same value; use anyOf"),
 )
 _YEAR = r"(?:[1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])"

@@ -53,7 +53,7 @@ def test_other_templates_of_a_checkpoint_are_not_read(checkpoint):
 )
 def test_a_template_that_would_refuse_every_request_is_refused(checkpoint, source, reason):
     (checkpoint / "chat_template.jinja").write_text(source)
-    with pytest.raises(CheckpointError, match=f"{checkpoint} cannot be asked: .*{reason}") as refused:
+    with pytest.raises(CheckpointError, match=f"{checkpoint} cannot answer requests: .*{reason}") as refused:
         check(checkpoint)
     assert "\n" not in str(refused.value) and "edgellm-tokenizer" not in str(refused.value)
 
@@ -63,7 +63,8 @@ def test_a_template_that_would_refuse_every_request_is_refused(checkpoint, sourc
 )
 def test_a_tokenizer_that_no_engine_could_load_is_refused(checkpoint, text):
     (checkpoint / "tokenizer.json").write_text(text)
-    with pytest.raises(CheckpointError, match="cannot be asked: The tokenizer in .* cannot be loaded") as refused:
+    words = "cannot answer requests: The tokenizer in .* cannot be loaded"
+    with pytest.raises(CheckpointError, match=words) as refused:
         check(checkpoint)
     assert "\n" not in str(refused.value)
 
@@ -83,7 +84,7 @@ def test_chat_templates_of_another_form_are_refused(checkpoint, found):
     change(checkpoint / "tokenizer_config.json", chat_template=found)
     if not found:  # none
         return check(checkpoint)
-    with pytest.raises(CheckpointError, match="cannot be asked: The chat template in .* one named 'default'"):
+    with pytest.raises(CheckpointError, match="cannot answer requests: The chat template in .* one named 'default'"):
         check(checkpoint)
 
 

@@ -92,7 +92,7 @@ def test_a_bad_image_is_refused(url, words):
 
 def test_a_model_without_eyes_answers_400(endpoint):
     status, body = endpoint.post({"messages": [user(image(data_url(1)), text("?"))]})
-    assert (status, body["error"]["code"]) == (400, "invalid_image") and "has no eyes" in body["error"]["message"]
+    assert (status, body["error"]["code"]) == (400, "invalid_image") and "takes no images" in body["error"]["message"]
 
 
 def test_all_bodies_together_are_limited(endpoint):

@@ -166,7 +166,7 @@ class TestFrameworks:
         llm = model("Off I go.").bind_tools([drive])
         assert llm.invoke([*TALK, asked, told]).content == "Off I go."
         url = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-        with pytest.raises(openai.BadRequestError, match="has no eyes") as refused:
+        with pytest.raises(openai.BadRequestError, match="takes no images") as refused:
             llm.invoke([*TALK, asked, told, HumanMessage([*part, url])])
         assert "\n" not in refused.value.body["message"]
 

@@ -194,7 +194,7 @@ def test_a_multiple_has_digits_that_every_parser_keeps(factory, kind, multiple):
     ('{"type":"array","items":{"type":"array","minItems":1e400}}', "'minItems' with a number beyond a double"),
     ('{"type":"string","minLength":4294967296}', "minLength 4294967296; no answer is as long"),
     ('{"oneOf":[{"type":"integer"},{"const":5}]}', "the schemas of a oneOf may allow the same value; use anyOf"),
-    ('{"type":"string","pattern":"^a$","format":"ipv4"}', "no string can meet all that it asks of one"),
+    ('{"type":"string","pattern":"^a$","format":"ipv4"}', "no string meets all that it requires"),
     ('{"type":"integer","minimum":"5"}', "Expected a number for 'minimum'"),
     ("\ufeff{}", "Unexpected UTF-8 BOM: line 1 column 1"),
 ])  # fmt: skip

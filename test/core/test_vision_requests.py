@@ -58,5 +58,5 @@ def test_the_edges_of_an_image_are_limited():
 
 
 def test_a_model_without_eyes_refuses_images(open_engine):
-    with pytest.raises(InvalidImageError, match="has no eyes; load a vision-language model"):
+    with pytest.raises(InvalidImageError, match="takes no images; load a vision-language model"):
         open_engine().prepare(ask())

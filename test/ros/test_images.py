@@ -330,7 +330,7 @@ class TestFrameBuffer:
 def test_a_node_without_a_model_that_sees(llm):
     for image in (raw(1), raw(1, step=1)):  # nothing of it is looked at
         answer = llm.generate(images=[image])
-        assert answer.error_code == ErrorCode.INVALID_IMAGE and "has no eyes" in answer.error_message
+        assert answer.error_code == ErrorCode.INVALID_IMAGE and "takes no images" in answer.error_message
     assert llm.info().max_images == 0
     assert "there is none" in llm.generate(image_topics=["camera"]).error_message
     assert llm.generate().error_code == ErrorCode.NONE

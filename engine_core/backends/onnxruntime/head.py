@@ -41,7 +41,7 @@ def prune_head(loaded: LoadedGraph, kept: np.ndarray, options: ort.SessionOption
             if attribute.name == "N":
                 attribute.i = len(kept)
     if not owned:
-        raise ConfigurationError(f"The LM head of {path} cannot be cut at load; build it with --vocab-map.")
+        raise ConfigurationError(f"The LM head of {path} cannot be pruned at load; build it with --vocab-map.")
     rows.dim_value = len(kept)
     return owned
 
@@ -60,7 +60,7 @@ def _values(tensor, directory: Path) -> np.ndarray:
 def _rows(values: np.ndarray, num_rows: int, kept: np.ndarray) -> np.ndarray:
     """Return the rows ``kept`` of a tensor [num_rows, …], or of a flat one of so many rows (zero points)."""
     if values.size % num_rows or not values.ndim:
-        raise ConfigurationError("The LM head of this engine cannot be cut at load; build it with --vocab-map.")
+        raise ConfigurationError("The LM head of this engine cannot be pruned at load; build it with --vocab-map.")
     cut = np.ascontiguousarray(values.reshape(num_rows, -1)[kept])
     return cut.reshape(len(kept) * values.shape[0] // num_rows, *values.shape[1:])
 
