@@ -24,9 +24,7 @@ import datetime
 import importlib.metadata
 import json
 import math
-import pydoc_data.topics
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -39,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.cpu_engines import LlamaCppRunner, OursRunner, Runner  # noqa: E402
 from benchmarks.llama_cpp_model import LlamaCpp  # noqa: E402
+from benchmarks.public_texts import texts  # noqa: E402
 from engine_core.backends.onnxruntime.backend import OnnxRuntimeBackend  # noqa: E402
 from engine_core.backends.onnxruntime.build import build_engine  # noqa: E402
 from engine_core.config import EngineConfig  # noqa: E402
@@ -50,15 +49,6 @@ from engine_core.text.tokenizer import Tokenizer  # noqa: E402
 _TARGET = ROOT / "benchmarks" / "results" / "quality.jsonl"
 _PROMPT, _ANSWER = 24, 32  # tokens
 _TIMED_PROMPT, _TIMED_ANSWER, _TURNS = 64, 33, 7
-
-
-def texts() -> list[str]:
-    """Return licences, topics of Python's documentation and modules of its library, in turns."""
-    licences = [Path("/usr/share/common-licenses", name) for name in ("Apache-2.0", "GPL-3", "MPL-2.0", "Artistic")]
-    modules = [Path(json.__file__).with_name("decoder.py"), Path(argparse.__file__), Path(subprocess.__file__)]
-    read = [path.read_text("utf-8") for path in (*licences, *modules)]
-    topics = [text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 4000]
-    return [text for pair in zip(topics, read) for text in pair]
 
 
 def chunks(tokenizer: Tokenizer, size: int, count: int) -> list[np.ndarray]:

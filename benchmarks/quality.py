@@ -1,5 +1,7 @@
 """Measure the quality of each variant: perplexity and exact-match plans of the demo model, on the CPU.
 
+``text_quality.py`` measures a real model on public texts, on every backend.
+
     python benchmarks/quality.py --work /tmp/quality          # measures, then the table and the plot
     python benchmarks/quality.py --variants ""                # table and plot of what was measured before
     python benchmarks/quality.py --work /tmp/quality --differences

@@ -14,6 +14,12 @@ struct Sum {  // of exp(x - peak)
         sum = sum * expf(peak - top) + other.sum * expf(other.peak - top);
         peak = top;
     }
+
+    __device__ __forceinline__ void add(const float4& x) {
+        const float top = fmaxf(fmaxf(peak, fmaxf(x.x, x.y)), fmaxf(x.z, x.w));
+        sum = sum * expf(peak - top) + (expf(x.x - top) + expf(x.y - top)) + (expf(x.z - top) + expf(x.w - top));
+        peak = top;
+    }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) log_probability(const float* logits, int row, int place, float* output) {
@@ -22,7 +28,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) log_probability(const floa
     wait_for_previous();
     Sum own = {LOWEST, 0.f};
 #pragma unroll 4
-    for (int i = threadIdx.x; i < ROWS; i += THREADS) own.add({load4f(logits + i), 1.f});
+    for (int i = 4 * threadIdx.x; i + 3 < ROWS; i += 4 * THREADS) own.add(load16f(logits + i));
+    if (const int i = ROWS / 4 * 4 + threadIdx.x; i < ROWS) own.add(Sum{load4f(logits + i), 1.f});
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
         const Sum other = {__shfl_xor_sync(0xffffffffu, own.peak, offset), __shfl_xor_sync(0xffffffffu, own.sum, offset)};
