@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-3.1-8b", "qwen3-1.7b"], choices=sorted(SHAPES))
     parser.add_argument("--weights", nargs="+", default=["int4", "fp16"], choices=WEIGHTS)
-    parser.add_argument("--kv-cache-type", nargs="+", default=["fp16"], choices=["fp16", "int8"])
+    parser.add_argument("--kv-cache-type", nargs="+", default=["fp16"], choices=["fp16", "int8", "fp8"])
     parser.add_argument("--context", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=5)

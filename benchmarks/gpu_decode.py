@@ -102,6 +102,7 @@ def make_spec(
     return CudaSpec(
         model=model_of(shape),
         kv_int8=kv_cache_type == "int8",
+        kv_fp8=kv_cache_type == "fp8",
         max_context=max_context,
         head_rows=shape.vocab,
         dtype="fp16",
@@ -163,7 +164,7 @@ def step_bytes(spec: CudaSpec, context: int) -> int:
     """Return the bytes that one decode step has to read with ``context`` tokens in the KV cache."""
     weights = sum(array.nbytes for name, array in weight_arrays(spec).items() if name != "embed" or not spec.has_head)
     attention = spec.attention
-    item = attention.head_dim + 2 if attention.kv_int8 else attention.head_dim * 2
+    item = attention.head_dim + 2 if attention.kv_scaled else attention.head_dim * 2
     return weights + spec.num_layers * 2 * attention.num_kv_heads * item * context
 
 
@@ -328,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"], choices=sorted(SHAPES))
     parser.add_argument("--weights", nargs="+", default=["fp16", "int4"], choices=WEIGHTS)
-    parser.add_argument("--kv-cache-type", nargs="+", default=["fp16"], choices=["fp16", "int8"])
+    parser.add_argument("--kv-cache-type", nargs="+", default=["fp16"], choices=["fp16", "int8", "fp8"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[32, 512, 2048, 8192])
     parser.add_argument("--transformers", action="store_true", help="measure transformers beside it")
     parser.add_argument("--output", type=Path)

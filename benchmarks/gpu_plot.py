@@ -66,7 +66,8 @@ def series_of(rows: list[dict]) -> dict[str, list[dict]]:
     several_gpus = len({row["gpu"] for row in rows}) > 1
     series: dict[str, list[dict]] = {}
     for row in rows:
-        name = f"{row['shape']} {row['weights']}" + (", int8 KV" if row["kv_cache_type"] == "int8" else "")
+        kind = row["kv_cache_type"]
+        name = f"{row['shape']} {row['weights']}" + (f", {kind} KV" if kind in ("int8", "fp8") else "")
         name += "" if row["engine"] == "cuda" else f", {row['engine']}"
         series.setdefault(name + (f", {row['gpu']}" if several_gpus else ""), []).append(row)
     return {name: sorted(each, key=lambda row: row["prompt_tokens"]) for name, each in series.items()}

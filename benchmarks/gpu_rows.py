@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shapes = ["llama-3.2-1b", "qwen3-0.6b", "llama-3.1-8b"]
     parser.add_argument("--shapes", nargs="+", default=shapes, choices=sorted(SHAPES))
     parser.add_argument("--weights", nargs="+", default=["int4", "int8", "fp16"], choices=WEIGHTS)
-    parser.add_argument("--kv-cache-type", nargs="+", default=["fp16"], choices=["fp16", "int8"])
+    parser.add_argument("--kv-cache-type", nargs="+", default=["fp16"], choices=["fp16", "int8", "fp8"])
     parser.add_argument("--keys", nargs="+", type=int, default=[128], help="tokens before the step (default: 128)")
     parser.add_argument("--rows", nargs="+", type=int, default=list(SIZES), choices=SIZES)
     parser.add_argument("--rounds", type=int, default=5)

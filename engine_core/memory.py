@@ -34,7 +34,7 @@ def kv_cache_bytes(
     scales.
 
     ``int8_scales``: of an int8 cache, token (fp16, one for each token and head of K and of V), channel (float32, one
-    for each channel, whatever the tokens) or none (counted elsewhere). An fp8 cache has a float32 for each head.
+    for each channel, whatever the tokens) or none (counted elsewhere). An fp8 cache has those of tokens.
     """
     heads = num_layers * 2 * num_kv_heads
     vectors = heads * max_batch * max_context
@@ -42,7 +42,7 @@ def kv_cache_bytes(
     if kv_cache_type == "int8":
         scales = {"token": vectors * 2, "channel": heads * head_dim * 4, "none": 0}[int8_scales]
     elif kv_cache_type == "fp8":
-        scales = heads * 4
+        scales = vectors * 2
     return vectors * head_dim * NUMBER_BYTES[kv_cache_type] + scales
 
 

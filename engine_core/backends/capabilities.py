@@ -63,7 +63,6 @@ class Capabilities:
     longest_default: int  # tokens an engine is built for unless more is asked for and the model was made for more
     max_batch: int = 1  # sequences decoded at the same time, at most
     plans_others: bool = False  # whether ``plan`` says what other quantized formats would take
-    planned_kv_cache_types: tuple[str, ...] = ()
     traits: tuple[Trait, ...] = ()  # what no model that runs may have
     kv_cache_types_of: Callable[[ModelSpec | None, str, int], tuple[str, ...]] | None = None  # where they depend on it
     group_sizes: tuple[int, ...] = ()  # integers that share a scale, as ``build --group-size`` takes
@@ -148,7 +147,7 @@ class Capabilities:
         ``spec``: None asks only what holds for every model. ``capability``: of the GPU, 87 = sm_87; 0 = unknown.
         """
         reasons: Iterable[Callable[[], str | None]] = (
-            lambda: self.device_refusal(weight_format, kv_cache_type, capability),
+            lambda: self.device_refusal(weight_format, capability),
             lambda: self.build_refusal(spec, weight_format, kv_cache_type, max_context=max_context),
         )
         return next((found for reason in reasons if (found := reason()) is not None), None)
@@ -297,16 +296,15 @@ class Capabilities:
         known = f"one of {_series(self.group_sizes)}" if self.group_sizes else "none"
         return f"group_size is {group_size}, but the {self.backend} backend takes {known}."
 
-    def device_refusal(self, weight_format: str, kv_cache_type: str, capability: int) -> str | None:
+    def device_refusal(self, weight_format: str, capability: int) -> str | None:
         """Say what the GPU of that compute capability lacks; 0 = unknown."""
         if not self.on_gpu or not capability:
             return None
-        planned = [weight_format] if weight_format not in self.weight_formats else []
-        planned += [kv_cache_type] if kv_cache_type not in self.kv_cache_types else []
-        for kind in (kind for kind in planned if kind in NAMES):
-            least = formats.weight_format(kind).least_capability
+        if weight_format not in self.weight_formats and weight_format in NAMES:
+            least = formats.weight_format(weight_format).least_capability
             if capability < least:
-                return f"{kind} needs {_ARCHITECTURES.get(least, f'sm_{least} or newer')}; this GPU is sm_{capability}."
+                needs = _ARCHITECTURES.get(least, f"sm_{least} or newer")
+                return f"{weight_format} needs {needs}; this GPU is sm_{capability}."
         if capability < self.least_capability:
             return f"The {self.backend} backend needs sm_{self.least_capability} or newer; this GPU is sm_{capability}."
         return None
@@ -341,8 +339,8 @@ def all_capabilities() -> Iterator[Capabilities]:
 
 
 def all_kv_cache_types() -> tuple[str, ...]:
-    """Return every type of KV cache that some backend runs or plans, the largest first."""
+    """Return every type of KV cache that some backend runs, the largest first."""
     from engine_core.memory import NUMBER_BYTES
 
-    found = {kind for each in all_capabilities() for kind in (*each.kv_cache_types, *each.planned_kv_cache_types)}
+    found = {kind for each in all_capabilities() for kind in each.kv_cache_types}
     return tuple(sorted(found, key=lambda kind: (-NUMBER_BYTES[kind], kind != "int8")))

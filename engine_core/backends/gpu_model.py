@@ -266,7 +266,7 @@ class DeviceModel(Generic[Layer]):
         return tables if len(self.spec.model.ropes) == 1 else tables.at(self.spec.model.layers[i].rope)
 
     def _scales(self, i: int) -> DeviceArray | None:
-        return self.work["kv_scales"].at(*self._layer(i)) if self.spec.attention.kv_int8 else None
+        return self.work["kv_scales"].at(*self._layer(i)) if self.spec.attention.kv_scaled else None
 
     def _layer(self, i: int) -> tuple[int, ...]:
         return (0, i) if self.spec.max_batch > 1 else (i,)

@@ -18,7 +18,7 @@ from engine_core.errors import BackendUnavailableError, EngineFaultError, Insuff
 from engine_core.memory import format_bytes
 
 # Bytes per element of what a kernel can read or write. bf16 and fp16 are carried as uint16 on the host.
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int32": 4, "uint32": 4, "uint64": 8, "uint8": 1, "int8": 1}
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int32": 4, "uint32": 4, "uint64": 8, "uint8": 1, "int8": 1, "fp8": 1}
 ALIGNMENT = 512  # bytes; of every array of an arena, what TensorRT asks of its scratch
 
 
@@ -165,8 +165,8 @@ class Device:
         self.call("cuStreamSynchronize", 0)  # the default stream's, on which the copy is
 
     def download(self, array: DeviceArray) -> np.ndarray:
-        """Return a host copy of ``array``; bf16 comes as uint16. Waits for the whole device."""
-        types = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}
+        """Return a host copy of ``array``; bf16 comes as uint16, fp8 as uint8. Waits for the whole device."""
+        types = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "fp8": "uint8"}
         values = np.empty(array.shape, dtype=types.get(array.dtype, array.dtype))
         self.synchronize()
         self.call("cuMemcpyDtoH", values.ctypes.data, array.address, values.nbytes)

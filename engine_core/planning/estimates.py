@@ -107,12 +107,11 @@ class CheckpointEstimate:
         return reason or capabilities.batch_refusal(size.max_batch) or ""
 
     def kv_cache_types(self, quantization: str, backend: str, device: DeviceProfile) -> tuple[str, ...]:
-        """Return the types to plan: those the backend has for this model, and those it may get on ``device``."""
+        """Return the types to plan: those the backend has for this model; none where it does not run."""
         capabilities = capabilities_of(backend)
         known = quantization if quantization in capabilities.weight_formats else capabilities.default_format
-        kinds = (*capabilities.kv_cache_types_for(self.spec, known), *capabilities.planned_kv_cache_types)
-        capability = device.capability if device.has_gpu else 0
-        return tuple(kind for kind in kinds if not capabilities.device_refusal(known, kind, capability))
+        refused = capabilities.device_refusal(known, device.capability if device.has_gpu else 0)
+        return () if refused else capabilities.kv_cache_types_for(self.spec, known)
 
     def _adjusted(self, items: dict[str, int], size: Size, own_size: Size, wanted: str) -> dict[str, int]:
         """Return ``items``, which the backend plans for ``own_size``, for the batch of ``size`` and KV type ``wanted``,

@@ -178,7 +178,7 @@ def _planned(directory: Path, config: EngineConfig, device: DeviceProfile | None
     why_not = ""
     if device is not None and device.has_gpu:
         capabilities = capabilities_of(manifest.backend)
-        why_not = capabilities.device_refusal(manifest.quantization, kv, device.capability) or ""
+        why_not = capabilities.device_refusal(manifest.quantization, device.capability) or ""
     return dataclasses.replace(row, plan=plan, why_not=why_not, longest=longest, notes=manifest.notes)
 
 

@@ -1,7 +1,7 @@
 """The kernels of the GPU backends' layers as numpy, for the driver in host memory: float64 between 16-bit values.
 
-Each is made of its reference and reads its arguments as the real one does. Only fp16, no int8 KV cache. Weights are of
-16 bits or packed.
+Each is made of its reference and reads its arguments as the real one does. 16 bits are fp16; weights may be packed, and
+the KV cache may be int8 or fp8.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from engine_core.cuda.kernels import CHUNK_WORDS, linear, lora, reference
 from engine_core.cuda.kernels.linear_packed import LAYOUTS, layout_of
 from engine_core.cuda.kernels.sampling import STATE
+from engine_core.formats.number_formats import E4M3, to_minifloat
 from engine_core.formats.weight_formats import weight_format
 
 F16, F32, F64 = np.float16, np.float32, np.float64
@@ -332,19 +333,47 @@ class FakeBlas:
         pass
 
 
+class _Cache:
+    """One layer's and slot's K and V, of 16 bits or of 8 with scales."""
+
+    def __init__(self, defines: dict, cache: int, scales: int, slot: int) -> None:
+        kv_heads, context, dim = (defines[key] for key in ("KV_HEADS", "CONTEXT", "HEAD_DIM"))
+        self._kind = "fp8" if defines.get("KV_FP8") else "int8" if defines["KV_INT8"] else ""
+        item = {"": F16, "int8": np.int8, "fp8": np.uint8}[self._kind]
+        cache += np.dtype(item).itemsize * slot * defines["SLOT_STRIDE"]
+        self._values = array_at(cache, (2, kv_heads, context, dim), item)
+        if self._kind:
+            pitch = -(-context // 8) * 8
+            self._scales = array_at(scales + 2 * slot * defines["SCALE_SLOT_STRIDE"], (2, kv_heads, pitch), F16)
+
+    def store(self, part: int, place: slice, vectors: np.ndarray) -> None:
+        """``vectors``: [kv_heads, tokens, dim]."""
+        if self._kind:
+            vectors, self._scales[part, :, place] = reference.quantize_vectors(vectors.astype(F64), self._kind)
+            vectors = to_minifloat(vectors, E4M3) if self._kind == "fp8" else vectors
+        with np.errstate(invalid="ignore"):  # NaN becomes any integer; its scale is NaN
+            self._values[part, :, place] = vectors
+
+    def until(self, end: int) -> np.ndarray:
+        """float64 [2, kv_heads, end, dim]."""
+        values = self._values[:, :, :end]
+        if not self._kind:
+            return values.astype(F64)
+        values = E4M3[values] if self._kind == "fp8" else values
+        return values.astype(F64) * self._scales[:, :, :end, None].astype(F64)
+
+
 class _Attention:
     """The arrays of one layer, as attention.py lays them out."""
 
-    def __init__(self, defines: dict, qkv: int, cache: int, count: int, slot: int = 0) -> None:
-        cache += 2 * slot * defines["SLOT_STRIDE"]
+    def __init__(self, defines: dict, qkv: int, cache: int, scales: int, count: int, slot: int = 0) -> None:
         self.heads, self.kv_heads, dim = (defines[key] for key in ("HEADS", "KV_HEADS", "HEAD_DIM"))
         self.scale = _float(defines["SCALE_LOG2E"]) * np.log(2)
         self.window, self.softcap = defines["WINDOW"], _float(defines["SOFTCAP"])
         self.causal = bool(defines.get("CAUSAL", 1))
-        assert not defines["KV_INT8"]
         rows = array_at(qkv, (count, self.heads + 2 * self.kv_heads, dim), F16)
         self.queries, self.keys, self.values = np.split(rows, [self.heads, self.heads + self.kv_heads], axis=1)
-        self.cache = array_at(cache, (2, self.kv_heads, defines["CONTEXT"], dim), F16)
+        self.cache = _Cache(defines, cache, scales, slot)
 
     def rotate(self, defines: dict, rope: int, norms: tuple[int, int], position: int) -> np.ndarray:
         """The rotated queries, float64; the keys and values go to the cache."""
@@ -359,8 +388,8 @@ class _Attention:
                 vectors = reference.rms_norm(vectors, weight, _float(defines["NORM_EPS"]), defines["HEAD_SIZE"])
             rotated.append(reference.rotate(vectors, table))
         place = slice(position, position + count)
-        self.cache[0, :, place] = rotated[1].swapaxes(0, 1)
-        self.cache[1, :, place] = self.values.swapaxes(0, 1)
+        self.cache.store(0, place, rotated[1].swapaxes(0, 1))
+        self.cache.store(1, place, self.values.swapaxes(0, 1))
         return rotated[0]
 
     def add(self, bias: int) -> None:
@@ -372,7 +401,7 @@ class _Attention:
             part += own
 
     def attend(self, queries: np.ndarray, start: int, output: int, places: np.ndarray) -> None:
-        keys, values = self.cache[:, :, : start + len(queries)].astype(F64)
+        keys, values = self.cache.until(start + len(queries))
         options = (self.scale, self.window, self.softcap, self.causal)
         result = reference.attention(queries.astype(F64), keys, values, start, *options)
         columns = result.reshape(len(result), -1)
@@ -388,7 +417,7 @@ def _slot(defines: dict, args, index: int) -> int:
 def rope_append(defines: dict, args) -> None:
     qkv, cache, rope, *norms = (address_of(args, i) for i in range(5))
     position, count = _chunk(args, 5)
-    layer = _Attention(defines, qkv, cache, count, _slot(defines, args, 5))
+    layer = _Attention(defines, qkv, cache, address_of(args, 6), count, _slot(defines, args, 5))
     if defines.get("BIAS"):
         layer.add(address_of(args, 7))
     rotated = layer.rotate(defines, rope, tuple(norms), position)
@@ -399,7 +428,7 @@ def rope_append(defines: dict, args) -> None:
 def attention_prefill(defines: dict, args) -> None:
     qkv, cache, output = (address_of(args, i) for i in range(3))
     start, count = _chunk(args, 3)
-    layer = _Attention(defines, qkv, cache, count, _slot(defines, args, 3))
+    layer = _Attention(defines, qkv, cache, address_of(args, 4), count, _slot(defines, args, 3))
     layer.attend(layer.queries, start, output, _places(defines, args, 5, layer.heads * defines["HEAD_DIM"]))
 
 
@@ -412,7 +441,8 @@ def attention_decode(defines: dict, args) -> None:
         position = int(array_at(state + row * STATE.itemsize, (), STATE)["position"])
         if slot < 0 or position >= defines["CONTEXT"]:
             continue
-        layer = _Attention(defines, qkv + 2 * row * (heads + 2 * kv_heads) * dim, cache, 1, int(slot))
+        own, scales = qkv + 2 * row * (heads + 2 * kv_heads) * dim, address_of(args, 9)
+        layer = _Attention(defines, own, cache, scales, 1, int(slot))
         target = output + 2 * row * heads * dim
         places = _places(defines, args, 11, heads * dim)
         layer.attend(layer.rotate(defines, rope, (q_norm, k_norm), position), position, target, places)

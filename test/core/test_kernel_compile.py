@@ -114,10 +114,13 @@ def test_every_kernel_compiles(arch):
 
 
 @for_each(BESIDE_BORDERS)
-def test_the_kernels_of_an_int8_cache_compile(arch):
+@pytest.mark.parametrize("fp8", [0, 1])
+def test_the_kernels_of_an_8_bit_cache_compile(arch, fp8):
     head_dim = (16, 96, 256)[ARCHITECTURES.index(arch) % 3]  # what they have in common decides what compiles
     names = ("attention_decode", "attention_prefill", "rope_append")
-    _compile_all(arch, names, BF16=int(arch == "sm_87"), KV_INT8=1, HEAD_DIM=head_dim, CONTEXT=1003, BLOCKS=1)
+    sizes = dict(HEAD_DIM=head_dim, CONTEXT=1003, BLOCKS=1)
+    for bf16 in (0, 1) if fp8 else (int(arch == "sm_87"),):
+        _compile_all(arch, names, BF16=bf16, KV_INT8=1, KV_FP8=fp8, **sizes)
 
 
 def _types(arch: str, number: int = 0) -> tuple[int, ...]:

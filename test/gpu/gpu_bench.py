@@ -6,14 +6,17 @@ import numpy as np
 
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Stream
 from engine_core.cuda.kernels import Kernels, linear, reference
+from engine_core.formats.number_formats import E4M3, to_minifloat
 
 NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
-NUMPY |= {"int32": np.int32, "uint32": np.uint32, "int8": np.int8}
+NUMPY |= {"int32": np.int32, "uint32": np.uint32, "int8": np.int8, "fp8": np.uint8}
 POISON = 0xFF  # bytes that are NaN in every floating-point type: an output nobody wrote shows
 
 
 def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
     """Return float values as the device stores them."""
+    if dtype == "fp8":
+        return to_minifloat(np.asarray(values, dtype=np.float32), E4M3)
     if dtype != "bf16":
         return np.asarray(values).astype(NUMPY[dtype])
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
@@ -22,6 +25,8 @@ def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def from_bits(values: np.ndarray, dtype: str) -> np.ndarray:
     """Return what the device stores, as float64."""
+    if dtype == "fp8":
+        return E4M3[values].astype(np.float64)
     if dtype == "bf16":
         values = (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float64)

@@ -57,6 +57,7 @@ def make_backend(
     spec = CudaSpec(
         model=dataclasses.replace(model, layers=tuple(dataclasses.replace(x, qkv_bias=True) for x in model.layers)),
         kv_int8=kv_cache_type == "int8",
+        kv_fp8=kv_cache_type == "fp8",
         max_context=CONTEXT,
         head_rows=VOCAB,
         dtype="fp16",

@@ -171,18 +171,18 @@ CONTEXT, LAYERS, SLOTS = 700, 2, 6
 class Slots:
     """A KV cache of several slots, and one layer's view of it."""
 
-    def __init__(self, bench, heads: int, kv_heads: int, head_dim: int, kv_int8: bool, dtype: str, layer: int) -> None:
-        self.bench, self.kernels, self.layer = bench, bench.kernels(dtype), layer
-        self.shape = attention.AttentionShape(
-            heads, kv_heads, head_dim, CONTEXT, EPS, kv_int8=kv_int8, slot_layers=LAYERS
-        )
+    def __init__(self, bench, heads: int, kv_heads: int, head_dim: int, kv: str, dtype: str, layer: int) -> None:
+        """``kv``: the type of the cache, int8 or fp8; else it has 16 bits."""
+        self.bench, self.kernels, self.layer, self.kv = bench, bench.kernels(dtype), layer, kv
+        kinds = dict(kv_int8=kv == "int8", kv_fp8=kv == "fp8")
+        self.shape = attention.AttentionShape(heads, kv_heads, head_dim, CONTEXT, EPS, slot_layers=LAYERS, **kinds)
         self.cache, self.values = bench.normal((SLOTS, LAYERS, 2, kv_heads, CONTEXT, head_dim), dtype)
         self.scales = None
-        if kv_int8:
-            quantized, scales = reference.quantize_vectors(self.values)
+        if self.shape.kv_scaled:
+            quantized, scales = reference.quantize_vectors(self.values, kv)
             padded = np.full((*scales.shape[:-1], self.shape.scale_pitch), np.nan, dtype=np.float16)
             padded[..., :CONTEXT] = scales
-            self.cache, self.scales = bench.put(quantized.astype(np.int8), "int8"), bench.put(padded, "fp16")
+            self.cache, self.scales = bench.put(to_bits(quantized, kv), kv), bench.put(padded, "fp16")
             self.values = quantized * scales[..., None]
         frequencies = 100.0 ** (-np.arange(head_dim // 2) / (head_dim // 2))
         angles = np.arange(CONTEXT)[:, None] * frequencies
@@ -201,8 +201,8 @@ class Slots:
         q, k = reference.rotate(q, angles), reference.rotate(k, angles)
         layer = self.values[slot, self.layer]
         for part, new in enumerate((k.swapaxes(0, 1), v.swapaxes(0, 1))):
-            if shape.kv_int8:
-                quantized, scales = reference.quantize_vectors(new)
+            if shape.kv_scaled:
+                quantized, scales = reference.quantize_vectors(new, self.kv)
                 new = quantized * scales[..., None]
             layer[part, :, start : start + len(heads)] = new
         end = start + len(heads)
@@ -215,10 +215,10 @@ class Slots:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(32, 8, 128), (14, 2, 64), (6, 2, 96), (4, 2, 256)])
-@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
+@pytest.mark.parametrize("kv", ["16-bit", "int8", "fp8"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_each_sequence_attends_to_its_own_slot_and_length(bench, heads, kv_heads, head_dim, kv_int8, layer, dtype):
-    case = Slots(bench, heads, kv_heads, head_dim, kv_int8, dtype, layer)
+def test_each_sequence_attends_to_its_own_slot_and_length(bench, heads, kv_heads, head_dim, kv, layer, dtype):
+    case = Slots(bench, heads, kv_heads, head_dim, kv, dtype, layer)
     slots = np.array([3, 0, -1, 5, 1, 4], dtype=np.int32)  # one row does nothing, one slot is not used
     positions = np.array([0, 699, 5, 256, 300, 700])  # the last one is past the end: it writes nothing
     n, shape = len(slots), case.shape
@@ -236,7 +236,7 @@ def test_each_sequence_attends_to_its_own_slot_and_length(bench, heads, kv_heads
         case.kernels, shape, *arrays, scales=scales, slots=bench.put(slots, "int32")
     ).problem
     assert problem == shape.batch_problem
-    tolerance = TOLERANCE[dtype] * (3 if kv_int8 else 1)
+    tolerance = TOLERANCE[dtype] * (3 if case.shape.kv_scaled else 1)
     works = [i for i in range(n) if slots[i] >= 0 and positions[i] < CONTEXT]
     expected = {i: case.expected(values[i].reshape(1, -1, head_dim), slots[i], positions[i]).reshape(-1) for i in works}
     for config in problem.candidates(case.kernels.gpu):
@@ -256,9 +256,9 @@ def test_each_sequence_attends_to_its_own_slot_and_length(bench, heads, kv_heads
         assert (bench.get(counters) == 0).all()
 
 
-@pytest.mark.parametrize("kv_int8", [False, True], ids=["16-bit", "int8"])
-def test_a_chunk_is_prefilled_into_its_slot(bench, kv_int8):
-    case = Slots(bench, 8, 2, 64, kv_int8, "fp16", 1)
+@pytest.mark.parametrize("kv", ["16-bit", "int8", "fp8"])
+def test_a_chunk_is_prefilled_into_its_slot(bench, kv):
+    case = Slots(bench, 8, 2, 64, kv, "fp16", 1)
     count, start, slot, shape = 70, 200, 4, case.shape
     qkv, values = bench.normal((count, shape.qkv_width), "fp16")
     output = bench.poisoned((count, 8 * 64), "fp16")
@@ -268,7 +268,9 @@ def test_a_chunk_is_prefilled_into_its_slot(bench, kv_int8):
     attention.rope_append(case.kernels, shape, qkv, cache, case.rope, chunk, scales=scales)(bench.stream)
     launch = attention.attention_prefill(case.kernels, shape, qkv, cache, output, chunk, [count], scales)
     launch(bench.stream, count)
-    assert error(bench.get(output), expected.reshape(count, -1)) < TOLERANCE["fp16"] * (4 if kv_int8 else 2)
+    assert error(bench.get(output), expected.reshape(count, -1)) < TOLERANCE["fp16"] * (
+        4 if case.shape.kv_scaled else 2
+    )
     assert error(case.found(), case.values) < TOLERANCE["fp16"] * 3
     with pytest.raises(KernelArgumentError, match="chunk"):
         attention.rope_append(case.kernels, shape, qkv, cache, case.rope, bench.chunk(0, 1), scales=scales)

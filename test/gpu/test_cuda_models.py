@@ -199,19 +199,22 @@ def test_logits_and_greedy_tokens(model, engine_dir):
         assert want.max() - want[row.argmax()] <= 2 * np.abs(row - want).max()
 
 
-class _Int8Cache(transformers.DynamicCache):
-    """transformers' KV cache, with every vector of K and V rounded as ours rounds it."""
+class _SmallCache(transformers.DynamicCache):
+    """transformers' KV cache, with every vector of K and V rounded as our cache of 8 bits rounds it."""
+
+    kind = "int8"
 
     def update(self, keys, values, *args, **kwargs):
         rounded = []
         for vectors in (keys, values):
-            quantized, scales = reference.quantize_vectors(vectors.double().numpy())
+            quantized, scales = reference.quantize_vectors(vectors.double().numpy(), self.kind)
             rounded.append(torch.tensor(quantized * scales[..., None], dtype=vectors.dtype))
         return super().update(*rounded, *args, **kwargs)
 
 
-def test_logits_with_an_int8_kv_cache(model, engine_dir):
-    """An engine built for a 16-bit cache opens with an int8 one by the parameter alone.
+@pytest.mark.parametrize("kind, most", [("int8", 0.1), ("fp8", 0.3)])
+def test_logits_with_a_kv_cache_of_8_bits(model, engine_dir, kind, most):
+    """An engine built for a 16-bit cache opens with a smaller one by the parameter alone.
 
     Off float32 by what the 16-bit type loses and by no more than half as much again as the rounding of K and V alone
     does in transformers: noise of the type rounds values to neighbours.
@@ -219,9 +222,9 @@ def test_logits_with_an_int8_kv_cache(model, engine_dir):
     manifest = read_manifest(engine_dir)
     assert manifest.kv_cache_type == "fp16"
     prompt = np.random.default_rng(3).integers(0, 1003, 70).astype(np.int32)
-    backend = load(engine_dir, kv_cache_type="int8")
+    backend = load(engine_dir, kv_cache_type=kind)
     try:
-        assert backend._work["kv_cache"].dtype == "int8"
+        assert backend._work["kv_cache"].dtype == kind
         begin(backend, GREEDY, prompt)
         ids, rows = prompt.tolist(), []
         pending = prefill(backend, prompt, 0)
@@ -233,11 +236,12 @@ def test_logits_with_an_int8_kv_cache(model, engine_dir):
         backend.close()
     expected, allowed = expected_logits(model, ids, manifest.options["dtype"])
     with torch.no_grad():
-        cache = _Int8Cache(config=model.config)
+        cache = _SmallCache(config=model.config)
+        cache.kind = kind
         rounded = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0].double().numpy()
     first = len(prompt) - 1
     effect = max(map(error, rounded, expected))
-    assert 0 < effect < 0.1
+    assert 0 < effect < most
     assert max(map(error, rows, expected[first:-1])) < TOLERANCE * allowed + 1.5 * effect
 
 

@@ -423,12 +423,14 @@ class _Attention:
         self.rope = bench.put(self.table, "fp32")
         self.cache, self.cached = bench.normal((2, kv_heads, context, head_dim), dtype)
         self.scales = None
-        if kv_int8:  # scales of very different sizes, as a model's tokens have; past the row's end they are NaN
+        self.kv_type = "fp8" if self.shape.kv_fp8 else "int8"
+        if self.shape.kv_scaled:  # scales of very different sizes, as a model's tokens have; past the row's end NaN
             self.cached *= np.exp2(bench.random.integers(-6, 2, (2, kv_heads, context, 1)))
-            quantized, scales = reference.quantize_vectors(self.cached)
+            quantized, scales = reference.quantize_vectors(self.cached, self.kv_type)
             padded = np.full((2, kv_heads, self.shape.scale_pitch), np.nan, dtype=np.float16)
             padded[..., :context] = scales
-            self.cache, self.scales = bench.put(quantized.astype(np.int8), "int8"), bench.put(padded, "fp16")
+            self.cache = bench.put(to_bits(quantized, self.kv_type), self.kv_type)
+            self.scales = bench.put(padded, "fp16")
             self.cached = quantized * scales[..., None]
         self.qkv, values = bench.normal((count, self.shape.qkv_width), dtype)
         self.heads = values.reshape(count, heads + 2 * kv_heads, head_dim)
@@ -448,8 +450,8 @@ class _Attention:
         q, k = reference.rotate(q, angles), reference.rotate(k, angles)
         cache = self.cached.copy()
         for part, new in enumerate((k.swapaxes(0, 1), v.swapaxes(0, 1))):
-            if shape.kv_int8:
-                quantized, scales = reference.quantize_vectors(new)
+            if shape.kv_scaled:
+                quantized, scales = reference.quantize_vectors(new, self.kv_type)
                 new = quantized * scales[..., None]
             cache[part, :, start : start + n] = new
         options = (shape.scale, shape.window, shape.softcap)
@@ -465,6 +467,8 @@ class _Attention:
             new = slice(start, start + self.count)
             # A value near the middle between two may be rounded the other way, no more than that.
             steps = np.abs(cache[:, :, new]).max(axis=-1, keepdims=True) / 127
+            if self.kv_type == "fp8":  # eight to a power of two, and multiples of 2^-9 of the scale
+                steps = np.maximum(np.abs(cache[:, :, new]) / 8, steps * 127 / 28 / 512)
             assert (np.abs(found - cache)[:, :, new] <= 1.01 * steps).all()
             assert (np.abs(found - cache)[:, :, new] > 0.1 * steps).mean() < 0.02
         assert error(found, cache) < tolerance
@@ -522,7 +526,7 @@ def _check_decode(case: _Attention, position: int) -> None:
     )
     launch(bench.stream)
     launch(bench.stream)  # the counters are as before: a second launch gives the same
-    case.check(position, TOLERANCE[case.kernels.dtype] * (3 if case.shape.kv_int8 else 1))
+    case.check(position, TOLERANCE[case.kernels.dtype] * (3 if case.shape.kv_scaled else 1))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

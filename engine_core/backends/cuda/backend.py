@@ -172,7 +172,7 @@ class CudaBackend(DeviceBackend):
                 spec,
                 spec.attention.num_kv_heads,
                 cache_item_bytes=spec.attention.head_dim * ITEM_BYTES[self._work["kv_cache"].dtype],
-                scale_item_bytes=2 if spec.attention.kv_int8 else 0,
+                scale_item_bytes=2 if spec.attention.kv_scaled else 0,
             ),
             pool_arrays(spec) if spec.pool_on_host else None,
         )

@@ -79,7 +79,7 @@ def build_cuda(
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
     ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps; a file of that name in the
     checkpoint is used by itself.
-    ``kv_cache_type``: fp16 or int8, what the engine opens with unless told otherwise (auto = fp16).
+    ``kv_cache_type``: fp16, int8 or fp8, what the engine opens with unless told otherwise (auto = fp16).
     Raises CheckpointError, UnsupportedModelError or BuildError; nothing half-written is left behind.
     """
     checkpoint = Checkpoint(checkpoint_dir)

@@ -91,14 +91,13 @@ CAPABILITIES = Capabilities(
     on_gpu=True,
     runs_format=lambda kind: kind.kind == "fp16" or _is_packed(kind),  # fp16 stands for the checkpoint's 16-bit type
     default_format="fp16",
-    kv_cache_types=("fp16", "int8"),  # fp16 stands for the 16-bit type of the weights
+    kv_cache_types=("fp16", "int8", "fp8"),  # fp16 stands for the 16-bit type of the weights
     longest_default=8192,
     lora=True,
     drafts=True,
     log_probabilities=True,
     max_batch=16,  # MAX_SEQUENCES of cuda/kernels/launch_configs.py
     plans_others=True,
-    planned_kv_cache_types=("fp8",),
     traits=TRAITS,
     keeps_order=_keeps_order,
     group_sizes=(32, 64, 128),  # GROUP_SIZES of cuda/kernels/integer_layout.py
@@ -106,7 +105,7 @@ CAPABILITIES = Capabilities(
     cuda_graphs=True,
     declined_options={
         "head_bits": "The cuda backend's LM head has the weights' own format; leave --head-bits out.",
-        "calibration": "The cuda backend measures its int8 KV cache's scales as it runs; leave --calibration out.",
+        "calibration": "The cuda backend measures its KV cache's scales as it runs; leave --calibration out.",
         "max_prefill": "--max-prefill is fixed in an engine for tensorrt only; elsewhere set prefill_chunk.",
         "exporter": "--exporter is a matter of tensorrt only; leave it out.",
     },

@@ -86,7 +86,7 @@ class CudaSpec:
 
     model: ModelSpec
     head_rows: int  # rows of the LM head: model.vocab_size, or fewer with a vocabulary map
-    dtype: str  # fp16 or bf16: weights, activations, and the KV cache unless it is int8
+    dtype: str  # fp16 or bf16: weights, activations, and the KV cache unless it is int8 or fp8
     weight_format: WeightFormat  # of the layers' matrices and the head: fp16, or one in LAYOUTS
     kv_int8: bool
     max_context: int
@@ -96,6 +96,7 @@ class CudaSpec:
     pool_on_host: bool = False  # the KV pool is in pinned memory, unless the GPU's memory is the host's: see ``on``
     adapters: tuple[LoraAdapter, ...] = ()  # by their numbers on the device
     drafts: bool = False  # whether there are steps that check drafts
+    kv_fp8: bool = False  # an E4M3 cache; not with ``kv_int8``
     chooses_chunk: bool = False  # whether ``chunk`` is this backend's choice, by the GPU: see ``with_sms``
     ordered: tuple[str, ...] = ()  # see ``CudaOptions``
     images: ImageLimits | None = None  # None: no encoder is loaded
@@ -115,6 +116,11 @@ class CudaSpec:
         matrices = sum(math.prod(shape) for shape in matrix_shapes(self).values())
         chunk = self.chunk * self.num_layers * matrices
         return max(1, min(chunk // self.encoder.multiplications, self.encoder.spec.num_layers))
+
+    @property
+    def kv_dtype(self) -> str:
+        """The type of the KV cache's values."""
+        return "fp8" if self.kv_fp8 else "int8" if self.kv_int8 else self.dtype
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -214,6 +220,7 @@ class CudaSpec:
             norm_eps=model.norm_eps,
             qk_norm=model.layers[0].qk_norm and not self.wide_qk_norm,
             kv_int8=self.kv_int8,
+            kv_fp8=self.kv_fp8,
             slot_layers=model.num_layers if self.max_batch > 1 else 0,
             rotated=padded_rope(model),
             scale=model.attention_scale,
@@ -271,7 +278,8 @@ class CudaSpec:
             dtype=read_options(manifest, CudaOptions).dtype,
             ordered=read_options(manifest, CudaOptions).ordered,
             weight_format=_weight_format(manifest),
-            kv_int8=_kv_cache_type(manifest, config) == "int8",
+            kv_int8=(kv_cache_type := _kv_cache_type(manifest, config)) == "int8",
+            kv_fp8=kv_cache_type == "fp8",
             max_context=max_context,
             chunk=round_rows(chunk),
             pool_tokens=0,
@@ -435,11 +443,10 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     """
     attention, dtype, chunk, rows = spec.attention, spec.dtype, spec.chunk, spec.head_rows
     kv_heads, head_dim = attention.num_kv_heads, attention.head_dim
-    kv_dtype = "int8" if attention.kv_int8 else dtype
     slots = (spec.max_batch,) if spec.max_batch > 1 else ()  # one sequence has no such dimension
     words = -(-spec.vocab_size // 32)
     arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
-        "kv_cache": ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, spec.max_context, head_dim), kv_dtype),
+        "kv_cache": ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, spec.max_context, head_dim), spec.kv_dtype),
         "rope": ("rope", spec.rope_shape, "fp32"),
         **_prefill_scratch(spec),
         **_encoder_scratch(spec),
@@ -457,7 +464,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     }
     if spec.outer_norms:
         arrays["branch"] = ("scratch", (chunk, spec.hidden), "fp32")
-    if attention.kv_int8:
+    if attention.kv_scaled:
         arrays["kv_scales"] = ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if sizes := spec.row_sizes:
         matrices = [*gemm_shapes(spec).values(), (rows, spec.hidden)]
@@ -540,10 +547,8 @@ def pool_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
 def _pool_shapes(spec: CudaSpec, tokens: int) -> dict[str, tuple[tuple[int, ...], str]]:
     attention = spec.attention
     rows = spec.num_layers * 2 * attention.num_kv_heads
-    arrays: dict[str, tuple[tuple[int, ...], str]] = {
-        "pool": ((rows, tokens, attention.head_dim), "int8" if attention.kv_int8 else spec.dtype)
-    }
-    if attention.kv_int8:
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {"pool": ((rows, tokens, attention.head_dim), spec.kv_dtype)}
+    if attention.kv_scaled:
         arrays["pool_scales"] = ((rows, tokens), "fp16")
     return arrays
 

@@ -17,7 +17,7 @@ from engine_core.backends.toolkit import KernelCheck
 from engine_core.cuda.driver import Arena, Device, DeviceArray, PinnedArray, Stream
 from engine_core.cuda.kernels import Kernels, attention, linear, linear_packed, reference, sampling
 from engine_core.errors import EdgeLLMError
-from engine_core.formats.number_formats import from_16_bit, to_16_bit
+from engine_core.formats.number_formats import E4M3, from_16_bit, to_16_bit, to_minifloat
 from engine_core.formats.weight_formats import fp8, weight_format
 from engine_core.formats.weight_formats.base import WeightFormat
 
@@ -118,10 +118,9 @@ def _checks(bench: _Bench) -> Iterator[tuple[str, Callable[[], tuple[float, floa
         for rows, cols in _PACKED:
             yield f"gemv_packed {kind} {rows}×{cols}", partial(_gemv_packed, bench, kind, rows, cols)
             yield f"gemm_packed {kind} {rows}×{cols}", partial(_gemm_packed, bench, kind, rows, cols)
-    for kv_int8 in (False, True):
-        name = "int8 KV" if kv_int8 else "16-bit KV"
-        yield f"attention_decode, {name}", partial(_attention, bench, kv_int8, 700, 1)
-        yield f"attention_prefill, {name}", partial(_attention, bench, kv_int8, 200, _TOKENS)
+    for kind in ("16-bit", "int8", "fp8"):
+        yield f"attention_decode, {kind} KV", partial(_attention, bench, kind, 700, 1)
+        yield f"attention_prefill, {kind} KV", partial(_attention, bench, kind, 200, _TOKENS)
     yield "sample", partial(_sample, bench)
 
 
@@ -165,20 +164,22 @@ def _gemm_packed(bench: _Bench, kind: str, rows: int, cols: int) -> tuple[float,
     return bench.error(output, x @ w.T), _TOLERANCE[bench.dtype]
 
 
-def _attention(bench: _Bench, kv_int8: bool, start: int, count: int) -> tuple[float, float]:
-    """One token by the kernel of decode steps, several by those of a prompt's chunk."""
+def _attention(bench: _Bench, kind: str, start: int, count: int) -> tuple[float, float]:
+    """One token by the kernel of decode steps, several by those of a prompt's chunk. ``kind``: of the KV cache."""
     heads, kv_heads, head_dim = 32, 8, 64
-    shape = attention.AttentionShape(heads, kv_heads, head_dim, _CONTEXT, kv_int8=kv_int8)
+    kinds = {"kv_int8": kind == "int8", "kv_fp8": kind == "fp8"}
+    shape = attention.AttentionShape(heads, kv_heads, head_dim, _CONTEXT, **kinds)
     angles = np.arange(_CONTEXT)[:, None] * 1e4 ** (-np.arange(shape.rope_width) / shape.rope_width)
     table = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
     rope = bench.put(table, "fp32")
     cache, cached = bench.normal((2, kv_heads, _CONTEXT, head_dim))
     scales = None
-    if kv_int8:
-        quantized, steps = reference.quantize_vectors(cached)
+    if shape.kv_scaled:
+        quantized, steps = reference.quantize_vectors(cached, kind)
         padded = np.zeros((2, kv_heads, shape.scale_pitch), np.float16)
         padded[..., :_CONTEXT] = steps
-        cache, scales = bench.put(quantized.astype(np.int8), "int8"), bench.put(padded, "fp16")
+        codes = to_minifloat(quantized, E4M3) if kind == "fp8" else quantized.astype(np.int8)
+        cache, scales = bench.put(codes, kind), bench.put(padded, "fp16")
         cached = quantized * steps[..., None]
     qkv, values = bench.normal((count, shape.qkv_width))
     output = bench.poisoned((count, heads * head_dim), bench.dtype)
@@ -200,13 +201,13 @@ def _attention(bench: _Bench, kv_int8: bool, start: int, count: int) -> tuple[fl
     own = table[start : start + count].astype(np.float64)
     q, k = reference.rotate(q, own), reference.rotate(k, own)
     for part, new in enumerate((k.swapaxes(0, 1), v.swapaxes(0, 1))):
-        if kv_int8:
-            quantized, steps = reference.quantize_vectors(new)
+        if shape.kv_scaled:
+            quantized, steps = reference.quantize_vectors(new, kind)
             new = quantized * steps[..., None]
         cached[part, :, start : start + count] = new
     keys, seen = cached[:, :, : start + count]
     expected = reference.attention(q, keys, seen, start).reshape(count, -1)
-    return bench.error(output, expected), _TOLERANCE[bench.dtype] * (4 if kv_int8 else 2)
+    return bench.error(output, expected), _TOLERANCE[bench.dtype] * (4 if shape.kv_scaled else 2)
 
 
 def _sample(bench: _Bench) -> tuple[float, float]:

@@ -88,7 +88,7 @@ CAPABILITIES = Capabilities(
     on_gpu=True,
     runs_format=_runs_format,
     default_format="fp16",
-    kv_cache_types=("fp16", "int8", "fp32"),
+    kv_cache_types=("fp16", "int8", "fp8", "fp32"),
     longest_default=4096,
     traits=(
         VISION_ENCODER,

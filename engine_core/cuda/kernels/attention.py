@@ -37,7 +37,7 @@ class AttentionShape:
     max_context: int
     norm_eps: float = 0.0
     qk_norm: bool = False
-    kv_int8: bool = False  # the cache is quantized and has scales (kv_int8.cuh), else the kernels' 16-bit type
+    kv_int8: bool = False  # the cache is int8 and has scales (kv_int8.cuh), else the kernels' 16-bit type
     _: KW_ONLY
     head_size: int = 0  # elements of a head in the model, the others being zeros; 0 = head_dim
     slot_layers: int = 0  # layers of a KV slot, where the cache has several: [slots, layers, 2, ...]; 0 = one slot
@@ -46,11 +46,17 @@ class AttentionShape:
     scale: float = 0.0  # of scores; 0 = head_size^-1/2
     softcap: float = 0.0  # scores are below it in magnitude; 0 = they are not capped
     norm_offset: float = 0.0  # added to the weights of the head norms
+    kv_fp8: bool = False  # the cache is E4M3 and has scales (kv_fp8.cuh); not with ``kv_int8``
 
     @property
     def chunk_words(self) -> int:
         """The number of int32 of a chunk: position, tokens and, with several KV slots, the slot."""
         return CHUNK_WORDS + (self.slot_layers > 0)
+
+    @property
+    def kv_scaled(self) -> bool:
+        """True if the cache has 8-bit values, and scales."""
+        return self.kv_int8 or self.kv_fp8
 
     @property
     def scale_pitch(self) -> int:
@@ -88,7 +94,7 @@ class AttentionShape:
 
     @property
     def decode_problem(self) -> DecodeAttentionProblem:
-        return DecodeAttentionProblem(self.num_heads, self.bundles, self.head_dim, self.qk_norm, self.kv_int8)
+        return DecodeAttentionProblem(self.num_heads, self.bundles, self.head_dim, self.qk_norm, self.kv_scaled)
 
     @property
     def batch_problem(self) -> DecodeAttentionProblem:
@@ -98,10 +104,11 @@ class AttentionShape:
     def prefill_problem(self, rows: int) -> PrefillAttentionProblem:
         """The problem of a chunk of so many rows. Long ones share one with those of almost the same length."""
         rows = rows if rows <= _LONG_ROWS else -(-rows // _LONG_GRAIN) * _LONG_GRAIN
-        return PrefillAttentionProblem(self.num_heads, self.num_kv_heads, self.head_dim, self.kv_int8, rows)
+        return PrefillAttentionProblem(self.num_heads, self.num_kv_heads, self.head_dim, self.kv_scaled, rows)
 
     def validate(self) -> None:
         """Raises KernelArgumentError if the kernels do not cover these sizes."""
+        assert not (self.kv_int8 and self.kv_fp8)
         if self.head_dim % 16 or not 16 <= self.head_dim <= 256:
             raise KernelArgumentError(f"head_dim is {self.head_dim}; the kernels take multiples of 16 up to 256.")
         if self.rotated is not None and (self.rotated % 16 or not 0 <= self.rotated <= self.head_dim):
@@ -123,7 +130,8 @@ class AttentionShape:
             "HEAD_SIZE": self.head_size or self.head_dim,
             "CONTEXT": self.max_context,
             "QK_NORM": int(self.qk_norm),
-            "KV_INT8": int(self.kv_int8),
+            "KV_INT8": int(self.kv_scaled),
+            **({"KV_FP8": 1} if self.kv_fp8 else {}),
             "SLOT_STRIDE": self.slot_layers * 2 * self.num_kv_heads * self.max_context * self.head_dim,
             "SCALE_SLOT_STRIDE": self.slot_layers * 2 * self.num_kv_heads * self.scale_pitch,
             "NORM_EPS": float_define(self.norm_eps),
@@ -141,10 +149,10 @@ def scale_pitch(tokens: int) -> int:
 
 
 def _check_cache(kernels: Kernels, shape: AttentionShape, cache: DeviceArray, scales: DeviceArray | None) -> None:
-    dtype = "int8" if shape.kv_int8 else kernels.dtype
+    dtype = "fp8" if shape.kv_fp8 else "int8" if shape.kv_int8 else kernels.dtype
     check("cache", cache, (2, shape.num_kv_heads, shape.max_context, shape.head_dim), dtype)
-    if shape.kv_int8 != (scales is not None):
-        raise KernelArgumentError("An int8 cache needs scales, and no other has any; give both or neither.")
+    if shape.kv_scaled != (scales is not None):
+        raise KernelArgumentError("An int8 or fp8 cache needs scales, and no other has any; give both or neither.")
     if scales is not None:
         check("scales", scales, (2, shape.num_kv_heads, shape.scale_pitch), "fp16")
 
@@ -190,10 +198,10 @@ def attention_decode(
     front, and ``partial`` is [partial_floats(num_sms, n)].
 
     ``cache`` and ``scales`` are one layer's of the first slot: [2, kv_heads, max_context, head_dim] and, of an int8
-    cache, fp16 [2, kv_heads, scale_pitch]. ``rope``: float32 [max_context, rope_width, 2]. ``norms``: weights of the
-    query and key norms. ``appended``: ``rope_append`` has put K and V of all rows into the cache, where each row then
-    sees the earlier ones of its slot, too. ``places``: where ``output`` has each column, int32 [heads × head_dim].
-    ``config``: another launch configuration than the chosen one. Raises
+    or fp8 cache, fp16 [2, kv_heads, scale_pitch]. ``rope``: float32 [max_context, rope_width, 2]. ``norms``: weights of
+    the query and key norms. ``appended``: ``rope_append`` has put K and V of all rows into the cache, where each row
+    then sees the earlier ones of its slot, too. ``places``: where ``output`` has each column, int32 [heads ×
+    head_dim]. ``config``: another launch configuration than the chosen one. Raises
     KernelArgumentError.
     """
     num_sms, rows = kernels.gpu.num_sms, slots.shape if slots is not None else ()
@@ -318,7 +326,7 @@ def attention_prefill(
     variant = {**_order(shape, places), **({} if causal else {"CAUSAL": 0})}
 
     def launch(config: PrefillAttentionConfig) -> Launch:
-        shared = config.shared(shape.head_dim, shape.kv_int8)
+        shared = config.shared(shape.head_dim, shape.kv_scaled)
         function = kernels.function(
             "attention_prefill", "attention_prefill", {**shape.defines(), **config.defines(), **variant}, shared
         )

@@ -119,7 +119,7 @@ struct Running {  // online softmax of a warp's keys for heads 2 t and 2 t + 1
     // scores: of keys g (both heads) and g + 8, base 2; LOWEST = not there. They become weights, relative to a peak that
     // moves only when one of them is SLACK above it: 16 bits hold that.
     __device__ __forceinline__ void weigh(float (&scores)[4]) {
-        constexpr float SLACK = KV_INT8 ? 4.f : 8.f;  // an int8 weight is multiplied by a scale of up to 516
+        constexpr float SLACK = KV_INT8 ? 4.f : 8.f;  // a weight is multiplied by a scale of up to 516, of fp8 up to 2340
         float top[2] = {fmaxf(scores[0], scores[2]), fmaxf(scores[1], scores[3])};
         if (__any_sync(0xffffffffu, top[0] > peak[0] + SLACK || top[1] > peak[1] + SLACK)) {
 #pragma unroll

@@ -36,7 +36,11 @@ typedef u16 half_t;  // the bits of an fp16 or bf16 value
 #endif
 
 #ifndef KV_INT8
-#define KV_INT8 0
+#define KV_INT8 0  // the KV cache has 8-bit values with scales: see kv_int8.cuh
+#endif
+
+#ifndef KV_FP8
+#define KV_FP8 0  // which are E4M3; only with KV_INT8
 #endif
 
 // Elements, and scales with KV_INT8, from a layer's K of one KV slot to the next one's; 0 = there is one slot.
@@ -46,7 +50,7 @@ typedef u16 half_t;  // the bits of an fp16 or bf16 value
 #endif
 
 #if KV_INT8
-typedef signed char item_t;  // of the KV cache: see kv_int8.cuh
+typedef signed char item_t;  // of the KV cache, the bits of an E4M3 value with KV_FP8
 #else
 typedef half_t item_t;
 #endif

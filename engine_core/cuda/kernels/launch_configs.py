@@ -567,7 +567,7 @@ class DecodeAttentionProblem(Problem[DecodeAttentionConfig]):
     num_kv_heads: int
     head_dim: int
     qk_norm: bool
-    kv_int8: bool
+    kv_int8: bool  # the cache has 8-bit values with scales, int8 or fp8
     sequences: int = 1
 
     config_type = DecodeAttentionConfig
@@ -646,7 +646,7 @@ class PrefillAttentionProblem(Problem[PrefillAttentionConfig]):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    kv_int8: bool
+    kv_int8: bool  # the cache has 8-bit values with scales, int8 or fp8
     rows: int
 
     config_type = PrefillAttentionConfig

@@ -12,7 +12,7 @@ import numpy as np
 from engine_core.cuda.kernels import nvfp4_layout
 from engine_core.cuda.kernels.integer_layout import GROUP, IntegerLayout
 from engine_core.cuda.kernels.linear_packed import LAYOUTS, layout_of
-from engine_core.formats.number_formats import E2M1, E4M3, from_16_bit
+from engine_core.formats.number_formats import E2M1, E4M3, from_16_bit, to_minifloat
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.formats.weight_formats.integers import IntegerFormat
 
@@ -137,15 +137,17 @@ def attention(
     return output
 
 
-def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (quantized values [..., n], scales [...]) of vectors [..., n] as an int8 KV cache keeps them.
+def quantize_vectors(vectors: np.ndarray, kind: str = "int8") -> tuple[np.ndarray, np.ndarray]:
+    """Return (quantized values [..., n], scales [...]) of vectors [..., n] as a KV cache of ``kind`` keeps them.
 
-    Symmetric, one fp16 scale to a vector. Quantized values are whole numbers from -127 to 127; the cache gives back
-    value × scale. Both are float64.
+    Symmetric, one fp16 scale to a vector. Quantized values are whole numbers from -127 to 127 of int8, and of fp8 those
+    of E4M3 up to 28; the cache gives back value × scale. Both are float64.
     """
-    scales = (np.abs(vectors).max(axis=-1) / 127).astype(np.float16).astype(np.float64)
-    steps = np.where(scales == 0, 1, scales)[..., None]
-    return np.where(scales[..., None] == 0, 0, np.clip(np.rint(vectors / steps), -127, 127)), scales
+    largest = {"int8": 127, "fp8": 28}[kind]
+    scales = (np.abs(vectors).max(axis=-1) / largest).astype(np.float16).astype(np.float64)
+    divided = vectors / np.where(scales == 0, 1, scales)[..., None]
+    values = np.clip(np.rint(divided), -127, 127) if kind == "int8" else E4M3[to_minifloat(divided, E4M3)]
+    return np.where(scales[..., None] == 0, 0, values.astype(np.float64)), scales
 
 
 def dequantize(values: np.ndarray, scales: np.ndarray, group: int, zero: int | np.ndarray) -> np.ndarray:
