@@ -65,6 +65,13 @@ def test_tokens_do_not_depend_on_graphs_chunks_or_prefixes(built, driver, use_cu
     assert ("cuGraphLaunch" in driver.log) == use_cuda_graph
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_prefixes_of_a_cache_of_8_bits_come_back(built, driver, kind):
+    backend = load(built[0], driver, kv_cache_type=kind, prompt_cache_tokens=64)
+    assert backend._work["kv_cache"].dtype == backend._work["pool"].dtype == kind
+    check_tokens_after_a_prefix(backend, LONG)
+
+
 def test_a_chunk_is_no_graph(built, driver):
     """A context's shapes change between chunks, which a graph of it would not survive."""
     backend = load(built[0], driver)
@@ -138,7 +145,7 @@ def test_which_exporter_a_model_gets(llama, driver, tmp_path):
     ("config", "reason"),
     [
         (dict(max_batch=2), "the tensorrt backend runs one sequence"),
-        (dict(kv_cache_type="fp8"), "no 'fp8' KV cache with fp16 weights; it has fp16 and int8"),
+        (dict(kv_cache_type="fp32"), "no 'fp32' KV cache with fp16 weights; it has fp16, int8 and fp8"),
         (dict(prefill_chunk=65), "at most 64 tokens a step"),
         (dict(max_context=192), "covers 128 positions"),
     ],
