@@ -261,7 +261,7 @@ def _tensors(engine_dir) -> dict[str, np.ndarray]:
     "changes, text",
     [
         (dict(max_batch=17), "max_batch is 17"),
-        (dict(kv_cache_type="fp8"), "no 'fp8' KV cache"),
+        (dict(kv_cache_type="fp32"), "no 'fp32' KV cache"),
     ],
 )
 def test_a_configuration_the_backend_does_not_do_is_refused(checkpoint, tmp_path, changes, text):

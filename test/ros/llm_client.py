@@ -207,8 +207,8 @@ class LlmClient:
 
     def state(self) -> int:
         """Asks again after 3 s: rmw_fastrtps drops a response ("client will not receive response") if the node takes
-        more than 0.1 s to discover a client that has discovered it already, as happens while both are starting. So this is
-        also the first that a node started here is asked."""
+        more than 0.1 s to discover a client that has discovered it already, as happens while both are starting. So
+        this is also the first that a node started here is asked."""
         start, futures = time.monotonic(), []
 
         def answered() -> bool:
