@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from gpu_bench import error
 
-from device_steps import generate
+from device_steps import GREEDY, generate
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda
 from engine_core.config import EngineConfig
 from engine_core.cuda.kernels import reference
 from engine_core.cuda.kernels.log_probability import LogProbability
 from engine_core.formats.manifest import read_manifest
+from engine_core.measure.steps import begin, prefill
 
 pytestmark = pytest.mark.gpu
 
@@ -57,13 +60,16 @@ def checkpoint(request, tmp_path_factory):
     sizes |= dict(vocab_size=1003, num_key_value_heads=2, initializer_range=0.1, eos_token_id=2)
     config = getattr(transformers, f"{request.param}Config")(**sizes)
     config._attn_implementation = "eager"  # others leave soft capping out
-    model = getattr(transformers, f"{request.param}ForCausalLM")(config).half().float().eval()
+    model = getattr(transformers, f"{request.param}ForCausalLM")(config)
+    rotary = copy.deepcopy(model.model.rotary_emb)  # its frequencies stay in float32, as in a checkpoint that is loaded
+    model = model.half().eval()
     directory = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(directory)
     tokens, found = torch.tensor(IDS[None].astype(np.int64)), []
     for kind in (torch.float32, torch.float16):
+        model.to(kind).model.rotary_emb = copy.deepcopy(rotary)
         with torch.no_grad():
-            logs = model.to(kind)(tokens).logits[0].double().log_softmax(dim=-1).numpy()
+            logs = model(tokens).logits[0].double().log_softmax(dim=-1).numpy()
         found.append(logs[np.arange(len(IDS) - 1), IDS[1:]])
     return directory, *found
 
@@ -99,7 +105,8 @@ def test_every_format_is_scored_as_it_decodes(checkpoint, tmp_path, quantization
         tokens = generate(backend, IDS[:100], 12)
         fed = np.concatenate([IDS[:100], tokens]).astype(np.int32)
         found = backend.log_probabilities(fed, 100)
-        generate(backend, fed[:-1], 1)
+        begin(backend, GREEDY, fed[:-1])
+        prefill(backend, fed[:-1], 0).result()
         logits = backend._device.download(backend._work["logits"]).astype(np.float64)
         assert found[-1] == pytest.approx(reference.log_probability(logits, int(fed[-1])), abs=0.05)
         assert found.mean() > exact.mean() + 1  # what it chose itself is likelier than chance
