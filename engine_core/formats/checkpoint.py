@@ -21,7 +21,7 @@ from engine_core.formats.atomic import scratch_directory
 from engine_core.formats.gguf_file import SUFFIX, is_gguf
 from engine_core.formats.json_file import read_json
 from engine_core.formats.number_formats import QuantizedTensor
-from engine_core.formats.quantized_layouts import Stored, find_stored
+from engine_core.formats.quantized_layouts import Stored, find_stored, has_fp8_activations
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.models.text_model import tensor_renaming, text_config
@@ -56,6 +56,7 @@ class Checkpoint:
         self.is_gguf = is_gguf(self.path)
         self._file_of: dict[str, TensorFile]
         self.config: dict[str, Any]
+        self.fp8_activations = False  # whether its fp8 weights are meant for activations in fp8
         if self.is_gguf:
             self._gguf = _open_gguf(self.path)
             self.config, self.generation_config = self._gguf.config, self._gguf.generation_config
@@ -68,7 +69,9 @@ class Checkpoint:
         self.generation_config = read_json(self.path / "generation_config.json", required=False)
         files = _renamed(self._open(), tensor_renaming(whole))
         self._file_of = dict(files)
-        self._stored = find_stored(self._quantization(), files)
+        quantization = self._quantization()
+        self._stored = find_stored(quantization, files)
+        self.fp8_activations = has_fp8_activations(quantization)
 
     def _quantization(self) -> dict:
         """Return the configuration with its quantization_config, which ModelOpt may have put into a file of its own."""

@@ -84,6 +84,25 @@ def find_stored(config: dict, files: Mapping[str, SafetensorsFile]) -> dict[str,
     return stored
 
 
+def has_fp8_activations(config: dict) -> bool:
+    """Return whether the checkpoint says that its weights are multiplied by activations in fp8.
+
+    ``config``: what config.json holds. compressed-tensors says so of a group's ``input_activations``, fp8 (AutoFP8,
+    DeepSeek, Qwen3) by an ``activation_scheme``; ModelOpt's FP8 has such activations always.
+    """
+    quantization = config.get("quantization_config") or config.get("compression_config") or {}
+    method = quantization.get("quant_method")
+    if method == "modelopt":
+        return quantization.get("quant_algo") == "FP8"
+    if method == "fp8":
+        return quantization.get("activation_scheme") in ("dynamic", "static")
+    groups = (quantization.get("config_groups") or {}).values() if method == "compressed-tensors" else ()
+    activations = [group.get("input_activations") or {} for group in groups]
+    return any(
+        isinstance(each, dict) and (each.get("type"), each.get("num_bits")) == ("float", 8) for each in activations
+    )
+
+
 def _check_types(quantization: object) -> None:
     """Raises CheckpointError if a part of the quantization_config is of another type than is read."""
     objects = ("transform_config", "sparsity_config", "config_groups")

@@ -75,7 +75,8 @@ DEVICES = {
         _jetson("thor-128gb", "Jetson AGX Thor 128 GB", 125772, 110, 20, 273.0),
     )
 }
-_GENERIC_SMS = 16  # of a GPU given by its memory alone: attention's scratch grows with it, by less than 1 MiB
+# Of a GPU given by its memory alone, taken for a Jetson's: those of 48 and more have longer chunks.
+_GENERIC_SMS = 16
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _UNITS |= {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}

@@ -204,6 +204,8 @@ def install(monkeypatch, driver: FakeDriver) -> None:
     monkeypatch.setattr(engine_core.cuda.driver, "bindings", lambda: (driver, None))
     monkeypatch.setattr(engine_core.cuda.kernels, "compile_kernel", compile_kernel)
     monkeypatch.setattr(engine_core.backends.cuda.model, "Blas", fake_kernels.FakeBlas)
+    monkeypatch.setattr(engine_core.backends.cuda.model, "BlasLt", fake_kernels.FakeBlasLt)
+    monkeypatch.setattr(engine_core.backends.cuda.model, "Fp8Gemm", fake_kernels.FakeFp8Gemm)
 
 
 # --- kernels, as numpy --------------------------------------------------------------------------------------

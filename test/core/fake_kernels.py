@@ -75,8 +75,32 @@ def rms_norm(defines: dict, args) -> None:
         total += normed
         if defines.get("ROUNDED"):
             array_at(address_of(args, 4), shape, F16)[:] = total
+    elif defines.get("QUANTIZED"):
+        _quantize(normed, output, address_of(args, 4))
     else:
         array_at(output, shape, F16)[:, _places(defines, args, 4, shape[1])] = normed
+
+
+def _quantize(rows: np.ndarray, codes: int, scales: int) -> None:
+    found, factors = reference.quantize_rows(rows)
+    array_at(codes, found.shape, np.uint8)[:] = found
+    array_at(scales, factors.shape, F32)[:] = factors
+
+
+def quantize_rows(defines: dict, args) -> None:
+    rows, codes, scales = (address_of(args, i) for i in range(3))
+    values = array_at(rows, (defines["GRID"], defines["COLS"] * (1 + defines["GATED"])), F16).astype(F64)
+    if defines["GATED"]:
+        values = (reference.gelu_multiply if defines["GELU"] else reference.silu_multiply)(values)
+    _quantize(values, codes, scales)
+
+
+def unpack_fp8(defines: dict, args) -> None:
+    tiles, codes, scales = (address_of(args, i) for i in range(3))
+    shape, layout = (defines["ROWS"], defines["COLS"]), LAYOUTS["fp8"]
+    found, factors = layout.unpack(array_at(tiles, layout.tiles_shape(*shape), np.uint8), shape)
+    array_at(codes, shape, np.uint8)[:] = found
+    array_at(scales, shape[:1], F32)[:] = factors[:, 0]
 
 
 def qk_norm(defines: dict, args) -> None:
@@ -363,6 +387,44 @@ class _Cache:
         return values.astype(F64) * self._scales[:, :, :end, None].astype(F64)
 
 
+class FakeBlasLt:
+    """Stands for ``blas_lt.BlasLt`` on a GPU of compute capability 9.0."""
+
+    def __init__(self, stream) -> None:
+        self.driver = stream.device._driver
+
+    @classmethod
+    def open(cls, stream, workspace):
+        return cls(stream) if stream.device.capability == 90 else None
+
+    def close(self) -> None:
+        pass
+
+
+class FakeFp8Gemm:
+    """Stands for ``blas_lt.Fp8Gemm``: sums in float64."""
+
+    def __init__(self, lt, rows, row_scales, weight, weight_scales, output, accumulate: bool = False) -> None:
+        self._driver, self._output, self._accumulate = lt.driver, output, accumulate
+        self._operands = (rows, row_scales), (weight, weight_scales)
+
+    def plan(self, count: int) -> bool:
+        return True
+
+    def __call__(self, count: int) -> None:
+        def values(codes, scales, size: int) -> np.ndarray:
+            codes = array_at(codes.address, (size, codes.shape[1]), np.uint8)
+            return E4M3[codes].astype(F64) * array_at(scales.address, (size, 1), F32)
+
+        def work() -> None:
+            (rows, weight), output = self._operands, self._output
+            product = values(*rows, count) @ values(*weight, weight[0].shape[0]).T
+            target = array_at(output.address, product.shape, F32 if output.dtype == "fp32" else F16)
+            target[:] = target + product if self._accumulate else product
+
+        self._driver.run(work)
+
+
 class _Attention:
     """The arrays of one layer, as attention.py lays them out."""
 
@@ -452,6 +514,6 @@ _ALL = (
     *(embed, rms_norm, qk_norm, gemv, gemv_packed, dequantize_packed, gemm_packed, gate_multiply, add_bias),
     *(bias_gelu, layer_norm, patches),
     *(keep_last_row, rope_append, attention_prefill, attention_decode, lora_shrink, lora_shrink_chunk),
-    *(lora_expand_chunk, route, combine),
+    *(lora_expand_chunk, route, combine, quantize_rows, unpack_fp8),
 )
 KERNELS = {kernel.__name__: kernel for kernel in _ALL}

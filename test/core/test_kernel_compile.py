@@ -67,6 +67,8 @@ KERNELS = {
     "rms_norm": dict(COLS=1024, NORM_EPS="1e-5f", ADD=1, THREADS=512),
     "layer_norm": dict(COLS=1152, NORM_EPS="1e-6f", THREADS=512, MERGE=3, SIDE=27),
     "patches": dict(COLS=592, VALUES=588, TILE=60, PATCH=14, SIDE=4, THREADS=256),
+    "quantize_rows": dict(COLS=1024, THREADS=512, GATED=1),
+    "unpack_fp8": dict(ROWS=512, COLS=1024, BITS=8, FLOATS=1, DEQUANTIZE_WARPS=8),
     "qk_norm": dict(ROW_COLS=1536, Q_COLS=1024, K_COLS=256, Q_SIZE=1000, K_SIZE=250, THREADS=512, NORM_EPS="1e-5f"),
     "experts": dict(COLS=1024, EXPERTS=128, EXPERTS_PER_TOKEN=8, NORM_SHARES=1, THREADS=256),
     "elementwise": dict(COLS=1024, THREADS=256, TOKEN_STRIDE=8),
@@ -164,6 +166,15 @@ def test_gemms_of_small_floats_compile(arch, bits, group_scales):
         _compile_all(
             arch, ("gemv_packed", "gemm_packed"), BITS=bits, FLOATS=1, GROUP_SCALES=group_scales, BF16=bf16, EPILOGUE=1
         )
+
+
+@for_each(BESIDE_BORDERS)
+def test_the_kernels_around_fp8_gemms_compile(arch):
+    for bf16 in _types(arch):
+        _compile_all(arch, ["rms_norm"], ADD=0, QUANTIZED=1, COLS=2568, BF16=bf16)
+        _compile_all(arch, ["quantize_rows"], GATED=0, COLS=14336, BF16=bf16)
+        _compile_all(arch, ["quantize_rows"], GELU=1, COLS=72, BF16=bf16)
+    _compile_all(arch, ["unpack_fp8"], ROWS=1002, COLS=592)
 
 
 @for_each(BESIDE_BORDERS)

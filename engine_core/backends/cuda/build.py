@@ -51,6 +51,9 @@ from engine_core.progress import Progress, portion, untold
 _log = logging.getLogger(__name__)
 
 _WRITING = 0.9  # of the progress of a build; the rest are the hashes
+_FP8_ACTIVATIONS = (
+    "Long prompts are multiplied with activations in fp8, as the checkpoint says, on GPUs of compute capability 9.0."
+)
 _ROUNDED = 1 << 22  # weights that are rounded to small floats at a time, which takes several times as much memory
 
 
@@ -74,8 +77,9 @@ def build_cuda(
     quantized values of as many bits are kept with their scales and zero points, in groups of 32 columns or a multiple
     of that, or of a row; all matrices then have the smallest of these groups. So are its own fp8 values with scales of
     tensors, rows or blocks of 128 columns, and its own nvfp4 values. Others are dequantized first, and the manifest's
-    option ``rounding_errors`` has the loss of each. ``group_size``: columns that share a scale of int8 or int4 where
-    the checkpoint has none; 0 = 128.
+    option ``rounding_errors`` has the loss of each. An fp8 checkpoint that says that activations are fp8, too, has them
+    so where prefill can (``CudaSpec.fp8_gemms``). ``group_size``: columns that share a scale of int8 or int4 where the
+    checkpoint has none; 0 = 128.
     ``dtype``: fp16, bf16, or auto for the checkpoint's own. ``max_context``: 0 = the model's, at most 8192.
     ``vocab_map``: a safetensors file of the full ids an LM head of fewer rows keeps; a file of that name in the
     checkpoint is used by itself.
@@ -104,7 +108,7 @@ def build_cuda(
     CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     check_tensors(spec, checkpoint)
     stored_as = engine_format(checkpoint, spec, weight_format(quantization), dtype, group_size)
-    options = CudaOptions(dtype)
+    options = CudaOptions(dtype, fp8_activations=stored_as.kind == "fp8" and checkpoint.fp8_activations)
     if isinstance(stored_as, IntegerFormat):
         ordered = {name.split(".")[-1] for name in orders_of(checkpoint, spec, weight_format(quantization))}
         options = CudaOptions(
@@ -126,7 +130,10 @@ def build_cuda(
         group_size=stored_group(stored_as),
         use_cuda_graph=True,
         builder=companions.versions(()),
-        notes=companions.notes(CAPABILITIES, spec, max_context),
+        notes=(
+            *companions.notes(CAPABILITIES, spec, max_context),
+            *([_FP8_ACTIVATIONS] if options.fp8_activations else []),
+        ),
         options=dataclasses.asdict(options),
     )
     with write_variant(Path(engine_dir)) as directory:

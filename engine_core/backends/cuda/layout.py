@@ -74,6 +74,7 @@ class CudaOptions:
     zero_points: bool = False  # whether groups of integers have zero points
     half_scales: bool = False  # whether scales of integers are fp16 though ``dtype`` is bf16
     ordered: tuple[str, ...] = ()  # matrices of a layer whose columns are in the order of their groups: see ``orders``
+    fp8_activations: bool = False  # whether the checkpoint says that its fp8 weights meet activations in fp8
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp16", "bf16"):
@@ -97,6 +98,7 @@ class CudaSpec:
     adapters: tuple[LoraAdapter, ...] = ()  # by their numbers on the device
     drafts: bool = False  # whether there are steps that check drafts
     kv_fp8: bool = False  # an E4M3 cache; not with ``kv_int8``
+    fp8_activations: bool = False  # whether prefill may round activations to fp8; see ``fp8_gemms``
     chooses_chunk: bool = False  # whether ``chunk`` is this backend's choice, by the GPU: see ``with_sms``
     ordered: tuple[str, ...] = ()  # see ``CudaOptions``
     images: ImageLimits | None = None  # None: no encoder is loaded
@@ -140,6 +142,12 @@ class CudaSpec:
         All steps of an engine take the same one for a matrix, so that a sequence's sums are those it has alone.
         """
         return self.is_packed and not self.adapters and self.max_batch <= MAX_VECTORS
+
+    @property
+    def fp8_gemms(self) -> bool:
+        """True if prefill multiplies codes of fp8 by codes of fp8, where the GPU's cuBLASLt does."""
+        plain = not self.adapters and not self.model.num_experts
+        return self.fp8_activations and self.weight_format.kind == "fp8" and plain
 
     @property
     def row_sizes(self) -> list[int]:
@@ -262,6 +270,7 @@ class CudaSpec:
         able = capabilities_of(manifest.backend)
         if (reason := able.options_refusal(config.max_batch, config.lora_adapters, config.speculation)) is not None:
             raise ConfigurationError(reason)
+        options = read_options(manifest, CudaOptions)
         adapters = read_adapters(config.lora_adapters, manifest.model, config.lora_max_rank)
         for adapter in adapters:
             if adapter.rank > MAX_RANK:
@@ -275,8 +284,9 @@ class CudaSpec:
         spec = cls(
             model=manifest.model,
             head_rows=manifest.reduced_vocab_size or manifest.model.vocab_size,
-            dtype=read_options(manifest, CudaOptions).dtype,
-            ordered=read_options(manifest, CudaOptions).ordered,
+            dtype=options.dtype,
+            ordered=options.ordered,
+            fp8_activations=options.fp8_activations,
             weight_format=_weight_format(manifest),
             kv_int8=(kv_cache_type := _kv_cache_type(manifest, config)) == "int8",
             kv_fp8=kv_cache_type == "fp8",
@@ -363,12 +373,16 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
         for i in range(spec.num_layers)
         for name in spec.ordered
     }
-    return {
-        name: ArraySpec("weights", layout_of(spec.weight_format).tiles_shape(*shape), "uint8")
-        if name.split(".")[-1] in packed
-        else ArraySpec("weights", shape, dtype)
-        for name, shape in shapes.items()
-    } | places | _image_arrays(encoder)
+    return (
+        {
+            name: ArraySpec("weights", layout_of(spec.weight_format).tiles_shape(*shape), "uint8")
+            if name.split(".")[-1] in packed
+            else ArraySpec("weights", shape, dtype)
+            for name, shape in shapes.items()
+        }
+        | places
+        | _image_arrays(encoder)
+    )
 
 
 def _image_arrays(arrays: Arrays) -> dict[str, ArraySpec]:

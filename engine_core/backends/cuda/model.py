@@ -6,6 +6,8 @@ Two more norm the outputs of attention and MLP in models that do so before they 
 before attention and MLP these round the sum for the GEMV that follows. One more norms Q and K over all heads where a
 model does.
 Prefill calls cuBLAS, for which 4- and 8-bit weights are dequantized; a GEMM of a few tokens reads them as they are.
+Where the checkpoint says so and cuBLASLt can, activations are rounded to fp8 and multiplied by fp8 weights instead: a
+token's activations have one scale, computed as they are rounded.
 
 Sequences with LoRA adapters have launches of their own: the GEMVs of matrices that some adapter changes compute both
 halves of what it adds; in prefill two kernels follow the GEMM.
@@ -29,10 +31,11 @@ from engine_core.backends.cuda.layout import (
 )
 from engine_core.backends.cuda.padding import padded_head
 from engine_core.backends.gpu_model import DeviceModel, WeightSource, Work
-from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream
-from engine_core.cuda.kernels import Kernels, experts, linear, linear_packed, lora
+from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream, aligned
+from engine_core.cuda.kernels import Kernels, experts, fp8_rows, linear, linear_packed, lora
 from engine_core.cuda.kernels.attention import AttentionPrefill
 from engine_core.cuda.kernels.blas import Blas
+from engine_core.cuda.kernels.blas_lt import BlasLt, Fp8Gemm
 from engine_core.cuda.kernels.launch_configs import (
     GEMM_TOKENS,
     PACKED_ROWS,
@@ -55,6 +58,14 @@ class _Gemm:
 
 
 @dataclass
+class _Fp8Operands:
+    """What makes the operands of a GEMM in fp8: the codes of activations, and those of weights row by row."""
+
+    quantize: Launch
+    unpack: Launch
+
+
+@dataclass
 class _Layer:
     """The launches and the matrices of one layer's prefill."""
 
@@ -66,6 +77,7 @@ class _Layer:
     out_norms: dict[str, Launch]  # after the GEMM of that name, where there are any
     gemms: dict[str, _Gemm]
     experts: list[Launch]  # in the place of the GEMMs of the MLP
+    fp8: dict[str, _Fp8Operands]  # by GEMM; empty where none is in fp8
 
 
 class CudaModel(DeviceModel[_Layer]):
@@ -75,6 +87,11 @@ class CudaModel(DeviceModel[_Layer]):
         super().__init__(device, stream, arena, kernels, spec, work_arrays(spec, device.num_sms))
         self.blas = Blas(stream, self.work["blas"])
         self._matrices = matrices_of(spec)
+        self._lt = BlasLt.open(stream, self.work["blas"]) if spec.fp8_gemms else None
+        self._fp8 = {} if self._lt is None else self._fp8_gemms(self._lt)
+        # A size of a chunk has all its GEMMs in fp8 or none: between two of them activations are not made in 16 bits.
+        plans = [{rows for rows in self._row_counts if gemm.plan(rows)} for gemm in self._fp8.values()]
+        self._fp8_rows = set.intersection(*plans) if plans else set()
 
     def fill(self, source: WeightSource, rope: np.ndarray) -> None:
         super().fill(source, rope)
@@ -183,14 +200,18 @@ class CudaModel(DeviceModel[_Layer]):
         target: str = "normed",
         rounded: DeviceArray | None = None,
         places: DeviceArray | None = None,
+        codes: DeviceArray | None = None,
+        scales: DeviceArray | None = None,
     ) -> Launch:
-        model = self.spec.model
+        """``codes`` and ``scales``: where the result goes in fp8, instead of to ``target``."""
+        model, output = self.spec.model, codes or self._rows(target, size)
         return linear.rms_norm(
-            *(self._kernels, self._rows(source, size), weight, self._rows(target, size), model.norm_eps),
+            *(self._kernels, self._rows(source, size), weight, output, model.norm_eps),
             norm_size=model.hidden_size,
             norm_offset=model.norm_offset,
             rounded=rounded,
             places=places,
+            scales=scales,
         )
 
     def _wide_qk_norm(self, i: int, size: int) -> list[Launch]:
@@ -285,6 +306,7 @@ class CudaModel(DeviceModel[_Layer]):
             out_norms={name: launch for name in self._matrices for launch in self._out_norm(i, name, rows)},
             gemms={name: self._prefill_gemm(i, name) for name in self._matrices},
             experts=self._experts(i, rows),
+            fp8={name: self._fp8_operands(i, name) for name in self._fp8},
         )
 
     def _prefill_gemm(self, i: int, name: str) -> _Gemm:
@@ -331,7 +353,70 @@ class CudaModel(DeviceModel[_Layer]):
             self._activate.set_grid(rows)
             self._activate(stream)
 
+    def _codes(self, name: str) -> tuple[DeviceArray, DeviceArray]:
+        """Return where the codes of a GEMM's activations and their scales lie: in ``activated``, unused in fp8."""
+        chunk, columns = self.spec.chunk, [cols for _, cols in matrix_shapes(self.spec).values()]
+        start = self.work["activated"].address
+        scales = DeviceArray(start + aligned(chunk * max(columns)), (chunk,), "fp32")
+        return DeviceArray(start, (chunk, matrix_shapes(self.spec)[name][1]), "uint8"), scales
+
+    def _weight_codes(self, name: str) -> tuple[DeviceArray, DeviceArray]:
+        """Return where the codes of a matrix and the scales of its rows lie: where it would be dequantized."""
+        (rows, cols), start = matrix_shapes(self.spec)[name], self.work["dequantized"].address
+        return DeviceArray(start, (rows, cols), "uint8"), DeviceArray(start + aligned(rows * cols), (rows,), "fp32")
+
+    def _fp8_gemms(self, lt: BlasLt) -> dict[str, Fp8Gemm]:
+        """Return the GEMMs of every layer, in the same arrays; {} if the scratch has no room for the codes."""
+        activated, (_, scales) = self.work["activated"], self._codes("qkv")
+        if scales.address + scales.nbytes > activated.address + activated.nbytes:
+            return {}
+        found = {}
+        for name, (_, target, epilogue) in self._matrices.items():
+            arrays = (*self._codes(name), *self._weight_codes(name), self.work[target])
+            found[name] = Fp8Gemm(lt, *arrays, accumulate=epilogue == linear.RESIDUAL)
+        return found
+
+    def _fp8_operands(self, i: int, name: str) -> _Fp8Operands:
+        weight, (codes, scales) = self.matrix(f"layers.{i}.{name}"), self._codes(name)
+        assert isinstance(weight, linear_packed.PackedWeight)
+        norm = self.weights.get(f"layers.{i}.{IN_NORMS[name]}") if name in IN_NORMS else None
+        if norm is not None:
+            quantize = self._norm(norm, self.spec.chunk, codes=codes, scales=scales)
+        elif name == "down":
+            quantize = fp8_rows.quantize_rows(
+                self._kernels, self.work["gate_up"], codes, scales, self._matrices["gate_up"][2]
+            )
+        else:
+            quantize = fp8_rows.quantize_rows(self._kernels, self.work[self._matrices[name][0]], codes, scales)
+        return _Fp8Operands(quantize, fp8_rows.unpack_fp8(self._kernels, weight, *self._weight_codes(name)))
+
+    def _run_fp8_layer(self, layer: _Layer, rows: int) -> None:
+        """Queue a layer whose GEMMs are all in fp8."""
+        stream = self._stream
+
+        def run(launch: Launch | None) -> None:
+            if launch is not None:
+                launch.set_grid(rows)
+                launch(stream)
+
+        def multiply(name: str) -> None:
+            run(layer.fp8[name].quantize)
+            layer.fp8[name].unpack(stream)
+            self._fp8[name](rows)
+            run(layer.gemms[name].bias)
+            run(layer.out_norms.get(name))
+
+        multiply("qkv")
+        run(layer.qk_norm)
+        self._run_attention(layer.rope_append, layer.attend, rows)
+        multiply("o")
+        multiply("gate_up")
+        multiply("down")
+
     def _run_layer(self, layer: _Layer, rows: int) -> None:
+        if layer.fp8 and rows > self._max_packed and rows in self._fp8_rows:
+            self._run_fp8_layer(layer, rows)
+            return
         stream = self._stream
 
         def multiply(name: str) -> None:
@@ -357,6 +442,8 @@ class CudaModel(DeviceModel[_Layer]):
 
     def close(self) -> None:
         self.blas.close()
+        if self._lt is not None:
+            self._lt.close()
 
 
 IN_NORMS = {"qkv": "input_norm", "gate_up": "post_norm"}

@@ -12,17 +12,17 @@ from engine_core.cuda.kernels import check
 
 # cublas_api.h and library_types.h.
 _OP_N, _OP_T = 0, 1
-_TYPES = {"fp32": 0, "fp16": 2, "bf16": 14}
+TYPES = {"fp32": 0, "fp16": 2, "bf16": 14}
 _COMPUTE_32F = 68
 _GEMM_DEFAULT = -1
 
 
-def load_library() -> ctypes.CDLL:
-    """Raises DeviceUnavailableError."""
+def load_library(name: str = "cublas") -> ctypes.CDLL:
+    """Return cublas or cublasLt. Raises DeviceUnavailableError."""
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
-        return ctypes.CDLL(load_nvidia_dynamic_lib("cublas").abs_path)
+        return ctypes.CDLL(load_nvidia_dynamic_lib(name).abs_path)
     except (ImportError, RuntimeError, OSError) as error:
         raise DeviceUnavailableError(
             f"cuBLAS was not found ({error}); install the CUDA toolkit's, or pip install nvidia-cublas."
@@ -59,14 +59,14 @@ class Blas:
         assert count <= n
         check("rows", rows, (n, k), weight.dtype)
         check("output", output, (n, m), "fp32" if accumulate or output.dtype == "fp32" else weight.dtype)
-        kind = _TYPES[weight.dtype]
+        kind = TYPES[weight.dtype]
         # Column-major to cuBLAS: output[m, n] = weight[k, m]ᵀ · rows[k, n].
         self._call(
             "cublasGemmEx",
             *(self._handle, _OP_T, _OP_N, m, count, k, ctypes.byref(self._one)),
             *(ctypes.c_void_p(weight.address), kind, k, ctypes.c_void_p(rows.address), kind, k),
             ctypes.byref(self._one if accumulate else self._zero),
-            *(ctypes.c_void_p(output.address), _TYPES[output.dtype], m, _COMPUTE_32F, _GEMM_DEFAULT),
+            *(ctypes.c_void_p(output.address), TYPES[output.dtype], m, _COMPUTE_32F, _GEMM_DEFAULT),
         )
 
     def close(self) -> None:

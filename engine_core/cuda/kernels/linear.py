@@ -103,10 +103,12 @@ def rms_norm(
     norm_offset: float = 0.0,
     rounded: DeviceArray | None = None,
     places: DeviceArray | None = None,
+    scales: DeviceArray | None = None,
 ) -> Launch:
     """output [max_rows, cols] ← RMSNorm of rows [max_rows, cols] float32; the grid is the number of rows.
 
-    ``output``: 16-bit, or float32 and added to; then ``rounded``, 16-bit [max_rows, cols], gets the sum, too.
+    ``output``: 16-bit, or float32 and added to; then ``rounded``, 16-bit [max_rows, cols], gets the sum, too. With
+    ``scales``, float32 [max_rows], it is uint8, codes of E4M3, and a row's scale its largest magnitude / 448.
     ``delta``, 16-bit [max_rows, cols], is added to ``rows`` before. ``norm_size`` and ``norm_offset``: see ``gemv``.
     ``places``, int32 [cols]: where a 16-bit output has each column.
     Raises KernelArgumentError.
@@ -116,7 +118,8 @@ def rms_norm(
         raise KernelArgumentError(f"Rows of {cols} values; the kernel reads a multiple of 8.")
     check("rows", rows, (num_rows, cols), "fp32")
     check("weight", weight, (cols,), kernels.dtype)
-    check("output", output, (num_rows, cols), "fp32" if output.dtype == "fp32" else kernels.dtype)
+    dtype = "uint8" if scales is not None else "fp32" if output.dtype == "fp32" else kernels.dtype
+    check("output", output, (num_rows, cols), dtype)
     if delta is not None:
         check("delta", delta, (num_rows, cols), kernels.dtype)
     defines: dict[str, int | str] = {"COLS": cols, "NORM_EPS": float_define(norm_eps), "ADD": int(delta is not None)}
@@ -131,10 +134,14 @@ def rms_norm(
         args.append(rounded)
     if places is not None:
         check("places", places, (cols,), "int32")
-        if output.dtype == "fp32":
+        if output.dtype != kernels.dtype:
             raise KernelArgumentError("Only a 16-bit output is put in order.")
         defines["ORDERED"] = 1
         args.append(places)
+    if scales is not None:
+        check("scales", scales, (num_rows,), "fp32")
+        defines["QUANTIZED"] = 1
+        args.append(scales)
     function = kernels.function("rms_norm", "rms_norm", defines)
     return Launch(kernels.device, function, (num_rows,), RMS_NORM_THREADS, args)
 

@@ -12,7 +12,7 @@ import numpy as np
 from engine_core.cuda.kernels import nvfp4_layout
 from engine_core.cuda.kernels.integer_layout import GROUP, IntegerLayout
 from engine_core.cuda.kernels.linear_packed import LAYOUTS, layout_of
-from engine_core.formats.number_formats import E2M1, E4M3, from_16_bit, to_minifloat
+from engine_core.formats.number_formats import E2M1, E4M3, FP8_MAX, from_16_bit, to_minifloat
 from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.formats.weight_formats.integers import IntegerFormat
 
@@ -67,6 +67,13 @@ def bias_gelu(values: np.ndarray, bias: np.ndarray, *, exact: bool = False) -> n
     if exact:
         return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
     return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
+
+
+def quantize_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (codes of E4M3, uint8 [n, cols]; scales, float32 [n]) of rows [n, cols]: the largest magnitude is 448."""
+    peaks = np.abs(rows).max(axis=1, keepdims=True).astype(np.float32)
+    factors = np.divide(FP8_MAX, peaks, out=np.zeros_like(peaks), where=peaks > 1e-30)
+    return to_minifloat(rows.astype(np.float32) * factors, E4M3), peaks[:, 0] / FP8_MAX
 
 
 def route(scores: np.ndarray, count: int, norm_shares: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 // RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) of ``gridDim.x`` rows: float32 [rows][COLS] to 16-bit [rows][COLS].
 // With ADD the 16-bit ``delta`` [rows][COLS] is added to the rows first, which keep the sum. With RESIDUAL the output is float32 and
 // added to; with ROUNDED the sum goes to ``rounded``, 16-bit [rows][COLS], too. With ORDERED a 16-bit output has column c at
-// places[c], int32 [COLS].
-#include "common.cuh"
+// places[c], int32 [COLS]. With QUANTIZED the output is fp8, with a float32 scale for each row (fp8_rows.cuh).
+#include "fp8_rows.cuh"
 
 #ifndef RESIDUAL
 #define RESIDUAL 0
@@ -12,12 +12,19 @@
 #define ROUNDED 0
 #endif
 
+#ifndef QUANTIZED
+#define QUANTIZED 0
+#endif
+
 constexpr int STEP = THREADS * 4;  // columns of a CTA at once
 constexpr int PARTS = (COLS + STEP - 1) / STEP;
 
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, const half_t* weight, void* output, const half_t* delta
 #if ROUNDED
                                                                , half_t* rounded
+#endif
+#if QUANTIZED
+                                                               , float* scales
 #endif
                                                                PLACES_PARAMETER) {
     __shared__ float sums[THREADS / 32];
@@ -58,6 +65,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, cons
 #pragma unroll
     for (int w = 0; w < THREADS / 32; ++w) total += sums[w];
     const float scale = rsqrtf(total / NORM_SIZE + NORM_EPS);
+#if QUANTIZED
+    float peak = 0.f;
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        if (first + p * STEP >= COLS) continue;
+        float4& v = values[p];
+        const float2 a = unpack2(weights[p].x), b = unpack2(weights[p].y);
+        v.x *= scale * offset_weight(a.x), v.y *= scale * offset_weight(a.y);
+        v.z *= scale * offset_weight(b.x), v.w *= scale * offset_weight(b.y);
+        peak = fmaxf(fmaxf(peak, fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w)));
+    }
+    const float factor = quantizer<THREADS>(peak, scales + blockIdx.x);
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        const float4 v = values[p];
+        const u32 codes = to_e4m3x4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
+        if (first + p * STEP < COLS) *(u32*)((unsigned char*)output + start + first + p * STEP) = codes;
+    }
+#else
 #pragma unroll
     for (int p = 0; p < PARTS; ++p) {
         const int c = first + p * STEP;
@@ -82,4 +108,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(float* rows, cons
         *(uint2*)((half_t*)output + start + c) = make_uint2(pack2(x, y), pack2(z, w));
 #endif
     }
+#endif
 }
