@@ -36,7 +36,7 @@ from edgellm_ros.srv import Cancel, Generate
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import result_rows  # noqa: E402
 
-TOKENS = 400  # of an answer that nobody ends
+TOKENS = 1500  # of an answer that nobody ends
 MOMENTS = 10  # of a round's cancel
 EARLIEST, LATEST = 0.02, 0.15  # s after the question
 AFTERWARDS = 0.05  # s that a sentence after the end would have
