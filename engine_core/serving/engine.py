@@ -72,6 +72,11 @@ from engine_core.vision.limits import image_limits
 __all__ = ["CancelToken", "Engine", "PreparedRequest"]
 
 _log = logging.getLogger(__name__)
+
+_LONG_SYSTEM_PROMPT = (
+    "The system prompt has at least %d tokens, but max_context is %d, the answer included: every request with it is "
+    "refused; set a shorter one."
+)
 _CHECKING = 0.3  # of the progress of opening: the hashes; the rest is the backend's
 
 
@@ -325,16 +330,24 @@ class Engine:
     # --- the work: one thread -----------------------------------------------------------------------
 
     def warm_system_prompt(self, text: str) -> int:
-        """Computes the KV of a system prompt and keeps it; returns its length in tokens (0: nothing to keep).
+        """Compute the KV of a system prompt and keep it; return its length in tokens (0: nothing to keep).
 
-        A slot has to be free.
+        A slot has to be free. Warns of a prompt with which every request is refused.
         """
-        if len(text) // self.tokenizer.max_token_chars >= self.max_context:
-            return 0  # requests with it are refused
+        if (least := len(text) // self.tokenizer.max_token_chars) >= self.max_context:
+            _log.warning(_LONG_SYSTEM_PROMPT, least, self.max_context)
+            return 0
         with refusing_panics("tokenizing the system prompt of"):
             prefix = self.tokenizer.system_prefix(text) if text else np.empty(0, dtype=np.int32)
-        if len(prefix) and int(prefix.max()) >= self.vocab_size:
-            return 0  # requests with it are refused
+        if len(prefix) >= self.max_context:
+            _log.warning(_LONG_SYSTEM_PROMPT, len(prefix), self.max_context)
+            return 0
+        if len(prefix) and (largest := int(prefix.max())) >= self.vocab_size:
+            _log.warning(
+                "The system prompt holds the token with id %d, but the model has ids from 0 to %d: every request with "
+                "it is refused; leave it out.", largest, self.vocab_size - 1,
+            )  # fmt: skip
+            return 0
         prefix = prefix[: min(self.max_context - 1, self.config.prompt_cache_tokens)]
         if not len(prefix) or not self.config.prompt_cache_entries:
             return 0

@@ -144,6 +144,18 @@ def test_a_system_prompt_beyond_the_context_is_not_tokenized(open_engine, monkey
     assert engine.warm_system_prompt("x" * engine.tokenizer.max_token_chars * engine.max_context) == 0
 
 
+def test_a_system_prompt_with_which_every_request_is_refused_is_told(open_engine, caplog):
+    engine = open_engine()
+    fits = "x" * (engine.max_context // 2)
+    assert engine.warm_system_prompt(fits) > 0 and not caplog.records
+    for text in ("x" * engine.max_context, "x" * engine.tokenizer.max_token_chars * engine.max_context):
+        caplog.clear()
+        assert engine.warm_system_prompt(text) == 0
+        assert f"but max_context is {engine.max_context}" in caplog.text and "every request with it" in caplog.text
+        with pytest.raises(PromptTooLongError):
+            engine.prepare(GenerationRequest("r", (ChatMessage("system", text), ChatMessage("user", "hello"))))
+
+
 def test_biases_are_summed_then_clamped_and_never_nan(open_engine):
     bias = ((7, 3e38), (7, 3e38), (7, -math.inf), (8, 1e308), (8, 1e308), (9, 2.0), (9, 1.5), (10, -3e38))
     biases = dict(SamplingParams(logit_bias=bias).biases())
