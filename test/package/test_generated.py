@@ -24,7 +24,7 @@ def test_the_limits_have_codes_of_the_interface():
     rows = [line.split("|") for line in write_generated.docs_reference.limits().splitlines()[2:]]
     assert len(rows) > 20 and len({row[1] for row in rows}) == len(rows)
     for row in rows:
-        assert f"uint8 {row[3].strip(' `')}=" in constants or f" {row[3].strip(' `')} =" in constants, row
+        assert f" {row[3].strip(' `')}=" in constants, row
 
 
 def test_the_parameter_file_has_every_parameter_with_its_default():
