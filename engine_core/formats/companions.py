@@ -129,6 +129,12 @@ def check_companions(checkpoint: Checkpoint, vocab_size: int) -> None:
             "%s has %d tokens beyond the model's vocabulary of %d, such as %r: texts that hold one are refused.",
             path, len(beyond), vocab_size, beyond[0],
         )  # fmt: skip
+    named = set(tokens.values())
+    if tokens and 2 * len(named) < vocab_size:  # models are padded by a few
+        _log.warning(
+            "%s has tokens for %d of the model's %d ids: answers lack the text of all others; take the tokenizer that "
+            "the model was trained with.", path, len(named), vocab_size,
+        )  # fmt: skip
     _try_tokenizer(checkpoint)
 
 

@@ -95,3 +95,10 @@ def test_sampling_that_is_left_out_is_told(checkpoint, caplog, value):
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "temperature" in caplog.text and "from 0.0 to 100.0; it is left out" in caplog.text
     assert model_sampling(checkpoint) == {"top_k": 50}
+
+
+def test_a_tokenizer_without_most_of_the_tokens_is_told(checkpoint, caplog):
+    check(checkpoint)
+    assert not caplog.records
+    check_companions(Checkpoint(checkpoint), 3 * VOCAB_SIZE)
+    assert f"of the model's {3 * VOCAB_SIZE} ids: answers lack the text of all others" in caplog.text
