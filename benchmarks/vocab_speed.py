@@ -29,32 +29,19 @@ sys.path.insert(0, str(ROOT))
 from engine_core.backends.onnxruntime.build import build_engine  # noqa: E402
 from engine_core.config import EngineConfig  # noqa: E402
 from engine_core.formats.vocab_map import write_vocab_map  # noqa: E402
+from engine_core.hub.known_models import find_known  # noqa: E402
 from engine_core.measure.bench import Benchmark  # noqa: E402
 from engine_core.measure.random_checkpoint import write_random_checkpoint  # noqa: E402
 
-SHAPE = dict(
-    architectures=["Qwen3ForCausalLM"],
-    model_type="qwen3",
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=28,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    max_position_embeddings=4096,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    hidden_act="silu",
-    tie_word_embeddings=True,
-    eos_token_id=151645,
-)
+_QWEN3 = find_known("Qwen3-0.6B")
+assert _QWEN3 is not None
+SHAPE = {**_QWEN3.config, "max_position_embeddings": 4096, "eos_token_id": 151645}
 VARIANTS = {
     "int8": dict(quantization="int8"),
     "int4": dict(quantization="int4"),
     "int4 g128 head 4": dict(quantization="int4", group_size=128, head_bits=4),
 }
-QUARTER = 151936 // 4
+QUARTER = SHAPE["vocab_size"] // 4
 DEMO = ROOT / "models" / "demo"
 MAX_CONTEXT = 1024  # tokens
 
