@@ -224,6 +224,9 @@ def remove_environment(venv: Path) -> None:
     elif venv.exists():
         if not (venv / "pyvenv.cfg").exists() and any(venv.iterdir()):
             raise SetupError(f"{venv} is in the way and is no virtual environment; move it away.")
+        for part in venv.iterdir():  # pyvenv.cfg goes last, so that what an interrupted removal leaves is known as ours
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)
         shutil.rmtree(venv)
 
 
