@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
-from test_cuda_models import check_greedy, use_weights_of
+from gpu_bench import error
+from test_cuda_models import TOLERANCE, check_greedy, load, logits_of, use_weights_of
 
 import float_checkpoints
 import quantized_checkpoints
+from device_steps import GREEDY
 from engine_core.backends.cuda.build import build_cuda
 from engine_core.backends.cuda.layout import CudaSpec
 from engine_core.config import EngineConfig
 from engine_core.formats.checkpoint import Checkpoint
+from engine_core.formats.manifest import MANIFEST_NAME
+from engine_core.measure.steps import begin, prefill
 from quantized_checkpoints import Scheme
 
 pytestmark = pytest.mark.gpu
@@ -100,4 +106,50 @@ def test_logits_of_fp8_and_nvfp4_are_those_of_the_dequantized_model(tmp_path, ki
     for name, parameter in model.named_parameters():
         if name.endswith("_proj.weight"):
             np.testing.assert_allclose(parameter.detach().numpy(), checkpoint.read(name), rtol=1e-6)
+    if manifest.options["fp8_activations"]:
+        check_rounded_activations(engine, model, dtype)
+        path = engine / MANIFEST_NAME
+        text = path.read_text()
+        path.write_text(text.replace('"fp8_activations": true', '"fp8_activations": false'))
+        assert path.read_text() != text
     check_greedy(engine, model)
+
+
+def round_input(_module, inputs):
+    """Round each row to fp8 with a scale of its own."""
+    (rows,) = inputs
+    scales = rows.float().abs().amax(-1, keepdim=True) / 448
+    return (((rows.float() / scales).to(torch.float8_e4m3fn).float() * scales).to(rows.dtype),)
+
+
+def last_logits(model, prompts) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [model(torch.tensor(prompt[None])).logits[0, -1].double().numpy() for prompt in prompts]
+
+
+def check_rounded_activations(engine, model, dtype: str):
+    """The logits of prompts are those of ``model`` with what its layers' matrices meet rounded to fp8.
+
+    A value whose 16 bits differ may be rounded to the next fp8 value, which is 6 to 12 % away. So they are compared
+    with what transformers itself loses in the same 16-bit type, in the mean of several prompts.
+    """
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(0, model.config.vocab_size, 200).astype(np.int32) for _ in range(6)]
+    backend, found = load(engine), []
+    try:
+        for prompt in prompts:
+            begin(backend, GREEDY, prompt)
+            prefill(backend, prompt, 0).result()
+            found.append(logits_of(backend))
+    finally:
+        backend.close()
+    exact, small = copy.deepcopy(model), copy.deepcopy(model).to({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+    small.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    for each in (exact, small):
+        for name, module in each.named_modules():
+            if name.endswith("_proj"):
+                module.register_forward_pre_hook(round_input)
+    expected = last_logits(exact, prompts)
+    lost = np.mean([*map(error, found, expected)])
+    assert lost < TOLERANCE * np.mean([*map(error, last_logits(small, prompts), expected)])
+    assert np.mean([*map(error, last_logits(model, prompts), found)]) > lost  # and not those without rounding
