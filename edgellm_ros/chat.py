@@ -30,6 +30,7 @@ from edgellm_ros.client import (
 from edgellm_ros.client_images import to_image_messages
 from edgellm_ros.msg import FinishReason, GenerationResult
 from edgellm_ros.sampling_options import OPTION_TYPES
+from engine_core.errors import ConfigurationError
 
 _ENDINGS = {FinishReason.CANCELLED: "cancelled", FinishReason.TIMEOUT: "timeout", FinishReason.PREEMPTED: "preempted",
             FinishReason.LENGTH: "length limit"}  # fmt: skip
@@ -120,7 +121,7 @@ class Chat:
             self._forget()
             self._system_prompt = rest.strip()
         elif command == "/image":
-            self._add_image(Path(rest.strip()).expanduser())
+            self._add_image(Path(rest.strip()))
         elif command == "/help":
             print(_HELP, file=sys.stderr)
         elif command.startswith("/"):
@@ -134,6 +135,8 @@ class Chat:
             self._images += to_image_messages([path])[1]
         except OSError as error:
             print(f"{path} cannot be read ({error.strerror}).", file=sys.stderr)
+        except ConfigurationError as error:  # a ~ without a home directory
+            print(error, file=sys.stderr)
 
     def _forget(self) -> None:
         self._turns.clear()

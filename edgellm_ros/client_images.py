@@ -9,6 +9,8 @@ from typing import Any
 
 from sensor_msgs.msg import CompressedImage, Image
 
+from engine_core.paths import expand_user
+
 _ENCODINGS = {(): "mono8", (1,): "mono8", (3,): "rgb8", (4,): "rgba8"}  # shape of a pixel → encoding
 _PNG = b"\x89PNG"
 
@@ -19,7 +21,7 @@ def to_image_messages(images: Iterable[Any]) -> tuple[list[Image], list[Compress
     An image is a path (str or Path) of a JPEG or PNG file, an array of uint8 [height, width] or [height, width,
     channels] with grey, RGB or RGBA, a picture of Pillow, or a message. A request has its raw images first: raises
     ValueError where a raw one stands behind a compressed one, TypeError for anything else, OSError for a file that
-    cannot be read.
+    cannot be read, engine_core's ConfigurationError for a ~ without a home directory.
     """
     if isinstance(images, (str, Path)) or len(getattr(images, "shape", ())) in (2, 3):  # one alone
         raise TypeError(f"images is one {type(images).__name__}, but it must be a list of images.")
@@ -66,5 +68,5 @@ def _raw(height: int, width: int, pixel: tuple[int, ...], data: bytes) -> Image:
 
 
 def _read_file(path: Path) -> CompressedImage:
-    data = path.expanduser().read_bytes()
+    data = expand_user(path).read_bytes()
     return CompressedImage(format="png" if data.startswith(_PNG) else "jpeg", data=array("B", data))

@@ -16,6 +16,7 @@ from edgellm_ros.srv import Sessions as SessionsService
 from edgellm_ros.state import NodeState
 from edgellm_ros.threads import SerialThread
 from engine_core.errors import InvalidRequestError, InvalidSessionError, NotActiveError
+from engine_core.paths import expand_user
 from engine_core.serving.engine import Engine
 from engine_core.serving.session_files import SavedSession, load_session, save_session
 from engine_core.serving.sessions import SessionInfo
@@ -27,7 +28,7 @@ class SessionService:
     def __init__(self, node: Node, state: NodeState, directory: str) -> None:
         """``directory``: where sessions are saved; "" = nowhere."""
         self._state = state
-        self._directory = Path(directory).expanduser() if directory else None
+        self._directory = expand_user(directory) if directory else None
         self._thread = SerialThread(node, "edgellm-sessions")
         node.create_service(
             SessionsService,

@@ -10,6 +10,7 @@ from engine_core.backends.capabilities import all_capabilities, all_kv_cache_typ
 from engine_core.backends.registry import backend_names
 from engine_core.errors import ConfigurationError
 from engine_core.formats import weight_formats
+from engine_core.paths import expand_user
 
 BACKENDS = ("auto", *backend_names())
 GPU_BACKENDS = frozenset(each.backend for each in all_capabilities() if each.on_gpu)
@@ -82,7 +83,7 @@ class EngineConfig:
                 object.__setattr__(self, option.name, tuple(entry for entry in value if entry))
             elif type(value) is not kind:
                 raise ConfigurationError(f"{option.name} is {value!r:.60}, expected a value of type {kind.__name__}.")
-        object.__setattr__(self, "engine_dir", Path(self.engine_dir).expanduser())
+        object.__setattr__(self, "engine_dir", expand_user(self.engine_dir))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from engine_core.backends.registry import check_name
+from engine_core.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from engine_core.backends.capabilities import Capabilities
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from engine_core.memory import MemoryPlan
     from engine_core.models.spec import ModelSpec
     from engine_core.progress import Progress
+
+_LARGEST = 2**31 - 1  # tokens, sequences or rows: an int32 counts them
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,18 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class Size:
-    """The size of an engine that is not built yet."""
+    """The size of an engine that is not built yet. Raises ConfigurationError for one that no engine can have."""
 
     max_context: int
     max_batch: int = 1
     kv_cache_type: str = ""  # "": the backend's default
     head_rows: int = 0  # of a reduced LM head; 0 = the whole vocabulary
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_context", 1), ("max_batch", 1), ("head_rows", 0)):
+            value = getattr(self, name)
+            if not least <= value <= _LARGEST:
+                raise ConfigurationError(f"{name} is {value}, expected {least} to {_LARGEST}.")
 
 
 @dataclass(frozen=True)

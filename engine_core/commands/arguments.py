@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,21 @@ def port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port; ports are 1 to 65535, and 0 is any that is free")
     return int(text)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return a type of argparse: a whole number of ``least`` or more."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is no whole number of {least} or more")
+        return value
+
+    return parse
 
 
 def check_output(path: Path, force: bool) -> None:

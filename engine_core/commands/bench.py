@@ -39,10 +39,12 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from engine_core.errors import ConfigurationError
-    from engine_core.measure.bench import Benchmark
+    from engine_core.measure.bench import MAX_REPEATS, Benchmark
 
     if min(options.prompt_tokens) < 1 or options.new_tokens < 3 or options.repeats < 1:
         raise ConfigurationError("bench needs at least 1 prompt token, 3 new tokens and 1 repeat.")
+    if options.repeats > MAX_REPEATS:
+        raise ConfigurationError(f"bench was asked for {options.repeats} repeats, but it runs at most {MAX_REPEATS}.")
     show = sys.stderr.isatty() and not options.json
 
     def report(line: str) -> None:

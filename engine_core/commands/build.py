@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from engine_core.backends.capabilities import all_capabilities, capabilities_of
 from engine_core.backends.registry import backend_names
 from engine_core.backends.toolkit import BuildRequest, toolkit_of
-from engine_core.commands.arguments import add_command, add_force, check_output
+from engine_core.commands.arguments import add_command, add_force, check_output, whole_number
 from engine_core.commands.progress import shown
 from engine_core.commands.tables import print_verdict
 from engine_core.config import KV_CACHE_TYPES, QUANTIZATIONS
@@ -60,7 +60,7 @@ def add(commands) -> None:
     )
     parser.add_argument("--vocab-map", type=Path, help="safetensors file of the token ids a smaller LM head keeps")
     parser.add_argument(
-        "--max-prefill", type=int, default=0, help="tokens of a prefill step, tensorrt only (default: 512)"
+        "--max-prefill", type=whole_number(0), default=0, help="tokens of a prefill step, tensorrt only (default: 512)"
     )
     parser.add_argument(
         "--exporter",

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine_core.commands.arguments import add_command, add_force, check_output
+from engine_core.commands.arguments import add_command, add_force, check_output, whole_number
 from engine_core.commands.build import built
 from engine_core.commands.progress import shown
 from engine_core.commands.tables import print_verdict
 from engine_core.config import BACKENDS, QUANTIZATIONS
+from engine_core.paths import expand_user
 
 if TYPE_CHECKING:
     from engine_core.hub.download import HubModel
@@ -44,7 +45,9 @@ def add(commands) -> None:
     parser.add_argument("engine_dir", type=Path, nargs="?", help="where to write (default: ~/engines/NAME)")
     parser.add_argument("--variant", choices=QUANTIZATIONS, default="auto", help="weight format (default: see above)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: the GPU's where one runs the model")
-    parser.add_argument("--max-context", type=int, default=0, help="tokens (default: 4096, or the model's if shorter)")
+    parser.add_argument(
+        "--max-context", type=whole_number(0), default=0, help="tokens (default: 4096, or the model's if shorter)"
+    )
     parser.add_argument("--revision", default="", help="commit, branch or tag (default: the known one, or main)")
     parser.add_argument(
         "--hub",
@@ -143,7 +146,7 @@ def _resolve(options: argparse.Namespace) -> _Job:
         raise unknown_name(asked)
     model_id = known.id if known else asked
     name = model_id.partition("/")[2].lower().removesuffix("-gguf")
-    engine_dir = (options.engine_dir or Path.home() / "engines" / name).expanduser().absolute()
+    engine_dir = expand_user(options.engine_dir or Path("~", "engines", name)).absolute()
     check_output(engine_dir, options.force)
     revision = options.revision or (known.revision if known else "main")
     return _Job(HubModel(model_id, revision, gguf), name, known.context if known else 0, hub, engine_dir)

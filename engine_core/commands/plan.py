@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 
 from engine_core.backends.capabilities import all_capabilities, capabilities_of
-from engine_core.commands.arguments import add_command, add_device, add_trusted_keys, device_of, refuse_trusted_keys
+from engine_core.commands.arguments import (
+    add_command,
+    add_device,
+    add_trusted_keys,
+    device_of,
+    refuse_trusted_keys,
+    whole_number,
+)
 from engine_core.commands.tables import print_notes, print_table, print_verdict
 from engine_core.config import BACKENDS, KV_CACHE_TYPES, QUANTIZATIONS
 from engine_core.memory import MemoryPlan, format_bytes
@@ -27,24 +34,18 @@ def add(commands) -> None:
         "target", type=Path, help="a checkpoint directory (config.json is enough), a GGUF file or an engine"
     )
     add_device(parser)
-    parser.add_argument("--max-context", type=_count, nargs="+", default=[], help="tokens (default: 4096 or built)")
-    parser.add_argument("--max-batch", type=_count, nargs="+", default=[1], help="sequences at a time (default: 1)")
+    count = whole_number(1)
+    parser.add_argument("--max-context", type=count, nargs="+", default=[], help="tokens (default: 4096 or built)")
+    parser.add_argument("--max-batch", type=count, nargs="+", default=[1], help="sequences at a time (default: 1)")
     parser.add_argument(
         "--kv-cache-type", choices=KV_CACHE_TYPES[1:], default="", help="number format (default: the backend's)"
     )
-    parser.add_argument("--vocab-size", type=_count, default=0, help="rows of a reduced LM head (a checkpoint's plan)")
+    parser.add_argument("--vocab-size", type=count, default=0, help="rows of a reduced LM head (a checkpoint's plan)")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="the variant asked for")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: the GPU's where there is one")
     add_trusted_keys(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document, bytes")
     parser.set_defaults(run=run)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
 
 
 def run(options: argparse.Namespace) -> int:

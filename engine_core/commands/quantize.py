@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from engine_core.commands.arguments import add_command, add_force, check_output
+from engine_core.commands.arguments import add_command, add_force, check_output, whole_number
 from engine_core.commands.progress import shown
 from engine_core.commands.tables import print_verdict
 from engine_core.errors import BuildError
@@ -40,8 +40,9 @@ def add(commands) -> None:
     parser.add_argument(
         "--calibration", type=Path, help="text file or JSONL chats (default: the checkpoint's calibration.jsonl)"
     )
-    parser.add_argument("--num-samples", type=int, default=128, help="chats or pieces of text (default: 128)")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of each at most (default: 256)")
+    count = whole_number(1)
+    parser.add_argument("--num-samples", type=count, default=128, help="chats or pieces of text (default: 128)")
+    parser.add_argument("--sequence-length", type=count, default=256, help="tokens of each at most (default: 256)")
     parser.add_argument("--asymmetric", action="store_true", help="zero points, for 4-bit integers")
     parser.add_argument("--head", action="store_true", help="quantize an LM head of its own, too")
     add_force(parser)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine_core.commands.arguments import add_command, add_device, device_of
+from engine_core.commands.arguments import add_command, add_device, device_of, whole_number
 from engine_core.commands.tables import print_notes, print_table, print_verdict
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def add(commands) -> None:
         default="chat",
         help="tools: models whose template has tool calls; vision: models that see images (default: chat)",
     )
-    parser.add_argument("--max-context", type=int, default=0, help="tokens (default: 4096, or the model's if shorter)")
+    parser.add_argument(
+        "--max-context", type=whole_number(0), default=0, help="tokens (default: 4096, or the model's if shorter)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document, bytes")
     parser.set_defaults(run=run)
 

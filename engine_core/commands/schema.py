@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from engine_core.commands.arguments import add_command
+from engine_core.commands.arguments import add_command, whole_number
 from engine_core.message_types import MAX_ITEMS, MAX_STRING
 
 
@@ -22,20 +22,14 @@ def add(commands) -> None:
         "type", help="such as geometry_msgs/msg/PoseStamped; of a service its request, of an action its goal"
     )
     parser.add_argument("--fields", help="these fields alone: dotted paths, with commas between them")
+    count = whole_number(0)
     parser.add_argument(
-        "--max-string", type=_count, default=MAX_STRING, help="most characters of a string (default: %(default)s)"
+        "--max-string", type=count, default=MAX_STRING, help="most characters of a string (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-items", type=_count, default=MAX_ITEMS, help="most items of a sequence (default: %(default)s)"
+        "--max-items", type=count, default=MAX_ITEMS, help="most items of a sequence (default: %(default)s)"
     )
     parser.set_defaults(run=run)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from engine_core.commands.arguments import add_command, add_engine, add_opening, engine_config, port
+from engine_core.commands.arguments import add_command, add_engine, add_opening, engine_config, port, whole_number
 from engine_core.commands.progress import shown
 from engine_core.config import BUSY_POLICIES
 from engine_core.request import SAMPLING_OPTIONS, RequestDefaults, SamplingParams
@@ -33,9 +33,11 @@ def add(commands) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=port, default=8000, help="TCP port (default: 8000; 0: any that is free)")
     parser.add_argument("--api-key-file", default="", metavar="FILE", help="one API key a line; a client sends one")
-    parser.add_argument("--body-limit", type=int, default=16, metavar="MIB", help="largest body (default: 16)")
+    parser.add_argument(
+        "--body-limit", type=whole_number(1), default=16, metavar="MIB", help="largest body (default: 16)"
+    )
     parser.add_argument("--max-batch", type=int, default=1, help="requests decoded at the same time (default: 1)")
-    parser.add_argument("--queue-depth", type=int, default=8, help="requests that may wait (default: 8)")
+    parser.add_argument("--queue-depth", type=whole_number(0), default=8, help="requests that may wait (default: 8)")
     parser.add_argument(
         "--busy-policy", choices=BUSY_POLICIES, default="queue", help="what a request meets while all slots are taken"
     )
@@ -87,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         undo.callback(intake.close)
         server = open_server(
             intake, host=options.host, port=options.port, api_key_file=options.api_key_file,
-            body_limit=max(1, options.body_limit) << 20,
+            body_limit=options.body_limit << 20,
         )  # fmt: skip
         undo.callback(server.close)
         for signum in (signal.SIGINT, signal.SIGTERM):

@@ -22,6 +22,7 @@ from engine_core.errors import AdapterError, CheckpointError, ConfigurationError
 from engine_core.formats.json_file import read_json
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.models.spec import ModelSpec
+from engine_core.paths import expand_user
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -287,7 +288,7 @@ def adapter_paths(entries: Iterable[str]) -> dict[str, Path]:
             )
         if name in found:
             raise ConfigurationError(f"lora_adapters has two adapters named {name!r}; give each a name of its own.")
-        found[name] = Path(path).expanduser()
+        found[name] = expand_user(path)
     return found
 
 

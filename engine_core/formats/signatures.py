@@ -18,6 +18,7 @@ from typing import Any
 
 from engine_core.errors import BuildError, ConfigurationError, SignatureError, first_line
 from engine_core.formats.atomic import replaced_file
+from engine_core.paths import expand_user
 
 SIGNATURE_SUFFIX = ".sig"
 _SIZE = 64  # bytes of a signature
@@ -103,7 +104,7 @@ def read_trusted_keys(path: str | Path) -> TrustedKeys | None:
     """
     if not str(path):
         return None
-    path = Path(path).expanduser()
+    path = expand_user(path)
     _require_cryptography(ConfigurationError, "trusted_keys")
     try:
         files = [path]

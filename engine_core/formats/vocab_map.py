@@ -18,6 +18,7 @@ from engine_core.config import EngineConfig
 from engine_core.errors import CheckpointError, ConfigurationError, EngineDirectoryError
 from engine_core.formats.manifest import Manifest
 from engine_core.formats.safetensors_file import SafetensorsFile, write_safetensors
+from engine_core.paths import expand_user
 
 VOCAB_MAP_NAME = "vocab_map.safetensors"
 TENSOR_NAME = "vocab_map"
@@ -89,7 +90,7 @@ def configured_vocab_map(variant_dir: Path, manifest: Manifest, config: EngineCo
     if config.vocab_map in ("auto", "none"):
         return own, False
     try:
-        given = read_vocab_map(Path(config.vocab_map).expanduser(), vocab_size, variant_dir)
+        given = read_vocab_map(expand_user(config.vocab_map), vocab_size, variant_dir)
         check_ends(config.vocab_map, given, manifest.eos_token_ids)
     except CheckpointError as error:
         raise ConfigurationError(str(error)) from error

@@ -7,7 +7,6 @@ import errno
 import logging
 import socket
 import threading
-from pathlib import Path
 
 import uvicorn
 
@@ -16,6 +15,7 @@ from engine_core.http.app import OpenAIApp
 from engine_core.http.limits import DEFAULT_LIMITS, HttpLimits, limited_protocol
 from engine_core.http.metrics import Metrics
 from engine_core.http.status import StatusFigures
+from engine_core.paths import expand_user
 from engine_core.request import GenerationResult
 from engine_core.serving.intake import Intake
 
@@ -105,8 +105,8 @@ def read_keys(path: str) -> tuple[bytes, ...]:
     Raises ConfigurationError if it cannot be read or has none.
     """
     try:
-        lines = [line.strip() for line in Path(path).expanduser().read_bytes().splitlines()]
-    except (OSError, ValueError, RuntimeError) as error:  # the latter two: NUL in the path, a ~ without a home
+        lines = [line.strip() for line in expand_user(path).read_bytes().splitlines()]
+    except (OSError, ValueError) as error:  # the latter: NUL in the path
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise ConfigurationError(f"The API key file {path} cannot be read: {reason}.") from None
     keys = tuple(line for line in lines if line and not line.startswith(b"#"))

@@ -23,6 +23,7 @@ from engine_core.formats.gguf_file import SUFFIX
 from engine_core.formats.json_file import read_json
 from engine_core.hub import gguf_files, resume
 from engine_core.memory import format_bytes
+from engine_core.paths import expand_user
 
 HUB_VARIABLE = "EDGELLM_HUB"
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -216,7 +217,7 @@ def check_space(model: HubModel, num_bytes: int, out: Path, engine_bytes: int) -
 
 
 def _existing(path: Path) -> Path:
-    path = path.expanduser().absolute()
+    path = expand_user(path).absolute()
     return next(each for each in (path, *path.parents) if each.exists())
 
 

@@ -23,7 +23,7 @@ from engine_core.backends.toolkit import BuildRequest, toolkit_of
 from engine_core.config import EngineConfig
 from engine_core.errors import ConfigurationError, EdgeLLMError
 from engine_core.hub.known_models import find_known, unknown_name
-from engine_core.measure.bench import Benchmark, figures
+from engine_core.measure.bench import MAX_REPEATS, Benchmark, figures
 from engine_core.measure.power import open_meter
 from engine_core.measure.random_checkpoint import write_random_checkpoint
 from engine_core.memory import format_bytes
@@ -57,6 +57,8 @@ class ReportOptions:
                 raise unknown_name(name)
         if min(self.prompt_tokens) < 1 or self.new_tokens < 3 or self.repeats < 1:
             raise ConfigurationError("A report needs at least 1 prompt token, 3 new tokens and 1 repeat.")
+        if self.repeats > MAX_REPEATS:
+            raise ConfigurationError(f"A report has at most {MAX_REPEATS} repeats, not {self.repeats}.")
 
 
 def make_report(options: ReportOptions, progress: Progress = lambda line: None) -> dict[str, Any]:

@@ -66,17 +66,21 @@ class Fields:
         return value
 
     def text(self, name: str, default: Any = _MISSING) -> str:
-        """Return a string. Raises what ``refuse`` raises."""
+        """Return a string of whole characters. Raises what ``refuse`` raises."""
         value = self._get(name, default, False)
         if not isinstance(value, str):
             self.refuse(name, "a string")
+        if has_lone_surrogate(value):
+            self.refuse(name, "a string without half a surrogate pair")
         return value
 
     def texts(self, name: str) -> list[str] | None:
-        """Return a list of strings, or None. Raises what ``refuse`` raises."""
+        """Return a list of strings of whole characters, or None. Raises what ``refuse`` raises."""
         value = self._get(name, None, True)
         if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             self.refuse(name, "a list of strings")
+        if value is not None and has_lone_surrogate("\0".join(value)):
+            self.refuse(name, "a list of strings without half a surrogate pair")
         return value
 
     def counts(self, name: str) -> list[int] | None:
@@ -104,6 +108,15 @@ class Fields:
         if value is _MISSING or (value is None and not optional):
             self.refuse(name, "a value")
         return value
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Return True for a text with half a surrogate pair: UTF-8 cannot hold it, but an escape of JSON can spell it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _short(value: object) -> str:

@@ -20,7 +20,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import cached_property, partial
-from pathlib import Path
 
 import numpy as np
 
@@ -43,6 +42,7 @@ from engine_core.formats.companions import model_sampling
 from engine_core.formats.lora import adapter_paths
 from engine_core.formats.manifest import Manifest
 from engine_core.memory import MemoryPlan
+from engine_core.paths import expand_user
 from engine_core.planning.selection import advice, choose
 from engine_core.progress import Progress, portion, untold
 from engine_core.request import (
@@ -177,7 +177,7 @@ class Engine:
         Raises ConfigurationError if there is no such directory.
         """
         if directory := self.config.schema_dir:
-            self.schemas = NamedSchemas.read(Path(directory).expanduser(), self._constraints, report)
+            self.schemas = NamedSchemas.read(expand_user(directory), self._constraints, report)
 
     def close(self) -> None:
         """Gives everything back; may be called twice."""

@@ -26,6 +26,7 @@ from engine_core.errors import (
     InvalidTextError,
     first_line,
 )
+from engine_core.models.fields import has_lone_surrogate
 from engine_core.request import ChatMessage, Tool
 from engine_core.text.call_formats import TOOL_VARIABLES, AnswerFormat
 from engine_core.text.conversation import Conversation, marked, text_parts, to_conversation, to_tools, with_videos
@@ -428,13 +429,18 @@ def _old_template(directory: Path) -> str | None:
 
 def _check_templates(directory: Path, found: object) -> None:
     """Raises EngineDirectoryError if ``found`` is neither a chat template nor several by name with a default."""
-    templates = found if isinstance(found, dict) else {"default": found}
-    if not found or ("default" in templates and all(isinstance(text, str) for text in templates.values())):
+    if not found:
         return
-    raise EngineDirectoryError(
-        f"The chat template in {directory} is neither a text nor several texts with one named 'default'; correct it in "
-        "tokenizer_config.json, or put it into chat_template.jinja."
-    )
+    templates = found if isinstance(found, dict) else {"default": found}
+    if "default" not in templates or not all(isinstance(text, str) for text in templates.values()):
+        raise EngineDirectoryError(
+            f"The chat template in {directory} is neither a text nor several texts with one named 'default'; correct it in "
+            "tokenizer_config.json, or put it into chat_template.jinja."
+        )
+    if any(map(has_lone_surrogate, templates.values())):
+        raise EngineDirectoryError(
+            f"The chat template in {directory} has half a surrogate pair, such as \\ud800; write whole characters."
+        )
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -200,12 +201,46 @@ def test_every_command_is_tried():
         (["build", "checkpoint", "OUT", "--vocab-map=--"], 2),
         (["reduce-vocab", "checkpoint", "OUT", "--texts=texts.txt", "--size=400", "--keep=binary"], 1),
         (["reduce-vocab", "checkpoint", "OUT", "--texts=texts.txt", "--size=400", "--keep=\u00b2"], 1),
+        (["plan", "~0"], 1),  # no user of that name has a home directory
+        (["inspect", "~nobody-of-that-name/x"], 1),
+        (["generate", "engine", "hello", "--trusted-keys=~0/keys"], 1),
+        (["generate", "engine", "hello", "--vocab-map=~0"], 1),
+        (["generate", "engine", "hello", "--lora=a:~0"], 1),
+        (["generate", "engine", "hello", "--schema-dir=~0"], 1),
+        (["build", "checkpoint", "OUT", "--quantization=checkpoint", "--backend=cuda"], 1),
+        (["build", "checkpoint", "OUT", "--quantization=checkpoint"], 1),
+        (["build", "checkpoint", "OUT", "--quantization=fp16,auto", "--backend=cuda"], 1),
+        (["build", "checkpoint", "OUT", "--max-prefill=-1", "--backend=tensorrt"], 2),
+        (["bench", "engine", "--prompt-tokens=4", "--new-tokens=3", "--repeats=9999999999"], 1),  # some centuries
+        (["quantize", "checkpoint", "OUT", "--method=int8", "--num-samples=-1"], 2),
+        (["quantize", "checkpoint", "OUT", "--method=int8", "--sequence-length=0"], 2),
+        (["serve", "engine", "--body-limit=0"], 2),
+        (["serve", "engine", "--queue-depth=-1"], 2),
+        (["get", "qwen3-0.6b", "OUT", "--max-context=-1"], 2),
+        (["report", "OUT/report.json", "--repeats=9999999999"], 1),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_is_odd_is_told(folder, arguments, code):
     check(folder, arguments, b"\xff\xfe")
     assert run(arguments, b"\xff\xfe")[0] == code
+
+
+OUT_OF_RANGE = ["-1", str(2**63), str(10**30), "nan", "-inf", "1e400", "9" * 5000]  # int() takes 4300 digits
+
+
+@pytest.mark.parametrize("name", [name for name in POSITIONAL if name != "doctor"])
+def test_a_number_out_of_range_is_told(folder, name):
+    """All numbers of a command: those that its parser reads, each in the place of its usual value."""
+    whole = {"target": "checkpoint" if name == "plan" else "engine", "prompt": "hello", "type": "std_msgs/msg/Header"}
+    commands = next(a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    for action in commands[name]._actions:
+        if action.type in (None, Path):
+            continue
+        flag = action.option_strings[0]
+        for value in OUT_OF_RANGE:
+            arguments = [name, *USUAL.get(name, []), *(whole.get(each, each) for each in POSITIONAL[name])]
+            check(folder, [*(each for each in arguments if not each.startswith(f"{flag}=")), f"{flag}={value}"])
 
 
 @pytest.mark.parametrize("name", [name for name in POSITIONAL if name != "doctor"])

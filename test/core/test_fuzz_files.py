@@ -132,6 +132,37 @@ def test_a_damaged_configuration(checkpoint, config):
     refusal(read_checkpoint, checkpoint)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_half_a_surrogate_pair_in_a_checkpoint_is_refused_and_a_whole_one_read(tmp_path, name):
+    for each in ("model.safetensors", "tokenizer.json", "generation_config.json", "config.json"):
+        os.symlink(DEMO / each, tmp_path / each)
+    whole = json.loads((DEMO / name).read_text())
+    (tmp_path / name).unlink(missing_ok=True)
+    for text, is_refused in (("\U0001f916", False), ("\ud83e", True), ("x\udd16", True)):
+        for change in ({"note": text}, {text: 1}, {"notes": [{"a": text}]}):
+            (tmp_path / name).write_text(json.dumps(whole | change))
+            found = refusal(read_checkpoint, tmp_path)
+            assert (found is not None) == is_refused, (text, change, found)
+            assert not is_refused or f"{name} has a text with half a surrogate pair" in str(found)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "chat_template.json"])
+def test_half_a_surrogate_pair_in_a_chat_template_is_refused(tmp_path, name):
+    """Also in a part that no message reaches."""
+    template = "{{ messages[0].content }}{% if tools %}\ud800{% endif %}"
+    for each in DEMO.iterdir():
+        if each.name not in ("tokenizer_config.json", "chat_template.jinja"):
+            os.symlink(each, tmp_path / each.name)
+    config = json.loads((DEMO / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    config = config if name == "tokenizer_config.json" else {}
+    document = json.dumps(config | {"chat_template": template}) if name.endswith(".json") else template
+    (tmp_path / name).write_bytes(document.encode("utf-8", "surrogatepass"))
+    found = refusal(check_companions, Checkpoint(tmp_path), CONFIG["vocab_size"])
+    assert found is not None and ("surrogate" in str(found) or "decode" in str(found)), found
+
+
 @fuzz
 @given(manifest=damaged(MANIFEST))
 @example(manifest=MANIFEST | {"builder": {"a\nb": None}})
@@ -306,6 +337,26 @@ def test_counts_and_versions_that_no_gguf_file_can_have(gguf_file, tmp_path, at,
     assert found is not None and "is not a whole GGUF file" in str(found)
 
 
+@pytest.mark.parametrize("broken", [b"\xed\xa0\x80", b"\xff", b"\xed\xb8\x80", b"\xc0\x80"])
+@pytest.mark.parametrize("place", [b"{{ messages }}", b"<|im_end|>", b"qwen2", b"tokenizer.chat_template"])
+def test_a_text_of_a_gguf_file_that_is_no_utf_8_is_refused(gguf_file, tmp_path, place, broken):
+    """A lone surrogate in the bytes is one: a file's texts never have any."""
+    whole = gguf_file[0].read_bytes()
+    assert place in whole
+    (tmp_path / "x.gguf").write_bytes(whole.replace(place, broken + place[len(broken) :]))
+    found = refusal(read_gguf, tmp_path / "x.gguf")
+    assert found is not None and "one of its texts is not UTF-8" in str(found)
+
+
+@pytest.mark.parametrize("values", [
+    {"tokenizer.chat_template": "\udf1ep\u2005"}, {"tokenizer.ggml.pre": "qwen2\ud800"},
+    {"tokenizer.ggml.model": "\udfff"}, {"tokenizer.ggml.tokens": ["a", "\udc80"]},
+    {"tokenizer.ggml.merges": ["a \udc80"]},
+])  # fmt: skip
+def test_half_a_surrogate_pair_in_gguf_metadata_is_refused(gguf_file, monkeypatch, values):
+    assert refusal(read_changed_gguf, gguf_file[0], monkeypatch, values) is not None
+
+
 @fuzz
 @given(values=st.dictionaries(st.sampled_from(sorted({
     "qwen3.block_count", "qwen3.attention.head_count", "qwen3.embedding_length", "qwen3.rope.freq_base",
@@ -316,6 +367,11 @@ def test_counts_and_versions_that_no_gguf_file_can_have(gguf_file, tmp_path, at,
     "tokenizer.ggml.add_bos_token",
 })), values | st.lists(st.integers(-5, 100), max_size=100).map(np.array), min_size=1, max_size=3))  # fmt: skip
 def test_gguf_metadata_with_anything_in_it(gguf_file, monkeypatch, values):
+    refusal(read_changed_gguf, gguf_file[0], monkeypatch, values)
+
+
+def read_changed_gguf(path: Path, monkeypatch, values: dict) -> None:
+    """Read a GGUF file as if its metadata had ``values``, too."""
     from engine_core.formats import gguf_model
 
     real = gguf_model.read_parts
@@ -327,4 +383,4 @@ def test_gguf_metadata_with_anything_in_it(gguf_file, monkeypatch, values):
 
     with monkeypatch.context() as patch:
         patch.setattr(gguf_model, "read_parts", changed)
-        refusal(read_gguf, gguf_file[0])
+        read_gguf(path)

@@ -21,7 +21,7 @@ from engine_core.formats.vocab_map import TENSOR_NAME
 from engine_core.formats.weight_formats import NAMES, weight_format
 from engine_core.memory import kv_cache_bytes
 from engine_core.models.shapes import spec_of
-from engine_core.planning import devices
+from engine_core.planning import devices, recommend
 from engine_core.planning.estimates import CheckpointEstimate, Size, format_bytes_of
 from engine_core.planning.plan import Asked, advice, is_possible, longest_context, plan_checkpoint, plan_engine
 
@@ -312,3 +312,16 @@ def test_the_command_on_engines_of_several_variants(demo_engines, capsys):
     assert cli.main(["plan", directory, "--max-context", "1024"]) == 1
     assert "the engine was built for 512" in capsys.readouterr().out
     assert cli.main(["plan", directory, "--quantization", "fp16"]) == 1
+
+
+@pytest.mark.parametrize("name", ["max_context", "max_batch", "head_rows"])
+@pytest.mark.parametrize("value", [-1, -(2**63), 2**31, 2**63, 10**30])
+def test_a_size_that_no_engine_can_have_is_refused(name, value):
+    with pytest.raises(ConfigurationError, match=f"{name} is {value}, expected"):
+        Size(**{"max_context": 64, name: value})
+    Size(2**31 - 1, 2**31 - 1, head_rows=2**31 - 1)
+
+
+def test_an_offer_for_a_context_below_one_is_refused():
+    with pytest.raises(ConfigurationError, match="max_context is -1, expected 1 to"):
+        recommend.offers(devices.named("orin-nano-8gb"), max_context=-1)

@@ -147,9 +147,9 @@ def test_a_picture_is_shown_with_the_next_line(llm, start, tmp_path):
     path = tmp_path / "table.png"
     path.write_bytes(b"\x89PNG")
     chat = start("--max-new-tokens", "6", **PIPES)
-    lines = f"/image {path}\nwhat is this?\n/image {path}s\nhello\n"
+    lines = f"/image {path}\nwhat is this?\n/image {path}s\n/image ~0\nhello\n"
     out, err = chat.communicate(lines, timeout=60)
-    assert "takes no images" in err and f"{path}s cannot be read" in err
+    assert "takes no images" in err and f"{path}s cannot be read" in err and "names a home directory" in err
     assert out == f"{llm.generate('hello', sampling={'max_new_tokens': 6}).text}\n"
 
 

@@ -94,6 +94,7 @@ def build_cuda(
         dtype = "bf16" if stored == "bfloat16" else "fp16"
     if dtype not in ("fp16", "bf16"):
         raise BuildError(f"The weight type {dtype!r} is unknown; it is one of auto, fp16, bf16.")
+    CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     found = quantization_of(checkpoint, spec, ordered=CAPABILITIES.keeps_order(spec))
     for reason in (
         conversion_refusal(quantization, found),
@@ -105,7 +106,6 @@ def build_cuda(
     companions.check_companions(checkpoint, spec.vocab_size)
     vocab_map = companions.find_vocab_map(checkpoint, vocab_map)
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
-    CAPABILITIES.check_build(spec, quantization, kv_cache_type, max_context=max_context)
     check_tensors(spec, checkpoint)
     stored_as = engine_format(checkpoint, spec, weight_format(quantization), dtype, group_size)
     options = CudaOptions(dtype, fp8_activations=stored_as.kind == "fp8" and checkpoint.fp8_activations)

@@ -63,7 +63,8 @@ class _ZeroRope(RopeSpec):
 
     def table(self, max_context: int) -> tuple[np.ndarray, np.ndarray]:
         shape = (max_context, self.dim // 2)
-        return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        table = np.broadcast_to(np.float32(0), shape)  # without memory of its own
+        return table, table
 
 
 def count_encoder(tensors: SpecTensors, spec: ModelSpec, precision: Precision) -> int:
