@@ -434,10 +434,10 @@ def _check_templates(directory: Path, found: object) -> None:
     templates = found if isinstance(found, dict) else {"default": found}
     if "default" not in templates or not all(isinstance(text, str) for text in templates.values()):
         raise EngineDirectoryError(
-            f"The chat template in {directory} is neither a text nor several texts with one named 'default'; correct it in "
-            "tokenizer_config.json, or put it into chat_template.jinja."
+            f"The chat template in {directory} is neither a text nor several texts with one named 'default'; correct "
+            "it in tokenizer_config.json, or put it into chat_template.jinja."
         )
-    if any(map(has_lone_surrogate, templates.values())):
+    if any(has_lone_surrogate(str(text)) for text in templates.values()):
         raise EngineDirectoryError(
             f"The chat template in {directory} has half a surrogate pair, such as \\ud800; write whole characters."
         )
