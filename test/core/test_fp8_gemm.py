@@ -13,10 +13,10 @@ import fake_kernels
 import float_checkpoints
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda
-from engine_core.backends.cuda.layout import CudaSpec, matrix_shapes, weight_arrays
+from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, matrix_shapes, weight_arrays
 from engine_core.cuda.driver import Device
 from engine_core.cuda.kernels import blas_lt, fp8_layout, reference
-from engine_core.formats.manifest import read_manifest
+from engine_core.formats.manifest import read_manifest, read_options
 from engine_core.formats.number_formats import E4M3, to_minifloat
 from engine_core.formats.quantized_layouts import has_fp8_activations
 from engine_core.formats.weight_formats import weight_format
@@ -78,7 +78,7 @@ def test_an_engine_does_what_its_checkpoint_says(tmp_path, input_activations):
     manifest = build_cuda(checkpoint, tmp_path / "engine", quantization="fp8", max_context=128)
     assert manifest.options["fp8_activations"] is (input_activations is not None)
     assert any("activations" in note for note in manifest.notes) is (input_activations is not None)
-    assert read_manifest(tmp_path / "engine").options == manifest.options
+    assert read_options(read_manifest(tmp_path / "engine"), CudaOptions) == CudaOptions(**manifest.options)
     # Weights that are rounded to fp8 here meet activations in 16 bits, whatever the checkpoint has.
     other = build_cuda(checkpoint, tmp_path / "int8", quantization="int8", max_context=128)
     assert other.options["fp8_activations"] is False
