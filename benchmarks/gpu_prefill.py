@@ -43,9 +43,18 @@ def measure_here(tree: Path, shape: str, weights: str, prompts: list[int]) -> di
     found = {}
     for prompt in prompts:
         runs = [gpu_decode.measure(backend, prompt, _GENERATED)[0] for _ in range(1 + _RUNS.get(prompt, 5))]
-        found[prompt] = 1e3 * statistics.median(runs[1:])
+        found[prompt] = round(1e3 * statistics.median(runs[1:]), 3)
     backend.close()
     return found
+
+
+def run_head() -> dict[str, str]:
+    """Return what every row says of its run."""
+    sys.path.insert(0, str(ROOT))
+    from engine_core.cuda.gpu_info import find_gpus
+    from tools.result_rows import commit, now
+
+    return {"date": now(), "commit": commit(), "gpu": find_gpus().gpus[0].name}
 
 
 def _in_process(tree: Path, options: argparse.Namespace, weights: str) -> dict[int, float] | None:
@@ -70,6 +79,7 @@ def main() -> None:
         return
     trees = {"now": ROOT, **({"before": options.against} if options.against else {})}
     start, rows, first = time.monotonic(), [], {}
+    head = run_head()
     print(f"{'weights':<9}{'prompt':>7}{'before ms':>11}{'now ms':>9}{'now/before':>12}{'of fp16 now':>13}", flush=True)
     for weights in options.weights:
         found = {name: _in_process(tree, options, weights) for name, tree in trees.items()}
@@ -80,7 +90,8 @@ def main() -> None:
             ratio, shown = ("", "") if before is None else (f"{now / before:.3f}", f"{before:.2f}")
             share = f"{now / first[length]:.3f}" if options.weights[0] == "fp16" else ""
             print(f"{weights:<9}{length:>7}{shown:>11}{now:>9.2f}{ratio:>12}{share:>13}", flush=True)
-            rows.append({"shape": options.shape, "weights": weights, "prompt_tokens": length, "ttft_ms": times})
+            row = {"shape": options.shape, "weights": weights, "prompt_tokens": length, "ttft_ms": times}
+            rows.append(head | row)
     print(f"{time.monotonic() - start:.0f} s")
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     print(lines, end="")
