@@ -319,8 +319,10 @@ class DeviceBackend:
             return _NoToken()
         if not step.samples:
             return _Fed(self, self._mark())
-        # The sampler moves the position on by one.
         slot = self._slots[step.slot]
+        if slot.is_ahead:  # of a sequence whose KV is computed anew after a draft
+            self._upload_state(step.slot)
+        # The sampler moves the position on by one.
         upload = slot.num_uploads % RING
         self._positions.host[step.slot, upload] = slot.position - 1
         address = self._of("state", step.slot).address + STATE.fields["position"][1]

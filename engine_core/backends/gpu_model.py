@@ -100,7 +100,8 @@ class DeviceModel(Generic[Layer]):
         assert rope.dtype == np.float32 and rope.shape == self.work["rope"].shape
         self._device.upload(self.work["rope"], rope)
         counters = ("counters", "packed_counters", "batch_counters", "draft_counters")
-        for name in (*counters, "prompt", "seen", "bias", "state", "picked"):  # tuning reads the last as it is
+        others = ("prompt", "seen", "bias", "state", "rope_rows", "picked")  # tuning reads the last as it is
+        for name in (*counters, *others):
             if name in self.work:
                 self._stream.zero(self.work[name])
         self._device.synchronize()
@@ -245,6 +246,7 @@ class DeviceModel(Generic[Layer]):
             norms=self._head_norms(i),
             scales=self._scales(i),
             places=self._places(i, "o"),
+            rope_rows=self.work.get("rope_rows"),
         )
 
     def _places(self, i: int, name: str) -> DeviceArray | None:
@@ -329,6 +331,7 @@ class DeviceModel(Generic[Layer]):
             *(self.spec.attention_of(i), w["qkv"], self._cache(i), self._rope(i), self._slot_chunk),
             norms=self._head_norms(i),
             scales=self._scales(i),
+            rope_rows=self.work.get("rope_rows"),
         )
 
     def _attend(self, i: int) -> attention.AttentionPrefill:

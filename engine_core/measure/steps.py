@@ -17,23 +17,28 @@ def begin(backend: Backend, sampling: SamplingParams, prompt: np.ndarray) -> Non
 
 
 def prefill(backend: Backend, token_ids: np.ndarray, position: int = 0, mask: np.ndarray | None = None) -> PendingToken:
-    return backend.step([_prompt_step(backend, token_ids, position)._replace(mask=mask)])[0]
+    return backend.step([prompt_step(backend, token_ids, position)._replace(mask=mask)])[0]
 
 
 def decode(backend: Backend, mask: np.ndarray | None = None) -> PendingToken:
     return backend.step([SequenceStep(0, mask=mask)])[0]
 
 
-def extend(backend: Backend, token_ids: np.ndarray, position: int, adapter: str = "") -> None:
-    """Write the KV of ``token_ids`` without sampling, as for a prefix that is to be saved."""
+def extend(backend: Backend, token_ids: np.ndarray, position: int, adapter: str = "", *, length: int = 0) -> None:
+    """Write the KV of ``token_ids`` without sampling, as for a prefix that is to be saved.
+
+    ``length``: tokens of the prompt that it is a part of; 0 = it is the last part.
+    """
     backend.begin(0, SamplingParams(seed=0), token_ids, adapter)
-    backend.step([_prompt_step(backend, token_ids, position)._replace(samples=False)])[0].result()
+    backend.step([prompt_step(backend, token_ids, position, length)._replace(samples=False)])[0].result()
 
 
-def _prompt_step(backend: Backend, token_ids: np.ndarray, position: int) -> SequenceStep:
-    """Return the step of a prompt's last part, or of all of it."""
-    is_long = 0 < backend.rope_switch < position + len(token_ids)
-    return SequenceStep(0, token_ids, position, long_rope=is_long)
+def prompt_step(
+    backend: Backend, token_ids: np.ndarray, position: int = 0, length: int = 0, slot: int = 0
+) -> SequenceStep:
+    """Return the step of a part of a prompt of ``length`` tokens; 0 = it ends with the part."""
+    is_long = 0 < backend.rope_switch < (length or position + len(token_ids))
+    return SequenceStep(slot, token_ids, position, long_rope=is_long)
 
 
 def seconds_per_step(backend: Backend, slots: Sequence[int], count: int) -> float:

@@ -49,6 +49,13 @@ class RopeSpec:
         factor = np.float32(attention_factor)
         return np.cos(angles) * factor, np.sin(angles) * factor
 
+    def rows(self, switch: int, max_context: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return cos and sin, float32 [switch + max_context, dim / 2] each: ``table`` of sequences of up to ``switch``
+        tokens, unless that is 0, then ``table`` of longer ones."""
+        parts = [self.table(length) for length in (switch, max_context) if length]
+        cos, sin = map(np.concatenate, zip(*parts, strict=True))
+        return cos, sin
+
     def _frequencies(self, max_context: int) -> tuple[np.ndarray, float]:
         exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
         base = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)

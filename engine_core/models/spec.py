@@ -251,6 +251,10 @@ class ModelSpec:
         """Return the ``switch`` of its RoPEs; 0: the frequencies of none depend on the length."""
         return max(self._rope_switches, default=0)
 
+    def rope_switch_within(self, max_context: int) -> int:
+        """Return ``rope_switch`` if a context of so many tokens reaches beyond it, else 0."""
+        return self.rope_switch if self.rope_switch < max_context else 0
+
     @cached_property
     def _rope_switches(self) -> frozenset[int]:
         return frozenset(rope.switch for rope in self.ropes) - {0}

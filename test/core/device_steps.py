@@ -43,11 +43,11 @@ def compare_logits(backend, model, prompt: np.ndarray, following: np.ndarray) ->
     import checkpoints  # needs torch, which the rest does without
 
     fed = np.concatenate([prompt, following])
-    expected = checkpoints.reference_logits(model, fed)
     begin(backend, GREEDY, fed)
     for count in (1, 64, len(prompt)):
         prefill(backend, fed[:count], 0).result()
-        _compare(backend, expected[count - 1])
+        _compare(backend, checkpoints.reference_logits(model, fed[:count])[-1])
+    expected = checkpoints.reference_logits(model, fed)
     for position in range(len(prompt), len(fed)):
         address = backend._work["state"].address + STATE.fields["token"][1]
         backend._device.upload(DeviceArray(address, (1,), "int32"), fed[position : position + 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine_core.backends import Backend, Draft, SequenceStep
+from engine_core.measure.steps import prompt_step
 from engine_core.request import SamplingParams
 
 GREEDY = SamplingParams(seed=1)
@@ -13,7 +14,7 @@ GREEDY = SamplingParams(seed=1)
 def answer(backend: Backend, prompt: np.ndarray, count: int, slot: int = 0, sampling: SamplingParams = GREEDY) -> list:
     """Return the ``count`` tokens after a prompt, without drafts."""
     backend.begin(slot, sampling, prompt)
-    tokens = [backend.step([SequenceStep(slot, prompt, 0)])[0].result()]
+    tokens = [backend.step([prompt_step(backend, prompt, slot=slot)])[0].result()]
     while len(tokens) < count:
         tokens.append(backend.step([SequenceStep(slot)])[0].result())
     return tokens
@@ -31,7 +32,7 @@ def with_drafts(
 ) -> list[int]:
     """Return as many tokens as ``expected`` has, in steps with drafts of many sizes and some without."""
     backend.begin(slot, sampling, prompt)
-    tokens = [backend.step([SequenceStep(slot, prompt, 0)])[0].result()]
+    tokens = [backend.step([prompt_step(backend, prompt, slot=slot)])[0].result()]
     number = 0
     while len(tokens) < len(expected):
         number += 1

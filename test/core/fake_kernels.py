@@ -437,11 +437,11 @@ class _Attention:
         self.queries, self.keys, self.values = np.split(rows, [self.heads, self.heads + self.kv_heads], axis=1)
         self.cache = _Cache(defines, cache, scales, slot)
 
-    def rotate(self, defines: dict, rope: int, norms: tuple[int, int], position: int) -> np.ndarray:
-        """The rotated queries, float64; the keys and values go to the cache."""
+    def rotate(self, defines: dict, rope: int, norms: tuple[int, int], position: int, row: int) -> np.ndarray:
+        """The rotated queries, float64; the keys and values go to the cache. ``row``: of position 0 in ``rope``."""
         count, _, dim = self.queries.shape
-        table = array_at(rope, (defines["CONTEXT"], defines["ROTATED"] // 2, 2), F32)
-        table = table[position : position + count].astype(F64)
+        table = array_at(rope, (row + position + count, defines["ROTATED"] // 2, 2), F32)
+        table = table[row + position :].astype(F64)
         rotated = []
         for vectors, norm in zip((self.queries, self.keys), norms, strict=True):
             vectors = vectors.astype(F64)
@@ -476,13 +476,19 @@ def _slot(defines: dict, args, index: int) -> int:
     return int(array_at(address_of(args, index), (words,), np.int32)[2]) if defines["SLOT_STRIDE"] else 0
 
 
+def _rope_row(defines: dict, args, index: int, slot: int) -> int:
+    """The row of the RoPE table that position 0 of the sequence in ``slot`` has."""
+    return int(array_at(address_of(args, index), (slot + 1,), np.int32)[slot]) if defines["LONG_ROPE"] else 0
+
+
 def rope_append(defines: dict, args) -> None:
     qkv, cache, rope, *norms = (address_of(args, i) for i in range(5))
-    position, count = _chunk(args, 5)
-    layer = _Attention(defines, qkv, cache, address_of(args, 6), count, _slot(defines, args, 5))
-    if defines.get("BIAS"):
+    (position, count), slot = _chunk(args, 5), _slot(defines, args, 5)
+    layer = _Attention(defines, qkv, cache, address_of(args, 6), count, slot)
+    biased = defines.get("BIAS", 0)
+    if biased:
         layer.add(address_of(args, 7))
-    rotated = layer.rotate(defines, rope, tuple(norms), position)
+    rotated = layer.rotate(defines, rope, tuple(norms), position, _rope_row(defines, args, 7 + biased, slot))
     if not defines["KV_ONLY"]:
         layer.queries[:] = rotated
 
@@ -507,7 +513,9 @@ def attention_decode(defines: dict, args) -> None:
         layer = _Attention(defines, own, cache, scales, 1, int(slot))
         target = output + 2 * row * heads * dim
         places = _places(defines, args, 11, heads * dim)
-        layer.attend(layer.rotate(defines, rope, (q_norm, k_norm), position), position, target, places)
+        rope_row = _rope_row(defines, args, 11 + bool(defines.get("ORDERED")), int(slot))
+        rotated = layer.rotate(defines, rope, (q_norm, k_norm), position, rope_row)
+        layer.attend(rotated, position, target, places)
 
 
 _ALL = (

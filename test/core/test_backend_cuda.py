@@ -24,7 +24,7 @@ from engine_core.cuda.driver import DeviceArray, DeviceMemoryError
 from engine_core.cuda.kernels import tuning
 from engine_core.cuda.kernels.sampling import STATE
 from engine_core.formats.manifest import read_manifest
-from engine_core.measure.steps import begin, decode, extend, prefill
+from engine_core.measure.steps import begin, decode, extend, prefill, prompt_step
 from peak_memory import growth, large_checkpoint
 
 PROMPT = np.random.default_rng(3).integers(3, 331, size=100).astype(np.int32)
@@ -75,7 +75,7 @@ def test_rows_of_other_families_have_the_logits_of_transformers(family, driver):
     backend, model, fed = load(family / "engine", max_batch=2), checkpoints.reference(family), {}
     for slot, length in enumerate((70, 81)):
         backend.begin(slot, GREEDY, PROMPT[:length])
-        token = backend.step([SequenceStep(slot, PROMPT[:length], 0)])[0].result()
+        token = backend.step([prompt_step(backend, PROMPT[:length], slot=slot)])[0].result()
         fed[slot] = np.append(PROMPT[:length], token)
     for each in backend.step([SequenceStep(0), SequenceStep(1)]):
         each.result()
@@ -94,7 +94,7 @@ def test_packed_weights_of_other_families_give_the_same_logits_however_they_are_
     for parts in (np.split(PROMPT[:97], [96]), np.split(PROMPT[:97], [30, 60, 80, 96])):
         start = 0
         for part in parts[:-1]:
-            extend(backend, part, start)
+            extend(backend, part, start, length=97)
             start += len(part)
         prefill(backend, parts[-1], start).result()
         logits.append(backend._device.download(backend._work["logits"]))

@@ -147,6 +147,96 @@ def test_log_probabilities_are_those_of_the_whole_length(checkpoint, open_phi3):
     assert np.allclose(open_phi3().log_probabilities(ids, 5), wanted, atol=1e-4)
 
 
+# --- the kernels' references on a driver in host memory, the same model ---
+
+
+@pytest.fixture(scope="module")
+def cuda_dir(checkpoint):
+    from engine_core.backends.cuda.build import build_cuda
+
+    build_cuda(checkpoint, checkpoint / "cuda", max_context=128)
+    return checkpoint / "cuda"
+
+
+@pytest.fixture
+def open_cuda(cuda_dir, driver):
+    engines = []
+
+    def make(**config):
+        config = dict(backend="cuda", tune_kernels=False, **config)
+        engines.append(Engine.open(EngineConfig(cuda_dir, **config), report=lambda line: None))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.mark.parametrize("use_cuda_graph", [True, False])
+def test_prompts_and_answers_on_the_gpu_are_those_of_transformers(open_cuda, expected, use_cuda_graph):
+    alone = open_cuda(use_cuda_graph=use_cuda_graph)
+    batch = open_cuda(use_cuda_graph=use_cuda_graph, max_batch=3, prefill_chunk=32)
+    counts = {20: 8, 58: 10, 64: 4, 65: 4, 90: 6}
+    requests = [request(chr(97 + n % 26) * n, count, request_id=str(n)) for n, count in counts.items()]
+    prompts = [alone.prepare(each).token_ids for each in requests]
+    wanted = {
+        each.request_id: expected(ids.tolist(), each.sampling.max_new_tokens) for each, ids in zip(requests, prompts)
+    }
+    assert {each.request_id: alone.answer(each).token_ids for each in requests} == wanted
+    assert together(batch, requests) == wanted
+    assert together(batch, requests[::-1]) == wanted  # with what is cached now
+
+
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_drafts_and_sessions_on_the_gpu_cross_the_border(open_cuda, max_batch):
+    plain = open_cuda(prompt_cache_entries=0)
+    drafting = open_cuda(speculation="on", max_batch=max_batch, session_memory=1, prompt_cache_entries=1)
+    drafting._backend.step_cost = lambda rows: 1.0  # the stand-in's times say nothing of a GPU's
+    asked = request("ab" * 29, 16)
+    wanted = plain.answer(asked).token_ids
+    result = drafting.answer(asked)
+    assert result.token_ids == wanted and result.speculation.steps
+    for text in ("abab" * 15, "ab" * 40, "ab" * 10):
+        assert drafting.answer(request(text, 6)).token_ids == plain.answer(request(text, 6)).token_ids
+
+
+def test_a_context_within_the_border_has_one_table(cuda_dir, driver, open_cuda):
+    from engine_core.backends.cuda.backend import CudaBackend
+    from engine_core.formats.manifest import read_manifest
+
+    manifest = read_manifest(cuda_dir)
+    configs = [EngineConfig(cuda_dir, max_context=context) for context in (64, 128)]
+    sizes = [CudaBackend.plan(cuda_dir, manifest, config).item("rope") for config in configs]
+    row = 8 * 16  # (cos, sin) of 16 frequencies
+    assert sizes == [64 * row, (64 + 128) * row] and manifest.options["rope_switch"] == 64
+    small, large = open_cuda(max_context=64), open_cuda()
+    assert (small._backend.rope_switch, large._backend.rope_switch) == (0, 64)
+    assert small.answer(request("x" * 40, 6)).token_ids == large.answer(request("x" * 40, 6)).token_ids
+
+
+def test_an_engine_of_before_has_the_factors_that_its_table_has(cuda_dir, tmp_path, driver):
+    """Its manifest names no switch, and its RoPE table has one row for each position."""
+    from engine_core.backends.cuda.backend import CudaBackend
+    from engine_core.backends.cuda.weights import ROPE_NAME, WEIGHTS_NAME
+    from engine_core.errors import EngineDirectoryError
+    from engine_core.formats.manifest import read_manifest
+    from engine_core.formats.safetensors_file import SafetensorsFile, SafetensorsWriter
+
+    manifest, whole = read_manifest(cuda_dir), SafetensorsFile(cuda_dir / WEIGHTS_NAME)
+    arrays = {name: np.array(whole.raw(name)) for name in whole.names()}
+    arrays[ROPE_NAME] = arrays[ROPE_NAME][SWITCH:].copy()
+    described = {name: (whole.dtype(name), array.shape) for name, array in arrays.items()}
+    with SafetensorsWriter(tmp_path / WEIGHTS_NAME, described) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
+    with pytest.raises(EngineDirectoryError, match="covers 64 positions, but max_context is 128"):
+        CudaBackend.load(tmp_path, manifest, EngineConfig(tmp_path))
+    before = dataclasses.replace(manifest, options={"dtype": manifest.options["dtype"]})
+    backend = CudaBackend.load(tmp_path, before, EngineConfig(tmp_path, tune_kernels=False))
+    assert backend.rope_switch == 0 and "rope_rows" not in backend._work
+    backend.close()
+
+
 # --- the engine, over a backend that tells when a step reads KV of the other kind ---
 
 

@@ -20,8 +20,7 @@ from engine_core.backends.onnxruntime.session import OrtSession
 from engine_core.config import EngineConfig
 from engine_core.errors import CheckpointError, EdgeLLMError, UnsupportedModelError
 from engine_core.formats.checkpoint import Checkpoint
-from engine_core.formats.companions import eos_token_ids
-from engine_core.formats.manifest import read_manifest
+from engine_core.formats.companions import eos_token_ids, notes
 from engine_core.models.families import FAMILIES, family_of
 from engine_core.models.reader import check_tensors, read_spec
 from engine_core.models.shapes import spec_of
@@ -82,18 +81,23 @@ def test_an_engine_with_long_factors_for_short_prompts_says_so(tmp_path, caplog)
     fakes.write_tokenizer(tmp_path)
     short = build_cuda(tmp_path, tmp_path / "short")
     assert short.max_context == 64 and not short.notes and not caplog.records
-    (note,) = build_cuda(tmp_path, tmp_path / "long", max_context=96).notes
-    assert "96" in note and "64" in note and "cuda" in note and caplog.messages == [note]
-    assert read_manifest(tmp_path / "long").notes == (note,)
+    long = build_cuda(tmp_path, tmp_path / "long", max_context=96)  # has the factors of each prompt's length
     told: list[str] = []
-    engine = build_engine(tmp_path, tmp_path / "cpu", max_context=96)  # has the factors of each prompt's length
+    engine = build_engine(tmp_path, tmp_path / "cpu", max_context=96)  # and so has this
     Engine.open(EngineConfig(tmp_path / "cpu"), report=told.append).close()
-    assert not engine.notes and len(caplog.messages) == 1 and not any("factors" in line for line in told)
+    assert not (engine.notes or long.notes or caplog.records) and not any("factors" in line for line in told)
+    spec = read_spec(Checkpoint(tmp_path))
+    (note,) = notes(capabilities_of("tensorrt"), spec, 128)
+    assert "128" in note and "64" in note and "tensorrt" in note and caplog.messages == [note]
+    assert note.endswith("or for cuda or onnxruntime.")
     estimate, device = CheckpointEstimate(tmp_path), named("orin-nano-8gb")
-    for backend, contexts, notes in (("cuda", (64, 96), [(), (note,)]), ("onnxruntime", (96,), [()])):
+    for backend, contexts, told_notes in (
+        *(("tensorrt", (64, 128), [(), (note,)]), ("cuda", (64, 96), [(), ()])),
+        ("onnxruntime", (96,), [()]),
+    ):
         rows = plan_checkpoint(estimate, device, Asked(contexts, backend=backend, quantization=engine.quantization))
         rows = rows or plan_checkpoint(estimate, device, Asked(contexts, backend=backend))
-        assert [row.notes for row in rows if row.quantization == rows[0].quantization] == notes
+        assert [row.notes for row in rows if row.quantization == rows[0].quantization] == told_notes
     checkpoints.write(tmp_path / "other", "llama3")
     assert capabilities_of("cuda").notes(read_spec(Checkpoint(tmp_path / "other")), 256) == ()
 

@@ -18,7 +18,7 @@ from engine_core.formats.manifest import read_manifest
 from engine_core.formats.safetensors_file import SafetensorsFile
 from engine_core.formats.vocab_map import write_vocab_map
 from engine_core.formats.weight_formats.base import WeightFormat
-from engine_core.measure.steps import begin, decode, extend, prefill
+from engine_core.measure.steps import begin, decode, extend, prefill, prompt_step
 from engine_core.request import SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -380,7 +380,7 @@ def test_rows_of_a_batch(model, engine_dir):
     try:
         for slot, prompt in ids.items():
             backend.begin(slot, GREEDY, prompt)
-            token = backend.step([SequenceStep(slot, prompt)])[0].result()
+            token = backend.step([prompt_step(backend, prompt, slot=slot)])[0].result()
             ids[slot] = np.append(prompt, token)
         for _ in range(12):
             tokens = [each.result() for each in backend.step([SequenceStep(slot) for slot in slots])]
@@ -419,7 +419,7 @@ def test_a_prompt_in_chunks_and_in_parts_gives_the_same_logits(model, engine_dir
         begin(backend, GREEDY, prompt)
         for cut in (0, 1, 77, 199):
             if cut:
-                extend(backend, prompt[:cut], 0)
+                extend(backend, prompt[:cut], 0, length=len(prompt))
             begin(backend, GREEDY, prompt)
             prefill(backend, prompt[cut:], cut).result()
             assert error(logits_of(backend), expected[-1]) < TOLERANCE * allowed

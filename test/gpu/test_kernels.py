@@ -397,6 +397,8 @@ ATTENTION = [
 def _table(shape: attention.AttentionShape) -> np.ndarray:
     frequencies = 10000.0 ** (-np.arange(shape.rope_width) / max(1, shape.rope_width))
     angles = np.arange(shape.max_context)[:, None] * frequencies
+    if shape.rope_switch:  # those of short sequences first
+        angles = np.concatenate([0.7 * angles[: shape.rope_switch] + 0.1, angles])
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
 
 
@@ -421,6 +423,8 @@ class _Attention:
         self.shape = attention.AttentionShape(heads, kv_heads, head_dim, context, EPS, qk_norm, kv_int8, **traits)
         self.table = _table(self.shape)
         self.rope = bench.put(self.table, "fp32")
+        self.row = self.shape.rope_switch  # of position 0
+        self.rope_rows = bench.put(np.array([self.row], dtype=np.int32), "int32") if self.row else None
         self.cache, self.cached = bench.normal((2, kv_heads, context, head_dim), dtype)
         self.scales = None
         self.kv_type = "fp8" if self.shape.kv_fp8 else "int8"
@@ -446,7 +450,7 @@ class _Attention:
         if shape.qk_norm:
             weights = [g + shape.norm_offset for g in self.norm_values]
             q, k = (reference.rms_norm(x, g, EPS) for x, g in zip((q, k), weights, strict=True))
-        angles = self.table[start : start + n].astype(np.float64)
+        angles = self.table[self.row + start : self.row + start + n].astype(np.float64)
         q, k = reference.rotate(q, angles), reference.rotate(k, angles)
         cache = self.cached.copy()
         for part, new in enumerate((k.swapaxes(0, 1), v.swapaxes(0, 1))):
@@ -494,6 +498,7 @@ TRAITS = {
     "16 query heads": (16, 1, 64, dict(window=300)),
     "12 query heads": (24, 2, 32, {}),
     "15 query heads": (15, 1, 128, dict(softcap=3.0)),
+    "long RoPE": (6, 2, 96, dict(rope_switch=64, rotated=64)),
 }
 
 
@@ -523,6 +528,7 @@ def _check_decode(case: _Attention, position: int) -> None:
         case.output.reshape(heads * head_dim),
         norms=case.norms,
         scales=case.scales,
+        rope_rows=case.rope_rows,
     )
     launch(bench.stream)
     launch(bench.stream)  # the counters are as before: a second launch gives the same
@@ -551,8 +557,8 @@ def test_attention_prefill_of_other_families(bench, heads, kv_heads, head_dim, t
     sizes = (heads, kv_heads, head_dim, True, dtype, count, 1003, kv_int8)
     case = _Attention(bench, *sizes, norm_offset=1.0, **traits)
     chunk = bench.chunk(start, count)
-    inputs = (case.kernels, case.shape, case.qkv, case.cache)
-    attention.rope_append(*inputs, case.rope, chunk, norms=case.norms, scales=case.scales)(bench.stream)
+    inputs, more = (case.kernels, case.shape, case.qkv, case.cache), dict(norms=case.norms, rope_rows=case.rope_rows)
+    attention.rope_append(*inputs, case.rope, chunk, scales=case.scales, **more)(bench.stream)
     attention.attention_prefill(*inputs, case.output, chunk, [count], case.scales)(bench.stream, count)
     case.check(start, TOLERANCE[dtype] * (4 if kv_int8 else 2))
 

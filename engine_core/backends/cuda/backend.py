@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from engine_core.backends import SequenceStep
+from engine_core.backends import PendingToken, SequenceStep
 from engine_core.backends.cuda.batch_model import BatchModel, RowsModel
 from engine_core.backends.cuda.drafts import DraftSteps
 from engine_core.backends.cuda.encoder import DeviceEncoder, EncoderModel
@@ -140,6 +140,7 @@ class CudaBackend(DeviceBackend):
         self.prefill_chunk = spec.chunk
         self.vocab_size = spec.vocab_size
         self.reduced_vocab_size = spec.head_rows
+        self.rope_switch = spec.rope_switch
         with contextlib.ExitStack() as undo:
             self._allocate(undo)
             self._model.fill(source, rope)
@@ -186,6 +187,9 @@ class CudaBackend(DeviceBackend):
             self.exact_drafts = spec.max_batch > 1  # whose steps have the kernels of a draft's
         self._slot_adapters = own(PinnedArray(device, (spec.max_batch,), "int32"))  # their numbers, -1 = none
         self._slot_adapters.host[:] = -1
+        self._rope_choices = own(PinnedArray(device, (2,), "int32"))  # first rows: of short sequences, of long ones
+        self._rope_choices.host[:] = 0, spec.rope_switch
+        self._has_long_rope = [False] * spec.max_batch
         self._adapter_numbers = {"": -1, **{adapter.name: i for i, adapter in enumerate(spec.adapters)}}
         self._rows = own(PinnedArray(device, (RING, spec.max_batch), "int32"))  # the slots of a step, -1 = none
         self._row_marks = [0] * RING  # of the end of the step before which they were copied
@@ -288,6 +292,7 @@ class CudaBackend(DeviceBackend):
         self.begin(0, SamplingParams(seed=0), token_ids)
         self._slots[0].ended = True  # no sequence that a step could go on with
         self._stream.wait()  # the pinned buffers are free
+        self._choose_rope(0, 0 < self.rope_switch < len(token_ids))
         scores, targets = self._model.scores(), token_ids if self._row_of is None else self._row_of[token_ids]
         found = []
         for start in range(0, len(token_ids) - 1, self.prefill_chunk):
@@ -304,6 +309,16 @@ class CudaBackend(DeviceBackend):
         return logs
 
     # --- hooks of DeviceBackend -------------------------------------------------------------------------
+
+    def _prefill(self, step: SequenceStep) -> PendingToken:
+        self._choose_rope(step.slot, step.long_rope)
+        return super()._prefill(step)
+
+    def _choose_rope(self, slot: int, is_long: bool) -> None:
+        if self._has_long_rope[slot] != is_long and self.rope_switch:
+            self._has_long_rope[slot] = is_long
+            row = DeviceArray(self._work["rope_rows"].address + 4 * slot, (1,), "int32")
+            self._upload(row, self._rope_choices, int(is_long))
 
     def _queue_chunk(self, buffer: int, slot: int, token_ids: np.ndarray, position: int) -> None:
         self._upload_chunk(buffer, slot, token_ids, position)

@@ -60,17 +60,15 @@ class RowsModel(CudaModel):
         qkv, cache, norms, scales = self._rows("qkv", size), self._cache(i), self._head_norms(i), self._scales(i)
         shape, rope = self.spec.attention_of(i), self._rope(i)
         rows = [self._rows(f"draft_{name}", size) for name in ("state", "counters", "slots")]
-        append = attention.rope_append(
-            self._kernels, shape, qkv, cache, rope, self._slot_chunk, norms=norms, scales=scales, kv_only=True
-        )
+        more: dict[str, Any] = {"norms": norms, "scales": scales, "rope_rows": self.work.get("rope_rows")}
+        append = attention.rope_append(self._kernels, shape, qkv, cache, rope, self._slot_chunk, kv_only=True, **more)
         attend = attention.attention_decode(
             *(self._kernels, shape, qkv, cache, rope, rows[0], self._partial(size, "draft_partial"), rows[1]),
             self._rows("attended", size),
-            norms=norms,
-            scales=scales,
             slots=rows[2],
             appended=True,
             places=self._places(i, "o"),
+            **more,
         )
         return [append, attend]
 
@@ -223,6 +221,7 @@ class BatchModel(RowsModel):
             scales=self._scales(i),
             slots=slots,
             places=self._places(i, "o"),
+            rope_rows=w.get("rope_rows"),
         )
         return self._layer_of_rows(i, size, [attend], terms)
 

@@ -108,11 +108,12 @@ def build_cuda(
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     check_tensors(spec, checkpoint)
     stored_as = engine_format(checkpoint, spec, weight_format(quantization), dtype, group_size)
-    options = CudaOptions(dtype, fp8_activations=stored_as.kind == "fp8" and checkpoint.fp8_activations)
+    fp8_activations = stored_as.kind == "fp8" and checkpoint.fp8_activations
+    options = CudaOptions(dtype, fp8_activations=fp8_activations, rope_switch=spec.rope_switch_within(max_context))
     if isinstance(stored_as, IntegerFormat):
         ordered = {name.split(".")[-1] for name in orders_of(checkpoint, spec, weight_format(quantization))}
-        options = CudaOptions(
-            dtype,
+        options = dataclasses.replace(
+            options,
             zero_points=stored_as.asymmetric,
             half_scales=stored_as.half_scales,
             ordered=tuple(name for name in MATRICES if name in ordered),
@@ -330,9 +331,9 @@ def _otherwise(wanted: WeightFormat) -> str:
     return "build fp16 to keep what they stand for"
 
 
-def rope_table(spec: ModelSpec, max_context: int) -> np.ndarray:
-    """Return float32, CudaSpec.rope_shape: cos and sin. What is added turns zeros."""
-    tables = np.stack([np.stack(rope.table(max_context), axis=-1) for rope in spec.ropes])
+def rope_table(spec: ModelSpec, max_context: int, switch: int) -> np.ndarray:
+    """Return float32, CudaSpec.rope_shape: cos and sin. What is added turns zeros. ``switch``: see CudaOptions."""
+    tables = np.stack([np.stack(rope.rows(switch, max_context), axis=-1) for rope in spec.ropes])
     tables = np.pad(tables, ((0, 0), (0, 0), (0, padded_rope(spec) // 2 - tables.shape[2]), (0, 0)))
     return tables if len(tables) > 1 else tables[0]
 
@@ -398,7 +399,7 @@ def write_weights(
     dtype = cuda_spec.dtype
     arrays = weight_arrays(cuda_spec)
     tensors = {name: (STORED_TYPES[array.dtype], array.shape) for name, array in arrays.items()}
-    table = rope_table(spec, manifest.max_context)
+    table = rope_table(spec, manifest.max_context, cuda_spec.rope_switch)
     wanted = cuda_spec.weight_format
 
     padding = Padding(spec, paired=paired)

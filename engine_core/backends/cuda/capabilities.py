@@ -96,6 +96,7 @@ CAPABILITIES = Capabilities(
     lora=True,
     drafts=True,
     log_probabilities=True,
+    switches_rope=True,
     max_batch=16,  # MAX_SEQUENCES of cuda/kernels/launch_configs.py
     plans_others=True,
     traits=TRAITS,

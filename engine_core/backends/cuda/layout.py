@@ -75,10 +75,13 @@ class CudaOptions:
     half_scales: bool = False  # whether scales of integers are fp16 though ``dtype`` is bf16
     ordered: tuple[str, ...] = ()  # matrices of a layer whose columns are in the order of their groups: see ``orders``
     fp8_activations: bool = False  # whether the checkpoint says that its fp8 weights meet activations in fp8
+    rope_switch: int = 0  # rows of the stored RoPE table before those of longer sequences than that; 0: there are none
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp16", "bf16"):
             raise ValueError(f"dtype is {self.dtype!r:.60}, not fp16 or bf16")
+        if self.rope_switch < 0:
+            raise ValueError(f"rope_switch is {self.rope_switch}")
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class CudaSpec:
     ordered: tuple[str, ...] = ()  # see ``CudaOptions``
     images: ImageLimits | None = None  # None: no encoder is loaded
     frame_bytes: int = 0  # for frames of topics, which the node keeps in the host's memory
+    rope_switch: int = 0  # tokens of a sequence beyond which it has another RoPE; 0: none has
 
     @cached_property
     def encoder(self) -> EncoderLayout | None:
@@ -234,6 +238,7 @@ class CudaSpec:
             scale=model.attention_scale,
             softcap=model.attention_softcap,
             norm_offset=model.norm_offset,
+            rope_switch=self.rope_switch,
         )
 
     def attention_of(self, layer: int) -> AttentionShape:
@@ -243,9 +248,9 @@ class CudaSpec:
 
     @property
     def rope_shape(self) -> tuple[int, ...]:
-        """The shape of the RoPE tables: [max_context, rotated / 2, 2], with one more in front if there are several."""
+        """The shape of the RoPE tables: [rope_length, rotated / 2, 2], with one more in front if there are several."""
         count = len(self.model.ropes)
-        return (*((count,) if count > 1 else ()), self.max_context, self.attention.rope_width, 2)
+        return (*((count,) if count > 1 else ()), self.attention.rope_length, self.attention.rope_width, 2)
 
     def columns_of(self, matrix: str) -> int:
         """Return the columns of a layer's matrix, such as layers.3.qkv."""
@@ -278,7 +283,7 @@ class CudaSpec:
                     f"The adapter {adapter.name!r} has rank {adapter.rank}; the {manifest.backend} backend runs up to "
                     f"{MAX_RANK}."
                 )
-        max_context = config.max_context or manifest.max_context
+        options, max_context = read_options(manifest, CudaOptions), config.max_context or manifest.max_context
         chunk = min(config.prefill_chunk or PREFILL_CHUNK, max_context)
         images = image_limits(manifest.model, config, max_context)
         spec = cls(
@@ -300,6 +305,7 @@ class CudaSpec:
             chooses_chunk=not config.prefill_chunk,
             images=images,
             frame_bytes=0 if images is None else config.image_frames_memory << 20,
+            rope_switch=options.rope_switch if options.rope_switch < max_context else 0,
         )
         token_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in _pool_shapes(spec, 1).values())
         return dataclasses.replace(spec, pool_tokens=pool_tokens(config, max_context, token_bytes))
@@ -486,6 +492,8 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
         arrays["batch_sums"] = ("scratch", (sums,), "fp32")
         arrays["batch_counters"] = ("scratch", (counters,), "uint32")
         arrays["batch_chunks"] = ("io", (len(sizes), _ROW), "int32")  # 0 and the rows of each size
+    if spec.rope_switch:
+        arrays["rope_rows"] = ("io", (spec.max_batch,), "int32")  # of ``rope``, of position 0 of each slot's sequence
     if slots:
         arrays["slots"] = ("io", slots, "int32")  # of the rows of a decode step; -1 = the row does nothing
         arrays["prompt_slots"] = ("io", (*slots, _ROW), "int32")  # the same for a prompt's first token, by its slot

@@ -48,7 +48,7 @@ def manifest_for(spec: ModelSpec, weight_format: str, size: Size) -> Manifest:
         *(CAPABILITIES, spec, weight_format, size),
         reduced_vocab_size=size.head_rows,
         group_size=stored_group(formats.weight_format(weight_format)),
-        options=dataclasses.asdict(CudaOptions("fp16")),
+        options=dataclasses.asdict(CudaOptions("fp16", rope_switch=spec.rope_switch_within(size.max_context))),
     )
 
 

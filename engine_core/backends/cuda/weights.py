@@ -18,7 +18,7 @@ from engine_core.formats.vocab_map import configured_vocab_map
 from engine_core.formats.weight_formats.base import WeightFormat
 
 WEIGHTS_NAME = "weights.safetensors"
-ROPE_NAME = "rope"  # float32, CudaSpec.rope_shape with the manifest's max_context
+ROPE_NAME = "rope"  # float32, CudaSpec.rope_shape with the manifest's max_context and rope_switch
 # dtype of an array → as safetensors spells it
 STORED_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "uint8": "U8", "int32": "I32"}
 _BLOCK = 16  # tiles along the rows that are cut at a time: 256 rows, from as many tiles at most
@@ -60,9 +60,10 @@ class CudaWeights:
                     f"{name} of {file.path} is {found or 'missing'}, expected {expected}; build the engine again."
                 )
         covered = file.shape(ROPE_NAME)[-3] if ROPE_NAME in file.names() else 0
-        if covered < stored.max_context:
+        if covered < stored.attention.rope_length:
+            positions = max(0, covered - stored.rope_switch)
             raise EngineDirectoryError(
-                f"The RoPE table of {file.path} covers {covered} positions, but max_context is {stored.max_context}; "
+                f"The RoPE table of {file.path} covers {positions} positions, but max_context is {stored.max_context}; "
                 "configure less or build the engine for more."
             )
 
@@ -77,7 +78,7 @@ class CudaWeights:
 
     def rope(self) -> np.ndarray:
         """Return float32, CudaSpec.rope_shape: cos and sin."""
-        return self._file.raw(ROPE_NAME)[..., : self._resolved.spec.max_context, :, :]
+        return self._file.raw(ROPE_NAME)[..., : self._resolved.spec.attention.rope_length, :, :]
 
 
 def kept_rows(stored: np.ndarray, kept: np.ndarray, weight_format: WeightFormat) -> np.ndarray:

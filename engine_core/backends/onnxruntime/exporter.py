@@ -23,17 +23,12 @@ from engine_core.formats.weight_formats.base import WeightFormat
 from engine_core.formats.weight_formats.integers import IntegerFormat
 from engine_core.formats.weights import Weights
 from engine_core.models.padding import Axis
-from engine_core.models.spec import LayerSpec, LinearSpec, ModelSpec
+from engine_core.models.spec import LayerSpec, LinearSpec
 
 _MS = "com.microsoft"
 _OPSETS = {"": 17, _MS: 1}
 _PACKED_GROUP_BYTES = 8  # MatMulNBits keeps the scale and the sum of each group beside its packed values, float32 both
 _ACCURACY_INT8 = 4  # MatMulNBits: activations are rounded to int8 group by group, the GEMM is in integers
-
-
-def rope_switch(spec: ModelSpec, max_context: int) -> int:
-    """Return the ``switch`` of a model's RoPEs if a context reaches beyond it, else 0."""
-    return spec.rope_switch if spec.rope_switch < max_context else 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class OrtExporter:
         self._precision = precision
         self._max_context = max_context
         self._spec = weights.spec
-        self.rope_switch = rope_switch(self._spec, max_context)
+        self.rope_switch = self._spec.rope_switch_within(max_context)
         self.packing = Packing()
         self.rounding_errors = RoundingErrors()  # of matrices that the checkpoint has quantized otherwise
         self._heads = head_axes(self._spec)
@@ -375,8 +370,7 @@ class OrtExporter:
         tables = {}
         for i, rope in enumerate(self._spec.ropes):
             width = turned_size(rope.dim) // 2
-            parts = [rope.table(length) for length in (self.rope_switch, self._max_context) if length]
-            for name, table in zip(("cos", "sin"), map(np.concatenate, zip(*parts))):
+            for name, table in zip(("cos", "sin"), rope.rows(self.rope_switch, self._max_context)):
                 tables[f"rope_{name}.{i}"] = np.pad(table, ((0, 0), (0, width - table.shape[1])))
         return tables
 

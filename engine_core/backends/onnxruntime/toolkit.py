@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine_core.backends.onnxruntime import build as builder
 from engine_core.backends.onnxruntime.capabilities import CAPABILITIES
-from engine_core.backends.onnxruntime.exporter import Packing, Precision, rope_switch
+from engine_core.backends.onnxruntime.exporter import Packing, Precision
 from engine_core.backends.onnxruntime.files import DATA_NAME, ENCODER_DATA_NAME, graph_name
 from engine_core.backends.onnxruntime.plan import OrtOptions, head_row_bytes, plan_memory, resolve, stored_rope_bytes
 from engine_core.backends.onnxruntime.size import count_data, count_encoder
@@ -54,7 +54,7 @@ def manifest_for(spec: ModelSpec, weight_format: str, size: Size) -> Manifest:
     data, packing = _count_data(spec, weight_format, size.max_context, rows)
     encoder = _count_encoder(spec, precision)
     shares_head = spec.tied and rows == spec.vocab_size
-    switch = rope_switch(spec, size.max_context)
+    switch = spec.rope_switch_within(size.max_context)
     options = builder.engine_options(precision, packing, shares_head=shares_head, rope_switch=switch)
     graphs = {graph_name(kind): FileRecord(0, "") for kind in CAPABILITIES.kv_cache_types}
     return manifest_before_build(

@@ -47,6 +47,7 @@ class AttentionShape:
     softcap: float = 0.0  # scores are below it in magnitude; 0 = they are not capped
     norm_offset: float = 0.0  # added to the weights of the head norms
     kv_fp8: bool = False  # the cache is E4M3 and has scales (kv_fp8.cuh); not with ``kv_int8``
+    rope_switch: int = 0  # rows of the RoPE table before those of longer sequences than that (LongRoPE); 0 = none
 
     @property
     def chunk_words(self) -> int:
@@ -81,6 +82,11 @@ class AttentionShape:
         """Bundles of query heads that share a KV head, of one size, which attention_decode.cu takes as KV heads."""
         parts = next(n for n in range(1, self.group + 1) if self.group % n == 0 and self.group // n <= _MAX_BUNDLE)
         return self.num_kv_heads * parts
+
+    @property
+    def rope_length(self) -> int:
+        """Rows of the RoPE table: one for each position, or one for each position of short and of long sequences."""
+        return self.rope_switch + self.max_context
 
     @property
     def rope_width(self) -> int:
@@ -140,6 +146,7 @@ class AttentionShape:
             "WINDOW": self.window,
             "SCALE_LOG2E": float_define(math.log2(math.e) * scale),
             "SOFTCAP": float_define(self.softcap),
+            "LONG_ROPE": int(self.rope_switch > 0),
         }
 
 
@@ -164,11 +171,16 @@ def _check(
     scales: DeviceArray | None,
     rope: DeviceArray,
     norms: tuple,
+    rope_rows: DeviceArray | None,
 ) -> None:
     shape.validate()
     _check_cache(kernels, shape, cache, scales)
     if shape.rope_width:
-        check("rope", rope, (shape.max_context, shape.rope_width, 2), "fp32")
+        check("rope", rope, (shape.rope_length, shape.rope_width, 2), "fp32")
+    if (shape.rope_switch > 0) != (rope_rows is not None):
+        raise KernelArgumentError("A RoPE table for short and long sequences needs rope_rows, and no other has any.")
+    if rope_rows is not None:
+        check("rope_rows", rope_rows, rope_rows.shape, "int32")
     for norm in norms if shape.qk_norm else ():
         check("head norm", norm, (shape.head_dim,), kernels.dtype)
 
@@ -189,6 +201,7 @@ def attention_decode(
     slots: DeviceArray | None = None,
     appended: bool = False,
     places: DeviceArray | None = None,
+    rope_rows: DeviceArray | None = None,
 ) -> Launch:
     """Attention of one token of each sequence: rotates q and k, appends K and V to the cache and attends.
 
@@ -198,15 +211,15 @@ def attention_decode(
     front, and ``partial`` is [partial_floats(num_sms, n)].
 
     ``cache`` and ``scales`` are one layer's of the first slot: [2, kv_heads, max_context, head_dim] and, of an int8
-    or fp8 cache, fp16 [2, kv_heads, scale_pitch]. ``rope``: float32 [max_context, rope_width, 2]. ``norms``: weights of
-    the query and key norms. ``appended``: ``rope_append`` has put K and V of all rows into the cache, where each row
-    then sees the earlier ones of its slot, too. ``places``: where ``output`` has each column, int32 [heads ×
-    head_dim]. ``config``: another launch configuration than the chosen one. Raises
-    KernelArgumentError.
+    or fp8 cache, fp16 [2, kv_heads, scale_pitch]. ``rope``: float32 [rope_length, rope_width, 2]. ``norms``: weights of
+    the query and key norms. ``rope_rows``: int32 [KV slots], with ``rope_switch`` alone, the row of ``rope`` that
+    position 0 of each slot's sequence has. ``appended``: ``rope_append`` has put K and V of all rows into the cache,
+    where each row then sees the earlier ones of its slot, too. ``places``: where ``output`` has each column, int32
+    [heads × head_dim]. ``config``: another launch configuration than the chosen one. Raises KernelArgumentError.
     """
     num_sms, rows = kernels.gpu.num_sms, slots.shape if slots is not None else ()
     sequences = rows[0] if rows else 1
-    _check(kernels, shape, cache, scales, rope, norms or ())
+    _check(kernels, shape, cache, scales, rope, norms or (), rope_rows)
     if slots is not None:
         check("slots", slots, rows, "int32")
         check("state", state, (*rows, STATE.itemsize), "uint8")
@@ -230,7 +243,7 @@ def attention_decode(
     }
     function = kernels.function("attention_decode", "attention_decode", defines, shared)
     args = [qkv, cache, rope, q_norm, k_norm, state, partial, counters, output, scales or 0, slots or 0]
-    args += [] if places is None else [places]
+    args += [extra for extra in (places, rope_rows) if extra is not None]
     # As many CTAs as every other kernel of a step has on each SM, though some have nothing to do: with a gap somewhere
     # the next kernel, which may start early, would be placed unevenly, and the one after it, too.
     grid = (max(-(-num_sms // sequences), shape.bundles * config.splits), sequences)
@@ -248,13 +261,15 @@ def rope_append(
     scales: DeviceArray | None = None,
     kv_only: bool = False,
     bias: DeviceArray | None = None,
+    rope_rows: DeviceArray | None = None,
 ) -> Launch:
     """Return the launch that rotates q of ``qkv``, 16-bit [n, width], in place and writes K and V into ``cache``.
 
     ``chunk``: int32 [CHUNK_WORDS], the position of the first row and how many rows are tokens. ``kv_only``: q stays
-    as it is. ``bias``: 16-bit [width], added to q, k and v first. Raises KernelArgumentError.
+    as it is. ``bias``: 16-bit [width], added to q, k and v first. ``rope``, ``rope_rows``: see ``attention_decode``.
+    Raises KernelArgumentError.
     """
-    _check(kernels, shape, cache, scales, rope, norms or ())
+    _check(kernels, shape, cache, scales, rope, norms or (), rope_rows)
     check("chunk", chunk, (shape.chunk_words,), "int32")
     check("qkv", qkv, (qkv.shape[0], shape.qkv_width), kernels.dtype)
     defines = {**shape.defines(), "THREADS": ROPE_THREADS, "KV_ONLY": int(kv_only)}
@@ -264,6 +279,7 @@ def rope_append(
         check("bias", bias, (shape.qkv_width,), kernels.dtype)
         defines["BIAS"] = 1
         args.append(bias)
+    args += [] if rope_rows is None else [rope_rows]
     function = kernels.function("rope_append", "rope_append", defines)
     grid = (rope_append_blocks(shape, qkv.shape[0], kv_only=kv_only),)
     return Launch(kernels.device, function, grid, ROPE_THREADS, args)

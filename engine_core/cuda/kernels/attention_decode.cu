@@ -4,7 +4,7 @@
 // place. The last CTA of a KV head to finish merges the splits.
 //
 // qkv: [(HEADS + 2 KV_HEADS) HEAD_DIM]; cache: this layer's [2][KV_HEADS][CONTEXT][HEAD_DIM], quantized with KV_INT8, and then
-// scales: fp16 [2][KV_HEADS][SCALE_PITCH] (kv_int8.cuh); rope: [CONTEXT][ROTATED / 2] (cos, sin); partial: float32 [SPLITS][BUNDLES]
+// scales: fp16 [2][KV_HEADS][SCALE_PITCH] (kv_int8.cuh); rope: [CONTEXT][ROTATED / 2] (cos, sin), more rows with LONG_ROPE (rope.cuh); partial: float32 [SPLITS][BUNDLES]
 // [GROUP][HEAD_DIM], then as many Merges; counters: uint32 [BUNDLES], 0 between launches; output: [HEADS][HEAD_DIM]. Grid: BUNDLES *
 // SPLITS or more. The position decides how many splits work; a split has at least MIN_KEYS keys. BUNDLES is KV_HEADS or, where more
 // than 8 query heads share one, a multiple of it: the CTAs of each bundle have GROUP query heads, and all of them write the new K and V.
@@ -165,7 +165,7 @@ struct Running {  // online softmax of a warp's keys for heads 2 t and 2 t + 1
 extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  // leaves registers for the next kernel
     attention_decode(const half_t* qkv, item_t* cache, const float2* rope, const half_t* q_norm, const half_t* k_norm,
                      const State* state, float* partial, u32* counters, half_t* output, half_t* scales,
-                     const int* slots PLACES_PARAMETER) {
+                     const int* slots PLACES_PARAMETER ROPE_PARAMETERS) {
     extern __shared__ uint4 shared[];  // the rings; afterwards the warps' values to be merged
     __shared__ alignas(16) half_t queries[GROUP][HEAD_DIM];
     __shared__ NewToken fresh;
@@ -213,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : 2)  /
 #pragma unroll
     for (int number = 0; number < DEPTH; ++number) ring.load(number, number);
     Angles angles;
-    angles.load(rope + (u64)position * (ROTATED / 2), lane % LANES_PER_HEAD);
+    angles.load(rope + (u64)(ROPE_ROW(slot) + position) * (ROTATED / 2), lane % LANES_PER_HEAD);
 
     if (!APPENDED) wait_for_previous();
     prepare(queries, fresh, qkv, q_norm, k_norm, angles, bundle, has_new, ring, position);

@@ -1,11 +1,27 @@
 // Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated as in transformers, for one head vector
 // held by LANES_PER_HEAD lanes, 8 elements each; with QK_NORM a head-wise RMSNorm (Qwen3) comes first. The first ROTATED elements are
 // rotated, the others pass through.
+//
+// LONG_ROPE: the table has more rows than positions, because long sequences have other angles at every position (LongRoPE: Ding et
+// al. 2024, arXiv 2402.13753). rope_rows: int32 [KV slots], the row of position 0 of the sequence in each slot. It changes between
+// kernels only, so that one may read it before the kernel before it ends.
 #pragma once
 #include "common.cuh"
 
 #ifndef ROTATED
 #define ROTATED HEAD_DIM
+#endif
+
+#ifndef LONG_ROPE
+#define LONG_ROPE 0
+#endif
+
+#if LONG_ROPE
+#define ROPE_PARAMETERS , const int* rope_rows
+#define ROPE_ROW(slot) (int)load4(rope_rows + (slot))
+#else
+#define ROPE_PARAMETERS
+#define ROPE_ROW(slot) 0
 #endif
 
 constexpr int LANES_PER_HEAD = HEAD_DIM <= 32 ? 4 : HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // powers of two

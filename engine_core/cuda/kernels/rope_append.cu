@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if BIAS
                 , const half_t* bias
 #endif
-    ) {
+                ROPE_PARAMETERS) {
     const int lane = threadIdx.x % 32, part = lane % LANES_PER_HEAD, d = 8 * part;
     const int index = ((blockIdx.x * THREADS + threadIdx.x) / 32) * HEAD_SLOTS + lane / LANES_PER_HEAD;
     const auto [position, count] = load_chunk(chunk);
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const bool inside = index < count * OWN_HEADS;
     const int token = inside ? index / OWN_HEADS : 0, head = FIRST_HEAD + (inside ? index % OWN_HEADS : 0);
     half_t* vector = qkv + ((u64)token * ALL_HEADS + head) * HEAD_DIM;
-    const float2* angles = rope + (u64)(position + token) * (ROTATED / 2);
+    const float2* angles = rope + (u64)(ROPE_ROW(load_slot(chunk)) + position + token) * (ROTATED / 2);
     HeadVector raw;
     Angles lane_angles;
     let_next_start();
