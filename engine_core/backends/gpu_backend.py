@@ -130,7 +130,7 @@ class SequenceLimits:
             head_rows=spec.head_rows,
             chunk=spec.chunk,
             pool_tokens=spec.pool_tokens,
-            cache_rows=spec.num_layers * 2 * num_kv_heads,
+            cache_rows=spec.num_kv_layers * 2 * num_kv_heads,
             cache_item_bytes=cache_item_bytes,
             scale_item_bytes=scale_item_bytes,
         )

@@ -140,8 +140,9 @@ class DeviceModel(Generic[Layer]):
         kernels.close()  # the code of candidates that were not chosen
 
     def _tuned_layers(self) -> range:
-        """A few layers: as in a step, a kernel's weights are not in the L2 cache when it starts."""
-        return range(min(_TUNED_LAYERS, self.spec.num_layers))
+        """A few layers, of which one has attention: as in a step, a kernel's weights are not in the L2 cache when it
+        starts."""
+        return range(min(max(_TUNED_LAYERS, 1 + min(self.spec.model.kv_layers, default=0)), self.spec.num_layers))
 
     def _place_chunk(self, rows: int) -> None:
         """Makes the chunk in ``prompt`` one of at most ``rows`` tokens after ``_TUNED_CONTEXT`` others."""
@@ -154,7 +155,8 @@ class DeviceModel(Generic[Layer]):
         if isinstance(problem, PrefillAttentionProblem):
             rows = min(problem.rows, self.spec.chunk)
             self._place_chunk(rows)
-            return [partial(self._attend(i), rows=rows) for i in self._tuned_layers()]
+            attending = [i for i in self._tuned_layers() if i not in self.spec.conv_layers]
+            return [partial(self._attend(i), rows=rows) for i in attending]
         launches = self.decode_launches(host_tokens, len(self._tuned_layers()))
         return [launch for launch in launches if isinstance(launch, Launch) and launch.problem == problem]
 
@@ -271,7 +273,8 @@ class DeviceModel(Generic[Layer]):
         return self.work["kv_scales"].at(*self._layer(i)) if self.spec.attention.kv_scaled else None
 
     def _layer(self, i: int) -> tuple[int, ...]:
-        return (0, i) if self.spec.max_batch > 1 else (i,)
+        of_kv = self.spec.model.kv_layers.index(i)
+        return (0, of_kv) if self.spec.max_batch > 1 else (of_kv,)
 
     # --- prefill --------------------------------------------------------------------------------------
 

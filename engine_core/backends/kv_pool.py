@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 16  # tokens that are given out together
 STATE_TOKENS = 64  # places for each state of a conversation, where the layers of a model keep states
+NUM_MARKS = 2  # states that a slot keeps of the sequence in it: of the end of what prompts share, and of the prompt
 STATES_KEPT = 2  # of a conversation at most: at the end of its prompt, and at its own
 
 

@@ -518,10 +518,46 @@ def attention_decode(defines: dict, args) -> None:
         layer.attend(rotated, position, target, places)
 
 
+def _convolve(defines: dict, args, first_row: int, slot: int, position: int, count: int) -> None:
+    """``count`` rows from ``first_row`` on, the first at ``position``; see short_conv.cu."""
+    rows, taps, bias, ring, _, output = (address_of(args, i) for i in range(6))
+    cols, num_taps = defines["COLS"], defines["TAPS"]
+    gates = array_at(rows + 2 * first_row * 3 * cols, (count, 3 * cols), F16).astype(F64)
+    weights = array_at(taps, (num_taps, cols), F16).astype(F64)
+    earlier = np.zeros((num_taps - 1, cols))
+    for index in range(num_taps - 1 if num_taps > 1 else 0):
+        place = position - num_taps + 1 + index
+        if place >= 0:
+            held = array_at(ring + 4 * slot * defines["SLOT_FLOATS"], (num_taps, cols), F32)
+            earlier[index] = held[place % num_taps]
+    added = array_at(bias, (cols,), F16).astype(F64) if defines["BIAS"] else 0.0
+    result, inputs = reference.short_convolution(gates, earlier, weights, added)
+    array_at(output + 2 * first_row * cols, (count, cols), F16)[:] = result
+    if num_taps > 1:
+        held = array_at(ring + 4 * slot * defines["SLOT_FLOATS"], (num_taps, cols), F32)
+        for token in range(max(0, count - num_taps), count):
+            held[(position + token) % num_taps] = inputs[token]
+
+
+def short_conv_step(defines: dict, args) -> None:
+    state, rows = address_of(args, 4), defines["GRID_Y"]
+    slots = array_at(address_of(args, 6), (rows,), np.int32) if defines["BATCHED"] else [0]
+    for row, slot in enumerate(slots):
+        position = int(array_at(state + row * STATE.itemsize, (), STATE)["position"])
+        if slot >= 0 and position < defines["CONTEXT"]:
+            _convolve(defines, args, row, int(slot), position, 1)
+
+
+def short_conv_chunk(defines: dict, args) -> None:
+    position, count = _chunk(args, 4)
+    slot = int(array_at(address_of(args, 4), (CHUNK_WORDS + 1,), np.int32)[2]) if defines["SLOT_FLOATS"] else 0
+    _convolve(defines, args, 0, slot, position, min(count, defines["GRID"] * defines["TILE"]))
+
+
 _ALL = (
     *(embed, rms_norm, qk_norm, gemv, gemv_packed, dequantize_packed, gemm_packed, gate_multiply, add_bias),
     *(bias_gelu, layer_norm, patches),
     *(keep_last_row, rope_append, attention_prefill, attention_decode, lora_shrink, lora_shrink_chunk),
-    *(lora_expand_chunk, route, combine, quantize_rows, unpack_fp8),
+    *(lora_expand_chunk, route, combine, quantize_rows, unpack_fp8, short_conv_step, short_conv_chunk),
 )
 KERNELS = {kernel.__name__: kernel for kernel in _ALL}

@@ -56,6 +56,8 @@ FAMILIES = (
     "olmo2",
     "granite",
     "qwen3-moe",
+    "lfm2",
+    "lfm2-odd",
 )
 
 

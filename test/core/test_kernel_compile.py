@@ -71,6 +71,7 @@ KERNELS = {
     "unpack_fp8": dict(ROWS=512, COLS=1024, BITS=8, FLOATS=1, DEQUANTIZE_WARPS=8),
     "qk_norm": dict(ROW_COLS=1536, Q_COLS=1024, K_COLS=256, Q_SIZE=1000, K_SIZE=250, THREADS=512, NORM_EPS="1e-5f"),
     "experts": dict(COLS=1024, EXPERTS=128, EXPERTS_PER_TOKEN=8, NORM_SHARES=1, THREADS=256),
+    "short_conv": dict(COLS=1024, TAPS=3, BIAS=0, SLOT_FLOATS=30720, THREADS=64, TILE=8, CONTEXT=512, BATCHED=1),
     "elementwise": dict(COLS=1024, THREADS=256, TOKEN_STRIDE=8),
     "sample": dict(ROWS=1000, RING=8, SCAN_THREADS=256, THREADS=1024),
     "log_probability": dict(ROWS=1003, THREADS=1024),
@@ -213,6 +214,8 @@ def test_what_single_families_need_compiles(arch):
     _compile_all(arch, ("gemv", "gemv_packed"), EPILOGUE=3, EXPERT_VECTORS=1, **picked)
     _compile_all(arch, ("gemv", "gemv_packed", "gemm_packed"), EPILOGUE=3, LOGITS_SCALE="0.125f", NORM=0)
     _compile_all(arch, ("rms_norm", "elementwise"), ADD=0, RESIDUAL=1, ROUNDED=1)
+    _compile_all(arch, ["short_conv"], TAPS=1, BIAS=1, SLOT_FLOATS=0, BATCHED=0, BF16=1)
+    _compile_all(arch, ["short_conv"], TAPS=8, BIAS=1)
     _compile_all(arch, ("rms_norm", "elementwise"), ADD=0, RESIDUAL=1, NORM_OFFSET="1.f", GELU=1, FLOAT_VALUES=1)
 
 

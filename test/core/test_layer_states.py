@@ -88,11 +88,13 @@ def test_the_layers_are_data(checkpoint):
     assert spec_of(CONFIG | {"conv_L_cache": 1}).states == ()
 
 
-@pytest.mark.parametrize("backend", ["cuda", "tensorrt"])
-def test_other_backends_refuse_it_by_name(backend):
-    reason = capabilities_of(backend).model_refusal(spec_of(CONFIG))
-    does_not = f"which the {backend} backend does not run; use the backend onnxruntime."
+def test_tensorrt_refuses_it_by_name():
+    assert capabilities_of("cuda").model_refusal(spec_of(CONFIG)) is None
+    reason = capabilities_of("tensorrt").model_refusal(spec_of(CONFIG))
+    does_not = "which the tensorrt backend does not run; use the backend cuda or onnxruntime."
     assert reason == f"Lfm2ForCausalLM has short convolutions, {does_not}"
+    reason = capabilities_of("cuda").model_refusal(spec_of(CONFIG | {"conv_L_cache": 9}))
+    assert reason is not None and "over more than 8 tokens, which the cuda backend does not run" in reason
 
 
 def test_speculation_and_calibrated_weights_are_refused(checkpoint, variant, tmp_path):

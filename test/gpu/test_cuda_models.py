@@ -48,6 +48,7 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=64,
     rope_theta=10000.0,
 )
+LLAMA_ROPE = dict(rope_type="default", rope_theta=10000.0)
 FACTORS = [1.0 + 0.2 * i for i in range(16)]
 LONGROPE = dict(rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=64)
 LONGROPE |= dict(short_factor=FACTORS, long_factor=[2 * x for x in FACTORS], partial_rotary_factor=0.5)
@@ -112,8 +113,20 @@ FAMILIES = {
         num_attention_heads=24, num_key_value_heads=2, head_dim=32, sliding_window=50,
     )),
 }  # fmt: skip
+# Not every layer has attention.
+CONVOLUTIONS = {
+    "lfm2": ("Lfm2", dict(
+        layer_types=["conv", "full_attention", "conv"], block_multiple_of=8, rope_parameters=dict(LLAMA_ROPE),
+    )),
+    "lfm2, odd": ("Lfm2", dict(
+        hidden_size=90, intermediate_size=150, num_attention_heads=3, num_key_value_heads=1, block_multiple_of=7,
+        layer_types=["conv", "conv", "full_attention"], conv_L_cache=5, conv_bias=True, tie_word_embeddings=False,
+        rope_parameters=dict(LLAMA_ROPE),
+    )),
+}  # fmt: skip
 MODELS = {
     **FAMILIES,
+    **CONVOLUTIONS,
     "llama": ("Llama", dict(head_dim=16, tie_word_embeddings=False)),
     "llama3 tied, scaled RoPE": ("Llama", dict(head_dim=32, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
     "mistral": ("Mistral", dict(head_dim=64, sliding_window=None)),

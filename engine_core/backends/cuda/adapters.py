@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine_core.backends.cuda.layout import CudaSpec, pair_rows, stacked_rows
+from engine_core.backends.cuda.layout import CONV_MATRICES, CudaSpec, model_matrices, pair_rows, stacked_rows
 from engine_core.backends.cuda.orders import pairs_in_order
 from engine_core.backends.cuda.padding import Padding
 from engine_core.errors import AdapterError, BuildError
@@ -32,10 +32,10 @@ def adapter_matrices(
 
 def _of_adapter(spec: CudaSpec, adapter: LoraAdapter, layer: int, matrix: str) -> tuple[np.ndarray, np.ndarray]:
     rank, parts = spec.lora_rank, stacked_rows(spec.model)[matrix]
-    rows, columns = spec.model.layer_matrices[matrix]
+    rows, columns = model_matrices(spec.model)[matrix]
     a, b = np.zeros((len(parts) * rank, columns), np.float32), np.zeros((rows, rank), np.float32)
     for number, part in enumerate(parts):
-        low = adapter.dense(layer, matrix, part)
+        low = adapter.dense(layer, CONV_MATRICES.get(matrix, matrix), part)
         a[number * rank : number * rank + len(low.a)] = low.a
         b[part.start : part.stop, : low.b.shape[1]] = low.b
     padding = Padding(spec.model)

@@ -35,6 +35,7 @@ from engine_core.backends.cuda.layout import (
     work_arrays,
 )
 from engine_core.backends.cuda.model import CudaModel
+from engine_core.backends.cuda.states import Place, RingStates
 from engine_core.backends.cuda.weights import CudaWeights, Resolved, resolve
 from engine_core.backends.gpu_backend import DeviceBackend, SequenceLimits, plan_here, rows_by_id
 from engine_core.backends.gpu_model import DeviceModel, WeightSource, Work
@@ -177,6 +178,8 @@ class CudaBackend(DeviceBackend):
             ),
             pool_arrays(spec) if spec.pool_on_host else None,
         )
+        self.has_states, self.state_places = bool(spec.state_shape), spec.state_places
+        self._rings = RingStates(spec.max_batch, self._copy_states)
         self._prompt = [own(PinnedArray(device, (PROMPT_HEADER + spec.chunk,), "int32")) for _ in range(2)]
         if spec.encoder is not None:
             self._make_encoder(own, kernels)
@@ -239,7 +242,7 @@ class CudaBackend(DeviceBackend):
         for adapted, rows in itertools.product(kinds, prefill_rows(self._spec.chunk)):
             self._upload_chunk(0, 0, np.zeros(min(rows, self.max_context), dtype=np.int32), 0)
             launch, is_short = partial(prefill, rows=rows, adapted=adapted), rows <= MAX_GRAPH_ROWS
-            trial = None if is_short else [partial(launch, num_layers=1)]  # all layers have the same GEMMs
+            trial = None if is_short else [partial(launch, num_layers=self._spec.num_kinds_layers)]
             capture = self._model.captures_prefill and is_short
             self._graphs.add(self._prefill_key(rows, adapted), [launch], capture, trial)
 
@@ -297,6 +300,7 @@ class CudaBackend(DeviceBackend):
         found = []
         for start in range(0, len(token_ids) - 1, self.prefill_chunk):
             part = token_ids[start : min(start + self.prefill_chunk, len(token_ids) - 1)]
+            self._move_ring(0, start, len(part))
             self._upload_chunk(0, 0, part, start)
             self._model.prefill_chunk(rows_of_chunk(len(part), self.prefill_chunk), keep=False)
             asked = range(max(0, first - 1 - start), len(part))
@@ -308,11 +312,44 @@ class CudaBackend(DeviceBackend):
             raise EngineFaultError(NAN_LOGITS)
         return logs
 
+    def state_positions(self, slot: int, *, marked: bool = False) -> list[int]:
+        return self._rings.positions(slot, marked=marked)
+
+    def save_state(self, slot: int, position: int, place: int) -> None:
+        self._device.make_current()
+        self._rings.save(slot, position, place)
+
+    def load_state(self, slot: int, position: int, place: int) -> None:
+        self._device.make_current()
+        self._rings.load(slot, position, place)
+
+    def _move_ring(self, slot: int, position: int, count: int) -> None:
+        """Have the ring of ``position`` before the step that is queued next, which takes it on by ``count``."""
+        if self.has_states:
+            self._rings.begin(slot, position)
+            self._rings.end(slot, position + count)
+
+    def _copy_states(self, target: Place, source: Place) -> None:
+        """Queue the copy of all layers' rings of a sequence; see ``RingStates``."""
+        size = self._spec.state_bytes
+
+        def address(place: Place) -> int:
+            name, *index = place
+            if name == "state_pool":
+                return self._pool_address(name) + index[0] * size
+            return self._work[name].at(*index).address
+
+        self._stream.copy_rows(address(target), size, address(source), size, size, 1)
+
     # --- hooks of DeviceBackend -------------------------------------------------------------------------
 
     def _prefill(self, step: SequenceStep) -> PendingToken:
         self._choose_rope(step.slot, step.long_rope)
-        return super()._prefill(step)
+        pending = super()._prefill(step)
+        assert step.token_ids is not None
+        if step.marks and self.has_states and self._rings.is_at(step.slot, step.position + len(step.token_ids)):
+            self._rings.mark(step.slot)  # else it was interrupted
+        return pending
 
     def _choose_rope(self, slot: int, is_long: bool) -> None:
         if self._has_long_rope[slot] != is_long and self.rope_switch:
@@ -321,6 +358,7 @@ class CudaBackend(DeviceBackend):
             self._upload(row, self._rope_choices, int(is_long))
 
     def _queue_chunk(self, buffer: int, slot: int, token_ids: np.ndarray, position: int) -> None:
+        self._move_ring(slot, position, len(token_ids))
         self._upload_chunk(buffer, slot, token_ids, position)
         adapted = self._slot_adapters.host[slot] >= 0
         self._graphs.run(self._prefill_key(rows_of_chunk(len(token_ids), self._spec.chunk), bool(adapted)))
@@ -337,6 +375,8 @@ class CudaBackend(DeviceBackend):
             launch(self._stream)
 
     def _run_decode(self, slots: list[int]) -> None:
+        for slot in slots:
+            self._move_ring(slot, self._slots[slot].position - 1, 1)
         if self.num_slots > 1 and slots != self._rows_there:
             self._upload_rows(slots)
         adapted = bool((self._slot_adapters.host[slots] >= 0).any())

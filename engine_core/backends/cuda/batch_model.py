@@ -15,7 +15,16 @@ import numpy as np
 from engine_core.backends.cuda.model import IN_NORMS, CudaModel
 from engine_core.backends.gpu_model import Matrix, WeightSource, Work
 from engine_core.cuda.driver import DeviceArray, Launch
-from engine_core.cuda.kernels import CHUNK_WORDS, attention, linear, linear_batch, linear_packed, lora, sampling
+from engine_core.cuda.kernels import (
+    CHUNK_WORDS,
+    attention,
+    linear,
+    linear_batch,
+    linear_packed,
+    lora,
+    sampling,
+    short_conv,
+)
 from engine_core.cuda.kernels.launch_configs import Problem
 
 _TOKEN = sampling.STATE.fields["token"][1]
@@ -72,13 +81,14 @@ class RowsModel(CudaModel):
         )
         return [append, attend]
 
-    def _layer_of_rows(self, i: int, size: int, attend: list[Work], terms: dict[str, lora.LoraTerm]) -> list[Work]:
-        """Return layer ``i`` around its attention, from ``qkv`` to ``attended``."""
+    def _layer_of_rows(self, i: int, size: int, mix: list[Work], terms: dict[str, lora.LoraTerm]) -> list[Work]:
+        """Return layer ``i`` around its attention or convolution, which is ``mix``."""
         multiply = partial(self._multiply_rows, i, size=size, terms=terms)
-        before: list[Work] = [*multiply("qkv"), *self._wide_qk_norm(i, size), *attend, *multiply("o")]
+        first, second, *others = self.matrices_of(i)
+        before: list[Work] = [*multiply(first), *self._wide_qk_norm(i, size), *mix, *multiply(second)]
         if self.spec.model.num_experts:
             return [*before, *self._in_norm(i, "post_norm", size), *self._experts(i, size)]
-        return [*before, *multiply("gate_up"), *multiply("down")]
+        return [*before, *(work for name in others for work in multiply(name))]
 
     def _sample_of_rows(
         self, size: int, arrays: dict[str, DeviceArray], host_tokens: int, slots: DeviceArray | None = None
@@ -212,6 +222,8 @@ class BatchModel(RowsModel):
     def _batch_layer(self, i: int, size: int, terms: dict[str, lora.LoraTerm]) -> list[Work]:
         kernels, w = self._kernels, self.work
         slots = DeviceArray(w["slots"].address, (size,), "int32")
+        if i in self.spec.conv_layers:
+            return self._layer_of_rows(i, size, [self._convolve_rows(i, size, slots)], terms)
         arrays = (self._rows("state", size), self._partial(size), self._rows("counters", size))
         attend = attention.attention_decode(
             kernels,
@@ -224,6 +236,14 @@ class BatchModel(RowsModel):
             rope_rows=w.get("rope_rows"),
         )
         return self._layer_of_rows(i, size, [attend], terms)
+
+    def _convolve_rows(self, i: int, size: int, slots: DeviceArray) -> Launch:
+        """Return layer ``i``'s short convolution of a step of ``size`` slots."""
+        taps, bias, ring = self._convolution(i)
+        rows, output = self._rows("conv_in", size), self._rows("convolved", size)
+        arrays = (rows, taps, bias, ring, self._rows("state", size), output)
+        options = (self.spec.max_context, slots, self._slot_floats)
+        return short_conv.short_conv_step(self._kernels, *arrays, *options)
 
     def _sample_rows(self, size: int, slots: DeviceArray, host_tokens: int) -> list[Work]:
         """Return the LM head of all rows, then the sampler of those that ``slots`` names."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from engine_core.backends.cuda.capabilities import CAPABILITIES
 from engine_core.backends.cuda.encoder_build import encoder_tensors
-from engine_core.backends.cuda.layout import CudaOptions, CudaSpec, pair_rows, weight_arrays
+from engine_core.backends.cuda.layout import CONV_MATRICES, CudaOptions, CudaSpec, pair_rows, weight_arrays
 from engine_core.backends.cuda.orders import (
     MATRICES,
     filled_up,
@@ -178,8 +178,9 @@ def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator
 
     if layer.input_norm:
         yield "input_norm", norm(layer.input_norm)
-    yield "qkv", weights.linear(layer.qkv)
-    yield "o", weights.linear(layer.output)
+    first, second = CONV_MATRICES if layer.conv_kernel else ("qkv", "o")
+    yield first, weights.linear(layer.qkv)
+    yield second, weights.linear(layer.output)
     if layer.mlp_norm:
         yield "post_norm", norm(layer.mlp_norm)
     if layer.router:
@@ -188,10 +189,14 @@ def _layer_tensors(weights: Weights, layer: LayerSpec, paired: bool) -> Iterator
     make = weights.paired if paired else weights.linear
     yield "gate_up", (block for gate_up in gate_ups for block in make(gate_up))
     yield "down", weights.linear(layer.down)
-    biases = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}
+    biases = {first: layer.qkv, second: layer.output, "gate_up": layer.gate_up, "down": layer.down}
     for name, linear in biases.items():
         if (bias := weights.bias(linear)) is not None:
             yield f"{name}_bias", [pair_rows(bias[:, None])[:, 0] if name == "gate_up" and paired else bias]
+    if layer.conv_weight:
+        yield "conv", [weights.matrix(layer.conv_weight)[:, 0].T]
+    if layer.conv_bias_name:
+        yield "conv_bias", [weights.matrix(layer.conv_bias_name)]
     if layer.q_norm:
         yield "q_norm", norm(layer.q_norm)
         yield "k_norm", norm(layer.k_norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine_core.backends.capabilities import CONVOLUTIONS, SCALED_QUERIES, Capabilities, Trait
+from engine_core.backends.capabilities import SCALED_QUERIES, Capabilities, Trait
 
 if TYPE_CHECKING:
     from engine_core.backends.machine import Machine, Missing
@@ -29,7 +29,10 @@ TRAITS = (
         "an encoder whose hidden size is no multiple of 8 or whose heads are above 256",
         lambda spec, _: _has_odd_encoder(spec),
     ),
-    CONVOLUTIONS,
+    Trait(
+        "short convolutions of different lengths, or over more than 8 tokens",
+        lambda spec, _: len(taps := {layer.conv_kernel for layer in spec.layers} - {0}) > 1 or max(taps, default=0) > 8,
+    ),
     Trait("RoPE tables of different sizes", lambda spec, _: len({rope.dim for rope in spec.ropes}) > 1),
     Trait("a head size above 256", lambda spec, _: _padded_head(spec) > 256),
     SCALED_QUERIES,

@@ -15,7 +15,7 @@ import numpy as np
 from engine_core.backends.capabilities import capabilities_of
 from engine_core.backends.cuda.encoder_layout import Arrays, EncoderLayout
 from engine_core.backends.cuda.padding import padded_head, padded_rope, padded_size
-from engine_core.backends.kv_pool import pool_tokens
+from engine_core.backends.kv_pool import NUM_MARKS, pool_tokens, state_places
 from engine_core.config import EngineConfig
 from engine_core.cuda.driver import ITEM_BYTES, Device, aligned
 from engine_core.cuda.kernels.attention import AttentionShape
@@ -25,6 +25,7 @@ from engine_core.cuda.kernels.linear_batch import batch_scratch
 from engine_core.cuda.kernels.linear_packed import INTEGER_LAYOUTS, LAYOUTS, layout_of, packed_scratch, stored_group
 from engine_core.cuda.kernels.lora import MAX_RANK, RANK_GRAIN
 from engine_core.cuda.kernels.sampling import PARAMS, STATE, scores_shape
+from engine_core.cuda.kernels.short_conv import ring_rows
 from engine_core.errors import ConfigurationError, EngineDirectoryError
 from engine_core.formats.lora import LoraAdapter, read_adapters
 from engine_core.formats.manifest import Manifest, read_options
@@ -48,6 +49,8 @@ ROW_GRAIN = 64  # see round_rows
 PROMPT_HEADER = 4  # int32 before the tokens of a chunk: position, tokens, KV slot, and the adapter's number or -1
 BATCH_SIZES = (1, 2, 4, 8, 16)  # sequences of a decode step for which there is a CUDA graph
 DRAFT_SIZES = (4, 8, 16)  # tokens of a step that checks a draft, for which there is one
+# Matrices of layers with a short convolution → what ``ModelSpec.matrices_of`` calls them.
+CONV_MATRICES = {"conv_in": "qkv", "conv_out": "o"}
 _ROW = 16  # int32 of a row of ``batch_chunks`` and ``prompt_slots``
 
 
@@ -107,6 +110,7 @@ class CudaSpec:
     images: ImageLimits | None = None  # None: no encoder is loaded
     frame_bytes: int = 0  # for frames of topics, which the node keeps in the host's memory
     rope_switch: int = 0  # tokens of a sequence beyond which it has another RoPE; 0: none has
+    state_places: int = 0  # of the pool of states, for a model whose layers keep such
 
     @cached_property
     def encoder(self) -> EncoderLayout | None:
@@ -150,7 +154,7 @@ class CudaSpec:
     @property
     def fp8_gemms(self) -> bool:
         """True if prefill multiplies codes of fp8 by codes of fp8, where the GPU's cuBLASLt does."""
-        plain = not self.adapters and not self.model.num_experts
+        plain = not self.adapters and not self.model.num_experts and not self.conv_layers
         return self.fp8_activations and self.weight_format.kind == "fp8" and plain
 
     @property
@@ -165,14 +169,52 @@ class CudaSpec:
 
     def has_lora(self, layer: int, matrix: str) -> bool:
         """Return whether some adapter changes the matrix."""
-        rows = range(self.model.layer_matrices[matrix][0])
-        return any(adapter.rank_of(layer, matrix, rows) for adapter in self.adapters)
+        if matrix not in self.matrices_of(layer):
+            return False
+        rows = range(model_matrices(self.model)[matrix][0])
+        return any(adapter.rank_of(layer, CONV_MATRICES.get(matrix, matrix), rows) for adapter in self.adapters)
+
+    def matrices_of(self, layer: int) -> tuple[str, str, str, str]:
+        """Return the matrices of a layer, as ``matrix_shapes`` names them."""
+        first, second = CONV_MATRICES if self.model.layers[layer].conv_kernel else ("qkv", "o")
+        return first, second, "gate_up", "down"
 
     # --- of the model -------------------------------------------------------------------------------
 
     @property
     def num_layers(self) -> int:
         return self.model.num_layers
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Return the layers that the KV cache has room for: those with attention, or one where there are none."""
+        return max(1, len(self.model.kv_layers))
+
+    @cached_property
+    def conv_layers(self) -> tuple[int, ...]:
+        """Return the layers with a short convolution."""
+        return tuple(layer.index for layer in self.model.layers if layer.conv_kernel)
+
+    @property
+    def num_kinds_layers(self) -> int:
+        """Return how many of the first layers have one of each kind among them, and with them every GEMM."""
+        return 1 + max(layers[0] for layers in (self.model.kv_layers, self.conv_layers) if layers)
+
+    @property
+    def conv_taps(self) -> int:
+        """Return the tokens that an output of a short convolution sees; 0 = there are none."""
+        return max(layer.conv_kernel for layer in self.model.layers)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Return the shape of the rings of a sequence, float32: [layers of a convolution, rows, hidden]; () = none."""
+        rows = ring_rows(self.conv_taps)
+        return (len(self.conv_layers), rows, self.hidden) if rows else ()
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes of the rings of a sequence."""
+        return 4 * math.prod(self.state_shape) if self.state_shape else 0
 
     @property
     def hidden(self) -> int:
@@ -192,12 +234,11 @@ class CudaSpec:
     def norm_eps(self) -> float:
         return self.model.norm_eps
 
-    @property
-    def biases(self) -> list[str]:
-        """The matrices of a layer that have a bias."""
-        layer = self.model.layers[0]
-        linears = {"qkv": layer.qkv, "o": layer.output, "gate_up": layer.gate_up, "down": layer.down}
-        return [name for name, linear in linears.items() if linear.biases]
+    def biases_of(self, layer: int) -> list[str]:
+        """Return the matrices of a layer that have a bias."""
+        each = self.model.layers[layer]
+        linears = zip(self.matrices_of(layer), (each.qkv, each.output, each.gate_up, each.down), strict=True)
+        return [name for name, linear in linears if linear.biases]
 
     @property
     def pre_norms(self) -> bool:
@@ -230,10 +271,10 @@ class CudaSpec:
             head_size=model.head_dim,
             max_context=self.max_context,
             norm_eps=model.norm_eps,
-            qk_norm=model.layers[0].qk_norm and not self.wide_qk_norm,
+            qk_norm=any(layer.q_norm for layer in model.layers) and not self.wide_qk_norm,
             kv_int8=self.kv_int8,
             kv_fp8=self.kv_fp8,
-            slot_layers=model.num_layers if self.max_batch > 1 else 0,
+            slot_layers=self.num_kv_layers if self.max_batch > 1 else 0,
             rotated=padded_rope(model),
             scale=model.attention_scale,
             softcap=model.attention_softcap,
@@ -275,6 +316,8 @@ class CudaSpec:
         able = capabilities_of(manifest.backend)
         if (reason := able.options_refusal(config.max_batch, config.lora_adapters, config.speculation)) is not None:
             raise ConfigurationError(reason)
+        if (reason := able.draft_refusal(manifest.model, config.speculation)) is not None:
+            raise ConfigurationError(reason)
         options = read_options(manifest, CudaOptions)
         adapters = read_adapters(config.lora_adapters, manifest.model, config.lora_max_rank)
         for adapter in adapters:
@@ -283,7 +326,7 @@ class CudaSpec:
                     f"The adapter {adapter.name!r} has rank {adapter.rank}; the {manifest.backend} backend runs up to "
                     f"{MAX_RANK}."
                 )
-        options, max_context = read_options(manifest, CudaOptions), config.max_context or manifest.max_context
+        max_context = config.max_context or manifest.max_context
         chunk = min(config.prefill_chunk or PREFILL_CHUNK, max_context)
         images = image_limits(manifest.model, config, max_context)
         spec = cls(
@@ -308,7 +351,9 @@ class CudaSpec:
             rope_switch=options.rope_switch if options.rope_switch < max_context else 0,
         )
         token_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in _pool_shapes(spec, 1).values())
-        return dataclasses.replace(spec, pool_tokens=pool_tokens(config, max_context, token_bytes))
+        tokens = pool_tokens(config, max_context, token_bytes, spec.state_bytes)
+        places = state_places(config, max_context, tokens) if spec.state_shape else 0
+        return dataclasses.replace(spec, pool_tokens=tokens, state_places=places)
 
     def on(self, device: Device) -> CudaSpec:
         """Return the same as it runs on ``device``."""
@@ -356,17 +401,19 @@ def weight_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
     for i in range(spec.num_layers):
         layer: dict[str, tuple[int, ...]] = {
             **({"input_norm": (spec.hidden,)} if spec.pre_norms else {}),
-            "qkv": matrices["qkv"],
-            "o": matrices["o"],
+            **{name: matrices[name] for name in spec.matrices_of(i)[:2]},
             **({"post_norm": (spec.hidden,)} if spec.pre_norms else {}),
             **({"router": (spec.model.num_experts, spec.hidden)} if spec.model.num_experts else {}),
             "gate_up": matrices["gate_up"],
             "down": matrices["down"],
         }
-        layer |= {f"{name}_bias": matrices[name][:1] for name in spec.biases}
-        if attention.qk_norm:
+        layer |= {f"{name}_bias": matrices[name][:1] for name in spec.biases_of(i)}
+        if i in spec.conv_layers:
+            layer["conv"] = (spec.conv_taps, spec.hidden)
+            layer |= {"conv_bias": (spec.hidden,)} if spec.model.layers[i].conv_bias_name else {}
+        elif attention.qk_norm:
             layer["q_norm"] = layer["k_norm"] = (attention.head_dim,)
-        if spec.wide_qk_norm:
+        if spec.wide_qk_norm and i not in spec.conv_layers:
             layer["q_norm"] = (attention.num_heads * attention.head_dim,)
             layer["k_norm"] = (attention.num_kv_heads * attention.head_dim,)
         if spec.outer_norms:
@@ -403,7 +450,8 @@ def packed_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
 def matrix_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
     """Return (rows, columns) of the matrices of a layer."""
     attention, experts = spec.attention, max(1, spec.model.num_experts)
-    return {
+    convolutions = {"conv_in": (3 * spec.hidden, spec.hidden), "conv_out": (spec.hidden, spec.hidden)}
+    return (convolutions if spec.conv_layers else {}) | {
         "qkv": (attention.qkv_width, spec.hidden),
         "o": (spec.hidden, attention.num_heads * attention.head_dim),
         "gate_up": (experts * 2 * spec.intermediate, spec.hidden),
@@ -417,14 +465,24 @@ def gemm_shapes(spec: CudaSpec) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in matrix_shapes(spec).items() if name not in of_experts}
 
 
+def model_matrices(model: ModelSpec) -> dict[str, tuple[int, int]]:
+    """Return (rows, columns), as the model has them, of every matrix that ``matrix_shapes`` has."""
+    found = dict(model.layer_matrices)
+    for layer in model.layers:
+        if layer.conv_kernel:
+            found |= {name: model.matrices_of(layer)[of_model] for name, of_model in CONV_MATRICES.items()}
+    return found
+
+
 def stacked_rows(model: ModelSpec) -> dict[str, tuple[range, ...]]:
-    """Return the rows of q, k and v, of o, of gate and up, and of down in the matrices of ``model.layer_matrices``."""
+    """Return the rows of q, k and v, of o, of gate and up, and of down in the matrices of ``model_matrices``; those
+    around a convolution have one part each."""
     sizes = {
         "qkv": [count * model.head_dim for count in (model.num_heads, model.num_kv_heads, model.num_kv_heads)],
         "gate_up": 2 * [model.intermediate_size],
     }
     found = {}
-    for matrix, (rows, _) in model.layer_matrices.items():
+    for matrix, (rows, _) in model_matrices(model).items():
         ends = np.cumsum(sizes.get(matrix, [rows])).tolist()
         found[matrix] = tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))
     return found
@@ -466,7 +524,7 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     slots = (spec.max_batch,) if spec.max_batch > 1 else ()  # one sequence has no such dimension
     words = -(-spec.vocab_size // 32)
     arrays: dict[str, tuple[str, tuple[int, ...], str]] = {
-        "kv_cache": ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, spec.max_context, head_dim), spec.kv_dtype),
+        "kv_cache": ("kv_cache", (*slots, spec.num_kv_layers, 2, kv_heads, spec.max_context, head_dim), spec.kv_dtype),
         "rope": ("rope", spec.rope_shape, "fp32"),
         **_prefill_scratch(spec),
         **_encoder_scratch(spec),
@@ -485,13 +543,19 @@ def work_arrays(spec: CudaSpec, num_sms: int) -> dict[str, ArraySpec]:
     if spec.outer_norms:
         arrays["branch"] = ("scratch", (chunk, spec.hidden), "fp32")
     if attention.kv_scaled:
-        arrays["kv_scales"] = ("kv_cache", (*slots, spec.num_layers, 2, kv_heads, attention.scale_pitch), "fp16")
+        arrays["kv_scales"] = ("kv_cache", (*slots, spec.num_kv_layers, 2, kv_heads, attention.scale_pitch), "fp16")
     if sizes := spec.row_sizes:
         matrices = [*gemm_shapes(spec).values(), (rows, spec.hidden)]
         sums, counters = batch_scratch(matrices, sizes[-1], num_sms)
         arrays["batch_sums"] = ("scratch", (sums,), "fp32")
         arrays["batch_counters"] = ("scratch", (counters,), "uint32")
         arrays["batch_chunks"] = ("io", (len(sizes), _ROW), "int32")  # 0 and the rows of each size
+    if spec.conv_layers:
+        arrays["conv_in"] = ("scratch", (chunk, 3 * spec.hidden), dtype)
+        arrays["convolved"] = ("scratch", (chunk, spec.hidden), dtype)
+    if spec.state_shape:
+        arrays["states"] = ("states", (spec.max_batch, *spec.state_shape), "fp32")
+        arrays["state_marks"] = ("states", (spec.max_batch, NUM_MARKS, *spec.state_shape), "fp32")
     if spec.rope_switch:
         arrays["rope_rows"] = ("io", (spec.max_batch,), "int32")  # of ``rope``, of position 0 of each slot's sequence
     if slots:
@@ -561,14 +625,17 @@ def _mlp_arrays(spec: CudaSpec) -> dict[str, tuple[str, tuple[int, ...], str]]:
 
 
 def pool_arrays(spec: CudaSpec) -> dict[str, ArraySpec]:
-    """Return the arrays of the KV pool: a row for each layer, K and V and head, as the cache has them."""
+    """Return the arrays of the KV pool: a row for each layer, K and V and head, as the cache has them; and states."""
     shapes = _pool_shapes(spec, spec.pool_tokens) if spec.pool_tokens else {}
-    return {name: ArraySpec("prefix_cache", *values) for name, values in shapes.items()}
+    arrays = {name: ArraySpec("prefix_cache", *values) for name, values in shapes.items()}
+    if spec.state_places:
+        arrays["state_pool"] = ArraySpec("states", (spec.state_places, *spec.state_shape), "fp32")
+    return arrays
 
 
 def _pool_shapes(spec: CudaSpec, tokens: int) -> dict[str, tuple[tuple[int, ...], str]]:
     attention = spec.attention
-    rows = spec.num_layers * 2 * attention.num_kv_heads
+    rows = spec.num_kv_layers * 2 * attention.num_kv_heads
     arrays: dict[str, tuple[tuple[int, ...], str]] = {"pool": ((rows, tokens, attention.head_dim), spec.kv_dtype)}
     if attention.kv_scaled:
         arrays["pool_scales"] = ((rows, tokens), "fp16")

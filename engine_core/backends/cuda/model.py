@@ -5,6 +5,7 @@ Decode takes five kernels a layer, each of which may start while the one before 
 Two more norm the outputs of attention and MLP in models that do so before they add them; in models without norms
 before attention and MLP these round the sum for the GEMV that follows. One more norms Q and K over all heads where a
 model does.
+A layer with a short convolution has its kernel in the place of attention's, and other names of the GEMMs around it.
 Prefill calls cuBLAS, for which 4- and 8-bit weights are dequantized; a GEMM of a few tokens reads them as they are.
 Where the checkpoint says so and cuBLASLt can, activations are rounded to fp8 and multiplied by fp8 weights instead: a
 token's activations have one scale, computed as they are rounded.
@@ -15,6 +16,7 @@ halves of what it adds; in prefill two kernels follow the GEMM.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,7 +34,7 @@ from engine_core.backends.cuda.layout import (
 from engine_core.backends.cuda.padding import padded_head
 from engine_core.backends.gpu_model import DeviceModel, WeightSource, Work
 from engine_core.cuda.driver import Arena, Device, DeviceArray, Launch, Stream, aligned
-from engine_core.cuda.kernels import Kernels, experts, fp8_rows, linear, linear_packed, lora
+from engine_core.cuda.kernels import CHUNK_WORDS, Kernels, experts, fp8_rows, linear, linear_packed, lora, short_conv
 from engine_core.cuda.kernels.attention import AttentionPrefill
 from engine_core.cuda.kernels.blas import Blas
 from engine_core.cuda.kernels.blas_lt import BlasLt, Fp8Gemm
@@ -71,11 +73,11 @@ class _Layer:
 
     input_norm: Launch | None
     qk_norm: Launch | None  # over all heads
-    rope_append: Launch
-    attend: AttentionPrefill
+    attention: tuple[Launch, AttentionPrefill] | None  # what appends to the cache, and what reads it
+    convolve: Launch | None  # in its place
     post_norm: Launch | None
     out_norms: dict[str, Launch]  # after the GEMM of that name, where there are any
-    gemms: dict[str, _Gemm]
+    gemms: dict[str, _Gemm]  # the first two are those around attention or convolution
     experts: list[Launch]  # in the place of the GEMMs of the MLP
     fp8: dict[str, _Fp8Operands]  # by GEMM; empty where none is in fp8
 
@@ -131,7 +133,8 @@ class CudaModel(DeviceModel[_Layer]):
     def _decode_of(self, i: int, terms: dict[str, lora.LoraTerm]) -> list[Work]:
         """Return one layer's launches; ``terms``: what adapters add, by matrix."""
         spec, w = self.spec, self.work
-        matrices = {name: self.matrix(f"layers.{i}.{name}") for name in self._matrices}
+        first, second, *others = self.matrices_of(i)
+        matrices = {name: self.matrix(f"layers.{i}.{name}") for name in (first, second, *others)}
 
         def multiply(name: str) -> Launch:
             source, target, epilogue = self._matrices[name]
@@ -146,16 +149,37 @@ class CudaModel(DeviceModel[_Layer]):
             return self._gemv(matrices[name], vector, output, epilogue, **more)
 
         return [
-            multiply("qkv"),
+            multiply(first),
             *self._wide_qk_norm(i, 1),
-            self._attend_one(i),
-            multiply("o"),
-            *self._out_norm(i, "o", 1),
-            *(multiply(name) for name in ("gate_up", "down") if name in self._matrices),
+            self._convolve_one(i) if i in spec.conv_layers else self._attend_one(i),
+            multiply(second),
+            *self._out_norm(i, second, 1),
+            *(multiply(name) for name in others),
             *(self._in_norm(i, "post_norm", 1) if spec.model.num_experts else []),
             *self._experts(i, 1),
             *self._out_norm(i, "down", 1),
         ]
+
+    def matrices_of(self, i: int) -> list[str]:
+        """Return the GEMMs of a layer, in order: not those of experts."""
+        return [name for name in self.spec.matrices_of(i) if name in self._matrices]
+
+    def _convolve_one(self, i: int) -> Launch:
+        """Return layer ``i``'s short convolution of a decode step of one sequence."""
+        w, (taps, bias, ring) = self.work, self._convolution(i)
+        arrays = (w["conv_in"].at(0), taps, bias, ring, w["state"], w["convolved"].at(0))
+        return short_conv.short_conv_step(self._kernels, *arrays, self.spec.max_context)
+
+    def _convolution(self, i: int) -> tuple[DeviceArray, DeviceArray | None, DeviceArray | None]:
+        """Return the weights of a layer's convolution, and its bias and ring of the first slot if there are such."""
+        taps, bias = self.weights[f"layers.{i}.conv"], self.weights.get(f"layers.{i}.conv_bias")
+        rings = self.work.get("states")
+        return taps, bias, None if rings is None else rings.at(0, self.spec.conv_layers.index(i))
+
+    @property
+    def _slot_floats(self) -> int:
+        """Return the float32 values from a slot's rings to the next one's; 0 = there is one slot."""
+        return math.prod(self.spec.state_shape) if self.spec.max_batch > 1 and self.spec.state_shape else 0
 
     def _experts(self, i: int, size: int) -> list[Launch]:
         """Return what gives ``size`` rows of ``normed`` to experts and adds their sums to ``hidden``; [] = none."""
@@ -216,7 +240,7 @@ class CudaModel(DeviceModel[_Layer]):
 
     def _wide_qk_norm(self, i: int, size: int) -> list[Launch]:
         """Return what norms Q and K of ``size`` rows over all their heads, if the model does."""
-        if not self.spec.wide_qk_norm:
+        if not self.spec.wide_qk_norm or i in self.spec.conv_layers:
             return []
         spec, qkv = self.spec, self._rows("qkv", size)
         q_norm, k_norm = (self.weights[f"layers.{i}.{name}"] for name in ("q_norm", "k_norm"))
@@ -286,7 +310,7 @@ class CudaModel(DeviceModel[_Layer]):
                 self._activate = self._gate_multiply()
             gemms, limit = self._prefill_layer(0).gemms, self._kernels.config(problem).rows
             sizes = [rows for rows in PACKED_ROWS if rows <= self.spec.chunk]
-            return [partial(self._multiply, gemms, name, rows, limit) for rows in sizes for name in self._matrices]
+            return [partial(self._multiply, gemms, name, rows, limit) for rows in sizes for name in gemms]
         if isinstance(problem, PackedGemmProblem):
             self._place_chunk(GEMM_TOKENS)
             rows = min(GEMM_TOKENS, self.spec.chunk)
@@ -296,18 +320,25 @@ class CudaModel(DeviceModel[_Layer]):
         return super()._work_of(problem, host_tokens)
 
     def _prefill_layer(self, i: int) -> _Layer:
-        rows = self.spec.chunk
+        rows, names = self.spec.chunk, self.matrices_of(i)
+        has_attention = i not in self.spec.conv_layers
         return _Layer(
             input_norm=next(iter(self._in_norm(i, "input_norm", rows)), None),
             qk_norm=next(iter(self._wide_qk_norm(i, rows)), None),
-            rope_append=self._rope_append(i),
-            attend=self._attend(i),
+            attention=(self._rope_append(i), self._attend(i)) if has_attention else None,
+            convolve=None if has_attention else self._convolve_chunk(i),
             post_norm=next(iter(self._in_norm(i, "post_norm", rows)), None),
-            out_norms={name: launch for name in self._matrices for launch in self._out_norm(i, name, rows)},
-            gemms={name: self._prefill_gemm(i, name) for name in self._matrices},
+            out_norms={name: launch for name in names for launch in self._out_norm(i, name, rows)},
+            gemms={name: self._prefill_gemm(i, name) for name in names},
             experts=self._experts(i, rows),
             fp8={name: self._fp8_operands(i, name) for name in self._fp8},
         )
+
+    def _convolve_chunk(self, i: int) -> Launch:
+        w, (taps, bias, ring) = self.work, self._convolution(i)
+        chunk = DeviceArray(w["prompt"].address, (CHUNK_WORDS + (self._slot_floats > 0),), "int32")
+        arrays = (w["conv_in"], taps, bias, ring, chunk, w["convolved"])
+        return short_conv.short_conv_chunk(self._kernels, *arrays, self._slot_floats)
 
     def _prefill_gemm(self, i: int, name: str) -> _Gemm:
         kernels, w, weight, bias = self._kernels, self.work, self.matrix(f"layers.{i}.{name}"), self._bias(i, name)
@@ -408,7 +439,8 @@ class CudaModel(DeviceModel[_Layer]):
 
         multiply("qkv")
         run(layer.qk_norm)
-        self._run_attention(layer.rope_append, layer.attend, rows)
+        assert layer.attention is not None
+        self._run_attention(*layer.attention, rows)
         multiply("o")
         multiply("gate_up")
         multiply("down")
@@ -428,15 +460,19 @@ class CudaModel(DeviceModel[_Layer]):
                 launch.set_grid(rows)
                 launch(stream)
 
+        first, second, *others = layer.gemms
         norm(layer.input_norm)
-        multiply("qkv")
+        multiply(first)
         norm(layer.qk_norm)
-        self._run_attention(layer.rope_append, layer.attend, rows)
-        multiply("o")
+        if layer.attention is not None:
+            self._run_attention(*layer.attention, rows)
+        if layer.convolve is not None:
+            layer.convolve.set_grid(short_conv.short_conv_blocks(rows))
+            layer.convolve(stream)
+        multiply(second)
         norm(layer.post_norm)
-        if not layer.experts:
-            multiply("gate_up")
-            multiply("down")
+        for name in others:
+            multiply(name)
         for launch in layer.experts:
             norm(launch)
 
@@ -446,8 +482,8 @@ class CudaModel(DeviceModel[_Layer]):
             self._lt.close()
 
 
-IN_NORMS = {"qkv": "input_norm", "gate_up": "post_norm"}
-_OUT_NORMS = {"o": "attention_out_norm", "down": "mlp_out_norm"}
+IN_NORMS = {"qkv": "input_norm", "conv_in": "input_norm", "gate_up": "post_norm"}
+_OUT_NORMS = {"o": "attention_out_norm", "conv_out": "attention_out_norm", "down": "mlp_out_norm"}
 
 
 def matrices_of(spec: CudaSpec) -> dict[str, tuple[str, str, int]]:
@@ -458,6 +494,8 @@ def matrices_of(spec: CudaSpec) -> dict[str, tuple[str, str, int]]:
     """
     target, epilogue = ("branch", linear.LOGITS) if spec.outer_norms else ("hidden", linear.RESIDUAL)
     first = {"qkv": ("normed", "qkv", linear.STORE), "o": ("attended", target, epilogue)}
+    if spec.conv_layers:
+        first |= {"conv_in": ("normed", "conv_in", linear.STORE), "conv_out": ("convolved", target, epilogue)}
     if spec.model.num_experts:  # whose matrices a token has some of
         return first
     return first | {

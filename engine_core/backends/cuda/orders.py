@@ -3,7 +3,7 @@
 Their groups are columns of like importance, wherever these lie. An engine has such a matrix's columns in the order of
 the groups, and what produces its input puts that in the same order: the norm before ``qkv`` and ``gate_up``, attention
 before ``o``, and before ``down`` the rows of ``gate_up``, which are put in order when the engine is built. The array
-NAME_places has where each column is.
+NAME_places has where each column is. Short convolutions put nothing in order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from engine_core.backends.cuda.layout import CONV_MATRICES
 from engine_core.backends.cuda.padding import Padding
 from engine_core.cuda.kernels.integer_layout import GROUP_SIZES
 from engine_core.formats.checkpoint import Checkpoint
@@ -25,12 +26,13 @@ MATRICES = ("qkv", "o", "gate_up", "down")
 
 def keeps_order(spec: ModelSpec) -> bool:
     """Return whether the inputs of a model's matrices can be put in another order: norms and attention do."""
-    return spec.layers[0].pre_norms and not spec.num_experts
+    return spec.layers[0].pre_norms and not spec.num_experts and not any(layer.conv_kernel for layer in spec.layers)
 
 
 def linears_of(layer: LayerSpec) -> dict[str, LinearSpec]:
     """Return the linears of a layer by the names of their fused tensors."""
-    return dict(zip(MATRICES, (layer.qkv, layer.output, layer.gate_up, layer.down), strict=True))
+    names = (*CONV_MATRICES, *MATRICES[2:]) if layer.conv_kernel else MATRICES
+    return dict(zip(names, (layer.qkv, layer.output, layer.gate_up, layer.down), strict=True))
 
 
 def linear_of(spec: ModelSpec, name: str) -> LinearSpec:

@@ -60,11 +60,13 @@ class Padding:
             "norm": hidden, "input_norm": hidden, "post_norm": hidden, "q_norm": q_norm, "k_norm": k_norm,
             "attention_out_norm": hidden, "mlp_out_norm": hidden,
             "qkv": qkv, "o": hidden, "gate_up": both, "down": hidden,
+            "conv_in": hidden.repeated(3), "conv_out": hidden, "conv_bias": hidden,
+            "conv_in_bias": hidden.repeated(3), "conv_out_bias": hidden,
             "qkv_bias": qkv, "o_bias": hidden, "gate_up_bias": both, "down_bias": hidden,
         }  # fmt: skip
         self._columns = {
             "embed": hidden, "head": hidden, "router": hidden, "qkv": hidden, "gate_up": hidden, "down": inner,
-            "o": head.repeated(spec.num_heads),
+            "o": head.repeated(spec.num_heads), "conv_in": hidden, "conv_out": hidden, "conv": hidden,
         }  # fmt: skip
 
     def rows(self, name: str) -> Axis | None:

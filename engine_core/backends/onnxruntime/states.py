@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine_core.backends.kv_pool import NUM_MARKS
 from engine_core.errors import EngineFaultError
 from engine_core.models.spec import StateSpec
 
-NUM_MARKS = 2  # kept at once: the end of what prompts share, and of the prompt
 COPIES = 2 + NUM_MARKS  # of a slot's state: now, before the last run, and the marks
 _UNKNOWN = -1
 _BEFORE = 0  # the index of the state before the last run; the marks follow it

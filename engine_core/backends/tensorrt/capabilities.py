@@ -29,6 +29,7 @@ def _has_other_biases(spec: ModelSpec, max_context: int) -> bool:
 
 # What the exporter gemm has no word for; such a model gets one plan for the whole decoder.
 _GEMM_TRAITS = (
+    CONVOLUTIONS,
     Trait("norms with an offset", lambda spec, _: spec.norm_offset != 0),
     Trait("the activation {spec.activation}", lambda spec, _: spec.activation != "silu"),
     Trait("soft capping", lambda spec, _: spec.attention_softcap != 0 or spec.logits_softcap != 0),

@@ -25,7 +25,7 @@ def plan_name(name: str) -> str:
 def weight_shapes(spec: CudaSpec) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the weights of each of GEMM_PLANS: plan → weight → shape."""
     shapes: dict[str, tuple[int, ...]] = dict(matrix_shapes(spec))
-    if "qkv" in spec.biases:
+    if "qkv" in spec.biases_of(0):
         shapes["qkv_bias"] = (spec.attention.qkv_width,)
     return {name: {key: shapes[key] for key in weights if key in shapes} for name, weights in GEMM_PLANS.items()}
 

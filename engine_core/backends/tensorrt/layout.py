@@ -90,6 +90,11 @@ class TrtSpec:
         return self.model.num_layers
 
     @property
+    def num_kv_layers(self) -> int:
+        """Return the layers that the KV cache has room for: all of them, since no layer has anything but attention."""
+        return self.num_layers
+
+    @property
     def num_kv_heads(self) -> int:
         return self.model.num_kv_heads
 

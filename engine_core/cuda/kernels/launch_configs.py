@@ -27,6 +27,8 @@ KV_APPEND_THREADS = 128
 SAMPLE_SCAN_THREADS, SAMPLE_PICK_THREADS = 256, 1024
 LOG_PROBABILITY_THREADS = 1024
 DEQUANTIZE_WARPS = 8
+SHORT_CONV_THREADS = 64
+SHORT_CONV_TILE = 8  # tokens of a chunk that a thread of short_conv.cu works on
 LORA_THREADS = 256
 LORA_TOKENS = 8  # of a prompt's chunk that a CTA of lora.cu takes at a time
 

@@ -91,6 +91,21 @@ def log_probability(logits: np.ndarray, row: int) -> float:
     return -np.inf if row < 0 else float(logits[row] - peak - np.log(np.exp(logits - peak).sum()))
 
 
+def short_convolution(
+    gates: np.ndarray, earlier: np.ndarray, taps: np.ndarray, bias: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return gate_2 * (a convolution of gate_1 * x over tokens + bias), [n, cols], and gate_1 * x, [n, cols].
+
+    ``gates``: [n, 3 cols], which is gate_1, gate_2 and x; ``earlier``: gate_1 * x of the tokens before, the oldest
+    first, [taps - 1, cols]; ``taps``: [taps, cols], the oldest token's first.
+    """
+    gate_1, gate_2, x = np.split(gates, 3, axis=1)
+    inputs = gate_1 * x
+    seen = np.concatenate([earlier, inputs])
+    total = sum(seen[k : k + len(inputs)] * taps[k] for k in range(len(taps)))
+    return gate_2 * (total + bias), inputs
+
+
 def lora_expand(sums: np.ndarray, b: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """Return what a LoRA adapter adds to a matrix's output [n, rows].
 
