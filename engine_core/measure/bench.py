@@ -25,7 +25,7 @@ from engine_core.memory import MemoryPlan
 from engine_core.planning.selection import advice, choose
 from engine_core.request import SamplingParams
 
-MAX_REPEATS = 1000
+MAX_REPEATS = 1_000_000
 _GREEDY = SamplingParams(seed=0)  # no stop ids: every run has the same length
 
 
