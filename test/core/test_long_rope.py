@@ -10,6 +10,7 @@ import pytest
 
 import checkpoints
 import fakes
+from device_steps import TOLERANCE
 from engine_core.config import EngineConfig
 from engine_core.errors import BackendUnavailableError
 from engine_core.request import ChatMessage, GenerationRequest, SamplingParams
@@ -198,6 +199,39 @@ def test_drafts_and_sessions_on_the_gpu_cross_the_border(open_cuda, max_batch):
     assert result.token_ids == wanted and result.speculation.steps
     for text in ("abab" * 15, "ab" * 40, "ab" * 10):
         assert drafting.answer(request(text, 6)).token_ids == plain.answer(request(text, 6)).token_ids
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8", "fp8"])
+def test_log_probabilities_on_the_gpu_are_those_of_the_whole_length(checkpoint, open_cuda, monkeypatch, kind):
+    """Of texts on both sides of the border, by turns, and after answers in the slot."""
+    import torch
+
+    model, engine = checkpoints.reference(checkpoint), open_cuda(kv_cache_type=kind, prefill_chunk=32)
+    ids = np.random.default_rng(4).integers(3, 331, size=80).astype(np.int32)
+    choose = engine._backend._choose_rope
+    for count, text in ((70, "x" * 20), (40, "x" * 90), (65, ""), (64, ""), (80, "")):
+        if text:
+            engine.answer(request(text, 4))
+        logits = torch.tensor(checkpoints.reference_logits(model, ids[:count]))
+        wanted = torch.log_softmax(logits.double(), -1)[np.arange(4, count - 1), ids[5:count]].numpy()
+        error = np.abs(engine.log_probabilities(ids[:count], 5) - wanted)
+        if kind == "fp16":
+            assert error.max() < TOLERANCE * logits.numpy().std(), count
+        with monkeypatch.context() as others:
+            others.setattr(engine._backend, "_choose_rope", lambda slot, is_long: choose(slot, not is_long))
+            wrong = np.abs(engine.log_probabilities(ids[:count], 5) - wanted)
+        assert error.mean() < wrong.mean() / 4, "the factors of the other lengths"
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_smaller_cache_on_the_gpu_crosses_the_border(open_cuda, kind):
+    """An answer goes on as a prompt of the same tokens does, whose KV is computed with the factors of its length."""
+    engine = open_cuda(kv_cache_type=kind, max_batch=2)
+    asked = request("ab" * 29, 16)
+    wanted = token_by_token(engine, engine.prepare(asked).token_ids, 16)
+    assert engine.answer(asked).token_ids == wanted
+    both = [request("ab" * 29, 16, request_id="a"), request("x" * 20, 8, request_id="b")]
+    assert together(engine, both) == {each.request_id: engine.answer(each).token_ids for each in both}
 
 
 def test_a_context_within_the_border_has_one_table(cuda_dir, driver, open_cuda):
