@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import shutil
 from contextlib import closing
 
 import numpy as np
@@ -10,22 +13,27 @@ import pytest
 
 pytest.importorskip("onnxruntime")  # for the helpers
 
+import quantized_checkpoints
+import test_padding
 from engine_core import cli
 from engine_core.backends import SequenceStep
 from engine_core.backends.cuda.backend import CudaBackend
 from engine_core.backends.cuda.build import build_cuda
+from engine_core.backends.cuda.capabilities import CAPABILITIES
 from engine_core.backends.cuda.layout import CudaSpec
 from engine_core.backends.cuda.states import RingStates
 from engine_core.backends.kv_pool import NUM_MARKS, pool_tokens, state_places
 from engine_core.config import EngineConfig
-from engine_core.errors import ConfigurationError, EngineFaultError
+from engine_core.cuda.kernels import reference
+from engine_core.errors import BuildError, ConfigurationError, EngineFaultError
 from engine_core.formats.checkpoint import Checkpoint
 from engine_core.formats.manifest import read_manifest
 from engine_core.measure.random_checkpoint import write_random_adapter
 from engine_core.models.reader import read_spec
 from engine_core.request import SamplingParams
 from engine_core.serving.engine import Engine
-from test_layer_states import CONTEXT, PROMPTS, REQUESTS, SYSTEM, checkpoint, feed, go_on, talk  # noqa: F401
+from quantized_checkpoints import Scheme
+from test_layer_states import CONTEXT, COUNT, PROMPTS, REQUESTS, SYSTEM, checkpoint, feed, go_on, talk  # noqa: F401
 
 RING = 3 * 3 * 64 * 4  # bytes: of three layers, three tokens of 64 channels
 
@@ -171,6 +179,80 @@ def test_adapters_change_the_matrices_around_convolutions(checkpoint, built, loa
     for start in range(len(PROMPTS[1]) - 1):
         feed(backend, 0, PROMPTS[1][start : start + 1], start, samples=False)
     assert feed(backend, 0, PROMPTS[1][-1:], len(PROMPTS[1]) - 1) == tokens[1][0]
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("max_batch", [1, 3])
+def test_layers_with_attention_can_have_a_smaller_cache(built, load, kind, max_batch):
+    plain, small = (load(max_batch=max_batch, kv_cache_type=each) for each in ("fp16", kind))
+    layers = [array.shape[-5:][0] for array in (plain._work["kv_cache"], small._work["kv_cache"])]
+    assert layers == [1, 1] and small._work["kv_cache"].nbytes == plain._work["kv_cache"].nbytes // 2
+    assert small._work["kv_scales"].shape[:-3] == small._work["kv_cache"].shape[:-4]
+    ids, slot = PROMPTS[2], max_batch - 1
+    expected = go_on(small, slot, ids, 0)
+    feed(small, slot, ids[:9], samples=False)
+    assert go_on(small, slot, ids, 9) == expected
+    difference = small.log_probabilities(ids, 1) - plain.log_probabilities(ids, 1)
+    assert 0 < np.abs(difference).max() < 0.1
+
+
+@pytest.mark.parametrize("config", [{}, {"prefill_chunk": 32}, {"max_batch": 3}, {"kv_cache_type": "fp8"}])
+def test_log_probabilities_begin_a_sequence(load, config):
+    """Whatever was in the slot, of the text alone; and the rings are the text's afterwards."""
+    backend, ids = load(**config), np.random.default_rng(8).integers(3, 320, 70).astype(np.int32)
+    fresh = backend.log_probabilities(ids, 1)
+    tokens = go_on(backend, 0, PROMPTS[2], 0)
+    assert backend.log_probabilities(ids, 1).tolist() == fresh.tolist()
+    assert backend.state_positions(0) == [len(ids) - 2, len(ids) - 1]
+    assert backend.log_probabilities(ids[:40], 1) == pytest.approx(fresh[:39], abs=0.02)
+    backend.begin(0, SamplingParams(seed=0), ids)
+    for start in range(len(ids) - 1):  # what a step of one leaves
+        feed(backend, 0, ids[start : start + 1], start, samples=False)
+    feed(backend, 0, ids[:-1])
+    logits = backend._device.download(backend._work["logits"]).reshape(-1, 320)[0].astype(np.float64)
+    assert fresh[-1] == pytest.approx(reference.log_probability(logits, ids[-1]), abs=1e-3)
+    assert go_on(backend, 0, PROMPTS[2], 0) == tokens
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_groups_of_a_checkpoint_are_kept_but_not_their_order(checkpoint, driver, tmp_path, caplog, act_order):  # noqa: F811
+    """Convolutions put nothing in order, so that matrices are rounded anew, which the build tells, or refused."""
+    scheme = Scheme("gptq", group_size=32, act_order=act_order)
+    directory = quantized_checkpoints.quantize(checkpoint, tmp_path / "gptq", scheme)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((checkpoint / name).read_bytes())
+    assert not CAPABILITIES.keeps_order(read_spec(Checkpoint(directory)))
+    engine, kind = directory / "engine", "int4" if act_order else "int4_awq"
+    manifest = build_cuda(directory, engine, quantization=kind, max_context=CONTEXT)
+    spec, arrays, _ = test_padding.built(engine, manifest, EngineConfig(engine))
+    with closing(CudaBackend.load(engine, manifest, EngineConfig(engine, tune_kernels=False))) as backend:
+        assert len(go_on(backend, 0, PROMPTS[2], 0)) == COUNT
+    names = {f"layers.{i}.{name}" for i in range(4) for name in spec.matrices_of(i)}
+    assert set(manifest.options["rounding_errors"]) == (names if act_order else set())
+    assert ("rounded anew" in caplog.text) == act_order and not manifest.options["ordered"]
+    if not act_order:
+        assert manifest.group_size == 32
+        for layer, name in ((0, "in_proj"), (3, "in_proj"), (3, "out_proj")):
+            own = Checkpoint(directory).read(f"model.layers.{layer}.conv.{name}.weight")
+            assert np.allclose(arrays[f"layers.{layer}.conv_{name.removesuffix('_proj')}"], own, atol=1e-3 * own.std())
+        return
+    with pytest.raises(BuildError, match="not in consecutive groups"):
+        build_cuda(directory, directory / "own", quantization="int4_awq", max_context=CONTEXT)
+
+
+def test_prompts_are_not_multiplied_in_fp8(checkpoint, driver, tmp_path):  # noqa: F811
+    """Though the checkpoint says that it is meant for fp8 activations; the engine does not say so."""
+    directory = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert Checkpoint(directory).fp8_activations
+    manifest = build_cuda(directory, tmp_path / "engine", quantization="fp8", max_context=CONTEXT)
+    assert not manifest.options["fp8_activations"] and not any("activations" in note for note in manifest.notes)
+    spec = CudaSpec.create(manifest, EngineConfig(tmp_path / "engine"))
+    assert not dataclasses.replace(spec, fp8_activations=True).fp8_gemms
+    with closing(CudaBackend.load(tmp_path / "engine", manifest, EngineConfig(tmp_path / "engine"))) as backend:
+        assert len(go_on(backend, 0, np.resize(PROMPTS[2], 200), 0, 3)) == 3
 
 
 @pytest.mark.parametrize("config", [dict(session_memory=1), dict(session_memory=1, max_batch=3), dict(max_batch=3)])

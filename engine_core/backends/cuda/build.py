@@ -108,7 +108,8 @@ def build_cuda(
     kept = companions.kept_ids(vocab_map, checkpoint, spec)
     check_tensors(spec, checkpoint)
     stored_as = engine_format(checkpoint, spec, weight_format(quantization), dtype, group_size)
-    fp8_activations = stored_as.kind == "fp8" and checkpoint.fp8_activations
+    convolves = any(layer.conv_kernel for layer in spec.layers)
+    fp8_activations = stored_as.kind == "fp8" and checkpoint.fp8_activations and not convolves
     options = CudaOptions(dtype, fp8_activations=fp8_activations, rope_switch=spec.rope_switch_within(max_context))
     if isinstance(stored_as, IntegerFormat):
         ordered = {name.split(".")[-1] for name in orders_of(checkpoint, spec, weight_format(quantization))}
