@@ -142,7 +142,7 @@ def main() -> None:
             assert None not in tokens, tokens
             print(weights, kv_cache_type, "adapters", tokens)
     backend = make_backend(weights, kv_cache_type, False, max_batch=2, drafts=True)
-    for size in (3, 8, 15):
+    for size in (3, backend.max_draft):
         backend.begin(1, sampled, prompt[:77])
         backend.step([SequenceStep(1, prompt[:77])])[0].result()
         draft = Draft(prompt[:size], np.arange(size) % 2 == 0)
