@@ -44,8 +44,11 @@ from engine_core.cuda.driver import Device, DeviceArray  # noqa: E402
 from engine_core.cuda.kernels import Kernels, kernel_source  # noqa: E402
 from engine_core.cuda.kernels.kv_append import AppendShape, NextStep, kv_append  # noqa: E402
 from engine_core.cuda.kernels.nvrtc import compile_kernel  # noqa: E402
+from engine_core.formats.checkpoint import Checkpoint  # noqa: E402
 from engine_core.formats.lora import LowRank  # noqa: E402
+from engine_core.models.reader import read_spec  # noqa: E402
 from engine_core.models.shapes import spec_of  # noqa: E402
+from engine_core.vision.limits import ImageLimits  # noqa: E402
 from gpu_tests import commit  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "architectures.jsonl"
@@ -154,11 +157,18 @@ def engines() -> dict[str, CudaSpec]:
             tie_word_embeddings=False,
         )
     )  # fmt: skip
+    lfm = spec_of(
+        dict(
+            architectures=["Lfm2ForCausalLM"], num_hidden_layers=2, hidden_size=2048, block_ff_dim=12288,
+            num_attention_heads=32, num_key_value_heads=8, vocab_size=65536, full_attn_idxs=[1],
+        )
+    )  # fmt: skip
     return {
         "fp16": llama("fp16"),
         "int8": llama("int8"),
         "int4": llama("int4"),
         "fp8": llama("fp8"),
+        "fp8, activations in fp8": llama("fp8", fp8_activations=True),
         "nvfp4": llama("nvfp4"),
         "fp16, int8 KV": llama("fp16", "int8"),
         "int4, 8 requests": llama("int4", max_batch=8),
@@ -166,8 +176,17 @@ def engines() -> dict[str, CudaSpec]:
         "int4, LoRA of rank 16": llama("int4", adapters=(PaperAdapter(),)),
         "Qwen3 MoE, int4": replace(llama("int4"), model=experts, head_rows=experts.vocab_size),
         "OLMo 2, fp16": replace(llama("fp16"), model=olmo, head_rows=olmo.vocab_size),
+        "LFM2, fp16": replace(llama("fp16"), model=lfm, head_rows=lfm.vocab_size),
         "Gemma 2, fp16": replace(llama("fp16"), model=gemma, head_rows=gemma.vocab_size),
+        "fp16, with the demo's encoder of images": llama("fp16", images=demo_images()),
     }
+
+
+def demo_images() -> ImageLimits:
+    """Return the encoder of the demo model that sees."""
+    vision = read_spec(Checkpoint(ROOT / "models" / "demo_vision")).vision
+    assert vision is not None
+    return ImageLimits(vision, max_images=1)
 
 
 # --- what is launched -------------------------------------------------------------------------------------
@@ -251,11 +270,26 @@ class PaperDriver:
 
 
 class _NoBlas:
-    def __init__(self, *_: Any) -> None: ...
+    """Stands for cuBLAS and cuBLASLt, which have kernels of their own."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    @classmethod
+    def open(cls, *_: Any) -> _NoBlas:
+        return cls()
 
     def matmul(self, *_: Any, **__: Any) -> None: ...
 
     def close(self) -> None: ...
+
+
+class _NoGemm(_NoBlas):
+    """Stands for a GEMM of cuBLASLt."""
+
+    def plan(self, _count: int) -> bool:
+        return True
+
+    def __call__(self, _count: int) -> None: ...
 
 
 def note_launches(gpu: PaperGpu, spec: CudaSpec) -> list[Noted]:
@@ -270,11 +304,15 @@ def note_launches(gpu: PaperGpu, spec: CudaSpec) -> list[Noted]:
             ("engine_core.cuda.driver.bindings", lambda: (driver, None)),
             ("engine_core.cuda.kernels.compile_kernel", noted_key),
             ("engine_core.backends.cuda.model.Blas", _NoBlas),
+            ("engine_core.backends.cuda.model.BlasLt", _NoBlas),
+            ("engine_core.backends.cuda.model.Fp8Gemm", _NoGemm),
         ):
             patches.enter_context(mock.patch(target, value))
         rope = np.broadcast_to(np.float32(0), spec.rope_shape)
         with mock.patch.object(Device, "upload", lambda *_: None):
-            CudaBackend(Device(), spec, lambda _name, _array: None, rope, use_cuda_graph=True).close()
+            backend = CudaBackend(Device(), spec, lambda _name, _array: None, rope, use_cuda_graph=True)
+            backend.log_probabilities(np.zeros(2, np.int32), 1)
+            backend.close()
             _append_kv(driver, spec)
     largest: dict[tuple[Kernel, int, int], Noted] = {}
     for each in driver.launches:

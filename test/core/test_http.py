@@ -556,8 +556,8 @@ def test_why_it_cannot_be_opened(serve, tmp_path, monkeypatch):
     for port in (-1, 65536, 70000):
         with pytest.raises(ConfigurationError, match=f"is {port}, but it must be from 0 to 65535"):
             http.open_server(endpoint.intake, host="127.0.0.1", port=port)
-    for path in ("~no-such-user/keys", "a\0b"):
-        with pytest.raises(ConfigurationError, match="cannot be read"):
+    for path, why in (("~no-such-user/keys", "names a home directory"), ("a\0b", "cannot be read")):
+        with pytest.raises(ConfigurationError, match=why):
             read_keys(path)
     (tmp_path / "empty").write_text("# nothing\n")
     with pytest.raises(ConfigurationError, match="has no key"):

@@ -115,7 +115,7 @@ def test_the_engine_directory_may_be_read_only_and_relative(checkpoint, random_m
 def test_a_graph_without_a_head_to_cut_is_refused(checkpoint, random_map, tmp_path, monkeypatch):
     manifest = build_engine(checkpoint, tmp_path / "full")
     monkeypatch.setattr(ort_head, "_NODES", ("another",))
-    with pytest.raises(ConfigurationError, match="cannot be cut at load; build it with --vocab-map"):
+    with pytest.raises(ConfigurationError, match="cannot be pruned at load; build it with --vocab-map"):
         load(tmp_path / "full", manifest, vocab_map=str(random_map[0]))
 
 
